@@ -1,0 +1,118 @@
+"""Every `solopo_*` key of a recipe: its default, where the default comes from, and what is refused.
+
+This is the one definition. The command line's help, the recipes and the README derive from it or are tested
+against it. Nothing of LLaMA-Factory is imported here.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+
+LOSSES = ("sigmoid", "ipo", "hinge", "simpo", "orpo")  # the host's `pref_loss` values that SoLoPO is defined for
+LENGTH_NORMALISED = ("ipo", "simpo", "orpo")  # losses on the mean log-prob per token; the others use the sum
+
+
+def _choice(default: str, choices: tuple[str, ...], help: str):
+    return field(default=default, metadata={"help": f"{help} One of: {', '.join(choices)}.", "allowed": choices})
+
+
+@dataclass
+class SoloArguments:
+    """Arguments of the SoLoPO stage (`stage: solopo`)."""
+
+    solopo_alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the short-to-long alignment term, >= 0 (0 is the plain preference loss on the short "
+            "pair). The paper uses 1 to 4. DPO sums log-probs and SimPO/ORPO average them, so the same alpha pulls "
+            "very differently per token."
+        },
+    )
+    solopo_align: str = _choice(
+        "reward",
+        ("reward", "logp"),
+        "What is kept equal between short and long context: the reward of the loss in use (SoLo-RA, the paper's form) "
+        "or the log-probability (SoLo-KL; mean per token for ipo, simpo and orpo, sum otherwise).",
+    )
+    solopo_align_on: str = _choice(
+        "chosen",
+        ("chosen", "both"),
+        "Which responses are aligned: `chosen` (the paper's form), or `both` (also the rejected; a fourth sequence).",
+    )
+    solopo_penalty: str = _choice(
+        "auto",
+        ("auto", "abs", "squared", "drop"),
+        "The function s(t) of the gap t: `auto` is the one that belongs to the loss (2t^2 for ipo, |t| otherwise), "
+        "`abs` |t|, `squared` t^2, `drop` only what the long context makes worse.",
+    )
+    solopo_detach_short: bool = field(
+        default=False, metadata={"help": "No gradient through the short side of the alignment term."}
+    )
+    solopo_objective: str = _choice(
+        "solopo", ("solopo", "longpo"), "The objective: `solopo`, or `longpo` (arXiv:2502.13922) on the same rows."
+    )
+    solopo_longpo_lambda: float = field(
+        default=0.01,
+        metadata={"help": "LongPO only: weight of the preference term; the NLL has weight 1. 0.01 is LongPO's."},
+    )
+    solopo_overlength: str = _choice(
+        "error",
+        ("error", "drop"),
+        "A row longer than `cutoff_len`: stop with an `error`, or `drop` it (counted and reported). Never truncated.",
+    )
+    solopo_forward: str = _choice(
+        "two_stage", ("two_stage",), "How a step runs: the short pair in one forward, then the long sequence in another."
+    )
+
+
+FIELDS = {f.name: f for f in fields(SoloArguments)}
+
+
+def check_keys(keys) -> None:
+    """Refuse a `solopo_*` key that does not exist and name the nearest one and all that do."""
+    for key in keys:
+        if key.startswith("solopo") and key not in FIELDS:
+            near = get_close_matches(key, FIELDS, n=1)
+            hint = f"Did you mean `{near[0]}`? " if near else ""
+            raise ValueError(f"Unknown key `{key}` in the recipe. {hint}Allowed: {', '.join(FIELDS)}.")
+
+
+def check_values(args: SoloArguments) -> None:
+    """Refuse a value of the wrong type or out of range; the message names key, value seen and what is allowed.
+
+    Whole numbers are accepted for weights and become floats, as YAML writes `2` and `2.0` alike.
+    """
+    for name, spec in FIELDS.items():
+        value = getattr(args, name)
+        if spec.type is float:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
+            setattr(args, name, float(value))
+        elif spec.type is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+        elif value not in spec.metadata["allowed"]:
+            raise ValueError(f"`{name}` must be one of {', '.join(spec.metadata['allowed'])}; got {value!r}.")
+
+
+def check_loss(args) -> None:
+    """Refuse losses and host knobs that SoLoPO has no definition for.
+
+    Args:
+        args: The host's finetuning arguments with those of `SoloArguments`.
+    """
+    if args.pref_loss not in LOSSES:
+        raise ValueError(f"`pref_loss` must be one of {', '.join(LOSSES)} for `stage: solopo`; got {args.pref_loss!r}.")
+    if args.solopo_objective == "longpo" and args.pref_loss != "sigmoid":
+        raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
+    if not (math.isfinite(args.pref_beta) and args.pref_beta > 0):
+        raise ValueError(f"`pref_beta` must be > 0, got {args.pref_beta!r}.")
+    if not 0 <= args.dpo_label_smoothing < 0.5:
+        raise ValueError(f"`dpo_label_smoothing` must be in [0, 0.5), got {args.dpo_label_smoothing!r}.")
+    if args.pref_bco_weight:
+        raise ValueError(f"`pref_bco_weight: {args.pref_bco_weight}` is not defined for `stage: solopo`; remove it.")
+    if args.ld_alpha is not None:
+        raise ValueError(
+            f"`ld_alpha: {args.ld_alpha}` would weigh the short log-probs and not the long ones; remove it for `stage: solopo`."
+        )
