@@ -1,0 +1,77 @@
+"""Packaging. Besides the package it ships `solopo_plugin.pth`, the interpreter-start hook, at the top of site-packages."""
+
+import base64
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).parent
+HOOK = "solopo_plugin.pth"
+
+
+class BuildWithHook(build_py):
+    """Wheels: put the hook beside the package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_file(str(ROOT / HOOK), str(Path(self.build_lib) / HOOK))
+
+    def get_outputs(self, include_bytecode=1):
+        own = [] if self.editable_mode else [str(Path(self.build_lib) / HOOK)]
+        return [*super().get_outputs(include_bytecode), *own]
+
+
+class EditableWithHook(editable_wheel):
+    """`pip install -e`: setuptools has no place for extra files in an editable wheel, so the finished one gets the hook."""
+
+    def run(self):
+        super().run()
+        wheel = max(Path(self.dist_dir).glob("*.whl"), key=lambda p: p.stat().st_mtime)
+        with zipfile.ZipFile(wheel) as archive:
+            content = {name: archive.read(name) for name in archive.namelist()}
+        hook = (ROOT / HOOK).read_bytes()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(hook).digest()).rstrip(b"=").decode()
+        record = next(name for name in content if name.endswith(".dist-info/RECORD"))
+        content[HOOK] = hook
+        content[record] = f"{HOOK},sha256={digest},{len(hook)}\n".encode() + content[record]
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in content.items():
+                archive.writestr(name, data)
+
+
+setup(
+    name="solopo",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "solopo_plugin/__init__.py").read_text()).group(1),
+    description="Short-to-long preference optimization (SoLoPO) as a training stage of LLaMA-Factory",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["solopo_plugin", "solopo_plugin.*"]),
+    install_requires=[
+        "llamafactory==0.9.5",  # the host; patches are checked against this version
+        # one build of the three: pip alone picks a torch whose torchaudio does not exist, and the host then cannot start
+        "torch==2.11.*",
+        "torchvision==0.26.*",
+        "torchaudio==2.11.*",
+        "trl>=0.20,<=0.24.0",  # older ones do not import beside transformers 5
+        "transformers>=5.0,<=5.6.0",
+        "pyyaml",
+    ],
+    extras_require={
+        # builds from source: DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"
+        "deepspeed": ["deepspeed>=0.18,<0.20", "ninja"],  # ZeRO-2/3; ninja builds its kernels on first use
+        "flash-attn": ["flash-attn>=2.7"],  # `flash_attn: fa2` in a recipe; compiles against the installed torch
+        "vllm": ["vllm"],  # sampling of preference pairs
+        "test": ["pytest", "pytest-timeout", "hypothesis", "deepspeed>=0.18,<0.20", "build"],
+    },
+    cmdclass={"build_py": BuildWithHook, "editable_wheel": EditableWithHook},
+    zip_safe=False,
+)

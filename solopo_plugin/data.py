@@ -1,0 +1,125 @@
+"""A row of the data set on its way to the model: checked, tokenised, batched. Nothing of LLaMA-Factory is imported.
+
+A tokenised row holds `short_prompt_ids`, `long_prompt_ids`, `chosen_ids`, `rejected_ids` (the response's tokens, the
+same behind either prompt) and `row`, the name by which messages call it: `<dataset>[<index>]`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .logps import IGNORE
+
+TOKEN_COLUMNS = ("short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on; the message names data set, row, column and what to do."""
+
+
+def check_text(row: str, column: str, value: object) -> None:
+    """Refuse a text column that is missing, not a string, or blank."""
+    if not isinstance(value, str):
+        raise RowError(f"{row}: column `{column}` must be a string, got {type(value).__name__} {str(value)[:60]!r}.")
+    if not value.strip():
+        raise RowError(f"{row}: column `{column}` is empty; give it a text or remove the row.")
+
+
+def build_row(
+    row: str,
+    encode: Callable[[list[dict], str, str], tuple[list[int], list[int]]],
+    short: list[dict],
+    long: list[dict],
+    responses: list[dict],
+    system: str,
+    long_system: str,
+    tools: str,
+    bos_id: int | None,
+    markers: list[str],
+) -> dict:
+    """Tokenise one row; the chat template is applied here and nowhere else.
+
+    Args:
+        row: Name of the row for messages.
+        encode: Messages, system, tools -> ids of the templated prompt and of the last message (the response).
+        short: Messages up to the last question, with the short context. `long`: the same with the long one.
+        responses: The chosen and the rejected message.
+        bos_id: Begin-of-sequence id; more than one in a prompt means that it is templated twice.
+        markers: The template's turn markers (its stop words), which plain text must not contain.
+
+    Raises:
+        RowError: Equal responses, a template inside the text, or responses that tokenise differently behind the
+            long prompt.
+    """
+    for message in [*short, *long, *responses]:
+        for marker in markers:
+            if marker in message["content"]:
+                raise RowError(f"{row}: the text contains the template's {marker!r}; give plain text, the host templates it.")
+    ids = {}
+    for side, prompt, prompt_system in (("short", short, system), ("long", long, long_system)):
+        for name, response in zip(("chosen", "rejected"), responses, strict=True):
+            prompt_ids, response_ids = encode([*prompt, response], prompt_system, tools)
+            if ids.setdefault(f"{name}_ids", response_ids) != response_ids:
+                raise RowError(f"{row}: `{name}` tokenises differently behind the short and the long prompt; check `template`.")
+            ids.setdefault(f"{side}_prompt_ids", prompt_ids)
+        if bos_id is not None and prompt_ids.count(bos_id) > 1:
+            raise RowError(f"{row}: the {side} prompt has {prompt_ids.count(bos_id)} BOS tokens; remove BOS from the text.")
+    if ids["chosen_ids"] == ids["rejected_ids"]:
+        raise RowError(f"{row}: `chosen` and `rejected` are the same tokens; remove the row.")
+    return {"row": row, **ids}
+
+
+def row_length(row: dict) -> int:
+    """Tokens of the row's longest sequence, whatever the objective, so that every baseline trains on the same rows."""
+    prompt = max(len(row["short_prompt_ids"]), len(row["long_prompt_ids"]))
+    return prompt + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def fits(row: dict, cutoff_len: int, overlength: str) -> bool:
+    """Whether a row is within `cutoff_len` tokens; if not, False for `overlength: drop` and an error for `error`."""
+    length = row_length(row)
+    if length > cutoff_len and overlength == "error":
+        raise RowError(
+            f"{row['row']}: prompt + response have {length} tokens and `cutoff_len` is {cutoff_len}; raise `cutoff_len`, "
+            "shorten the row, or set `solopo_overlength: drop`. Rows are never truncated."
+        )
+    return length <= cutoff_len
+
+
+@dataclass
+class SoloCollator:
+    """Rows -> one batch of right-padded tensors.
+
+    `input_ids`, `attention_mask`, `labels`: the short pair, all chosen, then all rejected (2B, T), padded to a multiple
+    of 8, as the host's pairwise collator gives it. `long_*`: the long prompt with the chosen responses (B, T'), or with
+    chosen, then rejected (2B, T') where `long_pair`. `same_B`: the long prompt is the short prompt. `rows`: names.
+    """
+
+    pad_token_id: int
+    long_pair: bool = False
+
+    def __call__(self, features: list[dict]) -> dict:
+        def sequences(prompt: str, responses: tuple[str, ...]) -> list[tuple[list[int], list[int]]]:
+            return [(f[f"{prompt}_prompt_ids"], f[f"{r}_ids"]) for r in responses for f in features]
+
+        both = ("chosen", "rejected")
+        long = self._pad(sequences("long", both if self.long_pair else both[:1]), multiple=1)
+        return {
+            **self._pad(sequences("short", both), multiple=8),
+            **{f"long_{name}": tensor for name, tensor in long.items()},
+            "same_B": torch.tensor([f["short_prompt_ids"] == f["long_prompt_ids"] for f in features]),
+            "rows": [f["row"] for f in features],
+        }
+
+    def _pad(self, sequences: list[tuple[list[int], list[int]]], multiple: int) -> dict[str, torch.Tensor]:
+        width = max(len(prompt) + len(response) for prompt, response in sequences)
+        width = -(-width // multiple) * multiple
+        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        for prompt, response in sequences:
+            length = len(prompt) + len(response)
+            rest = width - length
+            batch["input_ids"].append(prompt + response + [self.pad_token_id] * rest)
+            batch["attention_mask"].append([1] * length + [0] * rest)
+            batch["labels"].append([IGNORE] * len(prompt) + response + [IGNORE] * rest)
+        return {name: torch.tensor(rows) for name, rows in batch.items()}

@@ -1,0 +1,87 @@
+"""Seam 1: the recipe's keys. `llamafactory.hparams.parser` learns the `solopo_*` keys and `stage: solopo`.
+
+What: its lists of dataclasses get our subclass of `FinetuningArguments`; two functions are wrapped.
+Why: there is no registry of stages or arguments, and unknown keys raise. Host: 0.9.5.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from llamafactory.hparams.finetuning_args import FinetuningArguments
+from omegaconf import OmegaConf
+
+from .. import args as solo
+from .versions import same
+
+_STAGE = FinetuningArguments.__dataclass_fields__["stage"]
+_STAGES = get_args(get_type_hints(FinetuningArguments)["stage"])
+
+
+@dataclass
+class SoloFinetuningArguments(solo.SoloArguments, FinetuningArguments):
+    """The host's finetuning arguments with ours; what the host asks of `stage: dpo` is asked of `solopo` too."""
+
+    stage: Literal[(*_STAGES, "solopo")] = field(default=_STAGE.default, metadata=dict(_STAGE.metadata))
+
+    def __post_init__(self):
+        if self.stage != "solopo":
+            return super().__post_init__()
+        solo.check_values(self)
+        solo.check_loss(self)
+        self.stage = "dpo"  # the host tests stages by name: its rules for DPO (reference, PiSSA, smoothing) apply to us
+        try:
+            super().__post_init__()
+        finally:
+            self.stage = "solopo"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the host's (sent to experiment trackers); other stages report what they report without the plugin."""
+        own = super().to_dict()
+        return own if self.stage == "solopo" else {k: v for k, v in own.items() if k not in solo.FIELDS}
+
+
+def apply(parser) -> None:
+    """Patch `llamafactory.hparams.parser` right after its import."""
+    same(parser, "_parse_train_args", ("args",))
+    same(parser, "read_args", ("args",))
+    for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
+        arguments[:] = [SoloFinetuningArguments if a is FinetuningArguments else a for a in arguments]
+    parser.read_args = _reading_json(parser.read_args)
+    parser._parse_train_args = _checking_keys(parser._parse_train_args, parser)
+
+
+def _reading_json(read_args):
+    """A JSON recipe: the host passes the path, not the file, to `json.load` and dies with an AttributeError."""
+
+    @wraps(read_args)
+    def wrapper(args=None):
+        if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
+            recipe = OmegaConf.create(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+            return OmegaConf.to_container(OmegaConf.merge(recipe, OmegaConf.from_cli(sys.argv[2:])))
+        return read_args(args)
+
+    return wrapper
+
+
+def _checking_keys(parse_train_args, parser):
+    """Refuse misspelt `solopo_*` keys with the allowed ones, and ours in a stage that would ignore them."""
+
+    @wraps(parse_train_args)
+    def wrapper(args=None):
+        args = parser.read_args(args)
+        if isinstance(args, dict):
+            keys, stage = list(args), args.get("stage")
+        else:
+            keys = [a[2:].split("=")[0] for a in args if a.startswith("--")]
+            stage = dict(zip(args, args[1:])).get("--stage") or next((a[8:] for a in args if a.startswith("--stage=")), None)
+        ours = [k for k in keys if k.startswith("solopo")]
+        solo.check_keys(ours)
+        if ours and stage != "solopo":
+            raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
+        return parse_train_args(args)
+
+    return wrapper

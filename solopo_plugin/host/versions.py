@@ -1,0 +1,57 @@
+"""Which LLaMA-Factory the plugin was tested with, and what to tell a user whose environment is another one."""
+
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+TESTED = ("0.9.5",)
+# torch, torchvision and torchaudio are built against each other; pip does not enforce it (see constraints.txt)
+WORKING_SET = {"torch": "2.11", "torchvision": "0.26", "torchaudio": "2.11"}
+INSTALL = "pip install " + " ".join(f'"{name}=={v}.*"' for name, v in WORKING_SET.items())
+
+
+def installed(package: str) -> str:
+    """Version of an installed package, or 'not installed'."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@cache
+def tested() -> bool:
+    """Whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
+    host = installed("llamafactory")
+    if host not in TESTED:
+        print(
+            f"[WARNING] solopo_plugin is inactive: it is tested with LLaMA-Factory {', '.join(TESTED)} and found {host}. "
+            f'`stage: solopo` needs: pip install "llamafactory=={TESTED[-1]}"',
+            file=sys.stderr,
+        )
+    return host in TESTED
+
+
+def explain(error: BaseException) -> None:
+    """Attach to a failed import of the host what to install, if the environment is not a working set."""
+    wrong = {n: installed(n) for n, v in WORKING_SET.items() if not installed(n).startswith(v + ".")}
+    if wrong:
+        found = ", ".join(f"{name} {v}" for name, v in wrong.items())
+        error.add_note(f"solopo_plugin: LLaMA-Factory cannot be imported and this environment has {found}. Run: {INSTALL}")
+
+
+def same(owner: object, name: str, parameters: tuple[str, ...]) -> None:
+    """Check, before a function of the host is replaced, that it is there and takes the parameters that we know.
+
+    Raises:
+        RuntimeError: The host is not the one the patch was written for.
+    """
+    from inspect import signature
+
+    function = getattr(owner, name, None)
+    found = tuple(signature(function).parameters) if callable(function) else None
+    if found != parameters:
+        where = f"{getattr(owner, '__name__', owner)}.{name}"
+        raise RuntimeError(
+            f"solopo_plugin cannot patch {where}: expected parameters {parameters}, found {found}. "
+            f"Install a tested LLaMA-Factory ({', '.join(TESTED)}) or set SOLOPO_PLUGIN=off."
+        )

@@ -1,0 +1,59 @@
+"""What runs at interpreter start: `solopo_plugin.pth` imports this file in every Python process of the environment.
+
+It installs one import finder that waits for four modules of LLaMA-Factory and, right after one of them has been
+imported, hands it to the file in `solopo_plugin.host` that patches it. Torchrun workers, Ray workers and
+LlamaBoard's "Start" are new processes, so patching in a parent would be lost; this is not. Nothing but `sys` and
+`os` is imported, and nothing here may raise: an unrelated program must not notice it.
+`SOLOPO_PLUGIN=off` (or 0, false, no) leaves the host untouched.
+"""
+
+import os
+import sys
+
+PATCHES = {
+    "llamafactory.hparams.parser": "solopo_plugin.host.arguments",
+    "llamafactory.data.parser": "solopo_plugin.host.data",
+    "llamafactory.data.loader": "solopo_plugin.host.data",
+    "llamafactory.train.tuner": "solopo_plugin.host.stage",
+}
+
+
+class HostFinder:
+    """Finds the modules named in `PATCHES` as everybody else would, and patches them once they are loaded."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name not in PATCHES:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find and finder is not cls else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader.exec_module = _then_patch(spec.loader.exec_module)
+                return spec
+        return None
+
+
+def _then_patch(exec_module):
+    def exec_and_patch(module):
+        from importlib import import_module
+
+        from solopo_plugin.host import versions
+
+        try:
+            exec_module(module)
+        except (ImportError, OSError, RuntimeError) as error:
+            versions.explain(error)
+            raise
+        if versions.tested():
+            import_module(PATCHES[module.__name__]).apply(module)
+
+    return exec_and_patch
+
+
+def activate() -> None:
+    """Install the finder unless switched off; called once by the .pth file."""
+    if os.environ.get("SOLOPO_PLUGIN", "").lower() not in ("off", "0", "false", "no"):
+        if HostFinder not in sys.meta_path:
+            sys.meta_path.insert(0, HostFinder)
