@@ -7,61 +7,57 @@ against it. Nothing of LLaMA-Factory is imported here.
 import math
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from typing import Literal, get_args
 
 LOSSES = ("sigmoid", "ipo", "hinge", "simpo", "orpo")  # the host's `pref_loss` values that SoLoPO is defined for
 LENGTH_NORMALISED = ("ipo", "simpo", "orpo")  # losses on the mean log-prob per token; the others use the sum
 
 
-def _choice(default: str, choices: tuple[str, ...], help: str):
-    return field(default=default, metadata={"help": f"{help} One of: {', '.join(choices)}.", "allowed": choices})
+def _key(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class SoloArguments:
     """Arguments of the SoLoPO stage (`stage: solopo`)."""
 
-    solopo_alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the short-to-long alignment term, >= 0 (0 is the plain preference loss on the short "
-            "pair). The paper uses 1 to 4. DPO sums log-probs and SimPO/ORPO average them, so the same alpha pulls "
-            "very differently per token."
-        },
+    solopo_alpha: float = _key(
+        1.0,
+        "Weight of the short-to-long alignment term, >= 0 (0 is the plain preference loss on the short "
+        "pair). The paper uses 1 to 4. DPO sums log-probs and SimPO/ORPO average them, so the same alpha pulls "
+        "very differently per token.",
     )
-    solopo_align: str = _choice(
+    solopo_align: Literal["reward", "logp"] = _key(
         "reward",
-        ("reward", "logp"),
         "What is kept equal between short and long context: the reward of the loss in use (SoLo-RA, the paper's form) "
         "or the log-probability (SoLo-KL; mean per token for ipo, simpo and orpo, sum otherwise).",
     )
-    solopo_align_on: str = _choice(
+    solopo_align_on: Literal["chosen", "both"] = _key(
         "chosen",
-        ("chosen", "both"),
         "Which responses are aligned: `chosen` (the paper's form), or `both` (also the rejected; a fourth sequence).",
     )
-    solopo_penalty: str = _choice(
+    solopo_penalty: Literal["auto", "abs", "squared", "drop"] = _key(
         "auto",
-        ("auto", "abs", "squared", "drop"),
         "The function s(t) of the gap t: `auto` is the one that belongs to the loss (2t^2 for ipo, |t| otherwise), "
         "`abs` |t|, `squared` t^2, `drop` only what the long context makes worse.",
     )
-    solopo_detach_short: bool = field(
-        default=False, metadata={"help": "No gradient through the short side of the alignment term."}
+    solopo_detach_short: bool = _key(
+        False,
+        "No gradient through the short side of the alignment term.",
     )
-    solopo_objective: str = _choice(
-        "solopo", ("solopo", "longpo"), "The objective: `solopo`, or `longpo` (arXiv:2502.13922) on the same rows."
+    solopo_objective: Literal["solopo", "longpo"] = _key(
+        "solopo", "The objective: `solopo`, or `longpo` (arXiv:2502.13922) on the same rows."
     )
-    solopo_longpo_lambda: float = field(
-        default=0.01,
-        metadata={"help": "LongPO only: weight of the preference term; the NLL has weight 1. 0.01 is LongPO's."},
+    solopo_longpo_lambda: float = _key(
+        0.01,
+        "LongPO only: weight of the preference term; the NLL has weight 1. 0.01 is LongPO's.",
     )
-    solopo_overlength: str = _choice(
+    solopo_overlength: Literal["error", "drop"] = _key(
         "error",
-        ("error", "drop"),
         "A row longer than `cutoff_len`: stop with an `error`, or `drop` it (counted and reported). Never truncated.",
     )
-    solopo_forward: str = _choice(
-        "two_stage", ("two_stage",), "How a step runs: the short pair in one forward, then the long sequence in another."
+    solopo_forward: Literal["two_stage"] = _key(
+        "two_stage", "How a step runs: the short pair in one forward, then the long sequence in another."
     )
 
 
@@ -92,8 +88,8 @@ def check_values(args: SoloArguments) -> None:
         elif spec.type is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be true or false, got {value!r}.")
-        elif value not in spec.metadata["allowed"]:
-            raise ValueError(f"`{name}` must be one of {', '.join(spec.metadata['allowed'])}; got {value!r}.")
+        elif value not in get_args(spec.type):
+            raise ValueError(f"`{name}` must be one of {', '.join(get_args(spec.type))}; got {value!r}.")
 
 
 def check_loss(args) -> None:

@@ -1,7 +1,8 @@
 """A row of the data set on its way to the model: checked, tokenised, batched. Nothing of LLaMA-Factory is imported.
 
 A tokenised row holds `short_prompt_ids`, `long_prompt_ids`, `chosen_ids`, `rejected_ids` (the response's tokens, the
-same behind either prompt) and `row`, the name by which messages call it: `<dataset>[<index>]`.
+same behind either prompt), `same` (the long prompt is the short one) and `row`, the name by which messages call it:
+`<dataset>[<index>]`.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 
 from .logps import IGNORE
 
-TOKEN_COLUMNS = ("short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
+COLUMNS = ("row", "same", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class RowError(ValueError):
@@ -55,19 +56,25 @@ def build_row(
     for message in [*short, *long, *responses]:
         for marker in markers:
             if marker in message["content"]:
-                raise RowError(f"{row}: the text contains the template's {marker!r}; give plain text, the host templates it.")
+                raise RowError(
+                    f"{row}: the text contains the template's {marker!r}; give plain text, the host templates it."
+                )
     ids = {}
     for side, prompt, prompt_system in (("short", short, system), ("long", long, long_system)):
         for name, response in zip(("chosen", "rejected"), responses, strict=True):
             prompt_ids, response_ids = encode([*prompt, response], prompt_system, tools)
             if ids.setdefault(f"{name}_ids", response_ids) != response_ids:
-                raise RowError(f"{row}: `{name}` tokenises differently behind the short and the long prompt; check `template`.")
+                raise RowError(
+                    f"{row}: `{name}` tokenises differently behind the short and the long prompt; check `template`."
+                )
             ids.setdefault(f"{side}_prompt_ids", prompt_ids)
         if bos_id is not None and prompt_ids.count(bos_id) > 1:
-            raise RowError(f"{row}: the {side} prompt has {prompt_ids.count(bos_id)} BOS tokens; remove BOS from the text.")
+            raise RowError(
+                f"{row}: the {side} prompt has {prompt_ids.count(bos_id)} BOS tokens; remove BOS from the text."
+            )
     if ids["chosen_ids"] == ids["rejected_ids"]:
         raise RowError(f"{row}: `chosen` and `rejected` are the same tokens; remove the row.")
-    return {"row": row, **ids}
+    return {"row": row, "same": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
 
 
 def row_length(row: dict) -> int:
@@ -108,7 +115,7 @@ class SoloCollator:
         return {
             **self._pad(sequences("short", both), multiple=8),
             **{f"long_{name}": tensor for name, tensor in long.items()},
-            "same_B": torch.tensor([f["short_prompt_ids"] == f["long_prompt_ids"] for f in features]),
+            "same_B": torch.tensor([f["same"] for f in features]),
             "rows": [f["row"] for f in features],
         }
 

@@ -35,8 +35,8 @@ def log_odds(avg_logps_B: Tensor) -> Tensor:
 
 def dpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta, smoothing=0.0, **_):
     """DPO (arXiv:2305.18290, eq. 7): -log sigma(beta * margin), with cDPO's label smoothing as in the host."""
-    logits_B = beta * ((chosen_B - rejected_B) - (ref_chosen_B - ref_rejected_B))
-    return -F.logsigmoid(logits_B) * (1 - smoothing) - F.logsigmoid(-logits_B) * smoothing
+    margin_B = (chosen_B - rejected_B) - (ref_chosen_B - ref_rejected_B)
+    return -F.logsigmoid(beta * margin_B) * (1 - smoothing) - F.logsigmoid(-beta * margin_B) * smoothing
 
 
 def ipo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta, **_):
@@ -92,7 +92,14 @@ def penalty(lost_B: Tensor, kind: str, pref_loss: str) -> Tensor:
 
 
 def alignment(
-    short_B: Tensor, long_B: Tensor, pref_loss: str, beta: float, align="reward", kind="auto", detach_short=False, rise=False
+    short_B: Tensor,
+    long_B: Tensor,
+    pref_loss: str,
+    beta: float,
+    align="reward",
+    kind="auto",
+    detach_short=False,
+    rise=False,
 ) -> Tensor:
     """SoLo-RA (eq. 9) or SoLo-KL (eq. 10) for one response, per sample, not reduced and not yet times alpha.
 

@@ -5,13 +5,14 @@ What: `DatasetAttr.join` keeps two more columns; five functions of the loader ar
 processor by stage, and its pairwise path drops every other column and truncates prompts at the end. Host: 0.9.5.
 """
 
-from collections import defaultdict
 from copy import copy
 from functools import wraps
 from typing import Any
 
+from pyarrow.compute import list_value_length, mean
+
 from .. import __version__
-from ..data import RowError, build_row, check_text, fits
+from ..data import COLUMNS, RowError, build_row, check_text, fits
 from .versions import same
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
@@ -80,7 +81,9 @@ def check_stage(attr: Any, stage: str) -> None:
     if attr.ranking is not True:
         raise ValueError(f'Dataset `{attr.entry}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
     if not (attr.chosen and attr.rejected):
-        raise ValueError(f"Dataset `{attr.entry}` must map `chosen` and `rejected` under `columns` in dataset_info.json.")
+        raise ValueError(
+            f"Dataset `{attr.entry}` must map `chosen` and `rejected` under `columns` in dataset_info.json."
+        )
     if attr.images or attr.videos or attr.audios:
         raise ValueError(f"Dataset `{attr.entry}` maps images, videos or audios; `stage: solopo` is for text only.")
 
@@ -111,9 +114,13 @@ class LongConverter:
         short, long = self.short(example), self.long(example)
         for column, side in ((self.prompt_column, short), (self.long_column, long)):
             if len(side["_prompt"]) % 2 != 1 or len(side["_response"]) != 2:
-                raise RowError(f"{row}: column `{column}` must be turns that begin and end with the user's, and the responses one assistant turn each.")
+                raise RowError(
+                    f"{row}: column `{column}` must be turns that begin and end with the user's, and the responses one assistant turn each."
+                )
         if short["_response"][0]["content"] == short["_response"][1]["content"]:
-            raise RowError(f"{row}: columns `{self.attr.chosen}` and `{self.attr.rejected}` hold the same text; remove the row.")
+            raise RowError(
+                f"{row}: columns `{self.attr.chosen}` and `{self.attr.rejected}` hold the same text; remove the row."
+            )
         short |= {"_long_prompt": long["_prompt"], "_long_system": long["_system"], "_row": row}
         return {name: value for name, value in short.items() if name not in ("_images", "_videos", "_audios")}
 
@@ -181,7 +188,7 @@ class SoloDatasetProcessor:
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """A batch of aligned examples -> a batch of tokenised rows; over-long rows raise or are left out."""
-        batch = defaultdict(list, {name: [] for name in ("row", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")})
+        batch = {name: [] for name in COLUMNS}
         names = ("_row", "_prompt", "_long_prompt", "_response", "_system", "_long_system", "_tools")
         for row, short, long, responses, system, long_system, tools in zip(*(examples[n] for n in names), strict=True):
             tokenised = build_row(
@@ -191,14 +198,16 @@ class SoloDatasetProcessor:
             if fits(tokenised, self.cutoff_len, self.overlength):
                 for name, value in tokenised.items():
                     batch[name].append(value)
-        return dict(batch)
+        return batch
 
     def print_data_example(self, example: dict[str, Any]) -> None:
         """Show the first row as the model sees it, as the host's processors do."""
         print(f"row:\n{example['row']}")
         for name in ("short_prompt", "long_prompt", "chosen", "rejected"):
             ids = example[f"{name}_ids"]
-            print(f"{name}_ids ({len(ids)} tokens):\n{ids}\n{name}:\n{self.tokenizer.decode(ids, skip_special_tokens=False)}")
+            print(
+                f"{name}_ids ({len(ids)} tokens):\n{ids}\n{name}:\n{self.tokenizer.decode(ids, skip_special_tokens=False)}"
+            )
 
 
 def _processing(get_dataset_processor, loader):
@@ -212,7 +221,9 @@ def _processing(get_dataset_processor, loader):
 
 def _counting(get_preprocessed_dataset, loader):
     def wrapper(dataset, data_args, training_args, stage, template, tokenizer, processor=None, is_eval=False):
-        rows = get_preprocessed_dataset(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
+        rows = get_preprocessed_dataset(
+            dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval
+        )
         if stage == "solopo" and rows is not None and not data_args.streaming:
             report(rows, len(dataset), data_args, is_eval, loader.logger)
         return rows
@@ -222,7 +233,8 @@ def _counting(get_preprocessed_dataset, loader):
 
 def report(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
     """Say how many rows there are, how many were dropped, and how long short and long prompts are."""
-    short, long = (sum(map(len, rows[f"{side}_prompt_ids"])) / len(rows) for side in ("short", "long"))
+    lengths = (list_value_length(rows.data.column(f"{side}_prompt_ids")) for side in ("short", "long"))
+    short, long = (mean(column).as_py() for column in lengths)
     split = "evaluation" if is_eval else "training"
     logger.info_rank0(
         f"SoLoPO {split} rows: {len(rows)}; dropped by `solopo_overlength: {data_args.solopo_overlength}` at `cutoff_len: "
@@ -230,4 +242,6 @@ def report(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
         f"(compression rate {short / long:.2f})."
     )
     if long < short:
-        logger.warning_rank0(f"The long prompts of the {split} rows are shorter than the short ones: are the columns swapped?")
+        logger.warning_rank0(
+            f"The long prompts of the {split} rows are shorter than the short ones: are the columns swapped?"
+        )

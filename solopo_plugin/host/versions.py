@@ -36,7 +36,9 @@ def explain(error: BaseException) -> None:
     wrong = {n: installed(n) for n, v in WORKING_SET.items() if not installed(n).startswith(v + ".")}
     if wrong:
         found = ", ".join(f"{name} {v}" for name, v in wrong.items())
-        error.add_note(f"solopo_plugin: LLaMA-Factory cannot be imported and this environment has {found}. Run: {INSTALL}")
+        error.add_note(
+            f"solopo_plugin: LLaMA-Factory cannot be imported and this environment has {found}. Run: {INSTALL}"
+        )
 
 
 def same(owner: object, name: str, parameters: tuple[str, ...]) -> None:

@@ -1,0 +1,51 @@
+"""Build a tiny causal language model and its tokenizer on the spot: nothing is downloaded.
+
+    python scripts/make_tiny_model.py OUTPUT_DIR [TEXT_FILE]
+
+The weights are random (seed 0). The tokenizer is a byte-level BPE trained on the text file and on itself knows the
+chat markers of Qwen's and Llama 3's templates.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]  # fmt: skip
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 1024, bos: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every string has an encoding, and decoding gives it back."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=MARKERS, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=MARKERS[0], pad_token=MARKERS[0], bos_token=bos)
+
+
+def build(
+    path: str, texts: list[str], architecture: str = "qwen2", bos: str | None = None, seed: int = 0, **config
+) -> None:
+    """Save model and tokenizer to `path`; `config` overrides the tiny shape (4 heads of 16, 2 layers)."""
+    tokenizer = train_tokenizer(texts, bos=bos)
+    shape = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=0, eos_token_id=0,
+        bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(shape | config)))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("data/demo_solopo.jsonl")
+    build(sys.argv[1], source.read_text(encoding="utf-8").splitlines())
+    print(f"tiny model saved to {sys.argv[1]}")

@@ -1,0 +1,253 @@
+"""SoloTrainer: the host's DPO trainer with the SoLoPO step. Read `compute_loss`, then `solopo_step`.
+
+Shape suffixes: B samples, T tokens, K kept positions, V vocabulary, M metrics.
+"""
+
+import inspect
+
+import torch
+from llamafactory.extras import logging
+from llamafactory.train.dpo.trainer import CustomDPOTrainer
+from torch import Tensor
+from transformers import Trainer
+
+from . import losses
+from .args import LENGTH_NORMALISED
+from .logps import predicting_positions, response_logps, token_logps
+
+logger = logging.get_logger(__name__)
+
+# Always this set in this order, on every rank and step. Defined in the README.
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "solopo/po_loss",
+    "solopo/align_loss",
+    "solopo/reward_short",
+    "solopo/reward_long",
+    "solopo/reward_gap",
+    "solopo/nll",
+)
+
+
+class ExampleMeans:
+    """Means over examples, not over batches: sums and a count, kept on the device, added over ranks when read."""
+
+    def __init__(self):
+        self.sums_M, self.count = None, 0
+
+    def add(self, values_BM: Tensor) -> None:
+        total_M = values_BM.double().sum(0) if values_BM.device.type != "mps" else values_BM.sum(0)
+        self.sums_M = total_M if self.sums_M is None else self.sums_M + total_M
+        self.count += len(values_BM)
+
+    def read(self, reduce=lambda x: x) -> list[float]:
+        """Means in order; `reduce` adds a tensor over ranks."""
+        totals = reduce(torch.cat([self.sums_M, self.sums_M.new_tensor([self.count])]))
+        return (totals[:-1] / totals[-1]).tolist()
+
+
+class SoloTrainer(CustomDPOTrainer):
+    """Adds to the host's trainer: the step, example-weighted accumulation, and metrics that are means over examples."""
+
+    def __init__(self, model, finetuning_args, train_dataset=None, **kwargs):
+        super().__init__(model=model, finetuning_args=finetuning_args, train_dataset=train_dataset, **kwargs)
+        self.train_means, self.eval_means = ExampleMeans(), ExampleMeans()
+        self.window_weight = 1.0  # examples a full micro-batch stands for, see get_batch_samples
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        if not self.keeps_logits:
+            logger.warning_rank0(f"{type(base).__name__} has no `logits_to_keep`: the long forward keeps all logits.")
+
+    # ---- one step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean SoLoPO loss of a micro-batch, weighted so that every example of an accumulation window counts the same."""
+        losses_B, metrics_BM = self.solopo_step(model, inputs)
+        self.check_finite(losses_B, inputs["rows"])
+        self.train_means.add(metrics_BM)
+        loss = losses_B.mean() * (self.window_weight * len(losses_B))
+        return (loss, metrics_BM) if return_outputs else loss
+
+    def solopo_step(self, model, inputs) -> tuple[Tensor, Tensor]:
+        """Losses (B,) with gradient and metrics (B, M) without, of one micro-batch of `SoloCollator`."""
+        if self.finetuning_args.solopo_objective == "longpo":
+            return self.longpo_step(model, inputs)
+        args = self.finetuning_args
+        short = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        policy = self.concatenated_forward(model, dict(short))
+        chosen_B, rejected_B, nll_B = policy["chosen_logps"], policy["rejected_logps"], -policy["chosen_logps_avg"]
+        del policy  # its fp32 logits of every position
+        ref_chosen_B, ref_rejected_B = self.compute_reference_log_probs(model, dict(short))
+        po_loss = losses.PO_LOSSES[args.pref_loss]
+        po_B = po_loss(
+            chosen_B, rejected_B, ref_chosen_B, ref_rejected_B,
+            beta=args.pref_beta, gamma=args.simpo_gamma, smoothing=args.dpo_label_smoothing,
+        )  # fmt: skip
+        if args.pref_ftx > 1e-6:  # the host's threshold
+            po_B = po_B + args.pref_ftx * nll_B
+
+        long_chosen_B, *long_rejected_B = self.long_logps(model, inputs, chosen_B, rejected_B)
+        align = dict(pref_loss=args.pref_loss, beta=args.pref_beta, align=args.solopo_align,
+                     kind=args.solopo_penalty, detach_short=args.solopo_detach_short)  # fmt: skip
+        align_B = losses.alignment(chosen_B, long_chosen_B, **align)
+        if long_rejected_B:
+            align_B = align_B + losses.alignment(rejected_B, long_rejected_B[0], **align, rise=True)
+        losses_B = po_B + args.solopo_alpha * align_B if args.solopo_alpha else po_B
+
+        with torch.no_grad():
+            reward_short_B = losses.reward(args.pref_loss, chosen_B, args.pref_beta)
+            reward_long_B = losses.reward(args.pref_loss, long_chosen_B, args.pref_beta)
+            metrics_BM = self.metrics(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, po_B, align_B,
+                                      reward_short_B, reward_long_B, nll_B)  # fmt: skip
+        return losses_B, metrics_BM
+
+    def long_logps(self, model, inputs, chosen_B: Tensor, rejected_B: Tensor) -> list[Tensor]:
+        """Log-probs of the chosen (and, for `both`, rejected) responses given the long prompts, each shape (B,).
+
+        Summed or averaged as `L_PO` has them. Where a row's long prompt is its short prompt, the short log-prob itself;
+        where that is so for the whole micro-batch on every rank, nothing is run. With alpha 0 the gap is only measured.
+        """
+        shorts = [chosen_B, rejected_B] if self.data_collator.long_pair else [chosen_B]
+        if self.every_rank_may_skip(inputs["same_B"]):
+            return shorts
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.finetuning_args.solopo_alpha > 0):
+            positions_K = predicting_positions(inputs["long_labels"])
+            logits_BKV = self.forward_long(model, inputs, positions_K)
+            logps, counts = response_logps(logits_BKV, inputs["long_labels"], positions_K)
+            if self.finetuning_args.pref_loss in LENGTH_NORMALISED:
+                logps = logps / counts
+        return [
+            long_B.where(~inputs["same_B"], short_B)
+            for long_B, short_B in zip(logps.split(len(chosen_B)), shorts, strict=True)
+        ]
+
+    def forward_long(self, model, inputs, positions_K: Tensor | None) -> Tensor:
+        """Logits of the long sequences at the given positions (all where None), through the wrapped model."""
+        keep = {} if positions_K is None or not self.keeps_logits else {"logits_to_keep": positions_K}
+        ids, mask = inputs["long_input_ids"], inputs["long_attention_mask"]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True, **keep).logits
+        return logits if keep or positions_K is None else logits[:, positions_K]
+
+    def every_rank_may_skip(self, same_B: Tensor) -> bool:
+        """Whether this micro-batch needs no long forward on any rank; under ZeRO-3 all ranks must do the same."""
+        if not self.some_row_is_short:
+            return False
+        return bool(self.accelerator.gather(same_B.all()[None]).all())
+
+    @property
+    def some_row_is_short(self) -> bool:
+        """Whether any row's two prompts are equal; the same on every rank. Unknown, so True, for streams."""
+        if not hasattr(self, "_some_row_is_short"):
+            sets = [
+                self.train_dataset,
+                *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]),
+            ]
+            known = [d is None or (hasattr(d, "num_rows") and not any(d["same"])) for d in sets]
+            self._some_row_is_short = not all(known)
+        return self._some_row_is_short
+
+    def longpo_step(self, model, inputs) -> tuple[Tensor, Tensor]:
+        """LongPO (arXiv:2502.13922): NLL of `x_long y_w` plus lambda times DPO with the reference on the short prompt."""
+        args, labels_BT = self.finetuning_args, inputs["long_labels"]
+        ids_BT, mask_BT = inputs["long_input_ids"], inputs["long_attention_mask"]
+        size = len(ids_BT) // 2
+        logits_BTV = self.forward_long(model, inputs, None)
+        positions_K = predicting_positions(labels_BT)
+        logps, counts = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K)
+        chosen_B, rejected_B = logps.split(size)
+        real = mask_BT[:size, 1:].bool()
+        tokens = token_logps(logits_BTV[:size, :-1][real], ids_BT[:size, 1:][real])
+        nll_B = -torch.zeros_like(real, dtype=tokens.dtype).masked_scatter(real, tokens).sum(-1) / real.sum(-1)
+        del logits_BTV
+        short = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        ref_chosen_B, ref_rejected_B = self.compute_reference_log_probs(model, short)
+        po_B = losses.longpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, args.pref_beta)
+        metrics_BM = self.metrics(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, po_B, torch.zeros_like(po_B),
+                                  args.pref_beta * ref_chosen_B, args.pref_beta * chosen_B, nll_B)  # fmt: skip
+        return nll_B + args.solopo_longpo_lambda * po_B, metrics_BM
+
+    @torch.no_grad()
+    def metrics(
+        self, chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, po_B, align_B, reward_short_B, reward_long_B, nll_B
+    ):
+        """The columns of `METRICS`, shape (B, M), fp32; no synchronisation with the host."""
+        reward_chosen_B = self.beta * (chosen_B if ref_chosen_B is None else chosen_B - ref_chosen_B)
+        reward_rejected_B = self.beta * (rejected_B if ref_rejected_B is None else rejected_B - ref_rejected_B)
+        columns = (
+            reward_chosen_B, reward_rejected_B, (reward_chosen_B > reward_rejected_B).float(),
+            reward_chosen_B - reward_rejected_B, chosen_B, rejected_B, po_B, align_B,
+            reward_short_B, reward_long_B, (reward_short_B - reward_long_B).abs(), nll_B,
+        )  # fmt: skip
+        return torch.stack([column.detach().float() for column in columns], dim=1)
+
+    def check_finite(self, losses_B: Tensor, rows: list[str]) -> None:
+        """Stop at a loss that is NaN or infinite, before it reaches the weights."""
+        finite = losses_B.isfinite()
+        if not finite.all():
+            bad = ", ".join(
+                f"{row} ({loss})"
+                for row, loss, ok in zip(rows, losses_B.tolist(), finite.tolist(), strict=True)
+                if not ok
+            )
+            raise FloatingPointError(
+                f"Loss is not finite at step {self.state.global_step + 1}, rows {bad}. Lower `learning_rate` or "
+                "`solopo_alpha`, or look at the rows; the last checkpoint is unharmed."
+            )
+
+    # ---- around the step
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As the host's, and remember how much one example of this accumulation window weighs.
+
+        The Trainer divides each micro-batch's loss by the number of micro-batches; with an uneven last one that is not
+        the mean over examples, and 1 x 4, 2 x 2 and 4 x 1 would differ.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        examples = sum(len(batch["rows"]) for batch in batches)
+        self.window_weight = len(batches) / examples if examples else 1.0
+        return batches, num_items
+
+    def log(self, logs, *args, **kwargs):
+        """As the Trainer's, with the means since the last log; `CustomDPOTrainer.log` reduces by position and by batch."""
+        if "loss" in logs and self.train_means.count:
+            means = self.train_means.read(lambda t: self.accelerator.reduce(t, "sum"))
+            logs.update(zip(METRICS, means, strict=True))
+            self.train_means = ExampleMeans()
+        return Trainer.log(self, logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of an evaluation batch; per-example values are gathered so that padding duplicates do not count."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            losses_B, metrics_BM = self.solopo_step(model, inputs)
+        self.check_finite(losses_B, inputs["rows"])
+        self.eval_means.add(
+            self.accelerator.gather_for_metrics(torch.cat([losses_B.float()[:, None], metrics_BM], dim=1))
+        )
+        return losses_B.mean(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As the Trainer's, with `METRICS` and the loss as means over the examples of the set."""
+        self.eval_means = ExampleMeans()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = zip(("loss", *METRICS), self.eval_means.read(), strict=True)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means})
+        return output
+
+    def _track_num_input_tokens(self, inputs):
+        super()._track_num_input_tokens(all_tokens(inputs))
+
+    def floating_point_ops(self, inputs):
+        return super().floating_point_ops(all_tokens(inputs))
+
+
+def all_tokens(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Short and long sequences as one flat row: what the Trainer's token and FLOP counters should see."""
+    names = ("input_ids", "attention_mask")
+    return {name: torch.cat([inputs[name].flatten(), inputs[f"long_{name}"].flatten()])[None] for name in names}

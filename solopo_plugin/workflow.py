@@ -1,0 +1,120 @@
+"""`run_solopo`: load, build, train, evaluate, save, in the shape of the host's own workflows (`train/dpo/workflow.py`)."""
+
+from pyarrow.compute import list_value_length, sum as arrow_sum
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.extras import logging
+from llamafactory.extras.ploting import plot_loss
+from llamafactory.model import load_model, load_tokenizer
+from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.training_args import ParallelMode
+
+from . import __version__
+from .data import COLUMNS, SoloCollator
+from .host.versions import installed
+from .trainer import SoloTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
+    """Train and/or evaluate with SoLoPO; the arguments are the host's, `finetuning_args` with the `solopo_*` keys."""
+    logger.info_rank0(f"solopo_plugin {__version__} is active in LLaMA-Factory {installed('llamafactory')}.")
+    tokenizer_module = load_tokenizer(model_args)
+    if tokenizer_module["processor"] is not None:
+        raise ValueError(
+            f"`stage: solopo` is for text models; {model_args.model_name_or_path} has a multimodal processor."
+        )
+    tokenizer = tokenizer_module["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    data_args.solopo_overlength = finetuning_args.solopo_overlength  # the host hands its processors only data_args
+    dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
+    check_tokenized(dataset_module, data_args.tokenized_path)
+    configure_checkpointing(model_args, training_args)
+    if data_args.streaming:
+        training_args.accelerator_config.dispatch_batches = False  # batches of several ranks differ in length
+    model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+
+    ref_model = None
+    if finetuning_args.use_ref_model:
+        if finetuning_args.ref_model is None and not training_args.do_train:
+            ref_model = model  # evaluation of a model against itself
+        else:
+            ref_model = create_ref_model(model_args, finetuning_args)
+
+    longpo = finetuning_args.solopo_objective == "longpo"
+    trainer = SoloTrainer(
+        model=model,
+        ref_model=ref_model,
+        args=training_args,
+        finetuning_args=finetuning_args,
+        data_collator=SoloCollator(
+            tokenizer.pad_token_id, long_pair=longpo or finetuning_args.solopo_align_on == "both"
+        ),
+        callbacks=callbacks,
+        **dataset_module,
+        **tokenizer_module,
+    )
+
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        if finetuning_args.include_effective_tokens_per_second:
+            tokens = count_tokens(dataset_module["train_dataset"], trainer.data_collator.long_pair)
+            rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
+            result.metrics["effective_tokens_per_sec"] = rate / training_args.world_size
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        if trainer.is_world_process_zero() and finetuning_args.plot_loss:
+            keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
+            evaluated = dataset_module.get("eval_dataset")
+            prefixes = (
+                [f"eval_{name}" for name in evaluated] if isinstance(evaluated, dict) else ["eval"] if evaluated else []
+            )
+            plot_loss(training_args.output_dir, keys=keys + [f"{prefix}_loss" for prefix in prefixes])
+
+    if training_args.do_eval:
+        metrics = trainer.evaluate(metric_key_prefix="eval")
+        if model is ref_model:  # rewards relative to itself are all 0
+            metrics = {name: value for name, value in metrics.items() if "rewards" not in name}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+
+
+def check_tokenized(dataset_module: dict, path: str | None) -> None:
+    """Refuse rows that another stage has tokenised under the same `tokenized_path`."""
+    for dataset in dataset_module.values():
+        for split in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            if path is not None and split.column_names is not None and not set(COLUMNS) <= set(split.column_names):
+                raise ValueError(
+                    f"`tokenized_path: {path}` holds rows of another stage (columns {', '.join(split.column_names)}); "
+                    "choose another path or remove the folder."
+                )
+
+
+def configure_checkpointing(model_args, training_args) -> None:
+    """Two forwards before one backward: DDP and ZeRO-1/2 count a parameter ready twice under reentrant checkpointing.
+
+    Non-reentrant checkpointing gives the same gradients; ZeRO-3 needs and allows the host's default.
+    """
+    distributed = training_args.parallel_mode == ParallelMode.DISTRIBUTED and not is_deepspeed_zero3_enabled()
+    if not distributed or model_args.disable_gradient_checkpointing:
+        return
+    if model_args.use_unsloth_gc:
+        raise ValueError(
+            "`use_unsloth_gc: true` is reentrant and fails with DDP and ZeRO-1/2 in two-stage form; remove it."
+        )
+    if model_args.use_reentrant_gc:
+        model_args.use_reentrant_gc = False
+        logger.info_rank0("Set `use_reentrant_gc` to False: two forwards in one step need it under DDP and ZeRO-1/2.")
+
+
+def count_tokens(dataset, long_pair: bool) -> int:
+    """Tokens of one epoch in all sequences that a step runs."""
+    n = {side: arrow_sum(list_value_length(dataset.data.column(f"{side}_ids"))).as_py() for side in
+         ("short_prompt", "long_prompt", "chosen", "rejected")}  # fmt: skip
+    tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
+    return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)

@@ -1,0 +1,132 @@
+"""Shared tools: tiny models, recipes as dicts, runs in this process and through the real command line.
+
+Importing the host takes ten seconds or more, so most runs share this process (`run`); what must be proven of the
+command line goes through `cli`. Everything is offline: models and tokenizers are built here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = Path(os.environ.get("SOLOPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
+BIN = Path(sys.executable).parent
+sys.path.insert(0, str(ROOT / "scripts"))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["DISABLE_VERSION_CHECK"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def demo_rows(n: int | None = None) -> list[dict]:
+    """The shipped sample's rows."""
+    lines = (ROOT / "data" / "demo_solopo.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:n]]
+
+
+SOLO_COLUMNS = {"prompt": "prompt", "long_prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
+
+
+def write_dataset(folder: Path, rows: list[dict], name: str = "rows", **entry) -> str:
+    """Register rows as a data set in `folder`; returns the folder for `dataset_dir`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    info_path = folder / "dataset_info.json"
+    info = json.loads(info_path.read_text()) if info_path.exists() else {}
+    info[name] = {"file_name": f"{name}.jsonl", "ranking": True, "columns": SOLO_COLUMNS} | entry
+    info_path.write_text(json.dumps(info))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Factory of tiny models on disk, built once per shape: `tiny_model("llama", bos="<|begin_of_text|>")`."""
+    from make_tiny_model import build
+
+    built = {}
+
+    def factory(architecture: str = "qwen2", **kwargs) -> str:
+        key = json.dumps([architecture, kwargs], sort_keys=True)
+        if key not in built:
+            path = str(tmp_path_factory.mktemp(architecture))
+            build(path, [json.dumps(r) for r in demo_rows()], architecture, **kwargs)
+            built[key] = path
+        return built[key]
+
+    return factory
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path):
+    """A small valid SoLoPO recipe as a dict; keyword arguments change or add keys, None removes one."""
+
+    def make(**changes) -> dict:
+        base = dict(
+            model_name_or_path=changes.pop("model_name_or_path", None) or tiny_model(),
+            stage="solopo", do_train=True, finetuning_type="full", pref_loss="sigmoid", dataset="demo_solopo",
+            dataset_dir=str(ROOT / "data"), max_samples=12, template="qwen", cutoff_len=1024,
+            output_dir=str(tmp_path / "out"), overwrite_output_dir=True, logging_steps=1, save_strategy="no",
+            report_to="none", per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
+            num_train_epochs=2.0, lr_scheduler_type="cosine", use_cpu=True, seed=7, disable_tqdm=True,
+        )  # fmt: skip
+        return {k: v for k, v in (base | changes).items() if v is not None}
+
+    return make
+
+
+def outcome(output_dir: str | Path) -> SimpleNamespace:
+    """What a run left behind: `log` (one dict per logged step), `losses`, `weights` (name -> tensor)."""
+    from safetensors.torch import load_file
+
+    output_dir = Path(output_dir)
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    log = state["log_history"]
+    weights = {}
+    for file in output_dir.glob("*.safetensors"):
+        weights |= load_file(file)
+    return SimpleNamespace(dir=output_dir, log=log, losses=[e["loss"] for e in log if "loss" in e], weights=weights)
+
+
+@pytest.fixture
+def run():
+    """Train from a recipe dict in this process, as `run_exp()` called from Python."""
+
+    def train(args: dict) -> SimpleNamespace:
+        from llamafactory.train.tuner import run_exp
+
+        run_exp(dict(args))
+        return outcome(args["output_dir"])
+
+    return train
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Run `llamafactory-cli` in a new process; returns the finished process with its combined output as `.out`."""
+
+    def call(*args: str, program: str = "llamafactory-cli", check: bool = True, **env: str):
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, **env}
+        process = subprocess.run(
+            [str(BIN / program), *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=800,
+        )  # fmt: skip
+        process.out = process.stdout
+        if check and process.returncode:
+            raise AssertionError(f"{program} {' '.join(args)} ended with {process.returncode}:\n{process.out[-6000:]}")
+        return process
+
+    return call
+
+
+def write_recipe(path: Path, args: dict) -> str:
+    """A recipe dict as a YAML file."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(args, sort_keys=False))
+    return str(path)

@@ -1,0 +1,245 @@
+"""The recipes under examples/yaml/: as generated, complete, marked with origins, and accepted by the host's own parser.
+
+Parsing a recipe starts a process group, a DeepSpeed config and seeds: it happens in one fresh interpreter (this file
+run as a script), which also is what a user's shell starts. All recipes take a few seconds there, most of it imports.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+YAML = ROOT / "examples/yaml"
+DEMO = YAML / "demo_solo_orpo.yaml"
+FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora")
+RECIPES = sorted(p.relative_to(YAML).as_posix() for f in FOLDERS for p in (YAML / f).rglob("*.yaml"))
+ABLATIONS = [name for name in RECIPES if "/ablations/" in name]
+PARSED = RECIPES + [DEMO.name] * DEMO.exists()
+ORIGIN = re.compile(r"  # (paper|host default|ours|LongPO README)(; .+)?$")
+
+
+def lines(name: str) -> list[str]:
+    return (YAML / name).read_text(encoding="utf-8").splitlines()
+
+
+def keys(name: str) -> dict:
+    return yaml.safe_load((YAML / name).read_text(encoding="utf-8"))
+
+
+# What is there
+
+
+def test_count():
+    # Qwen: 3 SoLo + 2 SFT + 3 losses x 3 data sets + LongPO = 15, ablations 3 x (both, kl, 4 alphas) = 18.
+    # Llama: 1 SoLo + 2 SFT + 1 loss x 3 data sets + LongPO = 7, ablations 1 x 6. LoRA: 1.
+    assert len(RECIPES) == 15 + 18 + 7 + 6 + 1 == 47
+    assert len(ABLATIONS) == 24
+    stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(RECIPES) - {DEMO.name}
+    assert not stray, f"recipes that no test looks at: {stray}"
+
+
+def generator(arguments: list[str], monkeypatch, root: Path) -> int:
+    spec = importlib.util.spec_from_file_location("make_recipes", ROOT / "scripts/make_recipes.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_recipes", module)  # its dataclass looks its module up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(sys, "argv", ["make_recipes.py", *arguments])
+    return module.main()
+
+
+def test_files_are_what_the_generator_gives(monkeypatch, capsys):
+    assert generator(["--check"], monkeypatch, ROOT) == 0, capsys.readouterr().out
+
+
+def test_check_names_what_is_wrong(monkeypatch, capsys, tmp_path):
+    shutil.copytree(YAML, tmp_path / "examples/yaml")
+    folder = tmp_path / "examples/yaml/lora"
+    recipe, stale = folder / "qwen2.5-7b_solo_orpo_lora.yaml", folder / "old.yaml"
+
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("lora_rank: 16", "lora_rank: 8"), encoding="utf-8")
+    stale.write_text("stage: dpo\n", encoding="utf-8")
+    assert generator(["--check"], monkeypatch, tmp_path) == 1
+    out = capsys.readouterr().out
+    assert out == f"should not exist: examples/yaml/lora/old.yaml\ndiffers: examples/yaml/lora/{recipe.name}\n"
+
+    recipe.unlink(), stale.unlink()
+    assert generator(["--check"], monkeypatch, tmp_path) == 1
+    assert capsys.readouterr().out == f"missing: examples/yaml/lora/{recipe.name}\n"
+
+    assert generator([], monkeypatch, tmp_path) == 0  # writes it again
+    assert recipe.read_bytes() == (YAML / "lora" / recipe.name).read_bytes()
+
+
+# What a recipe says
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_number_has_an_origin(name):
+    text = "\n".join(lines(name))
+    values = keys(name)
+    unmarked = [
+        line
+        for line in lines(name)
+        if (m := re.match(r"(\w+): ", line)) and type(values[m[1]]) in (int, float) and not ORIGIN.search(line)
+    ]
+    assert not unmarked
+    assert sum(type(v) in (int, float) for v in values.values()) >= 8  # none hides as text, as PyYAML reads 1e-6
+    assert "published, not reproduced here" in text or "LongBenchV1 QA avg" not in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_header(name):
+    header = "\n".join(line for line in lines(name) if line.startswith("# "))
+    gpus = 1 if name.startswith("lora/") else 4
+    launch = "CUDA_VISIBLE_DEVICES=0" if gpus == 1 else f"FORCE_TORCHRUN=1 NPROC_PER_NODE={gpus}"
+    assert f"# {launch} llamafactory-cli train examples/yaml/{name}\n" in header
+    assert "# Not run at 7B by this project.\n" in header
+    assert "# Not shipped: " in header
+    assert f"# Data: {keys(name)['dataset']}: " in header
+    assert all(len(line) <= 120 for line in lines(name))
+    batch = keys(name)["per_device_train_batch_size"] * keys(name)["gradient_accumulation_steps"] * gpus
+    assert batch == 64
+
+
+def test_alphas_of_the_paper():
+    main = {n: keys(n)["solopo_alpha"] for n in RECIPES if re.search(r"/solo_\w+\.yaml$", n) and n not in ABLATIONS}
+    assert main == {
+        "qwen2.5-7b/solo_dpo.yaml": 3,
+        "qwen2.5-7b/solo_simpo.yaml": 1,
+        "qwen2.5-7b/solo_orpo.yaml": 1,
+        "llama3.1-8b/solo_orpo.yaml": 4,
+    }
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_changes_one_key(name):
+    model, recipe = name.split("/")[0], Path(name).stem
+    main, study = re.fullmatch(r"(solo_[a-z]+)_(both|kl|alpha_[\d.]+)", recipe).groups()
+    before, after = keys(f"{model}/{main}.yaml"), keys(name)
+    assert before.keys() == after.keys()
+    changed = {k: v for k, v in after.items() if v != before[k]}
+    assert changed.pop("output_dir") == f"saves/{model}/{recipe}"
+    expected = {"both": {"solopo_align_on": "both"}, "kl": {"solopo_align": "logp"}}
+    assert changed == expected.get(
+        study, {"solopo_alpha": float(study.removeprefix("alpha_"))} if "_" in study else None
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if re.search(r"^[^/]+/(solo|dpo|simpo|orpo)_", n)])
+def test_loss_and_data_belong_to_the_name(name):
+    """A baseline differs from the SoLo recipe of its loss in stage and data, never in rate, beta or optimizer."""
+    model, recipe = name.split("/")[0], Path(name).stem
+    head, tail = recipe.split("_", 1)
+    method, data = (tail, "solopo") if head == "solo" else (head, f"{tail}_po")
+    own = keys(name)
+    assert own["pref_loss"] == {"dpo": "sigmoid", "simpo": "simpo", "orpo": "orpo"}[method]
+    assert own["dataset"] == f"musique_{model.replace('-', '_')}_{data}"
+    twin = keys(f"{model}/solo_{method}.yaml")
+    free = {"stage", "dataset", "cutoff_len", "output_dir", "solopo_alpha", "solopo_align", "solopo_align_on"}
+    assert {k: v for k, v in own.items() if k not in free} == {k: v for k, v in twin.items() if k not in free}
+
+
+def test_no_two_recipes_write_to_one_folder():
+    assert len({keys(name)["output_dir"] for name in RECIPES}) == len(RECIPES)
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (YAML / "deepspeed").iterdir()))
+def test_deepspeed_file(file):
+    config = json.loads((YAML / "deepspeed" / file).read_text(encoding="utf-8"))
+    stage, offload = re.fullmatch(r"ds_z([23])(_offload)?\.json", file).groups()
+    zero = config["zero_optimization"]
+    assert zero["stage"] == int(stage)
+    assert ("offload_optimizer" in zero) == bool(offload)
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (stage == "3")  # else checkpoints are empty
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert config[key] == "auto"
+
+
+def test_deepspeed_of_recipes():
+    assert len(list((YAML / "deepspeed").iterdir())) == 4
+    for name in RECIPES:
+        own = keys(name)
+        if name.startswith("lora/"):
+            assert "deepspeed" not in own
+            continue
+        zero = json.loads((ROOT / own["deepspeed"]).read_text(encoding="utf-8"))["zero_optimization"]
+        # accelerate puts DeepSpeed's CPU Adam in the place of any other optimizer once optimizer states are offloaded
+        assert own["optim"] == "adamw_torch" or "offload_optimizer" not in zero
+
+
+# What the host makes of it
+
+
+def plain(value):
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list):  # the host splits "a,b" at commas; ours name one each, and report_to none becomes []
+        return ",".join(map(str, value)) or "none"
+    return value
+
+
+def parse_all() -> dict:
+    """Every recipe through `get_train_args`. For each, the keys of the file as the host's dataclasses hold them.
+
+    One override: `use_cpu`, without which a machine without GPU refuses `bf16`. A process group of one stands for
+    torchrun, without which the host refuses `deepspeed`.
+    """
+    from llamafactory.hparams.parser import get_train_args
+    from omegaconf import OmegaConf
+
+    results = {}
+    for name in PARSED:
+        recipe = OmegaConf.to_container(OmegaConf.load(YAML / name))  # as the host reads the file of a command line
+        groups = get_train_args(dict(recipe, use_cpu=True))
+        held = {k: plain(getattr(next(g for g in groups if hasattr(g, k)), k)) for k in recipe if k != "use_cpu"}
+        train = groups[2]
+        held |= {"warmup of 79": train.get_warmup_steps(79), "bf16": train.bf16}
+        if train.deepspeed:
+            held["zero3"] = train.hf_deepspeed_config.is_zero3()
+        results[name] = held
+    return results
+
+
+@pytest.fixture(scope="module")
+def parsed(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("recipes") / "parsed.json"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env = dict(os.environ, **one, MASTER_PORT=str(port), TOKENIZERS_PARALLELISM="false")
+    done = subprocess.run(
+        [sys.executable, __file__, out], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "deprecated" not in done.stderr
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_the_host_takes_every_key(parsed, name):
+    held = parsed[name]
+    for key, value in keys(name).items():
+        if key != "use_cpu":
+            assert held[key] == value, key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_warmup_and_zero_mean_what_they_should(parsed, name):
+    assert parsed[name]["warmup of 79"] == 8  # a share of the steps, rounded up, not 0.1 steps
+    assert parsed[name].get("zero3", True)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(parse_all()), encoding="utf-8")
