@@ -69,7 +69,7 @@ setup(
         # builds from source: DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"
         "deepspeed": ["deepspeed>=0.18,<0.20", "ninja"],  # ZeRO-2/3; ninja builds its kernels on first use
         "flash-attn": ["flash-attn>=2.7"],  # `flash_attn: fa2` in a recipe; compiles against the installed torch
-        "vllm": ["vllm"],  # sampling of preference pairs
+        "vllm": ["vllm>=0.20.2,<0.26"],  # sampling of preference pairs; these releases are built for torch 2.11
         "test": ["pytest", "pytest-timeout", "hypothesis", "deepspeed>=0.18,<0.20", "build"],
     },
     cmdclass={"build_py": BuildWithHook, "editable_wheel": EditableWithHook},

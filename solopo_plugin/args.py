@@ -68,7 +68,7 @@ def check_keys(keys) -> None:
     """Refuse a `solopo_*` key that does not exist and name the nearest one and all that do."""
     for key in keys:
         if key.startswith("solopo") and key not in FIELDS:
-            near = get_close_matches(key, FIELDS, n=1)
+            near = get_close_matches(key, FIELDS, n=1, cutoff=0.8)
             hint = f"Did you mean `{near[0]}`? " if near else ""
             raise ValueError(f"Unknown key `{key}` in the recipe. {hint}Allowed: {', '.join(FIELDS)}.")
 

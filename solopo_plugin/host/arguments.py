@@ -1,6 +1,6 @@
 """Seam 1: the recipe's keys. `llamafactory.hparams.parser` learns the `solopo_*` keys and `stage: solopo`.
 
-What: its lists of dataclasses get our subclass of `FinetuningArguments`; two functions are wrapped.
+What: its lists of dataclasses get our subclass of `FinetuningArguments`; three functions are wrapped.
 Why: there is no registry of stages or arguments, and unknown keys raise. Host: 0.9.5.
 """
 
@@ -48,10 +48,12 @@ def apply(parser) -> None:
     """Patch `llamafactory.hparams.parser` right after its import."""
     same(parser, "_parse_train_args", ("args",))
     same(parser, "read_args", ("args",))
+    same(parser, "get_train_args", ("args",))
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
         arguments[:] = [SoloFinetuningArguments if a is FinetuningArguments else a for a in arguments]
     parser.read_args = _reading_json(parser.read_args)
     parser._parse_train_args = _checking_keys(parser._parse_train_args, parser)
+    parser.get_train_args = _checking_recipe(parser.get_train_args)
 
 
 def _reading_json(read_args):
@@ -85,5 +87,31 @@ def _checking_keys(parse_train_args, parser):
         if ours and stage != "solopo":
             raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
         return parse_train_args(args)
+
+    return wrapper
+
+
+def check_recipe(model_args, data_args, finetuning_args) -> None:
+    """Refuse host features that would change or bypass the step, before anything is loaded."""
+    refused = {
+        "use_mca": (finetuning_args.use_mca, "it has its own trainer (unset USE_MCA)"),
+        "use_unsloth": (model_args.use_unsloth, "it replaces the model's forward"),
+        "use_kt": (model_args.use_kt, "it replaces the model's forward"),
+        "shift_attn": (model_args.shift_attn, "short and long sequences would attend differently"),
+        "mixture_of_depths": (model_args.mixture_of_depths, "tokens of the response could skip layers"),
+        "packing": (data_args.packing, "rows of pairs cannot be packed by the host"),
+    }
+    for key, (value, reason) in refused.items():
+        if value:
+            raise ValueError(f"`{key}: {value}` does not work with `stage: solopo`: {reason}; remove it.")
+
+
+def _checking_recipe(get_train_args):
+    @wraps(get_train_args)
+    def wrapper(args=None):
+        parsed = model_args, data_args, _, finetuning_args, _ = get_train_args(args)
+        if finetuning_args.stage == "solopo":
+            check_recipe(model_args, data_args, finetuning_args)
+        return parsed
 
     return wrapper

@@ -1,0 +1,29 @@
+"""Say what a finished run left behind: where the model, the curves and the metrics lie, and how the numbers moved.
+
+    python scripts/show_run.py OUTPUT_DIR
+"""
+
+import json
+import sys
+from pathlib import Path
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "solopo/po_loss", "solopo/align_loss", "solopo/reward_gap")
+
+
+def main(folder: str) -> None:
+    """Print a table of first and last logged values and the files of the run."""
+    out = Path(folder)
+    if not (out / "trainer_state.json").is_file():
+        sys.exit(f"{out} holds no finished run: trainer_state.json is missing; run `llamafactory-cli train` first.")
+    log = [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+    print(f"\n{'metric':22s} {'step ' + str(log[0]['step']):>12s} {'step ' + str(log[-1]['step']):>12s}")
+    for name in SHOWN:
+        if name in log[0]:
+            print(f"{name:22s} {log[0][name]:12.4f} {log[-1][name]:12.4f}")
+    print(f"\nmodel    {out}/")
+    print(f"curves   {', '.join(str(p) for p in sorted(out.glob('training_*.png')))}")
+    print(f"metrics  {', '.join(str(p) for p in sorted(out.glob('*_results.json')))}; every step: {out}/trainer_state.json")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

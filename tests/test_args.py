@@ -1,0 +1,73 @@
+"""The `solopo_*` keys: one definition, checked types and ranges, host rules kept, nothing leaks into other stages."""
+
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+
+from solopo_plugin.args import FIELDS, SoloArguments, check_keys, check_values
+
+
+def test_defaults_are_the_papers_form():
+    assert dataclasses.asdict(SoloArguments()) == {
+        "solopo_alpha": 1.0,
+        "solopo_align": "reward",
+        "solopo_align_on": "chosen",
+        "solopo_penalty": "auto",
+        "solopo_detach_short": False,
+        "solopo_objective": "solopo",
+        "solopo_longpo_lambda": 0.01,
+        "solopo_overlength": "error",
+        "solopo_forward": "two_stage",
+    }
+    check_values(SoloArguments())
+
+
+def test_whole_numbers_become_floats():
+    args = SoloArguments(solopo_alpha=2)
+    check_values(args)
+    assert isinstance(args.solopo_alpha, float)
+
+
+def test_misspelt_key_names_the_nearest_and_all():
+    with pytest.raises(ValueError, match=r"`solopo_alfa`.*Did you mean `solopo_alpha`\?.*solopo_forward"):
+        check_keys(["learning_rate", "solopo_alfa"])
+    check_keys(FIELDS)
+
+
+def test_the_readme_documents_every_key_with_its_default():
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, field in FIELDS.items():
+        default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        assert re.search(rf"^\| `{name}` \| `?{re.escape(default)}`? \|", table, re.M), name
+
+
+def parse(**recipe):
+    from llamafactory.hparams.parser import _parse_train_args
+
+    return _parse_train_args({"model_name_or_path": "unused", "output_dir": "unused", "use_cpu": True, **recipe})[3]
+
+
+@pytest.mark.parametrize(
+    "pref_loss, objective, reference",
+    [("sigmoid", "solopo", True), ("ipo", "solopo", True), ("hinge", "solopo", True), ("simpo", "solopo", False),
+     ("orpo", "solopo", False), ("sigmoid", "longpo", True)],
+)  # fmt: skip
+def test_reference_model_where_the_loss_has_one(pref_loss, objective, reference):
+    args = parse(stage="solopo", pref_loss=pref_loss, solopo_objective=objective)
+    assert args.use_ref_model is reference and args.stage == "solopo"
+
+
+def test_other_stages_report_only_the_hosts_keys():
+    from llamafactory.hparams import FinetuningArguments
+
+    assert parse(stage="dpo").to_dict() == FinetuningArguments(stage="dpo").to_dict()
+    assert parse(stage="solopo").to_dict()["solopo_alpha"] == 1.0
+
+
+def test_chat_and_export_accept_a_training_recipe():
+    from llamafactory.hparams.parser import _parse_infer_args
+
+    recipe = dict(stage="solopo", solopo_alpha=3.0, model_name_or_path="unused", template="qwen")
+    assert _parse_infer_args(recipe)[2].solopo_alpha == 3.0
