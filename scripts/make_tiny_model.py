@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]  # fmt: skip
+QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
+MARKERS = QWEN + LLAMA3
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024, bos: str | None = None) -> PreTrainedTokenizerFast:
@@ -29,11 +31,16 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024, bos: str | None = 
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=MARKERS[0], pad_token=MARKERS[0], bos_token=bos)
 
 
-def build(
-    path: str, texts: list[str], architecture: str = "qwen2", bos: str | None = None, seed: int = 0, **config
-) -> None:
-    """Save model and tokenizer to `path`; `config` overrides the tiny shape (4 heads of 16, 2 layers)."""
-    tokenizer = train_tokenizer(texts, bos=bos)
+def build(path, texts: list[str], architecture="qwen2", bos: str | None = None, seed=0, tokens=1024, **config) -> None:
+    """Save model and tokenizer to `path`.
+
+    Args:
+        texts: What the tokenizer is trained on.
+        bos: The begin-of-sequence token, for templates that begin with one.
+        tokens: Size of the vocabulary, at most.
+        config: Overrides the tiny shape (2 layers, 4 heads of 16).
+    """
+    tokenizer = train_tokenizer(texts, tokens, bos)
     shape = dict(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=0, eos_token_id=0,

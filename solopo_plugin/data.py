@@ -36,7 +36,6 @@ def build_row(
     system: str,
     long_system: str,
     tools: str,
-    bos_id: int | None,
     markers: list[str],
 ) -> dict:
     """Tokenise one row; the chat template is applied here and nowhere else.
@@ -46,18 +45,19 @@ def build_row(
         encode: Messages, system, tools -> ids of the templated prompt and of the last message (the response).
         short: Messages up to the last question, with the short context. `long`: the same with the long one.
         responses: The chosen and the rejected message.
-        bos_id: Begin-of-sequence id; more than one in a prompt means that it is templated twice.
-        markers: The template's turn markers (its stop words), which plain text must not contain.
+        markers: Texts that only the template may write: the BOS token (which so comes at most once) and the stop words
+            that end its turns.
 
     Raises:
         RowError: Equal responses, a template inside the text, or responses that tokenise differently behind the
             long prompt.
     """
-    for message in [*short, *long, *responses]:
+    for text in [system, long_system, *(message["content"] for message in [*short, *long, *responses])]:
         for marker in markers:
-            if marker in message["content"]:
+            if text and marker in text:
                 raise RowError(
-                    f"{row}: the text contains the template's {marker!r}; give plain text, the host templates it."
+                    f"{row}: the text contains {marker!r}, a BOS or stop token that only the template may write; "
+                    "give plain text."
                 )
     ids = {}
     for side, prompt, prompt_system in (("short", short, system), ("long", long, long_system)):
@@ -68,10 +68,6 @@ def build_row(
                     f"{row}: `{name}` tokenises differently behind the short and the long prompt; check `template`."
                 )
             ids.setdefault(f"{side}_prompt_ids", prompt_ids)
-        if bos_id is not None and prompt_ids.count(bos_id) > 1:
-            raise RowError(
-                f"{row}: the {side} prompt has {prompt_ids.count(bos_id)} BOS tokens; remove BOS from the text."
-            )
     if ids["chosen_ids"] == ids["rejected_ids"]:
         raise RowError(f"{row}: `chosen` and `rejected` are the same tokens; remove the row.")
     return {"row": row, "same": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}

@@ -15,7 +15,7 @@ from . import losses
 from .args import LENGTH_NORMALISED
 from .logps import predicting_positions, response_logps, token_logps
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
 # Always this set in this order, on every rank and step. Defined in the README.
 METRICS = (

@@ -6,7 +6,6 @@ from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
 from . import __version__
@@ -14,7 +13,7 @@ from .data import COLUMNS, SoloCollator
 from .host.versions import installed
 from .trainer import SoloTrainer
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
 
 def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
@@ -96,20 +95,18 @@ def check_tokenized(dataset_module: dict, path: str | None) -> None:
 
 
 def configure_checkpointing(model_args, training_args) -> None:
-    """Two forwards before one backward: DDP and ZeRO-1/2 count a parameter ready twice under reentrant checkpointing.
+    """Two forwards before one backward are wrong under reentrant checkpointing, the host's default, on several ranks.
 
-    Non-reentrant checkpointing gives the same gradients; ZeRO-3 needs and allows the host's default.
+    A parameter's gradient is then ready twice: DDP and ZeRO-1/2 raise, ZeRO-3 *silently* loses part of the gradient
+    (measured: gradient norm 3.38 for 2.85). Non-reentrant checkpointing gives one process's gradients on all of them.
     """
-    distributed = training_args.parallel_mode == ParallelMode.DISTRIBUTED and not is_deepspeed_zero3_enabled()
-    if not distributed or model_args.disable_gradient_checkpointing:
+    if training_args.parallel_mode != ParallelMode.DISTRIBUTED or model_args.disable_gradient_checkpointing:
         return
     if model_args.use_unsloth_gc:
-        raise ValueError(
-            "`use_unsloth_gc: true` is reentrant and fails with DDP and ZeRO-1/2 in two-stage form; remove it."
-        )
+        raise ValueError("`use_unsloth_gc: True` is reentrant: with two forwards a step it fails on several ranks; remove it.")
     if model_args.use_reentrant_gc:
         model_args.use_reentrant_gc = False
-        logger.info_rank0("Set `use_reentrant_gc` to False: two forwards in one step need it under DDP and ZeRO-1/2.")
+        logger.info_rank0("Set `use_reentrant_gc` to False: with two forwards a step it is needed on several ranks.")
 
 
 def count_tokens(dataset, long_pair: bool) -> int:

@@ -5,6 +5,7 @@ command line goes through `cli`. Everything is offline: models and tokenizers ar
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -103,6 +104,17 @@ def run():
         return outcome(args["output_dir"])
 
     return train
+
+
+@pytest.fixture
+def host_log():
+    """Messages of the host's logger, whose handler keeps the stdout of the first test."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("llamafactory").addHandler(handler)
+    yield messages
+    logging.getLogger("llamafactory").removeHandler(handler)
 
 
 @pytest.fixture

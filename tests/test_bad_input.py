@@ -50,11 +50,12 @@ ROWS = {  # name: (changes to row 2 of 4, changes to the dataset_info entry, the
     "empty chosen": ({"chosen": ""}, {}, "rows[2]: column `chosen` is empty"),
     "rejected is null": ({"rejected": None}, {}, "rows[2]: column `rejected` must be a string, got NoneType 'None'."),
     "equal responses": ({"chosen": "Same.", "rejected": "Same."}, {}, "rows[2]: columns `chosen` and `rejected` hold the same text; remove the row."),
-    "templated text": ({"long_prompt": "<|im_start|>user\nhello<|im_end|>"}, {}, "rows[2]: the text contains the template's '<|im_end|>'; give plain text, the host templates it."),
+    "templated text": ({"long_prompt": "<|im_start|>user\nhello<|im_end|>"}, {}, "rows[2]: the text contains '<|im_end|>', a BOS or stop token that only the template may write; give plain text."),
     "no such column": ({}, {"columns": SOLO_COLUMNS | {"long_prompt": "document"}}, "Dataset `rows` has no column `document`; it has: "),
     "no chosen mapped": ({}, {"columns": {"prompt": "prompt", "long_prompt": "long_prompt"}}, "Dataset `rows` must map `chosen` and `rejected` under `columns` in dataset_info.json."),
     "ranking missing": ({}, {"ranking": False}, 'Dataset `rows` needs `"ranking": true` in dataset_info.json for `stage: solopo`.'),
     "wrong long column": ({}, {"columns": SOLO_COLUMNS | {"long_prompt": None, "long_messages": "long_prompt"}}, "map `long_prompt` (formatting `alpaca`)"),
+    "history of single turns": ({"history": [["a"]]}, {"columns": SOLO_COLUMNS | {"history": "history"}}, "rows[2]: column `history` must be a list of [question, answer], got"),
     "images": ({}, {"columns": SOLO_COLUMNS | {"images": "prompt"}}, "Dataset `rows` maps images, videos or audios; `stage: solopo` is for text only."),
 }  # fmt: skip
 
@@ -74,6 +75,9 @@ TALKS = {  # name: (changes to row 1 of 2, the sentence)
     "begins with the assistant": ({"conversations": [{"from": BOT, "value": "a"}]}, "talk[1]: column `conversations` must be turns that begin and end with the user's"),
     "no messages": ({"long": []}, "talk[1]: column `long` must be a list of messages, got '[]'."),
     "empty message": ({"long": [{"from": USER, "value": ""}]}, "talk[1]: column `long` is empty"),
+    "response by the user": ({"chosen": {"from": USER, "value": "a"}}, "talk[1]: column `chosen` must be one message with `from` 'gpt', got"),
+    "response by nobody": ({"rejected": {"value": "a"}}, "talk[1]: column `rejected` must be one message with `from` 'gpt', got"),
+    "system in the long one only": ({"long": [{"from": "system", "value": "Be brief."}, *TALK["long"]]}, "talk[1]: only one of `conversations` and `long` has a system prompt."),
     "empty response": ({"chosen": {"from": BOT, "value": "  "}}, "talk[1]: column `chosen` is empty"),
 }  # fmt: skip
 
@@ -148,7 +152,7 @@ def test_two_bos(run, recipe, tmp_path, tiny_model):
         dataset="rows", dataset_dir=folder, max_samples=None, template="llama3",
         model_name_or_path=tiny_model("llama", bos=bos),
     )  # fmt: skip
-    refused(run, args, "rows[1]: the long prompt has 2 BOS tokens; remove BOS from the text.")
+    refused(run, args, "rows[1]: the text contains '<|begin_of_text|>', a BOS or stop token that only the template may write; give plain text.")
 
 
 def test_a_hub_name_without_registration(run, recipe):

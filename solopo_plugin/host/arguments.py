@@ -11,37 +11,37 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from llamafactory.hparams.finetuning_args import FinetuningArguments
 from omegaconf import OmegaConf
 
 from .. import args as solo
 from .versions import same
 
-_STAGE = FinetuningArguments.__dataclass_fields__["stage"]
-_STAGES = get_args(get_type_hints(FinetuningArguments)["stage"])
 
+def with_solo(host: type) -> type:
+    """The host's `FinetuningArguments` with ours; what the host asks of `stage: dpo` is asked of `solopo` too."""
+    spec, stages = host.__dataclass_fields__["stage"], get_args(get_type_hints(host)["stage"])
 
-@dataclass
-class SoloFinetuningArguments(solo.SoloArguments, FinetuningArguments):
-    """The host's finetuning arguments with ours; what the host asks of `stage: dpo` is asked of `solopo` too."""
+    @dataclass
+    class SoloFinetuningArguments(solo.SoloArguments, host):
+        stage: Literal[(*stages, "solopo")] = field(default=spec.default, metadata=dict(spec.metadata))
 
-    stage: Literal[(*_STAGES, "solopo")] = field(default=_STAGE.default, metadata=dict(_STAGE.metadata))
+        def __post_init__(self):
+            if self.stage != "solopo":
+                return super().__post_init__()
+            solo.check_values(self)
+            solo.check_loss(self)
+            self.stage = "dpo"  # the host tests stages by name: its rules for DPO (reference, PiSSA, smoothing) hold
+            try:
+                super().__post_init__()
+            finally:
+                self.stage = "solopo"
 
-    def __post_init__(self):
-        if self.stage != "solopo":
-            return super().__post_init__()
-        solo.check_values(self)
-        solo.check_loss(self)
-        self.stage = "dpo"  # the host tests stages by name: its rules for DPO (reference, PiSSA, smoothing) apply to us
-        try:
-            super().__post_init__()
-        finally:
-            self.stage = "solopo"
+        def to_dict(self) -> dict[str, Any]:
+            """As the host's, for experiment trackers; other stages report what they report without the plugin."""
+            own = super().to_dict()
+            return own if self.stage == "solopo" else {k: v for k, v in own.items() if k not in solo.FIELDS}
 
-    def to_dict(self) -> dict[str, Any]:
-        """As the host's (sent to experiment trackers); other stages report what they report without the plugin."""
-        own = super().to_dict()
-        return own if self.stage == "solopo" else {k: v for k, v in own.items() if k not in solo.FIELDS}
+    return SoloFinetuningArguments
 
 
 def apply(parser) -> None:
@@ -49,8 +49,9 @@ def apply(parser) -> None:
     same(parser, "_parse_train_args", ("args",))
     same(parser, "read_args", ("args",))
     same(parser, "get_train_args", ("args",))
+    host, ours = parser.FinetuningArguments, with_solo(parser.FinetuningArguments)
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
-        arguments[:] = [SoloFinetuningArguments if a is FinetuningArguments else a for a in arguments]
+        arguments[:] = [ours if a is host else a for a in arguments]
     parser.read_args = _reading_json(parser.read_args)
     parser._parse_train_args = _checking_keys(parser._parse_train_args, parser)
     parser.get_train_args = _checking_recipe(parser.get_train_args)
@@ -78,7 +79,7 @@ def _checking_keys(parse_train_args, parser):
         if isinstance(args, dict):
             keys, stage = list(args), args.get("stage")
         else:
-            keys = [a[2:].split("=")[0] for a in args if a.startswith("--")]
+            keys = [a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--")]
             stage = dict(zip(args, args[1:])).get("--stage") or next(
                 (a[8:] for a in args if a.startswith("--stage=")), None
             )

@@ -121,6 +121,8 @@ class LongConverter:
             raise RowError(
                 f"{row}: columns `{self.attr.chosen}` and `{self.attr.rejected}` hold the same text; remove the row."
             )
+        if bool(short["_system"]) != bool(long["_system"]):
+            raise RowError(f"{row}: only one of `{self.prompt_column}` and `{self.long_column}` has a system prompt.")
         short |= {"_long_prompt": long["_prompt"], "_long_system": long["_system"], "_row": row}
         return {name: value for name, value in short.items() if name not in ("_images", "_videos", "_audios")}
 
@@ -143,10 +145,20 @@ class LongConverter:
         for column in (self.attr.chosen, self.attr.rejected):
             response = example[column]
             if self.attr.formatting != "alpaca":
-                if not isinstance(response, dict):
-                    raise RowError(f"{row}: column `{column}` must be one message, got {str(response)[:60]!r}.")
+                roles = (self.attr.assistant_tag, self.attr.function_tag)
+                if not isinstance(response, dict) or response.get(self.attr.role_tag) not in roles:
+                    raise RowError(
+                        f"{row}: column `{column}` must be one message with `{self.attr.role_tag}` "
+                        f"{roles[0]!r}, got {str(response)[:60]!r}."
+                    )
                 response = response.get(self.attr.content_tag)
             check_text(row, column, response)
+        history = example[self.attr.history] if self.attr.formatting == "alpaca" and self.attr.history else None
+        for turn in history or []:
+            if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+                raise RowError(
+                    f"{row}: column `{self.attr.history}` must be a list of [question, answer], got {str(turn)[:60]!r}."
+                )
 
 
 def _aligning(align_dataset, loader):
@@ -175,12 +187,17 @@ def _aligning(align_dataset, loader):
     return wrapper
 
 
+def overlength(data_args) -> str:
+    """`solopo_overlength`, which `run_solopo` leaves on the only arguments that the host hands its processors."""
+    return getattr(data_args, "solopo_overlength", "error")
+
+
 class SoloDatasetProcessor:
     """Aligned examples -> tokenised rows (see `solopo_plugin.data`); the host calls it as one of its processors."""
 
     def __init__(self, template, tokenizer, processor, data_args):
         self.template, self.tokenizer, self.version = template, tokenizer, __version__
-        self.cutoff_len, self.overlength = data_args.cutoff_len, getattr(data_args, "solopo_overlength", "error")
+        self.cutoff_len, self.overlength = data_args.cutoff_len, overlength(data_args)
 
     def _encode(self, messages, system, tools) -> tuple[list[int], list[int]]:
         prompt_ids, response_ids = self.template.encode_oneturn(self.tokenizer, messages, system, tools)
@@ -193,7 +210,7 @@ class SoloDatasetProcessor:
         for row, short, long, responses, system, long_system, tools in zip(*(examples[n] for n in names), strict=True):
             tokenised = build_row(
                 row, self._encode, short, long, responses, system, long_system, tools,
-                bos_id=self.tokenizer.bos_token_id, markers=self.template.stop_words,
+                markers=[*filter(None, [self.tokenizer.bos_token]), *self.template.stop_words],
             )  # fmt: skip
             if fits(tokenised, self.cutoff_len, self.overlength):
                 for name, value in tokenised.items():
@@ -237,7 +254,7 @@ def report(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
     short, long = (mean(column).as_py() for column in lengths)
     split = "evaluation" if is_eval else "training"
     logger.info_rank0(
-        f"SoLoPO {split} rows: {len(rows)}; dropped by `solopo_overlength: {data_args.solopo_overlength}` at `cutoff_len: "
+        f"SoLoPO {split} rows: {len(rows)}; dropped by `solopo_overlength: {overlength(data_args)}` at `cutoff_len: "
         f"{data_args.cutoff_len}`: {n_before - len(rows)}; mean prompt tokens: short {short:.0f}, long {long:.0f} "
         f"(compression rate {short / long:.2f})."
     )

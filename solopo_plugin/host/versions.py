@@ -13,7 +13,7 @@ INSTALL = "pip install " + " ".join(f'"{name}=={v}.*"' for name, v in WORKING_SE
 def installed(package: str) -> str:
     """Version of an installed package, or 'not installed'."""
     try:
-        return version(package)
+        return version(package) or "not installed"  # None: metadata of a half-removed package
     except PackageNotFoundError:
         return "not installed"
 
@@ -23,18 +23,22 @@ def tested() -> bool:
     """Whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
     host = installed("llamafactory")
     if host not in TESTED:
-        print(
-            f"[WARNING] solopo_plugin is inactive: it is tested with LLaMA-Factory {', '.join(TESTED)} and found {host}. "
-            f'`stage: solopo` needs: pip install "llamafactory=={TESTED[-1]}"',
-            file=sys.stderr,
-        )
+        warn_inactive(f"it is tested with LLaMA-Factory {', '.join(TESTED)} and found {host}.")
     return host in TESTED
+
+
+def warn_inactive(reason: str) -> None:
+    print(
+        f"[WARNING] solopo_plugin is inactive: {reason} "
+        f'`stage: solopo` needs: pip install "llamafactory=={TESTED[-1]}"',
+        file=sys.stderr,
+    )
 
 
 def explain(error: BaseException) -> None:
     """Attach to a failed import of the host what to install, if the environment is not a working set."""
     wrong = {n: installed(n) for n, v in WORKING_SET.items() if not installed(n).startswith(v + ".")}
-    if wrong:
+    if wrong and not any(n.startswith("solopo_plugin:") for n in getattr(error, "__notes__", ())):
         found = ", ".join(f"{name} {v}" for name, v in wrong.items())
         error.add_note(
             f"solopo_plugin: LLaMA-Factory cannot be imported and this environment has {found}. Run: {INSTALL}"
@@ -54,6 +58,5 @@ def same(owner: object, name: str, parameters: tuple[str, ...]) -> None:
     if found != parameters:
         where = f"{getattr(owner, '__name__', owner)}.{name}"
         raise RuntimeError(
-            f"solopo_plugin cannot patch {where}: expected parameters {parameters}, found {found}. "
-            f"Install a tested LLaMA-Factory ({', '.join(TESTED)}) or set SOLOPO_PLUGIN=off."
+            f"{where} has other parameters than in LLaMA-Factory {', '.join(TESTED)}: expected {parameters}, found {found}."
         )

@@ -21,35 +21,51 @@ PATCHES = {
 class HostFinder:
     """Finds the modules named in `PATCHES` as everybody else would, and patches them once they are loaded."""
 
+    searching: set[str] = set()  # another finder may ask all finders, ours included
+
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name not in PATCHES:
+        if name not in PATCHES or name in cls.searching:
             return None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if find and finder is not cls else None
-            if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
-                    spec.loader.exec_module = _then_patch(spec.loader.exec_module)
-                return spec
+        cls.searching.add(name)
+        try:
+            for finder in sys.meta_path:
+                find = getattr(finder, "find_spec", None)
+                spec = find(name, path, target) if find and finder is not cls else None
+                if spec is not None:
+                    if hasattr(spec.loader, "exec_module"):
+                        spec.loader = PatchingLoader(spec.loader)
+                    return spec
+        finally:
+            cls.searching.discard(name)
         return None
 
 
-def _then_patch(exec_module):
-    def exec_and_patch(module):
+class PatchingLoader:
+    """A module's own loader, followed by the patch. A wrapper, for a loader may be shared by modules or read-only."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def exec_module(self, module):
         from importlib import import_module
 
         from solopo_plugin.host import versions
 
+        module.__spec__.loader = module.__loader__ = self.loader
         try:
-            exec_module(module)
+            self.loader.exec_module(module)
         except (ImportError, OSError, RuntimeError) as error:
             versions.explain(error)
             raise
         if versions.tested():
-            import_module(PATCHES[module.__name__]).apply(module)
-
-    return exec_and_patch
+            try:
+                import_module(PATCHES[module.__name__]).apply(module)
+            except Exception as error:
+                versions.warn_inactive(str(error))
 
 
 def activate() -> None:

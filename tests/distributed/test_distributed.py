@@ -1,0 +1,124 @@
+"""Two processes on the CPU, through the real command line, equal one process with twice the batch.
+
+DDP over gloo, DeepSpeed ZeRO-2 and ZeRO-3, with and without offload, full and LoRA, gradient checkpointing on as in the
+host's default. All fp32. Tolerances: losses 2e-5 relative and weights 2e-5 absolute after 4 steps of Adam at 1e-3,
+whose first steps move every weight by about 1e-3 whatever the gradient's size: a wrong gradient shows at 1e-3, the
+order of a sum over ranks at 1e-6 to 1e-5. Gradient norms, which Adam does not hide, agree to 1e-4.
+"""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT, outcome, write_recipe
+
+from solopo_plugin.trainer import METRICS
+
+DEEPSPEED = ROOT / "examples" / "yaml" / "deepspeed"
+DDP = dict(use_cpu=True, ddp_backend="gloo")
+
+
+def zero(name: str) -> dict:
+    """DeepSpeed on the CPU wants no `use_cpu`, which would hide the world size from zero.Init."""
+    return dict(use_cpu=None, deepspeed=str(DEEPSPEED / f"ds_{name}.json"))
+
+
+@pytest.fixture
+def one_and_two(run, recipe, cli, tmp_path):
+    """Train on one process in this one and on two through the command line; returns both outcomes and the output."""
+
+    def train(two: dict, **common):
+        common = dict(max_samples=16, num_train_epochs=1.0, gradient_accumulation_steps=1, disable_shuffling=True) | common
+        size = common.pop("per_device_train_batch_size", 2)
+        one = run(recipe(per_device_train_batch_size=2 * size, output_dir=str(tmp_path / "one"), **common))
+        args = recipe(per_device_train_batch_size=size, output_dir=str(tmp_path / "two"), **(common | two))
+        env = dict(FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+        if "deepspeed" in args:
+            env["DS_ACCELERATOR"] = "cpu"
+        process = cli("train", write_recipe(tmp_path / "two.yaml", args), **env)
+        return one, outcome(tmp_path / "two"), process.out
+
+    return train
+
+
+def assert_equal(one, two) -> None:
+    entries = [[e for e in r.log if "loss" in e] for r in (one, two)]
+    assert len(entries[0]) == len(entries[1]) >= 3
+    for a, b in zip(*entries, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        for key in METRICS:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-5), key
+    assert one.weights.keys() == two.weights.keys()
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(two.weights[name].float(), weight.float(), rtol=0, atol=2e-5)
+
+
+def test_ddp(one_and_two):
+    one, two, out = one_and_two(DDP, pref_loss="sigmoid", solopo_alpha=2.0)
+    assert_equal(one, two)
+    assert "Set `use_reentrant_gc` to False" in out
+    assert len(re.findall(r"solopo_plugin \S+ is active in LLaMA-Factory \S+\.", out)) == 1  # rank 0 only
+
+
+def test_ddp_with_accumulation_a_partial_window_and_eval(one_and_two):
+    """12 training rows, 2 ranks x batch 2 x 2 micro-batches: windows of 8 and of 4. (Where the rows do not divide by
+    ranks x batch, accelerate fills up with rows from the beginning, in this stage as in every stage of the host.)
+
+    5 evaluation rows on 2 ranks with batch 2: there the rows that fill up must not count.
+    """
+    common = dict(
+        max_samples=17, val_size=5, eval_strategy="epoch", per_device_eval_batch_size=2, gradient_accumulation_steps=2,
+        num_train_epochs=2.0, pref_loss="orpo", solopo_align_on="both",
+    )  # fmt: skip
+    one, two, _ = one_and_two(DDP, **common)
+    assert_equal(one, two)
+    evals = [[e for e in r.log if "eval_loss" in e][-1] for r in (one, two)]
+    for key in ("eval_loss", *(f"eval_{key}" for key in METRICS)):
+        assert evals[1][key] == pytest.approx(evals[0][key], rel=1e-4, abs=2e-5), key
+
+
+def test_ddp_lora_with_the_adapter_off_as_reference(one_and_two):
+    assert_equal(*one_and_two(DDP, finetuning_type="lora", pref_loss="ipo")[:2])
+
+
+@pytest.mark.parametrize("stage", ["z2", "z3", "z3_offload"])
+def test_deepspeed(one_and_two, stage):
+    """With a reference model, sharded too, and the reentrant checkpointing that ZeRO-3 would silently get wrong."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    assert_equal(*one_and_two(zero(stage), pref_loss="sigmoid", solopo_alpha=2.0)[:2])
+
+
+def test_zero3_lora(one_and_two):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    assert_equal(*one_and_two(zero("z3"), finetuning_type="lora", pref_loss="hinge")[:2])
+
+
+def test_zero3_longpo(one_and_two):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    assert_equal(*one_and_two(zero("z3"), solopo_objective="longpo", solopo_longpo_lambda=0.5)[:2])
+
+
+def test_ranks_hold_the_same_weights_and_skip_the_long_pass_together(cli, recipe, tmp_path):
+    """Ranks see different rows, and at some steps only one of them could do without its long forward."""
+    from conftest import demo_rows, write_dataset
+
+    rows = [row | ({"long_prompt": row["prompt"]} if i % 3 else {}) for i, row in enumerate(demo_rows(12))]
+    args = recipe(
+        dataset="rows", dataset_dir=write_dataset(tmp_path / "data", rows), max_samples=None, num_train_epochs=1.0,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, disable_shuffling=True, **DDP,
+    )  # fmt: skip
+    path = write_recipe(tmp_path / "recipe.yaml", args)
+    script = str(ROOT / "tests" / "distributed" / "train_and_hash.py")
+    out = cli("--standalone", "--nproc-per-node=2", script, path, program="torchrun", OMP_NUM_THREADS="1").out
+    hashes = dict(re.findall(r"rank (\d) holds (\w{64})", out))
+    assert set(hashes) == {"0", "1"} and hashes["0"] == hashes["1"]
+    gaps = [e["solopo/reward_gap"] for e in outcome(args["output_dir"]).log if "loss" in e]
+    assert len(gaps) == 6 and [gap > 0 for gap in gaps] == [True, True, False, True, True, False]
+
+
+def test_streaming_on_two_ranks(cli, recipe, tmp_path):
+    """Batches of the ranks differ in length; each rank reads its own share of the stream."""
+    args = recipe(streaming=True, max_samples=None, max_steps=3, num_train_epochs=None, dataloader_num_workers=1, **DDP)
+    cli("train", write_recipe(tmp_path / "r.yaml", args), FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+    assert len(outcome(args["output_dir"]).losses) == 3

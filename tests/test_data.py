@@ -1,0 +1,451 @@
+"""From a row of the file to a batch, for any text: nothing is lost, moved, doubled or cut.
+
+Properties of `build_row`, `fits` and `SoloCollator` on made-up token ids; of `LongConverter` and
+`SoloDatasetProcessor` with a real tokenizer and the host's real templates. The short pair equals, tensor for tensor,
+what the host's own pairwise processor and collator make of the same rows, and so does the long pair when the host's
+`prompt` is mapped to the long column.
+"""
+
+import copy
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import demo_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solopo_plugin.data import COLUMNS, RowError, SoloCollator, build_row, check_text, fits, row_length
+from solopo_plugin.logps import IGNORE
+
+# derandomize: a failure is the same for everybody; nothing is stored between runs
+FUZZ = settings(deadline=None, max_examples=50, derandomize=True, database=None)
+
+ids = st.lists(st.integers(0, 99), min_size=1, max_size=20)
+# any text but blanks and what templates are made of, which hypothesis finds in the sources and tries
+text = st.text(min_size=1, max_size=30).filter(lambda words: words.strip() and "<|" not in words and "{{" not in words)
+turns = st.lists(st.tuples(text, text), max_size=2)
+
+
+@st.composite
+def tokenised_rows(draw, min_size=1):
+    """Rows of made-up ids in the form that the processor gives; id 0 is the padding *and* occurs in the text."""
+    rows = []
+    for i in range(draw(st.integers(min_size, 4))):
+        short, chosen, rejected = draw(ids), draw(ids), draw(ids)
+        same = draw(st.booleans())
+        long = short if same else draw(ids) + short
+        rows.append(dict(row=f"rows[{i}]", same=same, short_prompt_ids=short, long_prompt_ids=long, chosen_ids=chosen,
+                         rejected_ids=rejected))  # fmt: skip
+    return rows
+
+
+# ---- the collator
+
+
+def assert_sequences(batch: dict, prefix: str, pairs: list, multiple: int) -> None:
+    """Every sequence whole, in order, padded on the right to the longest and no further than the multiple asks."""
+    longest = max(len(prompt) + len(response) for prompt, response in pairs)
+    names = ("input_ids", "attention_mask", "labels")
+    input_ids, mask, labels = (batch[prefix + name] for name in names)
+    width = input_ids.shape[1]
+    assert all(batch[prefix + name].shape == (len(pairs), width) for name in names)
+    assert all(batch[prefix + name].dtype == torch.int64 for name in names)
+    assert longest <= width < longest + multiple and width % multiple == 0
+    for row, (prompt, response) in enumerate(pairs):
+        length = len(prompt) + len(response)
+        assert input_ids[row].tolist() == prompt + response + [0] * (width - length)
+        assert mask[row].tolist() == [1] * length + [0] * (width - length)
+        assert labels[row].tolist() == [IGNORE] * len(prompt) + response + [IGNORE] * (width - length)
+
+
+@FUZZ
+@given(tokenised_rows(), st.booleans())
+def test_collator_batches_whole_sequences_in_order(rows, long_pair):
+    """All chosen, then all rejected; the long ones chosen only, or as the short ones; the rows themselves unchanged."""
+    before = copy.deepcopy(rows)
+    batch = SoloCollator(pad_token_id=0, long_pair=long_pair)(rows)
+    assert rows == before
+    short = [(r["short_prompt_ids"], r[f"{name}_ids"]) for name in ("chosen", "rejected") for r in rows]
+    long = [(r["long_prompt_ids"], r[f"{name}_ids"]) for name in ("chosen", "rejected") for r in rows]
+    assert_sequences(batch, "", short, multiple=8)
+    assert_sequences(batch, "long_", long if long_pair else long[: len(rows)], multiple=1)
+    assert batch["same_B"].tolist() == [r["same"] for r in rows] and batch["same_B"].dtype == torch.bool
+    assert batch["rows"] == [r["row"] for r in rows]
+    assert set(batch) == {"same_B", "rows"} | {p + n for p in ("", "long_") for n in ("input_ids", "attention_mask", "labels")}  # fmt: skip # noqa: E501
+
+
+def test_collator_by_hand():
+    """One row, written out: chosen before rejected, the prompt masked, 8 wide short and as wide as needed long."""
+    row = dict(row="rows[0]", same=False, short_prompt_ids=[11, 12], long_prompt_ids=[21, 22, 23], chosen_ids=[31],
+               rejected_ids=[41, 42])  # fmt: skip
+    batch = SoloCollator(pad_token_id=9, long_pair=True)([row])
+    i = IGNORE
+    assert batch["input_ids"].tolist() == [[11, 12, 31, 9, 9, 9, 9, 9], [11, 12, 41, 42, 9, 9, 9, 9]]
+    assert batch["labels"].tolist() == [[i, i, 31, i, i, i, i, i], [i, i, 41, 42, i, i, i, i]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert batch["long_input_ids"].tolist() == [[21, 22, 23, 31, 9], [21, 22, 23, 41, 42]]
+    assert batch["long_labels"].tolist() == [[i, i, i, 31, i], [i, i, i, 41, 42]]
+    assert batch["long_attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+# ---- length
+
+
+@FUZZ
+@given(tokenised_rows(), st.integers(-3, 3))
+def test_fits_is_exact_at_the_boundary(rows, offset):
+    for row in rows:
+        prompts = [row["short_prompt_ids"], row["long_prompt_ids"]]
+        length = max(len(p + r) for p in prompts for r in (row["chosen_ids"], row["rejected_ids"]))
+        assert row_length(row) == length
+        before = copy.deepcopy(row)
+        cutoff = length + offset
+        assert fits(row, cutoff, "drop") is (offset >= 0)
+        if offset >= 0:
+            assert fits(row, cutoff, "error") is True
+        else:
+            with pytest.raises(RowError) as caught:
+                fits(row, cutoff, "error")
+            message = str(caught.value)
+            assert message.startswith(f"{row['row']}: ") and f" {length} tokens" in message and str(cutoff) in message
+        assert row == before  # never truncated
+
+
+# ---- build_row on an encoder of our own
+
+
+def encode(messages, system, tools):
+    """One id per character; the prompt ends with a mark, the response too, as templates do."""
+    everything = "\x01".join([system, tools, *(m["role"] + m["content"] for m in messages[:-1])])
+    return [ord(c) for c in everything] + [2], [ord(c) for c in messages[-1]["content"]] + [3]
+
+
+def message(content: str, role: str = "user") -> dict:
+    return {"role": role, "content": content}
+
+
+def built(short="s", long="l s", chosen="c", rejected="r", history=(), system="", long_system="", tools="", **changes):
+    past = [message(t, role) for turn in history for t, role in zip(turn, ("user", "assistant"), strict=True)]
+    responses = [message(chosen, "assistant"), message(rejected, "assistant")]
+    keys = dict(markers=[]) | changes
+    return build_row("rows[0]", keys.pop("encode", encode), [*past, message(short)], [*past, message(long)], responses,
+                     system, long_system, tools, **keys)  # fmt: skip
+
+
+@FUZZ
+@given(text, text, text, text, turns, text, text, text)
+def test_build_row_keeps_all_and_shares_the_responses(
+    short, long, chosen, rejected, history, system, long_system, tools
+):
+    rejected += "x" * (chosen == rejected)
+    row = built(short, long, chosen, rejected, history, system, long_system, tools)
+    past = [role + t for turn in history for t, role in zip(turn, ("user", "assistant"), strict=True)]
+    assert set(row) == set(COLUMNS)
+    assert row["row"] == "rows[0]"
+    for side, prompt, its_system in (("short", short, system), ("long", long, long_system)):
+        whole = "\x01".join([its_system, tools, *past, "user" + prompt])
+        assert row[f"{side}_prompt_ids"] == [ord(c) for c in whole] + [2]
+    assert row["chosen_ids"] == [ord(c) for c in chosen] + [3]
+    assert row["rejected_ids"] == [ord(c) for c in rejected] + [3]
+    assert row["same"] is (row["short_prompt_ids"] == row["long_prompt_ids"])
+
+
+@FUZZ
+@given(text, text, turns)
+def test_equal_prompts_are_the_same(prompt, system, history):
+    assert built(prompt, prompt, history=history, system=system, long_system=system)["same"] is True
+    assert built(prompt, prompt + "!", history=history, system=system, long_system=system)["same"] is False
+    assert built(prompt, prompt, history=history, system=system, long_system=system + "!")["same"] is False
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_a_response_that_depends_on_its_prompt_is_refused(name):
+    """As with a template that merges prompt and response before it tokenises."""
+
+    def merging(messages, system, tools):
+        prompt, response = encode(messages, system, tools)
+        return prompt, response + [len(prompt)] * (messages[-1]["content"] == {"chosen": "c", "rejected": "r"}[name])
+
+    with pytest.raises(RowError, match=rf"^rows\[0\]: `{name}` tokenises differently"):
+        built(encode=merging)
+
+
+def test_equal_response_tokens_are_refused():
+    with pytest.raises(RowError, match=r"^rows\[0\]: `chosen` and `rejected` are the same tokens"):
+        built(encode=lambda messages, system, tools: (encode(messages, system, tools)[0], [5]))
+
+
+@pytest.mark.parametrize("where", ["short", "long", "chosen", "rejected", "history"])
+def test_a_template_inside_the_text_is_refused(where):
+    dirty = "hello<|end|>"
+    with pytest.raises(RowError, match=r"^rows\[0\]: the text contains '<\|end\|>'"):
+        built(**{where: [(dirty, "a")] if where == "history" else dirty}, markers=["<|stop|>", "<|end|>"])
+
+
+@pytest.mark.parametrize("value", [None, 3, ["text"], b"text", "", " \n\t"])
+def test_check_text_refuses(value):
+    with pytest.raises(RowError, match=r"^rows\[4\]: column `chosen` "):
+        check_text("rows[4]", "chosen", value)
+
+
+@FUZZ
+@given(text)
+def test_check_text_accepts_any_text(value):
+    check_text("rows[4]", "chosen", value)
+
+
+# ---- with a real tokenizer, the host's converters and templates
+
+BOS = "<|begin_of_text|>"
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+@cache
+def host(template: str, bos: str | None = None) -> SimpleNamespace:
+    """A tokenizer trained on the sample and the host's template for it."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments
+    from make_tiny_model import train_tokenizer
+
+    tokenizer = train_tokenizer([str(row) for row in demo_rows()], bos=bos)
+    data_args = DataArguments(template=template, cutoff_len=10**9)
+    return SimpleNamespace(tokenizer=tokenizer, data_args=data_args,
+                           template=get_template_and_fix_tokenizer(tokenizer, data_args))  # fmt: skip
+
+
+MODELS = {"qwen": None, "llama3": BOS}  # template: BOS token
+
+ALPACA = {name: name for name in ("prompt", "long_prompt", "chosen", "rejected", "system", "history")}
+SHAREGPT = dict(messages="messages", long_messages="long_messages", chosen="chosen", rejected="rejected")
+OPENAI_TAGS = dict(role_tag="role", content_tag="content", user_tag="user", assistant_tag="assistant",
+                   observation_tag="tool", function_tag="function", system_tag="system")  # fmt: skip
+
+
+def attributes(formatting: str = "alpaca", columns: dict | None = None, **more):
+    from llamafactory.data.parser import DatasetAttr
+
+    attr = DatasetAttr("file", dataset_name="file")
+    columns = columns or (ALPACA if formatting == "alpaca" else SHAREGPT)
+    attr.join(dict(formatting=formatting, ranking=True, columns=columns, **more))
+    attr.entry = "rows"
+    return attr
+
+
+def converted(rows: list[dict], attr, data_args) -> dict[str, list]:
+    from llamafactory.data.converter import get_dataset_converter
+
+    from solopo_plugin.host.data import LongConverter
+
+    converter = LongConverter(attr, data_args, get_dataset_converter)
+    aligned = [converter(copy.deepcopy(row), index) for index, row in enumerate(rows)]
+    return {name: [row[name] for row in aligned] for name in aligned[0]}
+
+
+def processed(rows: list[dict], model, attr=None, cutoff_len: int | None = None, overlength="error") -> list[dict]:
+    """Rows of the file -> tokenised rows, through converter and processor."""
+    from solopo_plugin.host.data import SoloDatasetProcessor
+
+    data_args = copy.copy(model.data_args)
+    data_args.cutoff_len, data_args.solopo_overlength = cutoff_len or data_args.cutoff_len, overlength
+    processor = SoloDatasetProcessor(model.template, model.tokenizer, None, data_args)
+    batch = processor.preprocess_dataset(converted(rows, attr or attributes(), data_args))
+    assert tuple(batch) == COLUMNS
+    return [dict(zip(COLUMNS, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+some_system = st.sampled_from(["", None]) | text
+
+
+@st.composite
+def rows_of_text(draw, system=some_system):
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        short, chosen, rejected = draw(text), draw(text), draw(text)
+        long = draw(st.just(short) | text | text.map(lambda distraction, short=short: f"{distraction}\n{short}"))
+        rejected += "x" * (chosen == rejected)
+        rows.append(dict(prompt=short, long_prompt=long, chosen=chosen, rejected=rejected, system=draw(system),
+                         history=[list(turn) for turn in draw(turns)]))  # fmt: skip
+    return rows
+
+
+def templated(template: str, row: dict, prompt: str) -> str:
+    """The prompt as the model's authors define it, by string concatenation."""
+    if template == "qwen":
+        said = [("system", row["system"] or QWEN_SYSTEM)]
+        form, start, opening = "<|im_start|>{}\n{}<|im_end|>\n", "", "<|im_start|>assistant\n"
+    else:
+        said = [("system", row["system"])] if row["system"] else []
+        form, start = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>", BOS
+        opening = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    for user, assistant in row["history"]:
+        said += [("user", user), ("assistant", assistant)]
+    return start + "".join(form.format(*turn) for turn in [*said, ("user", prompt)]) + opening
+
+
+@pytest.mark.parametrize("template", MODELS)
+@FUZZ
+@given(rows=rows_of_text())
+def test_tokens_are_the_whole_text_templated_once(template, rows):
+    """Decoding gives back every character of system prompt, history, prompts and responses, in both sequences."""
+    model = host(template, MODELS[template])
+    end = {"qwen": "<|im_end|>\n", "llama3": "<|eot_id|>"}[template]
+
+    def decoded(ids):
+        return model.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    tokenised = processed(rows, model)
+    assert len(tokenised) == len(rows)
+    for index, (row, result) in enumerate(zip(rows, tokenised, strict=True)):
+        assert result["row"] == f"rows[{index}]"
+        assert decoded(result["short_prompt_ids"]) == templated(template, row, row["prompt"])
+        assert decoded(result["long_prompt_ids"]) == templated(template, row, row["long_prompt"])
+        assert decoded(result["chosen_ids"]) == row["chosen"] + end
+        assert decoded(result["rejected_ids"]) == row["rejected"] + end
+        assert result["same"] is (row["prompt"] == row["long_prompt"])
+        for side in ("short", "long"):
+            for response in ("chosen", "rejected"):
+                whole = result[f"{side}_prompt_ids"] + result[f"{response}_ids"]
+                bos = model.tokenizer.bos_token_id
+                assert whole.count(bos) == (template == "llama3") and (template == "qwen" or whole[0] == bos)
+    alone = [processed([row], model)[0] | {"row": f"rows[{index}]"} for index, row in enumerate(rows)]
+    assert alone == tokenised  # one by one or together
+
+
+@pytest.mark.parametrize("template", MODELS)
+@FUZZ
+@given(rows=rows_of_text())
+def test_overlength_is_exact_through_the_processor(template, rows):
+    """At cutoff_len = the longest row nothing happens; one less drops that row, whole, or names it."""
+    model = host(template, MODELS[template])
+    everything = processed(rows, model)
+    longest = max(row_length(row) for row in everything)
+    assert processed(rows, model, cutoff_len=longest) == everything
+    kept = [row for row in everything if row_length(row) < longest]
+    assert processed(rows, model, cutoff_len=longest - 1, overlength="drop") == kept
+    first = next(row["row"] for row in everything if row_length(row) == longest)
+    with pytest.raises(RowError) as caught:
+        processed(rows, model, cutoff_len=longest - 1)
+    assert str(caught.value).startswith(f"{first}: prompt + response have {longest} tokens")
+
+
+def of_the_host(rows: list[dict], model, prompt_column: str) -> dict[str, torch.Tensor]:
+    """A batch by the host's own converter, pairwise processor and collator, as its DPO workflow builds them."""
+    from llamafactory.data import PairwiseDataCollatorWithPadding
+    from llamafactory.data.converter import get_dataset_converter
+    from llamafactory.data.processor import PairwiseDatasetProcessor
+
+    columns = {name: column for name, column in ALPACA.items() if name != "long_prompt"} | {"prompt": prompt_column}
+    converter = get_dataset_converter("alpaca", attributes(columns=columns), model.data_args)
+    aligned = [converter(copy.deepcopy(row)) for row in rows]
+    processor = PairwiseDatasetProcessor(model.template, model.tokenizer, None, model.data_args)
+    examples = processor.preprocess_dataset({name: [row[name] for row in aligned] for name in aligned[0]})
+    features = [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+    collator = PairwiseDataCollatorWithPadding(template=model.template, tokenizer=model.tokenizer, pad_to_multiple_of=8,
+                                               label_pad_token_id=IGNORE)  # fmt: skip
+    return collator(features)
+
+
+@pytest.mark.parametrize("template", MODELS)
+@FUZZ
+@given(rows=rows_of_text())
+def test_pairs_are_the_hosts_tensor_for_tensor(template, rows):
+    """The short pair, also in padding; the long pair up to padding, which for ours is no more than needed."""
+    model = host(template, MODELS[template])
+    ours = SoloCollator(model.tokenizer.pad_token_id, long_pair=True)(processed(rows, model))
+    short, long = of_the_host(rows, model, "prompt"), of_the_host(rows, model, "long_prompt")
+    assert set(short) == set(long) == {"input_ids", "attention_mask", "labels"}
+    for name, tensor in short.items():
+        assert torch.equal(ours[name], tensor), name
+    width = ours["long_input_ids"].shape[1]
+    assert not long["attention_mask"][:, width:].any()
+    for name, tensor in long.items():
+        assert torch.equal(ours[f"long_{name}"], tensor[:, :width]), name
+
+
+def as_messages(row: dict, prompt: str, role: str, content: str, user: str, assistant: str) -> list[dict]:
+    said = [("system", row["system"])] if row["system"] else []
+    for turn in row["history"]:
+        said += zip((user, assistant), turn, strict=True)
+    return [{role: who, content: what} for who, what in [*said, (user, prompt)]]
+
+
+def reformatted(row: dict, role: str, content: str, user: str, assistant: str) -> dict:
+    names = (role, content, user, assistant)
+    return {
+        "messages": as_messages(row, row["prompt"], *names),
+        "long_messages": as_messages(row, row["long_prompt"], *names),
+        "chosen": {role: assistant, content: row["chosen"]},
+        "rejected": {role: assistant, content: row["rejected"]},
+    }
+
+
+@pytest.mark.parametrize("template", MODELS)
+@FUZZ
+@given(rows=rows_of_text())
+def test_sharegpt_rows_are_the_alpaca_rows(template, rows):
+    model = host(template, MODELS[template])
+    talks = [reformatted(row, "from", "value", "human", "gpt") for row in rows]
+    assert processed(talks, model, attributes("sharegpt")) == processed(rows, model)
+
+
+@pytest.mark.parametrize("template", MODELS)
+@FUZZ
+@given(rows=rows_of_text(system=text.map(lambda words: f"{words} detailed thinking off")))
+def test_openai_rows_are_the_alpaca_rows(template, rows):
+    """The host's openai converter adds `detailed thinking off` to every system prompt that lacks it; these have it."""
+    model = host(template, MODELS[template])
+    talks = [reformatted(row, "role", "content", "user", "assistant") for row in rows]
+    assert processed(talks, model, attributes("openai", tags=OPENAI_TAGS)) == processed(rows, model)
+
+
+def test_openai_system_is_the_hosts_on_both_sides():
+    """What the host adds to the system prompt stands in the short and in the long sequence alike."""
+    row = dict(prompt="Where?", long_prompt="Where?", chosen="Here.", rejected="There.", system=None, history=[])
+    talk = reformatted(row, "role", "content", "user", "assistant")
+    (result,) = processed([talk], host("qwen"), attributes("openai", tags=OPENAI_TAGS))
+    assert result["same"] is True
+    assert "system\ndetailed thinking off<|im_end|>" in host("qwen").tokenizer.decode(result["long_prompt_ids"])
+
+
+# ---- BOS and bad turns
+
+GOOD = dict(prompt="Where?", long_prompt="Much text. Where?", chosen="Here.", rejected="There.", system="", history=[])
+
+
+@pytest.mark.parametrize("column", ["prompt", "long_prompt", "history"])
+def test_a_second_bos_is_refused(column):
+    dirty = f"{BOS}hello"
+    row = GOOD | {column: [[dirty, "hello"]] if column == "history" else dirty}
+    with pytest.raises(RowError, match=r"^rows\[0\]: .*BOS"):
+        processed([row], host("llama3", BOS))
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_a_second_bos_in_a_response_is_refused(column):
+    with pytest.raises(RowError, match=r"^rows\[0\]: .*BOS"):
+        processed([GOOD | {column: f"{BOS}hello"}], host("llama3", BOS))
+
+
+@pytest.mark.parametrize("template, bos", [("smollm2", "<|im_start|>"), ("default", "<|endoftext|>")])
+def test_a_bos_that_the_template_itself_repeats_is_accepted(template, bos):
+    """SmolLM2 declares <|im_start|>, which opens every turn, as BOS; GPT-2's kin have BOS = EOS, which ends turns."""
+    (result,) = processed([GOOD | {"history": [["Who?", "Me."], ["Why?", "So."]]}], host(template, bos))
+    assert result["same"] is False
+
+
+TALK = reformatted(GOOD, "from", "value", "human", "gpt")
+
+
+@pytest.mark.parametrize("response", [{"from": "human", "value": "a"}, {"from": "alien", "value": "a"}, {"value": "a"}])
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_a_response_that_is_not_the_assistants_is_refused(column, response):
+    with pytest.raises(RowError, match=rf"^rows\[0\]: .*`{column}`"):
+        processed([TALK | {column: response}], host("qwen"), attributes("sharegpt"))
+
+
+@pytest.mark.parametrize("history", [[["a"]], [["a", None]], [["a", "b", "c"]], [["a", 3]]])
+def test_a_malformed_history_is_refused(history):
+    with pytest.raises(RowError, match=r"^rows\[0\]: .*`history`"):
+        processed([GOOD | {"history": history}], host("qwen"))

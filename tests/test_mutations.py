@@ -1,0 +1,244 @@
+"""A check of the tests: each fault that would train the wrong thing in silence makes the test named beside it fail.
+
+The package is copied, one line of the copy is changed, and the named test runs against the copy in a process of its
+own. It must fail there by an assertion (not by an import or a collection error), and pass on the unchanged copy.
+
+Importing the host takes longer than all these tests, so one process imports it, with the plugin off and its modules
+not loaded, and forks a child for each fault.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+STEP = "test_losses.py::test_step_is_the_loop_by_hand"
+FAULTS = {  # name: (file, source as it stands there exactly once, what it becomes, the test that must fail)
+    # the sign of the alignment
+    "alignment is rewarded": (
+        "losses.py",
+        "return 2 * lost_B**2 if kind == \"auto\" and pref_loss == \"ipo\" else lost_B.abs()",
+        "return 2 * lost_B**2 if kind == \"auto\" and pref_loss == \"ipo\" else -lost_B.abs()",
+        "test_losses.py::test_alignment_defaults_are_the_papers",
+    ),
+    "alignment is subtracted from the loss": (
+        "trainer.py",
+        "po_B + args.solopo_alpha * align_B if",
+        "po_B - args.solopo_alpha * align_B if",
+        f"{STEP}[simpo]",
+    ),
+    "a gain costs instead of a drop": (
+        "losses.py",
+        "return torch.relu(lost_B)",
+        "return torch.relu(-lost_B)",
+        "test_losses.py::test_drop_costs_only_what_the_long_context_makes_worse",
+    ),
+    # the label shift
+    "labels are read unshifted": (
+        "logps.py",
+        "targets_BK = labels_BT[:, positions_K + 1]",
+        "targets_BK = labels_BT[:, positions_K]",
+        "test_logps.py::test_the_logits_before_a_label_predict_it",
+    ),
+    "logits are taken unshifted": (
+        "logps.py",
+        "(labels_BT[:, 1:] != IGNORE)",
+        "(labels_BT[:, :-1] != IGNORE)",
+        "test_logps.py::test_the_logits_before_a_label_predict_it",
+    ),
+    # chosen and rejected
+    "chosen and rejected change places in the batch": (
+        "data.py",
+        'both = ("chosen", "rejected")',
+        'both = ("rejected", "chosen")',
+        "test_data.py::test_collator_by_hand",
+    ),
+    "chosen and rejected change places in the step": (
+        "trainer.py",
+        'chosen_B, rejected_B, nll_B = policy["chosen_logps"], policy["rejected_logps"]',
+        'rejected_B, chosen_B, nll_B = policy["chosen_logps"], policy["rejected_logps"]',
+        f"{STEP}[sigmoid]",
+    ),
+    # the wrong side
+    "aligned with the rejected response": (
+        "trainer.py",
+        "losses.alignment(chosen_B, long_chosen_B, **align)",
+        "losses.alignment(rejected_B, long_chosen_B, **align)",
+        f"{STEP}[ipo]",
+    ),
+    "short aligned with short": (
+        "trainer.py",
+        "losses.alignment(chosen_B, long_chosen_B, **align)",
+        "losses.alignment(chosen_B, chosen_B, **align)",
+        f"{STEP}[orpo]",
+    ),
+    "the long side is detached": (
+        "losses.py",
+        "short_B = short_B.detach() if detach_short else short_B",
+        "long_B = long_B.detach() if detach_short else long_B",
+        "test_losses.py::test_gradient_flows_through_both_sides_or_only_the_long",
+    ),
+    "equal prompts are aligned and different ones are not": (
+        "trainer.py",
+        'long_B.where(~inputs["same_B"], short_B)',
+        'long_B.where(inputs["same_B"], short_B)',
+        f"{STEP}[hinge]",
+    ),
+    "the rejected response's rise is taken for a drop": (
+        "trainer.py",
+        "**align, rise=True)",
+        "**align)",
+        f"{STEP}[orpo, both, drop]",
+    ),
+    "LongPO's reference changes sides": (
+        "trainer.py",
+        "losses.longpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B,",
+        "losses.longpo(chosen_B, rejected_B, ref_rejected_B, ref_chosen_B,",
+        "test_losses.py::test_longpo_step_is_the_loop_by_hand",
+    ),
+    # scale and edge
+    "ORPO's odds are not clamped": (
+        "losses.py",
+        "x_B = avg_logps_B.clamp(max=MAX_LOGP)",
+        "x_B = avg_logps_B",
+        "test_losses.py::test_orpo_is_finite_and_right_at_the_edges_in_fp32",
+    ),
+    "beta is left out of the reward": (
+        "losses.py",
+        'return logps_B if pref_loss == "ipo" else beta * logps_B',
+        "return logps_B",
+        "test_losses.py::test_reward_is_what_the_loss_is_a_function_of",
+    ),
+    "ipo's s(t) is not doubled": (
+        "losses.py",
+        'return 2 * lost_B**2 if kind == "auto"',
+        'return lost_B**2 if kind == "auto"',
+        "test_losses.py::test_s_of_auto_bounds_the_loss_and_is_tight_at_zero",
+    ),
+    # rows
+    "the prompt is trained on": (
+        "data.py",
+        "[IGNORE] * len(prompt) + response",
+        "prompt + response",
+        "test_data.py::test_collator_by_hand",
+    ),
+    "a row of exactly cutoff_len is refused": (
+        "data.py",
+        "return length <= cutoff_len",
+        "return length < cutoff_len",
+        "test_data.py::test_fits_is_exact_at_the_boundary",
+    ),
+}  # fmt: skip
+
+# Imports what is slow, then for each job [folder, tests] forks a child that runs pytest on the tests against the
+# package in the folder, and notes which file was imported, the tests that passed, and the exceptions of the others.
+RUNNER = """
+import json, os, sys
+import hypothesis, pytest, torch, llamafactory.train.dpo.trainer
+from transformers import Qwen2ForCausalLM
+
+class Outcome:
+    def __init__(self):
+        self.passed, self.failed, self.other = [], {}, []
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if report.failed:
+            self.failed[item.nodeid] = [report.when, [c.__name__ for c in call.excinfo.type.__mro__]]
+        elif report.skipped:
+            self.other.append(item.nodeid)
+        elif report.when == "call":
+            self.passed.append(item.nodeid)
+        return report
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.other.append(report.nodeid)
+
+def run(folder, tests):
+    for name in [n for n in sys.modules if n.split(".")[0] == "solopo_plugin"]:
+        del sys.modules[name]  # what the interpreter's start has imported
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
+    outcome = Outcome()
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *tests], plugins=[outcome])
+    import solopo_plugin.losses
+    with open("outcome.json", "w") as file:
+        json.dump(vars(outcome) | {"file": solopo_plugin.losses.__file__, "code": int(code)}, file)
+    sys.stdout.flush()
+
+for job in json.load(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        try:
+            run(*job)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def changed(fault: str, package: Path) -> bool:
+    """Put the fault into a copy of the package; False where the source is not there exactly once."""
+    file, source, replacement, _ = FAULTS[fault]
+    text = (package / file).read_text(encoding="utf-8")
+    (package / file).write_text(text.replace(source, replacement), encoding="utf-8")
+    return text.count(source) == 1
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str | None, dict]:
+    """What each fault's test did, by name of the fault; under None what all the named tests do without a fault."""
+    folders, jobs = {}, []
+    for fault in (None, *FAULTS):
+        folder = folders[fault] = tmp_path_factory.mktemp("package")
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "solopo_plugin", folder / "solopo_plugin", ignore=ignored)
+        if fault is None or changed(fault, folder / "solopo_plugin"):
+            tests = sorted({test for *_, test in FAULTS.values()}) if fault is None else [FAULTS[fault][-1]]
+            jobs.append([str(folder), [str(ROOT / "tests" / test) for test in tests]])
+    # one thread: a process that has started a pool of them must not fork
+    environment = os.environ | {"SOLOPO_PLUGIN": "off", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    process = subprocess.run([sys.executable, "-c", RUNNER], cwd=folders[None], env=environment, input=json.dumps(jobs),
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)  # fmt: skip
+    assert process.returncode == 0, process.stdout
+    found = {}
+    for fault, folder in folders.items():
+        if (folder / "outcome.json").exists():
+            found[fault] = json.loads((folder / "outcome.json").read_text())
+            found[fault]["output"] = (folder / "output.txt").read_text()
+            # the copy was tested, not the installed package
+            assert Path(found[fault]["file"]) == folder / "solopo_plugin" / "losses.py"
+    return found
+
+
+def test_the_named_tests_pass_without_a_fault(outcomes):
+    found = outcomes[None]
+    assert found["code"] == 0 and not found["failed"] and not found["other"], found["output"]
+    ran = {node.split("tests/")[1] for node in found["passed"]}
+    for *_, test in FAULTS.values():  # each was there and ran, at least one case of it
+        assert any(node == test or node.startswith(f"{test}[") for node in ran), test
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(outcomes, fault):
+    file, source, _, _ = FAULTS[fault]
+    count = (ROOT / "solopo_plugin" / file).read_text(encoding="utf-8").count(source)
+    assert count == 1, f"{file} has {count} times: {source} -- bring the table of faults up to date"
+    found = outcomes[fault]
+    assert found["code"] == 1 and found["failed"] and not found["other"], found["output"]
+    for when, exceptions in found["failed"].values():
+        assert when == "call" and "AssertionError" in exceptions, found["output"]
+
+
+def test_the_four_faults_that_matter_most_are_there():
+    """Sign, shift, swap and wrong side, in the step as well as in its parts."""
+    assert len(FAULTS) == 18
+    assert sum(file == "trainer.py" for file, *_ in FAULTS.values()) == 7
