@@ -1,4 +1,4 @@
-"""Packaging. Besides the package it ships `solopo_plugin.pth`, the interpreter-start hook, at the top of site-packages."""
+"""Packaging. Beside the package it puts `solopo_plugin.pth`, the interpreter-start hook, into site-packages."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ class BuildWithHook(build_py):
 
 
 class EditableWithHook(editable_wheel):
-    """`pip install -e`: setuptools has no place for extra files in an editable wheel, so the finished one gets the hook."""
+    """`pip install -e`: setuptools puts no extra files into an editable wheel, so the finished one gets the hook."""
 
     def run(self):
         super().run()
@@ -57,7 +57,7 @@ setup(
     packages=find_packages(include=["solopo_plugin", "solopo_plugin.*"]),
     install_requires=[
         "llamafactory==0.9.5",  # the host; patches are checked against this version
-        # one build of the three: pip alone picks a torch whose torchaudio does not exist, and the host then cannot start
+        # one build of the three: pip alone picks a torch that has no torchaudio, and the host then cannot start
         "torch==2.11.*",
         "torchvision==0.26.*",
         "torchaudio==2.11.*",

@@ -22,7 +22,10 @@ HABITS = (
     "sings in a choir that has never performed in public",
     "collects spoons from railway stations that no longer exist",
 )
-QUESTION = "Answer from the passages. Think first, then end with `The answer is: ...`.\nQuestion: In which town does the {} work?"
+QUESTION = (
+    "Answer from the passages. Think first, then end with `The answer is: ...`.\n"
+    "Question: In which town does the {} work?"
+)
 
 
 def passage(person: str, trade: str, place: str, rng: random.Random) -> str:
@@ -47,7 +50,8 @@ def make_row(index: int, n_short: int = 2, n_long: int = 10) -> dict:
     return {
         "prompt": prompt(n_short),
         "long_prompt": prompt(n_long),
-        "chosen": f"The passage about {chosen[0]} says that the {asked} works in {places[0]}. The answer is: {places[0]}",
+        "chosen": f"The passage about {chosen[0]} says that the {asked} works in {places[0]}. "
+        f"The answer is: {places[0]}",
         "rejected": f"No passage says where the {asked} works. The answer is: No answer.",
     }
 

@@ -1,6 +1,6 @@
 """Say what a finished run left behind: where the model, the curves and the metrics lie, and how the numbers moved.
 
-    python scripts/show_run.py OUTPUT_DIR
+python scripts/show_run.py OUTPUT_DIR
 """
 
 import json
@@ -22,7 +22,8 @@ def main(folder: str) -> None:
             print(f"{name:22s} {log[0][name]:12.4f} {log[-1][name]:12.4f}")
     print(f"\nmodel    {out}/")
     print(f"curves   {', '.join(str(p) for p in sorted(out.glob('training_*.png')))}")
-    print(f"metrics  {', '.join(str(p) for p in sorted(out.glob('*_results.json')))}; every step: {out}/trainer_state.json")
+    results = ", ".join(str(p) for p in sorted(out.glob("*_results.json")))
+    print(f"metrics  {results}; every step: {out}/trainer_state.json")
 
 
 if __name__ == "__main__":

@@ -110,5 +110,6 @@ def check_loss(args) -> None:
         raise ValueError(f"`pref_bco_weight: {args.pref_bco_weight}` is not defined for `stage: solopo`; remove it.")
     if args.ld_alpha is not None:
         raise ValueError(
-            f"`ld_alpha: {args.ld_alpha}` would weigh the short log-probs and not the long ones; remove it for `stage: solopo`."
+            f"`ld_alpha: {args.ld_alpha}` would weigh the short log-probs and not the long ones; "
+            "remove it for `stage: solopo`."
         )

@@ -84,8 +84,8 @@ def fits(row: dict, cutoff_len: int, overlength: str) -> bool:
     length = row_length(row)
     if length > cutoff_len and overlength == "error":
         raise RowError(
-            f"{row['row']}: prompt + response have {length} tokens and `cutoff_len` is {cutoff_len}; raise `cutoff_len`, "
-            "shorten the row, or set `solopo_overlength: drop`. Rows are never truncated."
+            f"{row['row']}: prompt + response have {length} tokens and `cutoff_len` is {cutoff_len}; "
+            "raise `cutoff_len`, shorten the row, or set `solopo_overlength: drop`. Rows are never truncated."
         )
     return length <= cutoff_len
 

@@ -25,7 +25,7 @@ def token_logps(logits_NV: Tensor, targets_N: Tensor, chunk: int = CHUNK) -> Ten
 
 
 def predicting_positions(labels_BT: Tensor) -> Tensor:
-    """Positions whose *next* token is labelled in at least one row: all that a model must give logits for. Shape (K,)."""
+    """Positions whose *next* token is labelled in some row: all that a model must give logits for. Shape (K,)."""
     return (labels_BT[:, 1:] != IGNORE).any(0).nonzero().squeeze(-1)
 
 

@@ -54,8 +54,8 @@ class ExampleMeans:
 class SoloTrainer(CustomDPOTrainer):
     """Adds to the host's trainer: the step, example-weighted accumulation, and metrics that are means over examples."""
 
-    def __init__(self, model, finetuning_args, train_dataset=None, **kwargs):
-        super().__init__(model=model, finetuning_args=finetuning_args, train_dataset=train_dataset, **kwargs)
+    def __init__(self, model, **kwargs):
+        super().__init__(model=model, **kwargs)
         self.train_means, self.eval_means = ExampleMeans(), ExampleMeans()
         self.window_weight = 1.0  # examples a full micro-batch stands for, see get_batch_samples
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -66,7 +66,7 @@ class SoloTrainer(CustomDPOTrainer):
     # ---- one step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean SoLoPO loss of a micro-batch, weighted so that every example of an accumulation window counts the same."""
+        """Mean loss of a micro-batch, weighted so that every example of an accumulation window counts the same."""
         losses_B, metrics_BM = self.solopo_step(model, inputs)
         self.check_finite(losses_B, inputs["rows"])
         self.train_means.add(metrics_BM)
@@ -152,7 +152,7 @@ class SoloTrainer(CustomDPOTrainer):
         return self._some_row_is_short
 
     def longpo_step(self, model, inputs) -> tuple[Tensor, Tensor]:
-        """LongPO (arXiv:2502.13922): NLL of `x_long y_w` plus lambda times DPO with the reference on the short prompt."""
+        """LongPO (arXiv:2502.13922): NLL of `x_long y_w`, plus lambda * DPO with the reference on the short prompt."""
         args, labels_BT = self.finetuning_args, inputs["long_labels"]
         ids_BT, mask_BT = inputs["long_input_ids"], inputs["long_attention_mask"]
         size = len(ids_BT) // 2
@@ -213,7 +213,7 @@ class SoloTrainer(CustomDPOTrainer):
         return batches, num_items
 
     def log(self, logs, *args, **kwargs):
-        """As the Trainer's, with the means since the last log; `CustomDPOTrainer.log` reduces by position and by batch."""
+        """As the Trainer's, with the means since the last log; the host's `log` reduces by position and by batch."""
         if "loss" in logs and self.train_means.count:
             means = self.train_means.read(lambda t: self.accelerator.reduce(t, "sum"))
             logs.update(zip(METRICS, means, strict=True))

@@ -1,11 +1,12 @@
-"""`run_solopo`: load, build, train, evaluate, save, in the shape of the host's own workflows (`train/dpo/workflow.py`)."""
+"""`run_solopo`: load, build, train, evaluate, save, in the shape of the host's own `train/dpo/workflow.py`."""
 
-from pyarrow.compute import list_value_length, sum as arrow_sum
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
+from pyarrow.compute import list_value_length
+from pyarrow.compute import sum as arrow_sum
 from transformers.training_args import ParallelMode
 
 from . import __version__
@@ -58,7 +59,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model()
-        if finetuning_args.include_effective_tokens_per_second:
+        if finetuning_args.include_effective_tokens_per_second and not data_args.streaming:  # a stream has no length
             tokens = count_tokens(dataset_module["train_dataset"], trainer.data_collator.long_pair)
             rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
             result.metrics["effective_tokens_per_sec"] = rate / training_args.world_size
@@ -68,10 +69,9 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         if trainer.is_world_process_zero() and finetuning_args.plot_loss:
             keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
             evaluated = dataset_module.get("eval_dataset")
-            prefixes = (
-                [f"eval_{name}" for name in evaluated] if isinstance(evaluated, dict) else ["eval"] if evaluated else []
-            )
-            plot_loss(training_args.output_dir, keys=keys + [f"{prefix}_loss" for prefix in prefixes])
+            if evaluated is not None:
+                keys += [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
+            plot_loss(training_args.output_dir, keys=keys)
 
     if training_args.do_eval:
         metrics = trainer.evaluate(metric_key_prefix="eval")
@@ -103,7 +103,7 @@ def configure_checkpointing(model_args, training_args) -> None:
     if training_args.parallel_mode != ParallelMode.DISTRIBUTED or model_args.disable_gradient_checkpointing:
         return
     if model_args.use_unsloth_gc:
-        raise ValueError("`use_unsloth_gc: True` is reentrant: with two forwards a step it fails on several ranks; remove it.")
+        raise ValueError("`use_unsloth_gc: True` is reentrant: two forwards a step fail on several ranks; remove it.")
     if model_args.use_reentrant_gc:
         model_args.use_reentrant_gc = False
         logger.info_rank0("Set `use_reentrant_gc` to False: with two forwards a step it is needed on several ranks.")
@@ -111,7 +111,7 @@ def configure_checkpointing(model_args, training_args) -> None:
 
 def count_tokens(dataset, long_pair: bool) -> int:
     """Tokens of one epoch in all sequences that a step runs."""
-    n = {side: arrow_sum(list_value_length(dataset.data.column(f"{side}_ids"))).as_py() for side in
-         ("short_prompt", "long_prompt", "chosen", "rejected")}  # fmt: skip
+    parts = ("short_prompt", "long_prompt", "chosen", "rejected")
+    n = {part: arrow_sum(list_value_length(dataset.data.column(f"{part}_ids"))).as_py() for part in parts}
     tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
     return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)

@@ -59,6 +59,16 @@ def test_reference_model_where_the_loss_has_one(pref_loss, objective, reference)
     assert args.use_ref_model is reference and args.stage == "solopo"
 
 
+def test_qlora_arguments_are_accepted():
+    from llamafactory.hparams.parser import get_train_args
+
+    model_args, *_, args, _ = get_train_args(dict(
+        stage="solopo", do_train=True, dataset="demo_solopo", finetuning_type="lora", quantization_bit=4,
+        quantization_method="bnb", model_name_or_path="unused", template="qwen", output_dir="unused", use_cpu=True,
+    ))  # fmt: skip
+    assert model_args.quantization_bit == 4 and args.use_ref_model
+
+
 def test_other_stages_report_only_the_hosts_keys():
     from llamafactory.hparams import FinetuningArguments
 

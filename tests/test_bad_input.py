@@ -123,7 +123,9 @@ def test_bad_row(run, recipe, tmp_path, name, workers):
     changes, entry, sentence = ROWS[name]
     rows = [GOOD[0], GOOD[1], GOOD[2] | changes, GOOD[3]]
     folder = write_dataset(tmp_path / "data", rows, **entry)
-    refused(run, recipe(dataset="rows", dataset_dir=folder, max_samples=None, preprocessing_num_workers=workers), sentence)
+    refused(
+        run, recipe(dataset="rows", dataset_dir=folder, max_samples=None, preprocessing_num_workers=workers), sentence
+    )
 
 
 @pytest.mark.parametrize("name", TALKS)
@@ -139,7 +141,9 @@ def test_responses_equal_as_tokens(run, recipe, tmp_path, monkeypatch):
 
     encode = Template._convert_elements_to_ids
     strip = lambda elements: [e.replace("~", "") if isinstance(e, str) else e for e in elements]  # noqa: E731
-    monkeypatch.setattr(Template, "_convert_elements_to_ids", lambda self, t, elements: encode(self, t, strip(elements)))
+    monkeypatch.setattr(
+        Template, "_convert_elements_to_ids", lambda self, t, elements: encode(self, t, strip(elements))
+    )
     folder = write_dataset(tmp_path / "data", [GOOD[0], GOOD[1] | {"rejected": GOOD[1]["chosen"] + "~"}])
     args = recipe(dataset="rows", dataset_dir=folder, max_samples=None)
     refused(run, args, "rows[1]: `chosen` and `rejected` are the same tokens; remove the row.")
@@ -152,7 +156,11 @@ def test_two_bos(run, recipe, tmp_path, tiny_model):
         dataset="rows", dataset_dir=folder, max_samples=None, template="llama3",
         model_name_or_path=tiny_model("llama", bos=bos),
     )  # fmt: skip
-    refused(run, args, "rows[1]: the text contains '<|begin_of_text|>', a BOS or stop token that only the template may write; give plain text.")
+    refused(
+        run,
+        args,
+        "rows[1]: the text contains '<|begin_of_text|>', a BOS or stop token that only the template may write; give plain text.",
+    )
 
 
 def test_a_hub_name_without_registration(run, recipe):

@@ -46,19 +46,20 @@ def expected_loss(sequences: dict, model, reference, pref_loss: str, options: di
     mean_of = pref_loss in LENGTH_NORMALISED
     value = {key: x.mean() if mean_of else x.sum() for key, x in lp.items()}
     ref = {key: x.mean() if mean_of else x.sum() for key, x in ref.items()}
-    w, l = value["short", "chosen"], value["short", "rejected"]
+    won, lost = value["short", "chosen"], value["short", "rejected"]
     odds = lambda x: torch.log(x.exp() / (1 - x.exp()))  # noqa: E731
     if pref_loss in ("sigmoid", "hinge", "ipo"):
-        margin = (w - ref["chosen"]) - (l - ref["rejected"])
+        margin = (won - ref["chosen"]) - (lost - ref["rejected"])
     po = {
         "sigmoid": lambda: torch.log(1 + torch.exp(-beta * margin)),
         "hinge": lambda: torch.clamp(1 - beta * margin, min=0),
         "ipo": lambda: (margin - 1 / (2 * beta)) ** 2,
-        "simpo": lambda: torch.log(1 + torch.exp(-(beta * (w - l) - gamma))),
-        "orpo": lambda: -w + beta * torch.log(1 + torch.exp(-(odds(w) - odds(l)))),
+        "simpo": lambda: torch.log(1 + torch.exp(-(beta * (won - lost) - gamma))),
+        "orpo": lambda: -won + beta * torch.log(1 + torch.exp(-(odds(won) - odds(lost)))),
     }[pref_loss]()
-    scale = {"sigmoid": lambda x: beta * x, "hinge": lambda x: beta * x, "simpo": lambda x: beta * x, "ipo": lambda x: x, "orpo": odds}  # fmt: skip
-    reward = scale[pref_loss] if options.get("solopo_align", "reward") == "reward" else lambda x: x
+    times_beta = lambda x: beta * x  # noqa: E731
+    rewards = dict(sigmoid=times_beta, hinge=times_beta, simpo=times_beta, ipo=lambda x: x, orpo=odds)
+    reward = rewards[pref_loss] if options.get("solopo_align", "reward") == "reward" else lambda x: x
     align = 0
     for name in ("chosen", "rejected") if options.get("solopo_align_on") == "both" else ("chosen",):
         short = value["short", name].detach() if options.get("solopo_detach_short") else value["short", name]
@@ -78,7 +79,11 @@ CASES += [("sigmoid", {"solopo_alpha": 1.0, "solopo_penalty": "drop", "solopo_al
 CASES += [("orpo", {"solopo_alpha": 1.0, "solopo_detach_short": True})]
 
 
-@pytest.mark.parametrize("pref_loss, options", CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))
+def name_case(x) -> str:
+    return x if isinstance(x, str) else "-".join(map(str, x.values()))
+
+
+@pytest.mark.parametrize("pref_loss, options", CASES, ids=name_case)
 def test_a_step_is_what_the_paper_writes(run, recipe, tiny_model, tmp_path, pref_loss, options):
     """Loss and weights after one SGD step over two rows equal a loop over single sequences in float64.
 
@@ -123,13 +128,14 @@ def test_longpo_is_what_its_paper_writes(run, recipe, tiny_model):
         nll = -logp(policy, prompt[:1], prompt[1:] + response).mean()
         with torch.no_grad():
             ref_w, ref_l = (logp(reference, *sequences["short", name]).sum() for name in ("chosen", "rejected"))
-        w, l = (logp(policy, *sequences["long", name]).sum() for name in ("chosen", "rejected"))
-        total = total + nll + 0.3 * torch.log(1 + torch.exp(-0.1 * ((w - ref_w) - (l - ref_l))))
+        won, lost = (logp(policy, *sequences["long", name]).sum() for name in ("chosen", "rejected"))
+        total = total + nll + 0.3 * torch.log(1 + torch.exp(-0.1 * ((won - ref_w) - (lost - ref_l))))
     (total / 3).backward()
     assert result.losses[0] == pytest.approx(total.item() / 3, rel=1e-5)
     for name, parameter in policy.named_parameters():
         expected = -0.1 * parameter.grad
-        assert (result.weights[name] - parameter.detach() - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
+        change = result.weights[name] - parameter.detach()
+        assert (change - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
 
 
 def test_accumulation_weighs_every_example_the_same(run, recipe, tmp_path):
@@ -222,7 +228,8 @@ def test_alignment_is_learned(run, recipe):
 
 
 def test_a_non_finite_loss_stops_with_step_and_rows(run, recipe):
-    with pytest.raises(FloatingPointError, match=r"not finite at step 2, rows demo_solopo\[\d+\] \(nan\).*learning_rate"):
+    sentence = r"not finite at step 2, rows demo_solopo\[\d+\] \(nan\).*learning_rate"
+    with pytest.raises(FloatingPointError, match=sentence):
         run(recipe(learning_rate=1e30, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant"))
 
 

@@ -80,7 +80,7 @@ def _checking_keys(parse_train_args, parser):
             keys, stage = list(args), args.get("stage")
         else:
             keys = [a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--")]
-            stage = dict(zip(args, args[1:])).get("--stage") or next(
+            stage = dict(zip(args, args[1:], strict=False)).get("--stage") or next(
                 (a[8:] for a in args if a.startswith("--stage=")), None
             )
         ours = [k for k in keys if k.startswith("solopo")]

@@ -68,8 +68,9 @@ def check_stage(attr: Any, stage: str) -> None:
     if stage != "solopo":
         if long:
             raise ValueError(
-                f"Dataset `{attr.entry}` is registered for `stage: solopo` (it has a long column, `{long}`). For another "
-                "stage, register the same file under a second name without that column in dataset_info.json."
+                f"Dataset `{attr.entry}` is registered for `stage: solopo` (it has a long column, `{long}`). "
+                "For another stage, register the same file under a second name without that column in "
+                "dataset_info.json."
             )
         return
     column = LONG_COLUMN.get(attr.formatting)
@@ -115,7 +116,8 @@ class LongConverter:
         for column, side in ((self.prompt_column, short), (self.long_column, long)):
             if len(side["_prompt"]) % 2 != 1 or len(side["_response"]) != 2:
                 raise RowError(
-                    f"{row}: column `{column}` must be turns that begin and end with the user's, and the responses one assistant turn each."
+                    f"{row}: column `{column}` must be turns that begin and end with the user's, "
+                    "and the responses one assistant turn each."
                 )
         if short["_response"][0]["content"] == short["_response"][1]["content"]:
             raise RowError(
@@ -141,6 +143,8 @@ class LongConverter:
             if not isinstance(turns, list) or not turns:
                 raise RowError(f"{row}: column `{column}` must be a list of messages, got {str(turns)[:60]!r}.")
             for turn in turns:
+                if isinstance(turn, dict) and not isinstance(turn.get(self.attr.role_tag), str):
+                    raise RowError(f"{row}: column `{column}` has a message without `{self.attr.role_tag}`.")
                 check_text(row, column, turn.get(self.attr.content_tag) if isinstance(turn, dict) else turn)
         for column in (self.attr.chosen, self.attr.rejected):
             response = example[column]
@@ -222,9 +226,8 @@ class SoloDatasetProcessor:
         print(f"row:\n{example['row']}")
         for name in ("short_prompt", "long_prompt", "chosen", "rejected"):
             ids = example[f"{name}_ids"]
-            print(
-                f"{name}_ids ({len(ids)} tokens):\n{ids}\n{name}:\n{self.tokenizer.decode(ids, skip_special_tokens=False)}"
-            )
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+            print(f"{name}_ids ({len(ids)} tokens):\n{ids}\n{name}:\n{text}")
 
 
 def _processing(get_dataset_processor, loader):
@@ -254,11 +257,9 @@ def report(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
     short, long = (mean(column).as_py() for column in lengths)
     split = "evaluation" if is_eval else "training"
     logger.info_rank0(
-        f"SoLoPO {split} rows: {len(rows)}; dropped by `solopo_overlength: {overlength(data_args)}` at `cutoff_len: "
-        f"{data_args.cutoff_len}`: {n_before - len(rows)}; mean prompt tokens: short {short:.0f}, long {long:.0f} "
-        f"(compression rate {short / long:.2f})."
+        f"SoLoPO {split} rows: {len(rows)}; dropped by `solopo_overlength: {overlength(data_args)}` at "
+        f"`cutoff_len: {data_args.cutoff_len}`: {n_before - len(rows)}; mean prompt tokens: short {short:.0f}, "
+        f"long {long:.0f} (compression rate {short / long:.2f})."
     )
     if long < short:
-        logger.warning_rank0(
-            f"The long prompts of the {split} rows are shorter than the short ones: are the columns swapped?"
-        )
+        logger.warning_rank0(f"The long prompts of the {split} rows are the shorter ones: are the columns swapped?")

@@ -58,5 +58,6 @@ def same(owner: object, name: str, parameters: tuple[str, ...]) -> None:
     if found != parameters:
         where = f"{getattr(owner, '__name__', owner)}.{name}"
         raise RuntimeError(
-            f"{where} has other parameters than in LLaMA-Factory {', '.join(TESTED)}: expected {parameters}, found {found}."
+            f"{where} has other parameters than in LLaMA-Factory {', '.join(TESTED)}: expected {parameters}, "
+            f"found {found}."
         )

@@ -28,7 +28,8 @@ def one_and_two(run, recipe, cli, tmp_path):
     """Train on one process in this one and on two through the command line; returns both outcomes and the output."""
 
     def train(two: dict, **common):
-        common = dict(max_samples=16, num_train_epochs=1.0, gradient_accumulation_steps=1, disable_shuffling=True) | common
+        defaults = dict(max_samples=16, num_train_epochs=1.0, gradient_accumulation_steps=1, disable_shuffling=True)
+        common = defaults | common
         size = common.pop("per_device_train_batch_size", 2)
         one = run(recipe(per_device_train_batch_size=2 * size, output_dir=str(tmp_path / "one"), **common))
         args = recipe(per_device_train_batch_size=size, output_dir=str(tmp_path / "two"), **(common | two))

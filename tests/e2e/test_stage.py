@@ -29,7 +29,13 @@ def as_messages(row: dict, role: str, text: str, user: str, assistant: str, syst
 
 
 TALK_COLUMNS = {"messages": "messages", "long_messages": "long", "chosen": "chosen", "rejected": "rejected"}
-OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+OPENAI_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+}
 
 
 def test_the_same_content_in_every_formatting_trains_the_same(run, recipe, tmp_path):
@@ -40,17 +46,29 @@ def test_the_same_content_in_every_formatting_trains_the_same(run, recipe, tmp_p
     rows = demo_rows(6)
     system = "Be brief.\ndetailed thinking off"
     alpaca = [{**r, "system": system, "history": [["Hello.", "Hello, ask me."]]} for r in rows]
-    folder = write_dataset(tmp_path, alpaca, "alpaca", columns=SOLO_COLUMNS | {"system": "system", "history": "history"})
+    folder = write_dataset(
+        tmp_path, alpaca, "alpaca", columns=SOLO_COLUMNS | {"system": "system", "history": "history"}
+    )
     share = [as_messages(r, "from", "value", "human", "gpt", system) for r in rows]
     write_dataset(tmp_path, share, "share", formatting="sharegpt", columns=TALK_COLUMNS)
     openai = [as_messages(r, "role", "content", "user", "assistant", "Be brief.") for r in rows]
-    write_dataset(tmp_path, openai, "openai", formatting="openai", columns=TALK_COLUMNS, tags=OPENAI_TAGS | {"system_tag": "system"})
+    write_dataset(tmp_path, openai, "openai", formatting="openai", columns=TALK_COLUMNS, tags=OPENAI_TAGS)
     expected = first_losses(run, recipe, tmp_path, "a", dataset="alpaca", dataset_dir=folder)
     assert len(expected) == 2
     for name in ("share", "openai"):
         assert first_losses(run, recipe, tmp_path, name[0], dataset=name, dataset_dir=folder) == expected
     plain = write_dataset(tmp_path, rows, "plain")
     assert first_losses(run, recipe, tmp_path, "p", dataset="plain", dataset_dir=plain) != expected
+
+
+def test_a_hub_name(run, recipe, tmp_path):
+    """`hf_hub_url` instead of `file_name`; a local folder stands in for the hub, which `load_dataset` treats alike."""
+    (tmp_path / "repository").mkdir()
+    folder = write_dataset(tmp_path / "repository", demo_rows(6))
+    (tmp_path / "repository" / "dataset_info.json").unlink()
+    info = {"hub": {"hf_hub_url": folder, "ranking": True, "columns": SOLO_COLUMNS}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert len(first_losses(run, recipe, tmp_path, "h", dataset="hub", dataset_dir=str(tmp_path))) == 2
 
 
 def test_file_types_workers_and_tokenized_path(run, recipe, tmp_path):
@@ -67,7 +85,8 @@ def test_file_types_workers_and_tokenized_path(run, recipe, tmp_path):
     expected = first_losses(run, recipe, tmp_path, "a", dataset="lines", dataset_dir=folder)
     for name in ("list", "table"):
         assert first_losses(run, recipe, tmp_path, name, dataset=name, dataset_dir=folder) == expected
-    assert first_losses(run, recipe, tmp_path, "w", dataset="lines", dataset_dir=folder, preprocessing_num_workers=2) == expected
+    workers = dict(dataset="lines", dataset_dir=folder, preprocessing_num_workers=2)
+    assert first_losses(run, recipe, tmp_path, "w", **workers) == expected
     tokens = str(tmp_path / "tokens")
     for name in ("save", "load"):
         losses = first_losses(run, recipe, tmp_path, name, dataset="lines", dataset_dir=folder, tokenized_path=tokens)
@@ -135,9 +154,12 @@ def test_the_shipped_file_serves_every_baseline(run, recipe, tmp_path):
     """One file, five entries in dataset_info.json, each trained by its stage."""
     info = json.loads((ROOT / "data" / "dataset_info.json").read_text())
     assert list(info) == list(BASELINES)
-    losses = {name: run(recipe(dataset=name, max_steps=2, output_dir=str(tmp_path / name), **args)).losses for name, args in BASELINES.items()}
-    assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in losses.values())
-    assert losses["demo_short_po"] != losses["demo_expand_long_po"] and losses["demo_sft_short"] != losses["demo_sft_long"]
+    losses = {}
+    for name, args in BASELINES.items():
+        losses[name] = run(recipe(dataset=name, max_steps=2, output_dir=str(tmp_path / name), **args)).losses
+        assert len(losses[name]) == 2 and all(map(math.isfinite, losses[name]))
+    assert losses["demo_short_po"] != losses["demo_expand_long_po"]
+    assert losses["demo_sft_short"] != losses["demo_sft_long"]
 
 
 def test_best_model_early_stopping_curves_and_model_card(run, recipe, tmp_path):
@@ -156,7 +178,8 @@ def test_best_model_early_stopping_curves_and_model_card(run, recipe, tmp_path):
     best_weights = outcome_weights(result.dir / f"checkpoint-{best}")
     assert all(torch.equal(w, best_weights[name]) for name, w in result.weights.items())
     names = {p.name for p in result.dir.iterdir()}
-    curves = {f"training_{key}.png" for key in ("loss", "rewards_accuracies", "rewards_margins", "solopo_align_loss", "eval_loss")}
+    drawn = ("loss", "rewards_accuracies", "rewards_margins", "solopo_align_loss", "eval_loss")
+    curves = {f"training_{key}.png" for key in drawn}
     assert curves | {"README.md", "train_results.json", "all_results.json", "trainer_log.jsonl"} <= names
     assert not list(result.dir.glob("checkpoint-*/optimizer.pt"))
 
@@ -209,8 +232,9 @@ def test_export_and_chat_with_the_result(cli, run, recipe, tmp_path, tiny_model)
     assert (tmp_path / "merged" / "model.safetensors").exists()
     chat = write_recipe(tmp_path / "chat.yaml", dict(model_name_or_path=merged, template="qwen", max_new_tokens=4))
     process = subprocess.run(
-        [str(BIN / "llamafactory-cli"), "chat", chat], input="Where?\nexit\n", text=True, capture_output=True, timeout=300,
-        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT,
+        [str(BIN / "llamafactory-cli"), "chat", chat], input="Where?\nexit\n", text=True, capture_output=True,
+        timeout=300, env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
     )  # fmt: skip
     assert process.returncode == 0 and "Assistant:" in process.stdout, process.stderr[-3000:]
 
