@@ -11,7 +11,7 @@ install: .venv/.installed
 .venv/.installed: setup.py pyproject.toml constraints.txt solopo_plugin.pth
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is %s; run: make PYTHON=python3.11 ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	@echo "Installing the pinned working set (6 GB on disk; minutes on a first run) ..."
+	@echo "Installing the pinned working set (7 GB on disk; minutes on a first run) ..."
 	$(PIP) -e .
 	@touch $@
 

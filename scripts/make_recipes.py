@@ -82,8 +82,8 @@ LONGPO = (
 )
 LORA = (
     "Not in the paper, which fine-tunes in full: a way to run the method on one GPU of 24 to 80 GB.",
-    "Estimated, not measured: 15 GB of bf16 weights and 5 to 10 GB for the rest, so 40 and 80 GB hold it and 24 GB may",
-    "not. On 24 GB add `quantization_bit: 4` to the model section (weights about 6 GB; needs bitsandbytes).",
+    "Estimated, not measured: about 6 GB of 4-bit weights and 5 to 10 GB for the rest. Needs bitsandbytes, which",
+    "`pip install '.[qlora]'` brings. On 40 GB and more remove `quantization_bit` (then 15 GB of bf16 weights).",
 )
 
 
@@ -125,8 +125,8 @@ def base(name: str, method: str, data: str, length: str) -> Keys:
             "report_to": ("none", None),
         },
         "train": {
-            "per_device_train_batch_size": (1, f"{PAPER}; 64 in all = 4 GPUs x 1 x 16, the split is ours"),
-            "gradient_accumulation_steps": (16, PAPER),
+            "per_device_train_batch_size": (1, OURS),
+            "gradient_accumulation_steps": (16, f"{OURS}; x 4 GPUs = 64 rows a step, which is the paper's"),
             "learning_rate": (LEARNING_RATE[method], OURS),
             "optim": ("adamw_torch", PAPER),
             "num_train_epochs": (1.0, PAPER),
@@ -183,10 +183,11 @@ def lora(name: str) -> Keys:
     keys = solo(name, "orpo")
     del keys["method"]["deepspeed"], keys["train"]["ddp_timeout"]
     del keys["output"]["save_total_limit"]  # adapters are small
+    keys["model"] |= {"quantization_bit": (4, f"{OURS}; for 24 GB. Remove it on 40 GB and more")}
     keys["method"] |= {"finetuning_type": ("lora", OURS), "lora_rank": (16, OURS), "lora_target": ("all", OURS)}
     keys["train"] |= {
-        "per_device_train_batch_size": (1, f"{PAPER}; 64 in all = 1 GPU x 1 x 64, the split is ours"),
-        "gradient_accumulation_steps": (64, PAPER),
+        "per_device_train_batch_size": (1, OURS),
+        "gradient_accumulation_steps": (64, f"{OURS}; 64 rows a step are the paper's"),
         "learning_rate": ("5.0e-5", OURS),
     }
     return keys
@@ -251,7 +252,7 @@ def render(recipe: Recipe) -> str:
     env = f"FORCE_TORCHRUN=1 NPROC_PER_NODE={recipe.gpus}" if many else "CUDA_VISIBLE_DEVICES=0"
     header = [recipe.title, *recipe.about, "Launch:"]
     header += [f"{env} llamafactory-cli train {OUT}/{recipe.name}.yaml"]
-    header += ["Hardware: 4 x A100 80GB in the paper."] * many
+    header += ["Hardware: " + ("4 x A100 80GB in the paper." if many else "one GPU of 24 to 80 GB (see above).")]
     header += [f"Data: {recipe.keys['dataset']['dataset'][0]}: {ROWS[recipe.data]}."]
     lines = [f"# {line}" for line in (*header, *FOOT)]
     for section, pairs in recipe.keys.items():

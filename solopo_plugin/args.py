@@ -62,6 +62,8 @@ class SoloArguments:
 
 
 FIELDS = {f.name: f for f in fields(SoloArguments)}
+SOLOPO_ONLY = ("solopo_alpha", "solopo_align", "solopo_align_on", "solopo_penalty", "solopo_detach_short")
+LONGPO_ONLY = ("solopo_longpo_lambda",)
 
 
 def check_keys(keys) -> None:
@@ -102,6 +104,16 @@ def check_loss(args) -> None:
         raise ValueError(f"`pref_loss` must be one of {', '.join(LOSSES)} for `stage: solopo`; got {args.pref_loss!r}.")
     if args.solopo_objective == "longpo" and args.pref_loss != "sigmoid":
         raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
+    longpo = args.solopo_objective == "longpo"
+    ignored = {"pref_ftx": 0.0, "dpo_label_smoothing": 0.0} if longpo else {}
+    for name in SOLOPO_ONLY if longpo else LONGPO_ONLY:
+        ignored[name] = FIELDS[name].default
+    for name, default in ignored.items():
+        if getattr(args, name) != default:
+            raise ValueError(
+                f"`{name}: {getattr(args, name)}` has no effect with `solopo_objective: {args.solopo_objective}`; "
+                "remove it."
+            )
     if not (math.isfinite(args.pref_beta) and args.pref_beta > 0):
         raise ValueError(f"`pref_beta` must be > 0, got {args.pref_beta!r}.")
     if not 0 <= args.dpo_label_smoothing < 0.5:

@@ -125,7 +125,7 @@ def alignment(
 
 
 def longpo(long_chosen_B, long_rejected_B, ref_short_chosen_B, ref_short_rejected_B, beta) -> Tensor:
-    """LongPO's preference term (arXiv:2502.13922, eq. 8): DPO whose reference saw the *short* prompt.
+    """LongPO's preference term (arXiv:2502.13922): DPO whose reference saw the *short* prompt.
 
     r(y) = beta * log(pi(y | x_long) / pi_ref(y | x_short)); sums over tokens. The whole objective is
     NLL + lambda * this, the NLL being the mean over all tokens of `x_long y_w`, context included.

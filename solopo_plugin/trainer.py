@@ -41,7 +41,7 @@ class ExampleMeans:
         self.sums_M, self.count = None, 0
 
     def add(self, values_BM: Tensor) -> None:
-        total_M = values_BM.double().sum(0) if values_BM.device.type != "mps" else values_BM.sum(0)
+        total_M = values_BM.sum(0)
         self.sums_M = total_M if self.sums_M is None else self.sums_M + total_M
         self.count += len(values_BM)
 
@@ -68,7 +68,7 @@ class SoloTrainer(CustomDPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of a micro-batch, weighted so that every example of an accumulation window counts the same."""
         losses_B, metrics_BM = self.solopo_step(model, inputs)
-        self.check_finite(losses_B, inputs["rows"])
+        self.check_finite(losses_B, inputs["rows"], f"training step {self.state.global_step + 1}")
         self.train_means.add(metrics_BM)
         loss = losses_B.mean() * (self.window_weight * len(losses_B))
         return (loss, metrics_BM) if return_outputs else loss
@@ -185,7 +185,7 @@ class SoloTrainer(CustomDPOTrainer):
         )  # fmt: skip
         return torch.stack([column.detach().float() for column in columns], dim=1)
 
-    def check_finite(self, losses_B: Tensor, rows: list[str]) -> None:
+    def check_finite(self, losses_B: Tensor, rows: list[str], when: str) -> None:
         """Stop at a loss that is NaN or infinite, before it reaches the weights."""
         finite = losses_B.isfinite()
         if not finite.all():
@@ -195,7 +195,7 @@ class SoloTrainer(CustomDPOTrainer):
                 if not ok
             )
             raise FloatingPointError(
-                f"Loss is not finite at step {self.state.global_step + 1}, rows {bad}. Lower `learning_rate` or "
+                f"Loss is not finite in {when}, rows {bad}. Lower `learning_rate` or "
                 "`solopo_alpha`, or look at the rows; the last checkpoint is unharmed."
             )
 
@@ -226,7 +226,7 @@ class SoloTrainer(CustomDPOTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             losses_B, metrics_BM = self.solopo_step(model, inputs)
-        self.check_finite(losses_B, inputs["rows"])
+        self.check_finite(losses_B, inputs["rows"], f"evaluation after step {self.state.global_step}")
         self.eval_means.add(
             self.accelerator.gather_for_metrics(torch.cat([losses_B.float()[:, None], metrics_BM], dim=1))
         )

@@ -5,7 +5,8 @@ from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
-from pyarrow.compute import list_value_length
+from pyarrow.compute import add, list_value_length, max_element_wise
+from pyarrow.compute import max as arrow_max
 from pyarrow.compute import sum as arrow_sum
 from transformers.training_args import ParallelMode
 
@@ -14,6 +15,7 @@ from .data import COLUMNS, SoloCollator
 from .host.versions import installed
 from .trainer import SoloTrainer
 
+PARTS = ("short_prompt", "long_prompt", "chosen", "rejected")
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
 
@@ -29,10 +31,11 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     data_args.solopo_overlength = finetuning_args.solopo_overlength  # the host hands its processors only data_args
     dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
-    check_tokenized(dataset_module, data_args.tokenized_path)
-    configure_checkpointing(model_args, training_args)
+    if data_args.tokenized_path is not None:
+        check_tokenized(dataset_module, data_args.tokenized_path, data_args.cutoff_len)
     if data_args.streaming:
-        training_args.accelerator_config.dispatch_batches = False  # batches of several ranks differ in length
+        configure_streaming(dataset_module, training_args)
+    configure_checkpointing(model_args, training_args)
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
 
     ref_model = None
@@ -83,15 +86,44 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
-def check_tokenized(dataset_module: dict, path: str | None) -> None:
-    """Refuse rows that another stage has tokenised under the same `tokenized_path`."""
-    for dataset in dataset_module.values():
-        for split in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            if path is not None and split.column_names is not None and not set(COLUMNS) <= set(split.column_names):
+def splits(dataset_module: dict) -> list:
+    """Training set and evaluation sets, whatever their nesting."""
+    return [s for d in dataset_module.values() for s in (d.values() if isinstance(d, dict) else [d])]
+
+
+def check_tokenized(dataset_module: dict, path: str, cutoff_len: int) -> None:
+    """Refuse rows under `tokenized_path` that another stage, or another `cutoff_len`, has left there."""
+    for split in splits(dataset_module):
+        names = split.column_names
+        if names is not None and not set(COLUMNS) <= set(names):
+            raise ValueError(
+                f"`tokenized_path: {path}` holds rows of another stage (columns {', '.join(names)}); "
+                "choose another path or remove the folder."
+            )
+        if hasattr(split, "data"):
+            n = {part: list_value_length(split.data.column(f"{part}_ids")) for part in PARTS}
+            prompts = max_element_wise(n["short_prompt"], n["long_prompt"])
+            longest = arrow_max(add(prompts, max_element_wise(n["chosen"], n["rejected"]))).as_py()
+            if longest > cutoff_len:
                 raise ValueError(
-                    f"`tokenized_path: {path}` holds rows of another stage (columns {', '.join(split.column_names)}); "
-                    "choose another path or remove the folder."
+                    f"`tokenized_path: {path}` holds rows of up to {longest} tokens and `cutoff_len` is {cutoff_len}; "
+                    "raise `cutoff_len`, or choose another path to tokenise anew."
                 )
+
+
+def configure_streaming(dataset_module: dict, training_args) -> None:
+    """Give each rank its share of every stream, and refuse streams whose shares would differ in size.
+
+    The default, one rank that reads for all, concatenates batches, which here differ in length. With more shards than
+    ranks accelerate deals out shards instead of rows, and ranks that run out early leave the others waiting.
+    """
+    training_args.accelerator_config.dispatch_batches = False
+    shards = max(getattr(split, "n_shards", 1) for split in splits(dataset_module))
+    if 1 < training_args.world_size < shards:
+        raise ValueError(
+            f"A stream has {shards} shards for {training_args.world_size} processes, which would get unequal shares; "
+            "set `dataloader_num_workers` to at most the number of processes, or `streaming: false`."
+        )
 
 
 def configure_checkpointing(model_args, training_args) -> None:
@@ -107,11 +139,13 @@ def configure_checkpointing(model_args, training_args) -> None:
     if model_args.use_reentrant_gc:
         model_args.use_reentrant_gc = False
         logger.info_rank0("Set `use_reentrant_gc` to False: with two forwards a step it is needed on several ranks.")
+    # `gradient_checkpointing: true` makes the Trainer enable it once more, and there the host's default is reentrant
+    own = training_args.gradient_checkpointing_kwargs or {}
+    training_args.gradient_checkpointing_kwargs = {**own, "use_reentrant": False}
 
 
 def count_tokens(dataset, long_pair: bool) -> int:
     """Tokens of one epoch in all sequences that a step runs."""
-    parts = ("short_prompt", "long_prompt", "chosen", "rejected")
-    n = {part: arrow_sum(list_value_length(dataset.data.column(f"{part}_ids"))).as_py() for part in parts}
+    n = {part: arrow_sum(list_value_length(dataset.data.column(f"{part}_ids"))).as_py() for part in PARTS}
     tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
     return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)

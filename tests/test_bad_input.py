@@ -39,7 +39,12 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "our data set in sft": ({"stage": "sft"}, "Dataset `demo_solopo` is registered for `stage: solopo` (it has a long column, `long_prompt`)."),
     "undefined data set": ({"dataset": "nowhere"}, "Undefined dataset nowhere in dataset_info.json."),
     "too long": ({"cutoff_len": 64}, r"demo_solopo\[0\]: prompt \+ response have \d+ tokens and `cutoff_len` is 64; raise `cutoff_len`, shorten the row, or set `solopo_overlength: drop`."),
-    "all too long": ({"cutoff_len": 64, "solopo_overlength": "drop"}, "Cannot find valid samples"),
+    "all too long": ({"cutoff_len": 64, "solopo_overlength": "drop"}, "All 12 rows are longer than `cutoff_len: 64` and were dropped; raise `cutoff_len`."),
+    "dropping from a stream": ({"streaming": True, "max_samples": None, "max_steps": 1, "solopo_overlength": "drop"}, "`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`."),
+    "stream without workers": ({"streaming": True, "max_samples": None, "max_steps": 1}, "Dataset `demo_solopo` has no rows; with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more."),
+    "alpha in longpo": ({"solopo_objective": "longpo", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: longpo`; remove it."),
+    "ftx in longpo": ({"solopo_objective": "longpo", "pref_ftx": 1.0}, "`pref_ftx: 1.0` has no effect with `solopo_objective: longpo`; remove it."),
+    "lambda in solopo": ({"solopo_longpo_lambda": 0.1}, "`solopo_longpo_lambda: 0.1` has no effect with `solopo_objective: solopo`; remove it."),
 }  # fmt: skip
 
 GOOD = demo_rows(4)
@@ -56,6 +61,8 @@ ROWS = {  # name: (changes to row 2 of 4, changes to the dataset_info entry, the
     "ranking missing": ({}, {"ranking": False}, 'Dataset `rows` needs `"ranking": true` in dataset_info.json for `stage: solopo`.'),
     "wrong long column": ({}, {"columns": SOLO_COLUMNS | {"long_prompt": None, "long_messages": "long_prompt"}}, "map `long_prompt` (formatting `alpaca`)"),
     "history of single turns": ({"history": [["a"]]}, {"columns": SOLO_COLUMNS | {"history": "history"}}, "rows[2]: column `history` must be a list of [question, answer], got"),
+    "no such system column": ({}, {"columns": SOLO_COLUMNS | {"system": "sys"}}, "Dataset `rows` has no column `sys`; it has: "),
+    "system a number": ({"system": {"a": 1}}, {"columns": SOLO_COLUMNS | {"system": "system"}}, "rows[2]: column `system` must be a string or null, got"),
     "images": ({}, {"columns": SOLO_COLUMNS | {"images": "prompt"}}, "Dataset `rows` maps images, videos or audios; `stage: solopo` is for text only."),
 }  # fmt: skip
 
@@ -78,6 +85,7 @@ TALKS = {  # name: (changes to row 1 of 2, the sentence)
     "response by the user": ({"chosen": {"from": USER, "value": "a"}}, "talk[1]: column `chosen` must be one message with `from` 'gpt', got"),
     "response by nobody": ({"rejected": {"value": "a"}}, "talk[1]: column `rejected` must be one message with `from` 'gpt', got"),
     "system in the long one only": ({"long": [{"from": "system", "value": "Be brief."}, *TALK["long"]]}, "talk[1]: only one of `conversations` and `long` has a system prompt."),
+    "unknown role": ({"long": [{"from": "developer", "value": "a"}]}, "talk[1]: column `long` has a message whose `from` is 'developer'; known are human, gpt, "),
     "empty response": ({"chosen": {"from": BOT, "value": "  "}}, "talk[1]: column `chosen` is empty"),
 }  # fmt: skip
 
@@ -175,6 +183,19 @@ def test_rows_tokenised_by_another_stage(run, recipe, tmp_path, monkeypatch):
     DatasetDict({"train": Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]})}).save_to_disk(path)
     sentence = f"`tokenized_path: {path}` holds rows of another stage (columns input_ids, labels); choose another path"
     refused(run, recipe(tokenized_path=path), sentence)
+
+
+def test_rows_tokenised_for_a_longer_cutoff(run, recipe, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    path = str(tmp_path / "tokens")
+    ids = {
+        f"{part}_ids": [[1] * n]
+        for part, n in (("short_prompt", 5), ("long_prompt", 90), ("chosen", 8), ("rejected", 12))
+    }
+    DatasetDict({"train": Dataset.from_dict({"row": ["rows[0]"], "same": [False], **ids})}).save_to_disk(path)
+    sentence = f"`tokenized_path: {path}` holds rows of up to 102 tokens and `cutoff_len` is 101; raise `cutoff_len`"
+    refused(run, recipe(tokenized_path=path, cutoff_len=101), sentence)
 
 
 def test_the_shipped_sample_is_registered_once_per_use():

@@ -228,7 +228,7 @@ def test_alignment_is_learned(run, recipe):
 
 
 def test_a_non_finite_loss_stops_with_step_and_rows(run, recipe):
-    sentence = r"not finite at step 2, rows demo_solopo\[\d+\] \(nan\).*learning_rate"
+    sentence = r"not finite in training step 2, rows demo_solopo\[\d+\] \(nan\).*learning_rate"
     with pytest.raises(FloatingPointError, match=sentence):
         run(recipe(learning_rate=1e30, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant"))
 

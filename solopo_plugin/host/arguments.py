@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from omegaconf import OmegaConf
 
 from .. import args as solo
-from .versions import same
+from .versions import expect_signature
 
 
 def with_solo(host: type) -> type:
@@ -46,9 +46,9 @@ def with_solo(host: type) -> type:
 
 def apply(parser) -> None:
     """Patch `llamafactory.hparams.parser` right after its import."""
-    same(parser, "_parse_train_args", ("args",))
-    same(parser, "read_args", ("args",))
-    same(parser, "get_train_args", ("args",))
+    expect_signature(parser, "_parse_train_args", ("args",))
+    expect_signature(parser, "read_args", ("args",))
+    expect_signature(parser, "get_train_args", ("args",))
     host, ours = parser.FinetuningArguments, with_solo(parser.FinetuningArguments)
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
         arguments[:] = [ours if a is host else a for a in arguments]
@@ -102,6 +102,8 @@ def check_recipe(model_args, data_args, finetuning_args) -> None:
         "mixture_of_depths": (model_args.mixture_of_depths, "tokens of the response could skip layers"),
         "packing": (data_args.packing, "rows of pairs cannot be packed by the host"),
     }
+    if data_args.streaming and finetuning_args.solopo_overlength == "drop":
+        raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
     for key, (value, reason) in refused.items():
         if value:
             raise ValueError(f"`{key}: {value}` does not work with `stage: solopo`: {reason}; remove it.")

@@ -13,7 +13,7 @@ from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
 from ..data import COLUMNS, RowError, build_row, check_text, fits
-from .versions import same
+from .versions import expect_signature
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
 
@@ -21,17 +21,19 @@ LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "
 def apply(module) -> None:
     """Patch `llamafactory.data.parser` or `llamafactory.data.loader` right after its import."""
     if module.__name__.endswith(".parser"):
-        same(module.DatasetAttr, "join", ("self", "attr"))
+        expect_signature(module.DatasetAttr, "join", ("self", "attr"))
         module.DatasetAttr.long_prompt = module.DatasetAttr.long_messages = None
         module.DatasetAttr.join = _joining_long(module.DatasetAttr.join)
         return
-    same(module, "get_dataset_list", ("dataset_names", "dataset_dir"))
-    same(module, "align_dataset", ("dataset", "dataset_attr", "data_args", "training_args"))
+    expect_signature(module, "get_dataset_list", ("dataset_names", "dataset_dir"))
+    expect_signature(module, "align_dataset", ("dataset", "dataset_attr", "data_args", "training_args"))
     merged = ("dataset_names", "model_args", "data_args", "training_args", "stage", "return_dict")
-    same(module, "_get_merged_dataset", merged)
-    same(module, "_get_dataset_processor", ("data_args", "stage", "template", "tokenizer", "processor", "do_generate"))
+    expect_signature(module, "_get_merged_dataset", merged)
+    expect_signature(
+        module, "_get_dataset_processor", ("data_args", "stage", "template", "tokenizer", "processor", "do_generate")
+    )
     preprocessed = ("dataset", "data_args", "training_args", "stage", "template", "tokenizer", "processor", "is_eval")
-    same(module, "_get_preprocessed_dataset", preprocessed)
+    expect_signature(module, "_get_preprocessed_dataset", preprocessed)
     for name, wrap in {
         "get_dataset_list": _naming,
         "align_dataset": _aligning,
@@ -47,7 +49,8 @@ def _joining_long(join):
     def wrapper(self, attr):
         join(self, attr)
         for column in ("long_prompt", "long_messages"):
-            setattr(self, column, attr.get("columns", {}).get(column))
+            if column in attr.get("columns", {}):  # else nothing: other data sets keep the fingerprint of their cache
+                setattr(self, column, attr["columns"][column])
 
     return wrapper
 
@@ -56,19 +59,20 @@ def _naming(get_dataset_list, loader):
     def wrapper(dataset_names, dataset_dir):
         attrs = get_dataset_list(dataset_names, dataset_dir)
         for name, attr in zip(dataset_names or [], attrs, strict=True):
-            attr.entry = name
+            if attr.long_prompt or attr.long_messages:
+                attr.entry = name
         return attrs
 
     return wrapper
 
 
-def check_stage(attr: Any, stage: str) -> None:
+def check_stage(name: str, attr: Any, stage: str) -> None:
     """Refuse a data set that is not made for the stage, and say how to register it."""
     long = attr.long_prompt or attr.long_messages
     if stage != "solopo":
         if long:
             raise ValueError(
-                f"Dataset `{attr.entry}` is registered for `stage: solopo` (it has a long column, `{long}`). "
+                f"Dataset `{name}` is registered for `stage: solopo` (it has a long column, `{long}`). "
                 "For another stage, register the same file under a second name without that column in "
                 "dataset_info.json."
             )
@@ -76,23 +80,22 @@ def check_stage(attr: Any, stage: str) -> None:
     column = LONG_COLUMN.get(attr.formatting)
     if not long or not getattr(attr, column):
         raise ValueError(
-            f"Dataset `{attr.entry}` has no long context for `stage: solopo`: under `columns` in dataset_info.json map "
+            f"Dataset `{name}` has no long context for `stage: solopo`: under `columns` in dataset_info.json map "
             f"`{column}` (formatting `{attr.formatting}`) to the column that holds the long prompt."
         )
     if attr.ranking is not True:
-        raise ValueError(f'Dataset `{attr.entry}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
+        raise ValueError(f'Dataset `{name}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
     if not (attr.chosen and attr.rejected):
-        raise ValueError(
-            f"Dataset `{attr.entry}` must map `chosen` and `rejected` under `columns` in dataset_info.json."
-        )
+        raise ValueError(f"Dataset `{name}` must map `chosen` and `rejected` under `columns` in dataset_info.json.")
     if attr.images or attr.videos or attr.audios:
-        raise ValueError(f"Dataset `{attr.entry}` maps images, videos or audios; `stage: solopo` is for text only.")
+        raise ValueError(f"Dataset `{name}` maps images, videos or audios; `stage: solopo` is for text only.")
 
 
 def _merging(get_merged_dataset, loader):
     def wrapper(dataset_names, model_args, data_args, training_args, stage, return_dict=False):
-        for attr in loader.get_dataset_list(dataset_names, data_args.dataset_dir):
-            check_stage(attr, stage)
+        attrs = loader.get_dataset_list(dataset_names, data_args.dataset_dir)
+        for name, attr in zip(dataset_names or [], attrs, strict=True):
+            check_stage(name, attr, stage)
         stage = "rm" if stage == "solopo" else stage  # to the host our rows are ranking rows
         return get_merged_dataset(dataset_names, model_args, data_args, training_args, stage, return_dict)
 
@@ -129,6 +132,11 @@ class LongConverter:
         return {name: value for name, value in short.items() if name not in ("_images", "_videos", "_audios")}
 
     @property
+    def roles(self) -> list[str]:
+        tags = ("user", "assistant", "observation", "function", "system")
+        return [getattr(self.attr, f"{tag}_tag") for tag in tags]
+
+    @property
     def prompt_column(self) -> str:
         return self.attr.prompt if self.attr.formatting == "alpaca" else self.attr.messages
 
@@ -143,8 +151,11 @@ class LongConverter:
             if not isinstance(turns, list) or not turns:
                 raise RowError(f"{row}: column `{column}` must be a list of messages, got {str(turns)[:60]!r}.")
             for turn in turns:
-                if isinstance(turn, dict) and not isinstance(turn.get(self.attr.role_tag), str):
-                    raise RowError(f"{row}: column `{column}` has a message without `{self.attr.role_tag}`.")
+                if isinstance(turn, dict) and turn.get(self.attr.role_tag) not in self.roles:
+                    raise RowError(
+                        f"{row}: column `{column}` has a message whose `{self.attr.role_tag}` is "
+                        f"{turn.get(self.attr.role_tag)!r}; known are {', '.join(self.roles)}."
+                    )
                 check_text(row, column, turn.get(self.attr.content_tag) if isinstance(turn, dict) else turn)
         for column in (self.attr.chosen, self.attr.rejected):
             response = example[column]
@@ -157,6 +168,9 @@ class LongConverter:
                     )
                 response = response.get(self.attr.content_tag)
             check_text(row, column, response)
+        for column in filter(None, (self.attr.query, self.attr.system)):
+            if not isinstance(example[column], str | None):
+                raise RowError(f"{row}: column `{column}` must be a string or null, got {str(example[column])[:60]!r}.")
         history = example[self.attr.history] if self.attr.formatting == "alpaca" and self.attr.history else None
         for turn in history or []:
             if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
@@ -172,8 +186,17 @@ def _aligning(align_dataset, loader):
         from llamafactory.data.converter import get_dataset_converter
 
         converter = LongConverter(dataset_attr, data_args, get_dataset_converter)
-        columns = list(next(iter(dataset)).keys())
-        for column in (converter.prompt_column, converter.long_column, dataset_attr.chosen, dataset_attr.rejected):
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(
+                f"Dataset `{dataset_attr.entry}` has no rows; with `streaming: true` a local file also needs "
+                "`dataloader_num_workers: 1` or more."
+            )
+        columns = list(first)
+        mapped = (dataset_attr.chosen, dataset_attr.rejected, dataset_attr.system, dataset_attr.tools)
+        if dataset_attr.formatting == "alpaca":
+            mapped += (dataset_attr.query, dataset_attr.history)
+        for column in (converter.prompt_column, converter.long_column, *filter(None, mapped)):
             if column not in columns:
                 raise ValueError(
                     f"Dataset `{dataset_attr.entry}` has no column `{column}`; it has: {', '.join(columns)}. "
@@ -241,11 +264,21 @@ def _processing(get_dataset_processor, loader):
 
 def _counting(get_preprocessed_dataset, loader):
     def wrapper(dataset, data_args, training_args, stage, template, tokenizer, processor=None, is_eval=False):
-        rows = get_preprocessed_dataset(
-            dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval
-        )
-        if stage == "solopo" and rows is not None and not data_args.streaming:
-            report(rows, len(dataset), data_args, is_eval, loader.logger)
+        args = (dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
+        if stage != "solopo" or dataset is None or data_args.streaming:
+            return get_preprocessed_dataset(*args)
+        try:
+            rows = get_preprocessed_dataset(*args)
+        except RuntimeError as error:
+            if "Cannot find valid samples" not in str(error):
+                raise
+            rows = []  # the host's word for "nothing is left", on the rank that shows an example
+        if len(rows) == 0:
+            raise ValueError(
+                f"All {len(dataset)} rows are longer than `cutoff_len: {data_args.cutoff_len}` and were dropped; "
+                "raise `cutoff_len`."
+            )
+        report(rows, len(dataset), data_args, is_eval, loader.logger)
         return rows
 
     return wrapper

@@ -7,13 +7,13 @@ in "Unknown task"; rather than copy it, the stage passes as `dpo` between parsin
 
 from functools import wraps
 
-from .versions import same
+from .versions import expect_signature
 
 
 def apply(tuner) -> None:
     """Patch `llamafactory.train.tuner` right after its import."""
-    same(tuner, "get_train_args", ("args",))
-    same(tuner, "run_dpo", ("model_args", "data_args", "training_args", "finetuning_args", "callbacks"))
+    expect_signature(tuner, "get_train_args", ("args",))
+    expect_signature(tuner, "run_dpo", ("model_args", "data_args", "training_args", "finetuning_args", "callbacks"))
     tuner.get_train_args = _passing_as_dpo(tuner.get_train_args)
     tuner.run_dpo = _dispatching(tuner.run_dpo)
 

@@ -23,16 +23,16 @@ def tested() -> bool:
     """Whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
     host = installed("llamafactory")
     if host not in TESTED:
-        warn_inactive(f"it is tested with LLaMA-Factory {', '.join(TESTED)} and found {host}.")
+        warn_inactive(
+            f"it is tested with LLaMA-Factory {', '.join(TESTED)} and found {host}. "
+            f'`stage: solopo` needs: pip install "llamafactory=={TESTED[-1]}"'
+        )
     return host in TESTED
 
 
 def warn_inactive(reason: str) -> None:
-    print(
-        f"[WARNING] solopo_plugin is inactive: {reason} "
-        f'`stage: solopo` needs: pip install "llamafactory=={TESTED[-1]}"',
-        file=sys.stderr,
-    )
+    """Say on stderr that `stage: solopo` will not be there, and why; the host goes on without it."""
+    print(f"[WARNING] solopo_plugin is inactive: {reason}", file=sys.stderr)
 
 
 def explain(error: BaseException) -> None:
@@ -45,7 +45,7 @@ def explain(error: BaseException) -> None:
         )
 
 
-def same(owner: object, name: str, parameters: tuple[str, ...]) -> None:
+def expect_signature(owner: object, name: str, parameters: tuple[str, ...]) -> None:
     """Check, before a function of the host is replaced, that it is there and takes the parameters that we know.
 
     Raises:
@@ -58,6 +58,6 @@ def same(owner: object, name: str, parameters: tuple[str, ...]) -> None:
     if found != parameters:
         where = f"{getattr(owner, '__name__', owner)}.{name}"
         raise RuntimeError(
-            f"{where} has other parameters than in LLaMA-Factory {', '.join(TESTED)}: expected {parameters}, "
-            f"found {found}."
+            f"{where} is not as in LLaMA-Factory {', '.join(TESTED)}: expected parameters {parameters}, found {found}. "
+            f'Put the release back: pip install "llamafactory=={TESTED[-1]}" --force-reinstall --no-deps'
         )

@@ -83,11 +83,15 @@ def test_ddp_lora_with_the_adapter_off_as_reference(one_and_two):
     assert_equal(*one_and_two(DDP, finetuning_type="lora", pref_loss="ipo")[:2])
 
 
-@pytest.mark.parametrize("stage", ["z2", "z3", "z3_offload"])
+@pytest.mark.parametrize("stage", ["z2", "z2_offload", "z3", "z3_offload"])
 def test_deepspeed(one_and_two, stage):
-    """With a reference model, sharded too, and the reentrant checkpointing that ZeRO-3 would silently get wrong."""
+    """With a reference model, sharded too, and reentrant checkpointing asked for, which ZeRO-3 silently gets wrong.
+
+    `gradient_checkpointing: true` makes the Trainer enable checkpointing a second time, with the host's default.
+    """
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    assert_equal(*one_and_two(zero(stage), pref_loss="sigmoid", solopo_alpha=2.0)[:2])
+    asked = dict(gradient_checkpointing=True, use_reentrant_gc=True)
+    assert_equal(*one_and_two(zero(stage) | asked, pref_loss="sigmoid", solopo_alpha=2.0)[:2])
 
 
 def test_zero3_lora(one_and_two):
