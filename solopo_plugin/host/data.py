@@ -77,7 +77,7 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
                 "dataset_info.json."
             )
         return
-    column = LONG_COLUMN.get(attr.formatting)
+    column = LONG_COLUMN.get(attr.formatting, "long_prompt")  # an unknown formatting is the host's to refuse
     if not long or not getattr(attr, column):
         raise ValueError(
             f"Dataset `{name}` has no long context for `stage: solopo`: under `columns` in dataset_info.json map "
@@ -85,8 +85,10 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
         )
     if attr.ranking is not True:
         raise ValueError(f'Dataset `{name}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
-    if not (attr.chosen and attr.rejected):
-        raise ValueError(f"Dataset `{name}` must map `chosen` and `rejected` under `columns` in dataset_info.json.")
+    prompt = "prompt" if column == "long_prompt" else "messages"
+    for needed in (prompt, "chosen", "rejected"):
+        if not getattr(attr, needed):
+            raise ValueError(f"Dataset `{name}` must map `{needed}` under `columns` in dataset_info.json.")
     if attr.images or attr.videos or attr.audios:
         raise ValueError(f"Dataset `{name}` maps images, videos or audios; `stage: solopo` is for text only.")
 
