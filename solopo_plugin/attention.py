@@ -128,6 +128,12 @@ def sdpa_segments(
         Shape (1, T, H, D), and None for the weights.
     """
     _refuse(module, solopo_segments, kwargs)
+    device = query_1HTD.device.type
+    if torch.is_autocast_enabled(
+        device
+    ):  # as autocast does for plain causal attention, but not for `causal_lower_right`
+        dtype = torch.get_autocast_dtype(device)
+        query_1HTD, key_1HTD, value_1HTD = (x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD))
     grouped = query_1HTD.shape[1] != key_1HTD.shape[1]
     outputs = []
     for segment in solopo_segments.segments:
