@@ -56,8 +56,14 @@ class SoloArguments:
         "error",
         "A row longer than `cutoff_len`: stop with an `error`, or `drop` it (counted and reported). Never truncated.",
     )
-    solopo_forward: Literal["two_stage"] = _key(
-        "two_stage", "How a step runs: the short pair in one forward, then the long sequence in another."
+    solopo_forward: Literal["auto", "packed", "two_stage"] = _key(
+        "auto",
+        "How a step runs: `packed`, all sequences of a micro-batch as one row without padding in one forward; "
+        "`two_stage`, the short pair in one forward, then the long sequence in another; `auto`, packed where the model "
+        "supports it.",
+    )
+    solopo_logp_chunk: int = _key(
+        1024, "Response tokens whose fp32 logits exist at a time, > 0; smaller saves memory, and no result changes."
     )
 
 
@@ -87,6 +93,9 @@ def check_values(args: SoloArguments) -> None:
             if not number or not math.isfinite(value) or value < 0:
                 raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
             setattr(args, name, float(value))
+        elif spec.type is int:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number > 0, got {value!r}.")
         elif spec.type is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be true or false, got {value!r}.")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a token that is not predicted (the host's IGNORE_INDEX)
-CHUNK = 1024  # tokens whose fp32 logits exist at a time; ours
+CHUNK = 1024  # tokens whose fp32 logits exist at a time, the default of `solopo_logp_chunk`
 
 
 def _token_logps(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -29,7 +29,9 @@ def predicting_positions(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORE).any(0).nonzero().squeeze(-1)
 
 
-def response_logps(logits_BKV: Tensor, labels_BT: Tensor, positions_K: Tensor) -> tuple[Tensor, Tensor]:
+def response_logps(
+    logits_BKV: Tensor, labels_BT: Tensor, positions_K: Tensor, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
     """Summed log-prob of each row's labelled tokens.
 
     Args:
@@ -43,5 +45,5 @@ def response_logps(logits_BKV: Tensor, labels_BT: Tensor, positions_K: Tensor) -
     targets_BK = labels_BT[:, positions_K + 1]
     mask_BK = targets_BK != IGNORE
     logps_BK = torch.zeros_like(targets_BK, dtype=torch.float32)
-    logps_BK = logps_BK.masked_scatter(mask_BK, token_logps(logits_BKV[mask_BK], targets_BK[mask_BK]))
+    logps_BK = logps_BK.masked_scatter(mask_BK, token_logps(logits_BKV[mask_BK], targets_BK[mask_BK], chunk))
     return logps_BK.sum(-1), mask_BK.sum(-1)

@@ -1,9 +1,11 @@
 """SoloTrainer: the host's DPO trainer with the SoLoPO step. Read `compute_loss`, then `solopo_step`.
 
-Shape suffixes: B samples, T tokens, K kept positions, V vocabulary, M metrics.
+Shape suffixes: B samples, T tokens, K kept positions, N scored spans, V vocabulary, M metrics.
 """
 
 import inspect
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from llamafactory.extras import logging
@@ -11,7 +13,7 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from torch import Tensor
 from transformers import Trainer
 
-from . import losses
+from . import attention, losses
 from .args import LENGTH_NORMALISED
 from .logps import predicting_positions, response_logps, token_logps
 
@@ -51,16 +53,37 @@ class ExampleMeans:
         return (totals[:-1] / totals[-1]).tolist()
 
 
+class LogProbs(NamedTuple):
+    """What a step needs of its forwards, each (B,), fp32, nats; summed or averaged over tokens as the loss has it.
+
+    For `solopo` the pair is given the short prompt, for `longpo` the long one; the reference's always the short one.
+    `nll_B` is always a mean: of the chosen response or, for `longpo`, of all of `x_long y_w`.
+    """
+
+    chosen_B: Tensor
+    rejected_B: Tensor
+    ref_chosen_B: Tensor | None
+    ref_rejected_B: Tensor | None
+    nll_B: Tensor
+    long_chosen_B: Tensor | None = None
+    long_rejected_B: Tensor | None = None
+
+
 class SoloTrainer(CustomDPOTrainer):
     """Adds to the host's trainer: the step, example-weighted accumulation, and metrics that are means over examples."""
 
-    def __init__(self, model, **kwargs):
+    def __init__(self, model, packed: bool = False, **kwargs):
         super().__init__(model=model, **kwargs)
+        self.packed = packed
         self.train_means, self.eval_means = ExampleMeans(), ExampleMeans()
         self.window_weight = 1.0  # examples a full micro-batch stands for, see get_batch_samples
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = attention.base_of(model)
         self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-        if not self.keeps_logits:
+        if packed:
+            attention.prepare(model)
+            if kwargs["ref_model"] is not None:
+                attention.prepare(kwargs["ref_model"])
+        elif not self.keeps_logits:
             logger.warning_rank0(f"{type(base).__name__} has no `logits_to_keep`: the long forward keeps all logits.")
 
     # ---- one step
@@ -74,15 +97,18 @@ class SoloTrainer(CustomDPOTrainer):
         return (loss, metrics_BM) if return_outputs else loss
 
     def solopo_step(self, model, inputs) -> tuple[Tensor, Tensor]:
-        """Losses (B,) with gradient and metrics (B, M) without, of one micro-batch of `SoloCollator`."""
-        if self.finetuning_args.solopo_objective == "longpo":
-            return self.longpo_step(model, inputs)
+        """Losses (B,) with gradient and metrics (B, M) without, of one micro-batch of the collator."""
+        longpo = self.finetuning_args.solopo_objective == "longpo"
+        if self.packed:
+            logps = self.packed_logps(model, inputs)
+        else:
+            logps = self.longpo_logps(model, inputs) if longpo else self.two_stage_logps(model, inputs)
+        return self.longpo_losses(logps) if longpo else self.solopo_losses(logps)
+
+    def solopo_losses(self, logps: LogProbs) -> tuple[Tensor, Tensor]:
+        """SoLoPO: the preference loss on the short pair plus alpha times the alignment with the long context."""
         args = self.finetuning_args
-        short = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        policy = self.concatenated_forward(model, dict(short))
-        chosen_B, rejected_B, nll_B = policy["chosen_logps"], policy["rejected_logps"], -policy["chosen_logps_avg"]
-        del policy  # its fp32 logits of every position
-        ref_chosen_B, ref_rejected_B = self.compute_reference_log_probs(model, dict(short))
+        chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, nll_B, long_chosen_B, long_rejected_B = logps
         po_loss = losses.PO_LOSSES[args.pref_loss]
         po_B = po_loss(
             chosen_B, rejected_B, ref_chosen_B, ref_rejected_B,
@@ -91,12 +117,11 @@ class SoloTrainer(CustomDPOTrainer):
         if args.pref_ftx > 1e-6:  # the host's threshold
             po_B = po_B + args.pref_ftx * nll_B
 
-        long_chosen_B, *long_rejected_B = self.long_logps(model, inputs, chosen_B, rejected_B)
         align = dict(pref_loss=args.pref_loss, beta=args.pref_beta, align=args.solopo_align,
                      kind=args.solopo_penalty, detach_short=args.solopo_detach_short)  # fmt: skip
         align_B = losses.alignment(chosen_B, long_chosen_B, **align)
-        if long_rejected_B:
-            align_B = align_B + losses.alignment(rejected_B, long_rejected_B[0], **align, rise=True)
+        if long_rejected_B is not None:
+            align_B = align_B + losses.alignment(rejected_B, long_rejected_B, **align, rise=True)
         losses_B = po_B + args.solopo_alpha * align_B if args.solopo_alpha else po_B
 
         with torch.no_grad():
@@ -105,6 +130,56 @@ class SoloTrainer(CustomDPOTrainer):
             metrics_BM = self.metrics(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, po_B, align_B,
                                       reward_short_B, reward_long_B, nll_B)  # fmt: skip
         return losses_B, metrics_BM
+
+    def longpo_losses(self, logps: LogProbs) -> tuple[Tensor, Tensor]:
+        """LongPO (arXiv:2502.13922): NLL of `x_long y_w`, plus lambda * DPO with the reference on the short prompt."""
+        args = self.finetuning_args
+        chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, nll_B, *_ = logps
+        po_B = losses.longpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, args.pref_beta)
+        metrics_BM = self.metrics(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, po_B, torch.zeros_like(po_B),
+                                  args.pref_beta * ref_chosen_B, args.pref_beta * chosen_B, nll_B)  # fmt: skip
+        return nll_B + args.solopo_longpo_lambda * po_B, metrics_BM
+
+    # ---- its log-probs, packed: one forward of one row, see packing.py
+
+    def packed_logps(self, model, inputs) -> LogProbs:
+        """Everything from one forward of the policy and, where the loss has one, one of the reference on the pair."""
+        reference = {"chosen": None, "rejected": None}
+        if self.finetuning_args.use_ref_model:  # first, so that the policy's activations do not wait for it
+            if self.ref_model is None:
+                ref_model, as_reference = model, self.accelerator.unwrap_model(model).disable_adapter()
+            else:
+                ref_model, as_reference = self.ref_model, nullcontext()
+            with torch.no_grad(), as_reference:
+                reference, _ = self.score(ref_model, inputs["reference"])
+        policy, means = self.score(model, inputs["policy"])
+        nll_B = -means.get("sequence", means["chosen"])
+        return LogProbs(policy["chosen"], policy["rejected"], reference["chosen"], reference["rejected"], nll_B,
+                        policy.get("long_chosen"), policy.get("long_rejected"))  # fmt: skip
+
+    def score(self, model, row) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token."""
+        logits_1KV = model(
+            input_ids=row["input_ids"], position_ids=row["position_ids"], logits_to_keep=row["positions_K"],
+            use_cache=False, return_dict=True, solopo_segments=row["plan"],
+        ).logits  # fmt: skip
+        logps_K = token_logps(logits_1KV[0], row["targets_K"], self.finetuning_args.solopo_logp_chunk)
+        sums_N = torch.stack([span.sum() for span in logps_K.split(row["counts"])])
+        means_N = sums_N / row["counts_N"]
+        sums, means = ({name: x_N[span_B] for name, span_B in row["spans"].items()} for x_N in (sums_N, means_N))
+        return (means if self.finetuning_args.pref_loss in LENGTH_NORMALISED else sums), means
+
+    # ---- its log-probs in two stages: the short pair as in the host's DPO, then the long sequences
+
+    def two_stage_logps(self, model, inputs) -> LogProbs:
+        """The host's forward of the padded short pair, the reference's, and one of the long sequences."""
+        short = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        policy = self.concatenated_forward(model, dict(short))
+        chosen_B, rejected_B, nll_B = policy["chosen_logps"], policy["rejected_logps"], -policy["chosen_logps_avg"]
+        del policy  # its fp32 logits of every position
+        ref_chosen_B, ref_rejected_B = self.compute_reference_log_probs(model, dict(short))
+        long_chosen_B, *long_rejected_B = self.long_logps(model, inputs, chosen_B, rejected_B)
+        return LogProbs(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, nll_B, long_chosen_B, *long_rejected_B)
 
     def long_logps(self, model, inputs, chosen_B: Tensor, rejected_B: Tensor) -> list[Tensor]:
         """Log-probs of the chosen (and, for `both`, rejected) responses given the long prompts, each shape (B,).
@@ -118,7 +193,9 @@ class SoloTrainer(CustomDPOTrainer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.finetuning_args.solopo_alpha > 0):
             positions_K = predicting_positions(inputs["long_labels"])
             logits_BKV = self.forward_long(model, inputs, positions_K)
-            logps, counts = response_logps(logits_BKV, inputs["long_labels"], positions_K)
+            logps, counts = response_logps(
+                logits_BKV, inputs["long_labels"], positions_K, self.finetuning_args.solopo_logp_chunk
+            )
             if self.finetuning_args.pref_loss in LENGTH_NORMALISED:
                 logps = logps / counts
         return [
@@ -151,25 +228,22 @@ class SoloTrainer(CustomDPOTrainer):
             self._some_row_is_short = not all(known)
         return self._some_row_is_short
 
-    def longpo_step(self, model, inputs) -> tuple[Tensor, Tensor]:
-        """LongPO (arXiv:2502.13922): NLL of `x_long y_w`, plus lambda * DPO with the reference on the short prompt."""
-        args, labels_BT = self.finetuning_args, inputs["long_labels"]
-        ids_BT, mask_BT = inputs["long_input_ids"], inputs["long_attention_mask"]
-        size = len(ids_BT) // 2
+    def longpo_logps(self, model, inputs) -> LogProbs:
+        """LongPO's: the policy on the long pair, all logits; the reference on the short pair as the host has it."""
+        labels_BT, ids_BT = inputs["long_labels"], inputs["long_input_ids"]
+        size, chunk = len(ids_BT) // 2, self.finetuning_args.solopo_logp_chunk
         logits_BTV = self.forward_long(model, inputs, None)
         positions_K = predicting_positions(labels_BT)
-        logps, counts = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K)
+        logps, _ = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K, chunk)
         chosen_B, rejected_B = logps.split(size)
-        real = mask_BT[:size, 1:].bool()
-        tokens = token_logps(logits_BTV[:size, :-1][real], ids_BT[:size, 1:][real])
+        real = inputs["long_attention_mask"][:size, 1:].bool()
+        tokens = token_logps(logits_BTV[:size, :-1][real], ids_BT[:size, 1:][real], chunk)
         nll_B = -torch.zeros_like(real, dtype=tokens.dtype).masked_scatter(real, tokens).sum(-1) / real.sum(-1)
         del logits_BTV
         short = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        ref_chosen_B, ref_rejected_B = self.compute_reference_log_probs(model, short)
-        po_B = losses.longpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, args.pref_beta)
-        metrics_BM = self.metrics(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, po_B, torch.zeros_like(po_B),
-                                  args.pref_beta * ref_chosen_B, args.pref_beta * chosen_B, nll_B)  # fmt: skip
-        return nll_B + args.solopo_longpo_lambda * po_B, metrics_BM
+        return LogProbs(chosen_B, rejected_B, *self.compute_reference_log_probs(model, short), nll_B)
+
+    # ---- its metrics and its guard
 
     @torch.no_grad()
     def metrics(
@@ -247,7 +321,10 @@ class SoloTrainer(CustomDPOTrainer):
         return super().floating_point_ops(all_tokens(inputs))
 
 
-def all_tokens(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Short and long sequences as one flat row: what the Trainer's token and FLOP counters should see."""
+def all_tokens(inputs: dict) -> dict[str, Tensor]:
+    """All that the policy's forwards run, as one flat row: what the Trainer's token and FLOP counters should see."""
+    if "policy" in inputs:
+        ids = inputs["policy"]["input_ids"]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     names = ("input_ids", "attention_mask")
     return {name: torch.cat([inputs[name].flatten(), inputs[f"long_{name}"].flatten()])[None] for name in names}

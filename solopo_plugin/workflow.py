@@ -11,8 +11,10 @@ from pyarrow.compute import sum as arrow_sum
 from transformers.training_args import ParallelMode
 
 from . import __version__
+from .attention import base_of, why_not_packed
 from .data import COLUMNS, SoloCollator
 from .host.versions import installed
+from .packing import PackedCollator
 from .trainer import SoloTrainer
 
 PARTS = ("short_prompt", "long_prompt", "chosen", "rejected")
@@ -35,7 +37,6 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         check_tokenized(dataset_module, data_args.tokenized_path, data_args.cutoff_len)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
-    configure_checkpointing(model_args, training_args)
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
 
     ref_model = None
@@ -45,15 +46,17 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         else:
             ref_model = create_ref_model(model_args, finetuning_args)
 
-    longpo = finetuning_args.solopo_objective == "longpo"
+    packed = runs_packed(finetuning_args.solopo_forward, model, ref_model)
+    if not packed:
+        configure_checkpointing(model, model_args, training_args)
+    longpo, both = finetuning_args.solopo_objective == "longpo", finetuning_args.solopo_align_on == "both"
     trainer = SoloTrainer(
         model=model,
         ref_model=ref_model,
         args=training_args,
         finetuning_args=finetuning_args,
-        data_collator=SoloCollator(
-            tokenizer.pad_token_id, long_pair=longpo or finetuning_args.solopo_align_on == "both"
-        ),
+        data_collator=PackedCollator(longpo, both) if packed else SoloCollator(tokenizer.pad_token_id, longpo or both),
+        packed=packed,
         callbacks=callbacks,
         **dataset_module,
         **tokenizer_module,
@@ -63,7 +66,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model()
         if finetuning_args.include_effective_tokens_per_second and not data_args.streaming:  # a stream has no length
-            tokens = count_tokens(dataset_module["train_dataset"], trainer.data_collator.long_pair)
+            tokens = count_tokens(dataset_module["train_dataset"], longpo or both)
             rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
             result.metrics["effective_tokens_per_sec"] = rate / training_args.world_size
         trainer.log_metrics("train", result.metrics)
@@ -126,18 +129,34 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
         )
 
 
-def configure_checkpointing(model_args, training_args) -> None:
+def runs_packed(solopo_forward: str, *models) -> bool:
+    """Whether the step is packed: as `solopo_forward` says and the policy and the reference allow."""
+    if solopo_forward == "two_stage":
+        return False
+    reasons = [reason for model in models if model is not None and (reason := why_not_packed(model))]
+    if reasons and solopo_forward == "packed":
+        raise ValueError(
+            f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."
+        )
+    if reasons:
+        logger.info_rank0(f"`solopo_forward: auto` runs in two stages, not packed, on this model: {reasons[0]}.")
+    return not reasons
+
+
+def configure_checkpointing(model, model_args, training_args) -> None:
     """Two forwards before one backward are wrong under reentrant checkpointing, the host's default, on several ranks.
 
     A parameter's gradient is then ready twice: DDP and ZeRO-1/2 raise, ZeRO-3 *silently* loses part of the gradient
     (measured: gradient norm 3.38 for 2.85). Non-reentrant checkpointing gives one process's gradients on all of them.
+    A packed step has one forward before its backward, and either kind is right.
     """
     if training_args.parallel_mode != ParallelMode.DISTRIBUTED or model_args.disable_gradient_checkpointing:
         return
     if model_args.use_unsloth_gc:
         raise ValueError("`use_unsloth_gc: True` is reentrant: two forwards a step fail on several ranks; remove it.")
-    if model_args.use_reentrant_gc:
+    if model_args.use_reentrant_gc and base_of(model).is_gradient_checkpointing:
         model_args.use_reentrant_gc = False
+        base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         logger.info_rank0("Set `use_reentrant_gc` to False: with two forwards a step it is needed on several ranks.")
     # `gradient_checkpointing: true` makes the Trainer enable it once more, and there the host's default is reentrant
     own = training_args.gradient_checkpointing_kwargs or {}
@@ -145,7 +164,7 @@ def configure_checkpointing(model_args, training_args) -> None:
 
 
 def count_tokens(dataset, long_pair: bool) -> int:
-    """Tokens of one epoch in all sequences that a step runs."""
+    """Tokens of one epoch in all sequences that a step scores, a prompt once per response whatever the forward."""
     n = {part: arrow_sum(list_value_length(dataset.data.column(f"{part}_ids"))).as_py() for part in PARTS}
     tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
     return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)

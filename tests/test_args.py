@@ -19,7 +19,8 @@ def test_defaults_are_the_papers_form():
         "solopo_objective": "solopo",
         "solopo_longpo_lambda": 0.01,
         "solopo_overlength": "error",
-        "solopo_forward": "two_stage",
+        "solopo_forward": "auto",
+        "solopo_logp_chunk": 1024,
     }
     check_values(SoloArguments())
 

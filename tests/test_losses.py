@@ -614,8 +614,10 @@ def step(model, reference, rows, **keys):
     """Losses (B,) and metrics of `SoloTrainer.solopo_step`: the real methods on an instance without its Trainer."""
     from llamafactory.hparams import FinetuningArguments
 
+    from solopo_plugin.attention import prepare, why_not_packed
     from solopo_plugin.data import SoloCollator
     from solopo_plugin.host.arguments import with_solo
+    from solopo_plugin.packing import PackedCollator
     from solopo_plugin.trainer import METRICS, SoloTrainer
 
     args = with_solo(FinetuningArguments)(stage="solopo", **keys)
@@ -624,7 +626,13 @@ def step(model, reference, rows, **keys):
     trainer.beta, trainer.loss_type, trainer.ld_alpha = args.pref_beta, args.pref_loss, None
     trainer.accelerator = SimpleNamespace(gather=lambda t: t, unwrap_model=lambda m: m)
     trainer.keeps_logits, trainer.train_dataset, trainer.eval_dataset = True, SimpleNamespace(), None
-    trainer.data_collator = SoloCollator(0, args.solopo_align_on == "both" or args.solopo_objective == "longpo")
+    longpo, both = args.solopo_objective == "longpo", args.solopo_align_on == "both"
+    trainer.packed = args.solopo_forward == "packed"
+    if trainer.packed:
+        for m in filter(None, (model, trainer.ref_model)):
+            assert why_not_packed(m) is None
+            prepare(m)
+    trainer.data_collator = PackedCollator(longpo, both) if trainer.packed else SoloCollator(0, longpo or both)
     losses_B, metrics_BM = trainer.solopo_step(model, trainer.data_collator(rows))
     return losses_B, dict(zip(METRICS, metrics_BM.unbind(1), strict=True))
 

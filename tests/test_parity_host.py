@@ -1,8 +1,8 @@
 """alpha = 0 is the host's own `stage: dpo` on the short pair: the same loss at every step, the same final weights.
 
 This is the strongest check of the short half of the step, made against code that we did not write. Runs are fp32 on
-the CPU with equal seeds, so the comparison is bit for bit; ORPO's odds are computed by another formula (ours is finite
-near p = 1), so there rounding may differ.
+the CPU with equal seeds, so in two stages the comparison is bit for bit; ORPO's odds are computed by another formula
+(ours is finite near p = 1), so there rounding may differ. The packed row does the same sums in another order.
 """
 
 from functools import partialmethod
@@ -52,14 +52,33 @@ def assert_same_run(ours, host, pref_loss):
 def test_alpha_zero_is_the_hosts_dpo(run, recipe, tmp_path, host_knows_its_loss, pref_loss, finetuning_type):
     host_knows_its_loss(pref_loss)
     common = dict(pref_loss=pref_loss, finetuning_type=finetuning_type, pref_ftx=0.3 if pref_loss == "simpo" else 0.0)
-    ours = run(recipe(solopo_alpha=0.0, output_dir=str(tmp_path / "solo"), **common))
+    ours = run(recipe(solopo_alpha=0.0, solopo_forward="two_stage", output_dir=str(tmp_path / "solo"), **common))
     host = run(recipe(stage="dpo", dataset="demo_short_po", output_dir=str(tmp_path / "dpo"), **common))
     assert_same_run(ours, host, pref_loss)
     assert host.losses[0] != host.losses[-1]
 
 
+@pytest.mark.parametrize("pref_loss, finetuning_type", [*[(loss, "full") for loss in LOSSES], ("sigmoid", "lora")])
+def test_alpha_zero_is_the_hosts_dpo_packed_too(run, recipe, tmp_path, host_knows_its_loss, pref_loss, finetuning_type):
+    """By SGD: a step is proportional to the gradient, where Adam makes a step of full size of any rounding error.
+
+    Losses: the packed step's bound of 1e-5 relative (test_packing.py). Weights: a step is 0.1 times a gradient that is
+    clipped to norm 1, so 1e-5 of it is 1e-6, in three steps 3e-6 for the gradients and as much again for their sums.
+    """
+    host_knows_its_loss(pref_loss)
+    common = dict(pref_loss=pref_loss, finetuning_type=finetuning_type, optim="sgd", learning_rate=0.1)
+    common["num_train_epochs"] = 1.0
+    ours = run(recipe(solopo_alpha=0.0, solopo_forward="packed", output_dir=str(tmp_path / "solo"), **common))
+    host = run(recipe(stage="dpo", dataset="demo_short_po", output_dir=str(tmp_path / "dpo"), **common))
+    assert ours.losses == pytest.approx(host.losses, rel=1e-5) and ours.weights.keys() == host.weights.keys()
+    for name in host.weights:
+        torch.testing.assert_close(ours.weights[name], host.weights[name], rtol=0, atol=6e-6)
+    assert host.losses[0] != host.losses[-1]
+
+
 def test_label_smoothing_is_the_hosts(run, recipe, tmp_path):
-    ours = run(recipe(solopo_alpha=0.0, dpo_label_smoothing=0.2, output_dir=str(tmp_path / "solo")))
+    common = dict(dpo_label_smoothing=0.2, solopo_forward="two_stage")
+    ours = run(recipe(solopo_alpha=0.0, output_dir=str(tmp_path / "solo"), **common))
     host = run(recipe(stage="dpo", dataset="demo_short_po", dpo_label_smoothing=0.2, output_dir=str(tmp_path / "dpo")))
     assert_same_run(ours, host, "sigmoid")
 

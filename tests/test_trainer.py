@@ -83,8 +83,9 @@ def name_case(x) -> str:
     return x if isinstance(x, str) else "-".join(map(str, x.values()))
 
 
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
 @pytest.mark.parametrize("pref_loss, options", CASES, ids=name_case)
-def test_a_step_is_what_the_paper_writes(run, recipe, tiny_model, tmp_path, pref_loss, options):
+def test_a_step_is_what_the_paper_writes(run, recipe, tiny_model, pref_loss, options, forward):
     """Loss and weights after one SGD step over two rows equal a loop over single sequences in float64.
 
     The policy differs from the reference (another seed), so that DPO's margin is not 0. The step is fp32: losses agree
@@ -96,7 +97,7 @@ def test_a_step_is_what_the_paper_writes(run, recipe, tiny_model, tmp_path, pref
     args = recipe(
         pref_loss=pref_loss, model_name_or_path=policy_path, ref_model=reference_path, max_samples=2, optim="sgd",
         per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=1, learning_rate=0.1,
-        lr_scheduler_type="constant", max_grad_norm=0.0, disable_shuffling=True, **options,
+        lr_scheduler_type="constant", max_grad_norm=0.0, disable_shuffling=True, solopo_forward=forward, **options,
     )  # fmt: skip
     result = run(args)
     policy = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32)
@@ -110,7 +111,8 @@ def test_a_step_is_what_the_paper_writes(run, recipe, tiny_model, tmp_path, pref
         assert (change - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
 
 
-def test_longpo_is_what_its_paper_writes(run, recipe, tiny_model):
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_longpo_is_what_its_paper_writes(run, recipe, tiny_model, forward):
     """NLL of every token of `x_long y_w` plus lambda * DPO, policy on the long and reference on the short prompt."""
     from transformers import AutoModelForCausalLM
 
@@ -119,6 +121,7 @@ def test_longpo_is_what_its_paper_writes(run, recipe, tiny_model):
         solopo_objective="longpo", solopo_longpo_lambda=0.3, model_name_or_path=policy_path, ref_model=reference_path,
         max_samples=3, optim="sgd", per_device_train_batch_size=3, gradient_accumulation_steps=1, max_steps=1,
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, disable_shuffling=True,
+        solopo_forward=forward,
     ))  # fmt: skip
     policy = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(reference_path, dtype=torch.float32)
@@ -197,6 +200,7 @@ def test_equal_contexts_cost_nothing_and_align_to_zero(run, recipe, tmp_path, mo
     rows = [row | {"long_prompt": row["prompt"]} for row in demo_rows(8)]
     folder = write_dataset(tmp_path / "same", rows)
     common = dict(dataset="rows", dataset_dir=folder, max_samples=None, num_train_epochs=1.0)
+    common["solopo_forward"] = "two_stage"
     ours = run(recipe(solopo_alpha=3.0, output_dir=str(tmp_path / "a"), **common))
     assert not calls
     assert all(e["solopo/align_loss"] == 0 == e["solopo/reward_gap"] for e in ours.log if "loss" in e)
@@ -264,21 +268,55 @@ def test_gradient_checkpointing_changes_nothing(run, recipe, tmp_path):
         assert other.losses == pytest.approx(results[0].losses, rel=1e-5)  # Adam magnifies the order of two sums
 
 
-def test_counters_see_both_contexts(run, recipe, tiny_model):
-    """Tokens and the effective rate include the long sequence; two rows, padding as batched."""
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_counters_see_both_contexts(run, recipe, tiny_model, forward):
+    """What was run: in two stages the short prompt twice, packed once. The effective rate counts all sequences."""
     result = run(recipe(
         max_samples=2, num_train_epochs=1.0, include_num_input_tokens_seen="non_padding",
-        include_effective_tokens_per_second=True,
+        include_effective_tokens_per_second=True, solopo_forward=forward,
     ))  # fmt: skip
-    tokens = 0
+    tokens = shared = 0
     for sequences in encode_rows(tiny_model(), 2):
         for key in (("short", "chosen"), ("short", "rejected"), ("long", "chosen")):
             prompt, response = sequences[key]
             tokens += len(prompt) + len(response)
-    assert [e for e in result.log if "num_input_tokens_seen" in e][-1]["num_input_tokens_seen"] == tokens
+        shared += len(sequences["short", "rejected"][0]) if forward == "packed" else 0
+    seen = [e for e in result.log if "num_input_tokens_seen" in e][-1]["num_input_tokens_seen"]
+    assert seen == tokens - shared
     metrics = json.loads((result.dir / "train_results.json").read_text())
     rate = tokens / metrics["train_runtime"]
     assert metrics["effective_tokens_per_sec"] == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_packed_runs_are_two_stage_runs(run, recipe, tmp_path, host_log, kind):
+    """Six steps by SGD with a reference: a second model, or the adapter off. `auto` is packed on this model.
+
+    The bounds are those of the packed parity with the host (test_parity_host.py): rounding in another order.
+    """
+    extra = dict(optim="sgd", learning_rate=0.1, finetuning_type=kind, pref_loss="sigmoid", solopo_alpha=2.0)
+    auto, two_stage = (
+        run(recipe(solopo_forward=forward, output_dir=str(tmp_path / forward), **extra))
+        for forward in ("auto", "two_stage")
+    )
+    assert not any("in two stages" in message for message in host_log)
+    assert len(auto.losses) == 6 and auto.losses != two_stage.losses  # rounding tells them apart: both forms ran
+    assert auto.losses == pytest.approx(two_stage.losses, rel=1e-5)
+    for name, weight in two_stage.weights.items():
+        torch.testing.assert_close(auto.weights[name], weight, rtol=0, atol=1.2e-5)
+
+
+def test_a_model_that_cannot_be_packed(run, recipe, tiny_model, host_log):
+    """`auto` says so once and trains in two stages; `packed` is refused with the reason."""
+    args = recipe(model_name_or_path=tiny_model("mistral", sliding_window=64), max_steps=1)
+    assert len(run(args).losses) == 1
+    said = [message for message in host_log if "in two stages" in message]
+    assert said == ["`solopo_forward: auto` runs in two stages, not packed, on this model: its attention has a sliding "
+                    "window (64)."]  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"packed` does not run on this model: its attention has a sliding window \(64\)"
+    ):
+        run(args | dict(solopo_forward="packed"))
 
 
 def test_evaluation_alone(run, recipe, tmp_path):

@@ -55,10 +55,13 @@ def assert_equal(one, two) -> None:
         torch.testing.assert_close(two.weights[name].float(), weight.float(), rtol=0, atol=2e-5)
 
 
-def test_ddp(one_and_two):
-    one, two, out = one_and_two(DDP, pref_loss="sigmoid", solopo_alpha=2.0)
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_ddp(one_and_two, forward):
+    """A packed step has one forward before its backward and keeps the host's reentrant checkpointing."""
+    one, two, out = one_and_two(DDP, pref_loss="sigmoid", solopo_alpha=2.0, solopo_forward=forward)
     assert_equal(one, two)
-    assert "Set `use_reentrant_gc` to False" in out
+    assert "Gradient checkpointing enabled" in out
+    assert ("Set `use_reentrant_gc` to False" in out) == (forward == "two_stage")
     assert len(re.findall(r"solopo_plugin \S+ is active in LLaMA-Factory \S+\.", out)) == 1  # rank 0 only
 
 
@@ -83,15 +86,21 @@ def test_ddp_lora_with_the_adapter_off_as_reference(one_and_two):
     assert_equal(*one_and_two(DDP, finetuning_type="lora", pref_loss="ipo")[:2])
 
 
-@pytest.mark.parametrize("stage", ["z2", "z2_offload", "z3", "z3_offload"])
-def test_deepspeed(one_and_two, stage):
-    """With a reference model, sharded too, and reentrant checkpointing asked for, which ZeRO-3 silently gets wrong.
+FORMS = [("z2", "packed"), ("z2_offload", "two_stage"), ("z3", "packed"), ("z3_offload", "packed"), ("z3", "two_stage")]
 
-    `gradient_checkpointing: true` makes the Trainer enable checkpointing a second time, with the host's default.
+
+@pytest.mark.parametrize("stage, forward", FORMS)
+def test_deepspeed(one_and_two, stage, forward):
+    """With a reference model, sharded too, and reentrant checkpointing asked for.
+
+    Packed, one forward a step, that is right. In two stages ZeRO-3 would silently get it wrong, and it is switched off,
+    also where `gradient_checkpointing: true` makes the Trainer enable it a second time with the host's default.
     """
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    asked = dict(gradient_checkpointing=True, use_reentrant_gc=True)
-    assert_equal(*one_and_two(zero(stage) | asked, pref_loss="sigmoid", solopo_alpha=2.0)[:2])
+    asked = dict(gradient_checkpointing=True, use_reentrant_gc=True, solopo_forward=forward)
+    one, two, out = one_and_two(zero(stage) | asked, pref_loss="sigmoid", solopo_alpha=2.0)
+    assert_equal(one, two)
+    assert ("Set `use_reentrant_gc` to False" in out) == (forward == "two_stage")
 
 
 def test_zero3_lora(one_and_two):
@@ -111,7 +120,8 @@ def test_ranks_hold_the_same_weights_and_skip_the_long_pass_together(cli, recipe
     rows = [row | ({"long_prompt": row["prompt"]} if i % 3 else {}) for i, row in enumerate(demo_rows(12))]
     args = recipe(
         dataset="rows", dataset_dir=write_dataset(tmp_path / "data", rows), max_samples=None, num_train_epochs=1.0,
-        per_device_train_batch_size=1, gradient_accumulation_steps=1, disable_shuffling=True, **DDP,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, disable_shuffling=True,
+        solopo_forward="two_stage", **DDP,
     )  # fmt: skip
     path = write_recipe(tmp_path / "recipe.yaml", args)
     script = str(ROOT / "tests" / "distributed" / "train_and_hash.py")

@@ -1,0 +1,125 @@
+"""One packed row: the sequences of a micro-batch without padding, a shared prompt once. Pure layout, no model.
+
+    per sample  [x_s y_w | y_l | x_l y_w]      `| y_l` once more, behind x_l, for `solopo_align_on: both`
+
+A segment's tokens attend to the segment itself and, for a `y_l`, to its prompt; positions restart with every prompt and
+continue from it. The prompt's last position predicts the first token of each response behind it.
+
+Shape suffixes: B samples, T tokens of the row, K scored tokens, N scored spans (responses; for LongPO also sequences).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the responses behind it, token ids
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive queries and all the keys that they may see; causal, the last query sees the last key.
+
+    Attributes:
+        query: First position in the row, and the one after the last.
+        keys: Such pairs in reading order; the last is `query` itself.
+    """
+
+    query: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Plan:
+    """The segments of a row on their way through the model's keyword arguments; `calls` counts the attentions done."""
+
+    segments: tuple[Segment, ...]
+    calls: int = 0
+
+
+def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
+    """Lay groups out as one row.
+
+    Args:
+        groups: At least one token per prompt and response.
+        score_sequences: Before a group's responses, score the whole of its prompt and first response, from the second
+            token on, as a span of its own (LongPO's NLL).
+
+    Returns:
+        `input_ids`, `position_ids`: shape (1, T). `positions_K`: where logits are needed, `targets_K`: the token that
+        each predicts; both span after span. `counts_N`: tokens per span, `counts`: the same as a list. `plan`: the
+        segments.
+    """
+    ids, places, positions, targets, counts, segments = [], [], [], [], [], []
+
+    def score(predictors, tokens):
+        positions.extend(predictors)
+        targets.extend(tokens)
+        counts.append(len(tokens))
+
+    for prompt, responses in groups:
+        start, behind = len(ids), len(ids) + len(prompt)
+        ids.extend(prompt)
+        places.extend(range(len(prompt)))
+        if score_sequences:
+            sequence = [*prompt, *responses[0]]
+            score(range(start, start + len(sequence) - 1), sequence[1:])
+        for i, response in enumerate(responses):
+            first, end = len(ids), len(ids) + len(response)
+            ids.extend(response)
+            places.extend(range(len(prompt), len(prompt) + len(response)))
+            alone = Segment((first, end), ((start, behind), (first, end)))
+            segments.append(alone if i else Segment((start, end), ((start, end),)))
+            score([behind - 1, *range(first, end - 1)], response)
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([places]),
+        "positions_K": torch.tensor(positions),
+        "targets_K": torch.tensor(targets),
+        "counts_N": torch.tensor(counts),
+        "counts": counts,
+        "plan": Plan(tuple(segments)),
+    }
+
+
+@dataclass
+class PackedCollator:
+    """Rows -> one batch: `policy` and `reference`, each a packed row with `spans`, and `same_B`, `rows` as unpacked.
+
+    `spans`: name of a log-prob -> which of the row's spans it is, shape (B,). A sample whose long prompt is its short
+    one has no long part; its long spans are its short ones, so that the gap is exactly 0 and nothing is paid for it.
+    """
+
+    longpo: bool = False
+    both: bool = False  # align the rejected response too
+
+    def __call__(self, features: list[dict]) -> dict:
+        return {
+            "same_B": torch.tensor([f["same"] for f in features]),
+            "policy": self._pack_pairs(features, "long", True) if self.longpo else self._pack_policy(features),
+            "reference": self._pack_pairs(features, "short"),
+            "rows": [f["row"] for f in features],
+        }
+
+    def _pack_policy(self, features: list[dict]) -> dict:
+        groups, spans, n = [], {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}, 0
+        for f in features:
+            pair = [f["chosen_ids"], f["rejected_ids"]]
+            groups.append((f["short_prompt_ids"], pair))
+            long = n if f["same"] else n + 2
+            for name, span in zip(spans, (n, n + 1, long, long + 1), strict=True):
+                spans[name].append(span)
+            n += 2
+            if not f["same"]:
+                aligned = pair if self.both else pair[:1]
+                groups.append((f["long_prompt_ids"], aligned))
+                n += len(aligned)
+        if not self.both:
+            del spans["long_rejected"]
+        return pack(groups) | {"spans": {name: torch.tensor(s) for name, s in spans.items()}}
+
+    def _pack_pairs(self, features: list[dict], side: str, score_sequences: bool = False) -> dict:
+        groups = [(f[f"{side}_prompt_ids"], [f["chosen_ids"], f["rejected_ids"]]) for f in features]
+        names = ("sequence", "chosen", "rejected") if score_sequences else ("chosen", "rejected")
+        spans_BN = torch.arange(len(features) * len(names)).view(len(features), len(names))
+        return pack(groups, score_sequences) | {"spans": dict(zip(names, spans_BN.unbind(1), strict=True))}

@@ -1,0 +1,401 @@
+"""The packed row: its layout by hand, and packed = two-stage = each sequence alone, in loss, metrics and gradients.
+
+Models are built from tiny configurations with weights large enough for the context to matter.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from test_losses import (
+    BASE,
+    POLICY,
+    REFERENCE,
+    STEP_TOLERANCE,
+    STEPS,
+    assert_gradients_close,
+    by_hand_logps,
+    by_hand_solopo,
+    step,
+    tiny_rows,
+)
+from test_losses import tiny_model as qwen2_float64
+
+from solopo_plugin import attention
+from solopo_plugin.packing import PackedCollator, Segment, pack
+
+# ---- the layout
+
+
+def feature(**changes) -> dict:
+    row = dict(row="r", same=False, short_prompt_ids=[1, 2, 3], long_prompt_ids=[4, 5, 6, 7], chosen_ids=[8, 9],
+               rejected_ids=[10])  # fmt: skip
+    return row | changes
+
+
+def read(row: dict) -> dict[str, list]:
+    """Per span name and sample the (token before, token predicted) pairs, read off the row."""
+    ids, spans = row["input_ids"][0], list(zip(row["positions_K"], row["targets_K"], strict=True))
+    found, at = [], 0
+    for count in row["counts"]:
+        found.append([(ids[p].item(), t.item()) for p, t in spans[at : at + count]])
+        at += count
+    assert at == len(spans) and row["counts_N"].tolist() == row["counts"]
+    return {name: [found[n] for n in which.tolist()] for name, which in row["spans"].items()}
+
+
+def test_layout_of_a_sample_by_hand():
+    batch = PackedCollator()([feature()])
+    policy, reference = batch["policy"], batch["reference"]
+    assert policy["input_ids"].tolist() == [[1, 2, 3, 8, 9, 10, 4, 5, 6, 7, 8, 9]]
+    assert policy["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4, 5]]
+    assert policy["plan"].segments == (
+        Segment((0, 5), ((0, 5),)),
+        Segment((5, 6), ((0, 3), (5, 6))),
+        Segment((6, 12), ((6, 12),)),
+    )
+    assert policy["positions_K"].tolist() == [2, 3, 2, 9, 10]  # the short prompt's last position predicts twice
+    assert policy["targets_K"].tolist() == [8, 9, 10, 8, 9]
+    assert {k: v.tolist() for k, v in policy["spans"].items()} == {"chosen": [0], "rejected": [1], "long_chosen": [2]}
+    assert reference["input_ids"].tolist() == [[1, 2, 3, 8, 9, 10]] and set(reference["spans"]) == {
+        "chosen",
+        "rejected",
+    }
+    assert batch["rows"] == ["r"] and batch["same_B"].tolist() == [False]
+
+
+def test_layout_of_a_batch():
+    """Both responses aligned; the middle sample's prompts agree, so it has no long part and its spans coincide."""
+    rows = [feature(), feature(same=True, long_prompt_ids=[1, 2, 3]), feature(chosen_ids=[11], rejected_ids=[12, 13])]
+    policy = PackedCollator(both=True)(rows)["policy"]
+    assert policy["input_ids"].shape == (1, (5 + 1 + 6 + 1) + (5 + 1) + (4 + 2 + 5 + 2))
+    assert len(policy["plan"].segments) == 4 + 2 + 4
+    assert read(policy) == {
+        "chosen": [[(3, 8), (8, 9)], [(3, 8), (8, 9)], [(3, 11)]],
+        "rejected": [[(3, 10)], [(3, 10)], [(3, 12), (12, 13)]],
+        "long_chosen": [[(7, 8), (8, 9)], [(3, 8), (8, 9)], [(7, 11)]],
+        "long_rejected": [[(7, 10)], [(3, 10)], [(7, 12), (12, 13)]],
+    }
+    spans = {name: which.tolist() for name, which in policy["spans"].items()}
+    assert spans["long_chosen"][1] == spans["chosen"][1] and spans["long_rejected"][1] == spans["rejected"][1]
+
+
+def test_layout_for_longpo():
+    """The policy sees the long pair and scores all of `x_long y_w` from its second token on."""
+    policy = PackedCollator(longpo=True)([feature()])["policy"]
+    assert policy["input_ids"].tolist() == [[4, 5, 6, 7, 8, 9, 10]]
+    assert read(policy) == {
+        "sequence": [[(4, 5), (5, 6), (6, 7), (7, 8), (8, 9)]],
+        "chosen": [[(7, 8), (8, 9)]],
+        "rejected": [[(7, 10)]],
+    }
+
+
+def test_every_query_sees_its_own_sequence_and_nothing_else():
+    """Rebuild each token's context from segments and positions: it is the sequence up to that token, in order."""
+    groups = [([1, 2, 3], [[4, 5], [6], [7, 8, 9]]), ([10], [[11]]), ([12, 13], [[14, 15, 16], [17, 18]])]
+    row = pack(groups)
+    ids, places = row["input_ids"][0].tolist(), row["position_ids"][0].tolist()
+    sequences = [prompt + response for prompt, responses in groups for response in responses]
+    seen = []
+    for segment in row["plan"].segments:
+        keys = [k for part in segment.keys for k in range(*part)]
+        queries = list(range(*segment.query))
+        for i, q in enumerate(queries):
+            visible = keys[: len(keys) - len(queries) + i + 1]  # causal, the last query sees the last key
+            assert visible[-1] == q and [places[k] for k in visible] == list(range(len(visible)))
+            seen.append([ids[k] for k in visible])
+    assert len(seen) == len(ids)
+    assert all(context in [s[: len(context)] for s in sequences] for context in seen)
+    assert all(sequence in seen for sequence in sequences)
+
+
+# ---- against each sequence alone, in float64 by hand: the cases, rows and tolerances of test_losses.py
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("case", STEPS)
+def test_packed_step_is_the_loop_by_hand(case, batch_size):
+    model, ref_model, rows = qwen2_float64(POLICY), qwen2_float64(REFERENCE), tiny_rows()
+    keys = BASE | dict(pref_loss=case.split(",")[0]) | STEPS[case]
+    if keys["pref_loss"] in ("simpo", "orpo"):
+        keys.pop("ref_model")
+    batches = [rows[i : i + batch_size] for i in range(0, 3, batch_size)]
+    steps = [step(model, ref_model, batch, solopo_forward="packed", **keys) for batch in batches]
+    losses_B = torch.cat([losses for losses, _ in steps])
+    metrics = {name: torch.cat([m[name] for _, m in steps]) for name in steps[0][1]}
+    truth = [by_hand_solopo(model, ref_model, row, keys) for row in rows]
+    by_hand = torch.stack([t["loss"] for t in truth])
+    assert losses_B.tolist() == pytest.approx(by_hand.tolist(), rel=0, abs=STEP_TOLERANCE)
+    for name in set(truth[0]) - {"loss"}:
+        assert metrics[name].tolist() == pytest.approx([t[name].item() for t in truth], rel=0, abs=STEP_TOLERANCE), name
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(losses_B.mean(), parameters)
+    assert_gradients_close(gradients, torch.autograd.grad(by_hand.mean(), parameters))
+    assert metrics["solopo/align_loss"][2] == 0  # exactly: the row's long prompt is its short prompt
+
+
+def test_packed_longpo_step_is_the_loop_by_hand():
+    model, ref_model, rows = qwen2_float64(POLICY), qwen2_float64(REFERENCE), tiny_rows()
+    keys = dict(pref_loss="sigmoid", pref_beta=0.4, ref_model="a reference", solopo_objective="longpo",
+                solopo_longpo_lambda=0.8, solopo_forward="packed")  # fmt: skip
+    by_hand = []
+    for row in rows:
+        margin = [
+            by_hand_logps(model, row["long_prompt_ids"], row[f"{response}_ids"]).sum()
+            - by_hand_logps(ref_model, row["short_prompt_ids"], row[f"{response}_ids"]).sum().detach()
+            for response in ("chosen", "rejected")
+        ]
+        ids = row["long_prompt_ids"] + row["chosen_ids"]
+        nll = -by_hand_logps(model, ids[:1], ids[1:]).mean()
+        by_hand.append(nll + 0.8 * torch.log(1 + torch.exp(-0.4 * (margin[0] - margin[1]))))
+    by_hand = torch.stack(by_hand)
+    losses_B, _ = step(model, ref_model, rows, **keys)
+    assert losses_B.tolist() == pytest.approx(by_hand.tolist(), rel=0, abs=STEP_TOLERANCE)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(losses_B.mean(), parameters)
+    assert_gradients_close(gradients, torch.autograd.grad(by_hand.mean(), parameters))
+
+
+# ---- against two stages, in fp32, for every architecture
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=10000.0,
+              original_max_position_embeddings=16)  # fmt: skip
+MODELS = {name: (name, {}) for name in attention.TESTED}
+MODELS |= {
+    "qwen2, yarn": ("qwen2", dict(rope_parameters=YARN)),
+    "llama, llama3": ("llama", dict(rope_parameters=LLAMA3)),
+    "llama, one head of keys": ("llama", dict(num_key_value_heads=1)),
+}
+
+
+@cache
+def tiny(name: str, seed: int = 0):
+    """An fp32 model of an architecture in training mode, as a step has it; dropout is 0 everywhere."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture, changes = MODELS.get(name, (name, {}))
+    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, initializer_range=0.25, use_cache=False, pad_token_id=0,
+                 eos_token_id=0, bos_token_id=0, max_position_embeddings=256)  # fmt: skip
+    if architecture in ("mistral", "mixtral", "phi3"):
+        shape["sliding_window"] = None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(architecture, **(shape | changes))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def both_ways(name: str, rows: list[dict], **keys) -> list[tuple]:
+    """Losses, metrics and gradients of the step, packed and in two stages."""
+    model, ref_model, results = tiny(name), tiny(name, 1), []
+    for forward in ("packed", "two_stage"):
+        losses_B, metrics = step(model, ref_model, rows, solopo_forward=forward, **(BASE | keys))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(losses_B.mean(), parameters, allow_unused=True, materialize_grads=True)
+        results.append((losses_B.detach(), metrics, gradients))
+    return results
+
+
+def assert_equal(packed, two_stage) -> None:
+    """1e-5 relative, the issue's bound: to the largest log-prob for losses and metrics, which are sums and differences
+    of log-probs times slopes of order 1, and to the largest gradient of all."""
+    size = max(two_stage[1][name].abs().max().item() for name in ("logps/chosen", "logps/rejected"))
+    torch.testing.assert_close(packed[0], two_stage[0], rtol=1e-5, atol=1e-5 * size)
+    for name, values_B in two_stage[1].items():
+        torch.testing.assert_close(packed[1][name], values_B, rtol=1e-5, atol=1e-5 * size)
+    largest = max(g.abs().max().item() for g in two_stage[2])
+    assert largest > 0.1
+    for a, b in zip(packed[2], two_stage[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("align_on", ["chosen", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_is_two_stage_on_every_architecture(name, align_on):
+    assert attention.why_not_packed(tiny(name)) is None
+    assert_equal(*both_ways(name, tiny_rows(), pref_loss="sigmoid", solopo_align_on=align_on))
+
+
+@pytest.mark.parametrize("align", ["reward", "logp"])
+@pytest.mark.parametrize("pref_loss", ["sigmoid", "ipo", "hinge", "simpo", "orpo"])
+def test_packed_is_two_stage_for_every_loss(pref_loss, align):
+    assert_equal(*both_ways("qwen3", tiny_rows(), pref_loss=pref_loss, solopo_align=align, solopo_align_on="both"))
+
+
+def test_packed_is_two_stage_for_longpo():
+    keys = dict(pref_loss="sigmoid", solopo_objective="longpo", solopo_longpo_lambda=0.8)
+    assert_equal(*both_ways("qwen2", tiny_rows(), **keys))
+
+
+def test_chunks_of_log_probs_change_nothing():
+    rows, keys = tiny_rows(), dict(pref_loss="orpo", solopo_forward="packed")
+    whole, _ = step(tiny("llama"), None, rows, **(BASE | keys))
+    chunks, _ = step(tiny("llama"), None, rows, **(BASE | keys), solopo_logp_chunk=3)
+    torch.testing.assert_close(chunks, whole, rtol=1e-6, atol=0)  # the order of an fp32 logsumexp
+
+
+# ---- gradient checkpointing runs layers again, after the step
+
+
+def gradients_of(model, rows, kind: str | None) -> list[torch.Tensor]:
+    """With the host's own checkpointing function; the backward runs when the step is long over."""
+    from types import MethodType
+
+    from llamafactory.model.model_utils.checkpointing import _gradient_checkpointing_enable
+
+    if kind is not None:
+        model.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, model)
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+    try:
+        losses_B, _ = step(model, None, rows, solopo_forward="packed", **(BASE | dict(pref_loss="orpo")))
+        assert model.config._attn_implementation == "sdpa"
+        model.zero_grad()
+        losses_B.mean().backward()
+        assert model.config._attn_implementation == "sdpa"
+    finally:
+        model.gradient_checkpointing_disable()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3_moe"])
+def test_checkpointing_recomputes_in_segments(name, kind, monkeypatch):
+    """Bit for bit: the same operations on the same numbers. Each layer attends once more, in its segments."""
+    model, rows, calls = tiny(name), tiny_rows(), []
+    kept = gradients_of(model, rows, None)
+    refuse = attention._refuse
+    monkeypatch.setattr(attention, "_refuse", lambda *args: calls.append(1) or refuse(*args))
+    recomputed = gradients_of(model, rows, kind)
+    assert len(calls) == 4
+    for a, b in zip(recomputed, kept, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- nothing else sees it
+
+
+def test_generation_and_attention_are_as_before():
+    model = tiny("qwen2").eval()
+    prompt = torch.tensor([[5, 7, 9, 11]])
+    generate = dict(max_new_tokens=8, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True)
+    before = model.generate(prompt, **generate)
+    saved = model.config.to_dict()
+    step(model, None, tiny_rows(), solopo_forward="packed", **(BASE | dict(pref_loss="simpo")))[0].mean().backward()
+    after = model.generate(prompt, **generate)
+    assert model.config._attn_implementation == "sdpa" and model.config.to_dict() == saved
+    assert torch.equal(before.sequences, after.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.norm", "lm_head"])
+def test_attention_is_restored_after_an_exception(where, implementation):
+    model = tiny("llama").train()
+    model.config._attn_implementation = implementation
+    seen = []
+
+    def fail(module, args):
+        seen.append(model.config._attn_implementation)
+        raise MemoryError("no more")
+
+    handle = model.get_submodule(where).register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(MemoryError):
+            step(model, None, tiny_rows(), solopo_forward="packed", **(BASE | dict(pref_loss="simpo")))
+        assert model.config._attn_implementation == implementation
+        assert seen == [implementation if where == "lm_head" else attention.SDPA]
+    finally:
+        handle.remove()
+        model.config._attn_implementation = "sdpa"
+
+
+def test_a_second_preparation_and_a_copy_change_nothing():
+    from copy import deepcopy
+
+    model = tiny("llama")
+    attention.prepare(model)
+    hooks = len(model.model._forward_hooks)
+    attention.prepare(model)
+    assert len(model.model._forward_hooks) == hooks == 1
+    twin = deepcopy(model)
+    keys = BASE | dict(pref_loss="orpo", solopo_forward="packed")
+    assert torch.equal(step(twin, None, tiny_rows(), **keys)[0], step(model, None, tiny_rows(), **keys)[0])
+
+
+# ---- memory
+
+
+def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
+    """The head's output is responses x vocabulary, and what is not causal as a whole is as narrow as a response: there
+    is no mask of row x row. (Where a kernel has no bottom-right causality torch builds that narrow mask, as here.)"""
+    model, rows, heads, narrow = tiny("llama"), tiny_rows(), [], []
+    lower_right = attention.causal_lower_right
+    monkeypatch.setattr(attention, "causal_lower_right", lambda *size: narrow.append(size) or lower_right(*size))
+    handle = model.lm_head.register_forward_hook(lambda m, a, output: heads.append(tuple(output.shape)))
+    try:
+        step(model, None, rows, solopo_forward="packed", **(BASE | dict(pref_loss="orpo", solopo_align_on="both")))
+    finally:
+        handle.remove()
+    responses = sum((len(r["chosen_ids"]) + len(r["rejected_ids"])) * (1 if r["same"] else 2) for r in rows)
+    assert heads == [(1, responses, 40)]
+    sizes = [(len(r["rejected_ids"]), len(r[f"{side}_prompt_ids"]) + len(r["rejected_ids"]))
+             for r in rows for side in ("short", "long") if side == "short" or not r["same"]]  # fmt: skip
+    assert narrow == sizes * 2  # two layers
+    for name in (attention.SDPA, attention.FLASH):
+        assert attention.AttentionMaskInterface()[name]() is None
+
+
+# ---- what cannot be packed
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, reason",
+    [
+        ("mistral", dict(sliding_window=8), r"sliding window \(8\)"),
+        ("gemma2", {}, "sliding_attention"),
+        ("gemma2", dict(layer_types=["full_attention"] * 2), "sliding window|softcapping"),
+        ("gpt_oss", {}, "sliding_attention"),
+        ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "dynamic"),
+        ("minimax", {}, "linear_attention"),
+        ("mamba2", dict(num_heads=8, head_dim=8), "AttentionInterface|recurrent"),
+        ("nemotron", {}, "AttentionInterface"),
+        ("helium", {}, "`helium` is not among the tested"),
+        ("bart", dict(d_model=32, is_encoder_decoder=True), "encoder-decoder"),
+    ],
+)
+def test_why_not_packed(architecture, changes, reason):
+    import re
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=64)  # fmt: skip
+    config = AutoConfig.for_model(architecture, **(shape | changes))
+    model = AutoModelForCausalLM.from_config(config)
+    if architecture == "bart":
+        model.config.is_encoder_decoder = True
+    assert re.search(reason, attention.why_not_packed(model))
+
+
+def test_a_multimodal_model_is_not_packed():
+    from types import SimpleNamespace
+
+    model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False, get_text_config=lambda: None),
+                            forward=lambda **kwargs: None)  # fmt: skip
+    assert attention.why_not_packed(model) == "it is multimodal"
+
+
+@pytest.mark.parametrize(
+    "architecture, sentence",
+    [("gemma2", "cannot run a packed row .softcap"), ("minimax", "1 of 2 layers"), ("nemotron", "0 of 2 layers")],
+)
+def test_a_model_that_slipped_through_is_stopped(architecture, sentence):
+    """The second net: an attention that asks for more, and a layer that mixes tokens elsewhere, raise at once."""
+    model = tiny(architecture)
+    attention.prepare(model)
+    row = PackedCollator()(tiny_rows())["policy"]
+    with pytest.raises(RuntimeError, match=sentence):
+        model(input_ids=row["input_ids"], position_ids=row["position_ids"], solopo_segments=row["plan"])
+    assert model.config._attn_implementation == "sdpa"
