@@ -129,9 +129,7 @@ def sdpa_segments(
     """
     _refuse(module, solopo_segments, kwargs)
     device = query_1HTD.device.type
-    if torch.is_autocast_enabled(
-        device
-    ):  # as autocast does for plain causal attention, but not for `causal_lower_right`
+    if torch.is_autocast_enabled(device):  # it casts for plain attention, but not for `causal_lower_right`
         dtype = torch.get_autocast_dtype(device)
         query_1HTD, key_1HTD, value_1HTD = (x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD))
     grouped = query_1HTD.shape[1] != key_1HTD.shape[1]

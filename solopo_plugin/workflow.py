@@ -130,10 +130,16 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
 
 
 def runs_packed(solopo_forward: str, *models) -> bool:
-    """Whether the step is packed: as `solopo_forward` says and the policy and the reference allow."""
+    """Whether the step is packed: as `solopo_forward` says and the policy and the reference allow.
+
+    FlashAttention-2 has its own path through a packed row, never run so far; `auto` leaves it to who asks for it.
+    """
     if solopo_forward == "two_stage":
         return False
-    reasons = [reason for model in models if model is not None and (reason := why_not_packed(model))]
+    models = [model for model in models if model is not None]
+    reasons = [reason for model in models if (reason := why_not_packed(model))]
+    if solopo_forward == "auto" and any(base_of(m).config._attn_implementation == "flash_attention_2" for m in models):
+        reasons.append("the packed row's path through FlashAttention-2 has not been run yet (`packed` runs it)")
     if reasons and solopo_forward == "packed":
         raise ValueError(
             f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."

@@ -101,6 +101,37 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         "losses.longpo(chosen_B, rejected_B, ref_rejected_B, ref_chosen_B,",
         "test_losses.py::test_longpo_step_is_the_loop_by_hand",
     ),
+    # the packed row
+    "a packed rejected response does not see its prompt": (
+        "packing.py",
+        "alone = Segment((first, end), ((start, behind), (first, end)))",
+        "alone = Segment((first, end), ((first, end),))",
+        "test_packing.py::test_every_query_sees_its_own_sequence_and_nothing_else",
+    ),
+    "a packed response's positions restart": (
+        "packing.py",
+        "places.extend(range(len(prompt), len(prompt) + len(response)))",
+        "places.extend(range(len(response)))",
+        "test_packing.py::test_layout_of_a_sample_by_hand",
+    ),
+    "packed logits are taken unshifted": (
+        "packing.py",
+        "score([behind - 1, *range(first, end - 1)], response)",
+        "score(range(first, end), response)",
+        "test_packing.py::test_packed_step_is_the_loop_by_hand[sigmoid-3]",
+    ),
+    "the bottom-right mask is top-left": (
+        "attention.py",
+        "causal_lower_right(query.shape[2], key.shape[2])",
+        "causal_lower_right(key.shape[2], key.shape[2])._materialize(key.device)[: query.shape[2]]",
+        "test_packing.py::test_packed_is_two_stage_on_every_architecture[llama-both]",
+    ),
+    "recomputed layers attend across segments": (
+        "attention.py",
+        "for module in (model.base_model, *layers):",
+        "for module in (model.base_model,):",
+        "test_packing.py::test_checkpointing_recomputes_in_segments[llama-reentrant]",
+    ),
     # scale and edge
     "ORPO's odds are not clamped": (
         "losses.py",
@@ -240,5 +271,5 @@ def test_fault_is_caught(outcomes, fault):
 
 def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
-    assert len(FAULTS) == 18
+    assert len(FAULTS) == 23
     assert sum(file == "trainer.py" for file, *_ in FAULTS.values()) == 7
