@@ -399,3 +399,16 @@ def test_a_model_that_slipped_through_is_stopped(architecture, sentence):
     with pytest.raises(RuntimeError, match=sentence):
         model(input_ids=row["input_ids"], position_ids=row["position_ids"], solopo_segments=row["plan"])
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_auto_leaves_flash_attention_to_who_asks_for_it(tiny_model):
+    """The packed row's path through FlashAttention-2 has never been run, so `auto` does not choose it."""
+    from transformers import AutoModelForCausalLM
+
+    from solopo_plugin.workflow import runs_packed
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    assert runs_packed("auto", model, None)
+    model.config._attn_implementation = "flash_attention_2"
+    assert not runs_packed("auto", model) and runs_packed("packed", model)
+    assert not runs_packed("two_stage", model)
