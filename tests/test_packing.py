@@ -226,6 +226,7 @@ def test_packed_is_two_stage_for_every_loss(pref_loss, align):
 
 def test_packed_is_two_stage_for_longpo():
     keys = dict(pref_loss="sigmoid", solopo_objective="longpo", solopo_longpo_lambda=0.8)
+    keys |= dict(solopo_alpha=1.0, pref_ftx=0.0)  # defaults: LongPO refuses what it would ignore
     assert_equal(*both_ways("qwen2", tiny_rows(), **keys))
 
 
