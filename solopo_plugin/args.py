@@ -111,9 +111,9 @@ def check_loss(args) -> None:
     """
     if args.pref_loss not in LOSSES:
         raise ValueError(f"`pref_loss` must be one of {', '.join(LOSSES)} for `stage: solopo`; got {args.pref_loss!r}.")
-    if args.solopo_objective == "longpo" and args.pref_loss != "sigmoid":
-        raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
     longpo = args.solopo_objective == "longpo"
+    if longpo and args.pref_loss != "sigmoid":
+        raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
     ignored = {"pref_ftx": 0.0, "dpo_label_smoothing": 0.0} if longpo else {}
     for name in SOLOPO_ONLY if longpo else LONGPO_ONLY:
         ignored[name] = FIELDS[name].default
