@@ -62,6 +62,11 @@ class SoloArguments:
         "`two_stage`, the short pair in one forward, then the long sequence in another; `auto`, packed where the model "
         "supports it.",
     )
+    solopo_reference: Literal["cached", "online"] = _key(
+        "cached",
+        "The reference's log-probs (sigmoid, ipo, hinge, longpo): `cached`, scored once before training by the model "
+        "as it starts and kept on disk, without a second model; `online`, a forward of the reference in every step.",
+    )
     solopo_logp_chunk: int = _key(
         1024, "Response tokens whose fp32 logits exist at a time, > 0; smaller saves memory, and no result changes."
     )

@@ -12,6 +12,7 @@ import torch
 
 from .logps import IGNORE
 
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns that reference.py adds, as the loss has them
 COLUMNS = ("row", "same", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -90,6 +91,13 @@ def fits(row: dict, cutoff_len: int, overlength: str) -> bool:
     return length <= cutoff_len
 
 
+def reference_of(features: list[dict]) -> dict[str, torch.Tensor]:
+    """`reference_B2` of rows that have the columns `REFERENCE`; nothing of others."""
+    if REFERENCE[0] not in features[0]:
+        return {}
+    return {"reference_B2": torch.tensor([[f[column] for column in REFERENCE] for f in features])}
+
+
 @dataclass
 class SoloCollator:
     """Rows -> one batch of right-padded tensors.
@@ -97,25 +105,28 @@ class SoloCollator:
     `input_ids`, `attention_mask`, `labels`: the short pair, all chosen, then all rejected (2B, T), padded to a multiple
     of 8, as the host's pairwise collator gives it. `long_*`: the long prompt with the chosen responses (B, T'), or with
     chosen, then rejected (2B, T') where `long_pair`. `same_B`: the long prompt is the short prompt. `rows`: names.
+    `reference_B2`: the reference's log-probs of chosen and rejected, where the rows have them.
     """
 
     pad_token_id: int
     long_pair: bool = False
 
     def __call__(self, features: list[dict]) -> dict:
-        def sequences(prompt: str, responses: tuple[str, ...]) -> list[tuple[list[int], list[int]]]:
-            return [(f[f"{prompt}_prompt_ids"], f[f"{r}_ids"]) for r in responses for f in features]
-
-        both = ("chosen", "rejected")
-        long = self._pad(sequences("long", both if self.long_pair else both[:1]), multiple=1)
+        long = self._pad(features, "long", ("chosen", "rejected") if self.long_pair else ("chosen",), multiple=1)
         return {
-            **self._pad(sequences("short", both), multiple=8),
+            **self.short_pair(features),
             **{f"long_{name}": tensor for name, tensor in long.items()},
+            **reference_of(features),
             "same_B": torch.tensor([f["same"] for f in features]),
             "rows": [f["row"] for f in features],
         }
 
-    def _pad(self, sequences: list[tuple[list[int], list[int]]], multiple: int) -> dict[str, torch.Tensor]:
+    def short_pair(self, features: list[dict]) -> dict:
+        """All that a reference is shown."""
+        return self._pad(features, "short", ("chosen", "rejected"), multiple=8)
+
+    def _pad(self, features: list[dict], side: str, names: tuple[str, ...], multiple: int) -> dict[str, torch.Tensor]:
+        sequences = [(f[f"{side}_prompt_ids"], f[f"{name}_ids"]) for name in names for f in features]
         width = max(len(prompt) + len(response) for prompt, response in sequences)
         width = -(-width // multiple) * multiple
         batch = {"input_ids": [], "attention_mask": [], "labels": []}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .data import reference_of
+
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the responses behind it, token ids
 
 
@@ -84,7 +86,9 @@ def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
 
 @dataclass
 class PackedCollator:
-    """Rows -> one batch: `policy` and `reference`, each a packed row with `spans`, and `same_B`, `rows` as unpacked.
+    """Rows -> one batch: `policy`, a packed row with `spans`, and `same_B`, `rows`, `reference_B2` as unpacked.
+
+    Where a reference has to be run, `reference`: its packed row.
 
     `spans`: name of a log-prob -> which of the row's spans it is, shape (B,). A sample whose long prompt is its short
     one has no long part; its long spans are its short ones, so that the gap is exactly 0 and nothing is paid for it.
@@ -92,14 +96,20 @@ class PackedCollator:
 
     longpo: bool = False
     both: bool = False  # align the rejected response too
+    reference: bool = True  # the loss has one
 
     def __call__(self, features: list[dict]) -> dict:
+        scores = reference_of(features)
         return {
             "same_B": torch.tensor([f["same"] for f in features]),
             "policy": self._pack_pairs(features, "long", True) if self.longpo else self._pack_policy(features),
-            "reference": self._pack_pairs(features, "short"),
+            **(self.short_pair(features) if self.reference and not scores else scores),
             "rows": [f["row"] for f in features],
         }
+
+    def short_pair(self, features: list[dict]) -> dict:
+        """All that a reference is shown."""
+        return {"reference": self._pack_pairs(features, "short")}
 
     def _pack_policy(self, features: list[dict]) -> dict:
         groups, spans, n = [], {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}, 0

@@ -35,6 +35,8 @@ METRICS = (
     "solopo/nll",
 )
 
+SHORT_PAIR = ("input_ids", "attention_mask", "labels")
+
 
 class ExampleMeans:
     """Means over examples, not over batches: sums and a count, kept on the device, added over ranks when read."""
@@ -140,21 +142,42 @@ class SoloTrainer(CustomDPOTrainer):
                                   args.pref_beta * ref_chosen_B, args.pref_beta * chosen_B, nll_B)  # fmt: skip
         return nll_B + args.solopo_longpo_lambda * po_B, metrics_BM
 
+    # ---- the reference's log-probs: known from before training (reference.py), or from a forward of the short pair
+
+    def reference_logps(self, model, inputs) -> tuple[Tensor | None, Tensor | None]:
+        """Of chosen and rejected given the short prompt, each (B,); None where the loss has no reference."""
+        if "reference_B2" in inputs:
+            return inputs["reference_B2"].unbind(1)
+        if not self.finetuning_args.use_ref_model:
+            return None, None
+        if self.ref_model is None:
+            ref_model, as_reference = model, self.accelerator.unwrap_model(model).disable_adapter()
+        else:
+            ref_model, as_reference = self.ref_model, nullcontext()
+        with torch.no_grad(), as_reference:
+            return self.pair_logps(ref_model, inputs)
+
+    def pair_logps(self, model, inputs) -> tuple[Tensor, Tensor]:
+        """A model's log-probs of the short pair, each (B,), as the loss has them."""
+        if self.packed:
+            pair, _ = self.score(model, inputs["reference"])
+            return pair["chosen"], pair["rejected"]
+        pair = self.concatenated_forward(model, {name: inputs[name] for name in SHORT_PAIR})
+        return pair["chosen_logps"], pair["rejected_logps"]
+
+    def score_pair(self, model, features: list[dict]) -> Tensor:
+        """`pair_logps` of rows as the data set has them, shape (B, 2)."""
+        inputs = self._prepare_inputs(self.data_collator.short_pair(features))
+        return torch.stack(self.pair_logps(model, inputs), dim=1)
+
     # ---- its log-probs, packed: one forward of one row, see packing.py
 
     def packed_logps(self, model, inputs) -> LogProbs:
-        """Everything from one forward of the policy and, where the loss has one, one of the reference on the pair."""
-        reference = {"chosen": None, "rejected": None}
-        if self.finetuning_args.use_ref_model:  # first, so that the policy's activations do not wait for it
-            if self.ref_model is None:
-                ref_model, as_reference = model, self.accelerator.unwrap_model(model).disable_adapter()
-            else:
-                ref_model, as_reference = self.ref_model, nullcontext()
-            with torch.no_grad(), as_reference:
-                reference, _ = self.score(ref_model, inputs["reference"])
+        """Everything from one forward of the policy and the reference's, first, so that no activations wait for it."""
+        reference = self.reference_logps(model, inputs)
         policy, means = self.score(model, inputs["policy"])
         nll_B = -means.get("sequence", means["chosen"])
-        return LogProbs(policy["chosen"], policy["rejected"], reference["chosen"], reference["rejected"], nll_B,
+        return LogProbs(policy["chosen"], policy["rejected"], *reference, nll_B,
                         policy.get("long_chosen"), policy.get("long_rejected"))  # fmt: skip
 
     def score(self, model, row) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -173,11 +196,10 @@ class SoloTrainer(CustomDPOTrainer):
 
     def two_stage_logps(self, model, inputs) -> LogProbs:
         """The host's forward of the padded short pair, the reference's, and one of the long sequences."""
-        short = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        policy = self.concatenated_forward(model, dict(short))
+        policy = self.concatenated_forward(model, {name: inputs[name] for name in SHORT_PAIR})
         chosen_B, rejected_B, nll_B = policy["chosen_logps"], policy["rejected_logps"], -policy["chosen_logps_avg"]
         del policy  # its fp32 logits of every position
-        ref_chosen_B, ref_rejected_B = self.compute_reference_log_probs(model, dict(short))
+        ref_chosen_B, ref_rejected_B = self.reference_logps(model, inputs)
         long_chosen_B, *long_rejected_B = self.long_logps(model, inputs, chosen_B, rejected_B)
         return LogProbs(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, nll_B, long_chosen_B, *long_rejected_B)
 
@@ -240,8 +262,7 @@ class SoloTrainer(CustomDPOTrainer):
         tokens = token_logps(logits_BTV[:size, :-1][real], ids_BT[:size, 1:][real], chunk)
         nll_B = -torch.zeros_like(real, dtype=tokens.dtype).masked_scatter(real, tokens).sum(-1) / real.sum(-1)
         del logits_BTV
-        short = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        return LogProbs(chosen_B, rejected_B, *self.compute_reference_log_probs(model, short), nll_B)
+        return LogProbs(chosen_B, rejected_B, *self.reference_logps(model, inputs), nll_B)
 
     # ---- its metrics and its guard
 

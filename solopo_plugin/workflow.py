@@ -1,5 +1,7 @@
 """`run_solopo`: load, build, train, evaluate, save, in the shape of the host's own `train/dpo/workflow.py`."""
 
+from functools import partial
+
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
@@ -11,10 +13,11 @@ from pyarrow.compute import sum as arrow_sum
 from transformers.training_args import ParallelMode
 
 from . import __version__
-from .attention import base_of, why_not_packed
+from .attention import base_of, prepare, why_not_packed
 from .data import COLUMNS, SoloCollator
 from .host.versions import installed
 from .packing import PackedCollator
+from .reference import add_reference_logps
 from .trainer import SoloTrainer
 
 PARTS = ("short_prompt", "long_prompt", "chosen", "rejected")
@@ -39,8 +42,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         configure_streaming(dataset_module, training_args)
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
 
-    ref_model = None
-    if finetuning_args.use_ref_model:
+    ref_model, cached = None, reference_is_cached(data_args, training_args, finetuning_args)
+    if finetuning_args.use_ref_model and not cached:
         if finetuning_args.ref_model is None and not training_args.do_train:
             ref_model = model  # evaluation of a model against itself
         else:
@@ -50,17 +53,26 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     if not packed:
         configure_checkpointing(model, model_args, training_args)
     longpo, both = finetuning_args.solopo_objective == "longpo", finetuning_args.solopo_align_on == "both"
+    if packed:
+        collator = PackedCollator(longpo, both, finetuning_args.use_ref_model)
+    else:
+        collator = SoloCollator(tokenizer.pad_token_id, longpo or both)
     trainer = SoloTrainer(
         model=model,
         ref_model=ref_model,
         args=training_args,
         finetuning_args=finetuning_args,
-        data_collator=PackedCollator(longpo, both) if packed else SoloCollator(tokenizer.pad_token_id, longpo or both),
+        data_collator=collator,
         packed=packed,
         callbacks=callbacks,
         **dataset_module,
         **tokenizer_module,
     )
+
+    if cached:
+        elsewhere = finetuning_args.ref_model is not None
+        load = partial(load_ref_model, model_args, finetuning_args, packed) if elsewhere else None
+        add_reference_logps(trainer, model_args, finetuning_args, load)
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -127,6 +139,25 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
             f"A stream has {shards} shards for {training_args.world_size} processes, which would get unequal shares; "
             "set `dataloader_num_workers` to at most the number of processes, or `streaming: false`."
         )
+
+
+def reference_is_cached(data_args, training_args, finetuning_args) -> bool:
+    """Whether the reference is scored before training; what is evaluated against itself and streams are not."""
+    if not finetuning_args.use_ref_model or finetuning_args.solopo_reference == "online":
+        return False
+    if data_args.streaming:
+        logger.warning_rank0("A stream is read once: the reference runs in every step, as `solopo_reference: online`.")
+        return False
+    return training_args.do_train or finetuning_args.ref_model is not None
+
+
+def load_ref_model(model_args, finetuning_args, packed: bool):
+    """A `ref_model` from elsewhere, able to run the step's own forward."""
+    ref_model = create_ref_model(model_args, finetuning_args)
+    if packed:
+        runs_packed("packed", ref_model)
+        prepare(ref_model)
+    return ref_model
 
 
 def runs_packed(solopo_forward: str, *models) -> bool:

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Now and then an interpreter that has loaded the host aborts on its way out: a thread of a library is still running.
 # Seen in `chat` and in one torchrun rank among some hundred starts. It says nothing of the run, which is repeated.
 TORN_DOWN = "terminate called without an active exception"
+os.environ["SOLOPO_CACHE"] = tempfile.mkdtemp(prefix="solopo_cache_")  # reference scores, not the user's
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
