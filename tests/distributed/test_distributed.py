@@ -6,6 +6,7 @@ whose first steps move every weight by about 1e-3 whatever the gradient's size: 
 order of a sum over ranks at 1e-6 to 1e-5. Gradient norms, which Adam does not hide, agree to 1e-4.
 """
 
+import json
 import re
 
 import pytest
@@ -24,8 +25,12 @@ def zero(name: str) -> dict:
 
 
 @pytest.fixture
-def one_and_two(run, recipe, cli, tmp_path):
-    """Train on one process in this one and on two through the command line; returns both outcomes and the output."""
+def one_and_two(run, recipe, cli, tmp_path, monkeypatch):
+    """Train on one process in this one and on two through the command line; returns both outcomes and the output.
+
+    Each scores its reference for itself.
+    """
+    monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "one_cache"))
 
     def train(two: dict, **common):
         defaults = dict(max_samples=16, num_train_epochs=1.0, gradient_accumulation_steps=1, disable_shuffling=True)
@@ -33,13 +38,21 @@ def one_and_two(run, recipe, cli, tmp_path):
         size = common.pop("per_device_train_batch_size", 2)
         one = run(recipe(per_device_train_batch_size=2 * size, output_dir=str(tmp_path / "one"), **common))
         args = recipe(per_device_train_batch_size=size, output_dir=str(tmp_path / "two"), **(common | two))
-        env = dict(FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+        env = dict(
+            FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1", SOLOPO_CACHE=str(tmp_path / "two_cache")
+        )
         if "deepspeed" in args:
             env["DS_ACCELERATOR"] = "cpu"
         process = cli("train", write_recipe(tmp_path / "two.yaml", args), **env)
         return one, outcome(tmp_path / "two"), process.out
 
     return train
+
+
+def scores(cache) -> dict[str, tuple[float, float]]:
+    """The reference scores under a cache, by row, whatever their writer."""
+    lines = [json.loads(line) for file in cache.glob("reference/*/*.jsonl") for line in file.read_text().splitlines()]
+    return {line["row"]: (line["chosen"], line["rejected"]) for line in lines}
 
 
 def assert_equal(one, two) -> None:
@@ -53,6 +66,10 @@ def assert_equal(one, two) -> None:
     assert one.weights.keys() == two.weights.keys()
     for name, weight in one.weights.items():
         torch.testing.assert_close(two.weights[name].float(), weight.float(), rtol=0, atol=2e-5)
+    kept = [scores(r.dir.parent / f"{r.dir.name}_cache") for r in (one, two)]
+    assert kept[0].keys() == kept[1].keys()
+    for row, pair in kept[0].items():
+        assert kept[1][row] == pytest.approx(pair, rel=1e-6)
 
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
@@ -104,8 +121,18 @@ def test_deepspeed(one_and_two, stage, forward):
 
 
 def test_zero3_lora(one_and_two):
+    """Uneven shares of the scoring too: 15 rows in batches of 4, on two ranks."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    assert_equal(*one_and_two(zero("z3"), finetuning_type="lora", pref_loss="hinge")[:2])
+    common = dict(finetuning_type="lora", pref_loss="hinge", max_samples=15, per_device_eval_batch_size=4)
+    assert_equal(*one_and_two(zero("z3"), **common)[:2])
+
+
+def test_zero3_with_the_reference_in_every_step(one_and_two):
+    """The reference as a second model, sharded too."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    one, two, _ = one_and_two(zero("z3"), solopo_reference="online", max_samples=12)
+    assert_equal(one, two)
+    assert not scores(one.dir.parent / "one_cache") and not scores(two.dir.parent / "two_cache")
 
 
 def test_zero3_longpo(one_and_two):
