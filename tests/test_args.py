@@ -20,6 +20,7 @@ def test_defaults_are_the_papers_form():
         "solopo_longpo_lambda": 0.01,
         "solopo_overlength": "error",
         "solopo_forward": "auto",
+        "solopo_reference": "cached",
         "solopo_logp_chunk": 1024,
     }
     check_values(SoloArguments())

@@ -737,6 +737,23 @@ def test_step_is_the_loop_by_hand(case):
     assert metrics["solopo/align_loss"][2] == 0  # exactly: the row's long prompt is its short prompt
 
 
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_step_with_a_known_reference(forward):
+    """Rows that bring their reference's log-probs need no reference model, and get the loss by hand."""
+    model, ref_model = tiny_model(POLICY), tiny_model(REFERENCE)
+    rows = [
+        row | {
+            f"ref_{name}_logps": by_hand_logps(ref_model, row["short_prompt_ids"], row[f"{name}_ids"]).sum().item()
+            for name in ("chosen", "rejected")
+        }
+        for row in tiny_rows()
+    ]  # fmt: skip
+    keys = BASE | dict(pref_loss="sigmoid")
+    losses_B, _ = step(model, None, rows, solopo_forward=forward, **keys)
+    by_hand = [by_hand_solopo(model, ref_model, row, keys)["loss"].item() for row in rows]
+    assert losses_B.tolist() == pytest.approx(by_hand, rel=0, abs=STEP_TOLERANCE)
+
+
 def test_longpo_step_is_the_loop_by_hand():
     """NLL of all of `x_long y_w`, context included, plus lambda * -log sigma(r(w) - r(l)) with
     r(y) = beta * (log pi(y | x_long) - log pi_ref(y | x_short)); lambda large, so that both terms show."""

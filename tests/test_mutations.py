@@ -54,8 +54,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     # chosen and rejected
     "chosen and rejected change places in the batch": (
         "data.py",
-        'both = ("chosen", "rejected")',
-        'both = ("rejected", "chosen")',
+        'self._pad(features, "short", ("chosen", "rejected"), multiple=8)',
+        'self._pad(features, "short", ("rejected", "chosen"), multiple=8)',
         "test_data.py::test_collator_by_hand",
     ),
     "chosen and rejected change places in the step": (
@@ -63,6 +63,12 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         'chosen_B, rejected_B, nll_B = policy["chosen_logps"], policy["rejected_logps"]',
         'rejected_B, chosen_B, nll_B = policy["chosen_logps"], policy["rejected_logps"]',
         f"{STEP}[sigmoid]",
+    ),
+    "chosen and rejected change places in the known reference": (
+        "trainer.py",
+        'return inputs["reference_B2"].unbind(1)',
+        'return inputs["reference_B2"].flip(1).unbind(1)',
+        "test_losses.py::test_step_with_a_known_reference",
     ),
     # the wrong side
     "aligned with the rejected response": (
@@ -271,5 +277,5 @@ def test_fault_is_caught(outcomes, fault):
 
 def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
-    assert len(FAULTS) == 23
-    assert sum(file == "trainer.py" for file, *_ in FAULTS.values()) == 7
+    assert len(FAULTS) == 24
+    assert sum(file == "trainer.py" for file, *_ in FAULTS.values()) == 8

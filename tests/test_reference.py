@@ -133,7 +133,7 @@ def test_a_ref_model_from_elsewhere_is_loaded_once_and_freed(run, recipe, tiny_m
 
 def test_scoring_killed_and_continued(run, recipe, tmp_path, cache, host_log, monkeypatch):
     """kill -9 while it scores, through the command line; then only the rest is scored and the run is the whole one."""
-    rows = [row | {"prompt": f"{i}. {row['prompt']}"} for i, row in enumerate(demo_rows() * 40)]
+    rows = [row | {"prompt": f"{i}. {row['prompt']}"} for i, row in enumerate(demo_rows() * 10)]
     args = recipe(
         dataset="rows", dataset_dir=write_dataset(tmp_path / "data", rows), max_samples=None, max_steps=2,
         per_device_train_batch_size=1, per_device_eval_batch_size=1, num_train_epochs=None,
