@@ -3,6 +3,9 @@
 Models are built from tiny configurations with weights large enough for the context to matter.
 """
 
+import math
+import weakref
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -20,6 +23,9 @@ from test_losses import (
     tiny_rows,
 )
 from test_losses import tiny_model as qwen2_float64
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from solopo_plugin import attention
 from solopo_plugin.packing import PackedCollator, Segment, pack
@@ -313,8 +319,6 @@ def test_attention_is_restored_after_an_exception(where, implementation):
 
 
 def test_a_second_preparation_and_a_copy_change_nothing():
-    from copy import deepcopy
-
     model = tiny("llama")
     attention.prepare(model)
     hooks = len(model.model._forward_hooks)
@@ -346,6 +350,96 @@ def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
     assert narrow == sizes * 2  # two layers
     for name in (attention.SDPA, attention.FLASH):
         assert attention.AttentionMaskInterface()[name]() is None
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages alive, their peak, and the shapes of all tensors made, forward and backward alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak, self.shapes = {}, 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(output)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self.shapes.add(tuple(tensor.shape))
+                self.watch(tensor.untyped_storage())
+        return output
+
+    def watch(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.now -= self.known.pop(key, 0)
+
+
+def rows_of(prompt: int) -> list[dict]:
+    """One row of a short prompt of 16, a long one of the given length, and responses of 8 and 6 tokens."""
+    ids = list(range(1, 40)) * 1000
+    return [dict(row="rows[0]", same=False, short_prompt_ids=ids[:16], long_prompt_ids=ids[:prompt], chosen_ids=ids[:8],
+                 rejected_ids=ids[6:12])]  # fmt: skip
+
+
+def watched_step(monkeypatch, vocabulary: int, prompt: int, forward: str = "packed") -> Live:
+    """A training step on a two-layer Llama under `Live`."""
+    shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192)  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    # torch cannot make its CausalBias under a dispatch mode; on a CPU the kernel gets the mask it stands for anyway
+    monkeypatch.setattr(attention, "causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))
+    with Live() as live:
+        losses_B, _ = step(model, None, rows_of(prompt), solopo_forward=forward, **(BASE | dict(pref_loss="orpo")))
+        losses_B.mean().backward()
+    return live
+
+
+def test_no_tensor_is_positions_by_vocabulary(monkeypatch):
+    """Of every tensor that forward and backward make: a vocabulary's width comes with 22 responses' positions at most,
+    or is a weight's gradient. In two stages the short pair has its logits everywhere, and the watch sees that."""
+    vocabulary, allowed = 4999, {(4999, 32), (32, 4999)}
+    wide = lambda forward: {  # noqa: E731
+        shape for shape in watched_step(monkeypatch, vocabulary, 500, forward).shapes
+        if vocabulary in shape and shape not in allowed and math.prod(shape) > 22 * vocabulary
+    }  # fmt: skip
+    assert not wide("packed") and wide("two_stage")
+
+
+def test_memory_grows_with_the_prompt_by_activations_alone(monkeypatch):
+    """What 2,000 tokens more of long prompt add to the peak is no more with a large vocabulary than with a small one,
+    where logits of those positions alone would add 160 MB."""
+    peak = {(v, n): watched_step(monkeypatch, v, n).peak for v in (50, 20000) for n in (1000, 3000)}
+    grown = {v: peak[v, 3000] - peak[v, 1000] for v in (50, 20000)}
+    assert grown[50] >= grown[20000] > 2000 * 32 * 4 * 2  # at least one hidden state per layer, fp32
+
+
+def test_bf16_rounds_no_worse_than_two_stages():
+    """Distance of rewards from fp32's, in bf16: rounding in either form, small beside the gap that is trained on."""
+    from solopo_plugin.attention import prepare
+
+    rows, keys = tiny_rows(), BASE | dict(pref_loss="sigmoid")
+    truth, errors = None, {}
+    for dtype, forward in ((torch.float32, "packed"), (torch.bfloat16, "packed"), (torch.bfloat16, "two_stage")):
+        distances = []
+        for seed in range(20, 30):
+            model, ref_model = (deepcopy(qwen2_float64(s)).to(dtype) for s in (seed, REFERENCE))
+            prepare(model)
+            _, metrics = step(model, ref_model, rows, solopo_forward=forward, **keys)
+            distances.append(torch.stack([metrics["solopo/reward_short"], metrics["solopo/reward_long"]]))
+        rewards = torch.stack(distances).double()
+        if truth is None:
+            truth = rewards
+        else:
+            errors[forward] = (rewards - truth).abs().mean().item()
+    gap = (truth[:, 0, :2] - truth[:, 1, :2]).abs().mean().item()
+    print(f"bf16: rewards are off by {errors} of a mean gap of {gap}")
+    assert errors["packed"] < 1.5 * errors["two_stage"]  # means over 60 rewards; equal but for chance
+    assert errors["packed"] < 0.1 * gap
 
 
 # ---- what cannot be packed
