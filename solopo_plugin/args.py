@@ -68,7 +68,14 @@ class SoloArguments:
         "as it starts and kept on disk, without a second model; `online`, a forward of the reference in every step.",
     )
     solopo_logp_chunk: int = _key(
-        1024, "Response tokens whose fp32 logits exist at a time, > 0; smaller saves memory, and no result changes."
+        1024,
+        "Response tokens whose fp32 logits exist at a time, >= 1; smaller saves memory, and no result changes.",
+    )
+    solopo_mlp_chunk: int = _key(
+        0,
+        "Tokens that a layer's MLP takes at a time, each chunk recomputed in backward; 0 takes all. For lengths that "
+        "do not fit otherwise: with checkpointing the MLP's intermediates are the largest part. Costs about one more "
+        "forward of the MLPs per step. Dense models only.",
     )
 
 
@@ -99,8 +106,9 @@ def check_values(args: SoloArguments) -> None:
                 raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
             setattr(args, name, float(value))
         elif spec.type is int:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number > 0, got {value!r}.")
+            least = min(1, spec.default)  # 0 switches off what is off by default
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
         elif spec.type is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be true or false, got {value!r}.")

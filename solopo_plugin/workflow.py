@@ -16,6 +16,7 @@ from . import __version__
 from .attention import base_of, prepare, why_not_packed
 from .data import COLUMNS, SoloCollator
 from .host.versions import installed
+from .memory import chunk_mlps
 from .packing import PackedCollator
 from .reference import add_reference_logps
 from .trainer import SoloTrainer
@@ -41,6 +42,9 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+
+    if finetuning_args.solopo_mlp_chunk:
+        chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
 
     ref_model, cached = None, reference_is_cached(data_args, training_args, finetuning_args)
     if finetuning_args.use_ref_model and not cached:

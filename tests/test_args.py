@@ -22,6 +22,7 @@ def test_defaults_are_the_papers_form():
         "solopo_forward": "auto",
         "solopo_reference": "cached",
         "solopo_logp_chunk": 1024,
+        "solopo_mlp_chunk": 0,
     }
     check_values(SoloArguments())
 

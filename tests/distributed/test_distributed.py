@@ -103,6 +103,13 @@ def test_ddp_lora_with_the_adapter_off_as_reference(one_and_two):
     assert_equal(*one_and_two(DDP, finetuning_type="lora", pref_loss="ipo")[:2])
 
 
+def test_zero3_with_mlps_in_chunks(one_and_two):
+    """Chunks on two ranks equal none on one: weights are gathered for, and their gradients summed over, every chunk."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    one, two, _ = one_and_two(zero("z3") | dict(solopo_mlp_chunk=100), pref_loss="orpo", max_samples=12)
+    assert_equal(one, two)
+
+
 FORMS = [("z2", "packed"), ("z2_offload", "two_stage"), ("z3", "packed"), ("z3_offload", "packed"), ("z3", "two_stage")]
 
 
