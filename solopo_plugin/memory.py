@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import base_of
@@ -32,6 +33,10 @@ def chunk_mlps(model: nn.Module, tokens: int) -> None:
                 f"{'a mixture of experts' if mlp else 'none'}; remove the key."
             )
         mlp.forward = partial(_in_chunks, mlp.forward, tokens)
+        if is_deepspeed_zero3_enabled():  # gather its weights once: ranks differ in length, and so in chunks
+            from deepspeed.utils import set_z3_leaf_module
+
+            set_z3_leaf_module(mlp, True)
 
 
 def _in_chunks(forward, tokens: int, hidden_BTD: Tensor) -> Tensor:
