@@ -238,13 +238,22 @@ def _score(trainer, load, store, splits, rows, logps_N2: Tensor, missing: list[i
         for batch in mine:
             features = [splits[name][index] for _, (name, index) in (rows[n] for n in batch)]
             logps_B2 = trainer.score_pair(scorer, features).float()
-            trainer.check_finite(logps_B2.sum(1), [f["row"] for f in features], "the reference's scoring")
+            _check_finite(logps_B2, features)
             store.write([rows[n][0] for n in batch], logps_B2)
             logps_N2[batch] = logps_B2.to(logps_N2.device)
             bar.update(min(len(batch) * world, bar.total - bar.n))
     del model
     torch_gc()
     return _agree(logps_N2)
+
+
+def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
+    bad = [f["row"] for f, finite in zip(features, logps_B2.isfinite().all(1).tolist(), strict=True) if not finite]
+    if bad:
+        raise FloatingPointError(
+            f"The reference's log-prob of {', '.join(bad)} is not finite; look at the model and its dtype (`bf16` rather "
+            "than `fp16`), and at the row."
+        )
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def test_a_reference_that_is_not_finite(run, recipe, tiny_model, tmp_path):
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    sentence = r"not finite in the reference's scoring, rows demo_solopo\[\d+\] \(nan\)"
+    sentence = r"The reference's log-prob of demo_solopo\[\d+\], demo_.* is not finite; look at the model and its dtype"
     with pytest.raises(FloatingPointError, match=sentence):
         run(recipe(model_name_or_path=str(model)))
 
