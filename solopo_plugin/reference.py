@@ -251,8 +251,8 @@ def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
     bad = [f["row"] for f, finite in zip(features, logps_B2.isfinite().all(1).tolist(), strict=True) if not finite]
     if bad:
         raise FloatingPointError(
-            f"The reference's log-prob of {', '.join(bad)} is not finite; look at the model and its dtype (`bf16` rather "
-            "than `fp16`), and at the row."
+            f"The reference's log-prob of {', '.join(bad)} is not finite; look at the model and its dtype (`bf16` "
+            "rather than `fp16`), and at the row."
         )
 
 
