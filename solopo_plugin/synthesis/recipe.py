@@ -90,9 +90,18 @@ class DataRecipe:
     served_model: str | None = _key(
         None, "sample", "`openai`: the model's name at the server; null: model_name_or_path."
     )
+    openai_endpoint: Literal["chat", "completions"] = _key(
+        "chat", "sample", "`openai`: `chat` (the server's chat template) or `completions` (the trainer's token ids)."
+    )
+    extra_body: dict | None = _key(
+        None, "sample", "`openai`: more keys for each request, such as vLLM's {top_k: -1, repetition_penalty: 1.0}."
+    )
+    answers_per_call: int | None = _key(
+        None, "sample", "Answers asked for in one call; null: num_samples, and 8 with `transformers`."
+    )
     concurrency: int = _key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
     timeout: float = _key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
-    retries: int = _key(8, "", "`openai`: repeats of a failed request, with growing pauses. Ours.")
+    retries: int = _key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 3.5 minutes). Ours.")
     tensor_parallel_size: int = _key(1, "", "`vllm`: GPUs that hold one model.")
 
     # select
@@ -209,6 +218,9 @@ def _checked(name: str, value: Any) -> Any:
             limits = f"from {low} to {high}" if name in RANGES and high != math.inf else f">= {low}"
             raise DataError(f"`{name}` must be {what} {limits if name in RANGES else '> 0'}, got {value!r}.")
         value = kind(value)
+    elif kind is dict:
+        if not isinstance(value, dict):
+            raise DataError(f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value!r}.")
     elif not isinstance(value, str):
         raise DataError(f"`{name}` must be a text, got {value!r}; put it in quotes.")
     return value
