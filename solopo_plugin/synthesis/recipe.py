@@ -88,7 +88,7 @@ class DataRecipe:
     )
     api_key_env: str = _key("OPENAI_API_KEY", "", "`openai`: the environment variable that holds the key, if any.")
     served_model: str | None = _key(
-        None, "sample", "`openai`: the model's name at the server; null: model_name_or_path."
+        None, "sample", "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has."
     )
     openai_endpoint: Literal["chat", "completions"] = _key(
         "chat", "sample", "`openai`: `chat` (the server's chat template) or `completions` (the trainer's token ids)."
