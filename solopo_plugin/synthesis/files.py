@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SYNC_SECONDS = 1.0  # an appended line is in the kernel's hands at once, and on the disk itself within this time
@@ -131,7 +131,8 @@ class Appender:
                 if os.pwrite(self._fd, line, self._size) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                os.ftruncate(self._fd, self._size)
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self._size)
                 raise
             self._size += len(line)
             if time.monotonic() - self._synced >= SYNC_SECONDS:
