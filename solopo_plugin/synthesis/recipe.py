@@ -160,8 +160,8 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> DataRecipe:
         values = OmegaConf.to_container(merged, resolve=True)
     except OSError as error:
         raise DataError(f"Cannot read the recipe {path}: {error.strerror or error}.") from None
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise DataError(f"{path}: the recipe is no YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise DataError(f"{path}: the recipe is no YAML of `key: value`: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: a recipe is a list of `key: value`, got {type(values).__name__}.")
     return make_recipe(values)
