@@ -50,4 +50,5 @@ def encode_prompt(tokenizer, template, text: str) -> list[int]:
 
 def template_markers(tokenizer, template) -> set[str]:
     """Texts that only the template may write: special tokens and the words that end its turns."""
-    return {*tokenizer.all_special_tokens, *template.stop_words}
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return {*tokenizer.all_special_tokens, *added, *template.stop_words}

@@ -46,7 +46,7 @@ end with `The answer is: No answer.`"""
 PASSED_OVER = 20  # paragraphs that do not fit any more before a context counts as full; ours
 WHOLE_WORDS = 4  # an answer with fewer characters is looked for as a whole word: `us` is part of most paragraphs; ours
 CHECKED = 32  # questions of which the sum of tokens is compared with the tokenised prompt; ours
-ROUNDS = 4  # attempts at a length where tokens do not add up; ours
+ROUNDS = 6  # attempts at a length where tokens do not add up; ours
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
@@ -85,6 +85,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
             f"None of {len(questions)} questions gives a short and a long context ({dict(dropped)}); raise "
             "`short_tokens`, lower `long_tokens`, or add documents with `corpus`."
         )
+    whole = left_out.pop("tokenised_whole", 0)  # prompts whose tokens do not add up
     return {
         "questions": len(questions),
         "contexts": count,
@@ -92,7 +93,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         "paragraphs": len(pool),
         "distractors": len(pool.drawable),
         "left_out": dict(sorted(left_out.items())),
-        "counted": "by paragraph" if builder.sums else "by prompt",
+        "tokenised_whole": whole,
         "tokens": {
             side: {"min": min(v), "mean": round(sum(v) / len(v), 1), "max": max(v)} for side, v in lengths.items()
         },
@@ -168,6 +169,7 @@ class Builder:
             prompt, places = self._prompt(question, documents)
             adds_up = self.sums and all(self.pool.sums[i] for i in documents)
             tokens = rest + self._tokens(documents) if adds_up else len(self._encode(prompt))
+            leaks.looked_at["tokenised_whole"] += not adds_up
             if tokens <= target and (best is None or tokens > best.row["tokens"]):
                 found = [places[documents.index(i)] for i in evidence]
                 best = Side(distractors, full, {
@@ -176,7 +178,7 @@ class Builder:
                 })  # fmt: skip
             if adds_up or 0 <= target - tokens < self.smallest:
                 break
-            room += target - tokens
+            room += target - tokens - (tokens > target) * self.smallest
         return best
 
     def _draw(self, question: Question, rng: random.Random) -> Iterable[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..metrics import normalize_answer
-from .files import read_jsonl
+from .files import DataError, read_jsonl
 
 BETWEEN = "\n\n"  # documents
 LABEL = "Document"
@@ -128,7 +128,7 @@ def rank_by_bm25(pool: Pool) -> Callable[[str], Iterator[int]]:
         import bm25s
         import numpy as np
     except ImportError:
-        raise ImportError("`distractors: bm25` needs bm25s; install it with: pip install 'solopo[data]'") from None
+        raise DataError("`distractors: bm25` needs bm25s: pip install bm25s.") from None
 
     index = bm25s.BM25()
     words = bm25s.tokenize([pool.form(i) for i in pool.drawable], stopwords="en", show_progress=False)

@@ -38,6 +38,18 @@ def make_questions(n: int, seed: int = 0, distractors: int = 8, longest: int = 6
     return rows
 
 
+def save_tokenizer(folder: Path, bos: str | None = None) -> str:
+    """A tokenizer that knows the invented words, in a folder that can be `model_name_or_path`; there is no model."""
+    from make_tiny_model import train_tokenizer
+
+    from solopo_plugin.synthesis.contexts import PROMPT
+
+    texts = [p["text"] for row in make_questions(200, seed=-1) for p in row["evidence"] + row["distractors"]]
+    train_tokenizer(texts + [PROMPT] * 50, 1200, bos).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    return str(folder)
+
+
 def recipe(folder: Path, model: str, questions: list[dict] | Path, **keys) -> DataRecipe:
     """A small recipe whose work folder is `folder`/work."""
     source = questions
