@@ -64,6 +64,7 @@ setup(
         "trl>=0.20,<=0.24.0",  # older ones do not import beside transformers 5
         "transformers>=5.0,<=5.6.0",
         "pyyaml",  # recipes
+        "httpx",  # sampling from OpenAI-compatible servers; the host brings it along
     ],
     extras_require={
         # builds from source: DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"

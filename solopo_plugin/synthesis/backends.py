@@ -283,6 +283,7 @@ class _Server:
         """
         now = time.monotonic()
         if now < self.free_at:
+            self.free_at = max(self.free_at, now + retry_after)
             return
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self.failures) * random.uniform(1, 1.25)
         self.failures += 1

@@ -101,7 +101,7 @@ class DataRecipe:
     )
     concurrency: int = _key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
     timeout: float = _key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
-    retries: int = _key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 3.5 minutes). Ours.")
+    retries: int = _key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours.")
     tensor_parallel_size: int = _key(1, "", "`vllm`: GPUs that hold one model.")
 
     # select

@@ -73,7 +73,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
             "dropped_answers": dict(sorted(dropped_answers[side].items())),
         }
     counts["with_a_pair_on_both"] = sum(_on_both(q) for q in questions)
-    counts["statement"] = statement(counts, len(chosen["solopo"]), recipe.num_rows)
+    counts["statement"] = statement(counts, recipe.num_rows)
     if not chosen["solopo"]:
         raise DataError(counts["statement"])
     if len(chosen["solopo"]) < recipe.num_rows:
@@ -110,10 +110,11 @@ def split(questions: list[Question], recipe: DataRecipe) -> set[str]:
     return set(sorted((q.key for q in questions), key=lambda key: (_draw(recipe, "val", key), key))[:n_val])
 
 
-def statement(counts: dict, n_rows: int, num_rows: int) -> str:
+def statement(counts: dict, num_rows: int) -> str:
     """One sentence: how many rows there are and, if they are too few, why."""
-    if n_rows == num_rows:
-        return f"{n_rows} rows, as asked for."
+    n_rows = counts["short"]["with_a_pair"]
+    if n_rows >= num_rows:
+        return f"{num_rows} rows, as asked for, of {n_rows} questions that give a pair."
     reasons = counts["short"]["dropped_questions"]
     why = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in reasons.items()) or "none was dropped"
     return (

@@ -115,6 +115,10 @@ def test_retry_after_is_honoured(answers_file):
         began = time.monotonic()
         got = by_answer(generate(openai(server.url), calls(3)))
         assert len(got) == 12 and time.monotonic() - began >= 1.0
+    server = backends._Server("url")
+    server.failed("busy", 0.0)
+    server.failed("busy", 60.0)  # while it rests already
+    assert server.failures == 1 and server.free_at - time.monotonic() > 59
     response = httpx.Response(429, headers={"Retry-After": "Wed, 21 Oct 2065 07:28:00 GMT"})
     assert backends._retry_after(response) > 1e8
     assert backends._retry_after(httpx.Response(429, headers={"Retry-After": "soon"})) == 0
@@ -323,11 +327,11 @@ def fake_vllm(seen: list) -> ModuleType:
 
 def test_vllm_gets_ids_seeds_and_chunks(tiny_model, monkeypatch):
     seen = []
+    recipe = local(tiny_model(), long_tokens=2048, tensor_parallel_size=2)
+    tokenizer, template = load_chat(recipe)  # before the host can find the module that stands in for vLLM
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm(seen))
     monkeypatch.setattr(backends, "VLLM_CHUNK", 2)
-    recipe = local(tiny_model(), long_tokens=2048, tensor_parallel_size=2)
     got = list(generate(recipe, iter(PROMPTS)))
-    tokenizer, template = load_chat(recipe)
     ids = [backends.encode_prompt(tokenizer, template, call.prompt) for call in PROMPTS]
     engine, *chunks = seen
     assert chunks == [ids[:2], ids[2:]]

@@ -98,6 +98,8 @@ def test_questions_with_a_pair_on_both_sides_come_first(tmp_path):
         assert len(by_set["solopo"]) == n_solo and set(by_set["solopo"][:4]) == {"q0", "q1", "q2", "q3"}
         assert by_set["solopo"][:4] == by_set["long_po"][:4] == by_set["longpo"][:4]
         assert counts["with_a_pair_on_both"] == 4
+        if num_rows < 7:
+            assert counts["statement"] == f"{num_rows} rows, as asked for, of 7 questions that give a pair."
     assert set(by_set["solopo"]) == {f"q{i}" for i in range(7)}
     assert set(by_set["long_po"]) == {"q0", "q1", "q2", "q3", "q7", "q8", "q9"}
     assert set(by_set["longpo"]) == {"q0", "q1", "q2", "q3", "q4", "q7", "q8"}  # q5, q6: never wrong on the long side
