@@ -60,21 +60,42 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     work = Path(recipe.work_dir)
     with _alone_in(work):
         manifest = read_manifest(work)
-        for name in (stage,) if stage else TABLE:
-            if not resume:
-                manifest["stages"].pop(name, None)
-                for left in work.glob("samples.*") if name == "sample" else ():
-                    left.unlink()
+        names = (stage,) if stage else tuple(TABLE)
+        _clean(work, manifest, () if resume else names)
+        if stage:
+            _check_before(stage, recipe, manifest)
+        for name in names:
             _run_stage(name, recipe, work, manifest)
     return manifest
 
 
+def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
+    """Remove what a killed run left half written, and forget what the stages `forget` had finished."""
+    left = [path for path in work.glob("*.tmp") if not path.is_symlink()]
+    if "sample" in forget:
+        left += work.glob("samples.*.jsonl")
+    for path in left:
+        path.unlink()
+    if forget:
+        manifest["stages"] = {name: entry for name, entry in manifest["stages"].items() if name not in forget}
+        _save(manifest, work)
+
+
+def _check_before(stage: str, recipe: DataRecipe, manifest: dict) -> None:
+    """Refuse a single stage whose predecessors are not finished, or with other settings."""
+    for name in STAGES[: STAGES.index(stage)]:
+        entry = manifest["stages"].get(name)
+        if entry is None:
+            raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")
+        if changed := _changed_settings(entry["settings"], settings(recipe, name)):
+            raise DataError(
+                f"Stage `{stage}` builds on stage `{name}`, which ran with other settings ({'; '.join(changed)}); "
+                f"run `--stage {name}` first, or leave `--stage` away."
+            )
+
+
 def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> None:
     """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest."""
-    for file in TABLE[name].inputs:
-        if not (work / file).exists():
-            makes = next(stage for stage, spec in TABLE.items() if file in spec.outputs)
-            raise DataError(f"Stage `{name}` needs {work / file}; run stage `{makes}` first.")
     inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | _own_inputs(name, recipe)
     chosen = settings(recipe, name)
     finished = manifest["stages"].get(name)
@@ -86,25 +107,20 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> Non
         if changed:
             log.warning("%s: made again, because %s.", name, "; ".join(changed))
             del manifest["stages"][name]
-            write_json(work / MANIFEST, manifest)
+            _save(manifest, work)
     log.info("%s ...", name)
     counts = importlib.import_module(f"{__name__}.{name}").run(recipe, work)
     outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}
     manifest["stages"][name] = {
         "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts, "versions": _versions()
     }  # fmt: skip
-    write_json(work / MANIFEST, manifest)
+    _save(manifest, work)
     log.info("%s: %s", name, json.dumps(counts, ensure_ascii=False))
 
 
 def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str]:
     """Why a finished stage is not up to date, one phrase each."""
-    old = finished["settings"]
-    phrases = [
-        f"`{key}` was {old.get(key)!r} and is {chosen.get(key)!r}"
-        for key in sorted(old.keys() | chosen.keys())
-        if old.get(key) != chosen.get(key)
-    ]
+    phrases = _changed_settings(finished["settings"], chosen)
     old = finished["inputs"]
     phrases += [
         f"{file} has changed" for file in sorted(old.keys() | inputs.keys()) if old.get(file) != inputs.get(file)
@@ -115,6 +131,14 @@ def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str
         elif file_hash(work / file) != digest:
             phrases.append(f"{file} is not as it was written")
     return phrases
+
+
+def _changed_settings(old: dict, new: dict) -> list[str]:
+    return [
+        f"`{key}` was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _own_inputs(name: str, recipe: DataRecipe) -> dict[str, str]:
@@ -142,6 +166,11 @@ def read_manifest(work: Path) -> dict:
     except (ValueError, KeyError, TypeError, AssertionError):
         raise DataError(f"{path} is no manifest of ours; give another `work_dir`, or delete the file.") from None
     return manifest
+
+
+def _save(manifest: dict, work: Path) -> None:
+    stages = manifest["stages"]
+    write_json(work / MANIFEST, {"stages": {name: stages[name] for name in TABLE if name in stages}})
 
 
 def _versions() -> dict[str, str]:
