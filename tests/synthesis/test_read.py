@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from material import HOTPOTQA, MUSIQUE, make_questions, recipe
@@ -347,6 +350,48 @@ def test_recipes_are_checked(tmp_path):
             load_recipe(str(path))
     with pytest.raises(DataError, match="Cannot read the recipe"):
         load_recipe(str(tmp_path / "none.yaml"))
+
+
+DATA_RECIPES = sorted((ROOT / "examples/yaml/data").glob("*.yaml"))
+
+
+def test_shipped_recipes():
+    """Each loads, says where its numbers come from, and fits the training recipes that use its rows."""
+    paper = {"num_samples": 32, "temperature": 0.85, "num_rows": 5000, "short_tokens": 1024}
+    assert len(DATA_RECIPES) == 2 * 3 + 1
+    for path in DATA_RECIPES:
+        text, made = path.read_text(encoding="utf-8"), load_recipe(str(path))
+        assert f"build_data.py {path.relative_to(ROOT)}\n" in text and "Hardware:" in text
+        assert made.cutoff_len >= made.long_tokens + made.max_new_tokens
+        if path.stem == "tiny":
+            continue
+        values = yaml.safe_load(text)
+        for key, value in paper.items():
+            assert values[key] == value and f"{key}: {value}  # paper" in text
+        numbers = [line for line in text.splitlines() if re.match(r"\w+: -?[\d.]+\b", line)]
+        assert len(numbers) == 11 and all(re.search(r"  # (paper|ours|the model's)", line) for line in numbers)
+        model = path.stem.split("_")[0]
+        training = yaml.safe_load((ROOT / f"examples/yaml/{model}/solo_orpo.yaml").read_text())
+        for key in ("model_name_or_path", "template", "dataset_dir"):
+            assert values[key] == training[key]
+        size = path.stem[len(model) :]
+        assert values["dataset_name"] == training["dataset"].removesuffix("_solopo") + size
+        assert size or (values["long_tokens"], values["cutoff_len"]) == (8192, training["cutoff_len"])
+
+
+def test_the_shipped_questions_are_as_generated(tmp_path):
+    """And each can be answered from its two passages alone."""
+    from make_demo_data import make_question
+
+    shipped = list(read_jsonl(ROOT / "data" / "demo_questions.jsonl"))
+    assert shipped == [make_question(i) for i in range(40)]
+    questions, counts = run(tmp_path, ROOT / "data" / "demo_questions.jsonl")
+    assert len(questions) == 40 and counts["bad"] == 0
+    for question in questions:
+        asked, partner = (p["title"] for p in question["evidence"])
+        assert asked in question["question"] and partner in question["evidence"][0]["text"]
+        assert question["answers"][0] in question["evidence"][1]["text"]
+        assert not any(question["answers"][0] in p["text"] for p in question["distractors"])
 
 
 def test_every_key_names_known_stages():
