@@ -186,6 +186,11 @@ def test_one_member_is_set_and_nothing_else_touched(members, style, name, value)
         assert json.loads(restored) == members and (not members or restored == text)
 
 
+def test_an_entry_that_is_right_stays_as_it_is_written():
+    text = '{"a": {"x":1 ,\n\n"y":[ 2]}, "b":3}'
+    assert set_member(text, "a", {"y": [2], "x": 1}) == text
+
+
 def test_windows_line_ends_and_order_stay():
     text = '{\r\n    "b": {"x": [1,  2]},\r\n    "a": 1\r\n}\r\n'
     after = set_member(text, "c", {"y": {"z": 1}})

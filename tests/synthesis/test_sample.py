@@ -206,6 +206,23 @@ def test_a_torn_line_and_answers_to_other_prompts(work, tmp_path, caplog):
         assert final(work) == final(tmp_path / "whole")
 
 
+def test_of_a_call_that_came_back_in_part_only_the_rest_is_asked_for(work, tmp_path):
+    log = tmp_path / "log"
+    with serving(work.parent / "answers.json", log=log) as server:
+        recipe = recipe_for(server.url, sample_long=False)
+        key, _ = sample.fingerprint(recipe, work, "short")
+        part = {"id": "q4", "ks": [0, 2], "answers": [["kept", "stop"]] * 2, "prompt_tokens": None}
+        partial = work / "samples.short.partial.jsonl"
+        partial.write_text(json.dumps({"fingerprint": key}) + "\n" + json.dumps(part) + "\n")
+        sample.run(recipe, work)
+    sent = [json.loads(line)["n"] for line in log.read_text().splitlines()]
+    assert sorted(sent) == [1] * 4 + [6] * 29
+    texts = [row["text"] for row in read_jsonl(work / "samples.short.jsonl") if row["id"] == "q4"]
+    prompt = context(4)["short"]["prompt"]
+    alone = {k: scripted(prompt, call_seed(recipe, Call("q4", (k,), prompt)), 0, ANSWERS)[0] for k in (1, 3, 4, 5)}
+    assert texts == [alone.get(k, "kept") for k in range(6)]
+
+
 def test_a_hole_is_never_silent(work, monkeypatch):
     """A backend that loses an answer: the stage says so, and the next run asks for it."""
     original = backends.BACKENDS["openai"]

@@ -162,6 +162,18 @@ def test_the_longer_prompt_decides_whether_a_pair_fits(tmp_path):
     assert select.run(recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 100), tmp_path)["rows"]
 
 
+def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):
+    """Three of twelve, forty seeds: every question comes up; one seed gives one choice."""
+    write_work(tmp_path, [verdicts(i, "10") for i in range(12)])
+    seen = Counter()
+    for seed in range(40):
+        select.run(recipe_for(tmp_path, num_rows=12, val_size=3, sample_long=False, seed=seed), tmp_path)
+        chosen = [row["id"] for row in pairs(tmp_path) if row["split"] == "val"]
+        assert len(chosen) == 3
+        seen.update(chosen)
+    assert len(seen) == 12 and max(seen.values()) < 25
+
+
 def test_the_same_question_twice_is_on_one_side(tmp_path):
     """Ten questions, each under two ids with another capitalisation: no split has only one of them."""
     write_work(tmp_path, [verdicts(i, "10") for i in range(20)])
