@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .. import __version__
 from .files import DataError, explained, file_hash, write_json
-from .recipe import STAGES, DataRecipe, settings
+from .recipe import STAGES, DataRecipe, outside_inputs, settings
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -96,7 +96,7 @@ def _check_before(stage: str, recipe: DataRecipe, manifest: dict) -> None:
 
 def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> None:
     """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest."""
-    inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | _own_inputs(name, recipe)
+    inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | outside_inputs(recipe, name)
     chosen = settings(recipe, name)
     finished = manifest["stages"].get(name)
     if finished:
@@ -139,14 +139,6 @@ def _changed_settings(old: dict, new: dict) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-def _own_inputs(name: str, recipe: DataRecipe) -> dict[str, str]:
-    """Hashes of the user's own files that a stage reads; a hub name and a model are known by their names alone."""
-    if name != "read":
-        return {}
-    names = [*(part.strip() for part in recipe.input.split(",")), *([recipe.corpus] if recipe.corpus else [])]
-    return {file: file_hash(file) for file in names if Path(file).is_file()}
 
 
 def read_manifest(work: Path) -> dict:

@@ -8,9 +8,10 @@ import math
 import types
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from .files import DataError
+from .files import DataError, file_hash, folder_hash
 
 STAGES = ("read", "contexts", "sample", "judge", "select", "export")
 
@@ -140,6 +141,26 @@ RANGES = {
 def settings(recipe: DataRecipe, stage: str) -> dict[str, Any]:
     """The keys on which a stage's results depend, with their values."""
     return {name: getattr(recipe, name) for name, spec in FIELDS.items() if stage in spec.metadata["stages"]}
+
+
+TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
+
+
+def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
+    """Hashes of what a stage reads from outside the work folder: files of questions, and a model that is a folder.
+
+    What lies on a hub or behind a server is known by its name alone.
+    """
+    if stage == "read":
+        names = [*(part.strip() for part in recipe.input.split(",")), *([recipe.corpus] if recipe.corpus else [])]
+        return {name: file_hash(name) for name in names if Path(name).is_file()}
+    model = Path(recipe.model_name_or_path)
+    if stage == "contexts" and model.is_dir():
+        return {str(model): folder_hash(model, TOKENIZER)}
+    if stage == "sample" and model.is_dir() and recipe.backend != "openai":
+        return {str(model): folder_hash(model, TOKENIZER + WEIGHTS)}
+    return {}
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> DataRecipe:

@@ -22,9 +22,9 @@ from conftest import ROOT
 from material import make_questions, save_tokenizer
 from scripted_server import scripted, serving
 
-from solopo_plugin.synthesis import TABLE, run_pipeline
+from solopo_plugin.synthesis import TABLE, run_pipeline, sample
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
-from solopo_plugin.synthesis.recipe import load_recipe
+from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
 
 N_QUESTIONS, N_SAMPLES, RIGHT, UNMARKED = 60, 6, 0.5, 0.1
 KILLS = 4  # of every stage
@@ -223,6 +223,29 @@ def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
     assert {k: v for k, v in results(folder).items() if "manifest" not in k} == {
         k: v for k, v in results(finished).items() if "manifest" not in k
     }
+
+
+def test_a_model_that_has_changed_in_place(prepare, monkeypatch, tmp_path):
+    """Another tokenizer in the same folder makes other contexts, other weights make other samples only."""
+    shutil.copytree(yaml.safe_load((prepare() / "recipe.yaml").read_text())["model_name_or_path"], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(bytes(50 << 20))
+    monkeypatch.chdir(folder := prepare(model_name_or_path=str(tmp_path / "model")))
+    made = replace(load_recipe("recipe.yaml"), backend="transformers")
+    stages = ("read", "contexts", "sample")
+    before = [outside_inputs(made, stage) for stage in stages]
+    assert list(before[0]) == ["in.jsonl", "corpus.jsonl"] and [len(b) for b in before] == [2, 1, 1]
+    write_jsonl(folder / "contexts.jsonl", [])
+    stands_for = sample.fingerprint(made, folder, "short")
+    with open(weights, "r+b") as file:
+        file.seek(45 << 20)
+        file.write(b"trained")
+    after = [outside_inputs(made, stage) for stage in stages]
+    assert after[:2] == before[:2] and after[2] != before[2]
+    assert sample.fingerprint(made, folder, "short") != stands_for
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert outside_inputs(made, "contexts") != before[1]
+    assert outside_inputs(replace(made, backend="openai"), "sample") == {}
 
 
 def test_orders_that_cannot_be_followed(prepare, monkeypatch):
