@@ -25,6 +25,7 @@ from .files import DataError, read_jsonl, write_jsonl
 from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
+TURN_END = 16  # tokens that a template puts behind a response, at most
 SETS = {"solopo": ("short", "short"), "long_po": ("long", "long"), "longpo": ("short", "long")}  # sides sampled on
 
 
@@ -142,27 +143,35 @@ def draw_pair(
     right, wrong = [], []
     for answer in answers:
         text = answer["text"]
-        ids = encode(text) if text.strip() else []
+        # most answers need not be tokenised: no tokenizer makes more than two tokens of a byte
+        surely_fits = 2 * len(text.encode()) + TURN_END <= room
         checks = {
             "empty": not text.strip(),
             "cut": answer["finish_reason"] == "length",
             "no_marker": answer["answer"] is None,
             "template_marker": any(marker in text for marker in markers),
-            "over_length": len(ids) > room,
+            "over_length": not surely_fits and len(encode(text)) > room,
         }
         reason = next((name for name, holds in checks.items() if holds), None)
         if reason:
             dropped[reason] += 1
         else:
-            (right if answer["correct"] else wrong).append({"k": answer["k"], "text": text, "ids": array("I", ids)})
+            (right if answer["correct"] else wrong).append(answer)
+
+    def with_ids(answer: dict) -> dict:
+        return {"k": answer["k"], "text": answer["text"], "ids": array("I", encode(answer["text"]))}
+
     n_right = sum(answer["correct"] for answer in answers)
-    chosen = rng.choice(right) if right else None
-    different = [answer for answer in wrong if not chosen or answer["ids"] != chosen["ids"]]
-    dropped["equal"] += len(wrong) - len(different)
-    rng.shuffle(different)
+    chosen = with_ids(rng.choice(right)) if right else None
+    rng.shuffle(wrong)
     if balance_length and chosen:
-        different.sort(key=lambda answer: abs(len(answer["ids"]) - len(chosen["ids"])))
-    rejected = different[0] if different else None
+        wrong.sort(key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
+    rejected = None
+    for candidate in map(with_ids, wrong):
+        if not chosen or candidate["ids"] != chosen["ids"]:
+            rejected = candidate
+            break
+        dropped["equal"] += 1
     reason = None
     if n_right in (0, len(answers)):
         reason = "all_correct" if n_right else "all_wrong"
