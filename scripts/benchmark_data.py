@@ -53,6 +53,7 @@ def main() -> int:
     from make_tiny_model import train_tokenizer
 
     from solopo_plugin.synthesis import contexts, read
+    from solopo_plugin.synthesis.backends import load_chat
     from solopo_plugin.synthesis.files import read_jsonl
     from solopo_plugin.synthesis.recipe import load_recipe
 
@@ -70,7 +71,7 @@ def main() -> int:
             (work / "config.json").write_text('{"model_type": "qwen2"}')
         simulate(work, questions, args.pairs, args.paragraphs)
         del questions
-        contexts.load_template(recipe.model_name_or_path, recipe.template)  # imports are not what is measured
+        load_chat(recipe)  # imports are not what is measured
         started, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         counts = contexts.run(recipe, work)
         seconds = time.perf_counter() - started

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..host.template import encode_prompt, load_template, template_markers
+from ..host.template import encode_prompt, template_markers
 from ..metrics import normalize_answer
+from .backends import load_chat
 from .files import DataError, write_jsonl
 from .pool import BETWEEN, LABEL, SEAM, Pool, Question, build_pool, count_tokens, rank_by_bm25
 from .recipe import DataRecipe
@@ -55,13 +56,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     Raises:
         DataError: No template or tokenizer, a prompt without its places, or no question of which both contexts exist.
     """
-    try:
-        tokenizer, template = load_template(
-            recipe.model_name_or_path, recipe.template, recipe.default_system, recipe.enable_thinking,
-            recipe.trust_remote_code,
-        )  # fmt: skip
-    except ValueError as error:
-        raise DataError(str(error)) from None
+    tokenizer, template = load_chat(recipe)
     pool, questions = build_pool(work, template_markers(tokenizer, template))
     count_tokens(pool, tokenizer)
     builder = Builder(recipe, pool, tokenizer, template)

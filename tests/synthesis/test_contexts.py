@@ -19,9 +19,10 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from solopo_plugin.host.template import encode_prompt, load_template
 from solopo_plugin.metrics import normalize_answer
 from solopo_plugin.synthesis import contexts, read
-from solopo_plugin.synthesis.contexts import encode_prompt, load_template, permutation, split_prompt
+from solopo_plugin.synthesis.contexts import permutation, split_prompt
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis.pool import build_pool, rank_by_bm25
 
