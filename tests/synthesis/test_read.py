@@ -17,7 +17,7 @@ from material import HOTPOTQA, MUSIQUE, make_questions, recipe
 from solopo_plugin.metrics import normalize_answer
 from solopo_plugin.synthesis import read
 from solopo_plugin.synthesis.files import Appender, DataError, read_jsonl, write_json, write_jsonl
-from solopo_plugin.synthesis.recipe import FIELDS, STAGES, load_recipe, make_recipe
+from solopo_plugin.synthesis.recipe import FIELDS, REQUIRED, STAGES, load_recipe, make_recipe
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 
@@ -392,6 +392,17 @@ def test_the_shipped_questions_are_as_generated(tmp_path):
         assert asked in question["question"] and partner in question["evidence"][0]["text"]
         assert question["answers"][0] in question["evidence"][1]["text"]
         assert not any(question["answers"][0] in p["text"] for p in question["distractors"])
+
+
+def test_the_documented_keys_are_those_of_the_recipe():
+    """docs/data.md lists each key with its default, its stages and its help, in the order of the definition."""
+    lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| key | default | stages | meaning |") + 2
+    for line, (name, spec) in zip(lines[start:], FIELDS.items(), strict=False):
+        default = "" if name in REQUIRED else f"`{json.dumps(spec.default).strip(chr(34))}`"
+        stages = " ".join(spec.metadata["stages"])
+        assert line == f"| `{name}` | {default} | {stages} | {spec.metadata['help']} |"
+    assert lines[start + len(FIELDS)] == ""
 
 
 def test_every_key_names_known_stages():
