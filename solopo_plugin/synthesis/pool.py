@@ -128,7 +128,7 @@ def rank_by_bm25(pool: Pool) -> Callable[[str], Iterator[int]]:
         import bm25s
         import numpy as np
     except ImportError:
-        raise DataError("`distractors: bm25` needs bm25s: pip install bm25s.") from None
+        raise DataError("`distractors: bm25` needs a package: pip install bm25s.") from None
 
     index = bm25s.BM25(csc_backend="scipy")  # 0.4 GB less than numpy's at 400,000 paragraphs
     words = bm25s.tokenize((pool.form(i) for i in pool.drawable), stopwords="en", show_progress=False)
