@@ -76,12 +76,7 @@ def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iter
                 continue
             question = parse_row(row, recipe.input_format, documents)
         except DataError as error:
-            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            if not recipe.skip_bad:
-                raise DataError(f"{message} Correct the line, or set `skip_bad: true`.") from None
-            counts["bad"] += 1
-            if counts["bad"] <= SHOWN:
-                log.warning("%s Skipped.", message)
+            _skip(where, error, recipe, counts, "bad")
             continue
         if question["id"] in seen:
             counts["same_id"] += 1
@@ -167,11 +162,18 @@ def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
                 raise DataError(f"two documents have the id {id!r}.")
             documents[id] = _paragraph(row, {})
         except DataError as error:
-            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            if not recipe.skip_bad:
-                raise DataError(f"{message} Correct the line, or set `skip_bad: true`.") from None
-            counts["bad_documents"] += 1
+            _skip(where, error, recipe, counts, "bad_documents")
     return documents
+
+
+def _skip(where: str, error: DataError, recipe: DataRecipe, counts: Counter, name: str) -> None:
+    """Count a bad line, and show the first ones; or, without `skip_bad`, stop at it."""
+    message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+    if not recipe.skip_bad:
+        raise DataError(f"{message} Correct the line, or set `skip_bad: true`.") from None
+    counts[name] += 1
+    if counts[name] <= SHOWN:
+        log.warning("%s Skipped.", message)
 
 
 def parse_row(row: dict, form: str, documents: Documents) -> dict:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from solopo_plugin.host.template import encode_prompt, load_template
+from solopo_plugin.host.template import encode_prompt, load_template, template_markers
 from solopo_plugin.metrics import normalize_answer
 from solopo_plugin.synthesis import contexts, read
 from solopo_plugin.synthesis.contexts import permutation, split_prompt
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
-from solopo_plugin.synthesis.pool import build_pool, rank_by_bm25
+from solopo_plugin.synthesis.pool import build_pool, count_tokens, rank_by_bm25
 
 SIDES = ("short", "long")
 
@@ -204,6 +205,53 @@ def test_a_prompt_of_the_users_own(model, tmp_path):
     for prompt in ("{documents}", "{question}", "{documents} {question} {question}"):
         with pytest.raises(DataError, match=r"`prompt` must hold \{\w+\} once, it does so [02] times"):
             split_prompt(prompt)
+
+
+odd = st.text(
+    st.one_of(st.characters(codec="utf-8"), st.sampled_from("\n\r\t  .0123456789Document:é\u0301\u2028")), max_size=60
+)
+plain = st.fixed_dictionaries({"title": odd.map(lambda t: " ".join(t.split())), "text": odd.filter(str.strip)})
+
+
+@given(st.lists(plain, min_size=1, max_size=3), st.lists(plain, max_size=12), odd, st.integers(200, 500), st.data())
+@settings(deadline=None, max_examples=80, derandomize=True, database=None)
+def test_whatever_the_texts_are(model, tmp_path_factory, evidence, distractors, question, target, data):
+    """Control characters, line ends, digits, accents that combine: tokens are exact, evidence is verbatim."""
+    work = tmp_path_factory.mktemp("odd")
+    row = {"id": "x", "question": f"Where {question}", "answers": ["Zq7"], "hops": None, "evidence": evidence}
+    write_jsonl(work / "questions.jsonl", [row | {"distractors": distractors}])
+    write_jsonl(work / "corpus.jsonl", [p for q in FILLING for p in q["distractors"]])
+    tokenizer, template = loaded(model)
+    pool, questions = build_pool(work, template_markers(tokenizer, template))
+    count_tokens(pool, tokenizer)
+    keys = {
+        "short_tokens": target,
+        "long_tokens": 2 * target,
+        "distractors": data.draw(st.sampled_from(["random", "bm25"])),
+    }
+    builder = contexts.Builder(recipe(work, model, Path("-"), **keys), pool, tokenizer, template)
+    builder.check_sums(questions)
+    made, _ = builder(questions[0])
+    if isinstance(made, str):
+        shortest = min(len(normalize_answer(p["text"])) for p in evidence)
+        known = ["evidence_longer_than_short", "evidence_longer_than_long", "evidence_within_evidence"]
+        known += ["too_few_distractors_for_long"] * (shortest < 6)  # `:` is in every paragraph
+        assert made in known
+        return
+    for side, limit in (("short", target), ("long", 2 * target)):
+        prompt = made[side]["prompt"]
+        assert len(encode_prompt(tokenizer, template, prompt)) == made[side]["tokens"] <= limit
+        assert limit - made[side]["tokens"] < max(pool.tokens) + 2
+        found = [prompt[place["start"] : place["end"]] for place in made[side]["evidence"]]
+        assert found == [paragraph["text"] for paragraph in evidence]
+
+
+FILLING = make_questions(6, seed=3, longest=30)
+
+
+@cache
+def loaded(model: str) -> tuple:
+    return load_template(model, "qwen")
 
 
 # ---- chance
