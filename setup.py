@@ -64,14 +64,16 @@ setup(
         "trl>=0.20,<=0.24.0",  # older ones do not import beside transformers 5
         "transformers>=5.0,<=5.6.0",
         "pyyaml",  # recipes
+        "httpx",  # sampling from OpenAI-compatible servers; the host brings it along
     ],
     extras_require={
         # builds from source: DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"
         "deepspeed": ["deepspeed>=0.18,<0.20", "ninja"],  # ZeRO-2/3; ninja builds its kernels on first use
+        "data": ["bm25s>=0.3"],  # `distractors: bm25` in a data recipe; needs numpy and scipy alone
         "flash-attn": ["flash-attn>=2.7"],  # `flash_attn: fa2` in a recipe; compiles against the installed torch
         "vllm": ["vllm>=0.20.2,<0.26"],  # sampling of preference pairs; these releases are built for torch 2.11
         "qlora": ["bitsandbytes>=0.45"],  # `quantization_bit: 4`, as in the LoRA recipe
-        "test": ["pytest", "pytest-timeout", "hypothesis", "deepspeed>=0.18,<0.20", "build"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "deepspeed>=0.18,<0.20", "build", "bm25s>=0.3"],
     },
     cmdclass={"build_py": BuildWithHook, "editable_wheel": EditableWithHook},
     zip_safe=False,

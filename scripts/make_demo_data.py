@@ -2,6 +2,8 @@
 
     python scripts/make_demo_data.py [path]
 
+Beside it, demo_questions.jsonl: questions over two passages each, from which `build_data.py` makes rows.
+
 All text is made up here from the lists below, seeded per row, so the file is reproducible byte for byte. The rows are
 for trying the stage out: they teach nothing about long contexts (see README, "What was reproduced").
 """
@@ -56,13 +58,45 @@ def make_row(index: int, n_short: int = 2, n_long: int = 10) -> dict:
     }
 
 
-def main(path: str = "data/demo_solopo.jsonl", n: int = 96) -> None:
-    """Write `n` rows atomically."""
-    target = Path(path)
+def make_question(index: int, n_distractors: int = 4) -> dict:
+    """A question that needs two passages, in the plain format of `build_data.py`; no person is in two questions."""
+    rng = random.Random(f"question {index}")
+    people = random.Random("people").sample([f"{a} {b}" for a in NAMES for b in SURNAMES], len(NAMES) * len(SURNAMES))
+    first, second, *others = people[3 * index : 3 * index + 3]
+    place, elsewhere = rng.sample(PLACES, 2)
+    trades = rng.sample(TRADES, 2)
+    evidence = [
+        f"{first} is a {trades[0]} and shares a workshop with {second}. {first} {rng.choice(HABITS)}.",
+        passage(second, trades[1], place, rng),
+    ]
+    distractors = [passage(others[0], rng.choice(TRADES), elsewhere, rng)]
+    distractors += [
+        f"{town} is known for its {rng.choice(TRADES)}s, {rng.randint(3, 40)} of them. Of {others[0]} they say there "
+        f"that this {rng.choice(TRADES)} {rng.choice(HABITS)}."
+        for town in rng.sample([p for p in PLACES if p != place], n_distractors - 1)
+    ]
+    return {
+        "id": f"demo-{index}",
+        "question": f"In which town does the person work with whom {first} shares a workshop?",
+        "answers": [place],
+        "hops": 2,
+        "evidence": [{"title": name, "text": text} for name, text in zip((first, second), evidence, strict=True)],
+        "distractors": [{"title": text.split(" is ")[0], "text": text} for text in distractors],
+    }
+
+
+def write(target: Path, rows: list[dict]) -> None:
+    """Write rows atomically."""
     partial = target.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(make_row(i)) + "\n" for i in range(n)), encoding="utf-8")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(target)
-    print(f"{n} rows written to {target}")
+    print(f"{len(rows)} rows written to {target}")
+
+
+def main(path: str = "data/demo_solopo.jsonl", n: int = 96, n_questions: int = 40) -> None:
+    """Write `n` rows, and beside them the questions."""
+    write(Path(path), [make_row(i) for i in range(n)])
+    write(Path(path).with_name("demo_questions.jsonl"), [make_question(i) for i in range(n_questions)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The host's chat template and tokenizer, outside training: what makes a prompt the tokens that the trainer will see.
+
+Nothing is patched. Host: 0.9.5.
+"""
+
+from difflib import get_close_matches
+
+
+def load_template(
+    model_name_or_path: str,
+    template: str,
+    default_system: str | None = None,
+    enable_thinking: bool = True,
+    trust_remote_code: bool = False,
+) -> tuple:
+    """Tokenizer and template as the host loads them for training; the arguments are the host's keys.
+
+    Raises:
+        ValueError: No such template, or no tokenizer at that name.
+    """
+    from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from llamafactory.model import load_tokenizer
+
+    if template not in TEMPLATES:
+        near = get_close_matches(template, TEMPLATES, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "LLaMA-Factory's README lists them."
+        raise ValueError(f"`template: {template}` is no template of the host; {hint}")
+    model_args = ModelArguments(model_name_or_path=model_name_or_path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = load_tokenizer(model_args)["tokenizer"]
+    except Exception as error:  # whatever the hub, the disk or the model's own code raised: the name is what helps
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"No tokenizer can be loaded from `model_name_or_path: {model_name_or_path}`: "
+            f"{type(cause).__name__} {' '.join(str(cause).split())[:300]}"
+        ) from None
+    data_args = DataArguments(template=template, default_system=default_system, enable_thinking=enable_thinking)
+    return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
+
+
+def encode_prompt(tokenizer, template, text: str) -> list[int]:
+    """Token ids of a user's message in the chat template, up to where the response begins.
+
+    They are those that training gives a row whose `prompt` is `text` and whose responses bring no thought of their own.
+    """
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+    return template.encode_oneturn(tokenizer, messages)[0]
+
+
+def template_markers(tokenizer, template) -> set[str]:
+    """Texts that only the template may write: special tokens and the words that end its turns."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return {*tokenizer.all_special_tokens, *added, *template.stop_words}

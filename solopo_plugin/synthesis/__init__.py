@@ -1,0 +1,192 @@
+"""From questions to training rows: six stages in a work folder, each of which can be killed and continues.
+
+manifest.json says of every finished stage what it was made from (hashes of its inputs, settings, versions), what it
+made (hashes) and what it counted. A stage is run again when one of its inputs, settings or outputs is another one.
+"""
+
+import fcntl
+import importlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import __version__
+from .files import DataError, explained, file_hash, write_json
+from .recipe import STAGES, DataRecipe, outside_inputs, settings
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy", "pyarrow", "bm25s")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A module of this package with `run(recipe, work) -> counts`, and the files of the work folder it deals with."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+_SAMPLES, _JUDGED = (tuple(f"{kind}.{side}.jsonl" for side in ("short", "long")) for kind in ("samples", "judged"))
+TABLE = {
+    "read": Stage((), ("questions.jsonl", "corpus.jsonl")),
+    "contexts": Stage(("questions.jsonl", "corpus.jsonl"), ("contexts.jsonl",)),
+    "sample": Stage(("contexts.jsonl",), _SAMPLES),
+    "judge": Stage(("contexts.jsonl", *_SAMPLES), _JUDGED),
+    "select": Stage(("contexts.jsonl", *_JUDGED), ("pairs.jsonl",)),
+    "export": Stage(("contexts.jsonl", "pairs.jsonl"), ()),  # its outputs are in dataset_dir, which others write to
+}
+assert tuple(TABLE) == STAGES
+
+
+def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = True) -> dict:
+    """Run what is not finished, all stages or one; returns the manifest.
+
+    Args:
+        stage: Only this stage; those before it must be finished.
+        resume: False: the stages that are to run forget what they had finished.
+
+    Raises:
+        DataError: Something that the user has to put right, or another run at work in the same folder.
+    """
+    if stage is not None and stage not in TABLE:
+        raise DataError(f"`--stage` must be one of {', '.join(TABLE)}; got {stage!r}.")
+    work = Path(recipe.work_dir)
+    with _alone_in(work):
+        manifest = read_manifest(work)
+        names = (stage,) if stage else tuple(TABLE)
+        _clean(work, manifest, () if resume else names)
+        if stage:
+            _check_before(stage, recipe, manifest)
+        for name in names:
+            _run_stage(name, recipe, work, manifest)
+    return manifest
+
+
+def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
+    """Remove what a killed run left half written, and forget what the stages `forget` had finished."""
+    left = [path for path in work.glob("*.tmp") if not path.is_symlink()]
+    if "sample" in forget:
+        left += work.glob("samples.*.jsonl")
+    for path in left:
+        path.unlink()
+    if forget:
+        manifest["stages"] = {name: entry for name, entry in manifest["stages"].items() if name not in forget}
+        _save(manifest, work)
+
+
+def _check_before(stage: str, recipe: DataRecipe, manifest: dict) -> None:
+    """Refuse a single stage whose predecessors are not finished, or with other settings."""
+    for name in STAGES[: STAGES.index(stage)]:
+        entry = manifest["stages"].get(name)
+        if entry is None:
+            raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")
+        if changed := _changed_settings(entry["settings"], settings(recipe, name)):
+            raise DataError(
+                f"Stage `{stage}` builds on stage `{name}`, which ran with other settings ({'; '.join(changed)}); "
+                f"run `--stage {name}` first, or leave `--stage` away."
+            )
+
+
+def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> None:
+    """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest."""
+    inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | outside_inputs(recipe, name)
+    chosen = settings(recipe, name)
+    finished = manifest["stages"].get(name)
+    if finished:
+        changed = _changes(finished, inputs, chosen, work)
+        if not changed and name != "export":  # which is cheap, and dataset_info.json may have been edited
+            log.info("%s: finished before, kept.", name)
+            return
+        if changed:
+            log.warning("%s: made again, because %s.", name, "; ".join(changed))
+            del manifest["stages"][name]
+            _save(manifest, work)
+    log.info("%s ...", name)
+    counts = importlib.import_module(f"{__name__}.{name}").run(recipe, work)
+    outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}
+    manifest["stages"][name] = {
+        "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts, "versions": _versions()
+    }  # fmt: skip
+    _save(manifest, work)
+    log.info("%s: %s", name, json.dumps(counts, ensure_ascii=False))
+
+
+def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str]:
+    """Why a finished stage is not up to date, one phrase each."""
+    phrases = _changed_settings(finished["settings"], chosen)
+    old = finished["inputs"]
+    phrases += [
+        f"{file} has changed" for file in sorted(old.keys() | inputs.keys()) if old.get(file) != inputs.get(file)
+    ]
+    for file, digest in finished["outputs"].items():
+        if not (work / file).exists():
+            phrases.append(f"{file} is missing")
+        elif file_hash(work / file) != digest:
+            phrases.append(f"{file} is not as it was written")
+    return phrases
+
+
+def _changed_settings(old: dict, new: dict) -> list[str]:
+    return [
+        f"`{key}` was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def read_manifest(work: Path) -> dict:
+    """The manifest of a work folder, empty if there is none yet.
+
+    Raises:
+        DataError: The file is no manifest.
+    """
+    path = work / MANIFEST
+    if not path.exists():
+        return {"stages": {}}
+    with explained(path, "read"):
+        text = path.read_bytes()
+    try:
+        manifest = json.loads(text)
+        assert isinstance(manifest["stages"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise DataError(f"{path} is no manifest of ours; give another `work_dir`, or delete the file.") from None
+    return manifest
+
+
+def _save(manifest: dict, work: Path) -> None:
+    stages = manifest["stages"]
+    write_json(work / MANIFEST, {"stages": {name: stages[name] for name in TABLE if name in stages}})
+
+
+def _versions() -> dict[str, str]:
+    """Of Python, of this package and of those on which results depend, as far as they are installed."""
+    found = {"python": platform.python_version(), "solopo": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Hold the work folder for this process; the lock ends with it, however it ends."""
+    with explained(work, "write"):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"Another run is at work in {work}; wait for it, or give another `work_dir`.") from None
+        yield
+    finally:
+        os.close(lock)

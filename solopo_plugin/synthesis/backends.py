@@ -1,0 +1,369 @@
+"""Answers from a model: vLLM's offline engine, OpenAI-compatible servers, or transformers' `generate`.
+
+One function per backend, all of the same form: calls go in lazily, replies come out as they finish, in any order.
+Which prompt token ids the model sees: `vllm`, `transformers` and `openai` with `openai_endpoint: completions` (vLLM and
+SGLang take ids) get exactly the trainer's. With `chat` the server applies its own template to the plain user message:
+the same ids from `llamafactory-cli api` with the recipe's template; from another server compare `Reply.prompt_tokens`.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from itertools import islice
+from typing import NamedTuple
+
+import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
+
+from ..host.template import encode_prompt, load_template
+from .files import DataError
+from .recipe import DataRecipe
+
+log = logging.getLogger(__name__)
+VLLM_CHUNK = 64  # prompts per call of the engine, whose answers reach the disk together
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after one failure, and after many in a row
+PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
+
+
+class Call(NamedTuple):
+    """Ask for the answers `ks` (their numbers, from 0) to the plain user message `prompt` of the question `id`."""
+
+    id: str
+    ks: tuple[int, ...]
+    prompt: str
+
+
+class Reply(NamedTuple):
+    """Answers `ks` of a question as (text, finish reason); a call may come back in several replies.
+
+    `prompt_tokens`: what the server says that it was given, None where nothing is said.
+    """
+
+    id: str
+    ks: tuple[int, ...]
+    answers: list[tuple[str, str]]
+    prompt_tokens: int | None
+
+
+def generate(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
+    """Answer all calls with the recipe's backend and sampling settings.
+
+    Raises:
+        DataError: The backend is not installed, refuses a call, or does not answer for longer than `retries` allow.
+    """
+    return BACKENDS[recipe.backend](recipe, calls)
+
+
+def load_chat(recipe: DataRecipe) -> tuple:
+    """Tokenizer and chat template of the recipe's model, as in training."""
+    try:
+        return load_template(
+            recipe.model_name_or_path, recipe.template, recipe.default_system, recipe.enable_thinking,
+            recipe.trust_remote_code,
+        )  # fmt: skip
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def call_seed(recipe: DataRecipe, call: Call) -> int:
+    """Seed of a call, from the recipe's seed and what is asked, so that order and restarts change no answer."""
+    text = f"{recipe.seed} {call.id} {call.ks[0]}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1  # 31 bits: some servers want a signed int
+
+
+def transformers_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
+    """`generate` of transformers, one call at a time, for small models. Nothing of generation_config.json is used."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer, template = load_chat(recipe)
+    stop = sorted(template.get_stop_token_ids(tokenizer))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model_name_or_path, dtype="auto", trust_remote_code=recipe.trust_remote_code
+    ).to(device)
+    model.eval().generation_config = GenerationConfig()
+    sampling = dict(do_sample=False)
+    if recipe.temperature > 0:
+        sampling = dict(do_sample=True, temperature=recipe.temperature, top_p=recipe.top_p, top_k=0)
+    for call in calls:
+        prompt = torch.tensor([encode_prompt(tokenizer, template, call.prompt)], device=device)
+        torch.manual_seed(call_seed(recipe, call))
+        config = GenerationConfig(
+            **sampling, max_new_tokens=recipe.max_new_tokens, num_return_sequences=len(call.ks), eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        with torch.inference_mode():
+            output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        answers = []
+        for ids in output[:, prompt.shape[1] :].tolist():
+            end = next((i for i, token in enumerate(ids) if token in stop), None)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            answers.append((text, "length" if end is None else "stop"))
+        yield Reply(call.id, call.ks, answers, prompt.shape[1])
+
+
+def vllm_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
+    """vLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
+
+    vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
+    reproducible only as far as vLLM's own documentation says.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise DataError(
+            f"`backend: vllm` cannot be loaded ({error}): pip install '.[vllm]', or use `backend: openai`."
+        ) from None
+    tokenizer, template = load_chat(recipe)
+    engine = LLM(
+        model=recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed % 2**31,
+        tensor_parallel_size=recipe.tensor_parallel_size, max_model_len=recipe.long_tokens + recipe.max_new_tokens,
+    )  # fmt: skip
+    calls = iter(calls)
+    while chunk := list(islice(calls, VLLM_CHUNK)):
+        prompts = [{"prompt_token_ids": encode_prompt(tokenizer, template, call.prompt)} for call in chunk]
+        params = [
+            SamplingParams(
+                n=len(call.ks), temperature=recipe.temperature, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens,
+                seed=call_seed(recipe, call), stop_token_ids=sorted(template.get_stop_token_ids(tokenizer)),
+            )
+            for call in chunk
+        ]  # fmt: skip
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        for call, prompt, output in zip(chunk, prompts, outputs, strict=True):
+            answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
+            yield Reply(call.id, call.ks, answers, len(prompt["prompt_token_ids"]))
+
+
+def openai_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
+    """OpenAI-compatible servers, `concurrency` requests at a time over all of them."""
+    replies = _replies(recipe, calls)
+
+    async def following() -> Reply | None:
+        return await anext(replies, None)
+
+    with asyncio.Runner() as runner:
+        try:
+            while (reply := runner.run(following())) is not None:
+                yield reply
+        finally:
+            runner.run(replies.aclose())
+
+
+BACKENDS = {"vllm": vllm_answers, "openai": openai_answers, "transformers": transformers_answers}
+
+
+async def _replies(recipe: DataRecipe, calls: Iterable[Call]) -> AsyncIterator[Reply]:
+    """Keep `concurrency` requests under way; what a server leaves unanswered of a call is asked for one by one."""
+    calls, rest, running = iter(calls), deque(), set()
+    limits = httpx.Limits(max_connections=recipe.concurrency, max_keepalive_connections=recipe.concurrency)
+    timeout = httpx.Timeout(recipe.timeout, connect=10.0, pool=None)
+    async with httpx.AsyncClient(headers=_headers(recipe), limits=limits, timeout=timeout) as client:
+        servers = _Servers(recipe, client)
+        ask = await _asker(recipe, servers)
+        try:
+            while True:
+                while len(running) < recipe.concurrency and (call := rest.popleft() if rest else next(calls, None)):
+                    running.add(asyncio.create_task(ask(call)))
+                if not running:
+                    return
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in sorted(done, key=lambda task: task.exception() is not None):  # answers first, then raise
+                    call, reply = task.result()
+                    rest.extend(call._replace(ks=(k,)) for k in call.ks[len(reply.ks) :])
+                    if reply.ks:
+                        yield reply
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+
+def _headers(recipe: DataRecipe) -> dict[str, str]:
+    key = os.environ.get(recipe.api_key_env, "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+async def _asker(recipe: DataRecipe, servers: "_Servers"):
+    """The function that answers one call: (call, reply), the reply with as many answers as the server gave."""
+    chat = recipe.openai_endpoint == "chat"
+    common = dict(
+        model=await _model_name(recipe, servers), temperature=recipe.temperature, top_p=recipe.top_p,
+        max_tokens=recipe.max_new_tokens,
+    )  # fmt: skip
+    if not chat:
+        tokenizer, template = load_chat(recipe)
+        common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
+    system = [{"role": "system", "content": recipe.default_system}] if recipe.default_system else []
+    takes_n = True
+
+    async def ask(call: Call) -> tuple[Call, Reply]:
+        nonlocal takes_n
+        if len(call.ks) > 1 and not takes_n:
+            return call, Reply(call.id, (), [], None)
+        if chat:
+            prompt = {"messages": [*system, {"role": "user", "content": call.prompt}]}
+        else:
+            prompt = {"prompt": encode_prompt(tokenizer, template, call.prompt)}
+        body = common | prompt | {"n": len(call.ks), "seed": call_seed(recipe, call)} | (recipe.extra_body or {})
+        path = "/chat/completions" if chat else "/completions"
+        try:
+            answers, prompt_tokens = await servers.request("POST", path, body, lambda data: read_answers(data, chat))
+        except _Refused as refusal:
+            if len(call.ks) == 1 or refusal.status not in (400, 422):
+                raise
+            takes_n = False  # some servers refuse n > 1; if something else is wrong, the single call will say so
+            return call, Reply(call.id, (), [], None)
+        answers = answers[: len(call.ks)]
+        return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens)
+
+    return ask
+
+
+async def _model_name(recipe: DataRecipe, servers: "_Servers") -> str:
+    """`served_model`, else the recipe's model if the server has it, else the only one that it has."""
+    if recipe.served_model:
+        return recipe.served_model
+
+    def names(data: dict) -> list[str]:
+        return [model["id"] for model in data["data"]]
+
+    served = await servers.request("GET", "/models", None, names)
+    if recipe.model_name_or_path in served or not served:
+        return recipe.model_name_or_path
+    if len(served) == 1:
+        return served[0]
+    raise DataError(f"The server has several models ({', '.join(served)}); name one as `served_model`.")
+
+
+def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | None]:
+    """Answers and the server's count of prompt tokens from the body of a completion.
+
+    Raises:
+        KeyError, TypeError, ValueError: The body is not of that form; no text at all counts as an empty answer.
+    """
+    answers = []
+    for choice in sorted(data["choices"], key=lambda choice: choice.get("index") or 0):
+        text = choice["message"]["content"] if chat else choice["text"]
+        if not isinstance(text, str | None):
+            raise TypeError(f"an answer is {type(text).__name__}, not text")
+        answers.append((text or "", choice.get("finish_reason") or ""))
+    if not answers:
+        raise ValueError("no answer in it")
+    tokens = (data.get("usage") or {}).get("prompt_tokens")
+    return answers, tokens if isinstance(tokens, int) else None
+
+
+class _Refused(DataError):
+    """A request that no repetition will make right."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class _Server:
+    url: str
+    busy: int = 0  # requests under way
+    failures: int = 0  # in a row
+    free_at: float = 0.0  # time.monotonic() before which it is left alone
+
+    def failed(self, problem: str, retry_after: float) -> None:
+        """Leave the server alone, the longer the more failures there were in a row, with up to a quarter of jitter.
+
+        Requests that fail together are one failure.
+        """
+        now = time.monotonic()
+        if now < self.free_at:
+            self.free_at = max(self.free_at, now + retry_after)
+            return
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self.failures) * random.uniform(1, 1.25)
+        self.failures += 1
+        self.free_at = now + max(pause, retry_after)
+        wait = self.free_at - now
+        if self.failures >= 3 or wait > 10:
+            log.warning(f"{self.url}: {problem}; next try in {wait:.0f} s.")
+
+
+class _Servers:
+    """Several servers as one: the least busy one that did not just fail, tried again and again."""
+
+    def __init__(self, recipe: DataRecipe, client: httpx.AsyncClient):
+        urls = [url.strip().rstrip("/") for url in (recipe.server_urls or "").split(",") if url.strip()]
+        if not urls:
+            raise DataError("`backend: openai` needs `server_urls`, for example http://localhost:8000/v1.")
+        for url in urls:
+            if httpx.URL(url).scheme not in ("http", "https"):
+                raise DataError(f"`server_urls` must begin with http:// or https://, got {url!r}.")
+        self.servers = [_Server(url if httpx.URL(url).path.strip("/") else f"{url}/v1") for url in urls]
+        self.client, self.retries, self.api_key_env = client, recipe.retries, recipe.api_key_env
+
+    async def request(self, method: str, path: str, body: dict | None, read):
+        """Send until an answer comes that `read` can read.
+
+        Raises:
+            DataError: Refused, or failed `retries` + 1 times.
+        """
+        began = time.monotonic()
+        for _ in range(self.retries + 1):
+            server = await self._free()
+            server.busy += 1
+            response, retry_after = None, 0.0
+            try:
+                response = await self.client.request(method, server.url + path, json=body)
+                if response.is_success:
+                    result = read(response.json())
+                    server.failures = 0
+                    return result
+                problem, retry_after = f"HTTP {response.status_code} {_excerpt(response)}", _retry_after(response)
+            except httpx.HTTPError as error:
+                problem = f"{type(error).__name__} {error}".strip()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:  # of `read`, or no JSON
+                problem = f"a malformed answer ({type(error).__name__}: {error}) {_excerpt(response)}"
+            finally:
+                server.busy -= 1
+            if response is not None and 300 <= response.status_code < 500 and response.status_code not in PASSING:
+                raise _Refused(response.status_code, self._refusal(server.url + path, response))
+            server.failed(problem, retry_after)
+        raise DataError(
+            f"{server.url + path} gave no answer in {self.retries + 1} tries over {time.monotonic() - began:.0f} s "
+            f"(last: {problem}); see what the server logs and start again, what is finished is kept."
+        )
+
+    async def _free(self) -> _Server:
+        """The least busy server, once one may be asked; one that failed is tried with a single request at first."""
+        while True:
+            now = time.monotonic()
+            free = [server for server in self.servers if server.free_at <= now]
+            if free:
+                return min(free, key=lambda server: (bool(server.failures and server.busy), server.busy))
+            await asyncio.sleep(min(server.free_at for server in self.servers) - now)
+
+    def _refusal(self, url: str, response: httpx.Response) -> str:
+        advice = {
+            401: f"put a valid key into the environment variable {self.api_key_env}",
+            403: f"put a valid key into the environment variable {self.api_key_env}",
+            404: "check `server_urls` (they mostly end in /v1) and `served_model`",
+        }.get(response.status_code, "correct the recipe")
+        return f"{url} refuses with HTTP {response.status_code}: {_excerpt(response)}; {advice}."
+
+
+def _excerpt(response: httpx.Response) -> str:
+    return repr(" ".join(response.text.split())[:200])
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds to wait, given by the server as a number or a date; 0 if it gives none."""
+    value = response.headers.get("retry-after", "")
+    try:
+        return float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return 0.0

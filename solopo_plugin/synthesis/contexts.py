@@ -1,0 +1,321 @@
+"""Stage 2: for every question a short and a long context of a target length, with the same evidence.
+
+Reads questions.jsonl and corpus.jsonl; writes contexts.jsonl, {"id", "question", "answers", "hops", "short", "long"}.
+Either side is {"prompt", "tokens", "paragraphs", "evidence", "dropped"}: the user's whole message, its tokens in the
+chat template, how many paragraphs it shows, where the evidence is ({"paragraph": its number in the prompt, from 1,
+"start", "end": its text is prompt[start:end]}), and which evidence a lossy short context lacks (indices, from 0).
+
+A context is the evidence and, in RULER's way, distractors drawn without replacement from the paragraphs of all
+questions, until no more fit; then all are shuffled. What is drawn depends on the seed and the question alone.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import random
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..host.template import encode_prompt, template_markers
+from ..metrics import normalize_answer
+from .backends import load_chat
+from .files import DataError, write_jsonl
+from .pool import BETWEEN, LABEL, SEAM, Pool, Question, build_pool, count_tokens, rank_by_bm25
+from .recipe import DataRecipe
+
+log = logging.getLogger(__name__)
+
+# Ours: the paper's wording (its figures 6 and 7) is not known to us. How an answer ends is the paper's.
+PROMPT = """\
+Here are some documents and a question about them. Only a few of the documents bear on the question.
+
+{documents}
+
+Question: {question}
+
+Answer from the documents alone. Think step by step: say which documents matter and what follows from them. Then end \
+with one line, `The answer is: ...`, that gives the answer in as few words as possible. If the documents do not tell, \
+end with `The answer is: No answer.`"""
+PASSED_OVER = 20  # paragraphs that do not fit any more before a context counts as full; ours
+WHOLE_WORDS = 4  # an answer with fewer characters is looked for as a whole word: `us` is part of most paragraphs; ours
+CHECKED = 32  # questions of which the sum of tokens is compared with the tokenised prompt; ours
+ROUNDS = 6  # attempts at a length where tokens do not add up; ours
+
+
+def run(recipe: DataRecipe, work: Path) -> dict:
+    """Build the contexts of all questions; returns what was built, dropped and left out.
+
+    Raises:
+        DataError: No template or tokenizer, a prompt without its places, or no question of which both contexts exist.
+    """
+    tokenizer, template = load_chat(recipe)
+    pool, questions = build_pool(work, template_markers(tokenizer, template))
+    count_tokens(pool, tokenizer)
+    builder = Builder(recipe, pool, tokenizer, template)
+    builder.check_sums(questions)
+    dropped, left_out, lengths = Counter(), Counter(), {"short": [], "long": []}
+
+    def rows() -> Iterator[dict]:
+        results = _map(builder, questions, recipe.num_workers)
+        for row, looked_at in tqdm(results, total=len(questions), desc="contexts", unit=" questions", disable=None):
+            left_out.update(looked_at)
+            if isinstance(row, str):
+                dropped[row] += 1
+                continue
+            for side, values in lengths.items():
+                values.append(row[side]["tokens"])
+            yield row
+
+    count = write_jsonl(work / "contexts.jsonl", rows())
+    if not count:
+        raise DataError(
+            f"None of {len(questions)} questions gives a short and a long context ({dict(dropped)}); raise "
+            "`short_tokens`, lower `long_tokens`, or add documents with `corpus`."
+        )
+    whole = left_out.pop("tokenised_whole", 0)  # prompts whose tokens do not add up
+    return {
+        "questions": len(questions),
+        "contexts": count,
+        "dropped": dict(sorted(dropped.items())),
+        "paragraphs": len(pool),
+        "distractors": len(pool.drawable),
+        "left_out": dict(sorted(left_out.items())),
+        "tokenised_whole": whole,
+        "tokens": {
+            side: {"min": min(v), "mean": round(sum(v) / len(v), 1), "max": max(v)} for side, v in lengths.items()
+        },
+    }
+
+
+@dataclass
+class Side:
+    """One context: its distractors in the order drawn, whether it is full, and what is written of it."""
+
+    distractors: list[int]
+    full: bool
+    row: dict
+
+
+class Builder:
+    """What the contexts of all questions share, and how one question's are built."""
+
+    def __init__(self, recipe: DataRecipe, pool: Pool, tokenizer, template):
+        self.recipe, self.pool, self.tokenizer, self.template = recipe, pool, tokenizer, template
+        self.before, self.behind = split_prompt(PROMPT if recipe.prompt is None else recipe.prompt)
+        self.smallest = min((pool.tokens[i] for i in pool.drawable), default=0)
+        self.ranked = rank_by_bm25(pool) if recipe.distractors == "bm25" else None
+        self.numbers = [0]  # [n]: tokens that the labels of documents 1 to n have more than n times that of the first
+        self.one = self._alone(f"{SEAM} 1: A\nB.{SEAM}") - self._alone(SEAM)  # tokens of a document `A\nB.`
+        self.sums = self.before.endswith(BETWEEN) and self.behind.startswith(BETWEEN)
+
+    def __call__(self, question: Question) -> tuple[dict | str, Counter]:
+        """The row of a question, or why it is dropped; and how many distractors were left out for what reason."""
+        pool, recipe, looked_at = self.pool, self.recipe, Counter()
+        if question.marked or any(pool.marked[i] for i in question.evidence):
+            return "special_tokens", looked_at
+        forms = [normalize_answer(pool.text(i)) for i in question.evidence]
+        if any(a in b for k, a in enumerate(forms) for j, b in enumerate(forms) if j != k):
+            return "evidence_within_evidence", looked_at
+        rest = self._rest(question)
+        leaks = Leaks([] if recipe.allow_answer_in_distractors else question.answers, forms, pool, looked_at)
+
+        rng = self._rng(question, "lossy")
+        lost = [rng.randrange(len(forms))] if rng.random() < recipe.lossy_short else []
+        sides, drawn = {}, None
+        for name in ("long", "short"):
+            dropped = lost if name == "short" else []
+            side = self._side(question, name, dropped, rest, leaks, drawn)
+            if side is None:
+                return f"evidence_longer_than_{name}", looked_at
+            if not side.full:
+                return f"too_few_distractors_for_{name}", looked_at
+            sides[name] = side.row
+            drawn = side.distractors if recipe.short_subset_of_long else None
+        fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
+        return {**fields, "short": sides["short"], "long": sides["long"]}, looked_at
+
+    def _rng(self, question: Question, what: str) -> random.Random:
+        return random.Random(f"{self.recipe.seed}/{question.id}/{what}")
+
+    def _side(self, question, name, dropped, rest, leaks, drawn) -> Side | None:
+        """The short or the long context; None where the evidence alone is longer.
+
+        Args:
+            rest: Tokens of the prompt without documents.
+            drawn: The only distractors to draw from, in this order; None: the pool.
+        """
+        target = getattr(self.recipe, f"{name}_tokens")
+        evidence = [i for k, i in enumerate(question.evidence) if k not in dropped]
+        room, best = target - rest, None
+        for _ in range(ROUNDS):
+            rng = self._rng(question, name)
+            order = drawn if drawn is not None else leaks.without(question.evidence, self._draw(question, rng))
+            distractors, full = self._fill(evidence, room, order)
+            documents = [*evidence, *distractors]
+            rng.shuffle(documents)
+            prompt, places = self._prompt(question, documents)
+            adds_up = self.sums and all(self.pool.sums[i] for i in documents)
+            tokens = rest + self._tokens(documents) if adds_up else len(self._encode(prompt))
+            leaks.looked_at["tokenised_whole"] += not adds_up
+            if tokens <= target and (best is None or tokens > best.row["tokens"]):
+                found = [places[documents.index(i)] for i in evidence]
+                best = Side(distractors, full, {
+                    "prompt": prompt, "tokens": tokens, "paragraphs": len(documents), "evidence": found,
+                    "dropped": dropped,
+                })  # fmt: skip
+            if adds_up or 0 <= target - tokens < self.smallest:
+                break
+            room += target - tokens - (tokens > target) * self.smallest
+        return best
+
+    def _draw(self, question: Question, rng: random.Random) -> Iterable[int]:
+        if self.ranked:
+            return self.ranked(question.question)
+        drawable = self.pool.drawable
+        return (drawable[k] for k in permutation(len(drawable), rng))
+
+    def _fill(self, evidence: list[int], room: int, order: Iterable[int]) -> tuple[list[int], bool]:
+        """Distractors that fit into `room` tokens beside the evidence, and whether it is full.
+
+        A paragraph that does not fit is passed over, so what stays free is less than any of those that were.
+        """
+        chosen, passed = [], 0
+        free = room - self._tokens(evidence)
+        for i in order:
+            n = len(evidence) + len(chosen) + 1
+            cost = self.pool.tokens[i] + self._number(n) - self._number(n - 1)
+            if cost <= free:
+                chosen.append(i)
+                free -= cost
+            else:
+                passed += 1
+            if passed == PASSED_OVER or free < self.smallest:
+                break
+        return chosen, passed > 0 or free < self.smallest
+
+    def _prompt(self, question: Question, documents: list[int]) -> tuple[str, list[dict]]:
+        """The message, and where in it the text of each document is."""
+        parts, places = [self.before.replace("{question}", question.question)], []
+        at = len(parts[0])
+        for number, i in enumerate(documents, 1):
+            label, document = f"{LABEL} {number}:", self.pool.document(i)
+            start, end = at + len(label) + document.index("\n") + 1, at + len(label) + len(document)
+            places.append({"paragraph": number, "start": start, "end": end})
+            between = BETWEEN if number < len(documents) else ""
+            parts += [label, document, between]
+            at = end + len(between)
+        parts.append(self.behind.replace("{question}", question.question))
+        return "".join(parts), places
+
+    def _encode(self, prompt: str) -> list[int]:
+        return encode_prompt(self.tokenizer, self.template, prompt)
+
+    def _rest(self, question: Question) -> int:
+        """Tokens of the prompt without documents, as the rest of one with a document of known length."""
+        before, behind = (part.replace("{question}", question.question) for part in (self.before, self.behind))
+        return len(self._encode(f"{before}{LABEL} 1: A\nB.{behind}")) - self.one
+
+    def _alone(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _tokens(self, documents: list[int]) -> int:
+        """Tokens of documents: the sum of theirs, and what the labels of later ones have more than the first's."""
+        return sum(self.pool.tokens[i] for i in documents) + self._number(len(documents))
+
+    def _number(self, n: int) -> int:
+        while len(self.numbers) <= n:
+            more = self._alone(f"{SEAM} {len(self.numbers)}: A") - self._alone(f"{SEAM} 1: A")
+            self.numbers.append(self.numbers[-1] + more)
+        return self.numbers[n]
+
+    def check_sums(self, questions: list[Question]) -> None:
+        """Compare the sums of some prompts with their tokens; from a difference on, every prompt is tokenised."""
+        for question in questions[:: -(-len(questions) // CHECKED)]:
+            row, _ = self(question)
+            for side in () if isinstance(row, str) else (row["short"], row["long"]):
+                if len(self._encode(side["prompt"])) != side["tokens"]:
+                    log.warning("Tokens do not add up with this tokenizer: every prompt is tokenised, which is slower.")
+                    self.sums = False
+                    return
+
+
+class Leaks:
+    """Which paragraphs must not be distractors of a question: those with an answer, and those with its evidence."""
+
+    def __init__(self, answers: list[str], evidence_forms: list[str], pool: Pool, looked_at: Counter):
+        forms = [normalize_answer(answer) for answer in answers]
+        words = [re.escape(form) for form in forms if len(form) < WHOLE_WORDS]
+        self.words = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)") if words else None
+        self.answers = [form.encode() for form in forms if len(form) >= WHOLE_WORDS]
+        self.evidence = [form.encode() for form in evidence_forms]
+        self.pool, self.looked_at = pool, looked_at
+
+    def without(self, evidence: list[int], order: Iterable[int]) -> Iterator[int]:
+        """The paragraphs of `order` that may be shown; those that may not are counted."""
+        pool, same = self.pool, {self.pool.same[i] for i in evidence}
+        for i in order:
+            if i in same:
+                continue
+            if any(pool.holds(i, form) for form in self.answers) or (self.words and self.words.search(pool.form(i))):
+                self.looked_at["with_answer"] += 1
+            elif any(pool.holds(i, form) for form in self.evidence):
+                self.looked_at["with_evidence"] += 1
+            else:
+                yield i
+
+
+def permutation(n: int, rng: random.Random) -> Iterator[int]:
+    """The numbers 0 to n - 1 in random order, each drawn when it is asked for (Fisher and Yates)."""
+    moved: dict[int, int] = {}
+    for k in range(n):
+        j = rng.randrange(k, n)
+        yield moved.get(j, j)
+        moved[j] = moved.pop(k, k)
+
+
+def split_prompt(prompt: str) -> tuple[str, str]:
+    """What stands before and behind the documents.
+
+    Raises:
+        DataError: `{documents}` or `{question}` is not there exactly once.
+    """
+    for place in ("{documents}", "{question}"):
+        if prompt.count(place) != 1:
+            raise DataError(
+                f"`prompt` must hold {place} once, it does so {prompt.count(place)} times: {prompt[:80]!r}."
+            )
+    before, behind = prompt.split("{documents}")
+    return before, behind
+
+
+_builder: Builder | None = None  # of the worker processes, which inherit it
+
+
+def _map(builder: Builder, questions: list[Question], num_workers: int) -> Iterator[tuple[dict | str, Counter]]:
+    """Build in order, in this process or in others; the results are the same."""
+    global _builder
+    if num_workers == 1:
+        yield from map(builder, questions)
+        return
+    _builder = builder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
+    with multiprocessing.get_context("fork").Pool(num_workers, _die_with_parent) as processes:
+        yield from processes.imap(_build, questions, chunksize=16)
+
+
+def _build(question: Question) -> tuple[dict | str, Counter]:
+    return _builder(question)
+
+
+def _die_with_parent() -> None:
+    """Linux: end with the parent, also where that was killed."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,0 +1,211 @@
+"""Stage 6: data files that `stage: solopo` and its baselines train on, and their entries in dataset_info.json.
+
+A row has the stage's four columns (`prompt`, `long_prompt`, `chosen`, `rejected`) and says where it comes from. One
+file holds the rows of several entries; `_val` files and entries are there with `val_size`.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import DataError, explained, read_jsonl, replacing, write_jsonl
+from .recipe import DataRecipe
+from .select import SETS
+
+SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
+SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+LONG_PO = {"prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
+# last part of an entry's name -> set of rows and columns; SFT on long contexts learns what was sampled on them
+ENTRIES = {
+    "solopo": ("solopo", SOLO),
+    "short_po": ("solopo", SHORT_PO),
+    "expand_long_po": ("solopo", LONG_PO),
+    "long_po": ("long_po", LONG_PO),
+    "longpo": ("longpo", SOLO),
+    "sft_short": ("solopo", {"prompt": "prompt", "response": "chosen"}),
+    "sft_long": ("long_po", {"prompt": "long_prompt", "response": "chosen"}),
+}
+_EVIDENCE = pa.list_(pa.struct([("paragraph", pa.int64()), ("start", pa.int64()), ("end", pa.int64())]))
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in SOLO]
+    + [("id", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())), ("hops", pa.int64())]
+    + [(f"{part}_tokens", pa.int64()) for part in ("short", "long", "chosen", "rejected")]
+    + [(f"{side}_paragraphs", pa.int64()) for side in ("short", "long")]
+    + [(f"{side}_evidence", _EVIDENCE) for side in ("short", "long")]  # offsets are characters of the prompt
+    + [("short_dropped", pa.list_(pa.int64()))]  # evidence that a lossy short context lacks, from 0
+    + [(f"pass_rate_{side}", pa.float64()) for side in ("short", "long")]
+)
+
+
+def run(recipe: DataRecipe, work: Path) -> dict:
+    """Write the data files and register them; returns the number of rows of each file.
+
+    Raises:
+        DataError: A file or an entry of that name is there and not ours.
+    """
+    folder, name = Path(recipe.dataset_dir), recipe.dataset_name
+    ours = {f"{name}_{rows}{val}.{end}" for rows in SETS for val in ("", "_val") for end in ("jsonl", "parquet")}
+    with _alone_in(folder):
+        info, text = read_info(folder)
+        check_ours(folder, text, name, ours)
+        counts = write_files(recipe, work)
+        for suffix, (rows, columns) in ENTRIES.items():
+            rows = rows if recipe.sample_long or suffix != "sft_long" else "solopo"
+            for val in ("", "_val"):
+                file_name = f"{name}_{rows}{val}.{recipe.export_format}"
+                ranking = {"ranking": True} if "chosen" in columns else {}
+                entry = {"file_name": file_name, **ranking, "columns": columns}
+                text = set_member(text, f"{name}_{suffix}{val}", entry if file_name in counts else None)
+        with replacing(info) as file:
+            file.write(text.encode("utf-8"))
+        for file_name in ours - set(counts):
+            (folder / file_name).unlink(missing_ok=True)  # of an earlier run with other settings
+    return counts
+
+
+def write_files(recipe: DataRecipe, work: Path) -> dict[str, int]:
+    """One file per set and split that has rows; returns the number of rows by file name."""
+    parts: dict[str, list[dict]] = {}
+    for pair in read_jsonl(work / "pairs.jsonl"):
+        val = "_val" * (pair["split"] == "val")
+        parts.setdefault(f"{recipe.dataset_name}_{pair['set']}{val}.{recipe.export_format}", []).append(pair)
+    folder, contexts = Path(recipe.dataset_dir), Contexts(work / "contexts.jsonl")
+    for file_name, pairs in parts.items():
+        rows = (make_row(pair, contexts.get(pair["id"])) for pair in pairs)
+        (write_parquet if recipe.export_format == "parquet" else write_jsonl)(folder / file_name, rows)
+    return {file_name: len(pairs) for file_name, pairs in parts.items()}
+
+
+class Contexts:
+    """contexts.jsonl by question; only the places of the lines are kept in memory."""
+
+    def __init__(self, path: Path):
+        self.path, self.places, place = path, {}, 0
+        with explained(path, "read"), open(path, "rb") as file:
+            for line in file:
+                self.places[json.loads(line)["id"]] = place
+                place += len(line)
+
+    def get(self, name: str) -> dict:
+        with open(self.path, "rb") as file:
+            file.seek(self.places[name])
+            return json.loads(file.readline())
+
+
+def make_row(pair: dict, context: dict) -> dict:
+    """A row of the data set, with the names and in the order of `SCHEMA`."""
+    row = {"prompt": context["short"]["prompt"], "long_prompt": context["long"]["prompt"]}
+    row |= pair | {name: context[name] for name in ("id", "question", "answers", "hops")}
+    for side in ("short", "long"):
+        row |= {f"{side}_{what}": context[side][what] for what in ("tokens", "paragraphs", "evidence", "dropped")}
+    return {name: row[name] for name in SCHEMA.names}
+
+
+def write_parquet(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows as a parquet file, atomically."""
+    rows = iter(rows)
+    with replacing(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+        while part := list(islice(rows, 256)):
+            writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
+
+
+@contextmanager
+def _alone_in(folder: Path):
+    """Let no second export change the same dataset_info.json meanwhile."""
+    with explained(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def read_info(folder: Path) -> tuple[Path, str]:
+    """Path and text of dataset_info.json; an empty object if there is none."""
+    info = folder / "dataset_info.json"
+    if not info.exists():
+        return info, "{}\n"
+    with explained(info, "read"):
+        content = info.read_bytes()
+    try:
+        text = content.decode("utf-8")
+        entries = json.loads(text)
+    except ValueError:
+        entries = None
+    if not isinstance(entries, dict):
+        raise DataError(f"{info} is no JSON object in UTF-8; mend it or choose another `dataset_dir`.")
+    return info, text
+
+
+def check_ours(folder: Path, text: str, dataset_name: str, ours: set[str]) -> None:
+    """Refuse to overwrite an entry or a file that no earlier export has made."""
+    entries = json.loads(text)
+    for name in (f"{dataset_name}_{suffix}{val}" for suffix in ENTRIES for val in ("", "_val")):
+        if name in entries and not (isinstance(entries[name], dict) and entries[name].get("file_name") in ours):
+            raise DataError(
+                f"{folder / 'dataset_info.json'} has another data set called `{name}`; choose another `dataset_name`."
+            )
+    for file_name in sorted(ours):
+        if (folder / file_name).exists() and not _has_our_columns(folder / file_name):
+            raise DataError(f"{folder / file_name} is there and no export of ours; choose another `dataset_name`.")
+
+
+def _has_our_columns(path: Path) -> bool:
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_schema(path).names == SCHEMA.names
+        return list(next(iter(read_jsonl(path)), {})) == SCHEMA.names
+    except (DataError, pa.ArrowException):
+        return False
+
+
+def set_member(text: str, name: str, value: dict | None) -> str:
+    """The text of a JSON object with one member added, replaced or (None) removed, and not a byte changed beside it."""
+    spans, end = _members(text)
+    names = [member for member, *_ in spans]
+    inner = re.match(r"\{(\s*)", text[text.index("{") :]).group(1)
+    newline = "\r\n" if "\r\n" in text else "\n"
+    lead = inner if spans and "\n" in inner else newline + "  "  # what stands before a member
+    indent = lead.rpartition("\n")[2]
+    written = json.dumps(value, indent=indent, ensure_ascii=False).replace("\n", newline + indent)
+    if name in names:
+        place = names.index(name)
+        _, start, value_start, value_end = spans[place]
+        if value is None and place:
+            return text[: spans[place - 1][3]] + text[value_end:]
+        if value is None:
+            return text[:start] + text[spans[1][1] if len(spans) > 1 else value_end :]
+        if json.loads(text[value_start:value_end]) == value:
+            return text
+        return text[:value_start] + written + text[value_end:]
+    if value is None:
+        return text
+    member = lead + json.dumps(name, ensure_ascii=False) + ": " + written
+    if spans:
+        return text[: spans[-1][3]] + "," + member + text[spans[-1][3] :]
+    opening = text.index("{") + 1
+    return text[:opening] + member + newline + text[end:]
+
+
+def _members(text: str) -> tuple[list[tuple[str, int, int, int]], int]:
+    """Members of a JSON object as (name, start, start of the value, end of the value); where its `}` stands."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    place = blank.match(text, text.index("{") + 1).end()
+    spans = []
+    while text[place] != "}":
+        name, after = decoder.raw_decode(text, place)
+        start = re.compile(r"\s*:\s*").match(text, after).end()
+        _, end = decoder.raw_decode(text, start)
+        spans.append((name, place, start, end))
+        place = blank.match(text, end).end()
+    return spans, place

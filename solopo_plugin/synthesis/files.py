@@ -1,0 +1,218 @@
+"""Files of a run that may be killed at any time: read with the line named, written whole or not at all.
+
+Everything is UTF-8. Output files are written under a temporary name beside their place, synchronised to disk and
+renamed. A file that grows (`Appender`) consists of whole lines: a torn last line is cut off when it is opened again.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SYNC_SECONDS = 1.0  # an appended line is in the kernel's hands at once, and on the disk itself within this time
+
+
+class DataError(ValueError):
+    """What the user has to put right, in one sentence: what, where, the value seen, what to do."""
+
+
+def dump(value: object) -> bytes:
+    """JSON on one line, UTF-8. Half of a surrogate pair, which no file can hold, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def parse_line(line: bytes, path: Path | str, number: int) -> dict:
+    """One line of a JSON lines file as a dict.
+
+    Args:
+        number: Of the line, from 1, for the message.
+
+    Raises:
+        DataError: The line is no JSON object in UTF-8.
+    """
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+        if b"\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        shown = line[:60].decode("utf-8", "replace")
+        reason = "the text holds half a surrogate pair" if isinstance(error, UnicodeEncodeError) else error
+        raise DataError(f"{path}:{number}: not a line of JSON ({reason}): {shown!r}.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}:{number}: a line must be a JSON object, got {type(value).__name__} {str(value)[:60]}.")
+    return value
+
+
+def read_jsonl(path: Path | str) -> Iterator[dict]:
+    """The objects of a JSON lines file; blank lines are skipped.
+
+    Raises:
+        DataError: No such file, or a line is no JSON object; the message says `file:line`.
+    """
+    with explained(path, "read"), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield parse_line(line, path, number)
+
+
+def write_jsonl(path: Path | str, rows: Iterable[dict]) -> int:
+    """Write rows as JSON lines, atomically; returns how many there were."""
+    count = 0
+    with replacing(path) as file:
+        for row in rows:
+            file.write(dump(row) + b"\n")
+            count += 1
+    return count
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write one value as indented JSON, atomically."""
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with explained(path, "read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int = 1 << 24) -> str:
+    """SHA-256 over names and contents of the files in `folder` that match a pattern.
+
+    Args:
+        whole: Bytes up to which a file is read whole; of a larger one, such as weights, both ends of half that size.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        with explained(path, "read"), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(dump([path.name, size]))
+            digest.update(file.read(whole if size <= whole else whole // 2))
+            if size > whole:
+                file.seek(-(whole // 2), os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path | str):
+    """A binary file to write to, which takes the place of `path` when the block ends without an error.
+
+    Raises:
+        DataError: The disk is full or the place cannot be written to; what stood at `path` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with explained(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # gives a full disk its space back
+            raise
+        _sync_folder(path.parent)
+
+
+class Appender:
+    """A JSON lines file that grows by whole lines and survives `kill -9`; one writer at a time.
+
+    Opening it cuts off a torn last line. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        with explained(self.path, "write"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._size = self._cut_torn_line()
+        self._synced = time.monotonic()
+
+    def append(self, row: dict) -> None:
+        """Add one line with one write; it survives this process at once, and a power cut after about a second.
+
+        Raises:
+            DataError: The disk is full; the file still ends with a whole line.
+        """
+        line = dump(row) + b"\n"
+        with explained(self.path, "write"):
+            try:
+                if os.pwrite(self._fd, line, self._size) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self._size)
+                raise
+            self._size += len(line)
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
+                self.sync()
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk itself."""
+        os.fsync(self._fd)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            with explained(self.path, "write"):
+                os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _cut_torn_line(self, block: int = 1 << 16) -> int:
+        end = os.fstat(self._fd).st_size
+        keep = end
+        while keep:
+            start = max(0, keep - block)
+            newline = os.pread(self._fd, keep - start, start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < end:
+            os.ftruncate(self._fd, keep)
+        return keep
+
+
+@contextmanager
+def explained(path: Path | str, verb: str):
+    """Turn an error of the operating system into one sentence.
+
+    Args:
+        verb: `read` or `write`, for the sentence.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"Cannot {verb} {path}: there is no such file or folder; check the path.") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"Cannot write {path}: the disk is full ({error.strerror}); free some space and start again, "
+                "what is finished is kept."
+            ) from None
+        raise DataError(f"Cannot {verb} {path}: {error.strerror or error}.") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

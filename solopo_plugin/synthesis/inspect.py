@@ -1,0 +1,389 @@
+"""A finished data set at a glance: figures, leak checks and a reader for single rows, as one HTML page and PNGs.
+
+The page needs nothing but itself and loads nothing; whatever stands in the data is shown as text, never run.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from ..metrics import extract_answer, normalize_answer, sub_exact_match
+from .export import SCHEMA, Contexts, make_row
+from .files import DataError, read_jsonl, replacing
+from .page import PAGE
+from .pool import BETWEEN, LABEL
+
+EXAMPLES = 5  # rows that a failed check names
+CHECKS = {
+    "answer_in_short_distractors": "An answer or alias stands in a distractor of the short context.",
+    "answer_in_long_distractors": "An answer or alias stands in a distractor of the long context.",
+    "evidence_differs": "Short and long context do not show the same evidence (paragraphs left out on purpose apart).",
+    "evidence_repeated": "A paragraph of the evidence stands in a context more than once.",
+    "validation_question_in_train": "A validation question, with the same answers, is also a training question.",
+    "prompt_in_both_splits": "A short or long prompt is in training and in validation.",
+    "id_repeated": "The same question id comes twice in a split.",
+    "chosen_in_prompt": "The chosen answer stands in a prompt, word for word.",
+    "rejected_in_prompt": "The rejected answer stands in a prompt, word for word.",
+    "chosen_is_wrong": "The chosen answer does not hold a gold answer after its marker.",
+    "rejected_is_right": "The rejected answer holds a gold answer after its marker.",
+    "long_not_longer": "The long prompt is not longer than the short one, in tokens.",
+}
+
+
+@dataclass
+class Source:
+    """What is inspected; `rows()` yields (split, row) anew each time, `rates()` (hops, side, share right)."""
+
+    title: str
+    rows: Callable[[], Iterator[tuple[str, dict]]]
+    rates: Callable[[], Iterator[tuple[int | None, str, float]]]
+    stages: dict  # of the manifest; empty for a data file
+
+
+PARTS = ("short", "long", "chosen", "rejected")
+SPREAD = 20  # points by which a paragraph's depth is drawn: it reaches from where it begins to where the next one does
+
+
+@dataclass
+class Statistics:
+    """What one pass over the rows gathers: lengths by row, depths by paragraph of the evidence, ids by failed check."""
+
+    splits: Counter = field(default_factory=Counter)
+    tokens: dict[str, list[int]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    depths: dict[str, list[float]] = field(default_factory=lambda: {"short": [], "long": []})
+    failed: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in CHECKS})
+    unparsed: int = 0  # rows whose documents could not be told apart
+
+
+def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] = ()) -> Statistics:
+    """Write `output`/index.html and the PNGs; returns what they show.
+
+    Args:
+        path: A work folder of build_data.py, or a data file that it exported.
+        n_rows: Rows for the reader, spread evenly; those that a check names come on top.
+        names: Question ids that the reader must have.
+
+    Raises:
+        DataError: No finished data set there, or not one of ours.
+    """
+    source = open_source(path)
+    statistics = gather(source)
+    total = statistics.splits.total()
+    if not total:
+        raise DataError(f"{path} holds no rows.")
+    wanted = {*names, *(name for failed in statistics.failed.values() for name in failed[:EXAMPLES])}
+    step = max(1, total // max(1, n_rows))
+    shown = [
+        reader_row(split, row)
+        for i, (split, row) in enumerate(source.rows())
+        if row["id"] in wanted or (i % step == 0 and i < n_rows * step)
+    ]
+    if missing := set(names) - {row["id"] for row in shown}:
+        raise DataError(f"{path} has no row of question {min(missing)!r}.")
+    pictures = {}
+    for name, (figure, caption) in figures(statistics, source).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        pictures[name] = (buffer.getvalue(), caption)
+        with replacing(output / f"{name}.png") as file:
+            file.write(buffer.getvalue())
+    with replacing(output / "index.html") as file:
+        file.write(page(source, statistics, pictures, shown).encode("utf-8", "replace"))
+    return statistics
+
+
+def open_source(path: Path) -> Source:
+    """A work folder, or a data file and its validation rows beside it."""
+    if path.is_dir():
+        for name in ("manifest.json", "contexts.jsonl", "pairs.jsonl"):
+            if not (path / name).exists():
+                raise DataError(f"{path} is no finished work folder: {name} is missing; run scripts/build_data.py.")
+        stages = json.loads((path / "manifest.json").read_bytes())["stages"]
+        return Source(path.resolve().name, lambda: _rows_of_work(path), lambda: _rates_of_work(path), stages)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} is neither a work folder nor a .jsonl or .parquet file.")
+    validation = path.with_name(f"{path.stem}_val{path.suffix}")
+
+    def rows() -> Iterator[tuple[str, dict]]:
+        yield from (("train", row) for row in _rows_of_file(path))
+        if validation.exists():
+            yield from (("val", row) for row in _rows_of_file(validation))
+
+    def rates() -> Iterator[tuple[int | None, str, float]]:
+        for _, row in rows():
+            sides = [side for side in ("short", "long") if row[f"pass_rate_{side}"] is not None]
+            yield from ((row["hops"], side, row[f"pass_rate_{side}"]) for side in sides)
+
+    return Source(path.name, rows, rates, {})
+
+
+def _rows_of_work(work: Path) -> Iterator[tuple[str, dict]]:
+    contexts = Contexts(work / "contexts.jsonl")
+    for pair in read_jsonl(work / "pairs.jsonl"):
+        if pair["set"] == "solopo":
+            yield pair["split"], make_row(pair, contexts.get(pair["id"]))
+
+
+def _rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
+    """Of all questions, also those without a pair."""
+    hops = {context["id"]: context["hops"] for context in read_jsonl(work / "contexts.jsonl")}
+    for side in ("short", "long"):
+        for name, answers in groupby(read_jsonl(work / f"judged.{side}.jsonl"), key=lambda answer: answer["id"]):
+            right = [answer["correct"] for answer in answers]
+            yield hops[name], side, sum(right) / len(right)
+
+
+def _rows_of_file(path: Path) -> Iterator[dict]:
+    if path.suffix == ".parquet":
+        parts = (part.to_pylist() for part in pq.ParquetFile(path).iter_batches(256))
+        rows = (row for part in parts for row in part)
+    else:
+        rows = read_jsonl(path)
+    for row in rows:
+        if lacking := [name for name in SCHEMA.names if name not in row]:
+            raise DataError(f"{path} lacks the column `{lacking[0]}`; only exports of build_data.py can be inspected.")
+        yield row
+
+
+def gather(source: Source) -> Statistics:
+    """One pass over all rows."""
+    found, ids, questions, prompts = Statistics(), {}, {}, {}
+    for split, row in source.rows():
+        found.splits[split] += 1
+        for part, values in found.tokens.items():
+            values.append(row[f"{part}_tokens"])
+        for side, depths in found.depths.items():
+            for place in row[f"{side}_evidence"]:
+                points = (place["paragraph"] - 1 + (i + 0.5) / SPREAD for i in range(SPREAD))
+                depths += [point / row[f"{side}_paragraphs"] for point in points]
+        failed = checks_of(row)
+        found.unparsed += None in failed
+        key = " | ".join(map(normalize_answer, [row["question"], *sorted(row["answers"])]))
+        if row["id"] in ids.setdefault(split, set()):
+            failed.add("id_repeated")
+        if split == "val" and key in questions.get("train", ()):
+            failed.add("validation_question_in_train")
+        texts = {hash(row["prompt"]), hash(row["long_prompt"])}
+        if split == "val" and texts & prompts.get("train", set()):
+            failed.add("prompt_in_both_splits")
+        ids[split].add(row["id"])
+        questions.setdefault(split, set()).add(key)
+        prompts.setdefault(split, set()).update(texts)
+        for name in failed - {None}:
+            found.failed[name].append(row["id"])
+    return found
+
+
+def checks_of(row: dict) -> set[str | None]:
+    """Names of the checks that a row fails by itself; None among them if its documents cannot be told apart."""
+    failed = set()
+    shown = {}
+    for side, prompt in (("short", row["prompt"]), ("long", row["long_prompt"])):
+        places = row[f"{side}_evidence"]
+        shown[side] = [prompt[place["start"] : place["end"]] for place in places]
+        if any(prompt.count(text) != 1 for text in shown[side]):
+            failed.add("evidence_repeated")
+        documents = split_documents(prompt, row[f"{side}_paragraphs"])
+        if documents is None:
+            failed.add(None)
+            continue
+        evidence = {place["paragraph"] for place in places}
+        distractors = (text for number, text in enumerate(documents, 1) if number not in evidence)
+        if any(mentions(text, row["answers"]) for text in distractors):
+            failed.add(f"answer_in_{side}_distractors")
+    kept = [text for i, text in enumerate(shown["long"]) if i not in (row["short_dropped"] or [])]
+    checks = {
+        "evidence_differs": kept != shown["short"] or not shown["long"],
+        "chosen_in_prompt": row["chosen"] in row["prompt"] or row["chosen"] in row["long_prompt"],
+        "rejected_in_prompt": row["rejected"] in row["prompt"] or row["rejected"] in row["long_prompt"],
+        "chosen_is_wrong": not sub_exact_match(extract_answer(row["chosen"]) or "", row["answers"]),
+        "rejected_is_right": sub_exact_match(extract_answer(row["rejected"]) or "", row["answers"]),
+        "long_not_longer": row["long_tokens"] <= row["short_tokens"],
+    }
+    return failed | {name for name, holds in checks.items() if holds}
+
+
+def split_documents(prompt: str, n: int) -> list[str] | None:
+    """Title and text of the `n` documents of a prompt, None if they are not there; the last runs to the prompt's end.
+
+    The prompt behind the documents asks the question and names no answer, so that it may stay with the last one.
+    """
+    documents, at = [], prompt.find(f"{LABEL} 1:")
+    for number in range(1, n + 1):
+        end = prompt.find(f"{BETWEEN}{LABEL} {number + 1}:", at) if number < n else len(prompt)
+        if at < 0 or end < 0:
+            return None
+        documents.append(prompt[at:end].partition(":")[2])
+        at = end + len(BETWEEN)
+    last, _, _ = documents[-1].partition(f"{BETWEEN}Question:")
+    return [*documents[:-1], last]
+
+
+def mentions(text: str, answers: list[str]) -> bool:
+    """Whether an answer stands in a text, in normal form; one of up to three characters only as a whole word."""
+    form = normalize_answer(text)
+    for answer in filter(None, map(normalize_answer, answers)):
+        whole = rf"(?<!\w){re.escape(answer)}(?!\w)"
+        if answer in form and (len(answer) > 3 or re.search(whole, form)):
+            return True
+    return False
+
+
+def reader_row(split: str, row: dict) -> dict:
+    """A row as the reader shows it: prompts in pieces of (text, whether it is evidence)."""
+
+    def pieces(prompt: str, places: list[dict]) -> list[tuple[str, bool]]:
+        parts, at = [], 0
+        for place in sorted(places, key=lambda place: place["start"]):
+            parts += [(prompt[at : place["start"]], False), (prompt[place["start"] : place["end"]], True)]
+            at = place["end"]
+        return [*parts, (prompt[at:], False)]
+
+    facts = {name: row[name] for name in SCHEMA.names if name.endswith("_tokens") or name.startswith("pass_rate")}
+    return {
+        "id": row["id"],
+        "question": row["question"],
+        "facts": {"split": split, "answers": " | ".join(row["answers"]), "hops": row["hops"]} | facts,
+        "short": pieces(row["prompt"], row["short_evidence"]),
+        "long": pieces(row["long_prompt"], row["long_evidence"]),
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+    }
+
+
+def figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figure, str]]:
+    """Name -> figure and the sentence that says what it shows."""
+    tokens, depths = statistics.tokens, statistics.depths
+    whose = "all questions that were sampled" if source.stages else "the rows' questions"
+    prompts = {f"tokens of the {side} prompt": tokens[side] for side in ("short", "long")}
+    responses = {f"tokens of the {part} answer": tokens[part] for part in ("chosen", "rejected")}
+    documents = {f"depth in the {side} context": depths[side] for side in ("short", "long")}
+    pictures = {
+        "prompt_lengths": (_histograms(prompts, "rows"), "Lengths of the templated prompts."),
+        "evidence_depth": (
+            _histograms(documents, "paragraphs of the evidence", (0, 1), 1 / SPREAD),
+            "Where the evidence stands among the documents, from first (0) to last (1); level if placed uniformly.",
+        ),
+        "pass_rates": (_pass_rates(source), f"Mean share of right answers by hops, of {whose}."),
+        "response_lengths": (
+            _histograms(responses, "rows", (0, max(max(values) for values in responses.values()) + 1)),
+            "Lengths of the chosen and the rejected answers; far apart, they are a shortcut to learn.",
+        ),
+    }
+    if reasons := drop_reasons(source.stages):
+        pictures["drop_reasons"] = (_bars(reasons), "Why questions and answers were dropped on the way.")
+    return pictures
+
+
+def drop_reasons(stages: dict) -> dict[str, int]:
+    """What was dropped where, from the manifest; empty for a data file, which does not say."""
+    contexts = stages.get("contexts", {}).get("counts", {})
+    reasons = {f"question: {name}": n for name, n in contexts.get("dropped", {}).items()}
+    select = stages.get("select", {}).get("counts", {})
+    for side in ("short", "long"):
+        for kind in ("questions", "answers"):
+            dropped = select.get(side, {}).get(f"dropped_{kind}", {})
+            reasons |= {f"{kind[:-1]}, {side}: {name}": n for name, n in dropped.items() if n}
+    return reasons
+
+
+def _histograms(series: dict[str, list], y: str, limits: tuple | None = None, weight: float = 1) -> Figure:
+    """One panel per series, side by side, with the name below."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(series)), series.items(), strict=True):
+        axes.hist(values, bins=20, range=limits, weights=[weight] * len(values))
+        axes.set(xlabel=name, ylabel=y)
+    return figure
+
+
+def _pass_rates(source: Source) -> Figure:
+    rates: dict[str, dict[str, list[float]]] = {}
+    for hops, side, rate in source.rates():
+        rates.setdefault(side, {}).setdefault("unknown" if hops is None else str(hops), []).append(rate)
+    names = sorted({name for by_hops in rates.values() for name in by_hops})
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (side, by_hops) in enumerate(rates.items()):
+        means = [sum(by_hops.get(name, ())) / max(1, len(by_hops.get(name, ()))) for name in names]
+        bars = axes.bar([x + 0.4 * i for x in range(len(names))], means, 0.38, label=side)
+        axes.bar_label(bars, [f"n={len(by_hops.get(name, ()))}" for name in names], fontsize=8)
+    axes.set(xlabel="hops", ylabel="share of right answers", ylim=(0, 1), xticks=[x + 0.2 for x in range(len(names))])
+    axes.set_xticklabels(names)
+    axes.legend()
+    return figure
+
+
+def _bars(counts: dict[str, int]) -> Figure:
+    figure = Figure(figsize=(6.4, 1.2 + 0.28 * len(counts)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar_label(axes.barh(list(counts), list(counts.values())), fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    return figure
+
+
+def page(source: Source, statistics: Statistics, pictures: dict[str, tuple[bytes, str]], shown: list[dict]) -> str:
+    """The HTML page; everything that comes from the data is escaped."""
+    parts = {
+        "title": html.escape(source.title),
+        "summary": _table(summary(source, statistics)),
+        "pictures": "\n".join(
+            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for png, caption in pictures.values()
+        ),
+        "checks": _checks_table(statistics),
+        "n_shown": f"{len(shown)} of {statistics.splits.total()} rows",
+        "rows": json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], PAGE)
+
+
+def summary(source: Source, statistics: Statistics) -> dict[str, str]:
+    """The most important numbers, by name."""
+
+    def mean(part: str) -> float:
+        return sum(statistics.tokens[part]) / len(statistics.tokens[part])
+
+    facts = {"rows": ", ".join(f"{n} {split}" for split, n in sorted(statistics.splits.items()))}
+    facts |= {f"{part} tokens, mean": f"{mean(part):.1f}" for part in statistics.tokens}
+    facts["compression rate short / long"] = f"{mean('short') / mean('long'):.3f}"
+    for stage in ("contexts", "sample"):
+        facts |= {f"`{key}`": str(value) for key, value in source.stages.get(stage, {}).get("settings", {}).items()}
+    if select := source.stages.get("select"):
+        facts["selection"] = select["counts"]["statement"]
+    return facts
+
+
+def _table(facts: dict[str, str]) -> str:
+    lines = (f"<tr><th scope=row>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _checks_table(statistics: Statistics) -> str:
+    lines = []
+    for name, meaning in CHECKS.items():
+        ids = statistics.failed[name]
+        links = ", ".join(f'<a href="#row={quote(i, safe="")}">{html.escape(i)}</a>' for i in ids[:EXAMPLES])
+        state = "fails" if ids else "holds"
+        lines.append(
+            f"<tr class={state}><td>{html.escape(meaning)}</td><td>{len(ids)}</td><td>{links or '-'}</td></tr>"
+        )
+    if statistics.unparsed:
+        lines.append(
+            f"<tr class=fails><td>The documents of the prompt cannot be told apart; distractors were not checked.</td>"
+            f"<td>{statistics.unparsed}</td><td>-</td></tr>"
+        )
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("what would be a leak or a fault", "rows", "for example"))
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"

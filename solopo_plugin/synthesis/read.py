@@ -1,0 +1,338 @@
+"""Stage 1: questions with their evidence, from MuSiQue, HotpotQA, 2WikiMultihopQA or a user's own material.
+
+Writes questions.jsonl, {"id", "question", "answers", "hops", "evidence", "distractors"} with paragraphs as {"title",
+"text"}, and corpus.jsonl, further paragraphs that may serve as distractors.
+
+The plain format is one JSON object a line: `id` (text or number), `question`, `answers` (a text or a list: the gold
+answer, then its aliases), `evidence` and optionally `distractors` (lists of paragraphs), and optionally `hops` (a
+number). A paragraph is a text, {"title", "text"}, or {"id"} of a document of the recipe's `corpus`.
+"""
+
+import hashlib
+import heapq
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..metrics import normalize_answer
+from .files import DataError, explained, parse_line, write_jsonl
+from .recipe import DataRecipe
+
+log = logging.getLogger(__name__)
+Documents = dict[str, dict]  # id -> {"title", "text"}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SHOWN = 5  # bad lines that are printed before they are only counted
+
+
+def run(recipe: DataRecipe, work: Path) -> dict:
+    """Read the recipe's `input` and `corpus`; returns what was read, skipped and dropped.
+
+    Raises:
+        DataError: A bad line (unless `skip_bad`), a format that cannot be told, or no question at all.
+    """
+    counts: Counter = Counter(lines=0, bad=0, unanswerable=0, same_id=0, questions=0)
+    documents = read_documents(recipe, counts)
+    chosen = None
+    if recipe.max_questions is not None:
+        ids = (question["id"] for question in questions(recipe, documents, Counter()))
+        chosen = set(heapq.nsmallest(recipe.max_questions, ids, key=lambda id: draw(recipe.seed, id)))
+    corpus = list(documents.values())
+
+    def kept() -> Iterator[dict]:
+        for question in questions(recipe, documents, counts):
+            if chosen is None or question["id"] in chosen:
+                counts["questions"] += 1
+                yield question
+            else:
+                corpus.extend(question["evidence"] + question["distractors"])
+
+    write_jsonl(work / "questions.jsonl", kept())
+    if not counts["questions"]:
+        raise DataError(f"`input: {recipe.input}` has no usable question ({dict(counts)}).")
+    counts["corpus"] = write_jsonl(work / "corpus.jsonl", corpus)
+    return dict(counts)
+
+
+def draw(seed: int, id: str) -> bytes:
+    """A random number that depends on nothing but the seed and the question, for choosing whatever the order."""
+    return hashlib.sha256(f"{seed} {id}".encode()).digest()
+
+
+def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iterator[dict]:
+    """The usable questions of `input`, in its order; what is left out is counted in `counts`."""
+    seen = set()
+    for where, load in tqdm(lines(recipe), desc="read", unit=" lines", disable=None):
+        counts["lines"] += 1
+        try:
+            row = load()
+            if row.get("answerable") is False:  # of the full MuSiQue
+                counts["unanswerable"] += 1
+                continue
+            question = parse_row(row, recipe.input_format, documents)
+        except DataError as error:
+            _skip(where, error, recipe, counts, "bad")
+            continue
+        if question["id"] in seen:
+            counts["same_id"] += 1
+            continue
+        seen.add(question["id"])
+        yield question
+
+
+def lines(recipe: DataRecipe) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Every row of `input`: its name for messages, and a function that parses it or raises `DataError`."""
+    for name in filter(None, (part.strip() for part in recipe.input.split(","))):
+        path = Path(name)
+        if path.suffix in (".json", ".jsonl"):
+            with explained(path, "read"), open(path, "rb") as file:
+                is_list = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+            yield from _array(path) if is_list else _json_lines(path)
+        elif path.exists() or HUB_NAME.fullmatch(name):
+            yield from _hub_rows(name, recipe)
+        else:
+            raise DataError(f"`input`: there is no file {name}, and it is no name of the hub; check the path.")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
+    with explained(path, "read"), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", lambda line=line, number=number: parse_line(line, path, number)
+
+
+def _array(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The items of one JSON list, parsed one by one: HotpotQA's training file is one of 566 MB."""
+    with explained(path, "read"):
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: the file is not UTF-8 ({error}).") from None
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at, number, counted = between.match(text, text.index("[") + 1).end(), 1, 0
+    while at < len(text) and text[at] != "]":
+        number, counted = number + text.count("\n", counted, at), at
+        try:
+            item, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not an item of a JSON list ({error}).") from None
+        yield f"{path}:{number}", lambda item=item: _object(item)
+        at = between.match(text, end).end()
+    if text[at:].strip() != "]":
+        raise DataError(f"{path}: the JSON list does not end; is the file complete?")
+
+
+def _object(item: Any) -> dict:
+    if not isinstance(item, dict):
+        raise DataError(f"a row must be a JSON object, got {_shown(item)}.")
+    return item
+
+
+def _hub_rows(name: str, recipe: DataRecipe) -> Iterator[tuple[str, Callable[[], dict]]]:
+    from datasets import load_dataset
+
+    kind = {".parquet": "parquet"}.get(Path(name).suffix)
+    args = (kind, None) if kind else (name, recipe.input_subset)
+    try:
+        rows = load_dataset(*args, split=recipe.input_split, **({"data_files": name} if kind else {}))
+    except Exception as error:  # of the hub, the network, the reader: whatever it is, the user must know the name
+        raise DataError(
+            f"`input: {name}` cannot be loaded (subset {recipe.input_subset!r}, split {recipe.input_split!r}): "
+            f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        ) from None
+    for index, row in enumerate(rows):
+        yield f"{name}[{index}]", lambda row=row: row
+
+
+def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
+    """The documents of `corpus`, by id (those without one by their line)."""
+    documents: Documents = {}
+    if recipe.corpus is None:
+        return documents
+    for where, load in _json_lines(Path(recipe.corpus)):
+        try:
+            row = load()
+            id = _id(row.get("id", where))
+            if id in documents:
+                raise DataError(f"two documents have the id {id!r}.")
+            documents[id] = _paragraph(row, {})
+        except DataError as error:
+            _skip(where, error, recipe, counts, "bad_documents")
+    return documents
+
+
+def _skip(where: str, error: DataError, recipe: DataRecipe, counts: Counter, name: str) -> None:
+    """Count a bad line, and show the first ones; or, without `skip_bad`, stop at it."""
+    message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+    if not recipe.skip_bad:
+        raise DataError(f"{message} Correct the line, or set `skip_bad: true`.") from None
+    counts[name] += 1
+    if counts[name] <= SHOWN:
+        log.warning("%s Skipped.", message)
+
+
+def parse_row(row: dict, form: str, documents: Documents) -> dict:
+    """One row of a known format as a question of questions.jsonl.
+
+    Repeated evidence (same text in normal form) is taken once; answers of which the normal form leaves nothing, empty
+    distractors and distractors that are evidence are left out.
+
+    Args:
+        form: A value of `input_format`.
+
+    Raises:
+        DataError: A key is missing, of the wrong type or empty.
+    """
+    form = _format(row) if form == "auto" else form
+    id, answers, hops, evidence, distractors = PARSERS[form](row, documents)
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise DataError(f"`question` must be a text, got {_shown(row.get('question'))}.")
+    usable = [a.strip() for a in dict.fromkeys(answers) if normalize_answer(a)]
+    if not usable:
+        raise DataError(f"there is no usable answer in {_shown(answers)}.")
+    evidence = _distinct(evidence, set())
+    if not evidence:
+        raise DataError("the question has no evidence.")
+    known = {normalize_answer(p["text"]) for p in evidence}
+    return {
+        "id": id,
+        "question": row["question"].strip(),
+        "answers": usable,
+        "hops": len(evidence) if hops is None and form in ("hotpotqa", "2wikimultihopqa") else hops,
+        "evidence": evidence,
+        "distractors": _distinct(distractors, known),
+    }
+
+
+def _format(row: dict) -> str:
+    if "paragraphs" in row:
+        return "musique"
+    if "supporting_facts" in row:
+        return "2wikimultihopqa" if "evidences" in row else "hotpotqa"
+    if "evidence" in row:
+        return "plain"
+    raise DataError(f"the format of the row cannot be told from its keys ({', '.join(row)}); set `input_format`.")
+
+
+def _musique(row: dict, documents: Documents) -> tuple:
+    evidence, distractors = [], []
+    for item in _list(row, "paragraphs"):
+        if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
+            raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {_shown(item)}.")
+        paragraph = {"title": item.get("title"), "text": item.get("paragraph_text")}
+        if item["is_supporting"]:
+            evidence.append(_paragraph(paragraph, {}))
+        elif paragraph["text"]:
+            distractors.append(_paragraph(paragraph, {}))
+    hops = row.get("question_decomposition")
+    aliases = _texts(row, "answer_aliases") if row.get("answer_aliases") else []
+    answers = [*_texts(row, "answer"), *aliases]
+    return _id(row.get("id")), answers, len(hops) if isinstance(hops, list) and hops else None, evidence, distractors
+
+
+def _hotpotqa(row: dict, documents: Documents) -> tuple:
+    """HotpotQA and 2WikiMultihopQA: as their authors give them, and as hub copies do (columns, or JSON in a text)."""
+    context, facts = (_pairs(row, key) for key in ("context", "supporting_facts"))
+    titles = {title for title, _ in facts}
+    evidence, distractors = [], []
+    for title, sentences in context:
+        if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+            raise DataError(f"`context` must pair titles with lists of sentences, got {_shown(sentences)}.")
+        spaced = any(s[:1].isspace() for s in sentences[1:])  # HotpotQA's sentences bring their spaces along
+        paragraph = {"title": title, "text": ("" if spaced else " ").join(sentences)}
+        if title in titles:
+            evidence.append(_paragraph(paragraph, {}))
+        elif paragraph["text"].strip():
+            distractors.append(_paragraph(paragraph, {}))
+    missing = titles - {title for title, _ in context}
+    if missing:
+        raise DataError(f"`supporting_facts` names {_shown(min(missing))}, which is not in `context`.")
+    return _id(row.get("_id", row.get("id"))), _texts(row, "answer"), None, evidence, distractors
+
+
+def _plain(row: dict, documents: Documents) -> tuple:
+    hops = row.get("hops")
+    if hops is not None and (not isinstance(hops, int) or isinstance(hops, bool)):
+        raise DataError(f"`hops` must be a whole number or null, got {_shown(hops)}.")
+    evidence = [_paragraph(item, documents) for item in _list(row, "evidence")]
+    distractors = [_paragraph(item, documents) for item in _list(row, "distractors")] if row.get("distractors") else []
+    return _id(row.get("id")), _texts(row, "answers"), hops, evidence, distractors
+
+
+PARSERS = {"musique": _musique, "hotpotqa": _hotpotqa, "2wikimultihopqa": _hotpotqa, "plain": _plain}
+
+
+def _paragraph(item: Any, documents: Documents) -> dict:
+    """A paragraph as {"title", "text"}: from a text, an object, or the id of a document. The text stays verbatim."""
+    if isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, dict):
+        raise DataError(f"a paragraph must be a text or an object, got {_shown(item)}.")
+    if "text" not in item and "id" in item:
+        if _id(item["id"]) not in documents:
+            raise DataError(f"the recipe's `corpus` has no document with the id {_shown(item['id'])}.")
+        return documents[_id(item["id"])]
+    text, title = item.get("text"), item.get("title")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"the text of a paragraph must be a text that is not empty, got {_shown(text)}.")
+    if not isinstance(title, str | None):
+        raise DataError(f"the title of a paragraph must be a text, got {_shown(title)}.")
+    return {"title": " ".join((title or "").split()), "text": text}
+
+
+def _distinct(paragraphs: list[dict], known: set[str]) -> list[dict]:
+    """Paragraphs whose text, in normal form, is neither in `known` nor that of an earlier one."""
+    kept = []
+    for paragraph in paragraphs:
+        form = normalize_answer(paragraph["text"])
+        if form not in known:
+            known.add(form)
+            kept.append(paragraph)
+    return kept
+
+
+def _pairs(row: dict, key: str) -> list[tuple[str, Any]]:
+    """A list of [title, value], also from {"title": [...], ...: [...]} or from JSON in a text."""
+    value = row.get(key)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError(f"`{key}` is a text that is no JSON: {_shown(value)}.") from None
+    if isinstance(value, dict) and isinstance(value.get("title"), list):
+        others = [v for k, v in value.items() if k != "title"]
+        if len(others) == 1 and isinstance(others[0], list) and len(others[0]) == len(value["title"]):
+            value = [list(pair) for pair in zip(value["title"], others[0], strict=True)]
+    pairs = value if isinstance(value, list) else []
+    if not pairs or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
+        raise DataError(f"`{key}` must be a list of pairs that begin with a title, got {_shown(value)}.")
+    return [(title, other) for title, other in pairs]
+
+
+def _list(row: dict, key: str) -> list:
+    if not isinstance(row.get(key), list):
+        raise DataError(f"`{key}` must be a list, got {_shown(row.get(key))}.")
+    return row[key]
+
+
+def _texts(row: dict, key: str) -> list[str]:
+    value = row.get(key)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"`{key}` must be a text or a list of texts, got {_shown(value)}.")
+    return texts
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise DataError(f"`id` must be a text or a whole number, got {_shown(value)}.")
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {repr(value)[:80]}"

@@ -1,0 +1,247 @@
+"""Every key of a data recipe: its default, where the default comes from, which stages it concerns, what is refused.
+
+This is the one definition: recipes, the manifest's settings and the documentation derive from it or are tested against
+it. A key that names no stage changes how fast rows are made, never which.
+"""
+
+import math
+import types
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from .files import DataError, file_hash, folder_hash
+
+STAGES = ("read", "contexts", "sample", "judge", "select", "export")
+
+
+def _key(default: Any, stages: str, help: str):
+    """A key of the recipe.
+
+    Args:
+        stages: Those whose results change with it, separated by spaces; what comes after them follows by itself.
+    """
+    return field(default=default, metadata={"stages": tuple(stages.split()), "help": help})
+
+
+@dataclass
+class DataRecipe:
+    """Keys of a recipe under examples/yaml/data/. Token counts are of the templated prompt, in the model's tokens."""
+
+    # model
+    model_name_or_path: str = _key(
+        "", "contexts sample select", "The instruct model that is to be trained; it samples its own pairs. Required."
+    )
+    template: str = _key("", "contexts sample select", "The host's chat template, as in training. Required.")
+    default_system: str | None = _key(None, "contexts sample select", "The host's key; the same as in training.")
+    enable_thinking: bool = _key(True, "contexts sample select", "The host's key and default; as in training.")
+    trust_remote_code: bool = _key(False, "", "The host's key and default.")
+
+    # read
+    input: str = _key(
+        "", "read", "Questions: a .json or .jsonl file, a folder, or a hub name; several with commas. Required."
+    )
+    input_format: Literal["auto", "musique", "hotpotqa", "2wikimultihopqa", "plain"] = _key(
+        "auto", "read", "What the rows of `input` look like; `auto` tells by their keys."
+    )
+    input_subset: str | None = _key(None, "read", "Configuration of a hub data set, such as `distractor` of HotpotQA.")
+    input_split: str = _key("train", "read", "Split of a hub data set.")
+    corpus: str | None = _key(
+        None, "read", "A .jsonl file of documents (id, title, text): further distractors, and what evidence may name."
+    )
+    skip_bad: bool = _key(False, "read", "Count and skip bad lines instead of stopping at the first.")
+    max_questions: int | None = _key(
+        None, "read", "Use a seeded random choice of so many questions; null: all. Each costs 2 x num_samples answers."
+    )
+
+    # contexts
+    prompt: str | None = _key(
+        None, "contexts", "Prompt with {documents} and {question}; null: ours. The paper's wording is not known."
+    )
+    short_tokens: int = _key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
+    long_tokens: int = _key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
+    distractors: Literal["random", "bm25"] = _key(
+        "random", "contexts", "`random` (paper), or `bm25`: those most like the question, which are harder."
+    )
+    allow_answer_in_distractors: bool = _key(
+        False, "contexts", "Keep distractors that contain an answer or alias; by default they are left out and counted."
+    )
+    short_subset_of_long: bool = _key(
+        False, "contexts", "Short distractors are some of the long ones. False is our reading of the paper."
+    )
+    lossy_short: float = _key(
+        0.0, "contexts", "Probability that the short context lacks one paragraph of the evidence. 0 in the paper."
+    )
+    num_workers: int = _key(1, "", "Processes that build contexts.")
+
+    # sample
+    num_samples: int = _key(32, "sample", "Answers per prompt. The paper's N.")
+    temperature: float = _key(0.85, "sample", "The paper's T.")
+    top_p: float = _key(1.0, "sample", "Nucleus of sampling; 1 is ours, the paper gives none.")
+    max_new_tokens: int = _key(1024, "sample select", "Tokens of an answer at most. Ours; the paper's is not known.")
+    sample_long: bool = _key(True, "sample", "Also sample on the long contexts: for D_long, and to prefer questions.")
+    backend: Literal["vllm", "openai", "transformers"] = _key(
+        "vllm", "sample", "What generates: vLLM in this process, OpenAI-compatible servers, or transformers."
+    )
+    server_urls: str | None = _key(
+        None, "", "`openai`: addresses such as http://localhost:8000/v1; several with commas share the load."
+    )
+    api_key_env: str = _key("OPENAI_API_KEY", "", "`openai`: the environment variable that holds the key, if any.")
+    served_model: str | None = _key(
+        None, "sample", "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has."
+    )
+    openai_endpoint: Literal["chat", "completions"] = _key(
+        "chat", "sample", "`openai`: `chat` (the server's chat template) or `completions` (the trainer's token ids)."
+    )
+    extra_body: dict | None = _key(
+        None, "sample", "`openai`: more keys for each request, such as vLLM's {top_k: -1, repetition_penalty: 1.0}."
+    )
+    answers_per_call: int | None = _key(
+        None, "sample", "Answers asked for in one call; null: num_samples, and 8 with `transformers`."
+    )
+    concurrency: int = _key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
+    timeout: float = _key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
+    retries: int = _key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours.")
+    tensor_parallel_size: int = _key(1, "", "`vllm`: GPUs that hold one model.")
+
+    # select
+    num_rows: int = _key(5000, "select", "Rows of the finished set, validation included. The paper's 5,000.")
+    val_size: float = _key(
+        0.0, "select", "Validation rows: a share below 1, or a number of rows; by question. 0 is the host's default."
+    )
+    balance_length: bool = _key(False, "select", "Choose pairs so that chosen and rejected are alike in length.")
+    cutoff_len: int = _key(
+        10240, "select", "Prompt + response at most, as in training; longer ones are dropped. That of our recipes."
+    )
+
+    # export
+    dataset_dir: str = _key("data", "export", "Folder of dataset_info.json. The host's key and default.")
+    dataset_name: str = _key("", "export", "Entries are called <dataset_name>_solopo, _short_po and so on. Required.")
+    export_format: Literal["jsonl", "parquet"] = _key("jsonl", "export", "File format of the rows.")
+
+    # all
+    work_dir: str = _key("", "", "Folder of intermediate files and the manifest; a run continues from it. Required.")
+    seed: int = _key(42, "read contexts sample select", "Of everything drawn; 42 is the host's default.")
+
+
+FIELDS = {f.name: f for f in fields(DataRecipe)}
+REQUIRED = ("model_name_or_path", "template", "input", "dataset_name", "work_dir")
+# (smallest, largest); the rest of the numbers must be above 0
+RANGES = {
+    "lossy_short": (0, 1),
+    "temperature": (0, math.inf),
+    "top_p": (1e-6, 1),
+    "retries": (0, math.inf),
+    "val_size": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+}
+
+
+def settings(recipe: DataRecipe, stage: str) -> dict[str, Any]:
+    """The keys on which a stage's results depend, with their values."""
+    return {name: getattr(recipe, name) for name, spec in FIELDS.items() if stage in spec.metadata["stages"]}
+
+
+TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
+
+
+def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
+    """Hashes of what a stage reads from outside the work folder: files of questions, and a model that is a folder.
+
+    What lies on a hub or behind a server is known by its name alone.
+    """
+    if stage == "read":
+        names = [*(part.strip() for part in recipe.input.split(",")), *([recipe.corpus] if recipe.corpus else [])]
+        return {name: file_hash(name) for name in names if Path(name).is_file()}
+    model = Path(recipe.model_name_or_path)
+    if stage == "contexts" and model.is_dir():
+        return {str(model): folder_hash(model, TOKENIZER)}
+    if stage == "sample" and model.is_dir() and recipe.backend != "openai":
+        return {str(model): folder_hash(model, TOKENIZER + WEIGHTS)}
+    return {}
+
+
+def load_recipe(path: str, overrides: list[str] | None = None) -> DataRecipe:
+    """A recipe from a YAML file and `key=value` words that override it, as `llamafactory-cli` reads both.
+
+    Raises:
+        DataError: No such file, no YAML, an unknown key, or a value of the wrong type or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for word in overrides or []:
+        if "=" not in word:
+            raise DataError(f"`{word}` is no `key=value`; write for example `num_rows=100`.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides or []))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OSError as error:
+        raise DataError(f"Cannot read the recipe {path}: {error.strerror or error}.") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise DataError(f"{path}: the recipe is no YAML of `key: value`: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: a recipe is a list of `key: value`, got {type(values).__name__}.")
+    return make_recipe(values)
+
+
+def make_recipe(values: dict[str, Any]) -> DataRecipe:
+    """A recipe from a dict, checked.
+
+    Raises:
+        DataError: An unknown key (with the nearest one), a missing one, or a value of the wrong type or out of range.
+    """
+    for key in values:
+        if key not in FIELDS:
+            near = get_close_matches(str(key), FIELDS, n=1, cutoff=0.6)
+            hint = f"Did you mean `{near[0]}`? " if near else ""
+            raise DataError(f"Unknown key `{key}` in the data recipe. {hint}Allowed: {', '.join(FIELDS)}.")
+    recipe = DataRecipe(**{name: _checked(name, value) for name, value in values.items()})
+    for name in REQUIRED:
+        if not getattr(recipe, name).strip():
+            raise DataError(f"The data recipe lacks `{name}`: {FIELDS[name].metadata['help']}")
+    if recipe.short_tokens >= recipe.long_tokens:
+        raise DataError(
+            f"`short_tokens: {recipe.short_tokens}` must be below `long_tokens: {recipe.long_tokens}`; "
+            "the contexts are to differ in length."
+        )
+    if recipe.val_size >= 1 and recipe.val_size != int(recipe.val_size):
+        raise DataError(f"`val_size` must be a share below 1 or a whole number of rows, got {recipe.val_size}.")
+    return recipe
+
+
+def as_dict(recipe: DataRecipe) -> dict[str, Any]:
+    """The recipe as a dict, in the order of the definition."""
+    return asdict(recipe)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value in the key's type; whole numbers become floats where a float is wanted."""
+    kind = FIELDS[name].type
+    if get_origin(kind) is types.UnionType:  # `x | None`
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise DataError(f"`{name}` must be one of {', '.join(get_args(kind))}; got {value!r}.")
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise DataError(f"`{name}` must be true or false, got {value!r}.")
+    elif kind in (int, float):
+        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        low, high = RANGES.get(name, (1, math.inf) if kind is int else (math.ulp(0), math.inf))
+        if not number or not low <= value <= high or value == math.inf:
+            what = "a whole number" if kind is int else "a number"
+            limits = f"from {low} to {high}" if name in RANGES and high != math.inf else f">= {low}"
+            raise DataError(f"`{name}` must be {what} {limits if name in RANGES else '> 0'}, got {value!r}.")
+        value = kind(value)
+    elif kind is dict:
+        if not isinstance(value, dict):
+            raise DataError(f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value!r}.")
+    elif not isinstance(value, str):
+        raise DataError(f"`{name}` must be a text, got {value!r}; put it in quotes.")
+    return value

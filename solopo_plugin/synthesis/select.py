@@ -1,0 +1,237 @@
+"""Stage 5: pairs of a right and a wrong answer, and which questions make the finished set.
+
+Reads contexts.jsonl and judged.<side>.jsonl; writes pairs.jsonl with up to three sets of rows. `solopo`: both answers
+sampled on the short context (the rows of the stage, of short PO and of expand-long PO). With `sample_long` also
+`long_po`: both sampled on the long context (D_long), and `longpo`: the chosen one on the short, the rejected one on
+the long context (LongPO's rows). Questions that give a pair on both sides come first in each, so that the sets differ
+by strategy and not by question. Every draw depends on the seed and the question alone.
+"""
+
+import logging
+import random
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..host.template import template_markers
+from ..metrics import normalize_answer
+from .backends import load_chat
+from .files import DataError, read_jsonl, write_jsonl
+from .recipe import DataRecipe
+
+log = logging.getLogger(__name__)
+TURN_END = 16  # tokens that a template puts behind a response, at most
+SETS = {"solopo": ("short", "short"), "long_po": ("long", "long"), "longpo": ("short", "long")}  # sides sampled on
+
+
+@dataclass
+class Drawn:
+    """One side of a question: an answer that may be chosen and one that may be rejected, None where there is none."""
+
+    chosen: dict | None
+    rejected: dict | None
+    pass_rate: float  # share of all its answers that are right
+    reason: str | None = None  # why there is no pair
+
+
+@dataclass
+class Question:
+    id: str
+    key: str  # normalised question and answers: what must not be in both splits
+    sides: dict[str, Drawn]
+
+    def pair(self, name: str) -> tuple[dict, dict] | None:
+        """The pair for a set, if there is one."""
+        side, other = SETS[name]
+        if other not in self.sides:
+            return None
+        chosen, rejected = self.sides[side].chosen, self.sides[other].rejected
+        return (chosen, rejected) if chosen and rejected and chosen["ids"] != rejected["ids"] else None
+
+
+def run(recipe: DataRecipe, work: Path) -> dict:
+    """Draw pairs, choose questions, split; returns counts and, as `statement`, one sentence on how many rows and why.
+
+    Raises:
+        DataError: Not a single row, or no training row beside `val_size`.
+    """
+    dropped_answers: dict[str, Counter] = {"short": Counter(), "long": Counter()}
+    questions = list(_questions(recipe, work, dropped_answers))
+    names = list(SETS) if recipe.sample_long else ["solopo"]
+    chosen = {name: choose(questions, name, recipe) for name in names}
+    counts = {"questions": len(questions)}
+    for side in ("short", "long")[: 1 + recipe.sample_long]:
+        reasons = Counter(q.sides[side].reason for q in questions)
+        usable = reasons.pop(None, 0)
+        counts[side] = {
+            "with_a_pair": usable,
+            "dropped_questions": dict(sorted(reasons.items())),
+            "dropped_answers": dict(sorted(dropped_answers[side].items())),
+        }
+    counts["with_a_pair_on_both"] = sum(_on_both(q) for q in questions)
+    counts["statement"] = statement(counts, recipe.num_rows)
+    if not chosen["solopo"]:
+        raise DataError(counts["statement"])
+    if len(chosen["solopo"]) < recipe.num_rows:
+        log.warning(counts["statement"])
+    validation = split(chosen["solopo"], recipe)
+    counts["rows"] = {}
+    for name in names:
+        n_val = sum(q.key in validation for q in chosen[name])
+        counts["rows"][name] = {"train": len(chosen[name]) - n_val, "val": n_val}
+    rows = (_row(name, q, q.key in validation) for name in names for q in chosen[name])
+    write_jsonl(work / "pairs.jsonl", rows)
+    return counts
+
+
+def choose(questions: list[Question], name: str, recipe: DataRecipe) -> list[Question]:
+    """`num_rows` questions with a pair for the set, in seeded order, those with a pair on both sides first."""
+
+    def rank(question: Question) -> tuple:
+        return not _on_both(question), _draw(recipe, "order", question.id), question.id
+
+    return sorted((q for q in questions if q.pair(name)), key=rank)[: recipe.num_rows]
+
+
+def split(questions: list[Question], recipe: DataRecipe) -> set[str]:
+    """Keys of the validation questions: `val_size` of the rows, in a seeded order.
+
+    The same question asked twice with the same answers is on one side only, which may add a row.
+    """
+    n_val = round(recipe.val_size * len(questions)) if recipe.val_size < 1 else int(recipe.val_size)
+    if n_val >= len(questions):
+        raise DataError(
+            f"`val_size: {recipe.val_size:g}` leaves no training row of {len(questions)}; lower it, or make more rows."
+        )
+    return set(sorted((q.key for q in questions), key=lambda key: (_draw(recipe, "val", key), key))[:n_val])
+
+
+def statement(counts: dict, num_rows: int) -> str:
+    """One sentence: how many rows there are and, if they are too few, why."""
+    n_rows = counts["short"]["with_a_pair"]
+    if n_rows >= num_rows:
+        return f"{num_rows} rows, as asked for, of {n_rows} questions that give a pair."
+    reasons = counts["short"]["dropped_questions"]
+    why = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in reasons.items()) or "none was dropped"
+    return (
+        f"{n_rows} rows of `num_rows: {num_rows}`: {counts['questions']} questions had a context, of which dropped on "
+        f"the short one: {why}; for more rows give more questions."
+    )
+
+
+def draw_pair(
+    answers: list[dict], room: int, encode: Callable[[str], list[int]], markers: set[str], rng: random.Random,
+    balance_length: bool, dropped: Counter,
+) -> Drawn:  # fmt: skip
+    """A random right and a random wrong answer among the usable ones.
+
+    Not usable, and counted in `dropped` under the first reason that holds: `empty`; `cut`, at max_new_tokens, since
+    training ends every response with the stop token; `no_marker`, no `The answer is:`; `template_marker`, a token that
+    only the template may write, which training refuses; `over_length`; `equal` to the chosen one in tokens.
+
+    Args:
+        answers: All judged answers of one side of a question.
+        room: Tokens that `cutoff_len` leaves for a response behind the longer prompt.
+        encode: Text -> ids of the response as in training, its stop token included.
+        balance_length: Take the wrong answer whose length is nearest to the chosen one's, instead of any.
+    """
+    right, wrong = [], []
+    for answer in answers:
+        text = answer["text"]
+        # most answers need not be tokenised: no tokenizer makes more than two tokens of a byte
+        surely_fits = 2 * len(text.encode()) + TURN_END <= room
+        checks = {
+            "empty": not text.strip(),
+            "cut": answer["finish_reason"] == "length",
+            "no_marker": answer["answer"] is None,
+            "template_marker": any(marker in text for marker in markers),
+            "over_length": not surely_fits and len(encode(text)) > room,
+        }
+        reason = next((name for name, holds in checks.items() if holds), None)
+        if reason:
+            dropped[reason] += 1
+        else:
+            (right if answer["correct"] else wrong).append(answer)
+
+    def with_ids(answer: dict) -> dict:
+        return {"k": answer["k"], "text": answer["text"], "ids": array("I", encode(answer["text"]))}
+
+    n_right = sum(answer["correct"] for answer in answers)
+    chosen = with_ids(rng.choice(right)) if right else None
+    rng.shuffle(wrong)
+    if balance_length and chosen:
+        wrong.sort(key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
+    rejected = None
+    for candidate in map(with_ids, wrong):
+        if not chosen or candidate["ids"] != chosen["ids"]:
+            rejected = candidate
+            break
+        dropped["equal"] += 1
+    reason = None
+    if n_right in (0, len(answers)):
+        reason = "all_correct" if n_right else "all_wrong"
+    elif not (chosen and rejected):
+        reason = "no_usable_rejected" if chosen else "no_usable_chosen"
+    return Drawn(chosen, rejected, n_right / len(answers), reason)
+
+
+def _questions(recipe: DataRecipe, work: Path, dropped: dict[str, Counter]) -> Iterator[Question]:
+    """All questions with what was drawn for them, in the order of the contexts."""
+    tokenizer, template = load_chat(recipe)
+    markers = template_markers(tokenizer, template)
+
+    def encode(text: str) -> list[int]:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+        ids = template.encode_oneturn(tokenizer, messages)[1]
+        return ids + [tokenizer.eos_token_id] * template.efficient_eos
+
+    sides = ("short", "long")[: 1 + recipe.sample_long]
+    judged = {side: groupby(read_jsonl(work / f"judged.{side}.jsonl"), key=lambda row: row["id"]) for side in sides}
+    for context in tqdm(read_jsonl(work / "contexts.jsonl"), desc="select", unit=" questions", disable=None):
+        room = recipe.cutoff_len - max(context[side]["tokens"] for side in ("short", "long"))
+        marked = any(marker in context[side]["prompt"] for side in ("short", "long") for marker in markers)
+        drawn = {}
+        for side in sides:
+            name, answers = next(judged[side], (None, ()))
+            if name != context["id"]:
+                raise DataError(
+                    f"{work}/judged.{side}.jsonl has question {name!r} where contexts.jsonl has {context['id']!r}; "
+                    "run the stage `judge` again."
+                )
+            rng = random.Random(f"{recipe.seed} pair {side} {name}")
+            drawn[side] = draw_pair(list(answers), room, encode, markers, rng, recipe.balance_length, dropped[side])
+            if marked:
+                drawn[side] = Drawn(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
+        key = " | ".join(map(normalize_answer, [context["question"], *sorted(context["answers"])]))
+        yield Question(context["id"], key, drawn)
+
+
+def _on_both(question: Question) -> bool:
+    return all(question.pair(name) for name in ("solopo", "long_po"))
+
+
+def _draw(recipe: DataRecipe, what: str, name: str) -> float:
+    return random.Random(f"{recipe.seed} {what} {name}").random()
+
+
+def _row(name: str, question: Question, validation: bool) -> dict:
+    chosen, rejected = question.pair(name)
+    rates = {f"pass_rate_{side}": question.sides[side].pass_rate for side in question.sides}
+    return {
+        "set": name,
+        "split": "val" if validation else "train",
+        "id": question.id,
+        "chosen": chosen["text"],
+        "rejected": rejected["text"],
+        "chosen_k": chosen["k"],
+        "rejected_k": rejected["k"],
+        "chosen_tokens": len(chosen["ids"]),
+        "rejected_tokens": len(rejected["ids"]),
+        **{"pass_rate_long": None, **rates},
+        "pair_on_both": _on_both(question),
+    }

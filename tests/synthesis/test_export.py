@@ -1,0 +1,198 @@
+"""Export: rows and entries as the host reads them, other people's data untouched, a second run changes nothing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_work import TOKENIZER, Template, recipe_for, verdicts, write_work
+
+from solopo_plugin.synthesis import export, select
+from solopo_plugin.synthesis.export import ENTRIES, SCHEMA, set_member
+from solopo_plugin.synthesis.files import DataError, read_jsonl
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """Eight questions with a pair on both sides."""
+    monkeypatch.setattr(select, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    folder = tmp_path / "work"
+    write_work(folder, [verdicts(i, "10") for i in range(8)], [verdicts(i, "01") for i in range(8)])
+    return folder
+
+
+def run(work: Path, **keys) -> dict:
+    recipe = recipe_for(work, **keys)
+    select.run(recipe, work)
+    return export.run(recipe, work)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_say_where_they_come_from(work):
+    counts = run(work, val_size=2)
+    assert counts == {
+        "toy_solopo.jsonl": 6, "toy_solopo_val.jsonl": 2, "toy_long_po.jsonl": 6, "toy_long_po_val.jsonl": 2,
+        "toy_longpo.jsonl": 6, "toy_longpo_val.jsonl": 2,
+    }  # fmt: skip
+    contexts = {row["id"]: row for row in read_jsonl(work / "contexts.jsonl")}
+    folder = work.parent / "data"
+    for name, n in counts.items():
+        rows = list(read_jsonl(folder / name))
+        assert len(rows) == n and all(list(row) == SCHEMA.names for row in rows)
+        for row in rows:
+            context = contexts[row["id"]]
+            assert (row["prompt"], row["long_prompt"]) == (context["short"]["prompt"], context["long"]["prompt"])
+            for side, prompt in (("short", row["prompt"]), ("long", row["long_prompt"])):
+                texts = [prompt[place["start"] : place["end"]] for place in row[f"{side}_evidence"]]
+                i = row["id"][1:]
+                assert texts == [f"Person {i} works for firm {i}.", f"Firm {i} sits in Town{i}ville."]
+                assert row[f"{side}_tokens"] == context[side]["tokens"]
+            assert row["chosen"].endswith(row["answers"][0]) and row["rejected"].endswith("No answer.")
+            assert row["pass_rate_short"] == row["pass_rate_long"] == 0.5
+    solo, long_po, longpo = (list(read_jsonl(folder / f"toy_{name}.jsonl")) for name in select.SETS)
+    assert all("Thought 0" in row["chosen"] and "Thought 1" in row["rejected"] for row in solo)
+    assert all("Thought 1" in row["chosen"] and "Thought 0" in row["rejected"] for row in long_po)
+    assert all("Thought 0" in row["chosen"] and "Thought 0" in row["rejected"] for row in longpo)
+    assert [row["id"] for row in solo] == [row["id"] for row in long_po] == [row["id"] for row in longpo]
+
+
+def test_entries_are_those_of_the_recipes(work):
+    """The names that examples/yaml asks for, in the shape of data/dataset_info.json."""
+    run(work, val_size=2)
+    info = json.loads((work.parent / "data" / "dataset_info.json").read_text())
+    assert list(info) == [f"toy_{suffix}{val}" for suffix in ENTRIES for val in ("", "_val")]
+    assert info["toy_solopo"] == {
+        "file_name": "toy_solopo.jsonl",
+        "ranking": True,
+        "columns": {"prompt": "prompt", "long_prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"},
+    }
+    assert info["toy_sft_long_val"] == {
+        "file_name": "toy_long_po_val.jsonl", "columns": {"prompt": "long_prompt", "response": "chosen"}
+    }  # fmt: skip
+    for suffix in ("short_po", "expand_long_po", "sft_short"):
+        assert info[f"toy_{suffix}"]["file_name"] == "toy_solopo.jsonl"
+
+
+def test_parquet_holds_the_same_rows(work, tmp_path):
+    run(work)
+    lines = list(read_jsonl(tmp_path / "data" / "toy_solopo.jsonl"))
+    assert "toy_solopo.parquet" in run(work, export_format="parquet")
+    path = str(tmp_path / "data" / "toy_solopo.parquet")
+    table = load_dataset("parquet", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(table) == lines
+    assert {path.suffix for path in (tmp_path / "data").iterdir()} == {".parquet", ".json"}
+
+
+def test_twice_changes_nothing_and_less_takes_away_what_is_ours(work):
+    folder = work.parent / "data"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text('{"mine": {"file_name": "toy_solopo_notes.txt"}}')
+    (folder / "toy_solopo_notes.txt").write_text("mine")
+    run(work, val_size=2)
+    before = content(folder)
+    run(work, val_size=2)
+    assert content(folder) == before
+    run(work, sample_long=False)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    names = ("solopo", "short_po", "expand_long_po", "sft_short", "sft_long")
+    assert set(info) == {"mine", *(f"toy_{name}" for name in names)}
+    assert info["toy_sft_long"]["file_name"] == "toy_solopo.jsonl"
+    assert set(content(folder)) == {"dataset_info.json", "toy_solopo_notes.txt", "toy_solopo.jsonl"}
+    run(work, val_size=2)
+    assert {name: text for name, text in content(folder).items() if name != "dataset_info.json"} == {
+        name: text for name, text in before.items() if name != "dataset_info.json"
+    }
+    assert json.loads((folder / "dataset_info.json").read_text()) == json.loads(before["dataset_info.json"])
+
+
+@pytest.mark.parametrize(
+    "info, sentence",
+    [
+        ('{"toy_sft_short": {"hf_hub_url": "x/y"}}', "has another data set called `toy_sft_short`; choose another"),
+        ('{"toy_solopo": 3}', "has another data set called `toy_solopo`; choose another `dataset_name`"),
+        ('["a"]', "is no JSON object in UTF-8; mend it"),
+        ('{"a": 1', "is no JSON object in UTF-8; mend it"),
+        ('{"caf\xe9": 1}', "is no JSON object in UTF-8; mend it"),
+    ],
+)
+def test_what_is_not_ours_is_not_overwritten(work, info, sentence):
+    folder = work.parent / "data"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text(info, encoding="latin-1")
+    before = content(folder)
+    with pytest.raises(DataError, match=sentence):
+        run(work)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "mine"}\n', "no json\n", ""])
+def test_a_file_of_that_name_is_not_overwritten(work, text):
+    folder = work.parent / "data"
+    folder.mkdir()
+    (folder / "toy_longpo.jsonl").write_text(text)
+    with pytest.raises(DataError, match="toy_longpo.jsonl is there and no export of ours; choose another"):
+        run(work)
+    assert content(folder) == {"toy_longpo.jsonl": text.encode()}
+
+
+def test_a_full_disk_leaves_the_old_files(work, monkeypatch):
+    run(work)
+    folder = work.parent / "data"
+    before = content(folder)
+
+    def full(fd):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        run_export_only(work)
+    assert content(folder) == before
+
+
+def run_export_only(work: Path) -> dict:
+    return export.run(recipe_for(work, num_rows=3), work)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+STYLES = st.fixed_dictionaries(
+    {"indent": st.sampled_from([None, 0, 1, 2, 4, "\t"]), "ensure_ascii": st.booleans()},
+    optional={"separators": st.sampled_from([(",", ":"), (" , ", " : ")])},
+)
+NAMES = st.text(max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(NAMES, VALUES, max_size=4), STYLES, NAMES, st.none() | VALUES.filter(lambda v: v is not None))
+def test_one_member_is_set_and_nothing_else_touched(members, style, name, value):
+    text = "\n" + json.dumps(members, **style) + "\n\n"
+    after = set_member(text, name, value)
+    others = {key: old for key, old in members.items() if key != name}
+    assert json.loads(after) == (others if value is None else members | {name: value})
+    for key, old in others.items():
+        assert json.dumps({key: old}, **style)[1:-1].strip() in after
+    assert set_member(after, name, value) == after
+    if name not in members:
+        restored = set_member(after, name, None)
+        assert json.loads(restored) == members and (not members or restored == text)
+
+
+def test_an_entry_that_is_right_stays_as_it_is_written():
+    text = '{"a": {"x":1 ,\n\n"y":[ 2]}, "b":3}'
+    assert set_member(text, "a", {"y": [2], "x": 1}) == text
+
+
+def test_windows_line_ends_and_order_stay():
+    text = '{\r\n    "b": {"x": [1,  2]},\r\n    "a": 1\r\n}\r\n'
+    after = set_member(text, "c", {"y": {"z": 1}})
+    assert after == text[:-5] + ',\r\n    "c": {\r\n        "y": {\r\n            "z": 1\r\n        }\r\n    }\r\n}\r\n'
+    assert set_member(after, "b", None) == '{\r\n    "a": 1' + after[after.index(',\r\n    "c"') :]

@@ -1,0 +1,316 @@
+"""The page of a data set: every planted fault is found by its check, nothing in the data runs, the reader reads."""
+
+import json
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from small_work import TOKENIZER, Template, context, recipe_for, verdicts, write_work
+
+from solopo_plugin.synthesis import export, select
+from solopo_plugin.synthesis.files import DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.synthesis.inspect import CHECKS, inspect, mentions, split_documents
+from solopo_plugin.synthesis.page import PAGE
+
+BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A finished work folder of eight questions, six of them with rows, one for validation; and its data set."""
+    monkeypatch.setattr(select, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    folder = tmp_path / "work"
+    write_work(folder, *[[verdicts(i, bits) for i, bits in enumerate(BITS)]] * 2)
+    recipe = recipe_for(folder, val_size=1)
+    counts = {"contexts": {"dropped": {"evidence_longer_than_short": 4}}, "select": select.run(recipe, folder)}
+    export.run(recipe, folder)
+    stages = {name: {"counts": value, "settings": {"seed": 5}} for name, value in counts.items()}
+    write_json(folder / "manifest.json", {"stages": stages})
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the texts of scripts, and all text outside of them."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags, self.scripts, self.text, self.inside = [], [], "", None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data
+
+
+def test_a_sound_set_fails_no_check_and_shows_its_numbers(work, tmp_path):
+    output = tmp_path / "out"
+    found = inspect(work, output)
+    assert found.splits == {"train": 5, "val": 1} and found.unparsed == 0
+    assert not any(found.failed.values())
+    names = {"prompt_lengths", "evidence_depth", "pass_rates", "response_lengths", "drop_reasons"}
+    assert {path.name for path in output.iterdir()} == {"index.html", *(f"{name}.png" for name in names)}
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in output.glob("*.png"))
+    page = Page(output / "index.html")
+    assert "6 of 6 rows" in page.text and "5 train, 1 val" in page.text and "6 rows of `num_rows: 10`" in page.text
+    shown = json.loads(page.scripts[0])
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "data" / "toy_solopo.jsonl")}
+    for row in shown:
+        if row["facts"]["split"] == "train":
+            source = rows[row["id"]]
+            assert "".join(text for text, _ in row["short"]) == source["prompt"]
+            assert "".join(text for text, _ in row["long"]) == source["long_prompt"]
+            i = row["id"][1:]
+            for side in ("short", "long"):
+                marked = {text for text, evidence in row[side] if evidence}
+                assert marked == {f"Person {i} works for firm {i}.", f"Firm {i} sits in Town{i}ville."}
+
+
+def test_a_data_file_shows_the_same_rows(work, tmp_path):
+    inspect(work, tmp_path / "a")
+    inspect(tmp_path / "data" / "toy_solopo.jsonl", tmp_path / "b")
+    export.run(recipe_for(work, val_size=1, export_format="parquet"), work)
+    inspect(tmp_path / "data" / "toy_solopo.parquet", tmp_path / "c")
+    a, b, c = (json.loads(Page(tmp_path / name / "index.html").scripts[0]) for name in "abc")
+    assert a == b == c and len(a) == 6
+    before = (tmp_path / "b" / "index.html").read_bytes()
+    export.run(recipe_for(work, val_size=1), work)
+    inspect(tmp_path / "data" / "toy_solopo.jsonl", tmp_path / "b")
+    assert (tmp_path / "b" / "index.html").read_bytes() == before
+
+
+def put(row: dict, side: str, old: str, new: str) -> None:
+    """Change a prompt behind its evidence, so that the recorded places stay true."""
+    column = {"short": "prompt", "long": "long_prompt"}[side]
+    assert old in row[column]
+    head, _, tail = row[column].rpartition(old)
+    row[column] = head + new + tail
+
+
+def last_distractor(row: dict, side: str) -> str:
+    """Text of a distractor behind all evidence, for a fault to be planted in."""
+    prompt = row[{"short": "prompt", "long": "long_prompt"}[side]]
+    n, places = row[f"{side}_paragraphs"], row[f"{side}_evidence"]
+    documents = split_documents(prompt, n)
+    assert max(place["paragraph"] for place in places) < n
+    return documents[n - 1].partition("\n")[2]
+
+
+def planted(rows: list[dict]) -> dict[str, list[dict]]:
+    """For each check the rows with the fault that it is to find."""
+    with_end = {}
+    for side in ("short", "long"):
+        with_end[side] = next(
+            r for r in rows if max(p["paragraph"] for p in r[f"{side}_evidence"]) < r[f"{side}_paragraphs"]
+        )
+
+    def changed(i: int = 0, **changes) -> list[dict]:
+        return [{**row, **(changes if j == i else {})} for j, row in enumerate(rows)]
+
+    def in_distractor(side: str, text: str) -> list[dict]:
+        copies = [dict(row) for row in rows]
+        row = next(row for row in copies if row["id"] == with_end[side]["id"])
+        old = last_distractor(row, side)
+        put(row, side, old, f"{old} {text.format(n=row['id'][1:])}")
+        return copies
+
+    first = rows[0]
+    return {
+        "answer_in_short_distractors": in_distractor("short", "Rumour has it: TOWN{n}VILLE!"),
+        "answer_in_long_distractors": in_distractor("long", "See town{n}ville."),
+        "evidence_repeated": in_distractor("long", "Person {n} works for firm {n}."),
+        "evidence_differs": changed(short_evidence=first["short_evidence"][1:]),
+        "validation_question_in_train": [*rows[:-1], {**rows[1], "id": "other", "prompt": "x", "long_prompt": "x"}],
+        "prompt_in_both_splits": [*rows[:-1], {**rows[-1], "prompt": rows[1]["prompt"]}],
+        "id_repeated": changed(1, id=first["id"]),
+        "chosen_in_prompt": changed(long_prompt=first["long_prompt"] + first["chosen"]),
+        "rejected_in_prompt": changed(prompt=first["prompt"] + first["rejected"]),
+        "chosen_is_wrong": changed(chosen="Town0ville it may be. The answer is: Elsewhere."),
+        "rejected_is_right": changed(rejected=first["chosen"] + " indeed"),
+        "long_not_longer": changed(long_tokens=first["short_tokens"]),
+    }
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_planted_fault_is_found(work, tmp_path, check):
+    """The fault is found, by its check (a planted text may also trip one that is bound to come with it)."""
+    data = tmp_path / "data"
+    train, val = (list(read_jsonl(data / f"toy_solopo{end}.jsonl")) for end in ("", "_val"))
+    rows = planted([*train, *val])[check]
+    write_jsonl(data / "toy_solopo.jsonl", rows[:-1])
+    write_jsonl(data / "toy_solopo_val.jsonl", rows[-1:])
+    found = inspect(data / "toy_solopo.jsonl", tmp_path / "out").failed
+    bound = {"validation_question_in_train": {"evidence_repeated", "evidence_differs"}}.get(check, set())
+    bound |= {"prompt_in_both_splits": {"evidence_repeated", "evidence_differs"}}.get(check, set())
+    assert len(found[check]) == 1
+    assert {name for name, ids in found.items() if ids} - bound == {check}
+    page = Page(tmp_path / "out" / "index.html")
+    assert CHECKS[check] in page.text and ("a", {"href": f"#row={found[check][0]}"}) in page.tags
+
+
+def test_paragraphs_left_out_on_purpose_are_no_fault(work, tmp_path):
+    data = tmp_path / "data" / "toy_solopo.jsonl"
+    rows = list(read_jsonl(data))
+    rows[0] |= {"short_dropped": [0], "short_evidence": rows[0]["short_evidence"][1:]}
+    write_jsonl(data, rows)
+    assert not inspect(data, tmp_path / "out").failed["evidence_differs"]
+
+
+def test_documents_that_cannot_be_told_apart_are_said_so(work, tmp_path):
+    data = tmp_path / "data" / "toy_solopo.jsonl"
+    write_jsonl(data, [row | {"short_paragraphs": 9} for row in read_jsonl(data)])
+    assert inspect(data, tmp_path / "out").unparsed == 5
+    assert "distractors were not checked" in Page(tmp_path / "out" / "index.html").text
+
+
+def test_documents_and_mentions():
+    prompt = context(3)["long"]["prompt"]
+    documents = split_documents(prompt, 12)
+    assert len(documents) == 12 and all("\n" in text for text in documents)
+    assert split_documents(prompt, 13) is None and split_documents("nothing", 1) is None
+    assert mentions("He met the U.S. there", ["us"]) and not mentions("a bus full of mustard", ["us", "!?"])
+    assert mentions("in Brandenburg-an-der-Havel", ["brandenburganderhavel"]) and mentions("Towns", ["town"])
+
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> &amp; {{rows}} \u2028 \U0001f600 <!--"
+
+
+def test_nothing_in_the_data_runs_or_loads(work, tmp_path):
+    data = tmp_path / "data" / "toy_solopo.jsonl"
+    rows = list(read_jsonl(data))
+    for name in ("id", "question", "chosen", "rejected"):
+        rows[0][name] += EVIL
+    rows[0]["prompt"] = EVIL + rows[0]["prompt"]
+    rows[0]["answers"] = [EVIL]
+    write_jsonl(data, rows)
+    named = data.with_name("<b>x.jsonl")
+    shutil.copy(data, named)
+    inspect(named, tmp_path / "out")
+    page = Page(tmp_path / "out" / "index.html")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 2 and "b" not in tags
+    assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in page.tags if tag == "img")
+    assert all(attrs["href"].startswith("#row=") for tag, attrs in page.tags if "href" in attrs)
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+    shown = json.loads(page.scripts[0])[0]
+    assert "".join(text for text, _ in shown["short"]) == rows[0]["prompt"] and shown["chosen"] == rows[0]["chosen"]
+    for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert sink not in PAGE
+
+
+READER = """
+const fs = require("fs"), vm = require("vm");
+const html = fs.readFileSync(process.argv[2], "utf8");
+const scripts = [...html.matchAll(/<script[^>]*>([^]*?)<\\/script>/g)].map((found) => found[1]);
+class Element {
+  constructor(tag) { Object.assign(this, {tagName: tag.toUpperCase(), children: [], own: "", on: {}, value: ""});
+    const classes = new Set();
+    this.classList = {add: (c) => classes.add(c), remove: (c) => classes.delete(c), contains: (c) => classes.has(c)}; }
+  get textContent() { return this.own + this.children.map((child) => child.textContent).join(""); }
+  set textContent(text) { this.own = text; this.children = []; }
+  append(...parts) { this.children.push(...parts); }
+  replaceChildren(...parts) { this.own = ""; this.children = parts; }
+  querySelectorAll(tag) { return this.children.filter((child) => child.tagName === tag.toUpperCase()); }
+  addEventListener(name, act) { this.on[name] = act; }
+  scrollIntoView() { Element.seen = this.textContent; }
+  focus() { Element.focused = this; }
+}
+const made = {}, page = {}, location = {hash: ""};
+const document = {
+  getElementById: (id) => made[id] ??= new Element(id === "search" ? "input" : "div"),
+  createElement: (tag) => new Element(tag), addEventListener: (name, act) => page[name] = act,
+};
+made.rows = new Element("script"); made.rows.textContent = scripts[0];
+vm.runInNewContext(scripts[1], {document, location, addEventListener: (name, act) => page[name] = act});
+const key = (name, more) => page.keydown({key: name, target: new Element("body"), preventDefault() {}, ...more});
+const texts = () => Object.fromEntries(["place", "question", "short", "long", "chosen", "rejected", "facts"]
+  .map((id) => [id, made[id].textContent]));
+const out = {first: texts()};
+key("ArrowRight"); out.second = texts();
+key("ArrowLeft"); key("ArrowLeft"); out.last = texts();
+key("ArrowRight", {ctrlKey: true}); out.ctrl = texts();
+key("ArrowRight", {target: made.search}); out.typing = texts();
+made.before.on.click(); made.after.on.click(); made.after.on.click(); out.clicked = texts();
+key("l"); out.evidence = [Element.seen]; key("l"); out.evidence.push(Element.seen);
+key("l"); out.evidence.push(Element.seen); key("s"); out.evidence.push(Element.seen);
+key("/"); out.focused = Element.focused === made.search;
+made.search.value = process.argv[3]; made.search.on.input(); out.search = texts();
+made.search.value = "no such thing"; made.search.on.input(); out.none = texts();
+location.hash = "#row=" + encodeURIComponent(process.argv[4]); page.hashchange(); out.hash = texts();
+console.log(JSON.stringify(out));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="the reader's script is tried with node")
+def test_the_reader_is_used_by_keyboard_search_and_link(work, tmp_path):
+    inspect(work, tmp_path / "out")
+    (tmp_path / "reader.js").write_text(READER)
+    rows = json.loads(Page(tmp_path / "out" / "index.html").scripts[0])
+    command = [
+        "node",
+        tmp_path / "reader.js",
+        tmp_path / "out" / "index.html",
+        rows[3]["question"][6:].upper(),
+        rows[4]["id"],
+    ]
+    seen = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def is_row(state: dict, row: dict) -> bool:
+        assert state["short"] == "".join(text for text, _ in row["short"])
+        assert state["long"] == "".join(text for text, _ in row["long"])
+        assert (state["chosen"], state["rejected"]) == (row["chosen"], row["rejected"])
+        return (
+            row["id"] in state["place"] and state["question"] == row["question"] and "pass rate short" in state["facts"]
+        )
+
+    assert is_row(seen["first"], rows[0]) and seen["first"]["place"].startswith("1 of 6: ")
+    assert is_row(seen["second"], rows[1]) and is_row(seen["last"], rows[5])
+    assert seen["ctrl"] == seen["typing"] == seen["last"] and is_row(seen["clicked"], rows[0])
+    marked = {side: [text for text, evidence in rows[0][side] if evidence] for side in ("short", "long")}
+    assert seen["evidence"] == [*marked["long"], marked["long"][0], marked["short"][0]]
+    assert seen["focused"] and is_row(seen["search"], rows[3]) and seen["search"]["place"].startswith("1 of 1: ")
+    assert seen["none"]["place"] == "no such row" and seen["none"]["short"] == ""
+    assert is_row(seen["hash"], rows[4])
+
+
+def test_rows_of_the_reader(work, tmp_path):
+    """So many, spread evenly; those asked for by id on top; an id that is not there is a sentence."""
+    inspect(work, tmp_path / "out", 2)
+    spread = [row["id"] for row in json.loads(Page(tmp_path / "out" / "index.html").scripts[0])]
+    order = [row["id"] for row in read_jsonl(work / "pairs.jsonl") if row["set"] == "solopo"]
+    assert spread == [order[0], order[3]]
+    inspect(work, tmp_path / "out", 2, (order[4],))
+    assert [row["id"] for row in json.loads(Page(tmp_path / "out" / "index.html").scripts[0])] == [*spread, order[4]]
+    with pytest.raises(DataError, match="has no row of question 'q99'"):
+        inspect(work, tmp_path / "out", 2, ("q99",))
+
+
+def test_the_command(work, tmp_path):
+    def call(*words) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "scripts" / "inspect_data.py", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=None)
+
+    done = call(work)
+    assert done.returncode == 0 and f"6 rows; the page is {tmp_path / 'work_inspection' / 'index.html'}" in done.stdout
+    (work / "pairs.jsonl").unlink()
+    done = call(work)
+    assert done.returncode == 1 and "is no finished work folder: pairs.jsonl is missing" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a"}\n')
+    assert "lacks the column `long_prompt`; only exports" in call(tmp_path / "x.jsonl").stderr
+    assert "is neither a work folder nor a .jsonl or .parquet file" in call(ROOT / "README.md").stderr
+    assert "there is no such file" in call(tmp_path / "y.jsonl").stderr

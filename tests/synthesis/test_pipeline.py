@@ -1,0 +1,376 @@
+"""The whole way from questions to rows: the same bytes however often it is killed, and nothing lost on a full disk.
+
+The answers come from a scripted server, so that what the judge and the selection must find is known beforehand.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import ROOT
+from material import make_questions, save_tokenizer
+from scripted_server import scripted, serving
+
+from solopo_plugin.synthesis import TABLE, judge, run_pipeline, sample
+from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
+
+N_QUESTIONS, N_SAMPLES, RIGHT, UNMARKED = 60, 6, 0.5, 0.1
+KILLS = 4  # of every stage
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    answers = {q["question"]: q["answers"][0] for q in make_questions(N_QUESTIONS)}
+    (folder / "answers.json").write_text(json.dumps(answers))
+    with serving(folder / "answers.json", right=RIGHT, unmarked=UNMARKED) as running:
+        yield SimpleNamespace(url=running.url, answers=answers)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """Starts runs; see zygote.py."""
+    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+    def run(folder: Path, *words: str, kill_after: float | None = None) -> int:
+        """`build_data.py recipe.yaml *words` in `folder`; returns its exit status."""
+        process.stdin.write(json.dumps({"words": ["recipe.yaml", *words], "cwd": str(folder)}) + "\n")
+        process.stdin.flush()
+        child = int(process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return int(process.stdout.readline())
+
+    yield run
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def prepare(tmp_path_factory, server, tokenizer):
+    """Folders, each with the same questions and recipe; paths in the recipe are relative to the folder."""
+
+    def make(**keys) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        write_jsonl(folder / "in.jsonl", make_questions(N_QUESTIONS))
+        write_jsonl(folder / "corpus.jsonl", [p for q in make_questions(5, seed=1) for p in q["distractors"]])
+        recipe = dict(
+            model_name_or_path=tokenizer, template="qwen", input="in.jsonl", corpus="corpus.jsonl", work_dir="work",
+            dataset_dir="data", dataset_name="made", short_tokens=500, long_tokens=1500, num_rows=30,
+            num_samples=N_SAMPLES, val_size=5, max_new_tokens=200, cutoff_len=2000, backend="openai",
+            server_urls=server.url, served_model="scripted", concurrency=8,
+        )  # fmt: skip
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | keys))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(prepare, zygote) -> Path:
+    """A folder with an uninterrupted run."""
+    folder = prepare()
+    assert zygote(folder) == 0, (folder / "log.txt").read_text()
+    return folder
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """All files that a run leaves behind, by name."""
+    files = [p for part in ("work", "data") for p in (folder / part).rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name != ".lock"}
+
+
+# ---- the whole way
+
+
+def test_what_the_server_said_is_what_was_counted(finished, server):
+    """Right, wrong and unmarked answers, one by one and in the manifest."""
+    manifest = json.loads((finished / "work" / "manifest.json").read_text())
+    assert list(manifest["stages"]) == list(TABLE)
+    contexts = {row["id"]: row for row in read_jsonl(finished / "work" / "contexts.jsonl")}
+    assert len(contexts) == N_QUESTIONS
+    for side in ("short", "long"):
+        judged = list(read_jsonl(finished / "work" / f"judged.{side}.jsonl"))
+        assert [(j["id"], j["k"]) for j in judged] == [(i, k) for i in contexts for k in range(N_SAMPLES)]
+        for answer in judged:
+            gold = contexts[answer["id"]]["answers"][0]
+            assert answer["correct"] == (f"The answer is: {gold}" in answer["text"])
+            assert (answer["answer"] is None) == ("The answer is:" not in answer["text"])
+            assert answer["em"] == answer["correct"] == (answer["f1"] == 1.0)
+        counts = manifest["stages"]["judge"]["counts"][side]
+        right, unmarked = sum(j["correct"] for j in judged), sum(j["answer"] is None for j in judged)
+        assert (counts["answers"], counts["correct"], counts["no_marker"]) == (len(judged), right, unmarked)
+        assert counts["no_answer"] == len(judged) - right - unmarked and counts["cut"] == 0
+        n = N_QUESTIONS * N_SAMPLES  # four standard deviations of what the server was told to do
+        assert abs(unmarked - n * UNMARKED) < 4 * (n * UNMARKED * (1 - UNMARKED)) ** 0.5
+        assert abs(right - n * (1 - UNMARKED) * RIGHT) < 4 * (n * 0.25) ** 0.5
+    assert all(row["prompt"] == contexts[row["id"]]["short"]["prompt"] for row in rows(finished))
+    assert len(rows(finished)) + len(rows(finished, "_val")) == 30 and len(rows(finished, "_val")) == 5
+
+
+@pytest.mark.parametrize(
+    "text, golds, correct, em, f1",
+    [
+        ("It is in Karvik. The answer is: Rosvik town.", ["Karvik", "Rosvik"], True, False, 0.6667),
+        ("The answer is: the Rosvik!", ["Rosvik"], True, True, 1.0),
+        ("Rosvik. The answer is: Karvik", ["Rosvik"], False, False, 0.0),  # a mere mention
+        ("The answer is: No answer.", ["no"], False, False, 0.0),
+        ("It is Rosvik", ["Rosvik"], False, False, 0.0),
+        ("", ["Rosvik"], False, False, 0.0),
+    ],
+)
+def test_the_judge(text, golds, correct, em, f1):
+    verdict = judge.judge(text, golds)
+    assert (verdict["correct"], verdict["em"], verdict["f1"]) == (correct, em, f1)
+    assert (verdict["answer"] is None) == ("answer is" not in text)
+
+
+def rows(folder: Path, part: str = "") -> list[dict]:
+    return list(read_jsonl(folder / "data" / f"made_solopo{part}.jsonl"))
+
+
+def test_two_runs_are_byte_equal(finished, prepare, zygote):
+    """Also with other workers, another concurrency and answers one by one; the manifest too, but for those."""
+    other = prepare(concurrency=3, num_workers=2)
+    assert zygote(other) == 0
+    assert results(other) == results(finished)
+    before = {name: (other / name).stat().st_mtime_ns for name in results(other) if name.startswith("work/")}
+    assert zygote(other) == 0 and results(other) == results(finished)
+    assert before == {name: (other / name).stat().st_mtime_ns for name in before if name != "work/manifest.json"} | {
+        "work/manifest.json": before["work/manifest.json"]
+    }
+    log = (other / "log.txt").read_text()
+    assert log.count("finished before, kept.") == len(TABLE) - 1
+
+
+def test_killed_at_random_in_every_stage(finished, prepare, zygote):
+    """`kill -9` again and again: a stage continues, and in the end every file is that of an uninterrupted run."""
+    rng, folder, kills = random.Random(5), prepare(concurrency=2), 0
+    for stage in TABLE:
+        seconds = duration(stage, finished, prepare, zygote)
+        done, words = 0, ["--stage", stage]
+        for _ in range(10 * KILLS):
+            status = zygote(folder, *words, kill_after=rng.uniform(0, 0.9) * seconds)
+            done += status == -signal.SIGKILL
+            if done == KILLS:
+                break
+            words = ["--stage", stage] + ["--no-resume"] * (status == 0)  # it was too quick: once more
+        assert done == KILLS, f"{stage} ended before it could be killed ({seconds:.2f} s)"
+        assert zygote(folder, "--stage", stage) == 0, (folder / "log.txt").read_text()
+        kills += done
+    assert kills >= 20
+    assert zygote(folder) == 0, (folder / "log.txt").read_text()
+    assert results(folder) == results(finished)
+
+
+def duration(stage: str, finished: Path, prepare, zygote) -> float:
+    """Seconds that a stage takes behind the finished ones before it."""
+    folder = prepare(concurrency=2)
+    shutil.copytree(finished / "work", folder / "work")
+    shutil.copytree(finished / "data", folder / "data")
+    started = time.monotonic()
+    assert zygote(folder, "--stage", stage, "--no-resume") == 0, (folder / "log.txt").read_text()
+    return time.monotonic() - started
+
+
+def test_killed_anywhere_on_the_whole_way(finished, prepare, zygote):
+    """One command, started again after each kill, as a user or a scheduler does it."""
+    rng, folder = random.Random(6), prepare(concurrency=2)
+    for _ in range(8):
+        if zygote(folder, kill_after=rng.uniform(0, 2.5)) == 0:
+            break
+    assert zygote(folder) == 0
+    assert results(folder) == results(finished)
+
+
+# ---- settings and inputs that change
+
+
+def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
+    """And only that; the log says why."""
+    folder = prepare()
+    for part in ("work", "data"):
+        shutil.copytree(finished / part, folder / part)
+
+    def again(*words: str) -> tuple[str, set[str]]:
+        (folder / "log.txt").unlink(missing_ok=True)
+        assert zygote(folder, *words) == 0, (folder / "log.txt").read_text()
+        log = (folder / "log.txt").read_text()
+        return log, {name for name in TABLE if f"{name}: made again, because" in log}
+
+    log, made = again("num_rows=20")
+    assert made == {"select", "export"} and "select: made again, because `num_rows` was 30 and is 20." in log
+    assert "export: made again, because pairs.jsonl has changed." in log
+    log, made = again("num_rows=20", "short_tokens=480")
+    assert made == {"contexts", "sample", "judge", "select", "export"} and "`short_tokens` was 500 and is 480" in log
+    _, made = again("num_rows=20", "short_tokens=480", "concurrency=5", "timeout=30", "num_workers=2")
+    assert made == set()
+    with open(folder / "work" / "judged.long.jsonl", "a") as file:
+        file.write("\n")
+    log, made = again("num_rows=20", "short_tokens=480")
+    assert made == {"judge"} and "judge: made again, because judged.long.jsonl is not as it was written." in log
+    (folder / "in.jsonl").write_bytes((folder / "in.jsonl").read_bytes() + b"\n")
+    _, made = again("num_rows=20", "short_tokens=480")  # reads the same questions, so nothing else is made
+    assert made == {"read"}
+    again()
+    _, made = again("--no-resume", "--stage", "select")
+    assert made == set() and results(folder).keys() == results(finished).keys()
+    assert {k: v for k, v in results(folder).items() if "manifest" not in k} == {
+        k: v for k, v in results(finished).items() if "manifest" not in k
+    }
+
+
+def test_a_model_that_has_changed_in_place(prepare, monkeypatch, tmp_path):
+    """Another tokenizer in the same folder makes other contexts, other weights make other samples only."""
+    shutil.copytree(yaml.safe_load((prepare() / "recipe.yaml").read_text())["model_name_or_path"], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(bytes(50 << 20))
+    monkeypatch.chdir(folder := prepare(model_name_or_path=str(tmp_path / "model")))
+    made = replace(load_recipe("recipe.yaml"), backend="transformers")
+    stages = ("read", "contexts", "sample")
+    before = [outside_inputs(made, stage) for stage in stages]
+    assert list(before[0]) == ["in.jsonl", "corpus.jsonl"] and [len(b) for b in before] == [2, 1, 1]
+    write_jsonl(folder / "contexts.jsonl", [])
+    stands_for = sample.fingerprint(made, folder, "short")
+    with open(weights, "r+b") as file:
+        file.seek(45 << 20)
+        file.write(b"trained")
+    after = [outside_inputs(made, stage) for stage in stages]
+    assert after[:2] == before[:2] and after[2] != before[2]
+    assert sample.fingerprint(made, folder, "short") != stands_for
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert outside_inputs(made, "contexts") != before[1]
+    assert outside_inputs(replace(made, backend="openai"), "sample") == {}
+
+
+def test_orders_that_cannot_be_followed(prepare, monkeypatch):
+    """A missing stage, a folder in use, a manifest of somebody else's: one sentence each."""
+    folder = prepare()
+    monkeypatch.chdir(folder)
+    recipe = load_recipe("recipe.yaml")
+    with pytest.raises(DataError, match=r"Stage `judge` builds on stage `read`, which is not finished in work\."):
+        run_pipeline(recipe, "judge")
+    run_pipeline(recipe, "read")
+    with pytest.raises(DataError, match=r"stage `read`, which ran with other settings \(`seed` was 42 and is 1\); run"):
+        run_pipeline(replace(recipe, seed=1), "contexts")
+    with pytest.raises(DataError, match=r"`--stage` must be one of read, .*; got 'jugde'\."):
+        run_pipeline(recipe, "jugde")
+    (folder / "work" / "manifest.json").write_text("[]")
+    with pytest.raises(DataError, match=r"manifest.json is no manifest of ours; give another `work_dir`"):
+        run_pipeline(recipe)
+    (folder / "work" / "manifest.json").unlink()
+    holder = subprocess.Popen(["flock", str(folder / "work" / ".lock"), "sleep", "60"])
+    try:
+        time.sleep(0.5)
+        with pytest.raises(DataError, match=r"Another run is at work in work; wait for it"):
+            run_pipeline(recipe)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_the_command_line_says_one_sentence(prepare):
+    """In its own process, as a user starts it: an unknown key, and a stage that runs."""
+    folder = prepare()
+    command = [sys.executable, str(ROOT / "scripts" / "build_data.py"), "recipe.yaml", "--stage", "read"]
+    process = subprocess.run([*command, "num_row=3"], cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.startswith("Error: Unknown key `num_row` in the data recipe. Did you mean `num_rows`?")
+    assert len(process.stderr.strip().splitlines()) == 1
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0 and f'"questions": {N_QUESTIONS}' in process.stderr
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB, that can be made larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+
+    def grow(size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+    yield disk, grow
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygote):
+    """The disk grows bit by bit: every try ends with one sentence, and the one that has room with the right files."""
+    disk, grow = small_disk
+    folder = prepare()
+    os.symlink(disk / "work", folder / "work")
+    os.symlink(disk / "data", folder / "data")
+    for name in ("work", "data"):
+        (disk / name).mkdir()
+    reached = set()
+    for size in [f"{k}k" for k in (64, 160, 320, 480, 600, 680, 760, 840, 1000, 1200, 1500, 2000)]:
+        grow(size)
+        (folder / "log.txt").unlink(missing_ok=True)
+        status = zygote(folder)
+        log = (folder / "log.txt").read_text()
+        if status == 0:
+            break
+        assert status == 1 and "Traceback" not in log, log
+        assert log.splitlines()[-1].startswith("Error: Cannot write ") and "the disk is full" in log.splitlines()[-1]
+        assert not list(disk.rglob("*.tmp"))
+        reached.add([line.split(" ")[0] for line in log.splitlines() if line.endswith(" ...")][-1])
+    assert status == 0 and len(reached) >= 3, reached
+    assert {k: v for k, v in results(folder).items()} == results(finished)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the device that is always full")
+@pytest.mark.parametrize("stage", TABLE)
+def test_no_room_for_a_stage(stage, finished, prepare, zygote):
+    """Each file that a stage writes meets a full disk once; the others stay, and the next try succeeds."""
+    folder = prepare()
+    for part in ("work", "data"):
+        shutil.copytree(finished / part, folder / part)
+    before = results(folder)
+    names = [f"work/{name}" for name in (*TABLE[stage].outputs, "manifest.json")]
+    if stage == "export":
+        names = [name for name in before if name.startswith("data/")]
+    for name in names:
+        target = folder / (name + ".tmp")
+        target.symlink_to("/dev/full")
+        for output in TABLE[stage].outputs:
+            (folder / "work" / output).unlink()
+        assert zygote(folder, "--stage", stage) == 1
+        assert "the disk is full" in (folder / "log.txt").read_text().splitlines()[-1]
+        assert not target.is_symlink()
+        assert zygote(folder) == 0
+        assert results(folder) == before
+
+
+def test_the_scripted_server_is_what_it_says(server):
+    """Its share of right answers, over many draws: the tests above stand on it."""
+    question = next(iter(server.answers))
+    draws = [scripted(question, seed, 0, server.answers, RIGHT, 0.0, UNMARKED) for seed in range(4000)]
+    assert abs(sum(right for _, right in draws) / 4000 - RIGHT * (1 - UNMARKED)) < 0.04

@@ -1,0 +1,410 @@
+"""Reading questions: every format, every bad line named, and files that survive what befalls them."""
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from material import HOTPOTQA, MUSIQUE, make_questions, recipe
+
+from solopo_plugin.metrics import normalize_answer
+from solopo_plugin.synthesis import read
+from solopo_plugin.synthesis.files import Appender, DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.synthesis.recipe import FIELDS, REQUIRED, STAGES, load_recipe, make_recipe
+
+FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
+
+PARAGRAPHS = [("Rosvik", ["Rosvik is a town.", " It has a harbour."]), ("Karvik", ["Karvik is not."])]
+MUSIQUE_ROW = {
+    "id": "2hop__1_2", "question": " Where? ", "answer": "Rosvik", "answer_aliases": ["The Rosvik", "!"],
+    "question_decomposition": [{}, {}], "answerable": True,
+    "paragraphs": [
+        {"idx": i, "title": title, "paragraph_text": "".join(sentences), "is_supporting": i == 0}
+        for i, (title, sentences) in enumerate(PARAGRAPHS)
+    ],
+}  # fmt: skip
+HOTPOT_ROW = {
+    "_id": "h1", "question": "Where?", "answer": "Rosvik", "type": "bridge",
+    "supporting_facts": [["Rosvik", 0]], "context": [list(pair) for pair in PARAGRAPHS],
+}  # fmt: skip
+HUB_ROW = {
+    "id": "h2", "question": "Where?", "answer": "Rosvik", "supporting_facts": {"title": ["Rosvik"], "sent_id": [0]},
+    "context": {"title": [t for t, _ in PARAGRAPHS], "sentences": [s for _, s in PARAGRAPHS]},
+}  # fmt: skip
+WIKI_ROW = {
+    **HOTPOT_ROW, "_id": "w1", "evidences": [["a", "b", "c"]],
+    "context": json.dumps([["Rosvik", ["Rosvik is a town.", "It has a harbour."]], ["Karvik", ["Karvik is not."]]]),
+}  # fmt: skip
+PLAIN_ROW = {"id": 7, "question": "Where?", "answers": "Rosvik", "evidence": ["Rosvik is a town. It has a harbour."]}
+
+
+def run(tmp_path: Path, rows, **keys) -> tuple[list[dict], dict]:
+    made = recipe(tmp_path, "none", rows, **keys)
+    counts = read.run(made, tmp_path)
+    return list(read_jsonl(tmp_path / "questions.jsonl")), counts
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("row", [MUSIQUE_ROW, HOTPOT_ROW, HUB_ROW, WIKI_ROW], ids=["musique", "hotpot", "hub", "2wiki"])
+def test_formats_of_benchmarks(tmp_path, row):
+    (question,), counts = run(tmp_path, [row])
+    assert question == {
+        "id": row.get("id") or row["_id"], "question": "Where?",
+        "answers": ["Rosvik", "The Rosvik"] if row is MUSIQUE_ROW else ["Rosvik"],
+        "hops": 2 if row is MUSIQUE_ROW else 1,
+        "evidence": [{"title": "Rosvik", "text": "Rosvik is a town. It has a harbour."}],
+        "distractors": [{"title": "Karvik", "text": "Karvik is not."}],
+    }  # fmt: skip
+    assert counts == {"lines": 1, "bad": 0, "unanswerable": 0, "same_id": 0, "questions": 1, "corpus": 0}
+
+
+def test_plain_rows_and_documents(tmp_path):
+    """Paragraphs as texts, as objects, and as ids of documents; texts stay as they are to the last space."""
+    documents = [{"id": "d1", "title": "A\n title", "text": " Document one. \n"}, {"text": "Document two."}]
+    write_jsonl(tmp_path / "corpus.in", documents)
+    row = PLAIN_ROW | {
+        "answers": ["Rosvik", "rosvik town"], "hops": 3, "evidence": [{"id": "d1"}, " A text.", {"text": "a TEXT"}],
+        "distractors": [{"title": "T", "text": "Other."}, "A text!", "Other"],
+    }  # fmt: skip
+    (question,), counts = run(tmp_path, [row], corpus=str(tmp_path / "corpus.in"))
+    assert question == {
+        "id": "7", "question": "Where?", "answers": ["Rosvik", "rosvik town"], "hops": 3,
+        "evidence": [{"title": "A title", "text": " Document one. \n"}, {"title": "", "text": " A text."}],
+        "distractors": [{"title": "T", "text": "Other."}],
+    }  # fmt: skip
+    assert counts["corpus"] == 2 and len(list(read_jsonl(tmp_path / "corpus.jsonl"))) == 2
+
+
+def test_lists_folders_and_several_inputs(tmp_path):
+    """HotpotQA's file is one JSON list; folders and parquet go through the library that also reads the hub."""
+    from datasets import Dataset
+
+    (tmp_path / "list.json").write_text("\ufeff[" + ",\n ".join(json.dumps(r) for r in (HOTPOT_ROW, PLAIN_ROW)) + "]\n")
+    (tmp_path / "hub").mkdir()
+    Dataset.from_list([HUB_ROW]).to_parquet(str(tmp_path / "hub" / "train-0.parquet"))
+    write_jsonl(tmp_path / "rows.jsonl", [MUSIQUE_ROW, MUSIQUE_ROW, MUSIQUE_ROW | {"id": "u", "answerable": False}])
+    names = ["list.json", "hub", "rows.jsonl", "hub/train-0.parquet"]
+    questions, counts = run(tmp_path, tmp_path / "none", input=", ".join(str(tmp_path / name) for name in names))
+    assert [q["id"] for q in questions] == ["h1", "7", "h2", "2hop__1_2"]
+    assert (counts["lines"], counts["same_id"], counts["unanswerable"]) == (7, 2, 1)
+
+
+@pytest.mark.skipif(not MUSIQUE.exists(), reason=f"no MuSiQue sample at {MUSIQUE}; set SOLOPO_SHARED_DATA")
+def test_real_questions(tmp_path):
+    questions, counts = run(tmp_path, MUSIQUE, input=f"{MUSIQUE},{HOTPOTQA}")
+    assert counts["questions"] == 190 and counts["bad"] == 0
+    for line, question in zip(MUSIQUE.read_text().splitlines(), questions, strict=False):
+        row = json.loads(line)
+        texts = [p["paragraph_text"] for p in row["paragraphs"] if p["is_supporting"]]
+        assert [p["text"] for p in question["evidence"]] == texts
+        assert question["answers"][0] == row["answer"] and question["hops"] == int(row["id"][0]) == len(texts)
+
+
+def test_a_choice_of_questions(tmp_path):
+    """`max_questions` takes the same ones whatever their order, and the others' paragraphs stay distractors."""
+    rows = make_questions(30)
+    other, again, few = ({q["id"] for q in run(tmp_path, order, max_questions=5, seed=seed)[0]}
+                         for order, seed in ((rows, 1), (rows[::-1], 2), (rows, 2)))  # fmt: skip
+    assert len(few) == 5 and few == again != other
+    pool = {p["text"] for p in read_jsonl(tmp_path / "corpus.jsonl")}
+    assert len(pool) == sum(len(r["evidence"] + r["distractors"]) for r in rows if r["id"] not in few)
+
+
+# ---- what is wrong is said
+
+
+BAD = {
+    "not json": ('{"id": 1,', "questions.jsonl:2: not a line of JSON (Expecting property name"),
+    "not an object": ("[1]", "questions.jsonl:2: a line must be a JSON object, got list [1]."),
+    "not unicode": ('{"id": "\\ud800"}', "not a line of JSON (the text holds half a surrogate pair)"),
+    "no known keys": ('{"a": 1}', "questions.jsonl:2: the format of the row cannot be told from its keys (a);"),
+    "no question": (PLAIN_ROW | {"question": " "}, "questions.jsonl:2: `question` must be a text, got str ' '."),
+    "no id": (PLAIN_ROW | {"id": None}, "`id` must be a text or a whole number, got NoneType None."),
+    "no answer": (PLAIN_ROW | {"answers": []}, "`answers` must be a text or a list of texts, got list []."),
+    "nothing of an answer": (PLAIN_ROW | {"answers": ["the", "!"]}, "there is no usable answer in list ['the', '!']."),
+    "no evidence": (PLAIN_ROW | {"evidence": []}, "the question has no evidence."),
+    "empty evidence": (PLAIN_ROW | {"evidence": [""]}, "the text of a paragraph must be a text that is not empty"),
+    "unknown document": (PLAIN_ROW | {"evidence": [{"id": "d9"}]}, "`corpus` has no document with the id str 'd9'."),
+    "hops": (PLAIN_ROW | {"hops": "2"}, "`hops` must be a whole number or null, got str '2'."),
+    "musique": (MUSIQUE_ROW | {"paragraphs": [{}]}, "must hold objects with `is_supporting`, got dict {}."),
+    "hotpot": (HOTPOT_ROW | {"supporting_facts": [["Ulmen", 0]]}, "names str 'Ulmen', which is not in `context`."),
+    "context": (HOTPOT_ROW | {"context": "{"}, "`context` is a text that is no JSON: str '{'."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_lines(tmp_path, case):
+    """One sentence that names file, line and value; or, with `skip_bad`, a count and the good lines."""
+    bad, message = BAD[case]
+    bad = bad if isinstance(bad, str) else json.dumps(bad)
+    source = tmp_path / "questions.jsonl"
+    good = [json.dumps(PLAIN_ROW | {"id": i}) for i in (1, 2)]
+    source.write_text("\n".join([good[0], bad, good[1]]))
+    with pytest.raises(DataError) as error:
+        run(tmp_path / "out", source)
+    assert message in str(error.value) and f"{source}:2" in str(error.value)
+    assert str(error.value).endswith("Correct the line, or set `skip_bad: true`.") and "\n" not in str(error.value)
+    questions, counts = run(tmp_path / "out", source, skip_bad=True)
+    assert [q["id"] for q in questions] == ["1", "2"] and counts["bad"] == 1
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "a.json").write_text('[{"id": 1}, {"id"')
+    (tmp_path / "b.json").write_text('[{"id": 1}')
+    (tmp_path / "c.jsonl").write_text("")
+    (tmp_path / "d.json").write_bytes(b"[\xff]")
+    for name, message in {
+        "a.json": "a.json:1: not an item of a JSON list (Expecting", "b.json": "the JSON list does not end",
+        "c.jsonl": "has no usable question", "d.json": "the file is not UTF-8", "e.jsonl": "there is no such file",
+        "no/such/thing": "there is no file", "no/hub": "cannot be loaded (subset None, split 'train')",
+    }.items():  # fmt: skip
+        source = name if name.startswith("no/") else str(tmp_path / name)
+        with pytest.raises(DataError, match=r"^[^\n]+$") as error:
+            run(tmp_path, tmp_path / "none", input=source, skip_bad=True)
+        assert message in str(error.value)
+
+
+def test_a_column_of_documents_is_checked(tmp_path):
+    (tmp_path / "corpus.in").write_text('{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}\n{"text": 5}\n')
+    with pytest.raises(DataError, match=r"corpus.in:2: two documents have the id '1'\. Correct the line"):
+        run(tmp_path, [PLAIN_ROW], corpus=str(tmp_path / "corpus.in"))
+    _, counts = run(tmp_path, [PLAIN_ROW], corpus=str(tmp_path / "corpus.in"), skip_bad=True)
+    assert counts["corpus"] == 1 and counts["bad_documents"] == 2
+
+
+def mangle(row: object, rng: random.Random) -> object:
+    """A row with a value somewhere in it replaced by another thing."""
+    things = [None, True, 0, -1.5, "", " ", "the", [], {}, [[]], [None], ["x"], {"title": 3}, "\u2028", "x" * 500]
+    if isinstance(row, dict) and row and rng.random() < 0.9:
+        key = rng.choice(list(row))
+        return {**row, key: mangle(row[key], rng)}
+    if isinstance(row, list) and row and rng.random() < 0.8:
+        index = rng.randrange(len(row))
+        return row[:index] + [mangle(row[index], rng)] + row[index + 1 :]
+    return rng.choice(things)
+
+
+def test_ten_thousand_random_lines(tmp_path):
+    """Whatever a line holds, it is a question or it is counted, and what is counted has a message of one line."""
+    rng = random.Random(4)
+    rows = [MUSIQUE_ROW, HOTPOT_ROW, HUB_ROW, WIKI_ROW, PLAIN_ROW | {"distractors": ["a", {"text": "b"}]}]
+    lines = []
+    for index in range(10_000):
+        row = dict(rng.choice(rows))
+        row["_id" if "_id" in row else "id"] = f"n{index}"
+        for _ in range(rng.randint(0, 2)):
+            row = mangle(row, rng)
+        line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        if rng.random() < 0.2:
+            at = rng.randrange(len(line))
+            line = line[:at] + rng.randbytes(rng.randint(0, 3)).replace(b"\n", b"") + line[at + rng.randint(0, 4) :]
+        lines.append(line)
+    source = tmp_path / "random.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    questions, counts = run(tmp_path, source, skip_bad=True)
+    assert counts["lines"] == sum(bool(line.strip()) for line in lines) > 9_900
+    assert counts["bad"] + counts["unanswerable"] + counts["same_id"] + len(questions) == counts["lines"]
+    assert 2_000 < len(questions) < 8_000
+    messages = Counter()
+    for index, line in enumerate(lines[:2_000]):
+        single = tmp_path / "single.jsonl"
+        single.write_bytes(line)
+        try:
+            run(tmp_path, single)
+        except DataError as error:
+            assert "\n" not in str(error) and len(str(error)) < 700, index
+            messages[str(error).split("jsonl:1")[-1][:24]] += 1
+    assert len(messages) > 20
+
+
+# ---- what holds for every question
+
+
+texts = st.text(max_size=20)
+paragraphs = st.lists(st.one_of(texts, st.fixed_dictionaries({"title": texts, "text": texts})), max_size=4)
+
+
+@FUZZ
+@given(texts, st.lists(texts, max_size=3), paragraphs, paragraphs)
+def test_whatever_is_read_is_usable(question, answers, evidence, distractors):
+    """A row is refused, or it has a question, answers of which something is left, and no paragraph twice."""
+    row = {"id": 1, "question": question, "answers": answers, "evidence": evidence, "distractors": distractors}
+    try:
+        made = read.parse_row(row, "auto", {})
+    except DataError:
+        return
+    assert made["question"] and made["answers"] and all(map(normalize_answer, made["answers"])) and made["evidence"]
+    shown = [p["text"] for p in made["evidence"]]
+    given_texts = [p if isinstance(p, str) else p["text"] for p in evidence]
+    assert set(shown) <= set(given_texts)
+    forms = [normalize_answer(p["text"]) for p in made["evidence"] + made["distractors"]]
+    assert len(forms) == len(set(forms)) and {normalize_answer(t) for t in given_texts} == {*forms[: len(shown)]}
+    assert all(p["text"].strip() and "\n" not in p["title"] for p in made["evidence"] + made["distractors"])
+
+
+# ---- files
+
+
+@FUZZ
+@given(st.lists(st.text(max_size=30), max_size=6), st.data())
+def test_an_appended_file_may_be_torn_anywhere(tmp_path_factory, values, data):
+    """Cut at any byte: the whole lines before the cut are there, and appending goes on behind them."""
+    path = tmp_path_factory.mktemp("appended") / "rows.jsonl"
+    rows = [{"value": value} for value in values]
+    with Appender(path) as file:
+        for row in rows:
+            file.append(row)
+    content = path.read_bytes()
+    cut = data.draw(st.integers(0, len(content)))
+    path.write_bytes(content[:cut])
+    with Appender(path) as file:
+        file.append({"value": "last"})
+    assert list(read_jsonl(path)) == rows[: content[:cut].count(b"\n")] + [{"value": "last"}]
+
+
+def test_a_torn_line_longer_than_a_block(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 300_000)
+    with Appender(path) as file:
+        file.append({"c": 2})
+    assert list(read_jsonl(path)) == [{"a": 1}, {"c": 2}]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the device that is always full")
+def test_a_full_disk(tmp_path):
+    """One sentence; what stood there stays, and nothing is left behind."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"a": 1}])
+    (tmp_path / "rows.jsonl.tmp").symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"^Cannot write \S+rows.jsonl: the disk is full .* free some space"):
+        write_jsonl(path, ({"a": i} for i in range(10_000)))
+    assert list(read_jsonl(path)) == [{"a": 1}] and os.listdir(tmp_path) == ["rows.jsonl"]
+    (tmp_path / "grown.jsonl").symlink_to("/dev/full")
+    file = Appender(tmp_path / "grown.jsonl")  # never closed: such a device cannot be synchronised
+    with pytest.raises(DataError, match="the disk is full"):
+        file.append({"a": 1})
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path):
+    def rows():
+        yield {"a": 2}
+        raise KeyError("b")
+
+    write_json(tmp_path / "x.json", [1])
+    with pytest.raises(KeyError):
+        write_jsonl(tmp_path / "x.json", rows())
+    assert json.loads((tmp_path / "x.json").read_text()) == [1] and os.listdir(tmp_path) == ["x.json"]
+
+
+# ---- recipes
+
+
+def test_recipes_are_checked(tmp_path):
+    base = dict(model_name_or_path="m", template="qwen", input="i", dataset_name="d", work_dir="w")
+    for keys, message in {
+        (
+            "num_row",
+            3,
+        ): "Unknown key `num_row` in the data recipe. Did you mean `num_rows`? Allowed: model_name_or_path",
+        ("num_rows", 0): "`num_rows` must be a whole number > 0, got 0.",
+        ("num_rows", 2.5): "`num_rows` must be a whole number > 0, got 2.5.",
+        ("temperature", -1): "`temperature` must be a number >= 0, got -1.",
+        ("temperature", float("nan")): "`temperature` must be a number >= 0, got nan.",
+        ("top_p", 2): "`top_p` must be a number from 1e-06 to 1, got 2.",
+        ("lossy_short", 1.1): "`lossy_short` must be a number from 0 to 1, got 1.1.",
+        ("skip_bad", 1): "`skip_bad` must be true or false, got 1.",
+        ("distractors", "near"): "`distractors` must be one of random, bm25; got 'near'.",
+        ("input", 3): "`input` must be a text, got 3; put it in quotes.",
+        ("work_dir", " "): "The data recipe lacks `work_dir`: Folder of intermediate files",
+        ("short_tokens", 9000): "`short_tokens: 9000` must be below `long_tokens: 8192`;",
+        ("val_size", 1.5): "`val_size` must be a share below 1 or a whole number of rows, got 1.5.",
+    }.items():
+        with pytest.raises(DataError) as error:
+            make_recipe(base | dict([keys]))
+        assert str(error.value).startswith(message)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in base.items()))
+    made = load_recipe(str(path), ["num_rows=7", "temperature=1", "corpus=null", "api_key_env=KEY"])
+    assert (made.num_rows, made.temperature, made.corpus, made.api_key_env) == (7, 1.0, None, "KEY")
+    assert isinstance(made.temperature, float)
+    for words, message in {
+        ("x",): "`x` is no `key=value`", ("num_rows=a",): "`num_rows` must be a whole number > 0, got 'a'.",
+    }.items():  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            load_recipe(str(path), list(words))
+    for text, message in {
+        "a: b: c": "the recipe is no YAML",
+        "- 1": "the recipe is no YAML|a recipe is a list",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_recipe(str(path))
+    with pytest.raises(DataError, match="Cannot read the recipe"):
+        load_recipe(str(tmp_path / "none.yaml"))
+
+
+DATA_RECIPES = sorted((ROOT / "examples/yaml/data").glob("*.yaml"))
+
+
+def test_shipped_recipes():
+    """Each loads, says where its numbers come from, and fits the training recipes that use its rows."""
+    paper = {"num_samples": 32, "temperature": 0.85, "num_rows": 5000, "short_tokens": 1024}
+    assert len(DATA_RECIPES) == 2 * 3 + 1
+    for path in DATA_RECIPES:
+        text, made = path.read_text(encoding="utf-8"), load_recipe(str(path))
+        assert f"build_data.py {path.relative_to(ROOT)}\n" in text and "Hardware:" in text
+        assert made.cutoff_len >= made.long_tokens + made.max_new_tokens
+        if path.stem == "tiny":
+            continue
+        values = yaml.safe_load(text)
+        for key, value in paper.items():
+            assert values[key] == value and f"{key}: {value}  # paper" in text
+        numbers = [line for line in text.splitlines() if re.match(r"\w+: -?[\d.]+\b", line)]
+        assert len(numbers) == 11 and all(re.search(r"  # (paper|ours|the model's)", line) for line in numbers)
+        model = path.stem.split("_")[0]
+        training = yaml.safe_load((ROOT / f"examples/yaml/{model}/solo_orpo.yaml").read_text())
+        for key in ("model_name_or_path", "template", "dataset_dir"):
+            assert values[key] == training[key]
+        size = path.stem[len(model) :]
+        assert values["dataset_name"] == training["dataset"].removesuffix("_solopo") + size
+        assert size or (values["long_tokens"], values["cutoff_len"]) == (8192, training["cutoff_len"])
+
+
+def test_the_shipped_questions_are_as_generated(tmp_path):
+    """And each can be answered from its two passages alone."""
+    from make_demo_data import make_question
+
+    shipped = list(read_jsonl(ROOT / "data" / "demo_questions.jsonl"))
+    assert shipped == [make_question(i) for i in range(40)]
+    questions, counts = run(tmp_path, ROOT / "data" / "demo_questions.jsonl")
+    assert len(questions) == 40 and counts["bad"] == 0
+    for question in questions:
+        asked, partner = (p["title"] for p in question["evidence"])
+        assert asked in question["question"] and partner in question["evidence"][0]["text"]
+        assert question["answers"][0] in question["evidence"][1]["text"]
+        assert not any(question["answers"][0] in p["text"] for p in question["distractors"])
+
+
+def test_the_documented_keys_are_those_of_the_recipe():
+    """docs/data.md lists each key with its default, its stages and its help, in the order of the definition."""
+    lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| key | default | stages | meaning |") + 2
+    for line, (name, spec) in zip(lines[start:], FIELDS.items(), strict=False):
+        default = "" if name in REQUIRED else f"`{json.dumps(spec.default).strip(chr(34))}`"
+        stages = " ".join(spec.metadata["stages"])
+        assert line == f"| `{name}` | {default} | {stages} | {spec.metadata['help']} |"
+    assert lines[start + len(FIELDS)] == ""
+
+
+def test_every_key_names_known_stages():
+    for name, field in FIELDS.items():
+        assert set(field.metadata["stages"]) <= set(STAGES) and len(field.metadata["help"]) > 10, name

@@ -1,0 +1,263 @@
+"""The sample stage: complete and without doubles however often it is stopped, and equal to an uninterrupted run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from scripted_server import free_port, scripted, serving
+
+from solopo_plugin.synthesis import backends, sample
+from solopo_plugin.synthesis.backends import Call, call_seed
+from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.synthesis.recipe import make_recipe
+
+pytestmark = pytest.mark.timeout(120)
+ANSWERS = {f"Where does person {i} work?": f"Town {i}" for i in range(30)}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(backends, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(backends, "LONGEST_PAUSE", 0.2)
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A work folder with contexts and, beside it, the server's answers."""
+    folder = tmp_path / "work"
+    write_jsonl(folder / "contexts.jsonl", (context(i) for i in range(len(ANSWERS))))
+    (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
+    return folder
+
+
+def context(i: int) -> dict:
+    question = list(ANSWERS)[i]
+
+    def side(text):
+        prompt = f"{text} documents.\n\n{question}"
+        return {"prompt": prompt, "tokens": len(prompt.split()), "paragraphs": 1, "evidence": [], "dropped": []}
+
+    fields = {"id": f"q{i}", "question": question, "answers": [ANSWERS[question]], "hops": 2}
+    return fields | {"short": side("Few"), "long": side("Very many more")}
+
+
+def recipe_for(urls: str, **keys):
+    base = dict(model_name_or_path="none", template="qwen", input="-", dataset_name="d", work_dir="-")
+    return make_recipe(base | dict(backend="openai", server_urls=urls, num_samples=6, seed=3) | keys)
+
+
+def expected(recipe, side: str, **script) -> list[dict]:
+    rows = []
+    for i in range(len(ANSWERS)):
+        call = Call(f"q{i}", tuple(range(6)), context(i)[side]["prompt"])
+        texts = [scripted(call.prompt, call_seed(recipe, call), k, ANSWERS, **script)[0] for k in range(6)]
+        rows += [{"id": call.id, "k": k, "text": text, "finish_reason": "stop"} for k, text in enumerate(texts)]
+    return rows
+
+
+def final(work: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in work.glob("samples.*.jsonl")}
+
+
+def test_both_sides_in_order_with_counts(work):
+    with serving(work.parent / "answers.json", empty=0.2) as server:
+        recipe = recipe_for(server.url)
+        counts = sample.run(recipe, work)
+    for side in ("short", "long"):
+        rows = list(read_jsonl(work / f"samples.{side}.jsonl"))
+        assert rows == expected(recipe, side, empty=0.2)
+        empty = sum(row["text"] == "" for row in rows)
+        assert 10 < empty < 60
+        assert counts[side] == {
+            "prompts": 30, "answers": 180, "empty": empty, "cut_at_max_new_tokens": 0, "prompt_tokens_differ": 0
+        }  # fmt: skip
+    assert not list(work.glob("*.partial.jsonl"))
+
+
+def test_without_the_long_side_its_file_is_empty(work):
+    with serving(work.parent / "answers.json") as server:
+        assert list(sample.run(recipe_for(server.url, sample_long=False), work)) == ["short"]
+    assert (work / "samples.long.jsonl").read_bytes() == b""
+
+
+def test_a_finished_side_is_not_sampled_again_and_a_changed_one_is(work, tmp_path):
+    log = tmp_path / "log"
+    with serving(work.parent / "answers.json", log=log) as server:
+        recipe = recipe_for(server.url, sample_long=False)
+        counts = sample.run(recipe, work)
+        before = final(work)
+        n = len(log.read_text().splitlines())
+        assert sample.run(recipe, work) == counts and final(work) == before
+        assert len(log.read_text().splitlines()) == n == 30
+        both = sample.run(recipe_for(server.url, concurrency=3, retries=1), work)  # no setting that answers depend on
+        assert both["short"] == counts["short"] and len(log.read_text().splitlines()) == 60
+        rows = [context(i) for i in range(len(ANSWERS))]
+        rows[3]["long"]["prompt"] = "Other " + rows[3]["long"]["prompt"]
+        write_jsonl(work / "contexts.jsonl", rows)
+        sample.run(recipe_for(server.url), work)
+        assert len(log.read_text().splitlines()) == 90
+        assert final(work)["samples.short.jsonl"] == before["samples.short.jsonl"]
+        sample.run(recipe_for(server.url, temperature=0.5), work)
+        assert len(log.read_text().splitlines()) == 150
+        (work / "samples.short.jsonl").write_text("damaged")
+        sample.run(recipe_for(server.url, temperature=0.5), work)
+        assert len(log.read_text().splitlines()) == 180
+
+
+def test_server_killed_and_restarted_mid_run_twice(work):
+    """Slow, malformed, empty, 429 and 5xx on top: the run ends complete, no doubles, no holes."""
+    faults = dict(busy=0.2, broken=0.2, malformed=0.2, slow=0.01, retry_after=0.05, empty=0.1)
+    port = free_port()
+    command = [sys.executable, __file__, f"http://127.0.0.1:{port}/v1", str(work)]
+    with serving(work.parent / "answers.json", port, die_after=25, **faults) as server:
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+        server.process.wait(60)
+    with serving(work.parent / "answers.json", port, die_after=30, **faults) as server:
+        server.process.wait(60)
+    with serving(work.parent / "answers.json", port, **faults):
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    for side in ("short", "long"):
+        assert list(read_jsonl(work / f"samples.{side}.jsonl")) == expected(recipe_for("-"), side, empty=0.1)
+
+
+def environment() -> dict:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+
+
+@pytest.mark.parametrize("max_n", [1 << 30, 1], ids=["n is honoured", "n is ignored"])
+def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, max_n):
+    rng = random.Random(max_n)
+    with serving(work.parent / "answers.json", slow=0.01, max_n=max_n) as server:
+        sample.run(recipe_for(server.url), tmp_path_with_contexts(work, tmp_path / "whole"))
+        lengths, kills = [], 0
+        while not (work / "samples.long.done.json").exists():
+            process = subprocess.Popen([sys.executable, __file__, server.url, str(work)], env=environment(), stderr=-3)
+            deadline, wanted = time.time() + 60, rng.randrange(1, 12)
+            while process.poll() is None and time.time() < deadline:
+                if kills < 5 and lines(work) >= sum(lengths[-1:]) + wanted:
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.001)
+            assert process.wait() in (0, -signal.SIGKILL)
+            lengths.append(lines(work))
+    assert kills == 5 and all(a <= b for a, b in zip(lengths[:4], lengths[1:5], strict=True))
+    assert final(work) == final(tmp_path / "whole")
+
+
+def tmp_path_with_contexts(work: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "contexts.jsonl").write_bytes((work / "contexts.jsonl").read_bytes())
+    return folder
+
+
+def lines(work: Path) -> int:
+    """Lines of all answers on disk."""
+    total = 0
+    for path in [*work.glob("samples.*.partial.jsonl"), *work.glob("samples.*.jsonl")]:
+        total += path.read_bytes().count(b"\n")
+    return total
+
+
+def test_answers_are_on_disk_when_they_arrive(work):
+    """A slow server, two at a time: while the run waits for the next ones, the last are in the file."""
+    with serving(work.parent / "answers.json", slow=0.2) as server:
+        process = subprocess.Popen(
+            [sys.executable, __file__, server.url, str(work), "concurrency=2"], env=environment(), stderr=-3
+        )
+        partial, arrived = work / "samples.short.partial.jsonl", []
+        while len(arrived) < 4:
+            n = partial.read_bytes().count(b"\n") - 1 if partial.exists() else 0
+            if n > len(arrived):
+                arrived += [time.monotonic()] * (n - len(arrived))
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert 0.1 < arrived[3] - arrived[0] < 1.5
+
+
+def test_a_torn_line_and_answers_to_other_prompts(work, tmp_path, caplog):
+    with serving(work.parent / "answers.json") as server:
+        recipe = recipe_for(server.url)
+        sample.run(recipe, tmp_path_with_contexts(work, tmp_path / "whole"))
+        key, _ = sample.fingerprint(recipe, work, "short")
+        partial = work / "samples.short.partial.jsonl"
+        first = {"id": "q4", "ks": [0, 1, 2, 3, 4, 5], "answers": [["kept", "stop"]] * 6, "prompt_tokens": None}
+        written = json.dumps({"fingerprint": key}) + "\n" + json.dumps(first) + "\n"
+        partial.write_text(written + '{"id": "q5", "ks": [0, 1, 2')
+        sample.run(recipe, work)
+        rows = list(read_jsonl(work / "samples.short.jsonl"))
+        assert [row["text"] for row in rows if row["id"] == "q4"] == ["kept"] * 6
+        whole = list(read_jsonl(tmp_path / "whole" / "samples.short.jsonl"))
+        assert [r for r in rows if r["id"] != "q4"] == [r for r in whole if r["id"] != "q4"]
+        (work / "samples.short.done.json").unlink()
+        partial.write_text(written.replace(key, "0" * 64))
+        sample.run(recipe, work)
+        assert "answers to other prompts or settings; sampling begins anew" in caplog.text
+        assert final(work) == final(tmp_path / "whole")
+
+
+def test_of_a_call_that_came_back_in_part_only_the_rest_is_asked_for(work, tmp_path):
+    log = tmp_path / "log"
+    with serving(work.parent / "answers.json", log=log) as server:
+        recipe = recipe_for(server.url, sample_long=False)
+        key, _ = sample.fingerprint(recipe, work, "short")
+        part = {"id": "q4", "ks": [0, 2], "answers": [["kept", "stop"]] * 2, "prompt_tokens": None}
+        partial = work / "samples.short.partial.jsonl"
+        partial.write_text(json.dumps({"fingerprint": key}) + "\n" + json.dumps(part) + "\n")
+        sample.run(recipe, work)
+    sent = [json.loads(line)["n"] for line in log.read_text().splitlines()]
+    assert sorted(sent) == [1] * 4 + [6] * 29
+    texts = [row["text"] for row in read_jsonl(work / "samples.short.jsonl") if row["id"] == "q4"]
+    prompt = context(4)["short"]["prompt"]
+    alone = {k: scripted(prompt, call_seed(recipe, Call("q4", (k,), prompt)), 0, ANSWERS)[0] for k in (1, 3, 4, 5)}
+    assert texts == [alone.get(k, "kept") for k in range(6)]
+
+
+def test_a_hole_is_never_silent(work, monkeypatch):
+    """A backend that loses an answer: the stage says so, and the next run asks for it."""
+    original = backends.BACKENDS["openai"]
+    lossy = lambda recipe, calls: (r for r in original(recipe, calls) if r.id != "q7")  # noqa: E731
+    with serving(work.parent / "answers.json") as server:
+        recipe = recipe_for(server.url)
+        monkeypatch.setitem(backends.BACKENDS, "openai", lossy)
+        with pytest.raises(DataError, match="question q7 lacks 6 answers; start the stage again"):
+            sample.run(recipe, work)
+        assert not (work / "samples.short.jsonl").exists()
+        monkeypatch.setitem(backends.BACKENDS, "openai", original)
+        sample.run(recipe, work)
+    assert list(read_jsonl(work / "samples.short.jsonl")) == expected(recipe, "short")
+
+
+def test_another_chat_template_at_the_server_is_noticed(work, caplog):
+    with serving(work.parent / "answers.json", prompt_tokens=99) as server:
+        counts = sample.run(recipe_for(server.url, sample_long=False), work)
+    said = caplog.text
+    assert said.count("its chat template is another one; use `openai_endpoint: completions`") == 1
+    assert "counts 99 prompt tokens" in said and counts["short"]["prompt_tokens_differ"] == 30
+
+
+def test_a_recipe_asks_in_parts(work, tmp_path):
+    """`answers_per_call: 4` of 6: two calls for a prompt, each with its own seed."""
+    log = tmp_path / "log"
+    with serving(work.parent / "answers.json", log=log) as server:
+        recipe = recipe_for(server.url, answers_per_call=4, sample_long=False)
+        sample.run(recipe, work)
+    sent = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(event["n"] for event in sent) == [2] * 30 + [4] * 30 and len({e["seed"] for e in sent}) == 60
+
+
+if __name__ == "__main__":  # one run of the stage in a process of its own: url, work folder, key=value
+    keys = {key: int(value) for key, value in (word.split("=") for word in sys.argv[3:])}
+    given = {key: value for key, value in asdict(recipe_for(sys.argv[1])).items() if value is not None}
+    backends.FIRST_PAUSE, backends.LONGEST_PAUSE = 0.02, 0.2
+    sample.run(make_recipe(given | {"retries": 60} | keys), Path(sys.argv[2]))

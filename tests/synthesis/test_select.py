@@ -1,0 +1,235 @@
+"""Selection: who is drawn, what is dropped and counted, how many rows there are, and which split they are in."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from small_work import TOKENIZER, Template, answer, recipe_for, verdicts, write_work
+
+from solopo_plugin.synthesis import select
+from solopo_plugin.synthesis.files import DataError, read_jsonl
+from solopo_plugin.synthesis.select import draw_pair
+
+
+@pytest.fixture(autouse=True)
+def toy_template(monkeypatch):
+    monkeypatch.setattr(select, "load_chat", lambda recipe: (TOKENIZER, Template()))
+
+
+def draw(answers: list[dict], room=10_000, seed=0, balance_length=False):
+    dropped = Counter()
+    encode = lambda text: list(map(ord, text))  # noqa: E731
+    drawn = draw_pair(answers, room, encode, {"<|end|>"}, random.Random(seed), balance_length, dropped)
+    return drawn, {name: n for name, n in dropped.items() if n}
+
+
+RIGHT, WRONG = answer("q1", 0, True), answer("q1", 1, False)
+CASES = [
+    ([RIGHT, WRONG], None, {}),
+    ([RIGHT, RIGHT], "all_correct", {}),
+    ([WRONG, WRONG], "all_wrong", {}),
+    ([RIGHT, WRONG | {"text": " \n", "answer": None}], "no_usable_rejected", {"empty": 1}),
+    ([RIGHT | {"finish_reason": "length"}, WRONG], "no_usable_chosen", {"cut": 1}),
+    ([RIGHT, WRONG | {"answer": None, "text": "I think so."}], "no_usable_rejected", {"no_marker": 1}),
+    ([RIGHT, WRONG | {"text": "<|end|> The answer is: 3"}], "no_usable_rejected", {"template_marker": 1}),
+    ([RIGHT, WRONG | {"text": "long " * 60 + WRONG["text"]}], "no_usable_rejected", {"over_length": 1}),
+    ([RIGHT, WRONG | {"text": RIGHT["text"]}], "no_usable_rejected", {"equal": 1}),
+    ([RIGHT, WRONG, WRONG | {"text": "", "answer": None}], None, {"empty": 1}),
+]
+
+
+@pytest.mark.parametrize("answers, reason, dropped", CASES, ids=[f"{c[1]} {list(c[2])}" for c in CASES])
+def test_what_is_dropped_and_why(answers, reason, dropped):
+    drawn, counted = draw(answers, room=200)
+    assert (drawn.reason, counted) == (reason, dropped)
+    if reason is None:
+        assert (drawn.chosen["k"], drawn.rejected["k"]) == (0, 1)
+
+
+def test_a_response_may_fill_the_room_exactly():
+    """`cutoff_len` counts the response's stop token, which `encode` adds."""
+    n = max(len(RIGHT["text"]), len(WRONG["text"]))
+    assert draw([RIGHT, WRONG], room=n)[0].reason is None
+    assert draw([RIGHT, WRONG], room=n - 1)[1] == {"over_length": 1}
+
+
+def test_draws_are_uniform():
+    """Chosen among 5 right and rejected among 7 wrong, 6,000 seeds: chi-square at p > 0.001, fixed seeds."""
+    answers = verdicts(1, "101001110000")
+    chosen, rejected = Counter(), Counter()
+    for seed in range(6000):
+        drawn, _ = draw(answers, seed=seed)
+        chosen[drawn.chosen["k"]] += 1
+        rejected[drawn.rejected["k"]] += 1
+    assert set(chosen) == {0, 2, 5, 6, 7} and set(rejected) == {1, 3, 4, 8, 9, 10, 11}
+    assert chisquare(list(chosen.values())).pvalue > 1e-3 and chisquare(list(rejected.values())).pvalue > 1e-3
+
+
+def test_length_balance_brings_lengths_together():
+    def gap(balance: bool) -> float:
+        gaps = []
+        for seed in range(200):
+            rng = random.Random(seed)
+            answers = [answer("q1", k, k % 2 == 0) for k in range(16)]
+            answers = [a | {"text": "so " * rng.randrange(80) + a["text"]} for a in answers]
+            drawn, _ = draw(answers, seed=seed, balance_length=balance)
+            gaps.append(abs(len(drawn.chosen["ids"]) - len(drawn.rejected["ids"])))
+        return sum(gaps) / len(gaps)
+
+    assert gap(True) < gap(False) / 4
+
+
+def pairs(work: Path) -> list[dict]:
+    return list(read_jsonl(work / "pairs.jsonl"))
+
+
+def test_questions_with_a_pair_on_both_sides_come_first(tmp_path):
+    """Four questions give a pair on both sides, three on the short side alone, three on the long side alone."""
+    short = ["10", "10", "10", "10", "10", "10", "10", "11", "11", "00", "00"]
+    long = ["01", "01", "01", "01", "00", "11", "11", "01", "01", "01", "11"]
+    write_work(tmp_path, *[[verdicts(i, bits) for i, bits in enumerate(side)] for side in (short, long)])
+    for num_rows, n_solo in ((4, 4), (6, 6), (20, 7)):
+        counts = select.run(recipe_for(tmp_path, num_rows=num_rows), tmp_path)
+        by_set = {name: [r["id"] for r in pairs(tmp_path) if r["set"] == name] for name in select.SETS}
+        assert len(by_set["solopo"]) == n_solo and set(by_set["solopo"][:4]) == {"q0", "q1", "q2", "q3"}
+        assert by_set["solopo"][:4] == by_set["long_po"][:4] == by_set["longpo"][:4]
+        assert counts["with_a_pair_on_both"] == 4
+        if num_rows < 7:
+            assert counts["statement"] == f"{num_rows} rows, as asked for, of 7 questions that give a pair."
+    assert set(by_set["solopo"]) == {f"q{i}" for i in range(7)}
+    assert set(by_set["long_po"]) == {"q0", "q1", "q2", "q3", "q7", "q8", "q9"}
+    assert set(by_set["longpo"]) == {"q0", "q1", "q2", "q3", "q4", "q7", "q8"}  # q5, q6: never wrong on the long side
+    assert counts["short"]["dropped_questions"] == {"all_correct": 2, "all_wrong": 2}
+    assert counts["statement"] == (
+        "7 rows of `num_rows: 20`: 11 questions had a context, of which dropped on the short one: 2 all correct, "
+        "2 all wrong; for more rows give more questions."
+    )
+
+
+def test_chosen_and_rejected_come_from_the_sides_of_the_set(tmp_path):
+    """Numbers of the answers tell the side: the short side's right answer is k = 0, the long side's k = 1."""
+    write_work(tmp_path, [verdicts(i, "10") for i in range(6)], [verdicts(i, "01") for i in range(6)])
+    select.run(recipe_for(tmp_path), tmp_path)
+    ks = {row["set"]: (row["chosen_k"], row["rejected_k"]) for row in pairs(tmp_path)}
+    assert ks == {"solopo": (0, 1), "long_po": (1, 0), "longpo": (0, 0)}
+    for row in pairs(tmp_path):
+        assert row["pass_rate_short"] == row["pass_rate_long"] == 0.5 and row["pair_on_both"]
+        assert row["chosen_tokens"] == len(row["chosen"]) + 1  # the stop token
+
+
+def test_without_long_samples(tmp_path):
+    write_work(tmp_path, [verdicts(i, "10") for i in range(6)])
+    counts = select.run(recipe_for(tmp_path, sample_long=False), tmp_path)
+    assert {row["set"] for row in pairs(tmp_path)} == {"solopo"} and "long" not in counts
+    assert all(row["pass_rate_long"] is None and not row["pair_on_both"] for row in pairs(tmp_path))
+
+
+def test_not_a_row_and_no_training_row_are_sentences(tmp_path):
+    write_work(tmp_path, [verdicts(i, "11") for i in range(3)], [verdicts(i, "11") for i in range(3)])
+    with pytest.raises(DataError, match="^0 rows of `num_rows: 10`: 3 questions had a context.*: 3 all correct; for"):
+        select.run(recipe_for(tmp_path), tmp_path)
+    write_work(tmp_path, [verdicts(i, "10") for i in range(3)], [verdicts(i, "11") for i in range(3)])
+    with pytest.raises(DataError, match="`val_size: 3` leaves no training row of 3"):
+        select.run(recipe_for(tmp_path, val_size=3), tmp_path)
+
+
+def test_other_judgements_than_contexts_are_noticed(tmp_path):
+    write_work(tmp_path, [verdicts(i, "10") for i in (0, 2, 1)], [verdicts(i, "10") for i in range(3)])
+    with pytest.raises(DataError, match="has question 'q2' where contexts.jsonl has 'q1'; run the stage `judge` again"):
+        select.run(recipe_for(tmp_path), tmp_path)
+
+
+def test_a_prompt_that_training_would_refuse(tmp_path):
+    write_work(tmp_path, [verdicts(i, "10") for i in range(3)])
+    rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
+    rows[1]["long"]["prompt"] += "<|end|>"
+    select.write_jsonl(tmp_path / "contexts.jsonl", rows)
+    counts = select.run(recipe_for(tmp_path, sample_long=False), tmp_path)
+    assert counts["short"]["dropped_questions"] == {"template_marker_in_prompt": 1}
+    assert {row["id"] for row in pairs(tmp_path)} == {"q0", "q2"}
+
+
+def test_the_longer_prompt_decides_whether_a_pair_fits(tmp_path):
+    write_work(tmp_path, [verdicts(i, "10") for i in range(3)])
+    longest = max(row["long"]["tokens"] for row in read_jsonl(tmp_path / "contexts.jsonl"))
+    recipe = recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 10)
+    with pytest.raises(DataError, match="0 rows .*3 no usable chosen"):
+        select.run(recipe, tmp_path)
+    assert select.run(recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 100), tmp_path)["rows"]
+
+
+def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):
+    """Three of twelve, forty seeds: every question comes up; one seed gives one choice."""
+    write_work(tmp_path, [verdicts(i, "10") for i in range(12)])
+    seen = Counter()
+    for seed in range(40):
+        select.run(recipe_for(tmp_path, num_rows=12, val_size=3, sample_long=False, seed=seed), tmp_path)
+        chosen = [row["id"] for row in pairs(tmp_path) if row["split"] == "val"]
+        assert len(chosen) == 3
+        seen.update(chosen)
+    assert len(seen) == 12 and max(seen.values()) < 25
+
+
+def test_the_same_question_twice_is_on_one_side(tmp_path):
+    """Ten questions, each under two ids with another capitalisation: no split has only one of them."""
+    write_work(tmp_path, [verdicts(i, "10") for i in range(20)])
+    rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
+    for row, other in zip(rows[10:], rows[:10], strict=True):
+        row["question"], row["answers"] = other["question"].upper(), [a.upper() for a in other["answers"]]
+    select.write_jsonl(tmp_path / "contexts.jsonl", rows)
+    for seed in range(5):
+        counts = select.run(recipe_for(tmp_path, num_rows=20, val_size=5, sample_long=False, seed=seed), tmp_path)
+        validation = {int(row["id"][1:]) % 10 for row in pairs(tmp_path) if row["split"] == "val"}
+        training = {int(row["id"][1:]) % 10 for row in pairs(tmp_path) if row["split"] == "train"}
+        assert not validation & training and counts["rows"]["solopo"]["val"] in (6, 5)
+
+
+BITS = st.lists(st.tuples(*[st.text("01", min_size=3, max_size=3)] * 2), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(BITS, st.integers(1, 12), st.sampled_from([0, 0.25, 0.5]), st.integers(0, 3))
+def test_properties(tmp_path_factory, bits, num_rows, val_size, seed):
+    """Right is chosen and wrong rejected; counts add up; splits are disjoint; order and repetition change nothing."""
+    work = tmp_path_factory.mktemp("work")
+    n = len(bits)
+    sides = [[verdicts(i, pair[side]) for i, pair in enumerate(bits)] for side in (0, 1)]
+    write_work(work, *sides)
+    recipe = recipe_for(work, num_rows=num_rows, val_size=val_size, seed=seed)
+    mixed = [[set(pair[side]) == {"0", "1"} for pair in bits] for side in (0, 1)]
+    n_rows = min(num_rows, sum(mixed[0]))
+    if n_rows == 0:
+        with pytest.raises(DataError, match="^0 rows"):
+            select.run(recipe, work)
+        return
+    counts = select.run(recipe, work)
+    rows = pairs(work)
+    solo = [row for row in rows if row["set"] == "solopo"]
+    assert len(solo) == n_rows and len({row["id"] for row in solo}) == n_rows
+    for side, name in enumerate(("short", "long")):
+        assert counts[name]["with_a_pair"] == sum(mixed[side])
+        assert counts[name]["with_a_pair"] + sum(counts[name]["dropped_questions"].values()) == n
+    for row in rows:
+        i = int(row["id"][1:])
+        for part, bit in (("chosen", "1"), ("rejected", "0")):
+            side = select.SETS[row["set"]][part == "rejected"] == "long"
+            assert bits[i][side][row[f"{part}_k"]] == bit
+            assert row[part] == sides[side][i][row[f"{part}_k"]]["text"]
+    on_both = sum(a and b for a, b in zip(*mixed, strict=True))
+    assert sum(row["pair_on_both"] for row in solo) == min(num_rows, on_both)
+    split = {row["id"]: row["split"] for row in solo}
+    assert list(split.values()).count("val") == round(val_size * n_rows)
+    assert all(split.get(row["id"], "train") == row["split"] for row in rows)
+    before = (work / "pairs.jsonl").read_bytes()
+    select.run(recipe, work)
+    assert (work / "pairs.jsonl").read_bytes() == before
+    contexts = list(read_jsonl(work / "contexts.jsonl"))
+    select.write_jsonl(work / "contexts.jsonl", contexts[::-1])
+    for name, answers in (("short", sides[0]), ("long", sides[1])):
+        select.write_jsonl(work / f"judged.{name}.jsonl", (row for question in answers[::-1] for row in question))
+    select.run(recipe, work)
+    assert (work / "pairs.jsonl").read_bytes() == before
