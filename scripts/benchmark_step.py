@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -23,16 +24,17 @@ import sys
 import tempfile
 import time
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from plan import MODELS, OPTIMIZERS, Setup, count, peak, shape_of, step_flops, step_memory
 
 from solopo_plugin.args import LENGTH_NORMALISED
+from solopo_plugin.host.versions import installed
 
 GB = 1e9  # bytes
 WARM_UP = 1  # steps before the timed ones: allocators and optimizer states
 ROWS = 4  # of every data set; more steps go over them again
+NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in messages of a plain RuntimeError
 PACKAGES = ("solopo", "llamafactory", "torch", "transformers", "trl", "accelerate", "peft", "flash-attn")
 
 # `slow`: timed steps of V0, `steps`: of the others. On a GPU sgd without momentum stands for "no optimizer": it has no
@@ -207,8 +209,9 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
         run_exp(recipe_of(settings, run, folder), callbacks=[watch])
     except Finished:
         pass
-    except (RuntimeError, MemoryError) as error:  # torch's are RuntimeErrors, on the CPU of no kind of their own
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(sign in str(error) for sign in NO_MEMORY):
             raise
         outcome = "oom"
     return {"status": outcome, "warm_up_s": watch.step_s[:WARM_UP], "step_s": watch.step_s[WARM_UP:],
@@ -396,6 +399,7 @@ def as_markdown(document: dict) -> str:
         if row["status"] == "ok":
             step = f"{row['median_s']:.2f} ({min(run['step_s']):.2f} to {max(run['step_s']):.2f})"
             cpu, memory = f"{statistics.median(run['cpu_s']):.2f}", f"{row['peak'] / GB:.2f} {memory}"
+            memory += f", reserved {row['reserved'] / GB:.2f}" if row["reserved"] else ""
         share = f"{100 * row['memory_V0']:.0f} %" if "memory_V0" in row else "-"
         cells = (row["name"], row["tokens"], step, cpu, ratio(row, "speed_V0"), ratio(row, "speed_S1"), memory, share)
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -448,9 +452,7 @@ def write(document: dict, folder: Path, page: bool) -> None:
 
 def hardware(device: str) -> dict:
     """What the numbers depend on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     name, memory = (names or [platform.machine()])[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device == "cuda":
         import torch
@@ -458,17 +460,6 @@ def hardware(device: str) -> dict:
         card = torch.cuda.get_device_properties(0)
         name, memory = card.name, card.total_memory
     return {"device": name, "memory_gb": round(memory / GB), "cores": os.cpu_count()}
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that the numbers depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -513,9 +504,11 @@ def open_document(args: argparse.Namespace, settings: dict) -> dict:
     """What earlier runs left under this name, if they measured the same thing on the same machine; else a new one."""
     name = args.name or args.preset
     file = args.out / f"{name}.json"
-    command = shlex.join(["python", "scripts/benchmark_step.py", *sys.argv[1:]])
-    document = {"name": name, "date": date.today().isoformat(), "command": command, "settings": settings,
-                "hardware": hardware(settings["device"]), "versions": versions(), "runs": {}}  # fmt: skip
+    document = {
+        "name": name, "date": date.today().isoformat(), "settings": settings,
+        "command": shlex.join(["python", "scripts/benchmark_step.py", *sys.argv[1:]]),
+        "hardware": hardware(settings["device"]), "versions": {name: installed(name) for name in PACKAGES}, "runs": {},
+    }  # fmt: skip
     if file.exists():
         earlier = json.loads(file.read_text())
         for key in ("settings", "hardware", "versions"):
@@ -567,13 +560,13 @@ def main() -> None:
                 sys.exit("The search ends here: the trial neither fitted nor ran out of memory.")
             return seen["status"] == "ok"
 
-        for number, configuration in enumerate(todo, 1):
-            print(f"[{number}/{len(todo)}] ", end="", flush=True)
+        jobs = [(c, length) for length in (lengths[:1] if args.longest else lengths) for c in todo]
+        for number, (configuration, length) in enumerate(jobs, 1):
+            print(f"[{number}/{len(jobs)}] ", end="", flush=True)
             if args.longest:
-                find_longest(lengths[0], args.grain, lambda length, c=configuration: once(c, length, trial=True))
+                find_longest(length, args.grain, lambda n, c=configuration: once(c, n, trial=True))
             else:
-                for length in lengths:
-                    once(configuration, length)
+                once(configuration, length)
     runs = document["runs"]
     document |= {"summary": summarise(settings, runs), "longest": longest_of(runs)}
     write(document, args.out, page=True)
