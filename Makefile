@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test recipes clean
+.PHONY: install demo test recipes benchmark clean
 
 install: .venv/.installed
 
@@ -30,6 +30,10 @@ test: .venv/.test
 
 recipes: .venv/.installed
 	$(BIN)/python scripts/make_recipes.py
+
+# ARGS="--preset qwen2.5-7b" for one GPU; see docs/benchmarks
+benchmark: .venv/.installed
+	$(BIN)/python scripts/benchmark_step.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info saves .pytest_cache .hypothesis

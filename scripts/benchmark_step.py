@@ -352,6 +352,7 @@ def summarise(settings: dict, runs: dict[str, dict]) -> list[dict]:
                 row[f"predicted_speed_{base}"] = flops(other) / flops(run)
                 if other["status"] == run["status"] == "ok":
                     row[f"speed_{base}"] = other["median_s"] / run["median_s"]
+                    row[f"cpu_speed_{base}"] = statistics.median(other["cpu_s"]) / statistics.median(run["cpu_s"])
                     row[f"memory_{base}"] = above_idle(run) / above_idle(other)
         rows.append(row)
     return rows
@@ -390,7 +391,7 @@ def as_markdown(document: dict) -> str:
         f"{settings['threads'] or 'by default'}. {', '.join(' '.join(v) for v in document['versions'].items())}.", "",
         f"    {document['command']}", "",
         "Measured, in brackets what `scripts/plan.py` predicts. Speed: times as fast. Peak: above the idle process.",
-        "", "| configuration | tokens | step, s: median (least to most) | CPU, s | speed to V0 | speed to S1 "
+        "", "| configuration | tokens | step, s: median (least to most) | CPU, s (speed to V0 by it) | speed to V0 | speed to S1 "
         "| peak, GB | of V0's |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in document["summary"]:
@@ -399,6 +400,7 @@ def as_markdown(document: dict) -> str:
         if row["status"] == "ok":
             step = f"{row['median_s']:.2f} ({min(run['step_s']):.2f} to {max(run['step_s']):.2f})"
             cpu, memory = f"{statistics.median(run['cpu_s']):.2f}", f"{row['peak'] / GB:.2f} {memory}"
+            cpu += f" ({row['cpu_speed_V0']:.2f})" if "cpu_speed_V0" in row else ""
             memory += f", reserved {row['reserved'] / GB:.2f}" if row["reserved"] else ""
         share = f"{100 * row['memory_V0']:.0f} %" if "memory_V0" in row else "-"
         cells = (row["name"], row["tokens"], step, cpu, ratio(row, "speed_V0"), ratio(row, "speed_S1"), memory, share)
