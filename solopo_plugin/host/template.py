@@ -1,8 +1,9 @@
 """The host's chat template and tokenizer, outside training: what makes a prompt the tokens that the trainer will see.
 
-Nothing is patched. Host: 0.9.5.
+Nothing stays patched. Host: 0.9.5.
 """
 
+from copy import copy
 from difflib import get_close_matches
 
 
@@ -36,7 +37,12 @@ def load_template(
             f"{type(cause).__name__} {' '.join(str(cause).split())[:300]}"
         ) from None
     data_args = DataArguments(template=template, default_system=default_system, enable_thinking=enable_thinking)
-    return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
+    registered = TEMPLATES[template]
+    TEMPLATES[template] = copy(registered)  # the host writes `default_system` into what all of the process share
+    try:
+        return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
+    finally:
+        TEMPLATES[template] = registered
 
 
 def encode_prompt(tokenizer, template, text: str) -> list[int]:

@@ -57,7 +57,7 @@ def recipe(folder: Path, model: str, questions: list[dict] | Path, **keys) -> Da
         source = folder / "questions.jsonl"
         write_jsonl(source, questions)
     base = dict(
-        model_name_or_path=model, template="qwen", input=str(source), work_dir=str(folder / "work"), short_tokens=400,
+        model_name_or_path=model, template="qwen", input=str(source), work_dir=str(folder / "work"), short_tokens=450,
         long_tokens=1200, dataset_name="made", dataset_dir=str(folder / "data"), num_samples=4, num_rows=20,
     )  # fmt: skip
     return make_recipe(base | keys)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from copy import copy
 from functools import cache
 from pathlib import Path
 
@@ -84,12 +85,14 @@ def check(rows: list[dict], questions: list[dict], made, pool_texts: dict[str, s
         ("qwen3", {}, {}),
     ],
 )
-def test_prompts_are_the_trainers_ids(model, tmp_path, template, keys, trainer):
+def test_prompts_are_the_trainers_ids(model, tmp_path, monkeypatch, template, keys, trainer):
     """Rows go through the host's whole loader, as in training; its prompt ids are those that were counted."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.data.template import TEMPLATES
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
+    monkeypatch.setitem(TEMPLATES, template, copy(TEMPLATES[template]))  # the host changes it for all that follows
     if template == "llama3":
         model = save_tokenizer(tmp_path, bos="<|begin_of_text|>")
     rows, _ = build(tmp_path, model, make_questions(6), template=template, short_tokens=500, **keys)
@@ -109,6 +112,7 @@ def test_prompts_are_the_trainers_ids(model, tmp_path, template, keys, trainer):
         tokenizer=tokenizer,
     )["train_dataset"]  # fmt: skip
     ours, ours_template = load_template(model, template, **keys)
+    load_template(model, template, default_system="Of another recipe in this process.")
     assert len(trained) == len(rows) == 6
     for row, tokenised in zip(rows, trained, strict=True):
         for side in SIDES:
@@ -190,6 +194,9 @@ def test_tokens_that_do_not_add_up(tmp_path, kind):
     keys = {"short_tokens": 600, "long_tokens": 1500}
     rows, counts = build(tmp_path / "made", model, questions, **keys)
     assert counts["tokenised_whole"] >= 2 * len(rows) > 30
+    pool, _ = build_pool(tmp_path / "made" / "work", set())
+    count_tokens(pool, load_template(model, "qwen")[0])
+    assert len(pool.sums) == len(pool) and not any(pool.sums)
     check(rows, questions, recipe(tmp_path / "made", model, questions, **keys))
     assert all(600 - 60 < r["short"]["tokens"] and 1500 - 60 < r["long"]["tokens"] for r in rows)
 
@@ -201,7 +208,7 @@ def test_a_prompt_of_the_users_own(model, tmp_path):
         rows, counts = build(tmp_path / folder, model, questions, prompt=prompt)
         assert (counts["tokenised_whole"] > 0) == (folder == "glued") and len(rows) == 20
         check(rows, questions, recipe(tmp_path / folder, model, questions, prompt=prompt))
-        assert all(400 - 60 < r["short"]["tokens"] and 1200 - 60 < r["long"]["tokens"] for r in rows)
+        assert all(450 - 60 < r["short"]["tokens"] and 1200 - 60 < r["long"]["tokens"] for r in rows)
     for prompt in ("{documents}", "{question}", "{documents} {question} {question}"):
         with pytest.raises(DataError, match=r"`prompt` must hold \{\w+\} once, it does so [02] times"):
             split_prompt(prompt)
@@ -262,7 +269,7 @@ def test_order_and_workers_change_nothing(model, tmp_path):
     rows, counts = build(tmp_path / "a", model, questions)
     again, _ = build(tmp_path / "b", model, questions, num_workers=3)
     content = [(tmp_path / name / "work" / "contexts.jsonl").read_bytes() for name in "ab"]
-    assert content[0] == content[1] and len(rows) == 40
+    assert content[0] == content[1] and len(rows) == 40 and counts["left_out"] == {}
     few, _ = build(tmp_path / "c", model, questions, long_tokens=900)
     assert [r["short"] for r in few] == [r["short"] for r in rows]
     other, _ = build(tmp_path / "d", model, questions, seed=1)
