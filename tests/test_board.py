@@ -244,7 +244,7 @@ stages.choices = [c for c in stages.choices if c[0] != "SoLoPO"]
 parts = [c for c in demo.get_config_file()["components"] if c["id"] not in ours and c["type"] not in ("row", "form")]
 found["page"] = [[c["type"], {k: v for k, v in c["props"].items() if k != "name"}] for c in parts]
 found["ours"] = sorted(ours) != []
-print("FOUND" + json.dumps(found, default=str))
+print("FOUND" + json.dumps(found, default=lambda value: type(value).__name__))
 """
 
 
@@ -272,36 +272,55 @@ def test_the_other_stages_are_as_without_the_plugin(tmp_path):
         assert on[name] == off[name], name
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "control.list_datasets = lambda folder: None",
-        "runner.Runner._parse_train_args = lambda self: None",
-        "del control.gen_loss_plot",
-        "constants.TRAINING_STAGES['SoLoPO'] = 'solopo'",
-        "board.widget = None",
-    ],
-)
-def test_a_board_of_another_structure_starts_without_the_section(tmp_path, change):
-    """`board.widget`: the checks pass and the page cannot be built. The host's own functions are put back."""
-    code = f"""
-from llamafactory.webui import control, runner
+BROKEN = """
+import sys
+from importlib import import_module
 from llamafactory.extras import constants
+from llamafactory.webui import components, control, locales, runner
 from solopo_plugin.host import board
-{change}
-parse = runner.Runner._parse_train_args
-n_stages = len(constants.TRAINING_STAGES)
-from llamafactory.webui import interface
-from llamafactory.webui.locales import LOCALES
-demo = interface.create_ui()
-assert len(constants.TRAINING_STAGES) == n_stages and "solopo_alpha" not in LOCALES
-assert runner.Runner._parse_train_args is parse
-labels = [c["props"].get("value") for c in demo.get_config_file()["components"]]
-assert "DPO" not in labels and 'Supervised Fine-Tuning' in labels
+
+for owner, name, value in (
+    (control, "list_datasets", lambda folder: None),
+    (control, "gen_loss_plot", None),
+    (runner.Runner, "_parse_train_args", lambda self: None),
+    (constants, "STAGES_USE_PAIR_DATA", {"rm"}),
+    (locales.LOCALES, "solopo_alpha", {}),
+    (board, "widget", None),  # here all checks pass, and the page cannot be built
+):
+    mapping = isinstance(owner, dict)
+    original = owner.get(name) if mapping else getattr(owner, name)
+    owner.update({name: value}) if mapping else setattr(owner, name, value)
+    before, parse = dict(locales.LOCALES), runner.Runner._parse_train_args
+    print("changed", name, file=sys.stderr)
+    page = import_module("llamafactory.webui.interface").create_ui().get_config_file()
+    assert "SoLoPO" not in constants.TRAINING_STAGES and locales.LOCALES == before
+    assert runner.Runner._parse_train_args is parse
+    assert "Supervised Fine-Tuning" in [c["props"].get("value") for c in page["components"]]
+    owner.pop(name) if mapping else setattr(owner, name, original)
+    del sys.modules["llamafactory.webui.interface"]
+page = import_module("llamafactory.webui.interface").create_ui()
+assert "SoLoPO" in constants.TRAINING_STAGES
 """
-    done = in_new_process(code, tmp_path)
-    (line,) = [line for line in done.stderr.splitlines() if "solopo_plugin" in line]
-    assert line.startswith("[WARNING] solopo_plugin: LlamaBoard starts without the SoLoPO section: "), line
+
+
+def test_a_board_of_another_structure_starts_without_the_section(tmp_path):
+    """For each change one line in the log, and the host's own page; when all is as it was, the section is back."""
+    lines = in_new_process(BROKEN, tmp_path).stderr.splitlines()
+    said = [line for line in lines if line.startswith(("changed", "[WARNING] solopo_plugin"))]
+    assert len(said) == 12 and not any(line.startswith("changed") for line in said[1::2])
+    for line, what in zip(
+        said[1::2],
+        (
+            "control.list_datasets",
+            "control.gen_loss_plot",
+            "Runner._parse_train_args",
+            "dpo",
+            "solopo_alpha",
+            "NoneType",
+        ),
+        strict=True,
+    ):
+        assert "LlamaBoard starts without the SoLoPO section: " in line and what in line, line
 
 
 # ---- data sets
