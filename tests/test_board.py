@@ -6,6 +6,7 @@ What a user sees and does is in `web/test_web.py`.
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -393,3 +394,34 @@ def test_a_run_logs_what_the_chart_shows(host, recipe, run, tmp_path):
     assert above.get_position().y0 > below.get_position().y1, "one above the other"
     others = [{k: v for k, v in entry.items() if k not in ("align_loss", "reward_gap")} for entry in log]
     assert len(host.control.gen_loss_plot(others).axes) == 1
+
+
+# ---- abort
+
+
+def test_abort_while_the_reference_is_scored(recipe, run, monkeypatch, tmp_path):
+    """The board's signal ends the process at once; the next run finds what was scored."""
+    from solopo_plugin.trainer import SoloTrainer
+
+    monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "cache"))
+    scored, score_pair = [], SoloTrainer.score_pair
+
+    def aborting(self, model, features):
+        scored.append(len(features))
+        if len(scored) == 2:
+            signal.raise_signal(signal.SIGABRT)
+        return score_pair(self, model, features)
+
+    monkeypatch.setattr(SoloTrainer, "score_pair", aborting)
+    flags = []
+    before = signal.signal(signal.SIGABRT, lambda *_: flags.append(True))  # as the host's LogCallback in the board
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(recipe(max_samples=8, per_device_eval_batch_size=2))
+        assert ended.value.code == 0 and not flags and scored == [2, 2]
+        signal.raise_signal(signal.SIGABRT)
+        assert flags, "the host's handler is back"
+        run(recipe(max_samples=8, per_device_eval_batch_size=2))
+    finally:
+        signal.signal(signal.SIGABRT, before)
+    assert sum(scored[2:]) == 6, "two of the eight rows had been scored"
