@@ -194,6 +194,17 @@ def test_unsloth_is_refused_in_the_page(page):
     assert "`use_unsloth: True` does not work with `stage: solopo`" in preview(page, **{"top.booster": "unsloth"})
 
 
+def test_a_data_set_of_another_stage_is_refused_in_the_page(page):
+    assert "Dataset `demo_short_po` has no long context" in preview(page, dataset=["demo_solopo", "demo_short_po"])
+    assert "--dataset elsewhere" in preview(page, dataset=["elsewhere"])
+
+
+def test_loading_does_not_lose_the_chosen_data_sets(host):
+    """The host empties them at every change of the stage; for its own stages it still does."""
+    assert host.train.change_stage(board.STAGE) == ({"__type__": "update"}, False)
+    assert host.train.change_stage("DPO") == ([], False) and host.train.change_stage("Pre-Training") == ([], True)
+
+
 def test_saved_and_loaded_again(page):
     filled = {name: typed for name, (typed, _) in FILLED.items()}
     page.runner.save_args(page.fill(**filled))
@@ -370,6 +381,7 @@ def test_preview_of_rows_shows_the_pair_and_both_prompts(host, folder):
 def test_preview_of_other_data_sets_is_the_hosts(host, folder):
     shown = host.data.get_preview(folder, ["pairs"], 0)[:2]
     assert shown == host.data.get_preview.__wrapped__(folder, ["pairs"], 0)[:2] and "note" in shown[1][0]
+    assert type(shown[1]) is list, "and gradio treats it as ever"
 
 
 # ---- chart

@@ -40,8 +40,10 @@ def apply(interface) -> None:
     list_datasets = _filtering(control.list_datasets)
     changes = [
         (train, "list_datasets", list_datasets),
+        (train, "change_stage", _keeping_choice(train.change_stage)),
         (eval, "list_datasets", list_datasets),
         (data, "get_preview", _previewing(data.get_preview)),
+        (data.gr.JSON, "postprocess", _showing_rows(data.gr.JSON.postprocess)),
         (control, "gen_loss_plot", _plotting(control.gen_loss_plot)),
         (Runner, "_initialize", _refusing(Runner._initialize)),
         (Runner, "_parse_train_args", _parsing(Runner._parse_train_args)),
@@ -93,8 +95,10 @@ def check(interface) -> None:
         (control, "list_datasets", ("dataset_dir", "training_stage")),
         (control, "gen_loss_plot", ("trainer_log",)),
         (train, "list_datasets", ("dataset_dir", "training_stage")),
+        (train, "change_stage", ("training_stage",)),
         (eval, "list_datasets", ("dataset_dir", "training_stage")),
         (data, "get_preview", ("dataset_dir", "dataset", "page_index")),
+        (data.gr.JSON, "postprocess", ("self", "value")),
     ):
         expect_signature(owner, name, parameters)
     known = interface.create_train_tab.__code__.co_varnames
@@ -186,13 +190,21 @@ def _adding_section(create_train_tab):
 # ---- its data sets
 
 
+def check_dataset(name: str, entry: dict, stage: str) -> None:
+    """Refuse an entry of `dataset_info.json` that the stage cannot use, in the loader's sentence."""
+    from llamafactory.data.parser import DatasetAttr
+
+    attr = DatasetAttr("file", dataset_name=name)
+    attr.join(entry)
+    check_stage(name, attr, stage)
+
+
 def _filtering(list_datasets):
     """Of the data sets that the host would list, those that the stage does not refuse."""
 
     @wraps(list_datasets)
     def wrapper(dataset_dir=None, training_stage=None):
         import gradio as gr
-        from llamafactory.data.parser import DatasetAttr
         from llamafactory.extras.constants import TRAINING_STAGES
         from llamafactory.webui.common import DEFAULT_DATA_DIR, load_dataset_info
 
@@ -200,15 +212,42 @@ def _filtering(list_datasets):
         info = load_dataset_info(DEFAULT_DATA_DIR if dataset_dir is None else dataset_dir)
 
         def usable(name: str) -> bool:
-            attr = DatasetAttr("file", dataset_name=name)
-            attr.join(info[name])
             try:
-                check_stage(name, attr, TRAINING_STAGES[training_stage])
+                check_dataset(name, info[name], TRAINING_STAGES[training_stage])
             except ValueError:
                 return False
             return True
 
         return gr.Dropdown(choices=[n for _, n in list_datasets(dataset_dir, training_stage).choices if usable(n)])
+
+    return wrapper
+
+
+def _keeping_choice(change_stage):
+    """The host empties the chosen data sets when the stage changes, also when saved arguments or a running job did it.
+
+    So a loaded configuration would lose them. For our stage they stay; one that is wrong is refused with its sentence.
+    """
+
+    @wraps(change_stage)
+    def wrapper(training_stage):
+        import gradio as gr
+
+        dataset, packing = change_stage(training_stage)
+        return (gr.skip() if training_stage == STAGE else dataset), packing
+
+    return wrapper
+
+
+class Rows(list):
+    """Rows for the preview, which are sent as JSON: gradio 5.50 sends text, `root=[...]` (its pull request 12343)."""
+
+
+def _showing_rows(postprocess):
+    @wraps(postprocess)
+    def wrapper(self, value):
+        shown = postprocess(self, value)
+        return getattr(shown, "root", shown) if isinstance(value, Rows) else shown
 
     return wrapper
 
@@ -223,7 +262,7 @@ def _previewing(get_preview):
         count, rows, box = get_preview(dataset_dir, dataset, page_index)
         columns = load_dataset_info(dataset_dir).get(dataset[0], {}).get("columns", {})
         if not set(LONG_COLUMN.values()).isdisjoint(columns):
-            rows = [row_shown(row, columns) if isinstance(row, dict) else row for row in rows]
+            rows = Rows(row_shown(row, columns) if isinstance(row, dict) else row for row in rows)
         return count, rows, box
 
     return wrapper
@@ -301,6 +340,7 @@ class Given:
 def refusal(args: dict) -> str:
     """The sentence with which the command line refuses these arguments, or an empty one."""
     from llamafactory.hparams import parser
+    from llamafactory.webui.common import load_dataset_info
 
     finetuning_args = next(a for a in parser._TRAIN_ARGS if issubclass(a, SoloArguments))
     fields = finetuning_args.__dataclass_fields__
@@ -308,6 +348,10 @@ def refusal(args: dict) -> str:
     try:
         check_keys(args)
         check_recipe(Given(args), Given(args), finetuning_args(**known))
+        info = load_dataset_info(args["dataset_dir"])
+        for name in args["dataset"].split(","):
+            if name in info:  # else it is a name on a hub, or the host's to refuse
+                check_dataset(name, info[name], "solopo")
     except Exception as error:  # of the host's own rules, too
         return str(error) or repr(error)
     return ""
