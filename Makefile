@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test recipes benchmark clean
+.PHONY: install demo test test-web screenshot chromium recipes benchmark clean
 
 install: .venv/.installed
 
@@ -26,7 +26,22 @@ demo: .venv/.installed
 	@$(BIN)/python scripts/show_run.py saves/demo/solo_orpo
 
 test: .venv/.test
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(TESTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --ignore=tests/web $(TESTS)
+
+.venv/.test-web: .venv/.test
+	$(PIP) -e ".[test-web]"
+	@touch $@
+
+chromium:
+	@command -v chromium >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
+	else echo "The browser tests need Chromium: sudo apt-get install chromium"; exit 1; fi
+
+test-web: .venv/.test-web chromium
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/web
+
+screenshot: .venv/.test-web chromium
+	SOLOPO_SCREENSHOT=docs/board.png CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/web -k filled
 
 recipes: .venv/.installed
 	$(BIN)/python scripts/make_recipes.py

@@ -391,8 +391,8 @@ def as_markdown(document: dict) -> str:
         f"{settings['threads'] or 'by default'}. {', '.join(' '.join(v) for v in document['versions'].items())}.", "",
         f"    {document['command']}", "",
         "Measured, in brackets what `scripts/plan.py` predicts. Speed: times as fast. Peak: above the idle process.",
-        "", "| configuration | tokens | step, s: median (least to most) | CPU, s (speed to V0 by it) | speed to V0 | speed to S1 "
-        "| peak, GB | of V0's |", "|---|---|---|---|---|---|---|---|",
+        "", "| configuration | tokens | step, s: median (least to most) | CPU, s (speed to V0 by it) | speed to V0 "
+        "| speed to S1 | peak, GB | of V0's |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in document["summary"]:
         run, memory = runs[row["name"]], f"({row['predicted_peak'] / GB:.2f})"

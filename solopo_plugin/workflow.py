@@ -1,5 +1,8 @@
 """`run_solopo`: load, build, train, evaluate, save, in the shape of the host's own `train/dpo/workflow.py`."""
 
+import signal
+import sys
+from contextlib import contextmanager
 from functools import partial
 
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
@@ -76,7 +79,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     if cached:
         elsewhere = finetuning_args.ref_model is not None
         load = partial(load_ref_model, model_args, finetuning_args, packed) if elsewhere else None
-        add_reference_logps(trainer, model_args, finetuning_args, load)
+        with abort_ends_the_process():
+            add_reference_logps(trainer, model_args, finetuning_args, load)
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -103,6 +107,23 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         trainer.save_metrics("eval", metrics)
 
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+
+
+@contextmanager
+def abort_ends_the_process():
+    """LlamaBoard's "Abort" while the reference is scored: the host's handler sets a flag that only steps look at.
+
+    What has been scored is on disk and is found by the next run.
+    """
+    handler = signal.getsignal(signal.SIGABRT)
+    if not callable(handler):  # not started from the board
+        yield
+        return
+    signal.signal(signal.SIGABRT, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGABRT, handler)
 
 
 def splits(dataset_module: dict) -> list:

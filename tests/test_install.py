@@ -192,7 +192,8 @@ def test_requirements_are_the_tested_set(metadata):
         assert str(needed[name]) == f"=={series}.*" and f'"{name}=={series}.*"' in INSTALL
     for name, specifier in needed.items():
         assert specifier.contains(pins[name]), f"{name}: constraints.txt pins {pins[name]}, setup.py wants {specifier}"
-    assert set(metadata.get_all("Provides-Extra")) == {"data", "deepspeed", "flash-attn", "qlora", "vllm", "test"}
+    extras = {"data", "deepspeed", "flash-attn", "qlora", "vllm", "test", "test-web"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["Requires-Python"] == ">=3.11" and metadata["Version"] == __version__
 
 
@@ -306,6 +307,7 @@ STUBS = {
     "llamafactory.data.loader": "def get_dataset_list(dataset_names, dataset_dir): pass\n",
     "llamafactory.train.tuner": "def get_train_args(args): pass\n"
     "def run_dpo(model_args, data_args, training_args, finetuning_args, callbacks): pass\n",
+    "llamafactory.webui.interface": "def create_ui(demo_mode): pass\n",
     "llamafactory.train.unrelated": "def run_sft(): pass\n",
 }
 

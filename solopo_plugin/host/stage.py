@@ -36,7 +36,11 @@ def _dispatching(run_dpo):
         if not finetuning_args.__dict__.pop("runs_solopo", False):
             return run_dpo(model_args, data_args, training_args, finetuning_args, callbacks)
         from ..workflow import run_solopo
+        from .board import log_alignment
 
+        for callback in callbacks or []:
+            if type(callback).__name__ == "LogCallback":
+                log_alignment(callback)
         finetuning_args.stage = "solopo"
         return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
 
