@@ -157,6 +157,7 @@ class Setup:
     element: int = 2  # of activations
     checkpointing: bool = True
     chunk: int = 1024  # solopo_logp_chunk
+    mlp_chunk: int = 0  # solopo_mlp_chunk; 0: all tokens at once
     batch: int = 1
     both: bool = False
 
@@ -186,7 +187,8 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
     weights, gradients, optimizer: ZeRO's accounting (arXiv:1910.02054); ZeRO-3 gathers up to 1e9 parameters at a time
     (`stage3_max_live_parameters`). reference: a second copy of the model, the host's way in full fine-tuning.
     checkpoints: the input of every layer, or without checkpointing all that the layers keep. layer: what one layer in
-    backward adds, for the longest forward: what it keeps, if that is recomputed, and three gradients of its MLP.
+    backward adds, for the longest forward: what it keeps, if that is recomputed, and three gradients of its MLP; with
+    `solopo_mlp_chunk` the MLP counts for one chunk only (its further forward is not among `step_flops`).
     """
     tokens, positions = (setup.batch * x for x in count(variant, S, R, L, setup.both))
     forward = setup.batch * max(2 * (S + R), (1 + setup.both) * (L + R)) if variant in ("S1", "S2") else tokens
@@ -195,14 +197,16 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
     gathered = min(shape.parameters, 1e9) * setup.element if setup.zero == 3 else 0
     of_weights, of_gradients, of_optimizer = (setup.gpus if setup.zero >= stage else 1 for stage in (3, 2, 1))
     here, computed = not setup.offload_param, not setup.offload_optimizer
-    kept = layer_bytes(shape, setup.element)
+    mlp = shape.inner * setup.element
+    kept = layer_bytes(shape, setup.element) - 4 * mlp * (setup.mlp_chunk > 0)  # chunks are computed again
+    chunk = min(forward, setup.mlp_chunk or forward)
     return {
         "weights": (frozen + trained * setup.weights) / of_weights * here + gathered,
         "gradients": trained * setup.gradients / of_gradients * computed,
         "optimizer": trained * setup.optimizer / of_optimizer * computed,
         "reference": base / of_weights * here * (reference == "online" and not setup.lora_rank),
         "checkpoints": tokens * shape.layers * (shape.width * setup.element if setup.checkpointing else kept),
-        "layer": forward * (3 * shape.inner * setup.element + kept * setup.checkpointing),
+        "layer": forward * kept * setup.checkpointing + chunk * mlp * (3 + 4 * (setup.mlp_chunk > 0)),
         "logits": logits_bytes(shape, variant, positions, setup.chunk, setup.element, reference == "online"),
     }
 
@@ -251,6 +255,7 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
         gradients=2 if low else 4, optimizer=states + (4 if low and not pure else 0), element=element,
         checkpointing=not recipe.get("disable_gradient_checkpointing", False),
         chunk=recipe.get("solopo_logp_chunk", FIELDS["solopo_logp_chunk"].default),
+        mlp_chunk=recipe.get("solopo_mlp_chunk", FIELDS["solopo_mlp_chunk"].default),
         batch=recipe.get("per_device_train_batch_size", 8), both=recipe.get("solopo_align_on") == "both",
     )  # fmt: skip
 
