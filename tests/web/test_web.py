@@ -39,7 +39,8 @@ def board(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("board")
     shutil.copytree(ROOT / "data", folder / "data")
     (folder / "llamaboard_cache").mkdir()
-    model = {"lang": "en", "hub_name": None, "last_model": "Custom", "path_dict": {"Custom": tiny_model()},
+    shutil.copytree(tiny_model(), folder / "tiny-qwen2")
+    model = {"lang": "en", "hub_name": None, "last_model": "Custom", "path_dict": {"Custom": "tiny-qwen2"},
              "cache_dir": None}  # fmt: skip
     (folder / "llamaboard_cache" / "user_config.yaml").write_text(yaml.safe_dump(model))
     with socket.socket() as free:
@@ -231,10 +232,7 @@ def test_filled_section_through_preview_save_load_and_five_languages(page, board
     type_number(page, "Ftx gamma", 0.5)
     fill_section(page)
     if os.environ.get("SOLOPO_SCREENSHOT"):
-        open_section(page, "Extra configurations")
-        page.mouse.move(0, 0)
-        page.screenshot(path=os.environ["SOLOPO_SCREENSHOT"], full_page=True, animations="disabled")
-        open_section(page, "Extra configurations")
+        take_picture(page, os.environ["SOLOPO_SCREENSHOT"])
 
     command = previewed(page)
     assert command[:2] == ["llamafactory-cli", "train"]
@@ -276,6 +274,19 @@ def test_filled_section_through_preview_save_load_and_five_languages(page, board
     assert again[again.index("--dataset") + 1] == "demo_solopo"
     where = command.index("--output_dir") + 1  # not part of a saved configuration
     assert [a for i, a in enumerate(again) if i != where] == [a for i, a in enumerate(command) if i != where]
+
+
+def take_picture(page, path: str) -> None:
+    """The Train tab from its head to the end of the section."""
+    open_section(page, "Extra configurations")
+    page.mouse.move(0, 0)
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_timeout(500)  # accordions slide
+    head, section = page.get_by_role("tablist").first.bounding_box(), section_of(page).bounding_box()
+    height = section["y"] + section["height"] + 12 - head["y"]
+    clip = {"x": 0, "y": head["y"], "width": SIZES["laptop"]["width"], "height": height}
+    page.screenshot(path=path, full_page=True, animations="disabled", clip=clip)
+    open_section(page, "Extra configurations")
 
 
 def section_of(page, lang: str = "en"):
