@@ -133,13 +133,12 @@ def test_preview_and_start_hand_over_what_was_filled_in(page, values):
     command = arguments(preview(page, **filled))
     assert command[:2] == ["llamafactory-cli", "train"]
     started = save_for_start(page, filled)
-    for given in (command[2:], started):
-        parsed = _parse_train_args(given)[3]
-        assert parsed.stage == "solopo"
-        defaults = {name: field.default for name, field in FIELDS.items()}
-        expected = defaults | {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0, "simpo_gamma": 0.5}
-        expected |= {name: value for name, (_, value) in values.items()}
-        assert {name: getattr(parsed, name) for name in expected} == expected
+    previewed, written = _parse_train_args(command[2:]), _parse_train_args(started)
+    assert [previewed[i] for i in (0, 1, 3)] == [written[i] for i in (0, 1, 3)], "model, data and finetuning arguments"
+    defaults = {name: field.default for name, field in FIELDS.items()} | {"stage": "solopo"}
+    expected = defaults | {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0, "simpo_gamma": 0.5}
+    expected |= {name: value for name, (_, value) in values.items()}
+    assert {name: getattr(previewed[3], name) for name in expected} == expected
 
 
 def save_for_start(page, filled) -> dict:
