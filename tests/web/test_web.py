@@ -83,8 +83,8 @@ def page(board, chromium, request):
     """The freshly loaded page; at the end the browser's console holds no error of ours."""
     size = getattr(request, "param", "laptop")
     page = chromium.new_page(viewport=SIZES[size])
-    page.set_default_timeout(20000)
-    expect.set_options(timeout=20000)
+    page.set_default_timeout(60000)
+    expect.set_options(timeout=60000)
     errors = page.errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if is_error(message, board.url) else None)
@@ -117,6 +117,12 @@ def field(page, label: str, within=None):
 def choose(page, label: str, value: str) -> None:
     field(page, label).locator("input").click()
     page.get_by_role("option", name=value, exact=True).click()
+
+
+def choose_stage(page, stage: str) -> None:
+    """Choose it, and wait until the page has heard what the change means for the other widgets."""
+    with page.expect_response(lambda response: "/run/predict" in response.url):
+        choose(page, "Stage", stage)
 
 
 def offered(page, label: str) -> list[str]:
@@ -156,7 +162,7 @@ def open_section(page, label: str) -> None:
 
 def prepare(page, output_dir: str, **changes) -> None:
     """Everything that a small run on a CPU needs, chosen and typed in the page."""
-    choose(page, "Stage", "SoLoPO")
+    choose_stage(page, "SoLoPO")
     choose(page, "Chat template", "qwen")
     choose(page, "Compute type", "fp32")
     type_text(page, "Max samples", changes.get("max_samples", "16"))
@@ -186,9 +192,9 @@ def previewed(page) -> list[str]:
 
 def test_stage_data_sets_and_preview_of_rows(page):
     assert offered(page, "Stage")[-2:] == ["Pre-Training", "SoLoPO"]
-    choose(page, "Stage", "DPO")
+    choose_stage(page, "DPO")
     assert offered(page, "Dataset") == ["demo_short_po", "demo_expand_long_po"]
-    choose(page, "Stage", "SoLoPO")
+    choose_stage(page, "SoLoPO")
     assert offered(page, "Dataset") == ["demo_solopo"]
     choose(page, "Dataset", "demo_solopo")
     page.keyboard.press("Escape")
@@ -302,8 +308,7 @@ def test_a_bad_alpha_gets_its_sentence_and_the_page_goes_on(page):
         toast = page.get_by_test_id("toast-body").filter(has_text=re.compile("solopo_alpha.* must be a number >= 0"))
         expect(toast.first).to_be_visible()
         assert sentence.replace("`", "") in toast.first.inner_text().replace("`", "")
-        for close in page.get_by_test_id("toast-close").all():
-            close.click()
+        page.evaluate("document.querySelectorAll('[data-testid=toast-close]').forEach(button => button.click())")
         expect(page.get_by_test_id("toast-body")).to_have_count(0)
     type_text(page, "Alpha", "2")
     command = previewed(page)
