@@ -203,7 +203,7 @@ def test_stage_data_sets_and_preview_of_rows(page):
     expect(rows).to_contain_text("long_prompt")
     keys = re.findall(r'"(prompt|long_prompt|chosen|rejected)"', rows.inner_text())
     assert keys == ["prompt", "long_prompt", "chosen", "rejected"] * 2, rows.inner_text()
-    press(page, "Close")
+    rows.get_by_role("button", name="Close", exact=True).click()
     expect(rows).to_have_count(0)
 
 
