@@ -125,13 +125,16 @@ def choose_stage(page, stage: str) -> None:
         choose(page, "Stage", stage)
 
 
-def offered(page, label: str) -> list[str]:
-    field(page, label).locator("input").click()
-    options = page.get_by_role("option")
-    options.first.wait_for()
-    names = [option.get_attribute("aria-label") for option in options.all()]
-    page.keyboard.press("Tab")
-    return names
+def expect_offered(page, label: str, names: list[str]) -> None:
+    """The list of a widget ends with exactly these; read whole and again until then, for lists change on the way."""
+    seen, deadline = [], time.monotonic() + 60
+    while seen[-len(names) :] != names and time.monotonic() < deadline:
+        field(page, label).locator("input").click()
+        options = page.get_by_role("option")
+        options.first.wait_for()
+        seen = options.evaluate_all("all => all.map(option => option.getAttribute('aria-label'))")
+        page.keyboard.press("Tab")
+    assert seen[-len(names) :] == names
 
 
 def type_text(page, label: str, value: str) -> None:
@@ -191,11 +194,11 @@ def previewed(page) -> list[str]:
 
 
 def test_stage_data_sets_and_preview_of_rows(page):
-    assert offered(page, "Stage")[-2:] == ["Pre-Training", "SoLoPO"]
+    expect_offered(page, "Stage", ["Pre-Training", "SoLoPO"])
     choose_stage(page, "DPO")
-    assert offered(page, "Dataset") == ["demo_short_po", "demo_expand_long_po"]
+    expect_offered(page, "Dataset", ["demo_short_po", "demo_expand_long_po"])
     choose_stage(page, "SoLoPO")
-    assert offered(page, "Dataset") == ["demo_solopo"]
+    expect_offered(page, "Dataset", ["demo_solopo"])
     choose(page, "Dataset", "demo_solopo")
     page.keyboard.press("Escape")
     press(page, "Preview dataset")
