@@ -30,6 +30,7 @@ from plan import MODELS, OPTIMIZERS, Setup, count, peak, shape_of, step_flops, s
 
 from solopo_plugin.args import LENGTH_NORMALISED
 from solopo_plugin.host.versions import installed
+from solopo_plugin.synthesis.files import replacing
 
 GB = 1e9  # bytes
 WARM_UP = 1  # steps before the timed ones: allocators and optimizer states
@@ -411,7 +412,7 @@ def as_markdown(document: dict) -> str:
     return "\n".join([*lines, "", f"![step time and peak memory]({document['name']}.png)", ""])
 
 
-def draw(document: dict, path: Path) -> None:
+def draw(document: dict, file) -> None:
     """Step times and peaks as bars; a tick is what plan.py predicts (of a time: V0's over the predicted ratio)."""
     import matplotlib
 
@@ -435,21 +436,19 @@ def draw(document: dict, path: Path) -> None:
     axes[0].invert_yaxis()
     axes[1].legend()
     figure.suptitle(f"{document['name']}, {document['hardware']['device']}, {document['date']}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 
 def write(document: dict, folder: Path, page: bool) -> None:
     """The JSON and, for `page`, Markdown and plot; each file is replaced whole."""
-    made = {"json": lambda path: path.write_text(json.dumps(document, indent=1))}
+    made = {"json": lambda file: file.write(json.dumps(document, indent=1).encode())}
     if page:
-        made |= {"md": lambda path: path.write_text(as_markdown(document)), "png": lambda path: draw(document, path)}
+        made["md"] = lambda file: file.write(as_markdown(document).encode())
+        made["png"] = lambda file: draw(document, file)
     for suffix, make in made.items():
-        partial = folder / f".{document['name']}.partial.{suffix}"
-        make(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, folder / f"{document['name']}.{suffix}")
+        with replacing(folder / f"{document['name']}.{suffix}") as file:
+            make(file)
 
 
 def hardware(device: str) -> dict:

@@ -63,12 +63,17 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that gradient checkpointing may run again: every attention and every MLP is in one of them."""
+    return [m for m in base_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 def prepare(model: nn.Module) -> None:
     """Let a model take `solopo_segments`. Idempotent; costs nothing in calls without it."""
     model = base_of(model)
     if getattr(model, "_solopo_prepared", False):
         return
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     switch = _Switch(model.config, len(layers))
     for module in (model.base_model, *layers):
         module.register_forward_pre_hook(switch.enter, prepend=True, with_kwargs=True)

@@ -20,6 +20,13 @@ class RowError(ValueError):
     """A row that cannot be trained on; the message names data set, row, column and what to do."""
 
 
+def data_sets(train, evaluated) -> dict[tuple[str, str], object]:
+    """Training and evaluation sets by ("train" or "eval", name), whatever their nesting; what is None is left out."""
+    evaluated = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+    sets = {("train", ""): train} | {("eval", name): split for name, split in evaluated.items()}
+    return {key: split for key, split in sets.items() if split is not None}
+
+
 def check_text(row: str, column: str, value: object) -> None:
     """Refuse a text column that is missing, not a string, or blank."""
     if not isinstance(value, str):

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import base_of
+from .attention import layers_of
 
 
 def chunk_mlps(model: nn.Module, tokens: int) -> None:
@@ -25,7 +24,7 @@ def chunk_mlps(model: nn.Module, tokens: int) -> None:
     Raises:
         ValueError: A model whose layers have no such MLP (mixtures of experts balance over all tokens).
     """
-    for layer in (m for m in base_of(model).modules() if isinstance(m, GradientCheckpointingLayer)):
+    for layer in layers_of(model):
         mlp = getattr(layer, "mlp", None)
         if mlp is None or hasattr(mlp, "experts"):
             raise ValueError(

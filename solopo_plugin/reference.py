@@ -33,9 +33,10 @@ from transformers.utils.hub import cached_file
 from . import __version__
 from .args import LENGTH_NORMALISED
 from .attention import base_of
-from .data import REFERENCE
+from .data import REFERENCE, data_sets
 from .host.versions import installed
 
+SEEN = ["short_prompt_ids", "chosen_ids", "rejected_ids"]  # columns that the reference is shown
 UNKNOWN = -torch.inf  # no log-prob of a real row: scores that are not finite are refused
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
@@ -97,7 +98,7 @@ def _file_digest(file: Path) -> str:
 def row_key(row: dict) -> str:
     """A row as the reference sees it: its short prompt and both responses."""
     digest = hashlib.sha256()
-    for name in ("short_prompt_ids", "chosen_ids", "rejected_ids"):
+    for name in SEEN:
         ids = np.asarray(row[name], dtype=np.int64)
         digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
     return digest.hexdigest()[:32]
@@ -186,8 +187,8 @@ def add_reference_logps(trainer, model_args, finetuning_args, load: Callable[[],
     trainer.accelerator.wait_for_everyone()
     store.check()
 
-    splits = _splits(trainer)  # (kind, name) -> data set
-    keys = {name: [row_key(row) for row in split.select_columns(_INPUTS)] for name, split in splits.items()}
+    splits = data_sets(trainer.train_dataset, trainer.eval_dataset)
+    keys = {name: [row_key(row) for row in split.select_columns(SEEN)] for name, split in splits.items()}
     places = {}  # of the distinct rows: data set and index
     for name in splits:
         for index, key in enumerate(keys[name]):
@@ -206,22 +207,11 @@ def add_reference_logps(trainer, model_args, finetuning_args, load: Callable[[],
         for column, side in zip(REFERENCE, zip(*(scores[key] for key in keys[name]), strict=True), strict=True):
             split = split.add_column(column, np.asarray(side, dtype=np.float32))
         splits[name] = split
-    trainer.train_dataset = splits.pop(_TRAIN, None)
+    trainer.train_dataset = splits.pop(("train", ""), None)
     if isinstance(trainer.eval_dataset, dict):
         trainer.eval_dataset = {name: split for (_, name), split in splits.items()}
     else:
         trainer.eval_dataset = next(iter(splits.values()), None)
-
-
-_INPUTS = ["short_prompt_ids", "chosen_ids", "rejected_ids"]
-_TRAIN = ("train", "")
-
-
-def _splits(trainer) -> dict:
-    evaluated = trainer.eval_dataset
-    evaluated = evaluated if isinstance(evaluated, dict) else {"": evaluated}
-    splits = {_TRAIN: trainer.train_dataset} | {("eval", name): split for name, split in evaluated.items()}
-    return {name: split for name, split in splits.items() if split is not None}
 
 
 def _score(trainer, load, store, splits, rows, logps_N2: Tensor, missing: list[int]) -> Tensor:

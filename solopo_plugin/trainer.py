@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from . import attention, losses
 from .args import LENGTH_NORMALISED
+from .data import data_sets
 from .logps import predicting_positions, response_logps, token_logps
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
@@ -242,11 +243,8 @@ class SoloTrainer(CustomDPOTrainer):
     def some_row_is_short(self) -> bool:
         """Whether any row's two prompts are equal; the same on every rank. Unknown, so True, for streams."""
         if not hasattr(self, "_some_row_is_short"):
-            sets = [
-                self.train_dataset,
-                *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]),
-            ]
-            known = [d is None or (hasattr(d, "num_rows") and not any(d["same"])) for d in sets]
+            sets = data_sets(self.train_dataset, self.eval_dataset).values()
+            known = [hasattr(d, "num_rows") and not any(d["same"]) for d in sets]
             self._some_row_is_short = not all(known)
         return self._some_row_is_short
 

@@ -17,7 +17,7 @@ from transformers.training_args import ParallelMode
 
 from . import __version__
 from .attention import base_of, prepare, why_not_packed
-from .data import COLUMNS, SoloCollator
+from .data import COLUMNS, SoloCollator, data_sets
 from .host.versions import installed
 from .memory import chunk_mlps
 from .packing import PackedCollator
@@ -126,14 +126,13 @@ def abort_ends_the_process():
         signal.signal(signal.SIGABRT, handler)
 
 
-def splits(dataset_module: dict) -> list:
-    """Training set and evaluation sets, whatever their nesting."""
-    return [s for d in dataset_module.values() for s in (d.values() if isinstance(d, dict) else [d])]
+def _splits(dataset_module: dict):
+    return data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
 
 
 def check_tokenized(dataset_module: dict, path: str, cutoff_len: int) -> None:
     """Refuse rows under `tokenized_path` that another stage, or another `cutoff_len`, has left there."""
-    for split in splits(dataset_module):
+    for split in _splits(dataset_module):
         names = split.column_names
         if names is not None and not set(COLUMNS) <= set(names):
             raise ValueError(
@@ -158,7 +157,7 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
     ranks accelerate deals out shards instead of rows, and ranks that run out early leave the others waiting.
     """
     training_args.accelerator_config.dispatch_batches = False
-    shards = max(getattr(split, "n_shards", 1) for split in splits(dataset_module))
+    shards = max(getattr(split, "n_shards", 1) for split in _splits(dataset_module))
     if 1 < training_args.world_size < shards:
         raise ValueError(
             f"A stream has {shards} shards for {training_args.world_size} processes, which would get unequal shares; "

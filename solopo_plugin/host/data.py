@@ -13,6 +13,7 @@ from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
 from ..data import COLUMNS, RowError, build_row, check_text, fits
+from .template import encode_turn
 from .versions import expect_signature
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
@@ -229,8 +230,7 @@ class SoloDatasetProcessor:
         self.cutoff_len, self.overlength = data_args.cutoff_len, overlength(data_args)
 
     def _encode(self, messages, system, tools) -> tuple[list[int], list[int]]:
-        prompt_ids, response_ids = self.template.encode_oneturn(self.tokenizer, messages, system, tools)
-        return prompt_ids, response_ids + [self.tokenizer.eos_token_id] * self.template.efficient_eos
+        return encode_turn(self.tokenizer, self.template, messages, system, tools)
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """A batch of aligned examples -> a batch of tokenised rows; over-long rows raise or are left out."""

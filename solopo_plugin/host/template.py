@@ -45,6 +45,16 @@ def load_template(
         TEMPLATES[template] = registered
 
 
+def encode_turn(tokenizer, template, messages: list[dict], *context: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the response that ends it, stop token included, as training has them.
+
+    Args:
+        context: System prompt and tools, where there are any.
+    """
+    prompt_ids, response_ids = template.encode_oneturn(tokenizer, messages, *context)
+    return prompt_ids, response_ids + [tokenizer.eos_token_id] * template.efficient_eos
+
+
 def encode_prompt(tokenizer, template, text: str) -> list[int]:
     """Token ids of a user's message in the chat template, up to where the response begins.
 

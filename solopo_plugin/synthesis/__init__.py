@@ -13,10 +13,10 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .. import __version__
+from ..host.versions import installed
 from .files import DataError, explained, file_hash, write_json
 from .recipe import STAGES, DataRecipe, outside_inputs, settings
 
@@ -167,13 +167,9 @@ def _save(manifest: dict, work: Path) -> None:
 
 def _versions() -> dict[str, str]:
     """Of Python, of this package and of those on which results depend, as far as they are installed."""
-    found = {"python": platform.python_version(), "solopo": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: installed(package) for package in PACKAGES}
+    here = {package: version for package, version in found.items() if version != "not installed"}
+    return {"python": platform.python_version(), "solopo": __version__} | here
 
 
 @contextmanager

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from ..metrics import extract_answer, normalize_answer, sub_exact_match
+from .contexts import WHOLE_WORDS
 from .export import SCHEMA, Contexts, make_row
 from .files import DataError, read_jsonl, replacing
 from .page import PAGE
 from .pool import BETWEEN, LABEL
+from .select import question_key
 
 EXAMPLES = 5  # rows that a failed check names
 CHECKS = {
@@ -169,7 +171,7 @@ def gather(source: Source) -> Statistics:
                 depths += [point / row[f"{side}_paragraphs"] for point in points]
         failed = checks_of(row)
         found.unparsed += None in failed
-        key = " | ".join(map(normalize_answer, [row["question"], *sorted(row["answers"])]))
+        key = question_key(row)
         if row["id"] in ids.setdefault(split, set()):
             failed.add("id_repeated")
         if split == "val" and key in questions.get("train", ()):
@@ -231,11 +233,11 @@ def split_documents(prompt: str, n: int) -> list[str] | None:
 
 
 def mentions(text: str, answers: list[str]) -> bool:
-    """Whether an answer stands in a text, in normal form; one of up to three characters only as a whole word."""
+    """Whether an answer stands in a text, in normal form; a short one only as a whole word."""
     form = normalize_answer(text)
     for answer in filter(None, map(normalize_answer, answers)):
         whole = rf"(?<!\w){re.escape(answer)}(?!\w)"
-        if answer in form and (len(answer) > 3 or re.search(whole, form)):
+        if answer in form and (len(answer) >= WHOLE_WORDS or re.search(whole, form)):
             return True
     return False
 

@@ -6,7 +6,7 @@ it. A key that names no stage changes how fast rows are made, never which.
 
 import math
 import types
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -211,11 +211,6 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
     if recipe.val_size >= 1 and recipe.val_size != int(recipe.val_size):
         raise DataError(f"`val_size` must be a share below 1 or a whole number of rows, got {recipe.val_size}.")
     return recipe
-
-
-def as_dict(recipe: DataRecipe) -> dict[str, Any]:
-    """The recipe as a dict, in the order of the definition."""
-    return asdict(recipe)
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..host.template import template_markers
+from ..host.template import encode_turn, template_markers
 from ..metrics import normalize_answer
 from .backends import load_chat
 from .files import DataError, read_jsonl, write_jsonl
@@ -42,7 +42,7 @@ class Drawn:
 @dataclass
 class Question:
     id: str
-    key: str  # normalised question and answers: what must not be in both splits
+    key: str  # see `question_key`
     sides: dict[str, Drawn]
 
     def pair(self, name: str) -> tuple[dict, dict] | None:
@@ -187,8 +187,7 @@ def _questions(recipe: DataRecipe, work: Path, dropped: dict[str, Counter]) -> I
 
     def encode(text: str) -> list[int]:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-        ids = template.encode_oneturn(tokenizer, messages)[1]
-        return ids + [tokenizer.eos_token_id] * template.efficient_eos
+        return encode_turn(tokenizer, template, messages)[1]
 
     sides = ("short", "long")[: 1 + recipe.sample_long]
     judged = {side: groupby(read_jsonl(work / f"judged.{side}.jsonl"), key=lambda row: row["id"]) for side in sides}
@@ -207,8 +206,12 @@ def _questions(recipe: DataRecipe, work: Path, dropped: dict[str, Counter]) -> I
             drawn[side] = draw_pair(list(answers), room, encode, markers, rng, recipe.balance_length, dropped[side])
             if marked:
                 drawn[side] = Drawn(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
-        key = " | ".join(map(normalize_answer, [context["question"], *sorted(context["answers"])]))
-        yield Question(context["id"], key, drawn)
+        yield Question(context["id"], question_key(context), drawn)
+
+
+def question_key(row: dict) -> str:
+    """What must not be in both splits: question and answers in normal form."""
+    return " | ".join(map(normalize_answer, [row["question"], *sorted(row["answers"])]))
 
 
 def _on_both(question: Question) -> bool:
