@@ -1,0 +1,45 @@
+"""A question of a benchmark, as it is asked and judged: what readers of benchmarks make and all else uses."""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+# benchmark -> metric of its table; the others are reported beside it
+MAIN_METRIC = {
+    "longbench_qa": "f1",  # LongBench v1's own, and the paper's
+    "ruler_qa": "f1",  # the paper's; RULER's own is `string_match`
+    "niah_plus": "sub_em",  # ours: whether the needle's answer is in what stands behind the marker
+    "longbench_v2": "accuracy",
+    "plain": "f1",
+    "validation": "sub_em",  # what the data pipeline judged its samples by
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question; a line of items.jsonl. (benchmark, task, id) is unique."""
+
+    benchmark: str  # a key of MAIN_METRIC
+    task: str  # row of the benchmark's table, such as `musique` or `squad`
+    id: str
+    prompt: str  # the user's whole message; not yet cut to the model's window
+    question: str
+    answers: list[str]  # gold answer, then its aliases; of a choice the letter
+    kind: Literal["qa", "choice"] = "qa"
+    max_new_tokens: int | None = None  # None: the recipe's
+    length: int | None = None  # target length of the prompt in tokens where contexts are built to one
+    depth: float | None = None  # where the needle was put, in percent of the context, where that was asked for
+    groups: dict[str, str] = field(default_factory=dict)  # further breakdowns, such as {"difficulty": "hard"}
+    evidence: list[dict[str, Any]] = field(default_factory=list)  # {"paragraph" from 1, "start", "end"}: of the prompt
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.benchmark, self.task, self.id
+
+    @property
+    def prompt_hash(self) -> str:
+        """Of the uncut prompt: an answer with another hash was given to another question."""
+        return hashlib.sha256(self.prompt.encode("utf-8", "replace")).hexdigest()[:32]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
