@@ -38,7 +38,7 @@ chromium:
 	else echo "The browser tests need Chromium: sudo apt-get install chromium"; exit 1; fi
 
 test-web: .venv/.test-web chromium
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/web
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --reruns 1 tests/web
 
 screenshot: .venv/.test-web chromium
 	SOLOPO_SCREENSHOT=docs/board.png CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/web -k filled

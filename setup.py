@@ -74,7 +74,8 @@ setup(
         "vllm": ["vllm>=0.20.2,<0.26"],  # sampling of preference pairs; these releases are built for torch 2.11
         "qlora": ["bitsandbytes>=0.45"],  # `quantization_bit: 4`, as in the LoRA recipe
         "test": ["pytest", "pytest-timeout", "hypothesis", "deepspeed>=0.18,<0.20", "build", "bm25s>=0.3"],
-        "test-web": ["playwright"],  # drives Debian's Chromium through LlamaBoard
+        # drives Debian's Chromium through LlamaBoard; a page that loads too slowly is given a second try
+        "test-web": ["playwright", "pytest-rerunfailures"],
     },
     cmdclass={"build_py": BuildWithHook, "editable_wheel": EditableWithHook},
     zip_safe=False,

@@ -83,8 +83,8 @@ def page(board, chromium, request):
     """The freshly loaded page; at the end the browser's console holds no error of ours."""
     size = getattr(request, "param", "laptop")
     page = chromium.new_page(viewport=SIZES[size])
-    page.set_default_timeout(60000)
-    expect.set_options(timeout=60000)
+    page.set_default_timeout(120000)
+    expect.set_options(timeout=120000)
     errors = page.errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if is_error(message, board.url) else None)
@@ -322,20 +322,21 @@ def test_a_bad_alpha_gets_its_sentence_and_the_page_goes_on(page):
 
 
 def test_a_run_to_its_end_reloaded_on_the_way_then_chat_and_export(page, board):
-    prepare(page, "whole", epochs="20")
+    name = f"whole_{time.monotonic_ns()}"  # a second attempt must not find the first one's
+    prepare(page, name, epochs="20")
     type_text(page, "Alpha", "2")
     press(page, "Start")
-    out = board.folder / "saves" / "Custom" / "lora" / "whole"
+    out = board.folder / "saves" / "Custom" / "lora" / name
     progress = page.get_by_text(re.compile(r"Running \d+/\d+")).filter(visible=True)
-    progress.first.wait_for(timeout=90000)
+    progress.first.wait_for(timeout=240000)
     page.reload()
     page.errors.clear()  # the streams of the page that was left break off
     expect(field(page, "Model path").locator("textarea")).not_to_have_value("")
     expect(field(page, "Stage").locator("input")).to_have_value("SoLoPO")  # the running job's values are back
     chart = page.locator("[data-testid=matplotlib] img, .plot-container img, img[src*='data:image'], .matplotlib img")
-    chart.filter(visible=True).first.wait_for(timeout=60000)
+    chart.filter(visible=True).first.wait_for(timeout=240000)
     finished = page.get_by_text("Finished.").filter(visible=True)
-    finished.first.wait_for(timeout=120000)
+    finished.first.wait_for(timeout=400000)
     assert shown_after_opening(page) == "2"
 
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
@@ -347,21 +348,21 @@ def test_a_run_to_its_end_reloaded_on_the_way_then_chat_and_export(page, board):
     assert picture[1] > picture[0], "two charts, one above the other"
 
     load(page, board)
-    choose(page, "Checkpoint path", "whole")
+    choose(page, "Checkpoint path", name)
     page.keyboard.press("Escape")
     choose(page, "Chat template", "qwen")
     page.get_by_role("tab", name="Chat").click()
     press(page, "Load model")
     expect(page.locator("textarea:visible", has_text="").filter(visible=True).first).to_be_visible()
     page.wait_for_function(
-        "[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('Model loaded'))", timeout=90000
+        "[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('Model loaded'))", timeout=240000
     )
     press(page, "Unload model")
     page.get_by_role("tab", name="Export").click()
     type_text(page, "Export dir", "exported")
     press(page, "Export")
     page.wait_for_function(
-        "[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('Model exported'))", timeout=90000
+        "[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('Model exported'))", timeout=240000
     )
     assert (board.folder / "exported" / "model.safetensors").exists()
 
@@ -372,14 +373,15 @@ def shown_after_opening(page) -> str:
 
 
 def test_another_run_is_aborted(page, board):
-    prepare(page, "aborted", epochs="2000")
+    name = f"aborted_{time.monotonic_ns()}"
+    prepare(page, name, epochs="2000")
     press(page, "Start")
-    page.get_by_text(re.compile(r"Running \d+/\d+")).filter(visible=True).first.wait_for(timeout=90000)
+    page.get_by_text(re.compile(r"Running \d+/\d+")).filter(visible=True).first.wait_for(timeout=240000)
     press(page, "Abort")
-    page.get_by_text("Ready.").filter(visible=True).first.wait_for(timeout=90000)
+    page.get_by_text("Ready.").filter(visible=True).first.wait_for(timeout=240000)
     press(page, "Preview command")
     page.locator(".prose code").filter(has_text="llamafactory-cli").filter(visible=True).wait_for()
-    log = (board.folder / "saves/Custom/lora/aborted/trainer_log.jsonl").read_text().splitlines()
+    log = (board.folder / f"saves/Custom/lora/{name}/trainer_log.jsonl").read_text().splitlines()
     assert 0 < len(log) < json.loads(log[-1])["total_steps"]
 
 
