@@ -82,7 +82,9 @@ class EvalRecipe:
 
     # answers
     max_input_tokens: int = key(
-        31500, "answers", "Longer prompts lose their middle, counted. LongBench's value for windows of 32K."
+        31500,
+        "answers ruler_qa niah_plus",
+        "Longer prompts lose their middle, counted. LongBench's value for windows of 32K.",
     )
     max_new_tokens: int = _same(
         "max_new_tokens", "answers", help="Tokens of an answer where the benchmark has no number of its own. Ours."

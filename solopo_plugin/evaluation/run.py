@@ -52,12 +52,12 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
     Raises:
         DataError: Something that the user has to put right, or another run at work in the same folder.
     """
-    from .report import write_report
-    from .results import make_results
-    from .score import write_scores
-
     folder = Path(recipe.output_dir)
     with alone_in(folder, "output_dir"):
+        from .report import write_report
+        from .results import make_results
+        from .score import write_scores
+
         models = stored_models(folder) if rescore else find_models(recipe)
         if not rescore:
             write_json(folder / MODELS, [asdict(model) for model in models])
@@ -86,13 +86,13 @@ def answer_all(recipe: EvalRecipe, models: list[ModelRef], resume: bool = True) 
 
 
 def harness_rows(recipe: EvalRecipe, model: ModelRef, rescore: bool) -> list[dict]:
-    """Results of lm-evaluation-harness for a model; with `rescore` only what is there."""
-    from .harness import run_harness
+    """Results of lm-evaluation-harness for a model; with `rescore` those that are there."""
+    if not recipe.harness_tasks:
+        return []
+    from .harness import kept_rows, run_harness
 
     folder = Path(recipe.output_dir)
-    if not recipe.harness_tasks or (rescore and not (folder / "harness" / model.name).is_dir()):
-        return []
-    return run_harness(model, recipe, folder)
+    return kept_rows(model, folder) if rescore else run_harness(model, recipe, folder)
 
 
 def stored_models(folder: Path) -> list[ModelRef]:
