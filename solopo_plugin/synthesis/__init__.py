@@ -4,20 +4,16 @@ manifest.json says of every finished stage what it was made from (hashes of its 
 made (hashes) and what it counted. A stage is run again when one of its inputs, settings or outputs is another one.
 """
 
-import fcntl
 import importlib
 import json
 import logging
-import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
 from ..host.versions import installed
-from .files import DataError, explained, file_hash, write_json
+from .files import DataError, alone_in, explained, file_hash, write_json
 from .recipe import STAGES, DataRecipe, outside_inputs, settings
 
 log = logging.getLogger(__name__)
@@ -58,7 +54,7 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     if stage is not None and stage not in TABLE:
         raise DataError(f"`--stage` must be one of {', '.join(TABLE)}; got {stage!r}.")
     work = Path(recipe.work_dir)
-    with _alone_in(work):
+    with alone_in(work, "work_dir"):
         manifest = read_manifest(work)
         names = (stage,) if stage else tuple(TABLE)
         _clean(work, manifest, () if resume else names)
@@ -170,19 +166,3 @@ def _versions() -> dict[str, str]:
     found = {package: installed(package) for package in PACKAGES}
     here = {package: version for package, version in found.items() if version != "not installed"}
     return {"python": platform.python_version(), "solopo": __version__} | here
-
-
-@contextmanager
-def _alone_in(work: Path) -> Iterator[None]:
-    """Hold the work folder for this process; the lock ends with it, however it ends."""
-    with explained(work, "write"):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"Another run is at work in {work}; wait for it, or give another `work_dir`.") from None
-        yield
-    finally:
-        os.close(lock)

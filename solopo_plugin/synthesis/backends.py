@@ -1,33 +1,38 @@
 """Answers from a model: vLLM's offline engine, OpenAI-compatible servers, or transformers' `generate`.
 
-One function per backend, all of the same form: calls go in lazily, replies come out as they finish, in any order.
+Serves the data pipeline and the evaluation, whose recipes have the same keys for it. One function per backend, all of
+the same form: calls go in lazily, replies come out as they finish, in any order.
 Which prompt token ids the model sees: `vllm`, `transformers` and `openai` with `openai_endpoint: completions` (vLLM and
 SGLang take ids) get exactly the trainer's. With `chat` the server applies its own template to the plain user message:
 the same ids from `llamafactory-cli api` with the recipe's template; from another server compare `Reply.prompt_tokens`.
 """
 
 import asyncio
+import gc
 import hashlib
+import json
 import logging
 import os
 import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
 
 from ..host.template import encode_prompt, load_template
 from .files import DataError
-from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
 VLLM_CHUNK = 64  # prompts per call of the engine, whose answers reach the disk together
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after one failure, and after many in a row
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
 
 
@@ -37,6 +42,18 @@ class Call(NamedTuple):
     id: str
     ks: tuple[int, ...]
     prompt: str
+    max_new_tokens: int | None = None  # None: the recipe's
+
+
+class Model(NamedTuple):
+    """Which model answers, where the recipe alone does not say it."""
+
+    path: str  # weights: folder or hub name; the tokenizer is always that of the recipe's model_name_or_path
+    adapter: str | None = None  # folder of a LoRA adapter on top of it
+    rope_factor: float | None = None  # YaRN: the window becomes so many times as long
+    window: int = 0  # tokens of prompt and answer at most, which vLLM makes room for
+    names: tuple[str, ...] = ()  # by which a server may know it
+    alone: bool = True  # if a server has a single model, that one is meant, whatever its name
 
 
 class Reply(NamedTuple):
@@ -51,16 +68,23 @@ class Reply(NamedTuple):
     prompt_tokens: int | None
 
 
-def generate(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
-    """Answer all calls with the recipe's backend and sampling settings.
+def generate(recipe: Any, calls: Iterable[Call], model: Model | None = None) -> Iterator[Reply]:
+    """Answer all calls with the recipe's backend and sampling settings; temperature 0 is greedy.
+
+    Args:
+        recipe: Of data or of an evaluation.
+        model: None: the recipe's model_name_or_path, with room for its long contexts.
 
     Raises:
         DataError: The backend is not installed, refuses a call, or does not answer for longer than `retries` allow.
     """
-    return BACKENDS[recipe.backend](recipe, calls)
+    if model is None:
+        name = recipe.model_name_or_path
+        model = Model(name, window=recipe.long_tokens + recipe.max_new_tokens, names=(name,))
+    return BACKENDS[recipe.backend](recipe, calls, model)
 
 
-def load_chat(recipe: DataRecipe) -> tuple:
+def load_chat(recipe: Any) -> tuple:
     """Tokenizer and chat template of the recipe's model, as in training."""
     try:
         return load_template(
@@ -71,45 +95,86 @@ def load_chat(recipe: DataRecipe) -> tuple:
         raise DataError(str(error)) from None
 
 
-def call_seed(recipe: DataRecipe, call: Call) -> int:
+def call_seed(recipe: Any, call: Call) -> int:
     """Seed of a call, from the recipe's seed and what is asked, so that order and restarts change no answer."""
     text = f"{recipe.seed} {call.id} {call.ks[0]}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1  # 31 bits: some servers want a signed int
 
 
-def transformers_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
+def transformers_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
     """`generate` of transformers, one call at a time, for small models. Nothing of generation_config.json is used."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     tokenizer, template = load_chat(recipe)
     stop = sorted(template.get_stop_token_ids(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        recipe.model_name_or_path, dtype="auto", trust_remote_code=recipe.trust_remote_code
-    ).to(device)
-    model.eval().generation_config = GenerationConfig()
+    network = _load_network(recipe, model).to(device).eval()
+    network.generation_config = GenerationConfig()
     sampling = dict(do_sample=False)
     if recipe.temperature > 0:
         sampling = dict(do_sample=True, temperature=recipe.temperature, top_p=recipe.top_p, top_k=0)
-    for call in calls:
-        prompt = torch.tensor([encode_prompt(tokenizer, template, call.prompt)], device=device)
-        torch.manual_seed(call_seed(recipe, call))
-        config = GenerationConfig(
-            **sampling, max_new_tokens=recipe.max_new_tokens, num_return_sequences=len(call.ks), eos_token_id=stop,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        with torch.inference_mode():
-            output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-        answers = []
-        for ids in output[:, prompt.shape[1] :].tolist():
-            end = next((i for i, token in enumerate(ids) if token in stop), None)
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-            answers.append((text, "length" if end is None else "stop"))
-        yield Reply(call.id, call.ks, answers, prompt.shape[1])
+    try:
+        for call in calls:
+            prompt = torch.tensor([encode_prompt(tokenizer, template, call.prompt)], device=device)
+            torch.manual_seed(call_seed(recipe, call))
+            config = GenerationConfig(
+                **sampling, max_new_tokens=call.max_new_tokens or recipe.max_new_tokens, eos_token_id=stop,
+                num_return_sequences=len(call.ks), pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            with torch.inference_mode():
+                output = network.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            answers = []
+            for ids in output[:, prompt.shape[1] :].tolist():
+                end = next((i for i, token in enumerate(ids) if token in stop), None)
+                text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+                answers.append((text, "length" if end is None else "stop"))
+            yield Reply(call.id, call.ks, answers, prompt.shape[1])
+    finally:  # the next model needs the memory
+        del network
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def vllm_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
+def _load_network(recipe: Any, model: Model):
+    """Weights in the dtype they were saved in, with YaRN and adapter where asked for; the adapter is not merged."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
+    for name, value in yarn(config, model).items():
+        setattr(config, name, value)
+    network = AutoModelForCausalLM.from_pretrained(
+        model.path, config=config, dtype="auto", trust_remote_code=recipe.trust_remote_code
+    )
+    if model.adapter:
+        from peft import PeftModel  # the host brings it along
+
+        network = PeftModel.from_pretrained(network, model.adapter)
+    return network
+
+
+def yarn(config, model: Model) -> dict[str, Any]:
+    """Entries of config.json that make the window `rope_factor` times as long by YaRN (arXiv:2309.00071).
+
+    They are those of Qwen2.5's model card; the window that is stretched is config.json's. Empty without a factor.
+
+    Raises:
+        DataError: The model's rotary embedding is a scaled one already, as Llama 3.1's is.
+    """
+    if not model.rope_factor:
+        return {}
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type", "none") != "default":
+        raise DataError(
+            f"`rope_factor: {model.rope_factor:g}` stretches a plain rotary embedding by YaRN, but that of "
+            f"{model.path} is `{rope.get('rope_type', 'none')}`; leave the key out."
+        )
+    window = config.max_position_embeddings
+    rope |= {"rope_type": "yarn", "factor": model.rope_factor, "original_max_position_embeddings": window}
+    return {"rope_parameters": rope, "max_position_embeddings": int(window * model.rope_factor)}
+
+
+def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
     """vLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
 
     vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
@@ -123,28 +188,57 @@ def vllm_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
         ) from None
     tokenizer, template = load_chat(recipe)
     engine = LLM(
-        model=recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed % 2**31,
-        tensor_parallel_size=recipe.tensor_parallel_size, max_model_len=recipe.long_tokens + recipe.max_new_tokens,
+        model=model.path, tokenizer=recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code,
+        seed=recipe.seed % 2**31, tensor_parallel_size=recipe.tensor_parallel_size, max_model_len=model.window,
+        **_vllm_options(recipe, model),
     )  # fmt: skip
+    lora = {}
+    if model.adapter:
+        from vllm.lora.request import LoRARequest
+
+        lora = {"lora_request": LoRARequest("adapter", 1, model.adapter)}
     calls = iter(calls)
-    while chunk := list(islice(calls, VLLM_CHUNK)):
-        prompts = [{"prompt_token_ids": encode_prompt(tokenizer, template, call.prompt)} for call in chunk]
-        params = [
-            SamplingParams(
-                n=len(call.ks), temperature=recipe.temperature, top_p=recipe.top_p, max_tokens=recipe.max_new_tokens,
-                seed=call_seed(recipe, call), stop_token_ids=sorted(template.get_stop_token_ids(tokenizer)),
-            )
-            for call in chunk
-        ]  # fmt: skip
-        outputs = engine.generate(prompts, params, use_tqdm=False)
-        for call, prompt, output in zip(chunk, prompts, outputs, strict=True):
-            answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
-            yield Reply(call.id, call.ks, answers, len(prompt["prompt_token_ids"]))
+    try:
+        while chunk := list(islice(calls, VLLM_CHUNK)):
+            prompts = [{"prompt_token_ids": encode_prompt(tokenizer, template, call.prompt)} for call in chunk]
+            params = [
+                SamplingParams(
+                    n=len(call.ks), temperature=recipe.temperature, top_p=recipe.top_p, seed=call_seed(recipe, call),
+                    max_tokens=call.max_new_tokens or recipe.max_new_tokens,
+                    stop_token_ids=sorted(template.get_stop_token_ids(tokenizer)),
+                )
+                for call in chunk
+            ]  # fmt: skip
+            outputs = engine.generate(prompts, params, use_tqdm=False, **lora)
+            for call, prompt, output in zip(chunk, prompts, outputs, strict=True):
+                answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
+                yield Reply(call.id, call.ks, answers, len(prompt["prompt_token_ids"]))
+    finally:  # the next model needs the memory
+        del engine
+        gc.collect()
+        with suppress(ImportError):  # what vLLM's maintainers name for it
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
 
 
-def openai_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]:
+def _vllm_options(recipe: Any, model: Model) -> dict[str, Any]:
+    """Arguments of the engine for YaRN and an adapter."""
+    options = {}
+    if model.rope_factor:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
+        options["hf_overrides"] = yarn(config, model)
+    if model.adapter:
+        rank = json.loads((Path(model.adapter) / "adapter_config.json").read_bytes()).get("r", 8)
+        options |= {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
+    return options
+
+
+def openai_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
     """OpenAI-compatible servers, `concurrency` requests at a time over all of them."""
-    replies = _replies(recipe, calls)
+    replies = _replies(recipe, calls, model)
 
     async def following() -> Reply | None:
         return await anext(replies, None)
@@ -160,14 +254,14 @@ def openai_answers(recipe: DataRecipe, calls: Iterable[Call]) -> Iterator[Reply]
 BACKENDS = {"vllm": vllm_answers, "openai": openai_answers, "transformers": transformers_answers}
 
 
-async def _replies(recipe: DataRecipe, calls: Iterable[Call]) -> AsyncIterator[Reply]:
+async def _replies(recipe: Any, calls: Iterable[Call], model: Model) -> AsyncIterator[Reply]:
     """Keep `concurrency` requests under way; what a server leaves unanswered of a call is asked for one by one."""
     calls, rest, running = iter(calls), deque(), set()
     limits = httpx.Limits(max_connections=recipe.concurrency, max_keepalive_connections=recipe.concurrency)
     timeout = httpx.Timeout(recipe.timeout, connect=10.0, pool=None)
     async with httpx.AsyncClient(headers=_headers(recipe), limits=limits, timeout=timeout) as client:
         servers = _Servers(recipe, client)
-        ask = await _asker(recipe, servers)
+        ask = await _asker(recipe, servers, model)
         try:
             while True:
                 while len(running) < recipe.concurrency and (call := rest.popleft() if rest else next(calls, None)):
@@ -186,18 +280,15 @@ async def _replies(recipe: DataRecipe, calls: Iterable[Call]) -> AsyncIterator[R
             await asyncio.gather(*running, return_exceptions=True)
 
 
-def _headers(recipe: DataRecipe) -> dict[str, str]:
+def _headers(recipe: Any) -> dict[str, str]:
     key = os.environ.get(recipe.api_key_env, "")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-async def _asker(recipe: DataRecipe, servers: "_Servers"):
+async def _asker(recipe: Any, servers: "_Servers", model: Model):
     """The function that answers one call: (call, reply), the reply with as many answers as the server gave."""
     chat = recipe.openai_endpoint == "chat"
-    common = dict(
-        model=await _model_name(recipe, servers), temperature=recipe.temperature, top_p=recipe.top_p,
-        max_tokens=recipe.max_new_tokens,
-    )  # fmt: skip
+    common = dict(model=await _model_name(recipe, servers, model), temperature=recipe.temperature, top_p=recipe.top_p)
     if not chat:
         tokenizer, template = load_chat(recipe)
         common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
@@ -212,7 +303,9 @@ async def _asker(recipe: DataRecipe, servers: "_Servers"):
             prompt = {"messages": [*system, {"role": "user", "content": call.prompt}]}
         else:
             prompt = {"prompt": encode_prompt(tokenizer, template, call.prompt)}
-        body = common | prompt | {"n": len(call.ks), "seed": call_seed(recipe, call)} | (recipe.extra_body or {})
+        own = {"n": len(call.ks), "seed": call_seed(recipe, call)}
+        own["max_tokens"] = call.max_new_tokens or recipe.max_new_tokens
+        body = common | prompt | own | (recipe.extra_body or {})
         path = "/chat/completions" if chat else "/completions"
         try:
             answers, prompt_tokens = await servers.request("POST", path, body, lambda data: read_answers(data, chat))
@@ -227,20 +320,27 @@ async def _asker(recipe: DataRecipe, servers: "_Servers"):
     return ask
 
 
-async def _model_name(recipe: DataRecipe, servers: "_Servers") -> str:
-    """`served_model`, else the recipe's model if the server has it, else the only one that it has."""
+async def _model_name(recipe: Any, servers: "_Servers", model: Model) -> str:
+    """`served_model`, else the first of the model's names that the server has, else the only one that it has."""
     if recipe.served_model:
         return recipe.served_model
 
     def names(data: dict) -> list[str]:
-        return [model["id"] for model in data["data"]]
+        return [served["id"] for served in data["data"]]
 
     served = await servers.request("GET", "/models", None, names)
-    if recipe.model_name_or_path in served or not served:
-        return recipe.model_name_or_path
-    if len(served) == 1:
+    if found := [name for name in model.names if name in served]:
+        return found[0]
+    if not served:
+        return model.names[0]
+    if len(served) == 1 and model.alone:
         return served[0]
-    raise DataError(f"The server has several models ({', '.join(served)}); name one as `served_model`.")
+    raise DataError(
+        f"The server has several models ({', '.join(served)}); name one as `served_model`."
+        if model.alone
+        else f"The server has {', '.join(served)}, none of which is called {' or '.join(model.names)}; say which it is "
+        f"with `served_model: {{{model.names[0]}: ...}}`."
+    )
 
 
 def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | None]:
@@ -296,7 +396,7 @@ class _Server:
 class _Servers:
     """Several servers as one: the least busy one that did not just fail, tried again and again."""
 
-    def __init__(self, recipe: DataRecipe, client: httpx.AsyncClient):
+    def __init__(self, recipe: Any, client: httpx.AsyncClient):
         urls = [url.strip().rstrip("/") for url in (recipe.server_urls or "").split(",") if url.strip()]
         if not urls:
             raise DataError("`backend: openai` needs `server_urls`, for example http://localhost:8000/v1.")

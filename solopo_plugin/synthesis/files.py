@@ -5,6 +5,7 @@ renamed. A file that grows (`Appender`) consists of whole lines: a torn last lin
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -207,6 +208,26 @@ def explained(path: Path | str, verb: str):
                 "what is finished is kept."
             ) from None
         raise DataError(f"Cannot {verb} {path}: {error.strerror or error}.") from None
+
+
+@contextmanager
+def alone_in(folder: Path, key: str) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with it, however it ends.
+
+    Args:
+        key: The recipe's key that names the folder, for the sentence.
+    """
+    with explained(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"Another run is at work in {folder}; wait for it, or give another `{key}`.") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _sync_folder(folder: Path) -> None:

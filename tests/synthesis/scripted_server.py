@@ -88,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
             if options.die_after and total > options.die_after:
                 os._exit(1)
             fault = self.fault(raw, tries)
-            self.note(n=body.get("n", 1), seed=body.get("seed"), fault=fault, running=running, keys=sorted(body))
+            about = {name: body.get(name) for name in ("model", "seed", "max_tokens", "temperature")}
+            self.note(n=body.get("n", 1), fault=fault, running=running, keys=sorted(body), **about)
             if options.api_key and self.headers.get("Authorization") != f"Bearer {options.api_key}":
                 return self.reply(401, b'{"error": "Invalid API key."}')
             if options.max_prompt and len(raw) > options.max_prompt:

@@ -48,7 +48,7 @@ def tokenizer(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def zygote():
     """Starts runs; see zygote.py."""
-    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("zygote.py")), "build_data"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

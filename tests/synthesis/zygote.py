@@ -1,24 +1,27 @@
-"""Starts `build_data.py` quickly and often: everything is imported once, and every run is a fork of this process.
+"""Starts a command line quickly and often: everything is imported once, and every run is a fork of this process.
+
+    python tests/synthesis/zygote.py MODULE     # whose `main(words)` is run
 
 Reads lines of JSON on stdin, {"words": command line, "cwd": folder}, and answers with the run's process id, then, when
 it has ended, with its exit status (negative: the signal that killed it).
 """
 
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "evaluation")]
 
 
 def main() -> None:
-    import build_data
     import llamafactory.model  # noqa: F401
 
     from solopo_plugin.synthesis import contexts, export, judge, read, sample, select  # noqa: F401
 
+    command = importlib.import_module(sys.argv[1])
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
@@ -29,7 +32,7 @@ def main() -> None:
             os.dup2(log, 2)
             status = 70
             try:
-                status = build_data.main(order["words"])
+                status = command.main(order["words"])
             finally:
                 sys.stderr.flush()
                 os._exit(status)

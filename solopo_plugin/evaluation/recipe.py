@@ -1,0 +1,198 @@
+"""Every key of an evaluation recipe: its default, where the default comes from, what depends on it, what is refused.
+
+Keys of the model and of the backend are those of the data recipe, with its types, defaults and help. `stages` of a key:
+`items` (the prompts of every benchmark), the name of a benchmark (its prompts), `answers`, `results`. A key that names
+none changes how fast an evaluation runs, never what comes out.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..synthesis.files import DataError
+from ..synthesis.recipe import FIELDS as DATA
+from ..synthesis.recipe import build, key, read_values
+from .items import MAIN_METRIC
+
+TITLE = "evaluation recipe"
+
+
+def _same(name: str, stages: str, default: Any = None, help: str | None = None):
+    """A key of the data recipe. `default`, `help`: where an evaluation has another one."""
+    spec = DATA[name]
+    return key(spec.default if default is None else default, stages, help or spec.metadata["help"])
+
+
+@dataclass
+class EvalRecipe:
+    """Keys of a recipe under examples/yaml/eval/. Token counts are of the templated prompt, in the model's tokens."""
+
+    # models
+    models: list[str] | dict | None = key(
+        None, "results", "Hub names or folders, of whole models or LoRA adapters; {name: path} names them."
+    )
+    checkpoints: list[str] | None = key(
+        None, "results", "Output folder of a training run: each checkpoint-* in it, whole or LoRA, in order of steps."
+    )
+    with_base: bool = key(False, "results", "`checkpoints`: evaluate the model they began from as well, first.")
+    model_name_or_path: str | None = key(
+        None, "answers", "Model below LoRA adapters, in place of the one they name; the tokenizer where there is none."
+    )
+    template: DATA["template"].type = _same("template", "items answers")
+    default_system: DATA["default_system"].type = _same("default_system", "items answers")
+    enable_thinking: DATA["enable_thinking"].type = _same("enable_thinking", "items answers")
+    trust_remote_code: DATA["trust_remote_code"].type = _same("trust_remote_code", "")
+
+    # benchmarks
+    benchmarks: list[str] = key(list, "results", f"What is asked: {', '.join(MAIN_METRIC)}.")
+    prompt: DATA["prompt"].type = _same("prompt", "items")
+    max_samples: int | None = key(None, "items", "Seeded choice of so many questions of each task; null: all.")
+    longbench_data: str = key(
+        "THUDM/LongBench", "longbench_qa", "LongBench v1: hub name, or folder of its .jsonl files."
+    )
+    longbench_tasks: list[str] = key(
+        lambda: ["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"],
+        "longbench_qa",
+        "Tasks of LongBench v1; these six are the paper's.",
+    )
+    ruler_data: dict | None = key(
+        None, "ruler_qa", "Questions of each task, {squad: FILE, hotpotqa: FILE, musique: FILE}, in official formats."
+    )
+    ruler_lengths: list[int] = key(
+        lambda: [4096, 8192, 16384, 32768], "ruler_qa", "Lengths of the contexts, in tokens. The paper's."
+    )
+    ruler_questions: int = key(500, "ruler_qa", "Questions of each task and length. RULER's; the paper's is not known.")
+    niah_data: str | None = key(None, "niah_plus", "NIAH-Plus in its official format: a file or folder.")
+    niah_needles: list[str] | dict | None = key(
+        None, "niah_plus", "Needles, to build contexts of our own: files of questions in SQuAD's or HotpotQA's format."
+    )
+    niah_depths: list[float] = key(
+        lambda: [float(depth) for depth in range(0, 101, 10)], "niah_plus", "Where it is hidden, percent. Ours."
+    )
+    niah_lengths: list[int] = key(
+        lambda: [4096, 8192, 16384, 32768], "niah_plus", "Lengths of those contexts, in tokens. Ours."
+    )
+    niah_questions: int = key(10, "niah_plus", "Questions of each depth and length. Ours.")
+    longbench_v2_data: str = key("THUDM/LongBench-v2", "longbench_v2", "LongBench v2: hub name, or its data.json.")
+    plain_data: str | None = key(None, "plain", "Your own questions: a .json or .jsonl file.")
+    validation_data: str | None = key(
+        None, "validation", "Validation rows of scripts/build_data.py: <dataset_name>_solopo_val.jsonl or .parquet."
+    )
+
+    # answers
+    max_input_tokens: int = key(
+        31500,
+        "answers ruler_qa niah_plus",
+        "Longer prompts lose their middle, counted. LongBench's value for windows of 32K.",
+    )
+    max_new_tokens: int = _same(
+        "max_new_tokens", "answers", help="Tokens of an answer where the benchmark has no number of its own. Ours."
+    )
+    temperature: float = _same("temperature", "answers", 0.0, "0 is greedy, as in the paper (LongBench v2: 0.1).")
+    top_p: float = _same("top_p", "answers")
+    rope_factor: float | None = key(
+        None, "answers", "YaRN: a window so many times as long; 4.0 for Qwen2.5 beyond 32K. A server has its own."
+    )
+    backend: DATA["backend"].type = _same("backend", "answers")
+    server_urls: str | dict | None = _same(
+        "server_urls", "", help=DATA["server_urls"].metadata["help"] + " {name of the model: addresses} for several."
+    )
+    api_key_env: str = _same("api_key_env", "")
+    served_model: str | dict | None = _same(
+        "served_model", "answers", help=DATA["served_model"].metadata["help"] + " {name of the model: its name there}."
+    )
+    openai_endpoint: DATA["openai_endpoint"].type = _same("openai_endpoint", "answers")
+    extra_body: dict | None = _same("extra_body", "answers")
+    concurrency: int = _same("concurrency", "")
+    timeout: float = _same("timeout", "")
+    retries: int = _same("retries", "")
+    tensor_parallel_size: int = _same("tensor_parallel_size", "")
+
+    # results
+    select_by: str | None = key(
+        None, "results", "Benchmark that names the best model; `validation` is held out, others are reported, too."
+    )
+    compare: list | None = key(
+        None, "results", "Pairs of models, [`a, b`, ...]: b against a, question by question; null: each with the first."
+    )
+    bootstrap_samples: int = key(10000, "results", "Resamples of the questions for 95 % intervals. Ours.")
+    harness_tasks: list[str] | None = key(
+        None, "", "Tasks of lm-evaluation-harness, run on each model: leaderboard is the Open LLM Leaderboard."
+    )
+    harness_args: dict | None = key(None, "", "More arguments for lm-evaluation-harness.")
+
+    # all
+    output_dir: str = key("", "", "Folder of questions, answers, scores and report; a run continues from it. Required.")
+    seed: int = _same("seed", "items answers results")
+
+
+FIELDS = {f.name: f for f in fields(EvalRecipe)}
+REQUIRED = ("template", "output_dir")
+RANGES = {  # (smallest, largest); the rest of the numbers must be above 0
+    "temperature": (0, math.inf),
+    "top_p": (1e-6, 1),
+    "rope_factor": (1, math.inf),
+    "niah_depths": (0, 100),
+    "retries": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+}
+# benchmark -> keys of which one must say what to ask
+SOURCES = {
+    "ruler_qa": ("ruler_data",),
+    "niah_plus": ("niah_data", "niah_needles"),
+    "plain": ("plain_data",),
+    "validation": ("validation_data",),
+}
+
+
+def load_recipe(path: str, overrides: list[str] | None = None, select: str | None = None) -> EvalRecipe:
+    """A recipe from a YAML file and `key=value` words that override it.
+
+    Args:
+        select: A `select_by` that overrides the recipe's; "" is the recipe's, or else the validation rows.
+
+    Raises:
+        DataError: No such file, no YAML, an unknown key, or a value of the wrong type or out of range.
+    """
+    values = read_values(path, overrides)
+    if select is not None:
+        values["select_by"] = select or values.get("select_by") or "validation"
+    return make_recipe(values)
+
+
+def make_recipe(values: dict[str, Any]) -> EvalRecipe:
+    """A recipe from a dict, checked.
+
+    Raises:
+        DataError: An unknown key (with the nearest one), a missing one, or a value that cannot be.
+    """
+    recipe = build(EvalRecipe, TITLE, values, REQUIRED, RANGES)
+    if not recipe.models and not recipe.checkpoints:
+        raise DataError(f"The {TITLE} lacks `models` or `checkpoints`: which models are to be asked?")
+    if not recipe.benchmarks and not recipe.harness_tasks:
+        raise DataError(f"The {TITLE} lacks `benchmarks`: {FIELDS['benchmarks'].metadata['help']}")
+    for name in [*recipe.benchmarks, *([recipe.select_by] if recipe.select_by else [])]:
+        if name not in MAIN_METRIC:
+            raise DataError(f"`{name}` is no benchmark; there are {', '.join(MAIN_METRIC)}.")
+    if recipe.select_by and recipe.select_by not in recipe.benchmarks:
+        raise DataError(f"`select_by: {recipe.select_by}` is not among `benchmarks: {', '.join(recipe.benchmarks)}`.")
+    for name, keys in SOURCES.items():
+        if name in recipe.benchmarks and not any(getattr(recipe, source) for source in keys):
+            wanted = " or ".join(f"`{source}`" for source in keys)
+            raise DataError(f"`benchmarks: {name}` needs {wanted}: {FIELDS[keys[0]].metadata['help']}")
+    if len(set(recipe.benchmarks)) < len(recipe.benchmarks):
+        raise DataError(f"`benchmarks` names one twice: {', '.join(recipe.benchmarks)}.")
+    return recipe
+
+
+def sources(recipe: EvalRecipe, benchmark: str) -> list[Path]:
+    """Files and folders on this machine of which a benchmark's questions are made."""
+    found = []
+    for name, spec in FIELDS.items():
+        if benchmark in spec.metadata["stages"]:
+            value = getattr(recipe, name)
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            words = [word.strip() for part in parts if isinstance(part, str) for word in part.split(",")]
+            found += [Path(word) for word in words if word and Path(word).exists()]
+    return found

@@ -1,0 +1,157 @@
+"""Which models a recipe means: folders, adapters, checkpoints in order, and names that tell them apart."""
+
+import json
+
+import pytest
+from toy import recipe_in
+
+from solopo_plugin.evaluation.models import ModelRef, find_models, tokenizer_of
+from solopo_plugin.synthesis.files import DataError
+
+
+def whole(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in ({"config.json": "{}", "model.safetensors": "weights"} | files).items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def lora(folder, base, weights="adapter_model.safetensors", **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "r": 8} | config))
+    if weights:
+        (folder / weights).write_text("weights")
+    return folder
+
+
+def found(tmp_path, models, **keys) -> list[ModelRef]:
+    return find_models(recipe_in(tmp_path, models, **keys))
+
+
+def test_a_list_of_names_and_folders(tmp_path):
+    base, run_b = whole(tmp_path / "base"), lora(tmp_path / "b" / "final", "org/Big-7B")
+    got = found(tmp_path, ["org/Big-7B", str(base), str(run_b)])
+    assert got == [
+        ModelRef("Big-7B", "org/Big-7B"),
+        ModelRef("base", str(base)),
+        ModelRef("final", "org/Big-7B", str(run_b)),
+    ]
+    (only,) = found(tmp_path, "org/Big-7B")
+    assert (only.name, only.place) == ("Big-7B", "org/Big-7B") and got[2].place == str(run_b)
+
+
+def test_a_dict_names_them(tmp_path):
+    got = found(tmp_path, {"before": "org/x", "after/all": str(whole(tmp_path / "m"))})
+    assert [ref.name for ref in got] == ["before", "after_all"]
+    with pytest.raises(DataError, match="Two of the models are called a_b; name them"):
+        found(tmp_path, {"a/b": "org/x", "a:b": "org/y"})
+    with pytest.raises(DataError, match="`models` must name a folder or a model of the hub, got 3 for 'a'"):
+        found(tmp_path, {"a": 3})
+
+
+def test_names_use_as_much_of_the_path_as_it_takes(tmp_path):
+    paths = [str(whole(tmp_path / run / "checkpoint-8")) for run in ("x", "y")] + [str(whole(tmp_path / "other"))]
+    assert [ref.name for ref in found(tmp_path, paths)] == ["x-checkpoint-8", "y-checkpoint-8", "other"]
+    with pytest.raises(DataError, match="other is named 2 times in the evaluation recipe; once is enough."):
+        found(tmp_path, [paths[2], paths[2] + "/"])
+
+
+def test_checkpoints_in_order_of_steps(tmp_path):
+    run = tmp_path / "run"
+    whole(run)  # the final model, which equals the last checkpoint, is not asked twice
+    for step in (100, 20, 3):
+        whole(run / f"checkpoint-{step}")
+    (run / "checkpoint-best").mkdir()
+    (run / "checkpoint-7").touch()  # no folder
+    got = found(tmp_path, None, checkpoints=str(run))
+    assert [(ref.name, ref.step) for ref in got] == [(f"checkpoint-{n}", n) for n in (3, 20, 100)]
+    with pytest.raises(DataError, match=r"`with_base` does not know what .*run was trained from; give it as"):
+        found(tmp_path, None, checkpoints=str(run), with_base=True)
+    base = whole(tmp_path / "base")
+    got = found(tmp_path, ["org/x"], checkpoints=str(run), with_base=True, model_name_or_path=str(base))
+    assert [ref.name for ref in got] == ["x", "base", "checkpoint-3", "checkpoint-20", "checkpoint-100"]
+
+
+def test_checkpoints_of_an_adapter(tmp_path):
+    base, run = whole(tmp_path / "models" / "base"), tmp_path / "run"
+    for step in (10, 5):
+        lora(run / f"checkpoint-{step}", str(base))
+    got = found(tmp_path, None, checkpoints=[str(run)], with_base=True)
+    assert got == [
+        ModelRef("base", str(base)),
+        ModelRef("checkpoint-5", str(base), str(run / "checkpoint-5"), 5),
+        ModelRef("checkpoint-10", str(base), str(run / "checkpoint-10"), 10),
+    ]
+    moved = found(tmp_path, None, checkpoints=[str(run)], model_name_or_path="org/moved")
+    assert [ref.path for ref in moved] == ["org/moved"] * 2
+
+
+def bad_folder(path, name):
+    """A folder with one fault; returns the recipe's keys for it and the sentence."""
+    if name == "no such folder":
+        return dict(models=[str(path / "x")]), "There is no folder .*/x, which the evaluation recipe names as a model"
+    if name == "no model":
+        path.mkdir()
+        return dict(models=[str(path)]), "holds no model: neither config.json nor adapter_config.json is there"
+    if name == "only checkpoints":
+        whole(path / "checkpoint-1")
+        return dict(models=[str(path)]), "holds checkpoints and no model of its own; write `checkpoints: "
+    if name == "no checkpoint":
+        whole(path)
+        return dict(checkpoints=[str(path)]), "`checkpoints: .*` holds no checkpoint-.; give the `output_dir` of"
+    if name == "checkpoints of nothing":
+        return dict(checkpoints=[str(path)]), "`checkpoints: .*` is no folder; give the `output_dir` of a training run"
+    if name == "no weights":
+        whole(path / "checkpoint-2", **{"training_args.bin": "x"})
+        (path / "checkpoint-2" / "model.safetensors").unlink()
+        return dict(checkpoints=[str(path)]), r"checkpoint-2 has no weights \(.*\): wait until they are written, or"
+    if name == "empty weights":
+        whole(path, **{"model.safetensors": ""})
+        return dict(models=[str(path)]), "has no weights"
+    if name == "DeepSpeed's shards":
+        whole(path, **{"zero_to_fp32.py": "x"})
+        (path / "model.safetensors").unlink()
+        return dict(models=[str(path)]), "has no weights .*: DeepSpeed's zero_to_fp32.py, which is in it, makes them"
+    if name == "a missing shard":
+        index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+        whole(path, **{"model.safetensors.index.json": index, "model-1.safetensors": "x"})
+        return dict(models=[str(path)]), "lacks model-2.safetensors, which model.safetensors.index.json names; wait"
+    if name == "half an index":
+        whole(path, **{"model.safetensors.index.json": '{"weight'})
+        return dict(models=[str(path)]), "index.json is no index of weights: the model is half written"
+    if name == "half an adapter":
+        lora(path, "org/x", weights=None)
+        return dict(models=[str(path)]), r"has no weights \(adapter_model.safetensors or adapter_model.bin\)"
+    if name == "an adapter of nothing":
+        lora(path, "/nowhere/base")
+        return dict(models=[str(path)]), "was trained on /nowhere/base, which is not there; give its place as `model_na"
+    if name == "an adapter that is silent":
+        lora(path, None)
+        return dict(models=[str(path)]), "names no base_model_name_or_path; give it as `model_name_or_path`"
+    raise KeyError(name)
+
+
+FAULTS = ("no such folder", "no model", "only checkpoints", "no checkpoint", "checkpoints of nothing", "no weights",
+          "empty weights", "DeepSpeed's shards", "a missing shard", "half an index", "half an adapter",
+          "an adapter of nothing", "an adapter that is silent")  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_folders_that_cannot_be(fault, tmp_path):
+    keys, sentence = bad_folder(tmp_path / "run", fault)
+    with pytest.raises(DataError, match=sentence) as error:
+        found(tmp_path, keys.pop("models", None), **keys)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_where_the_tokenizer_is(tmp_path):
+    bare, full = whole(tmp_path / "bare"), whole(tmp_path / "full", **{"tokenizer.json": "{}"})
+
+    def place(path, **keys):
+        return tokenizer_of(recipe_in(tmp_path, [str(path)], **keys), ModelRef("m", str(path)))
+
+    assert place(full, model_name_or_path="org/x") == str(full)
+    assert place(bare, model_name_or_path="org/x") == "org/x"
+    assert place(bare) == str(bare)
+    assert place("org/y", model_name_or_path="org/x") == "org/y"
+    assert place("served", backend="openai", model_name_or_path="org/x") == "org/x"

@@ -1,0 +1,98 @@
+"""Evaluation recipes: what is refused and in what words, keys shared with the data recipe, and the shipped ones."""
+
+import pytest
+import yaml
+
+from solopo_plugin.evaluation.items import MAIN_METRIC
+from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
+from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.synthesis.recipe import FIELDS as DATA
+
+BASE = dict(models=["a"], template="qwen", benchmarks=["plain"], plain_data="x.jsonl", output_dir="out")
+REFUSED = {
+    "Unknown key `benchmark` in the evaluation recipe. Did you mean `benchmarks`? Allowed: models, checkpoints,": dict(
+        benchmark=["plain"]
+    ),
+    "The evaluation recipe lacks `output_dir`: Folder of questions,": dict(output_dir=" "),
+    "The evaluation recipe lacks `template`: The host's chat template": dict(template=""),
+    "The evaluation recipe lacks `models` or `checkpoints`: which models": dict(models=None),
+    "The evaluation recipe lacks `benchmarks`: What is asked: longbench_qa,": dict(benchmarks=[]),
+    "`longbench` is no benchmark; there are longbench_qa, ruler_qa,": dict(benchmarks="plain,longbench"),
+    "`rouge` is no benchmark": dict(select_by="rouge"),
+    "`select_by: validation` is not among `benchmarks: plain`.": dict(select_by="validation"),
+    "`benchmarks` names one twice: plain, plain.": dict(benchmarks=["plain", "plain"]),
+    "`benchmarks: plain` needs `plain_data`: Your own questions": dict(plain_data=None),
+    "`benchmarks: ruler_qa` needs `ruler_data`: ": dict(benchmarks="ruler_qa"),
+    "`benchmarks: niah_plus` needs `niah_data` or `niah_needles`: ": dict(benchmarks="niah_plus"),
+    "`benchmarks: validation` needs `validation_data`: ": dict(benchmarks="validation"),
+    "`models` must be a text, got 3;": dict(models=[3]),
+    "`ruler_data` must be keys with values, {a: 1, b: 2}; got 'squad.json'.": dict(ruler_data="squad.json"),
+    "`ruler_lengths` must be a whole number > 0, got '4k'.": dict(ruler_lengths=[4096, "4k"]),
+    "`niah_depths` must be a number from 0 to 100, got 101.": dict(niah_depths=[0, 101]),
+    "`temperature` must be a number >= 0, got -1.": dict(temperature=-1),
+    "`rope_factor` must be a number >= 1, got 0.5.": dict(rope_factor=0.5),
+    "`max_input_tokens` must be a whole number > 0, got 0.": dict(max_input_tokens=0),
+    "`backend` must be one of vllm, openai, transformers; got 'hf'.": dict(backend="hf"),
+    "`with_base` must be true or false, got 'yes'.": dict(with_base="yes"),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_is_refused(sentence):
+    with pytest.raises(DataError) as error:
+        make_recipe(BASE | REFUSED[sentence])
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+def test_values_take_the_form_of_their_key(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"models": {"base": "org/name"}, "niah_depths": [0, 50]}))
+    made = load_recipe(str(path), ["benchmarks=plain, longbench_qa", "ruler_lengths=4096", "temperature=1"])
+    assert made.benchmarks == ["plain", "longbench_qa"] and made.ruler_lengths == [4096]
+    assert made.models == {"base": "org/name"} and made.niah_depths == [0.0, 50.0] and made.temperature == 1.0
+    assert make_recipe(BASE | {"models": "a, b"}).models == ["a", "b"]
+    assert make_recipe(BASE | {"compare": "a, b"}).compare == ["a, b"]  # one pair
+    first, second = make_recipe(BASE), make_recipe(BASE)
+    assert first == second and first.ruler_lengths is not second.ruler_lengths
+
+
+@pytest.mark.parametrize("select, given, chosen", [
+    (None, None, None), ("plain", None, "plain"), ("", None, "validation"), ("", "plain", "plain"),
+    (None, "plain", "plain"),
+])  # fmt: skip
+def test_select_chooses_a_benchmark(tmp_path, select, given, chosen):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        yaml.safe_dump(BASE | dict(benchmarks=["plain", "validation"], validation_data="v", select_by=given))
+    )
+    assert load_recipe(str(path), [], select).select_by == chosen
+
+
+SHARED = ("template", "default_system", "enable_thinking", "trust_remote_code", "prompt", "top_p", "backend", "timeout",
+          "api_key_env", "openai_endpoint", "extra_body", "concurrency", "retries", "tensor_parallel_size",
+          "max_new_tokens", "seed")  # fmt: skip
+OWN = {"temperature", "server_urls", "served_model", "model_name_or_path"}  # with another default or type
+
+
+def test_shared_keys_are_those_of_the_data_recipe():
+    assert set(FIELDS) & set(DATA) == set(SHARED) | OWN
+    for name in SHARED:
+        assert (FIELDS[name].type, FIELDS[name].default) == (DATA[name].type, DATA[name].default), name
+
+
+def test_every_key_is_explained_and_names_known_stages():
+    for name, field in FIELDS.items():
+        assert set(field.metadata["stages"]) <= {"items", "answers", "results", *MAIN_METRIC}, name
+        assert len(field.metadata["help"]) > 10 and field.metadata["help"].endswith("."), name
+
+
+def test_sources_are_the_files_that_are_there(tmp_path):
+    for name in ("squad.json", "a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    recipe = make_recipe(BASE | dict(
+        ruler_data={"squad": str(tmp_path / "squad.json"), "musique": str(tmp_path / "none.json")},
+        niah_needles=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", longbench_data=str(tmp_path),
+    ))  # fmt: skip
+    assert sources(recipe, "ruler_qa") == [tmp_path / "squad.json"]
+    assert sources(recipe, "niah_plus") == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    assert sources(recipe, "longbench_qa") == [tmp_path] and sources(recipe, "longbench_v2") == []

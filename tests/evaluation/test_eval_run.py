@@ -1,0 +1,371 @@
+"""Questions are made once, answers asked for once, over-long prompts lose their middle, and a kill loses nothing."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import toy
+import yaml
+from ask_toy import N_QUESTIONS
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from material import save_tokenizer
+from scripted_server import serving
+from toy import answers, answers_for, recipe_in
+
+from solopo_plugin.evaluation import run
+from solopo_plugin.evaluation.models import find_models
+from solopo_plugin.evaluation.run import answer_all, cut_middle, prepare_items, read_items
+from solopo_plugin.host.template import encode_prompt
+from solopo_plugin.synthesis.backends import load_chat
+from solopo_plugin.synthesis.files import DataError, file_hash
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def model(tokenizer, tmp_path):
+    """A folder that has a tokenizer and passes for a model; the answers come from a server."""
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer, folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return str(folder)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """What stands for the benchmarks: a dict to be filled."""
+    module = ModuleType("solopo_plugin.evaluation.benchmarks")
+    module.BENCHMARKS = {"plain": toy.benchmark()}
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module.BENCHMARKS
+
+
+# ---- questions
+
+
+def made(recipe, **keys) -> list:
+    """Keys of the questions, made if need be."""
+    prepare_items(recipe, find_models(recipe)[0], **keys)
+    return [item.key for item in read_items(Path(recipe.output_dir))]
+
+
+def test_questions_are_made_once_and_again_when_something_changes(benchmarks, model, tmp_path):
+    plain = benchmarks["plain"]
+    recipe = recipe_in(tmp_path, [model])
+    first = made(recipe)
+    assert first == [("plain", f"part{i % 2}", f"q{i}") for i in range(20)] and made(recipe) == first
+    assert plain.made == 1
+    for why, change in {
+        "a key of all": dict(prompt="{documents} {question}"), "one of its own": dict(plain_data=model + "/config.json")
+    }.items():  # fmt: skip
+        before = plain.made
+        made(recipe_in(tmp_path, [model], **change))
+        made(recipe_in(tmp_path, [model], **change, concurrency=3, max_new_tokens=4, niah_questions=7))
+        assert plain.made == before + 1, why
+    made(recipe)
+    (tmp_path / "plain.jsonl").write_text("other questions")
+    before = plain.made
+    assert made(recipe) == first and plain.made == before + 1
+    items = tmp_path / "out" / "items.jsonl"
+    items.write_bytes(items.read_bytes()[:-9])
+    assert made(recipe) == first and plain.made == before + 2
+    assert made(recipe, resume=False) == first and plain.made == before + 3
+
+
+def test_a_further_benchmark_leaves_the_others_as_they_are(benchmarks, model, tmp_path):
+    benchmarks["validation"] = toy.benchmark(5, benchmark="validation")
+    one = recipe_in(tmp_path, [model])
+    both = recipe_in(
+        tmp_path, [model], benchmarks=["validation", "plain"], validation_data=str(tmp_path / "plain.jsonl")
+    )
+    made(one)
+    alone = (tmp_path / "out" / "items.jsonl").read_bytes()
+    assert [key[0] for key in made(both)] == ["validation"] * 5 + ["plain"] * 20
+    assert (tmp_path / "out" / "items.jsonl").read_bytes().endswith(alone)
+    assert (benchmarks["plain"].made, benchmarks["validation"].made) == (1, 1)
+    made(one)
+    assert (tmp_path / "out" / "items.jsonl").read_bytes() == alone and benchmarks["plain"].made == 1
+
+
+def test_questions_that_cannot_be(benchmarks, model, tmp_path):
+    recipe = recipe_in(tmp_path, [model])
+    benchmarks["plain"] = lambda *_: iter([toy.item(1), toy.item(2), toy.item(1, words=3)])
+    with pytest.raises(DataError, match="`plain` has the question 'q1' of part1 twice; ids must differ."):
+        made(recipe)
+    benchmarks["plain"] = lambda *_: iter(())
+    with pytest.raises(DataError, match="`plain` has no question; check its files and the keys"):
+        made(recipe)
+    assert not (tmp_path / "out" / "items.jsonl").exists()
+
+
+# ---- cutting
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer, tmp_path_factory):
+    """Tokenizer and the ids of a message's templated prompt."""
+    recipe = recipe_in(tmp_path_factory.mktemp("chat"), [tokenizer], model_name_or_path=tokenizer)
+    loaded, template = load_chat(recipe)
+    return loaded, lambda text: encode_prompt(loaded, template, text)
+
+
+def split(whole: str, text: str) -> tuple[int, int]:
+    """How many characters of `text` begin `whole`, and how many of the rest end it."""
+    head = next((i for i, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), len(text))
+    rest = text[head:]
+    return head, len(rest) if whole.endswith(rest) else -1
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("ab é漢🙂\n ")), max_size=400),
+    room=st.integers(2, 300),
+)
+def test_the_middle_is_cut_and_both_ends_are_kept(chat, text, room):
+    tokenizer, encode = chat
+    if tokenizer.decode(tokenizer.encode(text)) != text or "\ufffd" in text:  # special tokens are not kept as text
+        return
+    limit = len(encode("")) + room
+    whole = len(encode(text))
+    try:
+        cut, tokens, gone = cut_middle(text, limit, tokenizer, encode)
+    except DataError:
+        assert room < 30  # a single character of some scripts needs a few tokens
+        return
+    assert tokens == len(encode(cut)) <= limit and gone == whole - tokens
+    if whole <= limit:
+        assert (cut, gone) == (text, 0)
+        return
+    head, tail = split(text, cut)
+    assert gone > 0 and tail >= 0 and head + tail == len(cut)
+    assert limit - tokens <= 12  # half a character at either side of the cut, and what a round takes away too much
+
+
+def test_the_halves_are_equal_in_tokens(chat):
+    tokenizer, encode = chat
+    words = [f"w{i}" for i in range(3000)]
+    text = " ".join(words)
+    cut, tokens, gone = cut_middle(text, 1000, tokenizer, encode)
+    head, tail = split(text, cut)
+    count = lambda part: len(tokenizer.encode(part, add_special_tokens=False))  # noqa: E731
+    assert abs(count(cut[:head]) - count(cut[head:])) <= 2 and 998 <= tokens <= 1000
+    assert cut.startswith("w0 w1 w2 ") and cut.endswith(" w2998 w2999") and gone == len(encode(text)) - tokens
+    with pytest.raises(DataError, match="`max_input_tokens: 5` leaves no room for a question beside the template"):
+        cut_middle(text, 5, tokenizer, encode)
+
+
+# ---- answers
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    with serving(answers_for(folder / "answers.json", N_QUESTIONS), log=folder / "log") as running:
+        running.log = folder / "log"
+        yield running
+
+
+def asked(server) -> list[dict]:
+    """Requests since the last look."""
+    lines = server.log.read_text().splitlines() if server.log.exists() else []
+    server.log.unlink(missing_ok=True)
+    return [json.loads(line) for line in lines]
+
+
+def served(folder, model, server, **keys):
+    return recipe_in(folder, model, backend="openai", server_urls=server.url, **keys)
+
+
+def test_long_prompts_are_cut_counted_and_told(benchmarks, model, server, tmp_path, caplog):
+    benchmarks["plain"] = lambda *_: (toy.item(i, words=40 if i < 5 else 400) for i in range(12))
+    recipe = served(tmp_path, [model], server, max_input_tokens=250)
+    answer_all(recipe, find_models(recipe))
+    rows = {row["id"]: row for row in answers(tmp_path / "out", "model")}
+    items = {item.id: item for item in read_items(Path(recipe.output_dir))}
+    assert len(rows) == 12 and "model: plain: 12 answers; 7 prompts were longer than 250 tokens" in caplog.text
+    tokenizer, template = load_chat(recipe_in(tmp_path, [model], model_name_or_path=model))
+    for i in range(12):
+        row, item = rows[f"q{i}"], items[f"q{i}"]
+        whole = len(encode_prompt(tokenizer, template, item.prompt))
+        assert row["prompt_tokens"] + row["cut_tokens"] == whole and row["prompt_hash"] == item.prompt_hash
+        assert (row["cut_tokens"] > 0) == (i >= 5) and row["prompt_tokens"] <= 250
+        assert set(row) == {
+            "benchmark", "task", "id", "prompt_hash", "prompt_tokens", "cut_tokens", "text", "finish_reason"
+        }  # fmt: skip
+
+
+def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path, caplog):
+    recipe = served(tmp_path, [model], server)
+    file = tmp_path / "out" / "answers" / "model.jsonl"
+    asked(server)
+
+    def again(expected: int, recipe=recipe, **keys) -> str:
+        caplog.clear()
+        answer_all(recipe, find_models(recipe), **keys)
+        assert len(asked(server)) == expected
+        assert len({row["id"] for row in answers(tmp_path / "out", "model")}) >= 20
+        return caplog.text
+
+    again(20)
+    whole = file.read_bytes()
+    again(0)
+    file.write_bytes(b"".join(whole.splitlines(True)[:8]) + b'{"benchmark": "plain", "ta')  # killed while writing
+    again(13)
+    assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
+    file.write_bytes(whole + whole.splitlines(True)[3])  # a line twice
+    again(0)
+    assert file.read_bytes() == whole
+
+    benchmarks["plain"] = toy.benchmark(22, words=12)
+    (tmp_path / "plain.jsonl").write_text("two more")
+    again(2)
+    benchmarks["plain"] = lambda *_: (toy.item(i, words=13 if i == 4 else 12) for i in range(20))
+    (tmp_path / "plain.jsonl").write_text("one other prompt, two fewer")
+    assert "1 answers to questions that have changed since are dropped" in again(1)
+    assert len(answers(tmp_path / "out", "model")) == 22  # the two are kept for when they are asked again
+
+    other = served(tmp_path, [model], server, max_new_tokens=9, served_model="scripted")
+    said = again(20, other)
+    assert "asked anew, because `max_new_tokens` was 8 and is 9, `served_model` was None and is 'scripted'" in said
+    assert len((file.with_suffix(".old")).read_text().splitlines()) == 23
+    again(0, served(tmp_path, [model], server, max_new_tokens=9, served_model="scripted", seed=1, concurrency=2))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"trained on")
+    assert "asked anew, because the files of the model have changed;" in again(20, other)
+    again(20, other, resume=False)
+
+
+def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path, monkeypatch):
+    recipe = served(tmp_path, [model], server)
+    original = run.generate
+    monkeypatch.setattr(run, "generate", lambda *given: (r for r in original(*given) if '"q7"' not in r.id))
+    with pytest.raises(DataError, match="1 questions got no answer, .*q7.* start again"):
+        answer_all(recipe, find_models(recipe))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "solopo_plugin.evaluation.benchmarks", ModuleType("x"))
+    sys.modules["solopo_plugin.evaluation.benchmarks"].BENCHMARKS = benchmarks
+    asked(server)
+    answer_all(recipe, find_models(recipe))
+    assert len(asked(server)) == 1
+
+
+def test_each_model_is_asked_under_its_own_name(benchmarks, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    models = {"before": model, "after": str(other)}
+    log, right = tmp_path / "log", answers_for(tmp_path / "answers.json")
+
+    def names() -> dict[str, int]:
+        seen = [json.loads(line)["model"] for line in log.read_text().splitlines()]
+        log.unlink()
+        return {name: seen.count(name) for name in seen}
+
+    with serving(right, model="before,after", log=log) as server:
+        recipe = served(tmp_path, models, server)
+        answer_all(recipe, find_models(recipe))
+        assert names() == {"before": 20, "after": 20}
+        recipe = served(tmp_path, models, server, served_model={"before": "x", "after": "y"})
+        answer_all(recipe, find_models(recipe))
+        assert names() == {"x": 20, "y": 20}
+        recipe = served(tmp_path, models, server, served_model={"before": "x"})
+        with pytest.raises(DataError, match="`served_model` says nothing of the model after, only of before."):
+            answer_all(recipe, find_models(recipe))
+    with serving(right, log=log) as server, serving(right, model="one", log=log) as second:
+        recipe = served(tmp_path, models, server)  # the only model of a server is not both of ours
+        sentence = (
+            "has scripted, none of which is called before or .*model; say which it is with `served_model: {before: "
+        )
+        with pytest.raises(DataError, match=sentence):
+            answer_all(recipe, find_models(recipe), resume=False)
+        urls = {"before": server.url, "after": second.url}
+        recipe = recipe_in(
+            tmp_path, models, backend="openai", server_urls=urls, served_model={"before": "scripted", "after": "one"}
+        )
+        answer_all(recipe, find_models(recipe))
+        assert names() == {"scripted": 20, "one": 20}
+
+
+def test_a_question_has_its_own_limit_and_greedy_is_temperature_0(benchmarks, model, server, tmp_path):
+    benchmarks["plain"] = lambda *_: (toy.item(i, max_new_tokens=None if i else 77) for i in range(3))
+    recipe = served(tmp_path, [model], server, max_new_tokens=33, concurrency=1)
+    asked(server)
+    answer_all(recipe, find_models(recipe))
+    assert [(seen["max_tokens"], seen["temperature"], seen["n"]) for seen in asked(server)] == [
+        (77, 0.0, 1), (33, 0.0, 1), (33, 0.0, 1)
+    ]  # fmt: skip
+
+
+# ---- killed
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """Starts runs of ask_toy.py; see zygote.py."""
+    command = [sys.executable, str(ROOT / "tests" / "synthesis" / "zygote.py"), "ask_toy"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+    def run(folder, kill_after: float | None = None) -> int:
+        process.stdin.write(json.dumps({"words": ["recipe.yaml"], "cwd": str(folder)}) + "\n")
+        process.stdin.flush()
+        child = int(process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return int(process.stdout.readline())
+
+    yield run
+    process.kill()
+    process.wait()
+
+
+def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory):
+    """kill -9 at eight moments; the answers are the same lines, each once, and none is asked for twice over."""
+    right = answers_for(tmp_path_factory.mktemp("answers") / "answers.json", N_QUESTIONS)
+    log, ends, folders = right.with_name("log"), [], []
+    with serving(right, slow=0.02, log=log) as server:
+        for kills in (0, 8):
+            folder = tmp_path_factory.mktemp("run")
+            keys = vars(recipe_in(folder, ["served"], backend="openai", server_urls=server.url, concurrency=2,
+                                  model_name_or_path=tokenizer, max_input_tokens=250))  # fmt: skip
+            keys = {name: value for name, value in keys.items() if value is not None}
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(keys | {"output_dir": "out"}))
+            random.seed(3)
+            ends.append([zygote(folder, kill_after=0.25 + random.random() / 2) for _ in range(kills)])
+            assert zygote(folder) == 0, (folder / "log.txt").read_text()
+            folders.append(folder)
+            if not kills:
+                assert len(log.read_text().splitlines()) == N_QUESTIONS
+                log.unlink()
+    calm, killed = ((folder / "out") for folder in folders)
+    assert ends[1].count(-9) >= 4, ends
+    assert N_QUESTIONS <= len(log.read_text().splitlines()) <= N_QUESTIONS + 2 * 8  # those under way at a kill
+    lines = [(folder / "answers" / "served.jsonl").read_bytes().splitlines() for folder in (calm, killed)]
+    assert lines[0][0] == lines[1][0] and sorted(lines[0]) == sorted(lines[1]) and len(lines[0]) == N_QUESTIONS + 1
+    assert file_hash(calm / "items.jsonl") == file_hash(killed / "items.jsonl")
+    assert any(json.loads(line).get("cut_tokens") for line in lines[0])
+
+
+def test_two_runs_do_not_share_a_folder(benchmarks, model, server, tmp_path):
+    recipe = served(tmp_path, [model], server)
+    with run.alone_in(Path(recipe.output_dir), "output_dir"):
+        with pytest.raises(
+            DataError, match="Another run is at work in .*out; wait for it, or give another `output_dir`"
+        ):
+            run.evaluate(recipe)
