@@ -118,7 +118,7 @@ class Builder:
 
     def __init__(self, recipe: DataRecipe, pool: Pool, tokenizer, template):
         self.recipe, self.pool, self.tokenizer, self.template = recipe, pool, tokenizer, template
-        self.before, self.behind = split_prompt(PROMPT if recipe.prompt is None else recipe.prompt)
+        self.before, self.behind = split_prompt(recipe.prompt)
         self.smallest = min((pool.tokens[i] for i in pool.drawable), default=0)
         self.ranked = rank_by_bm25(pool) if recipe.distractors == "bm25" else None
         self.numbers = [0]  # [n]: tokens that the labels of documents 1 to n have more than n times that of the first
@@ -312,12 +312,13 @@ def lay_out(before: str, behind: str, question: str, shown: Iterable[str]) -> tu
     return "".join([*parts, behind.replace("{question}", question)]), places
 
 
-def split_prompt(prompt: str) -> tuple[str, str]:
-    """What stands before and behind the documents.
+def split_prompt(prompt: str | None) -> tuple[str, str]:
+    """What stands before and behind the documents; None: of `PROMPT`.
 
     Raises:
         DataError: `{documents}` or `{question}` is not there exactly once.
     """
+    prompt = PROMPT if prompt is None else prompt
     for place in ("{documents}", "{question}"):
         if prompt.count(place) != 1:
             raise DataError(

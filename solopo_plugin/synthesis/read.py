@@ -296,7 +296,7 @@ def _format(row: dict) -> str:
 
 def _musique(row: dict, documents: Documents) -> tuple:
     evidence, distractors = [], []
-    for item in _list(row, "paragraphs"):
+    for item in list_at(row, "paragraphs"):
         if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
             raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {shown(item)}.")
         paragraph = {"title": item.get("title"), "text": item.get("paragraph_text")}
@@ -334,9 +334,9 @@ def _plain(row: dict, documents: Documents) -> tuple:
     hops = row.get("hops")
     if hops is not None and (not isinstance(hops, int) or isinstance(hops, bool)):
         raise DataError(f"`hops` must be a whole number or null, got {shown(hops)}.")
-    evidence = [make_paragraph(item, documents) for item in _list(row, "evidence")]
+    evidence = [make_paragraph(item, documents) for item in list_at(row, "evidence")]
     distractors = (
-        [make_paragraph(item, documents) for item in _list(row, "distractors")] if row.get("distractors") else []
+        [make_paragraph(item, documents) for item in list_at(row, "distractors")] if row.get("distractors") else []
     )
     return row_id(row.get("id")), texts(row, "answers"), hops, evidence, distractors
 
@@ -408,12 +408,13 @@ def objects(row: dict, key: str) -> list[dict]:
     Raises:
         DataError: There is no list of objects.
     """
-    if odd := [item for item in _list(row, key) if not isinstance(item, dict)]:
+    if odd := [item for item in list_at(row, key) if not isinstance(item, dict)]:
         raise DataError(f"`{key}` must hold objects, got {shown(odd[0])}.")
     return row[key]
 
 
-def _list(row: dict, key: str) -> list:
+def list_at(row: dict, key: str) -> list:
+    """The list that a row has at `key`."""
     if not isinstance(row.get(key), list):
         raise DataError(f"`{key}` must be a list, got {shown(row.get(key))}.")
     return row[key]
