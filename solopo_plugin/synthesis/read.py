@@ -291,7 +291,9 @@ def _format(row: dict) -> str:
         return "plain"
     if "context" in row and "answers" in row:
         return "squad"
-    raise DataError(f"the format of the row cannot be told from its keys ({', '.join(row)}); set `input_format`.")
+    raise DataError(
+        f"the format of the row cannot be told from its keys ({', '.join(row)}); is it {', '.join(PARSERS)}?"
+    )
 
 
 def _musique(row: dict, documents: Documents) -> tuple:

@@ -274,7 +274,7 @@ BAD = [
         ({"depth_percent2": 5}, f":1: `depth_percent1` must be a number, got {NONE}"),
     ]),
     ("niah_plus", "niah_needles", "n.jsonl", {"id": 1, "question": "?", "answers": ["x"]}, [
-        ({}, ":1: the format of the row cannot be told from its keys (id, question, answers); set"),
+        ({}, ":1: the format of the row cannot be told from its keys (id, question, answers); is it musique, hot"),
     ]),
     ("longbench_v2", "longbench_v2_data", "d.json", V2_ROW, [
         ([V2_ROW, V2_ROW | {"answer": "E"}], ":3: `answer` must be one of the letters A to D, got str 'E'."),
@@ -443,6 +443,19 @@ def test_niah(questions, ask):
         needles = [{p["paragraph"] - 1 for p in i.evidence} for i in (item, other)]
         left = [[d for k, d in enumerate(h) if k not in n] for h, n in zip(hay, needles, strict=True)]
         assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("benchmark", ["ruler_qa", "niah_plus"])
+def test_tokens_that_do_not_add_up(questions, ask, benchmark):
+    """A prompt that is glued to its documents: tokenised whole, and lengths and depths hold as ever."""
+    keys = {"ruler_data": {"mine": questions.plain}, "niah_needles": {"mine": questions.plain}, "ruler_questions": 3}
+    items = ask(benchmark, prompt="Q: {question} D: {documents}|A:", **keys)
+    assert len(items) == (3 * 3 if benchmark == "ruler_qa" else 3 * 2 * 4)
+    for item in items:
+        check_item(item, ask, item.length, longest_document(ask, questions.all), questions.texts)
+        if item.depth is not None:
+            found = [depth_of(item, place, ask) for place in item.evidence]
+            assert abs(min(found)[0] - item.depth / 100) <= min(found)[1]
 
 
 @given(st.lists(st.integers(1, 50), max_size=12), st.lists(st.floats(0, 1), min_size=1, max_size=4))
