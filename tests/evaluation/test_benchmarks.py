@@ -483,7 +483,7 @@ def test_it_ends_for_every_length(questions, ask, benchmark, length):
         items = ask(benchmark, ruler_lengths=[length], niah_lengths=[length], **keys, max_input_tokens=10**13)
     except DataError as error:
         reason = "evidence_longer_than" if length < 1_000 else "too_few_distractors_for"
-        assert f"{questions.plain}`: none of " in str(error)
+        assert f"mine ({questions.plain}): none of " in str(error)
         assert re.search(
             rf"questions gives contexts of {length} tokens \({{'{reason}_{length}': \d+}}\); ask", str(error)
         )
@@ -590,7 +590,9 @@ def test_order_changes_no_choice(questions, tmp_path, ask):
     assert sorted(one, key=lambda i: i.key) == sorted(two, key=lambda i: i.key)
     assert len(ask("ruler_qa", ruler_data=data, max_samples=2)) == 2 * 2 * 3
     capped = ask("niah_plus", niah_needles=[questions.plain], max_samples=1)
-    assert len(capped) == 1 * 2 * 4 and {item.task for item in capped} == {"plain"}
+    assert capped == ask("niah_plus", niah_needles=[questions.plain], max_samples=1)
+    twice = ask("niah_plus", niah_needles=[questions.plain], niah_depths=[50, 50.0], niah_lengths=[600, 600])
+    assert len(twice) == 3 and len(capped) == 1 * 2 * 4 and {item.task for item in capped} == {"plain"}
 
 
 def test_special_tokens_stay_and_are_counted(tmp_path, ask, caplog):

@@ -32,7 +32,7 @@ class Haystack:
             key: What the recipe calls the file, for messages.
             lengths: Those that contexts will be asked for.
         """
-        self.what, self.lengths = f"`{key}: {name}`", {n: _target(n, recipe.max_input_tokens) for n in lengths}
+        self.what, self.lengths = f"`{key}`, {task} ({name})", {n: _target(n, recipe.max_input_tokens) for n in lengths}
         self.read = Counter(lines=0, unanswerable=0, same_id=0)
         rows = rows_of(name, key, HUB_SUBSETS.get(task), "validation")
         questions = usable(rows, task if task in PARSERS else "auto", {}, self.read, _refuse)
