@@ -17,7 +17,7 @@ import random
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +104,21 @@ class Side:
     row: dict
 
 
+@dataclass
+class Asked:
+    """A question, the tokens of its prompt without documents, and which paragraphs it must not meet."""
+
+    question: Question
+    rest: int
+    leaks: "Leaks"
+
+
 class Builder:
     """What the contexts of all questions share, and how one question's are built."""
 
     def __init__(self, recipe: DataRecipe, pool: Pool, tokenizer, template):
         self.recipe, self.pool, self.tokenizer, self.template = recipe, pool, tokenizer, template
-        self.before, self.behind = split_prompt(PROMPT if recipe.prompt is None else recipe.prompt)
+        self.before, self.behind = split_prompt(recipe.prompt)
         self.smallest = min((pool.tokens[i] for i in pool.drawable), default=0)
         self.ranked = rank_by_bm25(pool) if recipe.distractors == "bm25" else None
         self.numbers = [0]  # [n]: tokens that the labels of documents 1 to n have more than n times that of the first
@@ -118,50 +127,65 @@ class Builder:
 
     def __call__(self, question: Question) -> tuple[dict | str, Counter]:
         """The row of a question, or why it is dropped; and how many distractors were left out for what reason."""
-        pool, recipe, looked_at = self.pool, self.recipe, Counter()
-        if question.marked or any(pool.marked[i] for i in question.evidence):
-            return "special_tokens", looked_at
-        forms = [normalize_answer(pool.text(i)) for i in question.evidence]
-        if any(a in b for k, a in enumerate(forms) for j, b in enumerate(forms) if j != k):
-            return "evidence_within_evidence", looked_at
-        rest = self._rest(question)
-        leaks = Leaks([] if recipe.allow_answer_in_distractors else question.answers, forms, pool, looked_at)
-
+        recipe, asked = self.recipe, self.asked(question)
+        if isinstance(asked, str):
+            return asked, Counter()
         rng = self._rng(question, "lossy")
-        lost = [rng.randrange(len(forms))] if rng.random() < recipe.lossy_short else []
+        lost = [rng.randrange(len(question.evidence))] if rng.random() < recipe.lossy_short else []
         sides, drawn = {}, None
         for name in ("long", "short"):
             dropped = lost if name == "short" else []
-            side = self._side(question, name, dropped, rest, leaks, drawn)
-            if side is None:
-                return f"evidence_longer_than_{name}", looked_at
-            if not side.full:
-                return f"too_few_distractors_for_{name}", looked_at
+            side = self.context(asked, getattr(recipe, f"{name}_tokens"), name, dropped, drawn)
+            if isinstance(side, str):
+                return f"{side}_{name}", asked.leaks.looked_at
             sides[name] = side.row
             drawn = side.distractors if recipe.short_subset_of_long else None
         fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
-        return {**fields, "short": sides["short"], "long": sides["long"]}, looked_at
+        return {**fields, "short": sides["short"], "long": sides["long"]}, asked.leaks.looked_at
+
+    def asked(self, question: Question) -> Asked | str:
+        """What all contexts of a question share, or why it can have none."""
+        pool = self.pool
+        if question.marked or any(pool.marked[i] for i in question.evidence):
+            return "special_tokens"
+        forms = [normalize_answer(pool.text(i)) for i in question.evidence]
+        if any(a in b for k, a in enumerate(forms) for j, b in enumerate(forms) if j != k):
+            return "evidence_within_evidence"
+        answers = [] if self.recipe.allow_answer_in_distractors else question.answers
+        return Asked(question, self._rest(question), Leaks(answers, forms, pool, Counter()))
 
     def _rng(self, question: Question, what: str) -> random.Random:
         return random.Random(f"{self.recipe.seed}/{question.id}/{what}")
 
-    def _side(self, question, name, dropped, rest, leaks, drawn) -> Side | None:
-        """The short or the long context; None where the evidence alone is longer.
+    def context(
+        self,
+        asked: Asked,
+        target: int,
+        name: str,
+        dropped: Sequence[int] = (),
+        drawn: list[int] | None = None,
+        arranged: Callable[[list[int], list[int]], list[int]] | None = None,
+    ) -> Side | str:
+        """A context of at most `target` tokens, or why not: `evidence_longer_than` or `too_few_distractors_for` it.
 
         Args:
-            rest: Tokens of the prompt without documents.
+            name: Of the random numbers: two contexts of a question that share it draw distractors in the same order.
+            dropped: Evidence to leave out, by its place in the question.
             drawn: The only distractors to draw from, in this order; None: the pool.
+            arranged: The order of documents, from evidence and distractors as drawn; None: shuffled.
         """
-        target = getattr(self.recipe, f"{name}_tokens")
+        question, rest, leaks = asked.question, asked.rest, asked.leaks
         evidence = [i for k, i in enumerate(question.evidence) if k not in dropped]
         room, best = target - rest, None
         for _ in range(ROUNDS):
             rng = self._rng(question, name)
             order = drawn if drawn is not None else leaks.without(question.evidence, self._draw(question, rng))
             distractors, full = self._fill(evidence, room, order)
-            documents = [*evidence, *distractors]
-            rng.shuffle(documents)
-            prompt, places = self._prompt(question, documents)
+            documents = arranged(evidence, distractors) if arranged else [*evidence, *distractors]
+            if arranged is None:
+                rng.shuffle(documents)
+            shown = map(self.pool.document, documents)
+            prompt, places = lay_out(self.before, self.behind, question.question, shown)
             adds_up = self.sums and all(self.pool.sums[i] for i in documents)
             tokens = rest + self._tokens(documents) if adds_up else len(self._encode(prompt))
             leaks.looked_at["tokenised_whole"] += not adds_up
@@ -169,12 +193,14 @@ class Builder:
                 found = [places[documents.index(i)] for i in evidence]
                 best = Side(distractors, full, {
                     "prompt": prompt, "tokens": tokens, "paragraphs": len(documents), "evidence": found,
-                    "dropped": dropped,
+                    "dropped": list(dropped),
                 })  # fmt: skip
             if adds_up or 0 <= target - tokens < self.smallest:
                 break
             room += target - tokens - (tokens > target) * self.smallest
-        return best
+        if best is None:
+            return "evidence_longer_than"
+        return best if best.full else "too_few_distractors_for"
 
     def _draw(self, question: Question, rng: random.Random) -> Iterable[int]:
         if self.ranked:
@@ -200,20 +226,6 @@ class Builder:
             if passed == PASSED_OVER or free < self.smallest:
                 break
         return chosen, passed > 0 or free < self.smallest
-
-    def _prompt(self, question: Question, documents: list[int]) -> tuple[str, list[dict]]:
-        """The message, and where in it the text of each document is."""
-        parts, places = [self.before.replace("{question}", question.question)], []
-        at = len(parts[0])
-        for number, i in enumerate(documents, 1):
-            label, document = f"{LABEL} {number}:", self.pool.document(i)
-            start, end = at + len(label) + document.index("\n") + 1, at + len(label) + len(document)
-            places.append({"paragraph": number, "start": start, "end": end})
-            between = BETWEEN if number < len(documents) else ""
-            parts += [label, document, between]
-            at = end + len(between)
-        parts.append(self.behind.replace("{question}", question.question))
-        return "".join(parts), places
 
     def _encode(self, prompt: str) -> list[int]:
         return encode_prompt(self.tokenizer, self.template, prompt)
@@ -281,12 +293,32 @@ def permutation(n: int, rng: random.Random) -> Iterator[int]:
         moved[j] = moved.pop(k, k)
 
 
-def split_prompt(prompt: str) -> tuple[str, str]:
-    """What stands before and behind the documents.
+def lay_out(before: str, behind: str, question: str, shown: Iterable[str]) -> tuple[str, list[dict]]:
+    """The message, and where in it the text of each document is.
+
+    Args:
+        before: What stands before the documents, from `split_prompt`.
+        behind: What stands behind them.
+        shown: The documents as `pool.shown_text` writes them.
+    """
+    parts, places = [before.replace("{question}", question)], []
+    at = len(parts[0])
+    for number, document in enumerate(shown, 1):
+        label = (BETWEEN if places else "") + f"{LABEL} {number}:"
+        start, end = at + len(label) + document.index("\n") + 1, at + len(label) + len(document)
+        places.append({"paragraph": number, "start": start, "end": end})
+        parts += [label, document]
+        at = end
+    return "".join([*parts, behind.replace("{question}", question)]), places
+
+
+def split_prompt(prompt: str | None) -> tuple[str, str]:
+    """What stands before and behind the documents; None: of `PROMPT`.
 
     Raises:
         DataError: `{documents}` or `{question}` is not there exactly once.
     """
+    prompt = PROMPT if prompt is None else prompt
     for place in ("{documents}", "{question}"):
         if prompt.count(place) != 1:
             raise DataError(

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -70,23 +70,38 @@ def build_pool(work: Path, markers: set[str]) -> tuple[Pool, list[Question]]:
     Args:
         markers: Texts that only the chat template may write.
     """
+    return make_pool(read_jsonl(work / "questions.jsonl"), read_jsonl(work / "corpus.jsonl"), markers)
+
+
+def make_pool(rows: Iterable[dict], corpus: Iterable[dict], markers: set[str]) -> tuple[Pool, list[Question]]:
+    """The same from rows as in questions.jsonl and paragraphs as in corpus.jsonl."""
     pool, questions, seen = Pool(), [], {}
-    marker = re.compile("|".join(map(re.escape, sorted(markers))) or "(?!)")
-    for row in tqdm(read_jsonl(work / "questions.jsonl"), desc="paragraphs", unit=" questions", disable=None):
+    marker = marker_pattern(markers)
+    for row in tqdm(rows, desc="paragraphs", unit=" questions", disable=None):
         evidence = [_add(pool, paragraph, marker, seen) for paragraph in row["evidence"]]
         for paragraph in row["distractors"]:
             _add(pool, paragraph, marker, seen)
         marked = bool(marker.search(row["question"]))
         questions.append(Question(row["id"], row["question"], row["answers"], row["hops"], evidence, marked))
-    for paragraph in read_jsonl(work / "corpus.jsonl"):
+    for paragraph in corpus:
         _add(pool, paragraph, marker, seen)
     pool.drawable.extend(i for i in range(len(pool)) if pool.same[i] == i and not pool.marked[i])
     return pool, questions
 
 
+def marker_pattern(markers: set[str]) -> re.Pattern:
+    """What finds one of these texts; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(markers))) or "(?!)")
+
+
+def shown_text(paragraph: dict) -> str:
+    """A paragraph, {"title", "text"}, as it stands behind `Document n:`."""
+    return f" {paragraph['title']}\n{paragraph['text']}" if paragraph["title"] else f"\n{paragraph['text']}"
+
+
 def _add(pool: Pool, paragraph: dict, marker: re.Pattern, seen: dict[bytes, int]) -> int:
     """Index of a paragraph, which is added unless the same bytes are there."""
-    shown = f" {paragraph['title']}\n{paragraph['text']}" if paragraph["title"] else f"\n{paragraph['text']}"
+    shown = shown_text(paragraph)
     whole = _digest(shown)
     if whole in seen:
         return seen[whole]

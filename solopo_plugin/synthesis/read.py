@@ -1,4 +1,4 @@
-"""Stage 1: questions with their evidence, from MuSiQue, HotpotQA, 2WikiMultihopQA or a user's own material.
+"""Stage 1: questions with their evidence, from MuSiQue, HotpotQA, 2WikiMultihopQA, SQuAD or a user's own material.
 
 Writes questions.jsonl, {"id", "question", "answers", "hops", "evidence", "distractors"} with paragraphs as {"title",
 "text"}, and corpus.jsonl, further paragraphs that may serve as distractors.
@@ -14,7 +14,8 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .recipe import DataRecipe
 log = logging.getLogger(__name__)
 Documents = dict[str, dict]  # id -> {"title", "text"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SQUAD = re.compile(r'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[')  # how its official files begin
 SHOWN = 5  # bad lines that are printed before they are only counted
 
 
@@ -66,17 +68,39 @@ def draw(seed: int, id: str) -> bytes:
 
 def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iterator[dict]:
     """The usable questions of `input`, in its order; what is left out is counted in `counts`."""
+
+    def bad(where: str, error: DataError) -> None:
+        _skip(where, error, recipe, counts, "bad")
+
+    rows = tqdm(lines(recipe), desc="read", unit=" lines", disable=None)
+    yield from usable(rows, recipe.input_format, documents, counts, bad)
+
+
+def usable(
+    rows: Iterable[tuple[str, Callable[[], dict]]],
+    form: str,
+    documents: Documents,
+    counts: Counter,
+    bad: Callable[[str, DataError], None],
+) -> Iterator[dict]:
+    """The questions of `rows` that can be asked; unanswerable ones and repeated ids are left out and counted.
+
+    Args:
+        rows: Where a row stands, and a function that parses it, as from `source_rows`.
+        form: A value of `input_format`.
+        bad: What to do with a row that cannot be used, given where it stands and why.
+    """
     seen = set()
-    for where, load in tqdm(lines(recipe), desc="read", unit=" lines", disable=None):
+    for where, load in rows:
         counts["lines"] += 1
         try:
             row = load()
-            if row.get("answerable") is False:  # of the full MuSiQue
+            if unanswerable(row):
                 counts["unanswerable"] += 1
                 continue
-            question = parse_row(row, recipe.input_format, documents)
+            question = parse_row(row, form, documents)
         except DataError as error:
-            _skip(where, error, recipe, counts, "bad")
+            bad(where, error)
             continue
         if question["id"] in seen:
             counts["same_id"] += 1
@@ -85,18 +109,38 @@ def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iter
         yield question
 
 
+def unanswerable(row: dict) -> bool:
+    """Whether a row says so of itself: in the full MuSiQue, and in SQuAD 2.0 (on the hub: there is no answer)."""
+    hub_squad = "context" in row and isinstance(row.get("answers"), dict) and row["answers"].get("text") == []
+    return row.get("answerable") is False or row.get("is_impossible") is True or hub_squad
+
+
 def lines(recipe: DataRecipe) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Every row of `input`: its name for messages, and a function that parses it or raises `DataError`."""
     for name in filter(None, (part.strip() for part in recipe.input.split(","))):
-        path = Path(name)
-        if path.suffix in (".json", ".jsonl"):
-            with explained(path, "read"), open(path, "rb") as file:
-                is_list = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-            yield from _array(path) if is_list else _json_lines(path)
-        elif path.exists() or HUB_NAME.fullmatch(name):
-            yield from _hub_rows(name, recipe)
+        yield from source_rows(name, "input", recipe.input_subset, recipe.input_split)
+
+
+def source_rows(name: str, key: str, subset: str | None, split: str) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Every row of a file, a folder or a data set of the hub, as `lines` gives them.
+
+    Args:
+        key: What the recipe calls it, for messages.
+        subset: Configuration of a hub data set.
+        split: Split of a hub data set.
+    """
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl"):
+        with explained(path, "read"), open(path, "rb") as file:
+            head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").decode("utf-8", "replace")
+        if SQUAD.match(head):
+            yield from _squad_rows(path)
         else:
-            raise DataError(f"`input`: there is no file {name}, and it is no name of the hub; check the path.")
+            yield from _array(path) if head.startswith("[") else _json_lines(path)
+    elif path.exists() or HUB_NAME.fullmatch(name):
+        yield from _hub_rows(name, key, subset, split)
+    else:
+        raise DataError(f"`{key}`: there is no file {name}, and it is no name of the hub; check the path.")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -106,8 +150,12 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
                 yield f"{path}:{number}", lambda line=line, number=number: parse_line(line, path, number)
 
 
-def _array(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """The items of one JSON list, parsed one by one: HotpotQA's training file is one of 566 MB."""
+def _array(path: Path, closing: str = r"\]") -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The items of the first JSON list of a file, parsed one by one: HotpotQA's training file is one of 566 MB.
+
+    Args:
+        closing: Pattern of what closes the file, from the end of the list on.
+    """
     with explained(path, "read"):
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -123,26 +171,46 @@ def _array(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
             raise DataError(f"{path}:{number}: not an item of a JSON list ({error}).") from None
         yield f"{path}:{number}", lambda item=item: _object(item)
         at = between.match(text, end).end()
-    if text[at:].strip() != "]":
+    if not re.fullmatch(closing, text[at:].strip()):
         raise DataError(f"{path}: the JSON list does not end; is the file complete?")
+
+
+def _squad_rows(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The questions of an official file of SQuAD, each as a row of the hub's form: its paragraph is its `context`."""
+    for where, load in _array(path, r'\](\s*,\s*"version"\s*:\s*"[^"]*")?\s*\}'):
+        try:
+            article = load()
+            parts = [(paragraph, objects(paragraph, "qas")) for paragraph in objects(article, "paragraphs")]
+        except DataError as error:
+            yield where, partial(_refuse, error)
+            continue
+        for i, (paragraph, asked) in enumerate(parts):
+            above = {"title": article.get("title"), "context": paragraph.get("context")}
+            for k, question in enumerate(asked):
+                place = f"{where} ({shown(article.get('title'))}: paragraphs[{i}].qas[{k}])"
+                yield place, lambda row=above | question: row
+
+
+def _refuse(error: DataError) -> dict:
+    raise error
 
 
 def _object(item: Any) -> dict:
     if not isinstance(item, dict):
-        raise DataError(f"a row must be a JSON object, got {_shown(item)}.")
+        raise DataError(f"a row must be a JSON object, got {shown(item)}.")
     return item
 
 
-def _hub_rows(name: str, recipe: DataRecipe) -> Iterator[tuple[str, Callable[[], dict]]]:
+def _hub_rows(name: str, key: str, subset: str | None, split: str) -> Iterator[tuple[str, Callable[[], dict]]]:
     from datasets import load_dataset
 
     kind = {".parquet": "parquet"}.get(Path(name).suffix)
-    args = (kind, None) if kind else (name, recipe.input_subset)
+    args = (kind, None) if kind else (name, subset)
     try:
-        rows = load_dataset(*args, split=recipe.input_split, **({"data_files": name} if kind else {}))
+        rows = load_dataset(*args, split="train" if kind else split, **({"data_files": name} if kind else {}))
     except Exception as error:  # of the hub, the network, the reader: whatever it is, the user must know the name
         raise DataError(
-            f"`input: {name}` cannot be loaded (subset {recipe.input_subset!r}, split {recipe.input_split!r}): "
+            f"`{key}: {name}` cannot be loaded (subset {subset!r}, split {split!r}): "
             f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
         ) from None
     for index, row in enumerate(rows):
@@ -157,10 +225,10 @@ def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
     for where, load in _json_lines(Path(recipe.corpus)):
         try:
             row = load()
-            id = _id(row.get("id", where))
+            id = row_id(row.get("id", where))
             if id in documents:
                 raise DataError(f"two documents have the id {id!r}.")
-            documents[id] = _paragraph(row, {})
+            documents[id] = make_paragraph(row, {})
         except DataError as error:
             _skip(where, error, recipe, counts, "bad_documents")
     return documents
@@ -168,12 +236,17 @@ def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
 
 def _skip(where: str, error: DataError, recipe: DataRecipe, counts: Counter, name: str) -> None:
     """Count a bad line, and show the first ones; or, without `skip_bad`, stop at it."""
-    message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+    message = located(where, error)
     if not recipe.skip_bad:
         raise DataError(f"{message} Correct the line, or set `skip_bad: true`.") from None
     counts[name] += 1
     if counts[name] <= SHOWN:
         log.warning("%s Skipped.", message)
+
+
+def located(where: str, error: DataError) -> str:
+    """What is wrong, with the place, unless it says so itself."""
+    return str(error) if str(error).startswith(where) else f"{where}: {error}"
 
 
 def parse_row(row: dict, form: str, documents: Documents) -> dict:
@@ -191,10 +264,10 @@ def parse_row(row: dict, form: str, documents: Documents) -> dict:
     form = _format(row) if form == "auto" else form
     id, answers, hops, evidence, distractors = PARSERS[form](row, documents)
     if not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise DataError(f"`question` must be a text, got {_shown(row.get('question'))}.")
+        raise DataError(f"`question` must be a text, got {shown(row.get('question'))}.")
     usable = [a.strip() for a in dict.fromkeys(answers) if normalize_answer(a)]
     if not usable:
-        raise DataError(f"there is no usable answer in {_shown(answers)}.")
+        raise DataError(f"there is no usable answer in {shown(answers)}.")
     evidence = _distinct(evidence, set())
     if not evidence:
         raise DataError("the question has no evidence.")
@@ -216,23 +289,27 @@ def _format(row: dict) -> str:
         return "2wikimultihopqa" if "evidences" in row else "hotpotqa"
     if "evidence" in row:
         return "plain"
-    raise DataError(f"the format of the row cannot be told from its keys ({', '.join(row)}); set `input_format`.")
+    if "context" in row and "answers" in row:
+        return "squad"
+    raise DataError(
+        f"the format of the row cannot be told from its keys ({', '.join(row)}); is it {', '.join(PARSERS)}?"
+    )
 
 
 def _musique(row: dict, documents: Documents) -> tuple:
     evidence, distractors = [], []
-    for item in _list(row, "paragraphs"):
+    for item in list_at(row, "paragraphs"):
         if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
-            raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {_shown(item)}.")
+            raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {shown(item)}.")
         paragraph = {"title": item.get("title"), "text": item.get("paragraph_text")}
         if item["is_supporting"]:
-            evidence.append(_paragraph(paragraph, {}))
+            evidence.append(make_paragraph(paragraph, {}))
         elif paragraph["text"]:
-            distractors.append(_paragraph(paragraph, {}))
+            distractors.append(make_paragraph(paragraph, {}))
     hops = row.get("question_decomposition")
-    aliases = _texts(row, "answer_aliases") if row.get("answer_aliases") else []
-    answers = [*_texts(row, "answer"), *aliases]
-    return _id(row.get("id")), answers, len(hops) if isinstance(hops, list) and hops else None, evidence, distractors
+    aliases = texts(row, "answer_aliases") if row.get("answer_aliases") else []
+    answers = [*texts(row, "answer"), *aliases]
+    return row_id(row.get("id")), answers, len(hops) if isinstance(hops, list) and hops else None, evidence, distractors
 
 
 def _hotpotqa(row: dict, documents: Documents) -> tuple:
@@ -242,46 +319,59 @@ def _hotpotqa(row: dict, documents: Documents) -> tuple:
     evidence, distractors = [], []
     for title, sentences in context:
         if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
-            raise DataError(f"`context` must pair titles with lists of sentences, got {_shown(sentences)}.")
+            raise DataError(f"`context` must pair titles with lists of sentences, got {shown(sentences)}.")
         spaced = any(s[:1].isspace() for s in sentences[1:])  # HotpotQA's sentences bring their spaces along
         paragraph = {"title": title, "text": ("" if spaced else " ").join(sentences)}
         if title in titles:
-            evidence.append(_paragraph(paragraph, {}))
+            evidence.append(make_paragraph(paragraph, {}))
         elif paragraph["text"].strip():
-            distractors.append(_paragraph(paragraph, {}))
+            distractors.append(make_paragraph(paragraph, {}))
     missing = titles - {title for title, _ in context}
     if missing:
-        raise DataError(f"`supporting_facts` names {_shown(min(missing))}, which is not in `context`.")
-    return _id(row.get("_id", row.get("id"))), _texts(row, "answer"), None, evidence, distractors
+        raise DataError(f"`supporting_facts` names {shown(min(missing))}, which is not in `context`.")
+    return row_id(row.get("_id", row.get("id"))), texts(row, "answer"), None, evidence, distractors
 
 
 def _plain(row: dict, documents: Documents) -> tuple:
     hops = row.get("hops")
     if hops is not None and (not isinstance(hops, int) or isinstance(hops, bool)):
-        raise DataError(f"`hops` must be a whole number or null, got {_shown(hops)}.")
-    evidence = [_paragraph(item, documents) for item in _list(row, "evidence")]
-    distractors = [_paragraph(item, documents) for item in _list(row, "distractors")] if row.get("distractors") else []
-    return _id(row.get("id")), _texts(row, "answers"), hops, evidence, distractors
+        raise DataError(f"`hops` must be a whole number or null, got {shown(hops)}.")
+    evidence = [make_paragraph(item, documents) for item in list_at(row, "evidence")]
+    distractors = (
+        [make_paragraph(item, documents) for item in list_at(row, "distractors")] if row.get("distractors") else []
+    )
+    return row_id(row.get("id")), texts(row, "answers"), hops, evidence, distractors
 
 
-PARSERS = {"musique": _musique, "hotpotqa": _hotpotqa, "2wikimultihopqa": _hotpotqa, "plain": _plain}
+def _squad(row: dict, documents: Documents) -> tuple:
+    """SQuAD: a question of an official file with its paragraph, or a row of the hub, whose answers are columns."""
+    title, answers = row.get("title"), row.get("answers")
+    title = title.replace("_", " ") if isinstance(title, str) else title
+    spoken = answers if isinstance(answers, dict) else {"text": [a.get("text") for a in objects(row, "answers")]}
+    evidence = make_paragraph({"title": title, "text": row.get("context")}, {})
+    return row_id(row.get("id")), texts(spoken, "text"), None, [evidence], []
 
 
-def _paragraph(item: Any, documents: Documents) -> dict:
+PARSERS = {
+    "musique": _musique, "hotpotqa": _hotpotqa, "2wikimultihopqa": _hotpotqa, "squad": _squad, "plain": _plain
+}  # fmt: skip
+
+
+def make_paragraph(item: Any, documents: Documents) -> dict:
     """A paragraph as {"title", "text"}: from a text, an object, or the id of a document. The text stays verbatim."""
     if isinstance(item, str):
         item = {"text": item}
     if not isinstance(item, dict):
-        raise DataError(f"a paragraph must be a text or an object, got {_shown(item)}.")
+        raise DataError(f"a paragraph must be a text or an object, got {shown(item)}.")
     if "text" not in item and "id" in item:
-        if _id(item["id"]) not in documents:
-            raise DataError(f"the recipe's `corpus` has no document with the id {_shown(item['id'])}.")
-        return documents[_id(item["id"])]
+        if row_id(item["id"]) not in documents:
+            raise DataError(f"the recipe's `corpus` has no document with the id {shown(item['id'])}.")
+        return documents[row_id(item["id"])]
     text, title = item.get("text"), item.get("title")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"the text of a paragraph must be a text that is not empty, got {_shown(text)}.")
+        raise DataError(f"the text of a paragraph must be a text that is not empty, got {shown(text)}.")
     if not isinstance(title, str | None):
-        raise DataError(f"the title of a paragraph must be a text, got {_shown(title)}.")
+        raise DataError(f"the title of a paragraph must be a text, got {shown(title)}.")
     return {"title": " ".join((title or "").split()), "text": text}
 
 
@@ -303,36 +393,51 @@ def _pairs(row: dict, key: str) -> list[tuple[str, Any]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise DataError(f"`{key}` is a text that is no JSON: {_shown(value)}.") from None
+            raise DataError(f"`{key}` is a text that is no JSON: {shown(value)}.") from None
     if isinstance(value, dict) and isinstance(value.get("title"), list):
         others = [v for k, v in value.items() if k != "title"]
         if len(others) == 1 and isinstance(others[0], list) and len(others[0]) == len(value["title"]):
             value = [list(pair) for pair in zip(value["title"], others[0], strict=True)]
     pairs = value if isinstance(value, list) else []
     if not pairs or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
-        raise DataError(f"`{key}` must be a list of pairs that begin with a title, got {_shown(value)}.")
+        raise DataError(f"`{key}` must be a list of pairs that begin with a title, got {shown(value)}.")
     return [(title, other) for title, other in pairs]
 
 
-def _list(row: dict, key: str) -> list:
-    if not isinstance(row.get(key), list):
-        raise DataError(f"`{key}` must be a list, got {_shown(row.get(key))}.")
+def objects(row: dict, key: str) -> list[dict]:
+    """The JSON objects that a row has at `key`.
+
+    Raises:
+        DataError: There is no list of objects.
+    """
+    if odd := [item for item in list_at(row, key) if not isinstance(item, dict)]:
+        raise DataError(f"`{key}` must hold objects, got {shown(odd[0])}.")
     return row[key]
 
 
-def _texts(row: dict, key: str) -> list[str]:
+def list_at(row: dict, key: str) -> list:
+    """The list that a row has at `key`."""
+    if not isinstance(row.get(key), list):
+        raise DataError(f"`{key}` must be a list, got {shown(row.get(key))}.")
+    return row[key]
+
+
+def texts(row: dict, key: str) -> list[str]:
+    """The text or texts, at least one, that a row has at `key`."""
     value = row.get(key)
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"`{key}` must be a text or a list of texts, got {_shown(value)}.")
-    return texts
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
+        raise DataError(f"`{key}` must be a text or a list of texts, got {shown(value)}.")
+    return found
 
 
-def _id(value: Any) -> str:
+def row_id(value: Any) -> str:
+    """An id, which may be a text or a whole number, as a text."""
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"`id` must be a text or a whole number, got {_shown(value)}.")
+        raise DataError(f"`id` must be a text or a whole number, got {shown(value)}.")
     return str(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value and its type, in short, for a message."""
     return f"{type(value).__name__} {repr(value)[:80]}"

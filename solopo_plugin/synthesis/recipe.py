@@ -44,7 +44,7 @@ class DataRecipe:
     input: str = key(
         "", "read", "Questions: a .json or .jsonl file, a folder, or a hub name; several with commas. Required."
     )
-    input_format: Literal["auto", "musique", "hotpotqa", "2wikimultihopqa", "plain"] = key(
+    input_format: Literal["auto", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
         "auto", "read", "What the rows of `input` look like; `auto` tells by their keys."
     )
     input_subset: str | None = key(None, "read", "Configuration of a hub data set, such as `distractor` of HotpotQA.")

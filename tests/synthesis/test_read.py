@@ -42,6 +42,10 @@ WIKI_ROW = {
     **HOTPOT_ROW, "_id": "w1", "evidences": [["a", "b", "c"]],
     "context": json.dumps([["Rosvik", ["Rosvik is a town.", "It has a harbour."]], ["Karvik", ["Karvik is not."]]]),
 }  # fmt: skip
+SQUAD_HUB_ROW = {
+    "id": "s1", "title": "Rosvik", "context": "Rosvik is a town. It has a harbour.", "question": "Where?",
+    "answers": {"text": ["Rosvik", "Rosvik", "The Rosvik"], "answer_start": [0, 0, 0]},
+}  # fmt: skip
 PLAIN_ROW = {"id": 7, "question": "Where?", "answers": "Rosvik", "evidence": ["Rosvik is a town. It has a harbour."]}
 
 
@@ -65,6 +69,44 @@ def test_formats_of_benchmarks(tmp_path, row):
         "distractors": [{"title": "Karvik", "text": "Karvik is not."}],
     }  # fmt: skip
     assert counts == {"lines": 1, "bad": 0, "unanswerable": 0, "same_id": 0, "questions": 1, "corpus": 0}
+
+
+@pytest.mark.parametrize("form", ["auto", "squad"])
+def test_squad(tmp_path, form):
+    """The official file (versions 1.1 and 2.0, in any layout) and the hub's rows; unanswerable ones are counted."""
+    answers = [{"text": "Rosvik", "answer_start": 0}, {"text": "The Rosvik", "answer_start": 0}]
+    asked = {"id": "s1", "question": "Where?", "answers": answers}
+    none = {"id": "s2", "question": "Why?", "answers": [], "plausible_answers": answers, "is_impossible": True}
+    context = SQUAD_HUB_ROW["context"]
+    for version, qas, indent in (("1.1", [asked], None), ("v2.0", [asked | {"is_impossible": False}, none], 1)):
+        data = [{"title": "Rosvik", "paragraphs": [{"context": context, "qas": qas}]}]
+        file = {"data": data, "version": version} if version == "1.1" else {"version": version, "data": data}
+        (tmp_path / f"{version}.json").write_text(json.dumps(file, indent=indent))
+    write_jsonl(tmp_path / "hub.jsonl", [SQUAD_HUB_ROW, SQUAD_HUB_ROW | {"id": "s3", "answers": {"text": []}}])
+    for name, unanswerable in (("1.1.json", 0), ("v2.0.json", 1), ("hub.jsonl", 1)):
+        (question,), counts = run(tmp_path / "out", Path("-"), input=str(tmp_path / name), input_format=form)
+        assert question == {
+            "id": "s1", "question": "Where?", "answers": ["Rosvik", "The Rosvik"], "hops": None,
+            "evidence": [{"title": "Rosvik", "text": context}], "distractors": [],
+        }  # fmt: skip
+        assert counts["unanswerable"] == unanswerable and counts["lines"] == 1 + unanswerable
+
+
+def test_bad_squad_files(tmp_path):
+    """A bad article or question is skipped with its place; a file that is cut off is an error."""
+    good = {"id": "s1", "question": "Where?", "answers": [{"text": "x"}]}
+    parts = [{"context": "x y", "qas": [good, good | {"id": None}]}, {"context": " ", "qas": [good | {"id": "b"}]}]
+    text = json.dumps(
+        {"version": "v2.0", "data": ["no", {"title": "A"}, {"title": "B", "paragraphs": parts}]}, indent=0
+    )
+    path = tmp_path / "s.json"
+    path.write_text(text)
+    questions, counts = run(tmp_path / "out", Path("-"), input=str(path), skip_bad=True)
+    assert [q["id"] for q in questions] == ["s1"] and counts["bad"] == 4 and counts["lines"] == 5
+    for cut, message in ((1, "does not end"), (3, "does not end"), (len(text) // 2, "not an item of a JSON list")):
+        path.write_text(text[:-cut])
+        with pytest.raises(DataError, match=rf"^{path}(:\d+)?: .*{message}"):
+            run(tmp_path / "out", Path("-"), input=str(path), skip_bad=True)
 
 
 def test_plain_rows_and_documents(tmp_path):
@@ -196,7 +238,14 @@ def mangle(row: object, rng: random.Random) -> object:
 def test_ten_thousand_random_lines(tmp_path):
     """Whatever a line holds, it is a question or it is counted, and what is counted has a message of one line."""
     rng = random.Random(4)
-    rows = [MUSIQUE_ROW, HOTPOT_ROW, HUB_ROW, WIKI_ROW, PLAIN_ROW | {"distractors": ["a", {"text": "b"}]}]
+    rows = [
+        MUSIQUE_ROW,
+        HOTPOT_ROW,
+        HUB_ROW,
+        WIKI_ROW,
+        SQUAD_HUB_ROW,
+        PLAIN_ROW | {"distractors": ["a", {"text": "b"}]},
+    ]
     lines = []
     for index in range(10_000):
         row = dict(rng.choice(rows))

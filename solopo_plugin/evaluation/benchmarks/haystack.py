@@ -1,0 +1,110 @@
+"""Contexts of given lengths around the evidence of a file's questions, by the data pipeline's own builder."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+from ...host.template import template_markers
+from ...synthesis.contexts import Asked, Builder, Side
+from ...synthesis.files import DataError
+from ...synthesis.pool import Question, count_tokens, make_pool
+from ...synthesis.read import PARSERS, draw, located, usable
+from ...synthesis.recipe import DataRecipe
+from .rows import rows_of
+
+log = logging.getLogger(__name__)
+NAME = "short"  # of the random numbers: at `short_tokens` a context is the data pipeline's short one
+TRIES = 4  # questions that are tried for one that is asked for, so that an impossible length ends; ours
+NEARLY = 0.95  # a length of which the window holds so much is built to the window; ours
+NUMBER = 8  # tokens that the number of a document can have at most
+HUB_SUBSETS = {"hotpotqa": "distractor"}
+
+
+class Haystack:
+    """The paragraphs of a file as a pool, and its questions in the order of a seeded draw."""
+
+    def __init__(self, name: str, task: str, key: str, lengths: list[int], recipe, tokenizer, template):
+        """Read, tokenise.
+
+        Args:
+            name: File, folder or hub name of the questions; several with commas.
+            task: Its name; also that of its format, if there is one of that name.
+            key: What the recipe calls the file, for messages.
+            lengths: Those that contexts will be asked for.
+        """
+        self.what, self.lengths = f"`{key}`, {task} ({name})", {n: _target(n, recipe.max_input_tokens) for n in lengths}
+        self.read = Counter(lines=0, unanswerable=0, same_id=0)
+        rows = rows_of(name, key, HUB_SUBSETS.get(task), "validation")
+        questions = usable(rows, task if task in PARSERS else "auto", {}, self.read, _refuse)
+        self.pool, self.questions = make_pool(questions, (), template_markers(tokenizer, template))
+        if not self.questions:
+            raise DataError(f"{self.what} has no question that can be asked ({dict(self.read)}).")
+        self.questions.sort(key=lambda question: draw(recipe.seed, question.id))
+        count_tokens(self.pool, tokenizer)
+        self.whole = sum(self.pool.tokens[i] + NUMBER for i in self.pool.drawable)
+        checked = min(lengths), max((n for n in lengths if n <= 8192), default=min(lengths))
+        data = DataRecipe(prompt=recipe.prompt, seed=recipe.seed, short_tokens=checked[0], long_tokens=checked[1])
+        self.builder = Builder(data, self.pool, tokenizer, template)
+        self.builder.check_sums(self.questions)
+
+    def fitting(self, wanted: int) -> Iterator[tuple[Asked, dict[int, Side]]]:
+        """So many questions with a context of every length, the same questions at each; the others are counted.
+
+        Raises:
+            DataError: There is none.
+        """
+        built, dropped = 0, Counter()
+        for question in self.questions[: TRIES * wanted]:
+            if built == wanted:
+                break
+            asked = self.builder.asked(question)
+            sides = asked if isinstance(asked, str) else self._sides(asked)
+            if isinstance(sides, str):
+                dropped[sides] += 1
+                continue
+            built += 1
+            yield asked, sides
+        lengths = ", ".join(map(str, self.lengths))
+        if not built:
+            raise DataError(
+                f"{self.what}: none of {sum(dropped.values())} questions gives contexts of {lengths} tokens "
+                f"({dict(dropped)}); ask for other lengths, or give a file with more paragraphs."
+            )
+        log.log(
+            logging.WARNING if built < wanted else logging.INFO,
+            "%s: of %d questions asked for, %d built at each length of %s; dropped %s; read %s.",
+            self.what, wanted, built, lengths, dict(dropped), dict(self.read),
+        )  # fmt: skip
+
+    def _sides(self, asked: Asked) -> dict[int, Side] | str:
+        sides = {}
+        for length, target in self.lengths.items():
+            if target - asked.rest > self.whole + sum(self.pool.tokens[i] for i in asked.question.evidence):
+                return f"too_few_distractors_for_{length}"  # known without drawing them all
+            side = self.builder.context(asked, target, NAME)
+            if isinstance(side, str):
+                return f"{side}_{length}"
+            sides[length] = side
+        return sides
+
+
+def item_fields(question: Question, side: Side) -> dict:
+    """What an item takes over from a question and one of its contexts."""
+    return {
+        "prompt": side.row["prompt"], "question": question.question, "answers": question.answers,
+        "evidence": side.row["evidence"], "groups": {} if question.hops is None else {"hops": str(question.hops)},
+    }  # fmt: skip
+
+
+def wanted_questions(questions: int, max_samples: int | None) -> int:
+    """Questions of a task: as many as its key says, and no more than `max_samples`."""
+    return questions if max_samples is None else min(questions, max_samples)
+
+
+def _target(length: int, window: int) -> int:
+    """Tokens that the prompt of a length may have: a window that is a little shorter, so that nothing is cut."""
+    return window if NEARLY * length <= window < length else length
+
+
+def _refuse(where: str, error: DataError) -> None:
+    raise DataError(located(where, error)) from None

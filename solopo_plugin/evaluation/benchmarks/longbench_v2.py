@@ -1,0 +1,59 @@
+"""LongBench v2 (Bai et al. 2024, arXiv:2412.15204): four choices, answered with one chain of thought.
+
+The format is that of its data.json and of its copy on the hub: `_id`, `domain`, `sub_domain`, `difficulty` (easy,
+hard), `length` (short, medium, long), `question`, `choice_A` to `choice_D`, `answer` (the letter) and `context`.
+`longbench_v2_data` is that file (one list of 465 MB, whose text is held in memory while it is read), a .jsonl or
+.parquet file of the same rows, or a name on the hub, from which loading is not tested.
+
+The prompt is ours, as for all benchmarks; the sentence that ends an answer is the one that the authors' parser reads.
+The paper samples at temperature 0.1.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from ...synthesis.files import DataError
+from ...synthesis.read import row_id, shown
+from ..items import Item
+from .rows import around, items_of, rows_of, text_at
+
+PROMPT = """\
+Here is a text, and a question about it with several answers to choose from. One of them is right.
+
+{documents}
+
+Question: {question}
+
+Think step by step: say what in the text bears on the question, and what follows from it for each of the answers. Then \
+end with one line, `The correct answer is (X)`, where X is the letter of the right answer."""
+LETTERS = "ABCD"
+CLASSES = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
+
+
+def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+    """Its questions; groups: difficulty and class of length; the task is `all`.
+
+    Raises:
+        DataError: A row that is not of the format.
+    """
+    rows = partial(rows_of, recipe.longbench_v2_data, "longbench_v2_data", None, "train")
+    what = f"`longbench_v2_data: {recipe.longbench_v2_data}`"
+    yield from items_of(rows, _item, what, recipe, tokenizer, template)
+
+
+def with_choices(question: str, choices: list[str]) -> str:
+    """A question and its choices, as the prompt shows them."""
+    return "\n\n".join([question, "\n".join(f"({x}) {text}" for x, text in zip(LETTERS, choices, strict=False))])
+
+
+def _item(row: dict) -> Iterator[Item]:
+    choices = [text_at(row, f"choice_{letter}") for letter in LETTERS]
+    question, letter = text_at(row, "question"), row.get("answer")
+    if letter not in tuple(LETTERS):
+        raise DataError(f"`answer` must be one of the letters A to D, got {shown(letter)}.")
+    groups = {key: row.get(key) for key in CLASSES}
+    for key, value in groups.items():
+        if value not in CLASSES[key]:
+            raise DataError(f"`{key}` must be one of {', '.join(CLASSES[key])}; got {shown(value)}.")
+    prompt = around(PROMPT, text_at(row, "context"), with_choices(question, choices))
+    yield Item("longbench_v2", "all", row_id(row.get("_id")), prompt, question, [letter], "choice", groups=groups)

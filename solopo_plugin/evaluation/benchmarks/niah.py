@@ -1,0 +1,114 @@
+"""Needle-in-a-Haystack PLUS (Zhao et al. 2024, LongAgent, arXiv:2402.11550): its files, and contexts of its kind.
+
+`niah_data`: the authors' files. Their README (github.com/zuucan/NeedleInAHaystack-PLUS) documents the keys `id`,
+`context`, `context_length` (tokens), `depth_percent`, `input` (the question), `dataset` (needle_squad, needle_hotpotqa)
+and `answers` (a list), one JSON object a line. Questions with two needles carry `depth_percent1` and `depth_percent2`
+instead, which the README does not say: code of others that reads the published file does. The file itself was not seen.
+
+`niah_needles`: questions in SQuAD's, HotpotQA's or another format of the data pipeline, as {task: file} or a list of
+files, for contexts at `niah_lengths` x `niah_depths`. The haystack is distractors from the same file up to the length,
+as in ruler.py, and the same at every depth. Depth is the part of the haystack's tokens that stands before the needle: 0
+% is the beginning, 100 % the end; the needle is put between the two paragraphs where that is nearest. Of several
+paragraphs of evidence one, by seed, is at the depth and the others are anywhere behind it: at shares of what is left
+that are drawn once a question, so that from cell to cell only length and depth change. (The authors' pairs are at two
+of 0, 33, 66 and 100 %; and they replace entities of the answer by invented ones, which is not done here.)
+`max_samples` caps the questions of a task, each of which is asked in every cell.
+"""
+
+import random
+from bisect import bisect_left
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+from ...synthesis.files import DataError
+from ...synthesis.pool import Question
+from ...synthesis.read import row_id, texts
+from ..items import Item
+from .haystack import NAME, Haystack, item_fields, wanted_questions
+from .rows import around, items_of, number_at, rows_of, text_at
+
+
+def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+    """The questions of the files, then those of the contexts that are built.
+
+    Raises:
+        DataError: A row that is not of its format, or a task of which nothing can be built.
+    """
+    if recipe.niah_data:
+        names = recipe.niah_data
+        if Path(names).is_dir():
+            names = ",".join(map(str, sorted(Path(names).glob("*.jsonl"))))
+        rows, what = partial(rows_of, names, "niah_data"), f"`niah_data: {recipe.niah_data}`"
+        yield from items_of(rows, partial(_item, recipe), what, recipe, tokenizer, template)
+    for task, name in _named(recipe.niah_needles or {}).items():
+        hay = Haystack(name, task, "niah_needles", recipe.niah_lengths, recipe, tokenizer, template)
+        yield from _grid(hay, task, recipe)
+
+
+def _item(recipe, row: dict) -> Iterator[Item]:
+    question, context, answers = text_at(row, "input"), text_at(row, "context"), texts(row, "answers")
+    length, pair = int(number_at(row, "context_length")), row.get("depth_percent2") is not None
+    depth = number_at(row, "depth_percent1" if pair else "depth_percent")
+    name = f"{depth:g}+{number_at(row, 'depth_percent2'):g}" if pair else f"{depth:g}"
+    yield Item(
+        "niah_plus", text_at(row, "dataset"), f"{row_id(row.get('id'))}/{length}/{name}",
+        around(recipe.prompt, context, question), question, answers, length=length, depth=depth,
+        groups={"depths": name} if pair else {},
+    )  # fmt: skip
+
+
+def _named(needles: dict[str, str] | list[str]) -> dict[str, str]:
+    named = needles if isinstance(needles, dict) else {Path(name).stem: name for name in needles}
+    if len(named) < len(needles):
+        raise DataError(f"`niah_needles`: two files have the same name, write {{name: file}}; got {needles}.")
+    return named
+
+
+def _grid(hay: Haystack, task: str, recipe) -> Iterator[Item]:
+    """Each question that fits, at all lengths and depths."""
+    for asked, sides in hay.fitting(wanted_questions(recipe.niah_questions, recipe.max_samples)):
+        question = asked.question
+        shares = needle_shares(recipe.seed, question)
+        for length in sides:
+            for depth in dict.fromkeys(recipe.niah_depths):
+                at = [depth / 100 + (1 - depth / 100) * share for share in shares]
+                side = hay.builder.context(
+                    asked, hay.lengths[length], NAME, arranged=partial(placed, hay.pool.tokens, at)
+                )
+                if isinstance(side, str):  # only where tokens do not add up, so that an order can be too long
+                    hay.read[f"{side}_{length}"] += 1
+                    continue
+                yield Item(
+                    "niah_plus", task, f"{question.id}/{length}/{depth:g}", length=length, depth=float(depth),
+                    **item_fields(question, side),
+                )  # fmt: skip
+
+
+def needle_shares(seed: int, question: Question) -> list[float]:
+    """Of each paragraph of evidence, how far behind the depth it stands: 0 for one of them, else up to 1, the end."""
+    rng = random.Random(f"{seed}/{question.id}/needles")
+    shares = [0.0, *(rng.random() for _ in question.evidence[1:])]
+    rng.shuffle(shares)
+    return shares
+
+
+def placed(tokens, at: list[float], evidence: list[int], distractors: list[int]) -> list[int]:
+    """Distractors in their order, with each paragraph of evidence where the tokens before it come nearest to its share.
+
+    Args:
+        tokens: Of each paragraph of the pool.
+        at: For each of `evidence` the share of the distractors' tokens that stands before it, 0 to 1.
+    """
+    before = [0, *accumulate(tokens[i] for i in distractors)]  # [k]: tokens before the k-th distractor
+    spots = []
+    for share, i in sorted(zip(at, evidence, strict=True)):
+        k = bisect_left(before, share * before[-1])
+        if k and share * before[-1] - before[k - 1] < before[min(k, len(before) - 1)] - share * before[-1]:
+            k -= 1
+        spots.append((min(k, len(distractors)), i))
+    documents = list(distractors)
+    for k, i in reversed(spots):
+        documents.insert(k, i)
+    return documents

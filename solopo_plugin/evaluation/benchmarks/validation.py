@@ -1,0 +1,39 @@
+"""The validation rows of scripts/build_data.py, whose questions are held out of training.
+
+`validation_data` is <dataset_name>_solopo_val.jsonl or .parquet. Each row is asked twice: as task `short` with `prompt`
+and as task `long` with `long_prompt`, both as they were made, so that the difference is what the context costs.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from ...synthesis.files import DataError
+from ...synthesis.read import objects, row_id, texts
+from ..items import Item
+from .rows import items_of, rows_of, text_at
+
+
+def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+    """Both questions of each row; `max_samples` chooses the same rows for both.
+
+    Raises:
+        DataError: There is no such file, or a row lacks what an export has.
+    """
+    path = Path(recipe.validation_data)
+    if not path.is_file():
+        raise DataError(
+            f"`validation_data: {path}`: there is no such file; the data pipeline writes one where its recipe has "
+            "`val_size` above 0: python scripts/build_data.py RECIPE val_size=200."
+        )
+    rows = partial(rows_of, str(path), "validation_data", None, "train")
+    yield from items_of(rows, _items, f"`validation_data: {path}`", recipe, tokenizer, template)
+
+
+def _items(row: dict) -> Iterator[Item]:
+    groups = {} if row.get("hops") is None else {"hops": str(row["hops"])}
+    for task, key in (("short", "prompt"), ("long", "long_prompt")):
+        yield Item(
+            "validation", task, row_id(row.get("id")), text_at(row, key), text_at(row, "question"),
+            texts(row, "answers"), evidence=objects(row, f"{task}_evidence"), groups=groups,
+        )  # fmt: skip
