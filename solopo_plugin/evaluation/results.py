@@ -25,7 +25,7 @@ PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "nump
 SIGNIFICANT = 0.05  # p-value below which two models are said to differ; the field's habit
 HELD_OUT = "validation"  # the benchmark that is there to choose by; all others are there to be reported
 
-Scores = dict[tuple[str, str], dict[str, dict]]  # (benchmark, task) -> id -> {"groups", "scores"}
+Scores = dict[tuple[str, str], dict[str, dict]]  # (benchmark, task) -> id -> {"source", "groups", "scores"}
 
 
 def make_results(
@@ -96,7 +96,8 @@ def load_scores(path: Path, asked: int) -> tuple[Scores, dict]:
             missing=-1, cut=bool(row["cut_tokens"]), no_marker=not row["marker"], empty=row["empty"],
             stopped_by_length=row["finish_reason"] == "length",
         )  # fmt: skip
-        scores[row["benchmark"], row["task"]][row["id"]] = {"groups": group_labels(row), "scores": row["scores"]}
+        kept = {"source": row["source"], "groups": group_labels(row), "scores": row["scores"]}
+        scores[row["benchmark"], row["task"]][row["id"]] = kept
     if counts["missing"]:
         log.warning("%s: %d of %d questions are missing; means are over the others.", path, counts["missing"], asked)
     names = ("asked", "missing", "cut", "no_marker", "empty", "stopped_by_length")
@@ -112,15 +113,16 @@ def group_labels(row: dict) -> tuple[str, ...]:
 
 def summarise(model: str, scores: Scores, samples: int, seed: int) -> Iterator[dict]:
     """Rows of a model: each benchmark, group and metric, for every task and for their mean (task "")."""
-    cells = defaultdict(lambda: defaultdict(list))  # (benchmark, group, metric) -> task -> values
+    cells = defaultdict(lambda: defaultdict(list))  # (benchmark, group, metric) -> task -> (value, source)
     for (benchmark, task), questions in scores.items():
         for question in questions.values():
             for group in question["groups"]:
                 for metric, value in question["scores"].items():
-                    cells[benchmark, group, metric][task].append(value)
+                    cells[benchmark, group, metric][task].append((value, question["source"]))
     for (benchmark, group, metric), tasks in tqdm(cells.items(), desc=f"intervals {model}", disable=None):
-        for task, values in _and_mean({task: np.array(values_n) for task, values_n in tasks.items()}):
-            value, low, high = mean_interval(values, samples, _generator(seed, benchmark, task, group))
+        for task, columns in _and_mean({task: list(zip(*pairs, strict=True)) for task, pairs in tasks.items()}):
+            values, sources = ([np.array(column) for column in side] for side in zip(*columns, strict=True))
+            value, low, high = mean_interval(values, samples, _generator(seed, benchmark, task, group), sources)
             n = sum(map(len, values))
             where = {"model": model, "benchmark": benchmark, "task": task, "group": group, "metric": metric}
             yield where | {"n": n, "value": value, "low": low, "high": high}
@@ -133,11 +135,12 @@ def compare_models(a: str, b: str, of_a: Scores, of_b: Scores, samples: int, see
         first, second = of_a.get((benchmark, task), {}), of_b.get((benchmark, task), {})
         left_out[benchmark, task] = len(first.keys() ^ second.keys())
         left_out[benchmark, ""] += left_out[benchmark, task]
-        for metric, pair in _aligned([first, second]).items():
-            cells[benchmark, metric][task] = pair
+        for metric, columns in _aligned([first, second]).items():
+            cells[benchmark, metric][task] = columns
     for (benchmark, metric), tasks in tqdm(cells.items(), desc=f"{b} against {a}", disable=None):
-        for task, pairs in _and_mean(tasks):
-            found = compare_paired(*zip(*pairs, strict=True), samples, _generator(seed, benchmark, task))
+        for task, columns in _and_mean(tasks):
+            sources, *values = zip(*columns, strict=True)
+            found = compare_paired(*values, samples, _generator(seed, benchmark, task), sources)
             where = {"a": a, "b": b, "benchmark": benchmark, "task": task, "metric": metric}
             yield where | found | {"left_out": left_out[benchmark, task]}
     if total := sum(count for (_, task), count in left_out.items() if task):
@@ -169,13 +172,14 @@ def select(benchmark: str, models: list[dict], scores: dict[str, Scores], sample
     aligned = [columns for columns in aligned if columns]
     if not aligned:
         raise DataError(f"`select_by: {benchmark}`: no question was answered by all of {', '.join(names)}; ask again.")
-    columns = {name: [task[index] for task in aligned] for index, name in enumerate(names)}
+    sources, *sides = zip(*aligned, strict=True)
+    columns = dict(zip(names, sides, strict=True))
     by_name = {model["name"]: model for model in models}
     order = sorted(names, key=lambda name: -mean_of_means(columns[name]))
     ranking = []
     for name in order:
-        value, low, high = mean_interval(columns[name], samples, _generator(seed, benchmark, ""))
-        against = compare_paired(columns[order[0]], columns[name], samples, _generator(seed, benchmark, ""))
+        value, low, high = mean_interval(columns[name], samples, _generator(seed, benchmark, ""), sources)
+        against = compare_paired(columns[order[0]], columns[name], samples, _generator(seed, benchmark, ""), sources)
         place = {key: by_name[name][key] for key in ("path", "adapter", "step")}
         keys = ("difference", "p_value", "wins", "losses", "ties")
         ranking.append(
@@ -185,7 +189,7 @@ def select(benchmark: str, models: list[dict], scores: dict[str, Scores], sample
     tied = [row["model"] for row in ranking[1:] if row["p_value"] >= SIGNIFICANT]
     best = by_name[order[0]]
     answered = {(key, id) for name in names for key in tasks for id in scores[name].get(key, {})}
-    n = sum(len(task[0]) for task in aligned)
+    n = sum(map(len, sources))
     return {
         "benchmark": benchmark, "metric": metric, "best": order[0], "path": best["path"], "adapter": best["adapter"],
         "step": best["step"], "folder": best["adapter"] or best["path"], "n": n, "left_out": len(answered) - n,
@@ -220,11 +224,12 @@ def _warning(benchmark: str) -> str | None:
 
 
 def _aligned(sides: list[dict[str, dict]]) -> dict[str, list[np.ndarray]]:
-    """Per metric the values of each side, over the questions of one task that all sides answered, in one order."""
-    common = sorted(set.intersection(*(set(side) for side in sides)))
-    metrics = {metric: None for id in common for metric in sides[0][id]["scores"]}
-    has = {metric: [id for id in common if metric in sides[0][id]["scores"]] for metric in metrics}
-    return {m: [np.array([side[id]["scores"][m] for id in ids]) for side in sides] for m, ids in has.items()}
+    """Per metric, of the questions of one task that all sides answered: their sources, then the values of each side."""
+    found = defaultdict(list)
+    for id in sorted(set.intersection(*map(set, sides))):
+        for metric in sides[0][id]["scores"]:
+            found[metric].append((sides[0][id]["source"], *(side[id]["scores"][metric] for side in sides)))
+    return {metric: list(map(np.array, zip(*rows, strict=True))) for metric, rows in found.items()}
 
 
 def _and_mean(tasks: dict[str, object]) -> Iterable[tuple[str, list]]:

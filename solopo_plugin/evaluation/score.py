@@ -10,6 +10,7 @@ The scores, 0 to 100 each, by the functions of `solopo_plugin.metrics`:
 - choice: `accuracy` of the letter that LongBench v2's parser finds, and `parsed`, whether it finds one.
 """
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -65,8 +66,9 @@ def write_scores(output_dir: Path | str, model_name: str) -> dict:
     """Score what a model has answered; one line per answer, in the order of items.jsonl, whatever the answers' order.
 
     A line is {"benchmark", "task", "id", "prediction", "marker", "empty", "scores", "prompt_tokens", "cut_tokens",
-    "finish_reason", "length", "depth", "groups", "evidence_depth"}: the last is where the evidence is in the uncut
-    prompt, in percent of its characters, on average; null where that is not known.
+    "finish_reason", "length", "depth", "groups", "evidence_depth", "source"}. `evidence_depth` is where the evidence is
+    in the uncut prompt, in percent of its characters, on average; null where that is not known. `source` is the same
+    for a question that is asked at several lengths or depths, or in several tasks (`source_of`).
 
     Returns:
         {"asked": questions, "scored": answers, "unknown": answers to questions that items.jsonl does not have}.
@@ -99,6 +101,12 @@ def write_scores(output_dir: Path | str, model_name: str) -> dict:
     if scored < asked:
         log.warning("%s: %d of %d questions are not answered; no score counts them.", model_name, asked - scored, asked)
     return {"asked": asked, "scored": scored, "unknown": len(places)}
+
+
+def source_of(item: Item) -> str:
+    """The question behind an item: the same text, and the same id up to the length that ids of built contexts name."""
+    name = item.id if item.length is None else item.id.rpartition(f"/{item.length}")[0] or item.id
+    return hashlib.sha256(f"{name}\n{item.question}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def read_items(path: Path | str) -> Iterator[Item]:
@@ -162,4 +170,5 @@ def _row(item: Item, answer: dict, path: Path, number: int) -> dict:
         **{name: answer.get(name) for name in ("prompt_tokens", "cut_tokens", "finish_reason")},
         "length": item.length, "depth": item.depth, "groups": item.groups,
         "evidence_depth": 100 * sum(places) / len(places) / len(item.prompt) if places and item.prompt else None,
+        "source": source_of(item),
     }  # fmt: skip

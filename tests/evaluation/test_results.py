@@ -28,8 +28,9 @@ def make_folder(folder, tasks, models=MODELS):
     """
     items, answers = [], {model["name"]: [{"fingerprint": {}}] for model in models}
     for (benchmark, task), (fields, letters) in tasks.items():
+        ids = "q{}" if benchmark == "validation" else task + "{}"  # of validation rows, both tasks ask the same
         own = [
-            Item(benchmark, task, f"q{k}", f"{task} {k}? The answer is: ...", "?", ["Rosvik"], **more)
+            Item(benchmark, task, ids.format(k), f"{task} {k}? The answer is: ...", "?", ["Rosvik"], **more)
             for k, more in enumerate(fields)
         ]
         items += own
@@ -214,6 +215,33 @@ def test_select(tmp_path, caplog):
     stored = json.loads((tmp_path / "selection.json").read_text(encoding="utf-8"))
     assert stored == found | {"settings": {"seed": 42}}
     assert "Best by validation: step-10 (saves/run/checkpoint-10). " in caplog.text
+
+
+def test_questions_behind_the_answers_count(tmp_path):
+    """Five rows, each asked with both prompts, and two questions at three lengths: as sure as five and two are."""
+    tasks = validation({"base": "wwwww", "step-10": "rrrrr"}, {"base": "wwwww", "step-10": "rrrrr"})
+    make_folder(tmp_path, tasks, MODELS[:2])
+    found = make(tmp_path, MODELS[:2], select_by="validation")
+    assert row(found["comparisons"], task="", metric="em")["p_value"] == 2 / 2**5
+    assert found["selection"]["ranking"][1]["p_value"] == 2 / 2**5
+
+    items = [
+        Item("ruler_qa", "squad", f"{k}/{n}", f"{k} {n}?", str(k), ["Rosvik"], length=n)
+        for k in range(2) for n in (10, 20, 30)
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "items.jsonl", (item.as_dict() for item in items))
+    for name, right in (("base", "0"), ("step-10", "01")):
+        answers = [
+            {"benchmark": "ruler_qa", "task": "squad", "id": item.id, "prompt_hash": item.prompt_hash,
+             "text": "Rosvik" if item.question in right else "Karvik"}
+            for item in items
+        ]  # fmt: skip
+        write_jsonl(tmp_path / f"answers/{name}.jsonl", answers)
+        write_scores(tmp_path, name)
+    found = make(tmp_path, MODELS[:2])
+    one = row(found["summary"], model="base", task="squad", group="", metric="em")
+    assert (one["n"], one["low"], one["value"], one["high"]) == (6, 0, 50, 100)  # P(0 of 2) = P(2 of 2) = 1 / 4
+    assert row(found["comparisons"], task="squad", metric="em")["p_value"] == 1  # one question tells nothing
 
 
 def test_ties_are_said(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from conftest import SHARED_DATA
 
 from solopo_plugin.evaluation.items import MAIN_METRIC, Item
-from solopo_plugin.evaluation.score import score_answer, write_scores
+from solopo_plugin.evaluation.score import score_answer, source_of, write_scores
 from solopo_plugin.metrics import normalize_answer
 from solopo_plugin.synthesis.contexts import PROMPT
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
@@ -169,7 +169,16 @@ def test_files_of_scores(tmp_path):
         "benchmark": "plain", "task": "t", "id": "q0", "empty": False, "prediction": "0", "marker": True,
         "scores": {"f1": 0.0, "em": 0.0, "sub_em": 0.0, "string_match": 0.0}, "prompt_tokens": 30, "cut_tokens": 0,
         "finish_reason": "stop", "length": 4096, "depth": 50.0, "groups": {"hops": "0"}, "evidence_depth": where,
+        "source": source_of(items[0]),
     }  # fmt: skip
+
+
+def test_source_of_questions_that_are_asked_often():
+    """Ids of built contexts name length and depth behind the question's own id, which may hold slashes itself."""
+    ids = {"a/1/4096": 4096, "a/1/8192": 8192, "a/1/8192/50": 8192, "a/1/8192/33.3": 8192, "a/1": None}
+    assert len({source_of(item(["x"], id=id, length=length)) for id, length in ids.items()}) == 1
+    others = [item(["x"], id="a/2"), item(["x"], id="a/1", question="Where?"), item(["x"], id="a/1/4096")]
+    assert len({source_of(other) for other in [*others, item(["x"], id="a/1")]}) == 4
 
 
 def test_the_order_of_answers_changes_no_byte(tmp_path):
