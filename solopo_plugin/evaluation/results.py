@@ -203,13 +203,14 @@ def _note(ranking: list[dict], tied: list[str]) -> str:
         return "There was nothing to choose from."
     best, second = ranking[:2]
     text = (
-        f"`{best['model']}` has {best['value']:.1f} ({best['low']:.1f} to {best['high']:.1f}), `{second['model']}` "
+        f"{best['model']} has {best['value']:.1f} ({best['low']:.1f} to {best['high']:.1f}), {second['model']} "
         f"{second['value']:.1f}: {0 - second['difference']:.1f} less ({0 - second['difference_high']:.1f} to "
         f"{0 - second['difference_low']:.1f}, p = {second['p_value']:.2g})."
     )
     if tied:
-        others = ", ".join(f"`{name}`" for name in tied)
-        text += f" These questions do not tell it from {others} (p >= {SIGNIFICANT}): the choice may be chance."
+        text += (
+            f" These questions do not tell it from {', '.join(tied)} (p >= {SIGNIFICANT}): the choice may be chance."
+        )
     return text
 
 
@@ -218,8 +219,8 @@ def _warning(benchmark: str) -> str | None:
         return None
     paper = "; the paper selects on LongBench v1, which it also reports" if benchmark == "longbench_qa" else ""
     return (
-        f"The checkpoint is chosen by `{benchmark}`, which is also among the reported benchmarks: there, the chosen "
-        f"one's score is too high on average (selection on the test set{paper}). `select_by: {HELD_OUT}` does not."
+        f"The checkpoint is chosen by {benchmark}, which is also among the reported benchmarks: the chosen one's score "
+        f"there is too high on average (selection on the test set{paper}). {HELD_OUT} is held out for this."
     )
 
 

@@ -209,7 +209,7 @@ def test_select(tmp_path, caplog):
     assert (second["wins"], second["losses"], second["ties"]) == (0, 8, 32)
     assert second["p_value"] == 2 / 2**8  # of the sign patterns of 8 differences, all down or all up
     assert found["note"] == (
-        f"`step-10` has 100.0 (100.0 to 100.0), `step-20` 80.0: 20.0 less ({-second['difference_high']:.1f} to "
+        f"step-10 has 100.0 (100.0 to 100.0), step-20 80.0: 20.0 less ({-second['difference_high']:.1f} to "
         f"{-second['difference_low']:.1f}, p = 0.0078)."
     )
     stored = json.loads((tmp_path / "selection.json").read_text(encoding="utf-8"))
@@ -251,7 +251,7 @@ def test_ties_are_said(tmp_path):
     assert found["best"] == "step-10"  # of equal ones the first of the list
     assert found["tied"] == ["step-20"] and [r["model"] for r in found["ranking"]] == ["step-10", "step-20", "base"]
     assert found["note"].endswith(
-        "p = 1). These questions do not tell it from `step-20` (p >= 0.05): the choice may be chance."
+        "p = 1). These questions do not tell it from step-20 (p >= 0.05): the choice may be chance."
     )
 
 
@@ -260,9 +260,9 @@ def test_selection_on_what_is_reported_is_labelled(tmp_path, caplog):
     found = make(tmp_path, select_by="longbench_qa")["selection"]
     assert found["best"] == "step-20" and found["folder"] == "saves/full/checkpoint-20"
     assert found["warning"] == (
-        "The checkpoint is chosen by `longbench_qa`, which is also among the reported benchmarks: there, the chosen "
-        "one's score is too high on average (selection on the test set; the paper selects on LongBench v1, which it "
-        "also reports). `select_by: validation` does not."
+        "The checkpoint is chosen by longbench_qa, which is also among the reported benchmarks: the chosen one's score "
+        "there is too high on average (selection on the test set; the paper selects on LongBench v1, which it also "
+        "reports). validation is held out for this."
     )
     assert found["warning"] in caplog.text
 

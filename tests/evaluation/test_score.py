@@ -178,7 +178,8 @@ def test_source_of_questions_that_are_asked_often():
     ids = {"a/1/4096": 4096, "a/1/8192": 8192, "a/1/8192/50": 8192, "a/1/8192/33.3": 8192, "a/1": None}
     assert len({source_of(item(["x"], id=id, length=length)) for id, length in ids.items()}) == 1
     others = [item(["x"], id="a/2"), item(["x"], id="a/1", question="Where?"), item(["x"], id="a/1/4096")]
-    assert len({source_of(other) for other in [*others, item(["x"], id="a/1")]}) == 4
+    others += [item(["x"], id=id, length=4096) for id in ("b", "c")]  # ids without a length
+    assert len({source_of(other) for other in [*others, item(["x"], id="a/1")]}) == 6
 
 
 def test_the_order_of_answers_changes_no_byte(tmp_path):
