@@ -5,7 +5,6 @@ with the same weight, as in the paper's tables. Groups are `length=16384`, `dept
 a question carries beside these, such as `difficulty=hard`; "" is all questions.
 """
 
-import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -55,7 +54,7 @@ def make_results(
         DataError: Scores are missing or damaged, or a name is not one of the models' or benchmarks'.
     """
     folder, names = Path(output_dir), [model["name"] for model in models]
-    pairs, asked = _pairs(compare, names), _count_lines(folder / "items.jsonl")
+    pairs, asked = pairs_of(compare, names), _count_lines(folder / "items.jsonl")
     if select_by is not None and select_by not in MAIN_METRIC:
         raise DataError(f"`select_by` must be one of {', '.join(MAIN_METRIC)}; got {select_by!r}.")
     scores, counted = {}, []
@@ -82,6 +81,23 @@ def make_results(
         if chosen["warning"]:
             log.warning("%s", chosen["warning"])
     return results
+
+
+def pairs_of(pairs: list | None, names: list[str]) -> list[tuple[str, str]]:
+    """Who is compared with whom: (a, b) for b - a.
+
+    Raises:
+        DataError: What is no pair of two of the names.
+    """
+    if pairs is None:
+        return [(names[0], name) for name in names[1:]]
+    found = []
+    for pair in pairs:
+        parts = [part.strip() for part in pair.split(",")] if isinstance(pair, str) else pair
+        if not isinstance(parts, list | tuple) or len(parts) != 2 or not all(part in names for part in parts):
+            raise DataError(f"`compare` must hold pairs of two models, of {', '.join(names)}; got {pair!r}.")
+        found.append(tuple(parts))
+    return found
 
 
 def load_scores(path: Path, asked: int) -> tuple[Scores, dict]:
@@ -122,7 +138,7 @@ def summarise(model: str, scores: Scores, samples: int, seed: int) -> Iterator[d
     for (benchmark, group, metric), tasks in tqdm(cells.items(), desc=f"intervals {model}", disable=None):
         for task, columns in _and_mean({task: list(zip(*pairs, strict=True)) for task, pairs in tasks.items()}):
             values, sources = ([np.array(column) for column in side] for side in zip(*columns, strict=True))
-            value, low, high = mean_interval(values, samples, _generator(seed, benchmark, task, group), sources)
+            value, low, high = mean_interval(values, samples, np.random.default_rng(seed), sources)
             n = sum(map(len, values))
             where = {"model": model, "benchmark": benchmark, "task": task, "group": group, "metric": metric}
             yield where | {"n": n, "value": value, "low": low, "high": high}
@@ -140,7 +156,7 @@ def compare_models(a: str, b: str, of_a: Scores, of_b: Scores, samples: int, see
     for (benchmark, metric), tasks in tqdm(cells.items(), desc=f"{b} against {a}", disable=None):
         for task, columns in _and_mean(tasks):
             sources, *values = zip(*columns, strict=True)
-            found = compare_paired(*values, samples, _generator(seed, benchmark, task), sources)
+            found = compare_paired(*values, samples, np.random.default_rng(seed), sources)
             where = {"a": a, "b": b, "benchmark": benchmark, "task": task, "metric": metric}
             yield where | found | {"left_out": left_out[benchmark, task]}
     if total := sum(count for (_, task), count in left_out.items() if task):
@@ -178,8 +194,8 @@ def select(benchmark: str, models: list[dict], scores: dict[str, Scores], sample
     order = sorted(names, key=lambda name: -mean_of_means(columns[name]))
     ranking = []
     for name in order:
-        value, low, high = mean_interval(columns[name], samples, _generator(seed, benchmark, ""), sources)
-        against = compare_paired(columns[order[0]], columns[name], samples, _generator(seed, benchmark, ""), sources)
+        value, low, high = mean_interval(columns[name], samples, np.random.default_rng(seed), sources)
+        against = compare_paired(columns[order[0]], columns[name], samples, np.random.default_rng(seed), sources)
         place = {key: by_name[name][key] for key in ("path", "adapter", "step")}
         keys = ("difference", "p_value", "wins", "losses", "ties")
         ranking.append(
@@ -190,14 +206,15 @@ def select(benchmark: str, models: list[dict], scores: dict[str, Scores], sample
     best = by_name[order[0]]
     answered = {(key, id) for name in names for key in tasks for id in scores[name].get(key, {})}
     n = sum(map(len, sources))
+    left_out = len(answered) - n
     return {
         "benchmark": benchmark, "metric": metric, "best": order[0], "path": best["path"], "adapter": best["adapter"],
-        "step": best["step"], "folder": best["adapter"] or best["path"], "n": n, "left_out": len(answered) - n,
-        "ranking": ranking, "tied": tied, "note": _note(ranking, tied), "warning": _warning(benchmark),
+        "step": best["step"], "folder": best["adapter"] or best["path"], "n": n, "left_out": left_out,
+        "ranking": ranking, "tied": tied, "note": _note(ranking, tied, left_out), "warning": _warning(benchmark),
     }  # fmt: skip
 
 
-def _note(ranking: list[dict], tied: list[str]) -> str:
+def _note(ranking: list[dict], tied: list[str], left_out: int) -> str:
     """How far the choice can be trusted, in words."""
     if len(ranking) == 1:
         return "There was nothing to choose from."
@@ -211,6 +228,8 @@ def _note(ranking: list[dict], tied: list[str]) -> str:
         text += (
             f" These questions do not tell it from {', '.join(tied)} (p >= {SIGNIFICANT}): the choice may be chance."
         )
+    if left_out:
+        text += f" {left_out} questions that not all models answered are left out."
     return text
 
 
@@ -236,25 +255,6 @@ def _aligned(sides: list[dict[str, dict]]) -> dict[str, list[np.ndarray]]:
 def _and_mean(tasks: dict[str, object]) -> Iterable[tuple[str, list]]:
     """Each task alone, then all of them under the name "", whose values are averaged over tasks."""
     return [*((task, [values]) for task, values in tasks.items()), ("", list(tasks.values()))]
-
-
-def _pairs(pairs: list | None, names: list[str]) -> list[tuple[str, str]]:
-    """Who is compared with whom: (a, b) for b - a."""
-    if pairs is None:
-        return [(names[0], name) for name in names[1:]]
-    found = []
-    for pair in pairs:
-        parts = [part.strip() for part in pair.split(",")] if isinstance(pair, str) else list(pair)
-        if len(parts) != 2 or not set(parts) <= set(names) or parts[0] == parts[1]:
-            raise DataError(f"`compare` must hold pairs of two models, of {', '.join(names)}; got {pair!r}.")
-        found.append((parts[0], parts[1]))
-    return found
-
-
-def _generator(seed: int, *names: str) -> np.random.Generator:
-    """Of one interval: the others, and their order, do not change it."""
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "replace")).digest()
-    return np.random.default_rng([seed, *np.frombuffer(digest[:16], np.uint32)])
 
 
 def _count_lines(path: Path) -> int:

@@ -274,6 +274,7 @@ def test_select_on_common_questions_and_among_one(tmp_path):
     # q1 and q3 have all three answers: base r w, step-10 r r, step-20 w r
     assert {r["model"]: r["value"] for r in found["ranking"]} == {"step-10": 100, "base": 50, "step-20": 50}
     assert found["n"] == 2 and found["left_out"] == 2
+    assert found["note"].endswith(" 2 questions that not all models answered are left out.")
     alone = make(tmp_path, MODELS[:1], select_by="plain")["selection"]
     assert alone["best"] == "base" and alone["note"] == "There was nothing to choose from."
 
@@ -314,7 +315,9 @@ BAD = {  # name: (arguments, the sentence)
     ),
     "not a model": ({"compare": [["base", "step-30"]]}, PAIRS + "['base', 'step-30']."),
     "not a pair": ({"compare": ["base"]}, PAIRS + "'base'."),
-    "with itself": ({"compare": ["base,base"]}, PAIRS + "'base,base'."),
+    "three": ({"compare": ["base, step-10, step-20"]}, PAIRS + "'base, step-10, step-20'."),
+    "a number": ({"compare": [3]}, PAIRS + "3."),
+    "lists": ({"compare": [[["base"], "step-10"]]}, PAIRS + "[['base'], 'step-10']."),
 }  # fmt: skip
 
 

@@ -170,10 +170,11 @@ def test_p_value_is_scipys(seed):
     assert abs(ours - theirs) <= 5 * math.sqrt(2 * theirs * (1 - theirs) / 20_000) + 2e-4
 
 
-@pytest.mark.parametrize("wins, losses", [(3, 1), (8, 2), (6, 6), (13, 0), (70, 45), (400, 330)])
-def test_p_value_of_right_or_wrong_is_mcnemars(wins, losses):
+@pytest.mark.parametrize("wins, losses", [(3, 1), (8, 2), (6, 6), (7, 5), (13, 0), (70, 45), (400, 330)])
+@pytest.mark.parametrize("size", [100.0, 0.1 / 3])  # sums of the latter are not exact
+def test_p_value_of_right_or_wrong_is_mcnemars(wins, losses, size):
     """Up to 13 differences exactly; beyond them up to Monte Carlo error."""
-    differences = 100.0 * np.array([1] * wins + [-1] * losses + [0] * 500)
+    differences = size * np.array([1] * wins + [-1] * losses + [0] * 500)
     exact = stats.binomtest(wins, wins + losses).pvalue
     error = 0 if wins + losses <= 13 else 5 * math.sqrt(exact * (1 - exact) / 10_000) + 1e-4
     assert abs(sign_flip_p_value(differences, 10_000, generator()) - exact) <= error + 1e-12
@@ -188,13 +189,13 @@ def test_p_values_of_equal_models_are_uniform():
 
 
 def test_comparison_in_closed_form():
-    a = [np.array([100.0, 0, 0, 50]), np.array([10.0, 10])]
-    b = [np.array([100.0, 100, 0, 0]), np.array([30.0, 10])]
+    a = [np.array([100.0, 0, 0, 50]), np.array([50.0])]
+    b = [np.array([100.0, 100, 0, 0]), np.array([10.0])]
     found = compare_paired(a, b, 10_000, generator())
-    # per task (0 + 100 + 0 - 50) / 4 = 12.5 and 10; of the weighted differences 12.5, -6.25, 5 all 8 sign patterns
-    # have sums +-23.75, +-13.75, +-11.25, +-1.25: six of them at least 11.25
-    assert found.pop("low") < found.pop("difference") == 11.25 < found.pop("high")
-    assert found == {"n": 6, "p_value": 6 / 8, "wins": 2, "losses": 1, "ties": 3}
+    # means of tasks (0 + 100 + 0 - 50) / 4 = 12.5 and -40; of the weighted differences 12.5, -6.25, -20 the eight sign
+    # patterns have sums +-38.75, +-26.25, +-13.75, +-1.25: six of them at least 13.75 from 0
+    assert found.pop("low") < found.pop("difference") == -13.75 < found.pop("high")
+    assert found == {"n": 5, "p_value": 6 / 8, "wins": 1, "losses": 2, "ties": 2}
 
 
 def test_comparison_the_other_way_round():
