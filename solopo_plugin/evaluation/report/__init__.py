@@ -89,7 +89,8 @@ def _selection(results: dict) -> list[str]:
     metric = METRICS.get(chosen["metric"], chosen["metric"])
     benchmark = TITLES.get(chosen["benchmark"], chosen["benchmark"])
     warning = [f"Warning: {chosen['warning']}"] if chosen.get("warning") else []
-    return [f"Selected: {chosen['best']}, the best by {metric} on {benchmark}.", *warning]
+    said = [f"Selected: {chosen['best']}, the best by {metric} on {benchmark}. {chosen.get('note') or ''}".strip()]
+    return said + warning
 
 
 def _about(results: dict) -> list[str]:
@@ -134,7 +135,7 @@ def _page(results: dict, scores: dict, pictures: dict, shown: list[dict], total:
 
 def _markdown(results: dict, scores: dict, pictures: dict) -> str:
     parts = [f"# {plain(results['title'])}", plain(str(results["date"])), *map(plain, _about(results))]
-    parts += [f"**{plain(text)}**" for text in _selection(results)]
+    parts += [f"> {plain(text)}" for text in _selection(results)]
     for _, heading, tables, notes in _sections(results, scores):
         parts += [f"## {plain(heading)}", *map(plain, notes), *(as_markdown(table) for table in tables if table.open)]
     parts += ["Tables of further metrics and of single tasks are in `tables.csv`.", "## Figures"]

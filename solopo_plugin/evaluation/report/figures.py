@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..items import MAIN_METRIC
-from .tables import LABELS, METRICS, TITLES, Summary, label_length, values_of
+from .tables import METRICS, TITLES, Summary, label_length, label_task, values_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":")
-ROWS = 30  # differences in a figure; of more, only the means over tasks
+ROWS = 30  # differences in a figure; of more, only the means over tasks, and short and long prompt of validation
 MAPS = 8  # models with a heat map; of more, the first ones and the selected one
 Pictures = dict[str, tuple[Figure, str, str]]  # file name -> figure, what it shows, its benchmark or ""
 
@@ -119,7 +119,7 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
         ticks = [float(values_of(g)["length"]) for g in groups]
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, map(label_length, ticks))
-        axes.set(title=LABELS.get(task, task), xlabel="length of the prompt, tokens", ylim=(0, 103))
+        axes.set(title=label_task(task), xlabel="length of the prompt, tokens", ylim=(0, 103))
         axes.set_ylabel(f"{METRICS.get(metric, metric)} (0 to 100)")
         axes.grid(alpha=0.4)
     panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -127,11 +127,12 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
 
 
 def _differences(results: dict) -> list[dict]:
-    rows = [row for row in results["comparisons"] if row["metric"] == MAIN_METRIC.get(row["benchmark"])]
+    found = Summary(results)
+    rows = [row for name in found.benchmarks for row in found.compared(results, name, (MAIN_METRIC.get(name),))]
     if len(rows) <= ROWS:
         return rows
-    means = {(row["benchmark"], row["a"], row["b"]) for row in rows if row["task"] == ""}
-    return [row for row in rows if row["task"] == "" or (row["benchmark"], row["a"], row["b"]) not in means]
+    several = {row["benchmark"] for row in rows if row["task"] == ""} - {"validation"}
+    return [row for row in rows if (row["task"] == "") == (row["benchmark"] in several)]
 
 
 def differences(rows: list[dict]) -> Figure:
@@ -148,7 +149,7 @@ def differences(rows: list[dict]) -> Figure:
             style = {"fmt": "o" if row["difference"] >= 0 else "s", "mfc": color if shown else "white"}
             errors = _errors([row | {"value": row["difference"]}])
             axes.errorbar(row["difference"], y, xerr=errors, color=color, capsize=3, **style)
-        names = [(TITLES.get(r["benchmark"], r["benchmark"]), LABELS.get(r["task"], r["task"])) for r in own]
+        names = [(TITLES.get(r["benchmark"], r["benchmark"]), label_task(r["task"])) for r in own]
         axes.set_yticks(range(len(own)), map(": ".join, names))
         axes.set(title=f"{_short(b)} less {_short(a)}", ylim=(len(own) - 0.5, -0.5))
         axes.axvline(0, color="black", linewidth=1)
@@ -195,7 +196,8 @@ def _grid(found: Summary, model: str, benchmark: str, task: str, metric: str) ->
 
 
 def _maps(maps: list, tasks: list[str], title: str, colors: str, low: float, high: float) -> Figure:
-    width, height = max(2.4, 0.55 * len(maps[0][0])) + 1, max(2.2, 0.32 * len(maps[0][1])) + 1.1
+    wide, high_enough = max(len(m[0]) for m in maps), max(len(m[1]) for m in maps)
+    width, height = min(8, max(2.4, 0.55 * wide)) + 1, min(8, max(2.2, 0.32 * high_enough)) + 1.1
     figure, panels = _panels(len(maps), width, height, 3, sharey=True)
     for axes, (lengths, depths, values), task in zip(panels, maps, tasks, strict=True):
         drawn = axes.imshow(values, cmap=colors, vmin=low, vmax=high, aspect="auto")
@@ -204,10 +206,11 @@ def _maps(maps: list, tasks: list[str], title: str, colors: str, low: float, hig
             red, green, blue, _ = drawn.cmap(drawn.norm(value))
             dark = not math.isnan(value) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             text = "-" if math.isnan(value) else f"{value:+.0f}" if low < 0 else f"{value:.0f}"
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+            if wide <= 16:
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         axes.set_xticks(range(len(lengths)), map(label_length, lengths))
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-        axes.set(title=LABELS.get(task, task), xlabel="length, tokens")
+        axes.set(title=label_task(task), xlabel="length, tokens")
     panels[0].set_ylabel("depth of the needle, %")
     figure.suptitle(title)
     figure.colorbar(drawn, ax=panels, label="points" if low < 0 else "score (0 to 100)")

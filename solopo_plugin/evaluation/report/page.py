@@ -16,6 +16,8 @@ PAGE = (
 #bar i { position: absolute; top: 0; bottom: 0; min-width: 3px; background: #d55e00; }
 #passages pre, #answers pre { max-height: 14rem; margin: .2rem 0 .6rem; }
 .ends { display: flex; justify-content: space-between; }
+figure { max-width: min(56rem, 100%); overflow-x: auto; margin: .5rem 0; }
+@media (max-width: 50rem) { figure img { max-width: none; width: 42rem; } }
 @media (max-width: 50rem) { #explorer { grid-template-columns: minmax(0, 1fr); } #list { height: 12rem; } }
 </style>
 </head>

@@ -77,6 +77,12 @@ class Summary:
         tasks = in_order(self.names(2, benchmark) - {""}, tuple(LABELS))
         return [*tasks, ""] if len(tasks) != 1 else tasks
 
+    def compared(self, results: dict, benchmark: str, metrics: tuple[str, ...]) -> list[dict]:
+        """Comparisons by these metrics; the mean of tasks only where there are several."""
+        tasks = self.tasks(benchmark)
+        rows = [row for row in results["comparisons"] if row["benchmark"] == benchmark and row["metric"] in metrics]
+        return [row for row in rows if row["task"] in tasks]
+
     def metrics(self, benchmark: str) -> list[str]:
         return in_order(self.names(4, benchmark), (MAIN_METRIC.get(benchmark, ""), *METRICS))
 
@@ -111,6 +117,10 @@ def in_order(names: set[str], order: tuple[str, ...]) -> list[str]:
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
+def label_task(task: str) -> str:
+    return LABELS.get(task, task)
+
+
 def label_length(tokens: str | float) -> str:
     """16384 -> 16k, the field's way."""
     tokens = float(tokens)
@@ -142,25 +152,44 @@ def benchmark_tables(results: dict, benchmark: str) -> list[Table]:
         if metric == main and benchmark in PUBLISHED[0].averages:
             _put_beside(table, found, benchmark)
         made.append(table)
+        if metric == main and benchmark != "longbench_v2" and (groups := _by_group(found, benchmark, metric)).columns:
+            groups.title, groups.open = f"{groups.title}, by property of the question", False
+            made.append(groups)
     return sorted(made + _comparisons(results, benchmark), key=lambda table: not table.open)
 
 
 def _by_task(found: Summary, benchmark: str, metric: str) -> Table:
-    """A row per model; columns: tasks and their mean, then breakdowns of all questions."""
+    """A row per model, a column per task and for their mean; of LongBench v2 also by difficulty and length."""
     tasks = found.tasks(benchmark)
     keys, bands = [(task, "") for task in tasks], []
     for band, names in BANDS.get(benchmark, {}).items():
         bands += [(band, n)] if (n := sum(task in names for task in tasks)) else []
-    bands += [("", len(tasks) - sum(n for _, n in bands))]
-    labels = [LABELS.get(task, task) if len(tasks) > 1 else "all questions" for task in tasks]
-    for name in sorted({next(iter(values_of(g))) for g in found.names(3, benchmark, tasks[-1]) if g and "," not in g}):
-        groups = found.groups(benchmark, tasks[-1], name)
-        keys += [(tasks[-1], group) for group in groups]
+    bands += [("", n)] if (n := len(tasks) - sum(n for _, n in bands)) else []
+    labels = [label_task(task) if len(tasks) > 1 else "all questions" for task in tasks]
+    table = _rows(found, benchmark, metric, keys, labels, bands)
+    if benchmark == "longbench_v2":
+        more = _by_group(found, benchmark, metric)
+        table.columns, table.bands = table.columns + more.columns, table.bands + more.bands
+        for (_, cells), (_, added) in zip(table.blocks[0][1], more.blocks[0][1], strict=True):
+            cells += added
+    return table
+
+
+def _by_group(found: Summary, benchmark: str, metric: str) -> Table:
+    """A row per model, a column per value of each property of the questions; tokens and depths apart."""
+    task, keys, labels, bands = found.tasks(benchmark)[-1], [], [], []
+    single = {group for group in found.names(3, benchmark, task) if group and "," not in group}
+    for name in sorted({next(iter(values_of(group))) for group in single} - {"depth"}):
+        groups = [g for g in found.groups(benchmark, task, name) if g not in found.lengths(benchmark, task)]
+        keys += [(task, group) for group in groups]
         labels += map(label_group, groups)
-        bands.append((name, len(groups)))
+        bands += [(name, len(groups))] if groups else []
+    return _rows(found, benchmark, metric, keys, labels, bands)
+
+
+def _rows(found: Summary, benchmark: str, metric: str, keys: list, labels: list[str], bands: list) -> Table:
     rows = [(m, [cell(found.get(m, benchmark, task, g, metric)) for task, g in keys]) for m in found.models]
-    shown = bands if len(bands) > 1 else []
-    return Table(METRICS.get(metric, metric), labels, [(MEASURED, rows)], [band for band in shown if band[1]])
+    return Table(METRICS.get(metric, metric), labels, [(MEASURED, rows)], bands)
 
 
 def _by_length(found: Summary, benchmark: str, metric: str) -> Table:
@@ -170,7 +199,7 @@ def _by_length(found: Summary, benchmark: str, metric: str) -> Table:
     blocks = []
     for task in tasks:
         rows = [(m, [cell(found.get(m, benchmark, task, g, metric)) for g in (*lengths, "")]) for m in found.models]
-        blocks.append((f"{MEASURED}: {LABELS.get(task, task)}", rows))
+        blocks.append((f"{MEASURED}: {label_task(task)}", rows))
     labels = [*map(label_group, lengths), "all lengths"]
     bands = [("length of the prompt in tokens", len(lengths)), ("", 1)]
     return Table(METRICS.get(metric, metric), labels, blocks, bands)
@@ -198,7 +227,7 @@ def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
 def _comparisons(results: dict, benchmark: str) -> list[Table]:
     """Paired comparisons by the metrics that are shown open; those of single tasks are folded away."""
     metrics = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
-    rows = [row for row in results["comparisons"] if row["benchmark"] == benchmark and row["metric"] in metrics]
+    rows = Summary(results).compared(results, benchmark, metrics)
     several = any(row["task"] == "" for row in rows) and benchmark != "validation"
     made = []
     for title, chosen in (
@@ -207,7 +236,7 @@ def _comparisons(results: dict, benchmark: str) -> list[Table]:
     ):
         blocks: dict[str, list] = {}
         for row in chosen:
-            name = f"{LABELS.get(row['task'], row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
+            name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
             interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
             cells = [f"{row['difference']:+.1f}", interval, f"{row['p_value']:.2g}", *map(str, _tally(row))]
             blocks.setdefault(f"{row['b']} against {row['a']}", []).append((name, [(text, "") for text in cells]))
@@ -219,6 +248,8 @@ def _comparisons(results: dict, benchmark: str) -> list[Table]:
             "Difference: first named less second, on questions that both answered; wins are its wins. An interval that "
             "holds 0 is no difference shown. p-values are not corrected for the number of comparisons."
         )
+        if left_out := sum(row.get("left_out", 0) for row in rows if row["metric"] == metrics[0] and row["task"]):
+            made[0].notes.append(f"Left out, as only one of the two answered: {left_out} questions, over all pairs.")
     for table in made[1:]:
         table.open = False
     return made
@@ -251,6 +282,7 @@ def models_table(results: dict) -> Table:
     """Which models, and what was counted of their answers."""
     counts = {
         "asked": "questions",
+        "missing": "not answered",
         "cut": "cut in the middle",
         "no_marker": "without a marked answer",
         "empty": "empty answers",
@@ -275,12 +307,12 @@ def harness_table(results: dict) -> Table | None:
     def show(row: dict | None) -> Cell:
         if row is None:
             return "-", ""
-        error = f"± {row['stderr']:.2f}, " if _is_float(row.get("stderr")) else ""
-        return f"{row['value']:.2f}", f"{error}n={row.get('n')}"
+        error = f"± {row['stderr']:.2g}, " if _is_float(row.get("stderr")) else ""
+        return f"{row['value']:.4g}", f"{error}n={row.get('n')}"
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [(model, [show(by_key.get((model, *key))) for key in keys]) for model in models]
-    notes = ["From lm-evaluation-harness, with its own prompts; ± is its standard error, not a 95 % interval."]
+    notes = ["With the harness' own prompts and in its units (accuracies from 0 to 1); ± is its standard error."]
     columns = [f"{task}, {metric}" for task, metric in keys]
     return Table("", columns, [("", lines)], notes=notes)
 
@@ -297,7 +329,7 @@ def as_html(table: Table) -> str:
     e = html.escape
     width = len(table.columns) + 1
     bands = "".join(f'<th scope=colgroup colspan="{n}">{e(name)}</th>' for name, n in table.bands)
-    head = f"<tr><td></td>{bands}</tr>" if bands else ""
+    head = f"<tr><td></td>{bands}</tr>" if any(name for name, _ in table.bands) else ""
     head += f"<tr><td></td>{''.join(f'<th scope=col>{e(name)}</th>' for name in table.columns)}</tr>"
     head = f"<thead>{head}</thead>"
     body = ""
