@@ -10,7 +10,7 @@ from solopo_plugin.synthesis.files import write_json, write_jsonl
 TITLE = "Demonstration: made-up questions and answers, no model was run"
 LENGTHS = (4096, 8192, 16384, 32768)
 LONGBENCH = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique")
-CHANCES = {"instruct": (0.55, 0.10), "orpo-long": (0.62, 0.07), "solo-orpo": (0.70, 0.02)}  # at 4k, less per doubling
+CHANCES = {"made-up-a": (0.55, 0.10), "made-up-b": (0.62, 0.07), "made-up-c": (0.70, 0.02)}  # at 4k, less per doubling
 
 
 def item(benchmark: str, task: str, number: int, **changes) -> Item:
@@ -131,9 +131,9 @@ def compare(a: str, b: str, rows_a: list[dict], rows_b: list[dict]) -> list[dict
 
 
 HARNESS = [
-    {"model": "instruct", "task": "leaderboard_ifeval", "metric": "prompt_level_strict_acc", "value": 61.0,
+    {"model": "made-up-a", "task": "leaderboard_ifeval", "metric": "prompt_level_strict_acc", "value": 61.0,
      "stderr": 2.1, "n": 541},
-    {"model": "solo-orpo", "task": "leaderboard_ifeval", "metric": "prompt_level_strict_acc", "value": 60.2,
+    {"model": "made-up-c", "task": "leaderboard_ifeval", "metric": "prompt_level_strict_acc", "value": 60.2,
      "stderr": None, "n": 541},
 ]  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_longbench_v2_and_validation(made):
     for model, line in zip(CHANCES, lines, strict=True):
         assert line == [model, *(shown(results, model, "longbench_v2", "all", group) for group in ("", *groups))]
     head, _, *lines = markdown_table(folder, "Validation split, short and long prompt", "Sub-EM")
-    assert head[1:3] == ["long", "short"] and lines[0][1] == shown(results, "instruct", "validation", "long")
+    assert head[1:3] == ["long", "short"] and lines[0][1] == shown(results, "made-up-a", "validation", "long")
 
 
 def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
@@ -104,16 +104,16 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
     row = next(
         r for r in results["comparisons"] if (r["benchmark"], r["task"], r["metric"]) == ("longbench_qa", "", "f1")
     )
-    assert block[0] == "**orpo-long against instruct**" and line[0] == "mean of tasks, F1"
+    assert block[0] == "**made-up-b against made-up-a**" and line[0] == "mean of tasks, F1"
     assert line[1:3] == [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}"]
     assert line[4:] == [str(row[name]) for name in ("wins", "losses", "ties", "n")]
     text = (folder / "report" / "report.md").read_text()
     page = Page(folder / "report" / "index.html").text
     for said in (text.replace("\\", ""), page):
-        scores = list(read_jsonl(folder / "scores" / "instruct.jsonl"))
+        scores = list(read_jsonl(folder / "scores" / "made-up-a.jsonl"))
         asked = [line for line in scores if line["benchmark"] == "longbench_qa"]
-        assert f"cut in the middle: instruct {sum(r['cut_tokens'] > 0 for r in asked)} of {len(asked)}" in said
-        assert "Selected: solo-orpo, the best by sub-EM on Validation split" in said
+        assert f"cut in the middle: made-up-a {sum(r['cut_tokens'] > 0 for r in asked)} of {len(asked)}" in said
+        assert "Selected: made-up-c, the best by sub-EM on Validation split" in said
         assert "Warning: The selection set is also reported" in said
         assert "not corrected for the number of comparisons" in said
         assert "± 2.1, n=541" in said and "60.2" in said and TITLE in said
@@ -286,7 +286,7 @@ def test_nothing_that_a_model_or_a_file_says_runs_or_loads(tmp_path):
 
 
 def test_one_model_has_no_comparisons_and_says_so(tmp_path):
-    write_folder(tmp_path, few("plain", "niah_plus"), ("instruct",), selection=None)
+    write_folder(tmp_path, few("plain", "niah_plus"), ("made-up-a",), selection=None)
     page = Page(write_report(tmp_path))
     assert "nothing to compare" in page.text and "Paired comparison" not in page.text
     assert not any("less" in path.stem or path.stem == "differences" for path in (tmp_path / "report").glob("*.png"))
@@ -299,7 +299,7 @@ def test_no_comparisons_of_several_models(tmp_path):
 
 @pytest.mark.parametrize("benchmark", MAIN_METRIC)
 def test_each_benchmark_alone(tmp_path, benchmark):
-    write_folder(tmp_path, few(benchmark), ("instruct", "orpo-long"), harness=[])
+    write_folder(tmp_path, few(benchmark), ("made-up-a", "made-up-b"), harness=[])
     text = Page(write_report(tmp_path)).text
     assert "leaderboard" not in text and ("Published" in text) == (benchmark in ("longbench_qa", "ruler_qa"))
     for table in benchmark_tables(json.loads((tmp_path / "results.json").read_text()), benchmark):
@@ -319,15 +319,15 @@ def test_lm_evaluation_harness_alone_needs_no_questions(tmp_path):
 def test_a_model_that_was_not_asked_everything(tmp_path):
     """Asked of one benchmark alone, or of no question: a dash where there is no number."""
     results = write_folder(tmp_path, few("plain", "longbench_qa"))
-    results["summary"] = [r for r in results["summary"] if r["model"] != "orpo-long" or r["benchmark"] == "plain"]
+    results["summary"] = [r for r in results["summary"] if r["model"] != "made-up-b" or r["benchmark"] == "plain"]
     write_json(tmp_path / "results.json", results)
     write_jsonl(
-        tmp_path / "scores" / "orpo-long.jsonl",
-        [row for row in read_jsonl(tmp_path / "scores" / "orpo-long.jsonl") if row["benchmark"] == "plain"],
+        tmp_path / "scores" / "made-up-b.jsonl",
+        [row for row in read_jsonl(tmp_path / "scores" / "made-up-b.jsonl") if row["benchmark"] == "plain"],
     )
     write_report(tmp_path)
     lines = markdown_table(tmp_path, "LongBench v1 QA", "F1")
-    assert next(line for line in lines if line[0] == "orpo-long")[1:] == ["-"] * 7
+    assert next(line for line in lines if line[0] == "made-up-b")[1:] == ["-"] * 7
     assert {len(row["by"]) for row in rows_of(tmp_path)[1]} == {2, 3}
 
 
@@ -348,7 +348,7 @@ def test_what_is_missing_or_damaged_is_a_sentence(tmp_path):
         DataError, match=r"results.json is not JSON .*; run scripts/evaluate.py again, answers are kept."
     ):
         write_report(tmp_path)
-    write_folder(tmp_path, few("plain"), ("instruct",))
-    (tmp_path / "answers" / "instruct.jsonl").unlink()
-    with pytest.raises(DataError, match=r"instruct.jsonl: there is no such file"):
+    write_folder(tmp_path, few("plain"), ("made-up-a",))
+    (tmp_path / "answers" / "made-up-a.jsonl").unlink()
+    with pytest.raises(DataError, match=r"made-up-a.jsonl: there is no such file"):
         write_report(tmp_path)

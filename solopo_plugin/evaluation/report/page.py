@@ -12,13 +12,16 @@ PAGE = (
 .warning { border-left: 4px solid #c06000; padding: .2rem .6rem; font-weight: 600; }
 #filters { display: flex; flex-wrap: wrap; gap: .4rem 1rem; } #filters select, #filters input { max-width: 15rem; }
 #explorer { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1rem; margin-top: .6rem; }
-#list { width: 100%; } #bar { position: relative; height: 1.2rem; border: 1px solid #8888; background: #8883; }
+#list { width: 100%; align-self: start; position: sticky; top: .5rem; } #answers small { white-space: normal; }
+#bar { position: relative; height: 1.2rem; border: 1px solid #8888; background: #8883; }
 #bar i { position: absolute; top: 0; bottom: 0; min-width: 3px; background: #d55e00; }
 #passages pre, #answers pre { max-height: 14rem; margin: .2rem 0 .6rem; }
 .ends { display: flex; justify-content: space-between; }
 figure { max-width: min(56rem, 100%); overflow-x: auto; margin: .5rem 0; }
-@media (max-width: 50rem) { figure img { max-width: none; width: 42rem; } }
-@media (max-width: 50rem) { #explorer { grid-template-columns: minmax(0, 1fr); } #list { height: 12rem; } }
+@media (max-width: 50rem) {
+  figure img { max-width: none; width: 42rem; }
+  #explorer { grid-template-columns: minmax(0, 1fr); } #list { height: 12rem; position: static; }
+}
 </style>
 </head>
 <body>
@@ -105,9 +108,10 @@ function refresh() {
 function pane(name, by) {
   const head = element("h4", name);
   if (!by) return element("section", "", head, element("p", "no answer"));
-  const facts = {...by.scores, prediction: by.prediction, ...by.facts};
+  const facts = Object.entries({...by.scores, prediction: by.prediction ?? "-", ...by.facts});
+  const said = facts.map(([name, value]) => `${name.replaceAll("_", " ")}: ${value}`).join(" \u00b7 ");
   const answer = Object.assign(element("pre", by.text), {tabIndex: 0, ariaLabel: `Answer of ${name}`});
-  return element("section", "", head, answer, element("table", "", ...Object.entries(facts).map(factLine)));
+  return element("section", "", head, answer, element("small", said));
 }
 
 function mark([start, end]) {
