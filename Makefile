@@ -41,7 +41,8 @@ test-web: .venv/.test-web chromium
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --reruns 1 tests/web
 
 screenshot: .venv/.test-web chromium
-	SOLOPO_SCREENSHOT=docs/board.png CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/web -k filled
+	SOLOPO_SCREENSHOT=docs/board.png CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/web/test_web.py -k filled
+	SOLOPO_SCREENSHOT=docs/evaluation_report.png $(BIN)/python -m pytest tests/web/test_report_page.py -k picture
 
 recipes: .venv/.installed
 	$(BIN)/python scripts/make_recipes.py

@@ -3,9 +3,7 @@
 The page needs nothing but itself and loads nothing; whatever stands in the data is shown as text, never run.
 """
 
-import base64
 import html
-import io
 import json
 import re
 from collections import Counter
@@ -22,7 +20,7 @@ from ..metrics import extract_answer, normalize_answer, sub_exact_match
 from .contexts import WHOLE_WORDS
 from .export import SCHEMA, Contexts, make_row
 from .files import DataError, read_jsonl, replacing
-from .page import PAGE
+from .page import PAGE, embed, facts_table, fill, image, png
 from .pool import BETWEEN, LABEL
 from .select import question_key
 
@@ -95,11 +93,9 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
         raise DataError(f"{path} has no row of question {min(missing)!r}.")
     pictures = {}
     for name, (figure, caption) in figures(statistics, source).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        pictures[name] = (buffer.getvalue(), caption)
+        pictures[name] = (png(figure), caption)
         with replacing(output / f"{name}.png") as file:
-            file.write(buffer.getvalue())
+            file.write(pictures[name][0])
     with replacing(output / "index.html") as file:
         file.write(page(source, statistics, pictures, shown).encode("utf-8", "replace"))
     return statistics
@@ -339,17 +335,13 @@ def page(source: Source, statistics: Statistics, pictures: dict[str, tuple[bytes
     """The HTML page; everything that comes from the data is escaped."""
     parts = {
         "title": html.escape(source.title),
-        "summary": _table(summary(source, statistics)),
-        "pictures": "\n".join(
-            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-            for png, caption in pictures.values()
-        ),
+        "summary": facts_table(summary(source, statistics)),
+        "pictures": "\n".join(image(picture, caption) for picture, caption in pictures.values()),
         "checks": _checks_table(statistics),
         "n_shown": f"{len(shown)} of {statistics.splits.total()} rows",
-        "rows": json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c"),
+        "rows": embed(shown),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], PAGE)
+    return fill(PAGE, parts)
 
 
 def summary(source: Source, statistics: Statistics) -> dict[str, str]:
@@ -366,11 +358,6 @@ def summary(source: Source, statistics: Statistics) -> dict[str, str]:
     if select := source.stages.get("select"):
         facts["selection"] = select["counts"]["statement"]
     return facts
-
-
-def _table(facts: dict[str, str]) -> str:
-    lines = (f"<tr><th scope=row>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    return f"<table>{''.join(lines)}</table>"
 
 
 def _checks_table(statistics: Statistics) -> str:

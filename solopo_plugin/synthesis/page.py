@@ -1,6 +1,18 @@
-"""The page of inspect.py: one HTML file with its style and script; `{{name}}` is filled in there, escaped."""
+"""Pages that need nothing but themselves: style, script, and what is filled in at `{{name}}`, escaped.
 
-PAGE = r"""<!doctype html>
+`PAGE` is inspect.py's; the report of an evaluation begins with the same `HEAD` and `SCRIPT`.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+
+from matplotlib.figure import Figure
+
+# up to the style that is a page's own; nothing is loaded from anywhere
+HEAD = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -17,10 +29,40 @@ td { overflow-wrap: anywhere; } tr.fails td { font-weight: 600; color: light-dar
 figure { display: inline-block; margin: .5rem; max-width: 44rem; } img { max-width: 100%; background: white; }
 .panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: .8rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow-y: auto; margin: 0; padding: .5rem; }
-pre, kbd { border: 1px solid #8888; } kbd { padding: 0 .3em; } button, input { font: inherit; }
-#short, #long { height: 30rem; } #chosen, #rejected { max-height: 16rem; }
-mark { background: #ffe08a; color: black; } mark.here { outline: 3px solid #c06000; }
-:focus-visible { outline: 3px solid #2060c0; }
+pre, kbd { border: 1px solid #8888; } kbd { padding: 0 .3em; } button, input, select { font: inherit; }
+mark { background: #ffe08a; color: black; } :focus-visible { outline: 3px solid #2060c0; }
+"""
+
+# for pages whose texts come from data or models: only textContent is ever set
+SCRIPT = r""""use strict";
+const get = (id) => document.getElementById(id);
+
+function element(tag, text, ...parts) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (parts.length) made.append(...parts);
+  return made;
+}
+
+function factLine([name, value]) {
+  const cell = element("td", value === null ? "-" : String(value));
+  return element("tr", "", element("th", name.replaceAll("_", " ")), cell);
+}
+
+function onKeys(keys) {
+  document.addEventListener("keydown", (event) => {
+    const typing = ["INPUT", "SELECT"].includes(event.target.tagName);
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
+    event.preventDefault();
+    keys[event.key]();
+  });
+}
+"""
+
+PAGE = (
+    HEAD
+    + r"""#short, #long { height: 30rem; } #chosen, #rejected { max-height: 16rem; }
+mark.here { outline: 3px solid #c06000; }
 </style>
 </head>
 <body>
@@ -51,27 +93,17 @@ long context, <kbd>/</kbd> search.</p>
 </div>
 <script type="application/json" id="rows">{{rows}}</script>
 <script>
-"use strict";
-const get = (id) => document.getElementById(id);
-const rows = JSON.parse(get("rows").textContent);
+"""
+    + SCRIPT
+    + r"""const rows = JSON.parse(get("rows").textContent);
 let found = rows, at = 0;
-
-function element(tag, text) {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  return made;
-}
 
 function show(place) {
   at = found.length ? (place + found.length) % found.length : 0;
   const row = found[at];
   get("place").textContent = row ? `${at + 1} of ${found.length}: ${row.id}` : "no such row";
   get("question").textContent = row ? row.question : "";
-  get("facts").replaceChildren(...Object.entries(row ? row.facts : {}).map(([name, value]) => {
-    const line = document.createElement("tr");
-    line.append(element("th", name.replaceAll("_", " ")), element("td", value === null ? "-" : String(value)));
-    return line;
-  }));
+  get("facts").replaceChildren(...Object.entries(row ? row.facts : {}).map(factLine));
   for (const side of ["short", "long"]) {
     const pieces = row ? row[side] : [];
     get(side).replaceChildren(...pieces.map(([text, evidence]) => element(evidence ? "mark" : "span", text)));
@@ -107,16 +139,9 @@ function follow() {
   get("reader").scrollIntoView();
 }
 
-const keys = {
+onKeys({
   ArrowLeft: () => show(at - 1), ArrowRight: () => show(at + 1),
   s: () => nextEvidence("short"), l: () => nextEvidence("long"), "/": () => get("search").focus(),
-};
-document.addEventListener("keydown", (event) => {
-  if (event.target.tagName === "INPUT" || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key in keys) {
-    event.preventDefault();
-    keys[event.key]();
-  }
 });
 get("before").addEventListener("click", () => show(at - 1));
 get("after").addEventListener("click", () => show(at + 1));
@@ -128,3 +153,34 @@ follow();
 </body>
 </html>
 """
+)
+
+
+def fill(page: str, parts: dict[str, str]) -> str:
+    """The page with each `{{name}}` replaced, once: what is filled in is not searched."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+
+
+def embed(value: object) -> str:
+    """JSON that can stand in a script element whatever its texts are."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG, the same bytes each time."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def image(picture: bytes, caption: str) -> str:
+    """A PNG and the sentence that says what it shows, in the page itself."""
+    caption = html.escape(caption)
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+
+
+def facts_table(facts: dict[str, str]) -> str:
+    """Names and values, one a line."""
+    lines = (f"<tr><th scope=row>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    return f"<table>{''.join(lines)}</table>"
