@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, such as the Open LLM Leaderboard: its own program asks and scores, we read its result.
+"""Tasks of lm-evaluation-harness, such as the Open LLM Leaderboard: its own program asks and scores.
 
 It runs as a process of its own, `python -m lm_eval run --config ...`, so that it can neither change nor be changed by
 what is loaded here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and,
@@ -26,10 +26,10 @@ OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configurat
 def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     """Results of `harness_tasks` for a model; what is there of the same model and settings is not run again.
 
-    The harness asks in its own way: of the recipe count the model, backend, `default_system`, `enable_thinking: false`,
-    and `harness_args`, keys of its configuration file (batch_size, limit, num_fewshot, ...); its `model_args` are added
-    to those made here. Prompts are chats, as the leaderboard has them for instruct models, in the chat template that the
-    tokenizer brings along; `harness_args: {apply_chat_template: false}` for a base model.
+    The harness asks in its own way. Of the recipe count the model, backend, `default_system`, `enable_thinking: false`
+    (not `rope_factor`), and `harness_args`: keys of its configuration file (batch_size, limit, num_fewshot, ...), whose
+    `model_args` are added to those made here. Prompts are chats, as the leaderboard has them for instruct models, in
+    the tokenizer's own chat template; `harness_args: {apply_chat_template: false}` for a base model.
 
     Args:
         model: A ModelRef.

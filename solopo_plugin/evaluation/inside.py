@@ -23,7 +23,6 @@ from tqdm import tqdm
 from ..attention import base_of
 from ..host.template import encode_turn, load_template
 from ..logps import token_logps
-from ..synthesis.export import SCHEMA
 from ..synthesis.files import DataError, explained, replacing, write_json
 from ..synthesis.inspect import document_spans, rows_of_file
 from ..synthesis.pool import BETWEEN
@@ -386,7 +385,8 @@ def run(models: dict[str, str], rows: list[dict], output: Path, template: str, *
             tokenizer, chat_template = load_template(base, template, **chat)
         except ValueError as error:
             raise DataError(str(error)) from None
-        found = [look(model, tokenizer, chat_template, row) for row in tqdm(rows, name, unit="row")]
+        with tqdm(rows, name, unit="row") as bar:
+            found = [look(model, tokenizer, chat_template, row) for row in bar]
         looks[name], shown[name] = map(list, zip(*found, strict=True))
         del model
         gc.collect()
@@ -394,7 +394,8 @@ def run(models: dict[str, str], rows: list[dict], output: Path, template: str, *
     result = {"models": models, "template": template, "summary": summarise(looks), "rows": looks}
     picture = png(figure(looks))
     write_json(output / "look.json", result)
-    for file_name, content in (("shares_by_layer.png", picture), ("index.html", page(result, shown, picture).encode())):
+    text = page(result, shown, picture).encode("utf-8", "replace")
+    for file_name, content in (("shares_by_layer.png", picture), ("index.html", text)):
         with replacing(output / file_name) as file:
             file.write(content)
     return result
