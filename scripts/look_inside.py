@@ -25,18 +25,23 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=20, help="without --row: rows, spread evenly (default 20)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--compare", metavar="MODEL2", help="a second model on the same rows, such as the trained one")
+    parser.add_argument("--model_name_or_path", help="model below an adapter, in place of the one that it names")
     parser.add_argument("--default_system", help="the host's key, as in training")
     parser.add_argument("--no_thinking", action="store_true", help="the host's `enable_thinking: false`")
     parser.add_argument("--trust_remote_code", action="store_true", help="the host's key")
     args = parser.parse_args(words)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    models = {name: name for name in (args.model, args.compare) if name}
+    places = [place for place in (args.model, args.compare) if place]
+    short = [Path(place).name for place in places]
+    models = dict(zip(short if len(set(short)) == len(short) else places, places, strict=True))
     chat = dict(
         default_system=args.default_system, enable_thinking=not args.no_thinking,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     try:
-        found = run(models, read_rows(args.rows, args.row, args.n), args.out, args.template, **chat)
+        found = run(
+            models, read_rows(args.rows, args.row, args.n), args.out, args.template, args.model_name_or_path, **chat
+        )
     except DataError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ Shape suffixes: H heads, R response tokens or a block of them, T tokens of promp
 
 import gc
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -196,9 +197,11 @@ def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict
     prompt, name = row[SIDES[side]], f"row {row['id']!r}, {side} context"
     units = units_of(name, prompt, row[f"{side}_evidence"], row[f"{side}_paragraphs"])
     prompt_ids, response_ids, places = encode_row(tokenizer, template, prompt, row["chosen"])
-    window = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-    if window and len(prompt_ids) + len(response_ids) > window:
-        raise DataError(f"{name}: {len(prompt_ids) + len(response_ids)} tokens, and the model's window is {window}.")
+    config = base_of(model).config.get_text_config()
+    scaling = (getattr(config, "rope_parameters", None) or {}).get("factor") or 1  # of YaRN, which widens the window
+    window, n = (getattr(config, "max_position_embeddings", None) or math.inf) * scaling, len(prompt_ids + response_ids)
+    if n > window:
+        raise DataError(f"{name}: {n} tokens, and the model's window is {window:g}; choose shorter rows with `--row`.")
     of_token = unit_of_tokens(prompt, places, units)
     found = attend(model, prompt_ids, response_ids, ["template" if u is None else units[u][1] for u in of_token])
     found = {key: value.double().cpu() for key, value in found.items()}
@@ -345,8 +348,11 @@ def read_rows(path: Path, names: Sequence[str], n: int) -> list[dict]:
     return rows
 
 
-def load(path: str, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
+def load(path: str, below: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
     """A model by hub name or folder, or a LoRA adapter's folder on its base; and the name of the base.
+
+    Args:
+        below: The model below an adapter, in place of the one that it names.
 
     Raises:
         DataError: There is no such model.
@@ -356,7 +362,7 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
     adapter, base = Path(path) / "adapter_config.json", path
     try:
         if adapter.is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            base = below or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
         if adapter.is_file():
             from peft import PeftModel
@@ -368,19 +374,22 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base
 
 
-def run(models: dict[str, str], rows: list[dict], output: Path, template: str, **chat) -> dict:
+def run(
+    models: dict[str, str], rows: list[dict], output: Path, template: str, below: str | None = None, **chat
+) -> dict:
     """Look at all rows with all models; writes look.json, shares_by_layer.png and index.html.
 
     Args:
         models: Name -> hub name or folder; one, or two to be compared.
         template: The host's chat template, with `chat`, the other arguments of `load_template`, as in training.
+        below: See `load`.
 
     Returns:
         What look.json holds.
     """
     looks, shown = {}, {}
     for name, path in models.items():
-        model, base = load(path, chat.get("trust_remote_code", False))
+        model, base = load(path, below, chat.get("trust_remote_code", False))
         try:
             tokenizer, chat_template = load_template(base, template, **chat)
         except ValueError as error:

@@ -19,22 +19,23 @@ def figure(looks: dict[str, list[dict]]) -> Figure:
     """Shares by layer, and evidence against distractors per token; short context left, long context right."""
     made = Figure(figsize=(10, 6.4), layout="constrained")
     panels = made.subplots(2, 2, sharex=True, sharey="row")
-    for column, side in enumerate(("short", "long")):
-        for style, (model, rows) in zip(("-", "--"), looks.items(), strict=False):
+    for style, rows in zip(("-", "--"), looks.values(), strict=False):
+        for column, side in enumerate(("short", "long")):
             for i, region in enumerate(rows[0][side]["share_by_layer"]):
+                line = dict(linestyle=style, color=f"C{i}", label=region if (style, column) == ("-", 0) else None)
                 layers = [np.array(row[side]["share_by_layer"][region]) for row in rows]
-                label = f"{region}, {model}" if len(looks) > 1 else region
-                panels[0, column].plot(np.mean(layers, 0), style, color=f"C{i}", label=label)
-                per_token = [values / row[side]["uniform"][region] for values, row in zip(layers, rows, strict=True)
-                             if row[side]["uniform"][region]]  # fmt: skip
+                uniform = [row[side]["uniform"][region] for row in rows]
+                per_token = [values / alike for values, alike in zip(layers, uniform, strict=True) if alike]
+                panels[0, column].plot(np.mean(layers, 0), **line)
                 if region in ("evidence", "distractors") and per_token:
-                    panels[1, column].plot(np.mean(per_token, 0), style, color=f"C{i}", label=label)
-        panels[0, column].set(title=f"{side} context", ylim=(0, 1))
-        panels[1, column].axhline(1, color="grey", linewidth=0.8)
-        panels[1, column].set(xlabel="layer", ylim=(0, None))
+                    panels[1, column].plot(np.mean(per_token, 0), **line | {"label": None})
+            panels[0, column].set(title=f"{side} context", ylim=(0, 1))
+            panels[1, column].axhline(1, color="grey", linewidth=0.8)
+            panels[1, column].set(xlabel="layer", ylim=(0, None))
+            panels[1, column].xaxis.get_major_locator().set_params(integer=True)
     panels[0, 0].set(ylabel="share of attention")
     panels[1, 0].set(ylabel="attention per token / uniform")
-    panels[0, 1].legend(fontsize=7)
+    made.legend(loc="outside right upper")
     return made
 
 
@@ -43,13 +44,14 @@ def summary_table(lines: list[dict]) -> str:
     sides = ("short", "long", "long - short")
     cells = {(line["measure"], line["model"], line["side"]): line for line in lines}
     head = "".join(f"<th scope=col>{name}</th>" for name in ("measure", "model", *sides))
-    made = []
+    made, before = [], None
     for measure, model in dict.fromkeys((line["measure"], line["model"]) for line in lines):
         found = (cells.get((measure, model, side)) for side in sides)
-        shown = (f"{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" if c else "-" for c in found)
-        names = f"<th scope=row>{html.escape(measure)}</th><td>{html.escape(model)}</td>"
-        made.append(f"<tr>{names}{''.join(f'<td>{text}</td>' for text in shown)}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(made)}</table>"
+        shown = (f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" if c else "-" for c in found)
+        names = f"<th scope=row>{html.escape(measure) if measure != before else ''}</th><td>{html.escape(model)}</td>"
+        made.append(f"<tr>{names}{''.join(f'<td class=number>{text}</td>' for text in shown)}</tr>")
+        before = measure
+    return f"<div class=wide><table><tr>{head}</tr>{''.join(made)}</table></div>"
 
 
 def page(result: dict, shown: dict[str, list[dict]], picture: bytes) -> str:
@@ -64,6 +66,7 @@ def page(result: dict, shown: dict[str, list[dict]], picture: bytes) -> str:
 PAGE = (
     HEAD.replace("{{title}}", "Looking inside")
     + r"""#short, #long { height: 34rem; } #response { max-height: 22rem; }
+.wide { overflow-x: auto; } .number { white-space: nowrap; }
 .evidence { border-bottom: 3px solid #0a7d28; } pre span { border-radius: 2px; }
 </style>
 </head>
@@ -84,8 +87,8 @@ PAGE = (
 <h4>Chosen response: log-prob in the long context minus log-prob in the short one</h4>
 <p>Red: less likely in the long context; blue: more likely; full colour from {{limit}} nats.</p>
 <pre id="response" tabindex="0" aria-label="Chosen response"></pre>
-<p>Contexts: the darker, the more attention the response's tokens pay per token, in each context relative to its
-highest piece (square root). Evidence is underlined in green.</p>
+<p>Contexts: the darker, the more attention a piece gets per token, in full colour where it gets twice the context's
+mean or belongs to its highest 2 %. Evidence is underlined in green.</p>
 <div class="panes">
 <section><h4>Short context</h4><pre id="short" tabindex="0" aria-label="Short context"></pre></section>
 <section><h4>Long context</h4><pre id="long" tabindex="0" aria-label="Long context"></pre></section>
@@ -117,9 +120,11 @@ function show(place) {
     return coloured(text, `rgb(${change < 0 ? "220 40 40" : "40 90 220"} / ${(0.8 * strength).toFixed(3)})`, note);
   }));
   for (const side of ["short", "long"]) {
-    const highest = Math.max(...row[side].map((piece) => piece[2]), 1e-9);
+    const values = row[side].map((piece) => piece[2]).sort((a, b) => a - b);
+    const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+    const full = Math.max(2 * mean, values[Math.floor(0.98 * (values.length - 1))], 1e-9);
     get(side).replaceChildren(...row[side].map(([text, evidence, value]) => {
-      const strength = 0.85 * Math.sqrt(value / highest);
+      const strength = 0.85 * Math.min(1, value / full);
       const made = coloured(text, `rgb(240 140 0 / ${strength.toFixed(3)})`, `${value} times uniform`);
       made.className = evidence ? "evidence" : "";
       return made;

@@ -249,7 +249,7 @@ def test_base_and_adapter_side_by_side(rows_file, tiny_model, adapter, tmp_path,
     assert command(rows_file, tmp_path, tiny_model(), "--n", 3, "--compare", adapter) == 0
     assert "The page is" in capsys.readouterr().out
     found = json.loads((tmp_path / "look.json").read_text())
-    base, trained = (found["rows"][str(name)] for name in (tiny_model(), adapter))
+    base, trained = (found["rows"][Path(name).name] for name in (tiny_model(), adapter))
     assert [row["id"] for row in base] == [row["id"] for row in trained] == ["q0", "q2", "q4"]
     for a, b in zip(base, trained, strict=True):
         assert KEYS <= a["short"].keys() and a["short"]["tokens"] == b["short"]["tokens"]
@@ -263,9 +263,9 @@ def test_base_and_adapter_side_by_side(rows_file, tiny_model, adapter, tmp_path,
     means = [
         sum(row["long"]["evidence_of_documents"] for row in rows) / 3 for rows in (base, trained)
     ]  # fmt: skip
-    pair = lines[f"{adapter} - {tiny_model()}", measure, "long"]
+    pair = lines[f"{adapter.name} - {Path(tiny_model()).name}", measure, "long"]
     assert pair["mean"] == pytest.approx(means[1] - means[0]) and pair["low"] <= pair["mean"] <= pair["high"]
-    change = lines[tiny_model(), measure, "long - short"]["mean"]
+    change = lines[Path(tiny_model()).name, measure, "long - short"]["mean"]
     assert change == pytest.approx(means[0] - sum(row["short"]["evidence_of_documents"] for row in base) / 3)
     assert (tmp_path / "shares_by_layer.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -275,7 +275,10 @@ def test_rows_by_name_and_nothing_of_them_is_run(rows_file, tiny_model, tmp_path
     text = (tmp_path / "index.html").read_text()
     assert "</script><b" not in text and "\\u003c/script>\\u003cb id=bad>why?" in text
     assert html.escape(tiny_model()) in text and "default-src 'none'" in text and "{{" not in text
-    assert [row["id"] for row in json.loads((tmp_path / "look.json").read_text())["rows"][tiny_model()]] == ["q1", "q5"]
+    assert [row["id"] for row in json.loads((tmp_path / "look.json").read_text())["rows"][Path(tiny_model()).name]] == [
+        "q1",
+        "q5",
+    ]
 
 
 def test_parquet_rows_and_rows_without_distractors(tiny_model, tmp_path):
@@ -291,7 +294,7 @@ def test_parquet_rows_and_rows_without_distractors(tiny_model, tmp_path):
     write_parquet(tmp_path / "rows.parquet", [row])
     assert command(tmp_path / "rows.parquet", tmp_path, tiny_model()) == 0
     found = json.loads((tmp_path / "look.json").read_text())
-    side = found["rows"][tiny_model()][0]["short"]
+    side = found["rows"][Path(tiny_model()).name][0]["short"]
     assert side["evidence_over_distractors"] is None and side["evidence_of_documents"] == 1
     assert side["density"]["distractors"] is None
     sides = {line["side"] for line in found["summary"] if line["measure"].endswith("evidence / distractors")}
