@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,3 +152,25 @@ def write_recipe(path: Path, args: dict) -> str:
 
     path.write_text(yaml.safe_dump(args, sort_keys=False))
     return str(path)
+
+
+class Page(HTMLParser):
+    """An HTML file: tags with their attributes, the texts of scripts, and all text outside of them."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags, self.scripts, self.text, self.inside = [], [], "", None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data

@@ -4,11 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Page
 from small_work import TOKENIZER, Template, context, recipe_for, verdicts, write_work
 
 from solopo_plugin.synthesis import export, select
@@ -31,28 +29,6 @@ def work(tmp_path, monkeypatch):
     stages = {name: {"counts": value, "settings": {"seed": 5}} for name, value in counts.items()}
     write_json(folder / "manifest.json", {"stages": stages})
     return folder
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the texts of scripts, and all text outside of them."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.tags, self.scripts, self.text, self.inside = [], [], "", None
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.inside = tag
-
-    def handle_endtag(self, tag):
-        self.inside = None
-
-    def handle_data(self, data):
-        if self.inside == "script":
-            self.scripts.append(data)
-        else:
-            self.text += data
 
 
 def test_a_sound_set_fails_no_check_and_shows_its_numbers(work, tmp_path):

@@ -15,18 +15,12 @@ import time
 
 import pytest
 import yaml
+from browser import SIZES, browser, expect
 from conftest import BIN, ROOT
 
 from solopo_plugin.args import FIELDS
 from solopo_plugin.host.board_texts import TAB, TEXTS
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install .[test-web]")
-expect = sync_api.expect
-
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync").split()  # fmt: skip
-SIZES = {"laptop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 FAST = '{"use_cpu": true, "preprocessing_num_workers": 1, "disable_tqdm": true, "optim": "adamw_torch"}'
 LEAF = ".block:not(:has(.block))"  # one widget with its label
 
@@ -70,12 +64,8 @@ def board(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def chromium():
-    if not os.path.exists(CHROMIUM):
-        pytest.fail("Chromium is missing: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+    with browser() as started:
+        yield started
 
 
 @pytest.fixture

@@ -1,0 +1,143 @@
+"""The report of an evaluation: one page that needs nothing but itself, Markdown, CSV and PNGs, all from its folder.
+
+Everything is read from results.json, scores/, answers/ and items.jsonl (as a stream: prompts may be gigabytes), so that
+a report can be written again at any time without a model.
+"""
+
+import html
+import json
+from pathlib import Path
+
+from ...synthesis.files import DataError, explained, read_jsonl, replacing
+from ...synthesis.page import embed, facts_table, fill, image, png
+from . import explorer
+from .figures import figures
+from .page import PAGE
+from .tables import (
+    METRICS,
+    TITLES,
+    Summary,
+    as_csv,
+    as_html,
+    as_markdown,
+    benchmark_tables,
+    harness_table,
+    models_table,
+    notes_of,
+    plain,
+)
+
+
+def write_report(output_dir: Path | str) -> Path:
+    """Write `output_dir`/report/: index.html, report.md, tables.csv and the figures as PNGs.
+
+    Returns:
+        The path of index.html.
+
+    Raises:
+        DataError: A file of the evaluation is missing or damaged.
+    """
+    folder = Path(output_dir)
+    results = _read(folder / "results.json")
+    asked = {row["model"] for row in results["summary"]}
+    models = [model["name"] for model in results["models"] if model["name"] in asked]
+    scores = {model: list(read_jsonl(folder / "scores" / f"{model}.jsonl")) for model in models}
+    shown, total = explorer.rows(folder, scores, results["settings"].get("seed", 0)) if models else ([], 0)
+    pictures = {name: (png(figure), *facts) for name, (figure, *facts) in figures(results).items()}
+    texts = {
+        "index.html": _page(results, scores, pictures, shown, total),
+        "report.md": _markdown(results, scores, pictures),
+        "tables.csv": as_csv(results),
+    }
+    report = folder / "report"
+    for old in report.glob("*.png"):
+        old.unlink()
+    for name, (picture, *_) in pictures.items():
+        with replacing(report / f"{name}.png") as file:
+            file.write(picture)
+    for name, text in texts.items():
+        with replacing(report / name) as file:
+            file.write(text.encode("utf-8", "replace"))
+    return report / "index.html"
+
+
+def _read(path: Path) -> dict:
+    with explained(path, "read"):
+        text = path.read_bytes()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); run scripts/evaluate.py again, answers are kept.") from None
+
+
+def _sections(results: dict, scores: dict[str, list[dict]]) -> list[tuple[str, str, list, list[str]]]:
+    """(anchor, heading, tables, notes) of each part of the report."""
+    made = [("models", "Models", [models_table(results)], [])]
+    for benchmark in Summary(results).benchmarks:
+        tables = benchmark_tables(results, benchmark)
+        made.append((benchmark, TITLES.get(benchmark, benchmark), tables, notes_of(benchmark, scores)))
+    if table := harness_table(results):
+        made.append(("harness", "lm-evaluation-harness", [table], []))
+    return made
+
+
+def _selection(results: dict) -> list[str]:
+    """The choice of a checkpoint, and what is to be feared of it."""
+    chosen = results.get("selection")
+    if not chosen:
+        return []
+    metric = METRICS.get(chosen["metric"], chosen["metric"])
+    benchmark = TITLES.get(chosen["benchmark"], chosen["benchmark"])
+    warning = [f"Warning: {chosen['warning']}"] if chosen.get("warning") else []
+    said = [f"Selected: {chosen['best']}, the best by {metric} on {benchmark}. {chosen.get('note') or ''}".strip()]
+    return said + warning
+
+
+def _about(results: dict) -> list[str]:
+    about = [
+        "Scores run from 0 to 100, with 95 % bootstrap intervals and the number n of questions. No value is set in "
+        "bold: whether two models differ, the paired comparison says."
+    ]
+    if limit := results["settings"].get("max_samples"):
+        about.append(f"Of each task at most {limit} questions were asked (max_samples), a seeded choice.")
+    if len(results["models"]) == 1:
+        about.append("There is one model, so that there is nothing to compare.")
+    return about
+
+
+def _page(results: dict, scores: dict, pictures: dict, shown: list[dict], total: int) -> str:
+    e = html.escape
+    sections = _sections(results, scores)
+
+    def figures_of(benchmark: str) -> str:
+        return "".join(image(picture, caption) for picture, caption, place in pictures.values() if place == benchmark)
+
+    settings = {f"`{k}`": json.dumps(v, ensure_ascii=False) for k, v in results["settings"].items()}
+    settings |= {f"version of {name}": str(value) for name, value in results["versions"].items()}
+    body = f'<h2 id="overview">Overview</h2>{figures_of("")}' * bool(pictures)
+    for anchor, heading, tables, notes in sections:
+        lines = "".join(f"<p class=note>{e(note)}</p>" for note in notes)
+        body += f'<h2 id="{e(anchor)}">{e(heading)}</h2>{lines}{figures_of(anchor)}{"".join(map(as_html, tables))}'
+    body += f'<h2 id="settings">Settings</h2><details><summary>All of them</summary>{facts_table(settings)}</details>'
+    head = [f"<p>{e(text)}</p>" for text in (str(results["date"]), *_about(results))]
+    head += [f"<p class=warning>{e(text)}</p>" for text in _selection(results)]
+    links = [("overview", "Overview")] * bool(pictures) + [(anchor, heading) for anchor, heading, _, _ in sections]
+    parts = {
+        "title": e(results["title"]),
+        "head": "".join(head),
+        "links": " · ".join(f'<a href="#{e(a)}">{e(text)}</a>' for a, text in [*links, ("questions", "Questions")]),
+        "sections": body,
+        "n_shown": f"{len(shown)} of {total} questions are here, a seeded choice of equal size per task.",
+        "rows": embed({"models": list(scores), "rows": shown}),
+    }
+    return fill(PAGE, parts)
+
+
+def _markdown(results: dict, scores: dict, pictures: dict) -> str:
+    parts = [f"# {plain(results['title'])}", plain(str(results["date"])), *map(plain, _about(results))]
+    parts += [f"> {plain(text)}" for text in _selection(results)]
+    for _, heading, tables, notes in _sections(results, scores):
+        parts += [f"## {plain(heading)}", *map(plain, notes), *(as_markdown(table) for table in tables if table.open)]
+    parts += ["Tables of further metrics and of single tasks are in `tables.csv`.", "## Figures"]
+    parts += [f"![{plain(caption)}]({name}.png)\n\n{plain(caption)}" for name, (_, caption, _) in pictures.items()]
+    return "\n\n".join(parts) + "\n"

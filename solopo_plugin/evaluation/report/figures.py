@@ -1,0 +1,217 @@
+"""The figures of a report. Colours are Okabe and Ito's, cividis and PuOr, which colour-blind readers tell apart."""
+
+import math
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..items import MAIN_METRIC
+from .tables import METRICS, TITLES, Summary, label_length, label_task, values_of
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":")
+ROWS = 30  # differences in a figure; of more, only the means over tasks, and short and long prompt of validation
+MAPS = 8  # models with a heat map; of more, the first ones and the selected one
+Pictures = dict[str, tuple[Figure, str, str]]  # file name -> figure, what it shows, its benchmark or ""
+
+
+def figures(results: dict) -> Pictures:
+    """All figures for which there are numbers."""
+    with rc_context({"text.parse_math": False}):  # a name may hold dollar signs
+        return _figures(Summary(results), results)
+
+
+def _figures(found: Summary, results: dict) -> Pictures:
+    made = {}
+    if found.benchmarks:
+        made["overview"] = (
+            overview(found),
+            "Mean score of each model by benchmark, with 95 % bootstrap intervals. Intervals of two models may overlap "
+            "although the models differ on the same questions; that is what the paired comparison is for.",
+            "",
+        )
+    if rows := _differences(results):
+        made["differences"] = (
+            differences(rows),
+            "Paired comparison on the same questions: score of the first named model less that of the second, with "
+            "95 % bootstrap intervals; an interval that holds 0 (open mark) shows no difference.",
+            "",
+        )
+    for benchmark in found.benchmarks:
+        metric = MAIN_METRIC.get(benchmark)
+        if any(len(found.lengths(benchmark, task)) > 1 for task in found.tasks(benchmark)):
+            made[f"length_{benchmark}"] = (
+                by_length(found, benchmark, metric),
+                f"{TITLES.get(benchmark, benchmark)}: score against the length of the prompt, with 95 % intervals. "
+                "Points of several models at one length stand side by side.",
+                benchmark,
+            )
+    return made | heat_maps(found, results)
+
+
+def _lines(models: list[str]) -> dict[str, dict]:
+    """How each model is drawn, in every figure the same way."""
+    return {
+        model: {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i // len(COLORS) % len(DASHES)],
+        }
+        for i, model in enumerate(models)
+    }
+
+
+def _panels(n: int, width: float, height: float, columns: int, **options) -> tuple[Figure, list[Axes]]:
+    columns = min(n, columns)
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for spare in axes[n:]:
+        spare.remove()
+    return figure, axes[:n]
+
+
+def _short(name: str, limit: int = 28) -> str:
+    """A model's name where there is little room; the end of a path tells checkpoints apart."""
+    return name if len(name) <= limit else f"...{name[3 - limit :]}"
+
+
+def _errors(rows: list[dict]) -> np.ndarray:
+    """Lengths of the error bars below and above, shape (2, n)."""
+    pairs = [(row["value"] - row["low"], row["high"] - row["value"]) for row in rows]
+    return np.maximum(0, np.array(pairs).T)
+
+
+def overview(found: Summary) -> Figure:
+    """A panel per benchmark, a line per model."""
+    height = 1.1 + 0.32 * len(found.models)
+    figure, panels = _panels(len(found.benchmarks), 4.2, height, 2, sharey=True)
+    styles = _lines(found.models)
+    for axes, benchmark in zip(panels, found.benchmarks, strict=True):
+        metric = MAIN_METRIC.get(benchmark)
+        for y, model in enumerate(found.models):
+            row = found.get(model, benchmark, found.tasks(benchmark)[-1], "", metric)
+            if row:
+                axes.errorbar(row["value"], y, xerr=_errors([row]), capsize=3, **styles[model])
+        axes.set(title=TITLES.get(benchmark, benchmark), xlabel=f"{METRICS.get(metric, metric)} (0 to 100)")
+        axes.set(xlim=(-2, 102), yticks=range(len(found.models)), yticklabels=map(_short, found.models))
+        axes.set_ylim(len(found.models) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.4)
+    return figure
+
+
+def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
+    """A panel per task, the mean of tasks last; a line per model."""
+    tasks = found.tasks(benchmark)
+    figure, panels = _panels(len(tasks), 4.2, 3.1, 2, sharey=True)
+    styles, n = _lines(found.models), len(found.models)
+    for axes, task in zip(panels, tasks, strict=True):
+        groups = found.lengths(benchmark, task)
+        for i, model in enumerate(found.models):
+            places = {g: row for g in groups if (row := found.get(model, benchmark, task, g, metric))}
+            if places:
+                x = [float(values_of(g)["length"]) * 2 ** (0.16 * (i - (n - 1) / 2) / n) for g in places]
+                rows = list(places.values())
+                values = [row["value"] for row in rows]
+                axes.errorbar(x, values, _errors(rows), capsize=3, label=_short(model), **styles[model])
+        ticks = [float(values_of(g)["length"]) for g in groups]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, map(label_length, ticks))
+        axes.set(title=label_task(task), xlabel="length of the prompt, tokens", ylim=(0, 103))
+        axes.set_ylabel(f"{METRICS.get(metric, metric)} (0 to 100)")
+        axes.grid(alpha=0.4)
+    panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _differences(results: dict) -> list[dict]:
+    found = Summary(results)
+    rows = [row for name in found.benchmarks for row in found.compared(results, name, (MAIN_METRIC.get(name),))]
+    if len(rows) <= ROWS:
+        return rows
+    several = {row["benchmark"] for row in rows if row["task"] == ""} - {"validation"}
+    return [row for row in rows if (row["task"] == "") == (row["benchmark"] in several)]
+
+
+def differences(rows: list[dict]) -> Figure:
+    """One line per comparison, a panel per pair of models; filled where the interval leaves 0 out."""
+    pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows))
+    by_pair = [[row for row in rows if (row["a"], row["b"]) == pair] for pair in pairs]
+    heights = [len(own) + 2 for own in by_pair]
+    figure = Figure(figsize=(8, 0.3 * sum(heights) + 0.6), layout="constrained")
+    panels = figure.subplots(len(pairs), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, (a, b), own in zip(panels, pairs, by_pair, strict=True):
+        for y, row in enumerate(own):
+            shown = row["low"] > 0 or row["high"] < 0
+            color = COLORS[0] if row["difference"] >= 0 else COLORS[1]
+            style = {"fmt": "o" if row["difference"] >= 0 else "s", "mfc": color if shown else "white"}
+            errors = _errors([row | {"value": row["difference"]}])
+            axes.errorbar(row["difference"], y, xerr=errors, color=color, capsize=3, **style)
+        names = [(TITLES.get(r["benchmark"], r["benchmark"]), label_task(r["task"])) for r in own]
+        axes.set_yticks(range(len(own)), map(": ".join, names))
+        axes.set(title=f"{_short(b)} less {_short(a)}", ylim=(len(own) - 0.5, -0.5))
+        axes.axvline(0, color="black", linewidth=1)
+        axes.grid(axis="x", alpha=0.4)
+    panels[-1].set_xlabel("difference of the main metric, points of 100")
+    return figure
+
+
+def heat_maps(found: Summary, results: dict, benchmark: str = "niah_plus") -> Pictures:
+    """Depth by length: one figure per model and one per pair that is compared; panels are tasks."""
+    tasks = [task for task in found.tasks(benchmark) if found.groups(benchmark, task, "length", "depth")]
+    if not tasks:
+        return {}
+    metric, best = MAIN_METRIC[benchmark], (results.get("selection") or {}).get("best")
+    models = [model for i, model in enumerate(found.models) if i < MAPS or model == best]
+    grids = {model: [_grid(found, model, benchmark, task, metric) for task in tasks] for model in models}
+    made = {}
+    for i, (model, maps) in enumerate(grids.items(), 1):
+        caption = f"NIAH-Plus, {model}: {METRICS[metric]} by depth of the needle and length of the prompt."
+        if len(models) < len(found.models):
+            caption += f" Maps of {len(models)} of {len(found.models)} models are drawn; all numbers are in tables.csv."
+        made[f"niah_{i}"] = (_maps(maps, tasks, _short(model), "cividis", 0, 100), caption, benchmark)
+    pairs = dict.fromkeys((r["a"], r["b"]) for r in results["comparisons"] if r["benchmark"] == benchmark)
+    for a, b in (pair for pair in pairs if {*pair} <= {*models}):
+        both = zip(grids[a], grids[b], strict=True)
+        maps = [(lengths, depths, other - values) for (lengths, depths, values), (_, _, other) in both]
+        limit = max(10, *(np.nanmax(np.abs(m[2]), initial=0) for m in maps))
+        name = f"niah_{found.models.index(b) + 1}_less_{found.models.index(a) + 1}"
+        caption = f"NIAH-Plus, {b} less {a}, in points; the few questions of one cell show no difference by themselves."
+        made[name] = (_maps(maps, tasks, f"{_short(b)} less {_short(a)}", "PuOr", -limit, limit), caption, benchmark)
+    return made
+
+
+def _grid(found: Summary, model: str, benchmark: str, task: str, metric: str) -> tuple[list, list, np.ndarray]:
+    """Lengths, depths and the values, shape (depths, lengths); NaN where there is none."""
+    groups = [(values_of(g), g) for g in found.groups(benchmark, task, "length", "depth")]
+    lengths = sorted({float(place["length"]) for place, _ in groups})
+    depths = sorted({float(place["depth"]) for place, _ in groups})
+    values = np.full((len(depths), len(lengths)), np.nan)
+    for place, group in groups:
+        if row := found.get(model, benchmark, task, group, metric):
+            values[depths.index(float(place["depth"])), lengths.index(float(place["length"]))] = row["value"]
+    return lengths, depths, values
+
+
+def _maps(maps: list, tasks: list[str], title: str, colors: str, low: float, high: float) -> Figure:
+    wide, high_enough = max(len(m[0]) for m in maps), max(len(m[1]) for m in maps)
+    width, height = min(8, max(2.4, 0.55 * wide)) + 1, min(8, max(2.2, 0.32 * high_enough)) + 1.1
+    figure, panels = _panels(len(maps), width, height, 3, sharey=True)
+    for axes, (lengths, depths, values), task in zip(panels, maps, tasks, strict=True):
+        drawn = axes.imshow(values, cmap=colors, vmin=low, vmax=high, aspect="auto")
+        axes.set_facecolor("#cccccc")
+        for (y, x), value in np.ndenumerate(values):
+            red, green, blue, _ = drawn.cmap(drawn.norm(value))
+            dark = not math.isnan(value) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            text = "-" if math.isnan(value) else f"{value:+.0f}" if low < 0 else f"{value:.0f}"
+            if wide <= 16:
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axes.set_xticks(range(len(lengths)), map(label_length, lengths))
+        axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+        axes.set(title=label_task(task), xlabel="length, tokens")
+    panels[0].set_ylabel("depth of the needle, %")
+    figure.suptitle(title)
+    figure.colorbar(drawn, ax=panels, label="points" if low < 0 else "score (0 to 100)")
+    return figure

@@ -1,0 +1,354 @@
+"""The report says what results.json says, no more; nothing in it runs or loads; it stays small whatever was asked."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import Page
+from made_up import CHANCES, HARNESS, LENGTHS, LONGBENCH, TITLE, item, items, write_folder
+
+from solopo_plugin.evaluation.items import MAIN_METRIC
+from solopo_plugin.evaluation.published import PUBLISHED, matches
+from solopo_plugin.evaluation.report import explorer, write_report
+from solopo_plugin.evaluation.report.figures import figures
+from solopo_plugin.evaluation.report.tables import Summary, benchmark_tables
+from solopo_plugin.synthesis.files import DataError, read_jsonl, write_json, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of an evaluation of every benchmark with its report; (folder, results)."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    results = write_folder(folder, items(2))
+    assert write_report(folder) == folder / "report" / "index.html"
+    return folder, results
+
+
+def few(*benchmarks: str):
+    """One question of each cell of these benchmarks."""
+    return [it for it in items(1) if it.benchmark in benchmarks]
+
+
+def markdown_table(folder, section: str, title: str) -> list[list[str]]:
+    """Cells of the lines of a table in report.md, head first."""
+    text = (folder / "report" / "report.md").read_text(encoding="utf-8")
+    part = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+    table = re.search(rf"^### {re.escape(title)}\n\n(.*?)\n\n", part, re.M | re.S)[1].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table if not line.startswith("|---")]
+
+
+def shown(results: dict, model: str, benchmark: str, task: str, group: str = "", metric: str | None = None) -> str:
+    """A value as a table must show it."""
+    key = (model, benchmark, task, group, metric or MAIN_METRIC[benchmark])
+    row = Summary(results).rows[key]
+    return f"{row['value']:.1f} ({row['low']:.1f} to {row['high']:.1f}, n={row['n']})"
+
+
+# ---- tables
+
+
+def test_longbench_in_the_papers_layout_with_its_numbers_apart(made):
+    folder, results = made
+    head, first, *lines = markdown_table(folder, "LongBench v1 QA", "F1")
+    names = ["NarrativeQA", "Qasper", "MultiFieldQA-en", "HotpotQA", "2WikiMQA", "MuSiQue"]
+    bands = [f"{'S' if i < 3 else 'M'}-Doc: {name}" for i, name in enumerate(names)]
+    assert head == ["", *bands, "mean of tasks"] and first[0] == "**Measured here**"
+    for model, line in zip(CHANCES, lines, strict=False):
+        assert line == [model, *(shown(results, model, "longbench_qa", task) for task in (*LONGBENCH, ""))]
+    apart, *published = lines[len(CHANCES) :]
+    assert apart[0] == "**Published in arXiv:2505.11166 (not measured here)**"
+    assert [line[0] for line in published] == [row.name for row in PUBLISHED]
+    assert all(not any(line[1:-1]) and re.fullmatch(r"\d\d\.\d( \?)?", line[-1]) for line in published)
+    assert [line[0] for line in published if line[-1].endswith("?")] == [
+        "Qwen2.5-7B, ORPO short",
+        "Qwen2.5-7B, ORPO long",
+    ]
+    page = Page(folder / "report" / "index.html")
+    assert page.tags.count(("tbody", {"class": "published"})) == 2, "LongBench v1 QA and RULER QA"
+    assert "worded otherwise" in page.text and "repeat its rows of SFT" in page.text
+
+
+def test_ruler_by_task_and_length_with_its_own_metric_beside(made):
+    folder, results = made
+    for metric, title in (("f1", "F1"), ("string_match", "RULER's string match")):
+        head, *lines = markdown_table(folder, "RULER QA", title)
+        assert [name.split(": ")[-1] for name in head] == ["", "4k", "8k", "16k", "32k", "all lengths"]
+        blocks = [line[0] for line in lines if line[0].startswith("**Measured")]
+        tasks = {"SQuAD": "squad", "HotpotQA": "hotpotqa", "MuSiQue": "musique", "mean of tasks": ""}
+        assert blocks == [f"**Measured here: {name}**" for name in tasks]
+        for i, task in enumerate(tasks.values()):
+            for j, model in enumerate(CHANCES):
+                groups = [*(f"length={length}" for length in LENGTHS), ""]
+                cells = [shown(results, model, "ruler_qa", task, group, metric) for group in groups]
+                assert lines[i * (1 + len(CHANCES)) + 1 + j] == [model, *cells]
+        assert any("Published" in line[0] for line in lines) == (metric == "f1"), "the paper's numbers are F1"
+
+
+def test_longbench_v2_and_validation(made):
+    folder, results = made
+    head, _, *lines = markdown_table(folder, "LongBench v2", "Accuracy")
+    groups = ["difficulty=easy", "difficulty=hard", "length=short", "length=medium", "length=long"]
+    assert head == ["", "all questions", *(group.replace("=", ": ") for group in groups)]
+    for model, line in zip(CHANCES, lines, strict=True):
+        assert line == [model, *(shown(results, model, "longbench_v2", "all", group) for group in ("", *groups))]
+    head, _, *lines = markdown_table(folder, "Validation split, short and long prompt", "Sub-EM")
+    assert head[1:3] == ["long", "short"] and lines[0][1] == shown(results, "instruct", "validation", "long")
+
+
+def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
+    folder, results = made
+    _, block, line, *_ = markdown_table(folder, "LongBench v1 QA", "Paired comparison on the same questions")
+    row = next(
+        r for r in results["comparisons"] if (r["benchmark"], r["task"], r["metric"]) == ("longbench_qa", "", "f1")
+    )
+    assert block[0] == "**orpo-long against instruct**" and line[0] == "mean of tasks, F1"
+    assert line[1:3] == [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}"]
+    assert line[4:] == [str(row[name]) for name in ("wins", "losses", "ties", "n")]
+    text = (folder / "report" / "report.md").read_text()
+    page = Page(folder / "report" / "index.html").text
+    for said in (text.replace("\\", ""), page):
+        scores = list(read_jsonl(folder / "scores" / "instruct.jsonl"))
+        asked = [line for line in scores if line["benchmark"] == "longbench_qa"]
+        assert f"cut in the middle: instruct {sum(r['cut_tokens'] > 0 for r in asked)} of {len(asked)}" in said
+        assert "Selected: solo-orpo, the best by sub-EM on Validation split" in said
+        assert "Warning: The selection set is also reported" in said
+        assert "not corrected for the number of comparisons" in said
+        assert "± 2.1, n=541" in said and "60.2" in said and TITLE in said
+        assert "95 % bootstrap intervals" in said
+    for model in results["models"]:
+        line = " | ".join(str(model["counts"].get(k, "-")) for k in ("asked", "missing", "cut", "no_marker", "empty"))
+        assert line in text
+
+
+@pytest.mark.parametrize("left_out", ["a task", "a length", "another task"])
+def test_published_numbers_only_where_the_benchmark_is_the_papers(tmp_path, left_out):
+    questions = few("longbench_qa", "ruler_qa")
+    if left_out == "a length":
+        questions = [it for it in questions if it.length != 4096]
+    else:
+        questions = [it for it in questions if it.task not in ("qasper", "squad")]
+    if left_out == "another task":
+        questions += [item("longbench_qa", "triviaqa", 1), item("ruler_qa", "cwe", 1, length=4096)]
+    write_folder(tmp_path, questions)
+    write_report(tmp_path)
+    page = Page(tmp_path / "report" / "index.html")
+    assert page.tags.count(("tbody", {"class": "published"})) == (left_out == "a length"), "LongBench has no lengths"
+    assert "run over other tasks or lengths and are not put beside" in page.text
+
+
+def test_what_is_known_of_the_paper():
+    """As its averages are known: seventeen rows, of two models, two of them doubtful on one benchmark."""
+    values = {row.name: tuple(row.averages.values()) for row in PUBLISHED}
+    assert len(values) == len(PUBLISHED) == 17
+    assert values["Qwen2.5-7B, SoLo-ORPO"] == (49.5, 65.1) and values["Llama3.1-8B, SoLo-ORPO"] == (46.3, 61.3)
+    sft = [values[f"Qwen2.5-7B, SFT {side}"][0] for side in ("short", "long")]
+    assert sft == [values[row.name][0] for row in PUBLISHED if row.doubtful]
+    assert matches("longbench_qa", set(LONGBENCH), set()) and not matches("longbench_qa", {*LONGBENCH, "x"}, set())
+    assert not matches("plain", set(), set()) and not matches("niah_plus", {"squad"}, set(LENGTHS))
+
+
+def test_csv_holds_every_number_with_all_digits(made):
+    folder, results = made
+    with open(folder / "report" / "tables.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    kinds = {kind: [line for line in lines if line["kind"] == kind] for kind in {line["kind"] for line in lines}}
+    assert set(kinds) == {"measured", "comparison", "harness", "count", "published"}
+    for line, row in zip(kinds["measured"], results["summary"], strict=True):
+        assert all(line[name] == row[name] for name in ("model", "benchmark", "task", "group", "metric"))
+        assert all(float(line[name]) == row[name] for name in ("n", "value", "low", "high")) and not line["source"]
+    for line, row in zip(kinds["comparison"], results["comparisons"], strict=True):
+        assert (line["model"], line["against"], float(line["value"])) == (row["b"], row["a"], row["difference"])
+        assert all(float(line[name]) == row[name] for name in ("low", "high", "p_value", "wins", "losses", "ties", "n"))
+    assert [float(line["value"]) for line in kinds["harness"]] == [row["value"] for row in HARNESS]
+    assert len(kinds["published"]) == 2 * len(PUBLISHED) and len(kinds["count"]) == 5 * len(CHANCES)
+    assert all(line["source"].startswith("arXiv:2505.11166") for line in kinds["published"])
+    assert sum("doubtful" in line["source"] for line in kinds["published"]) == 2
+
+
+# ---- figures
+
+
+def test_figures_draw_the_numbers_of_the_summary(made):
+    folder, results = made
+    found, drawn = Summary(results), figures(results)
+    names = {"overview", "differences", "length_ruler_qa", "length_niah_plus", "niah_1", "niah_2", "niah_3"}
+    assert set(drawn) == names | {"niah_2_less_1", "niah_3_less_1"}
+    assert {path.stem for path in (folder / "report").glob("*.png")} == set(drawn)
+    maps = {name: drawn[name][0].axes[0].images[0].get_array().data for name in drawn if name.startswith("niah")}
+    depths = range(0, 101, 10)
+    for i, model in enumerate(CHANCES, 1):
+        key = [[(model, "niah_plus", "multi", f"length={n},depth={d}", "sub_em") for n in LENGTHS] for d in depths]
+        assert np.array_equal(maps[f"niah_{i}"], [[found.rows[k]["value"] for k in line] for line in key])
+    assert np.array_equal(maps["niah_3_less_1"], maps["niah_3"] - maps["niah_1"])
+    last = drawn["length_ruler_qa"][0].axes[-1]
+    for line, model in zip([c.lines[0] for c in last.containers], CHANCES, strict=True):
+        assert list(line.get_ydata()) == [
+            found.get(model, "ruler_qa", "", f"length={n}", "f1")["value"] for n in LENGTHS
+        ]
+        assert np.allclose(np.log2(line.get_xdata().astype(float) / LENGTHS), 0, atol=0.1)
+    for figure, caption, benchmark in drawn.values():
+        assert caption.endswith(".") and benchmark in ("", *MAIN_METRIC)
+        assert all(axes.get_xlabel() or axes.get_title() or axes.get_ylabel() for axes in figure.axes)
+
+
+def test_a_cell_without_questions_and_names_with_dollars(tmp_path):
+    questions = [it for it in few("niah_plus") if (it.length, it.depth) != (8192, 50.0)]
+    results = write_folder(tmp_path, questions, ("$a_b$", "x" * 60))
+    values = figures(results)["niah_1"][0].axes[0].images[0].get_array()
+    assert np.isnan(values.data[5][1]) and np.isnan(values.data).sum() == 1
+    write_report(tmp_path)
+
+
+# ---- the reader of questions
+
+
+def rows_of(folder) -> tuple[list[str], list[dict]]:
+    page = Page(folder / "report" / "index.html")
+    data = json.loads(page.scripts[0])
+    return data["models"], data["rows"]
+
+
+def test_the_reader_has_answers_scores_and_places_of_evidence(made):
+    folder, _ = made
+    models, rows = rows_of(folder)
+    asked = {(it["benchmark"], it["task"], it["id"]): it for it in read_jsonl(folder / "items.jsonl")}
+    assert models == list(CHANCES) and len(rows) == min(explorer.QUESTIONS, len(asked))
+    answers = {m: list(read_jsonl(folder / "answers" / f"{m}.jsonl"))[1:] for m in models}
+    texts = {(m, a["benchmark"], a["task"], a["id"]): a["text"] for m in models for a in answers[m]}
+    scores = {
+        (m, s["benchmark"], s["task"], s["id"]): s for m in models for s in read_jsonl(folder / "scores" / f"{m}.jsonl")
+    }
+    for row in rows:
+        key = (row["benchmark"], row["task"], row["id"])
+        it, length = asked[key], len(asked[key]["prompt"])
+        assert (row["question"], row["answers"]) == (it["question"], it["answers"])
+        for mark, passage, place in zip(row["marks"], row["evidence"], it["evidence"], strict=True):
+            assert mark == [place["start"] / length, place["end"] / length]
+            around = passage["before"] + passage["text"] + passage["after"]
+            assert passage["text"] == it["prompt"][place["start"] : place["end"]] and around in it["prompt"]
+        for model in models:
+            by, score = row["by"][model], scores[model, *key]
+            assert by["text"] == texts[model, *key] and by["prediction"] == score["prediction"]
+            assert by["score"] == score["scores"][MAIN_METRIC[row["benchmark"]]]
+            assert by["facts"] == {name: score[name] for name in ("prompt_tokens", "cut_tokens", "finish_reason")}
+
+
+def test_thousands_of_long_questions_stay_small_and_the_choice_is_seeded(tmp_path):
+    padding = "filler " * 3000
+    questions = [item("plain", f"t{i % 3}", i) for i in range(6000)]
+    long = (it.as_dict() | {"prompt": it.prompt + padding} for it in questions)
+    write_folder(tmp_path, questions, ("a", "b"))
+    write_jsonl(tmp_path / "items.jsonl", long)
+    for model in ("a", "b"):
+        path = tmp_path / "answers" / f"{model}.jsonl"
+        write_jsonl(path, [row | {"text": row["text"] + padding} if "id" in row else row for row in read_jsonl(path)])
+    page = write_report(tmp_path)
+    assert page.stat().st_size < 3e6 < (tmp_path / "items.jsonl").stat().st_size / 10
+    assert "400 of 6000 questions are here" in page.read_text()
+    _, rows = rows_of(tmp_path)
+    assert len(rows) == 400 and {sum(row["task"] == f"t{i}" for row in rows) for i in range(3)} <= {133, 134}
+    assert "characters not shown" in rows[0]["by"]["a"]["text"] and len(rows[0]["by"]["a"]["text"]) < 2100
+    scores = {m: list(read_jsonl(tmp_path / "scores" / f"{m}.jsonl")) for m in ("a", "b")}
+    chosen = {(row["benchmark"], row["task"], row["id"]) for row in rows}
+    assert chosen == explorer.choose(scores, 3) == explorer.choose({"b": scores["b"][::-1]}, 3)
+    assert len(chosen & explorer.choose(scores, 4)) < 100
+
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> &amp; {{rows}} | \u2028 \U0001f600 <!-- `x` *b*"
+
+
+def test_nothing_that_a_model_or_a_file_says_runs_or_loads(tmp_path):
+    task, model = "<b>t</b>", "<i onclick=alert(3)>m"
+    questions = [item("plain", task, i, question=f"{i} {EVIL}", answers=[EVIL]) for i in range(3)]
+    write_folder(tmp_path, questions, (model, "other"), title=EVIL, selection=None)
+    path = tmp_path / "answers" / f"{model}.jsonl"
+    write_jsonl(path, [row | {"text": EVIL} if "id" in row else row for row in read_jsonl(path)])
+    write_report(tmp_path)
+    page = Page(tmp_path / "report" / "index.html")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 2 and not {"b"} & set(tags)
+    assert tags.count("i") == 0 and not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in page.tags if tag == "img")
+    assert all(attrs["href"].startswith("#") for tag, attrs in page.tags if "href" in attrs)
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+    models, rows = rows_of(tmp_path)
+    assert models == [model, "other"] and all(row["by"][model]["text"] == EVIL for row in rows)
+    for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert sink not in page.scripts[1]
+    assert "<script" not in (tmp_path / "report" / "report.md").read_text().replace("\\<", "")
+
+
+# ---- what is not there
+
+
+def test_one_model_has_no_comparisons_and_says_so(tmp_path):
+    write_folder(tmp_path, few("plain", "niah_plus"), ("instruct",), selection=None)
+    page = Page(write_report(tmp_path))
+    assert "nothing to compare" in page.text and "Paired comparison" not in page.text
+    assert not any("less" in path.stem or path.stem == "differences" for path in (tmp_path / "report").glob("*.png"))
+
+
+def test_no_comparisons_of_several_models(tmp_path):
+    write_folder(tmp_path, few("plain", "ruler_qa"), comparisons=[])
+    assert "Paired comparison" not in Page(write_report(tmp_path)).text
+
+
+@pytest.mark.parametrize("benchmark", MAIN_METRIC)
+def test_each_benchmark_alone(tmp_path, benchmark):
+    write_folder(tmp_path, few(benchmark), ("instruct", "orpo-long"), harness=[])
+    text = Page(write_report(tmp_path)).text
+    assert "leaderboard" not in text and ("Published" in text) == (benchmark in ("longbench_qa", "ruler_qa"))
+    for table in benchmark_tables(json.loads((tmp_path / "results.json").read_text()), benchmark):
+        assert sum(n for _, n in table.bands) in (0, len(table.columns))
+        assert all(len(cells) == len(table.columns) for _, lines in table.blocks for _, cells in lines)
+
+
+def test_lm_evaluation_harness_alone_needs_no_questions(tmp_path):
+    write_folder(tmp_path, [])
+    for name in ("items.jsonl", "answers", "scores"):
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = Page(write_report(tmp_path))
+    assert "leaderboard_ifeval" in page.text and "0 of 0 questions" in page.text
+
+
+def test_a_model_that_was_not_asked_everything(tmp_path):
+    """Asked of one benchmark alone, or of no question: a dash where there is no number."""
+    results = write_folder(tmp_path, few("plain", "longbench_qa"))
+    results["summary"] = [r for r in results["summary"] if r["model"] != "orpo-long" or r["benchmark"] == "plain"]
+    write_json(tmp_path / "results.json", results)
+    write_jsonl(
+        tmp_path / "scores" / "orpo-long.jsonl",
+        [row for row in read_jsonl(tmp_path / "scores" / "orpo-long.jsonl") if row["benchmark"] == "plain"],
+    )
+    write_report(tmp_path)
+    lines = markdown_table(tmp_path, "LongBench v1 QA", "F1")
+    assert next(line for line in lines if line[0] == "orpo-long")[1:] == ["-"] * 7
+    assert {len(row["by"]) for row in rows_of(tmp_path)[1]} == {2, 3}
+
+
+def test_written_again_it_is_the_same_and_old_figures_go(tmp_path):
+    write_folder(tmp_path, few("plain", "ruler_qa"))
+    write_report(tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    (tmp_path / "report" / "niah_9.png").write_bytes(b"old")
+    write_report(tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_what_is_missing_or_damaged_is_a_sentence(tmp_path):
+    with pytest.raises(DataError, match="results.json: there is no such file"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text('{"title": ')
+    with pytest.raises(
+        DataError, match=r"results.json is not JSON .*; run scripts/evaluate.py again, answers are kept."
+    ):
+        write_report(tmp_path)
+    write_folder(tmp_path, few("plain"), ("instruct",))
+    (tmp_path / "answers" / "instruct.jsonl").unlink()
+    with pytest.raises(DataError, match=r"instruct.jsonl: there is no such file"):
+        write_report(tmp_path)
