@@ -70,10 +70,20 @@ setup(
         # builds from source: DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"
         "deepspeed": ["deepspeed>=0.18,<0.20", "ninja"],  # ZeRO-2/3; ninja builds its kernels on first use
         "data": ["bm25s>=0.3"],  # `distractors: bm25` in a data recipe; needs numpy and scipy alone
+        # `harness_tasks` of an evaluation: the Open LLM Leaderboard's own program; its IFEval and MATH need more
+        "eval": ["lm-eval[api,hf,ifeval,math]>=0.4.13,<0.5"],
         "flash-attn": ["flash-attn>=2.7"],  # `flash_attn: fa2` in a recipe; compiles against the installed torch
         "vllm": ["vllm>=0.20.2,<0.26"],  # sampling of preference pairs; these releases are built for torch 2.11
         "qlora": ["bitsandbytes>=0.45"],  # `quantization_bit: 4`, as in the LoRA recipe
-        "test": ["pytest", "pytest-timeout", "hypothesis", "deepspeed>=0.18,<0.20", "build", "bm25s>=0.3"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "deepspeed>=0.18,<0.20",
+            "build",
+            "bm25s>=0.3",
+            "lm-eval[api,hf,ifeval,math]>=0.4.13,<0.5",
+        ],
         # drives Debian's Chromium through LlamaBoard; a page that loads too slowly is given a second try
         "test-web": ["playwright", "pytest-rerunfailures"],
     },

@@ -192,7 +192,7 @@ def test_requirements_are_the_tested_set(metadata):
         assert str(needed[name]) == f"=={series}.*" and f'"{name}=={series}.*"' in INSTALL
     for name, specifier in needed.items():
         assert specifier.contains(pins[name]), f"{name}: constraints.txt pins {pins[name]}, setup.py wants {specifier}"
-    extras = {"data", "deepspeed", "flash-attn", "qlora", "vllm", "test", "test-web"}
+    extras = {"data", "deepspeed", "eval", "flash-attn", "qlora", "vllm", "test", "test-web"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["Requires-Python"] == ">=3.11" and metadata["Version"] == __version__
 

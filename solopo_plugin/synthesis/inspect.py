@@ -114,9 +114,9 @@ def open_source(path: Path) -> Source:
     validation = path.with_name(f"{path.stem}_val{path.suffix}")
 
     def rows() -> Iterator[tuple[str, dict]]:
-        yield from (("train", row) for row in _rows_of_file(path))
+        yield from (("train", row) for row in rows_of_file(path))
         if validation.exists():
-            yield from (("val", row) for row in _rows_of_file(validation))
+            yield from (("val", row) for row in rows_of_file(validation))
 
     def rates() -> Iterator[tuple[int | None, str, float]]:
         for _, row in rows():
@@ -142,7 +142,8 @@ def _rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
             yield hops[name], side, sum(right) / len(right)
 
 
-def _rows_of_file(path: Path) -> Iterator[dict]:
+def rows_of_file(path: Path) -> Iterator[dict]:
+    """Rows of an exported data file, .jsonl or .parquet, with all columns of `SCHEMA`."""
     if path.suffix == ".parquet":
         parts = (part.to_pylist() for part in pq.ParquetFile(path).iter_batches(256))
         rows = (row for part in parts for row in part)
@@ -212,20 +213,28 @@ def checks_of(row: dict) -> set[str | None]:
     return failed | {name for name, holds in checks.items() if holds}
 
 
-def split_documents(prompt: str, n: int) -> list[str] | None:
-    """Title and text of the `n` documents of a prompt, None if they are not there; the last runs to the prompt's end.
+def document_spans(prompt: str, n: int) -> list[tuple[int, int]] | None:
+    """Where in a prompt its `n` documents begin and end, with their labels; None if they are not there.
 
-    The prompt behind the documents asks the question and names no answer, so that it may stay with the last one.
+    The last one ends where our prompt asks the question; with another prompt it runs to the end, which asks the
+    question and names no answer.
     """
-    documents, at = [], prompt.find(f"{LABEL} 1:")
+    spans, at = [], prompt.find(f"{LABEL} 1:")
     for number in range(1, n + 1):
-        end = prompt.find(f"{BETWEEN}{LABEL} {number + 1}:", at) if number < n else len(prompt)
+        end = prompt.find(f"{BETWEEN}{LABEL} {number + 1}:" if number < n else f"{BETWEEN}Question:", at)
+        if number == n and end < 0:
+            end = len(prompt)
         if at < 0 or end < 0:
             return None
-        documents.append(prompt[at:end].partition(":")[2])
+        spans.append((at, end))
         at = end + len(BETWEEN)
-    last, _, _ = documents[-1].partition(f"{BETWEEN}Question:")
-    return [*documents[:-1], last]
+    return spans
+
+
+def split_documents(prompt: str, n: int) -> list[str] | None:
+    """Title and text of the `n` documents of a prompt, None if they are not there."""
+    spans = document_spans(prompt, n)
+    return spans and [prompt[start:end].partition(":")[2] for start, end in spans]
 
 
 def mentions(text: str, answers: list[str]) -> bool:

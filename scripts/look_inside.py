@@ -1,0 +1,57 @@
+"""Look inside a model: where the attention of a response goes, and what the long context does to its log-probs.
+
+    python scripts/look_inside.py MODEL --template qwen --rows data/NAME_solopo.jsonl --out FOLDER
+        [--n 20 | --row ID ...] [--compare MODEL2]
+
+MODEL is a folder or a hub name, or the folder of a LoRA adapter; ROWS a file that build_data.py exported. FOLDER gets
+index.html, shares_by_layer.png and look.json. The terms are explained in docs/evaluation.md.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from solopo_plugin.evaluation.inside import read_rows, run
+from solopo_plugin.synthesis.files import DataError
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="hub name, folder, or folder of a LoRA adapter")
+    parser.add_argument("--template", required=True, help="the host's chat template, as in training")
+    parser.add_argument("--rows", type=Path, required=True, help="a .jsonl or .parquet file of build_data.py")
+    parser.add_argument("--row", action="append", default=[], metavar="ID", help="a row by its id; may be repeated")
+    parser.add_argument("--n", type=int, default=20, help="without --row: rows, spread evenly (default 20)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--compare", metavar="MODEL2", help="a second model on the same rows, such as the trained one")
+    parser.add_argument("--model_name_or_path", help="model below an adapter, in place of the one that it names")
+    parser.add_argument("--default_system", help="the host's key, as in training")
+    parser.add_argument("--no_thinking", action="store_true", help="the host's `enable_thinking: false`")
+    parser.add_argument("--trust_remote_code", action="store_true", help="the host's key")
+    args = parser.parse_args(words)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    places = [place for place in (args.model, args.compare) if place]
+    short = [Path(place).name for place in places]
+    models = dict(zip(short if len(set(short)) == len(short) else places, places, strict=True))
+    chat = dict(
+        default_system=args.default_system, enable_thinking=not args.no_thinking,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    try:
+        found = run(
+            models, read_rows(args.rows, args.row, args.n), args.out, args.template, args.model_name_or_path, **chat
+        )
+    except DataError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    for line in found["summary"]:
+        if line["measure"].startswith(("evidence's share", "attention per token, evidence", "log-prob")):
+            numbers = f"{line['mean']:.4f} [{line['low']:.4f}, {line['high']:.4f}]"
+            print(f"{line['model']}: {line['measure']}, {line['side']}: {numbers}, {line['n']} rows")
+    print(f"The page is {args.out / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

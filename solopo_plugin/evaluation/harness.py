@@ -1,0 +1,206 @@
+"""Tasks of lm-evaluation-harness, such as the Open LLM Leaderboard: its own program asks and scores.
+
+It runs as a process of its own, `python -m lm_eval run --config ...`, so that it can neither change nor be changed by
+what is loaded here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and,
+while it runs, the answers so far: a run that was stopped continues. rows.json says that it is finished.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..synthesis.files import DataError, explained, folder_hash, write_json
+from ..synthesis.recipe import TOKENIZER, WEIGHTS
+
+ADAPTER = ("adapter_config.json", "*.safetensors", "*.bin")
+ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # last line of a traceback
+OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configuration that `harness_args` may not set
+
+
+def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
+    """Results of `harness_tasks` for a model; what is there of the same model and settings is not run again.
+
+    The harness asks in its own way. Of the recipe count the model, backend, `default_system`, `enable_thinking: false`
+    (not `rope_factor`), and `harness_args`: keys of its configuration file (batch_size, limit, num_fewshot, ...), whose
+    `model_args` are added to those made here. Prompts are chats, as the leaderboard has them for instruct models, in
+    the tokenizer's own chat template; `harness_args: {apply_chat_template: false}` for a base model.
+
+    Args:
+        model: A ModelRef.
+        recipe: An EvalRecipe.
+
+    Returns:
+        {"model", "task", "metric", "value", "stderr", "n"} for every task named, or its parts where it has no number
+        of its own. Value and standard error in the harness' units: accuracies are shares from 0 to 1.
+
+    Raises:
+        DataError: lm-evaluation-harness is not installed, or its run ended with an error.
+    """
+    if not recipe.harness_tasks:
+        return []
+    folder = Path(output_dir) / "harness" / model.name
+    config = configuration(model, recipe)
+    made_from = {"config": config, "files": _files(model, config)}
+    kept = _read(folder / "rows.json")
+    if kept.get("made_from") == made_from:
+        return kept["rows"]
+    if importlib.util.find_spec("lm_eval") is None:
+        raise DataError("`harness_tasks` needs lm-evaluation-harness, which is not installed: pip install '.[eval]'.")
+    if _read(folder / "made_from.json") != made_from:
+        for path in (folder / "rows.json", *folder.glob("cache_rank*.db*"), *folder.glob("results_*.json")):
+            path.unlink(missing_ok=True)
+        write_json(folder / "made_from.json", made_from)
+    # a results path that ends in .json: its files then stand beside it, and not in a folder named after the model
+    paths = {"output_path": str(folder / "results.json"), "use_cache": str(folder / "cache")}
+    write_json(folder / "config.json", config | paths)
+    _run(model, recipe, folder)
+    rows = read_results(max(folder.glob("results_*.json")), model.name, config["tasks"])
+    write_json(folder / "rows.json", {"made_from": made_from, "rows": rows})
+    for path in folder.glob("cache_rank*.db*"):
+        path.unlink()
+    return rows
+
+
+def kept_rows(model: Any, output_dir: Path) -> list[dict]:
+    """Rows of the last finished run, whatever its settings were; none where there was none."""
+    return _read(Path(output_dir) / "harness" / model.name / "rows.json").get("rows", [])
+
+
+def configuration(model: Any, recipe: Any) -> dict[str, Any]:
+    """What the harness is told, as its configuration file has it."""
+    args = dict(recipe.harness_args or {})
+    for name in OURS:
+        if name in args:
+            raise DataError(f"`harness_args` cannot set `{name}`; use `harness_tasks` and `output_dir`.")
+    own = args.pop("model_args", None) or {}
+    if not isinstance(own, dict):
+        raise DataError(f"`model_args` of `harness_args` must be keys with values, {{dtype: bfloat16}}; got {own!r}.")
+    backend, model_args = BACKENDS[recipe.backend](model, recipe)
+    system = {"system_instruction": recipe.default_system} if recipe.default_system else {}
+    config = {"model": backend, "apply_chat_template": True} | system | args
+    return config | {"model_args": model_args | own, "tasks": list(recipe.harness_tasks)}
+
+
+def _weights(model: Any, recipe: Any, adapter: str) -> dict[str, Any]:
+    found = {"pretrained": model.path, "dtype": "auto", "trust_remote_code": recipe.trust_remote_code}
+    found |= {adapter: model.adapter} if model.adapter else {}
+    return found if recipe.enable_thinking else found | {"enable_thinking": False}
+
+
+def _hf(model: Any, recipe: Any) -> tuple[str, dict]:
+    return "hf", _weights(model, recipe, "peft")
+
+
+def _vllm(model: Any, recipe: Any) -> tuple[str, dict]:
+    found = _weights(model, recipe, "lora_local_path") | {"tensor_parallel_size": recipe.tensor_parallel_size}
+    if model.adapter:
+        found["max_lora_rank"] = _read(Path(model.adapter) / "adapter_config.json").get("r", 16)
+    return "vllm", found
+
+
+def _server(model: Any, recipe: Any) -> tuple[str, dict]:
+    """One server: the first address. A chat gives no log-probs of given answers, which multiple choice needs."""
+    urls, served = (v.get(model.name) if isinstance(v, dict) else v for v in (recipe.server_urls, recipe.served_model))
+    if not urls:
+        raise DataError(f"`backend: openai` needs `server_urls` for {model.name}, such as http://localhost:8000/v1.")
+    url = urls.split(",")[0].strip().rstrip("/")
+    url = url if urlsplit(url).path else f"{url}/v1"
+    chat = recipe.openai_endpoint == "chat"
+    kind, path = ("local-chat-completions", "chat/completions") if chat else ("local-completions", "completions")
+    found = {"model": served or model.path, "base_url": f"{url}/{path}", "num_concurrent": recipe.concurrency}
+    return kind, found if chat else found | {"tokenizer": model.path}
+
+
+BACKENDS = {"transformers": _hf, "vllm": _vllm, "openai": _server}
+
+
+def _files(model: Any, config: dict) -> dict[str, str]:
+    """Hashes of what the harness reads from this machine: weights, adapter, task definitions of the user's own."""
+    tasks = config.get("include_path")
+    places = {model.path: TOKENIZER + WEIGHTS, model.adapter: ADAPTER, tasks: ("**/*.yaml", "**/*.py", "**/*.jsonl")}
+    return {place: folder_hash(Path(place), kinds) for place, kinds in places.items() if place and Path(place).is_dir()}
+
+
+def _run(model: Any, recipe: Any, folder: Path) -> None:
+    """Run it; its progress bars go to our standard error and, with all else that it says, into log.txt."""
+    command = [sys.executable, "-m", "lm_eval", "run", "--config", str(folder / "config.json")]
+    key = {"OPENAI_API_KEY": os.environ[recipe.api_key_env]} if recipe.api_key_env in os.environ else {}
+    log, tail = folder / "log.txt", b""
+    with explained(log, "write"), open(log, "wb") as file:
+        process = subprocess.Popen(command, env=os.environ | key, stdout=file, stderr=subprocess.PIPE)
+        try:
+            while part := process.stderr.read1(1 << 16):
+                file.write(part)
+                tail = (tail + part)[-(1 << 16) :]
+                sys.stderr.write(part.decode("utf-8", "replace"))
+                sys.stderr.flush()
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if code or not any(folder.glob("results_*.json")):
+        lines = [line.strip() for line in tail.decode("utf-8", "replace").splitlines() if line.strip()]
+        said = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "it said nothing")
+        hint = "`python -m lm_eval ls tasks` lists them; " if "Tasks not found" in said else ""
+        raise DataError(f"lm-evaluation-harness ended with {code} for {model.name}: {said[:300]}; {hint}see {log}.")
+
+
+def read_results(path: Path, model: str, tasks: list[str]) -> list[dict]:
+    """Rows of the harness' results file; see `run_harness`.
+
+    Raises:
+        DataError: There is nothing in it of a task.
+    """
+    found = _read(path)
+    rows = []
+    for task in tasks:
+        lines = _task_rows(found, task)
+        if not lines:
+            raise DataError(f"{path} has no result of the task `{task}`; see the log beside it.")
+        rows += [{"model": model} | line for line in lines]
+    return list({(row["task"], row["metric"]): row for row in rows}.values())
+
+
+def _task_rows(found: dict, task: str) -> list[dict]:
+    """Of a task or group itself; else of the tasks in it, or of those that a pattern such as `leaderboard_*` names."""
+    numbers = found["results"].get(task, {})
+    rows = []
+    for key, value in numbers.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = numbers.get(f"{metric}_stderr,{kind}")
+        rows.append({
+            "task": task, "metric": metric if kind == "none" else f"{metric} ({kind})", "value": value,
+            "stderr": error if isinstance(error, int | float) else None, "n": _count(found, task),
+        })  # fmt: skip
+    if rows:
+        return rows
+    parts = found.get("group_subtasks", {}).get(task, [])
+    if "*" in task:
+        parts = [name for name in found["results"] if Path(name).match(task)]
+    return [row for name in parts if name != task for row in _task_rows(found, name)]
+
+
+def _count(found: dict, task: str) -> int | None:
+    """Questions of a task, or of all tasks of a group."""
+    if task in found.get("n-samples", {}):
+        return found["n-samples"][task]["effective"]
+    counts = [_count(found, name) for name in found.get("group_subtasks", {}).get(task, [])]
+    return sum(filter(None, counts)) or None
+
+
+def _read(path: Path) -> dict:
+    """A JSON object, empty where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

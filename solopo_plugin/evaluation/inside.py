@@ -1,0 +1,410 @@
+"""Looking inside: where a response's attention goes, and what the long context does to its log-probs.
+
+For a model and rows that build_data.py exported. The prompt runs with the model's usual attention into a cache, then
+the response's tokens with eager attention over that cache: the weights of their rows alone exist, a block of them and
+one layer at a time, and are those of a whole eager forward.
+
+Shape suffixes: H heads, R response tokens or a block of them, T tokens of prompt and response, L layers, G regions.
+"""
+
+import gc
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..attention import base_of
+from ..host.template import encode_turn, load_template
+from ..logps import token_logps
+from ..synthesis.files import DataError, explained, replacing, write_json
+from ..synthesis.inspect import document_spans, rows_of_file
+from ..synthesis.pool import BETWEEN
+from .inside_page import figure, page, png
+from .statistics import mean_interval
+
+# evidence: documents of the row's evidence, label, title and text; question: that and the instruction;
+# template: system prompt and markers of the chat template; response: the tokens of the response up to the query itself
+REGIONS = ("evidence", "distractors", "question", "template", "response")
+SIDES = {"short": "prompt", "long": "long_prompt"}
+BLOCK = 64  # response tokens whose weights exist at a time: 28 heads x 64 x 8,192 keys in fp32 are 59 MB; ours
+PER_TOKEN = 2048  # prompt tokens up to which the page colours single tokens, and paragraphs beyond; ours
+SAMPLES = 10000  # bootstrap resamples of rows
+
+
+class Recorder:
+    """A tokenizer that notes each text it encodes, with the characters of every token."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.pieces = tokenizer, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text: str, **settings) -> list[int]:
+        found = self.tokenizer(text, return_offsets_mapping=True, **settings)
+        self.pieces.append((text, found["input_ids"], found["offset_mapping"]))
+        return found["input_ids"]
+
+
+def encode_row(tokenizer, template, prompt: str, response: str) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """A prompt and a response in the chat template, the ids of training.
+
+    Returns:
+        Ids of the prompt, ids of the response, and for each id of the prompt its first character in `prompt` and the
+        one after its last; (0, 0) for what the template adds.
+
+    Raises:
+        DataError: The tokenizer does not say which characters a token stands for.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{type(tokenizer).__name__} gives no character offsets; looking inside needs a fast tokenizer."
+        )
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    recorder = Recorder(tokenizer)
+    prompt_ids, response_ids = encode_turn(recorder, template, messages)
+    if (prompt_ids, response_ids) != encode_turn(tokenizer, template, messages):
+        raise DataError(f"{type(tokenizer).__name__} gives other token ids with character offsets than without.")
+    for text, ids, offsets in recorder.pieces:
+        first = next((i for i in range(len(prompt_ids)) if prompt_ids[i : i + len(ids)] == ids), -1)
+        if prompt in text and first >= 0:
+            at, places = text.index(prompt), [(0, 0)] * len(prompt_ids)
+            for i, (start, end) in enumerate(offsets, first):
+                start, end = max(start - at, 0), min(end - at, len(prompt))
+                places[i] = (start, end) if start < end else (0, 0)
+            return prompt_ids, response_ids, places
+    raise DataError(f"The chat template changes the prompt's text {prompt[:40]!r}; its tokens cannot be told apart.")
+
+
+def units_of(name: str, prompt: str, evidence: list[dict], n: int) -> list[tuple[int, str]]:
+    """A prompt's parts in reading order, as (first character, region); a part ends where the next one begins.
+
+    Args:
+        evidence: {"paragraph" from 1, "start", "end"} of each paragraph of the evidence.
+        n: Number of documents.
+
+    Raises:
+        DataError: The documents cannot be told apart, or the evidence is not in those that it names.
+    """
+    spans = document_spans(prompt, n)
+    if not spans:
+        raise DataError(f"{name}: the {n} documents of the prompt cannot be told apart; export the rows once more.")
+    for place in evidence:
+        number = place["paragraph"]
+        if not (0 < number <= n and spans[number - 1][0] <= place["start"] < place["end"] <= spans[number - 1][1]):
+            raise DataError(f"{name}: the evidence {place} is not within document {number} of the prompt.")
+    shown = {place["paragraph"]: place["end"] for place in evidence}
+    start, end = spans[-1]
+    if end == len(prompt):  # not our prompt: its question begins behind the next blank line
+        end = prompt.find(BETWEEN, shown.get(n, start))
+    documents = [(start, "evidence" if i in shown else "distractors") for i, (start, _) in enumerate(spans, 1)]
+    return [(0, "question"), *documents, *([(end, "question")] if 0 <= end < len(prompt) else [])]
+
+
+def unit_of_tokens(prompt: str, places: Sequence[tuple[int, int]], units: list[tuple[int, str]]) -> list[int | None]:
+    """Index of each token's part of the prompt, by its first character that is not blank; None: the template's."""
+    starts = [start for start, _ in units]
+
+    def unit(start: int, end: int) -> int | None:
+        if start == end:
+            return None
+        blank = end - start - len(prompt[start:end].lstrip())
+        return bisect_right(starts, start + blank if start + blank < end else start) - 1
+
+    return [unit(*place) for place in places]
+
+
+@contextmanager
+def attention_rows(model: nn.Module, take: Callable[[int, Tensor], None]):
+    """Within it `model` attends eagerly and each attention layer's weights, mean over heads, go to `take`.
+
+    Args:
+        take: Called with the layer's index and weights of shape (R, T), fp32; nothing else of them is kept.
+    """
+    model = base_of(model)
+    before = model.config._attn_implementation
+
+    def hook(module, args, output):
+        weights_1HRT = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights_1HRT, Tensor) and weights_1HRT.ndim == 4:
+            take(module.layer_idx, weights_1HRT[0].float().mean(0))
+            return (output[0], None, *output[2:])
+
+    found = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
+    handles = [module.register_forward_hook(hook) for module in found]
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], regions: list[str]) -> dict[str, Tensor]:
+    """Attention and log-probs of a response.
+
+    Args:
+        regions: Region of each token of the prompt.
+
+    Returns:
+        `shares_LRG`: of each response token's attention, mean over heads; sums to 1 over G, in the order of `REGIONS`.
+        `uniform_RG`: the same if it looked at all tokens up to itself alike. `attention_T`: mean over layers, heads and
+        response tokens. `logps_R`: log-prob of each response token, nats, fp32, as solopo_plugin.logps has it.
+
+    Raises:
+        DataError: The model shows no attention weights.
+    """
+    from transformers import DynamicCache
+
+    device, n_prompt, n = base_of(model).device, len(prompt_ids), len(response_ids)
+    region_T = torch.tensor([REGIONS.index(name) for name in (*regions, *["response"] * n)], device=device)
+    member_TG = nn.functional.one_hot(region_T, len(REGIONS)).float()
+    attention_T, shares, cache = torch.zeros(n_prompt + n, device=device), {}, DynamicCache()  # keeps all positions
+
+    def take(layer: int, weights_RT: Tensor) -> None:
+        attention_T[: weights_RT.shape[1]] += weights_RT.sum(0)
+        shares.setdefault(layer, []).append(weights_RT @ member_TG[: weights_RT.shape[1]])
+
+    response_R = torch.tensor(response_ids, device=device)
+    output = model(torch.tensor([prompt_ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = [output.logits[0]]
+    with attention_rows(model, take):
+        for block_R in response_R.split(BLOCK):
+            logits.append(model(block_R[None], past_key_values=cache, use_cache=True).logits[0])
+    if not shares:
+        raise DataError(f"{type(base_of(model)).__name__} shows no attention weights, so there is nothing to look at.")
+    seen_RG = member_TG.cumsum(0)[n_prompt:]
+    return {
+        "shares_LRG": torch.stack([torch.cat(shares[layer]) for layer in sorted(shares)]),
+        "uniform_RG": seen_RG / seen_RG.sum(-1, keepdim=True),
+        "attention_T": attention_T / len(shares) / n,
+        "logps_R": token_logps(torch.cat(logits)[:-1], response_R),
+    }
+
+
+def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict, dict]:
+    """What JSON says of one context of a row, and what the page shows of it."""
+    prompt, name = row[SIDES[side]], f"row {row['id']!r}, {side} context"
+    units = units_of(name, prompt, row[f"{side}_evidence"], row[f"{side}_paragraphs"])
+    prompt_ids, response_ids, places = encode_row(tokenizer, template, prompt, row["chosen"])
+    config = base_of(model).config.get_text_config()
+    scaling = (getattr(config, "rope_parameters", None) or {}).get("factor") or 1  # of YaRN, which widens the window
+    window, n = (getattr(config, "max_position_embeddings", None) or math.inf) * scaling, len(prompt_ids + response_ids)
+    if n > window:
+        raise DataError(f"{name}: {n} tokens, and the model's window is {window:g}; choose shorter rows with `--row`.")
+    of_token = unit_of_tokens(prompt, places, units)
+    found = attend(model, prompt_ids, response_ids, ["template" if u is None else units[u][1] for u in of_token])
+    found = {key: value.double().cpu() for key, value in found.items()}
+    shares_LG, uniform_G = found["shares_LRG"].mean(1), found["uniform_RG"].mean(0)
+    share, uniform = (dict(zip(REGIONS, values.tolist(), strict=True)) for values in (shares_LG.mean(0), uniform_G))
+    density = {region: share[region] / uniform[region] if uniform[region] else None for region in REGIONS}
+    documents = share["evidence"] + share["distractors"]
+    ratio = density["evidence"] is not None and density["distractors"]
+    numbers = {
+        "prompt_tokens": len(prompt_ids),
+        "response_ids": response_ids,
+        "tokens": {g: sum(u is not None and units[u][1] == g for u in of_token) for g in REGIONS[:3]},
+        "share": share,
+        "density": density,
+        "evidence_of_documents": share["evidence"] / documents if documents else None,
+        "evidence_over_distractors": density["evidence"] / density["distractors"] if ratio else None,
+        "share_by_layer": dict(zip(REGIONS, shares_LG.T.tolist(), strict=True)),
+        "uniform": uniform,
+        "evidence_by_token": found["shares_LRG"][:, :, 0].mean(0).tolist(),
+        "logps": found["logps_R"].tolist(),
+    }
+    return numbers, {"pieces": pieces(prompt, places, units, of_token, found["attention_T"])}
+
+
+def pieces(
+    prompt: str, places: list, units: list, of_token: list, attention_T: Tensor
+) -> list[tuple[str, bool, float]]:
+    """A prompt's text in order, as (text, whether evidence, attention per token relative to uniform).
+
+    A piece is a token, or in prompts of more than `PER_TOKEN` tokens a part of `units_of`.
+    """
+    alike, parts = len(attention_T), []
+    own = [i for i, u in enumerate(of_token) if u is not None]
+    groups = [[i] for i in own]
+    if len(own) > PER_TOKEN:
+        groups = [[i for i in own if of_token[i] == u] for u in range(len(units))]
+    groups = [group for group in groups if group]
+    starts = [places[group[0]][0] for group in groups]
+    ends = [*starts[1:], len(prompt)]  # blanks that no token owns stay with the token before
+    for group, start, end in zip(groups, [0, *starts[1:]], ends, strict=True):
+        value = float(attention_T[group].mean()) * alike
+        parts.append((prompt[start:end], units[of_token[group[0]]][1] == "evidence", round(value, 3)))
+    return parts
+
+
+def look(model, tokenizer, template, row: dict) -> tuple[dict, dict]:
+    """A row's numbers for JSON and its texts for the page.
+
+    `difference` is log-prob in the long context minus log-prob in the short one, nats per response token.
+    """
+    sides = {side: look_at_side(model, tokenizer, template, row, side) for side in SIDES}
+    short, long = sides["short"][0], sides["long"][0]
+    ids = short.pop("response_ids")
+    if ids != long.pop("response_ids"):
+        raise DataError(f"row {row['id']!r}: `chosen` tokenises differently behind the two prompts; check `template`.")
+    difference = [b - a for a, b in zip(short["logps"], long["logps"], strict=True)]
+    numbers = {"id": row["id"], "short": short, "long": long, "difference": difference}
+    columns = (
+        token_texts(tokenizer, ids),
+        short["logps"],
+        long["logps"],
+        *(s["evidence_by_token"] for s in (short, long)),
+    )
+    response = [(text, *(round(value, 4) for value in values)) for text, *values in zip(*columns, strict=True)]
+    return numbers, {"id": row["id"], "question": row["question"], "response": response} | {
+        side: shown["pieces"] for side, (_, shown) in sides.items()
+    }
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """Text that each token adds; the tokens of one character share its text with the last of them."""
+    texts, done = [], 0
+    for end in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        texts.append("" if whole.endswith("\ufffd") and end < len(ids) else whole[done:])
+        done += len(texts[-1])
+    return texts
+
+
+MEASURES = {
+    **{f"share of attention: {g}": lambda side, g=g: side["share"][g] for g in REGIONS},
+    **{f"attention per token / uniform: {g}": lambda side, g=g: side["density"][g] for g in REGIONS[:3]},
+    "evidence's share of what falls on documents": lambda side: side["evidence_of_documents"],
+    "attention per token, evidence / distractors": lambda side: side["evidence_over_distractors"],
+    "log-prob per response token": lambda side: float(np.mean(side["logps"])),
+}
+
+
+def summarise(looks: dict[str, list[dict]], seed: int = 0) -> list[dict]:
+    """Means over rows with 95 % bootstrap intervals.
+
+    Args:
+        looks: By model, the numbers of its rows; all models have the same rows.
+
+    Returns:
+        {"model", "measure", "side": short, long or long - short, "n", "mean", "low", "high"}; with two models also the
+        second minus the first, row by row, as model `b - a`.
+    """
+    sides = {"short": lambda m, r: m(r["short"]), "long": lambda m, r: m(r["long"]), "long - short": None}
+    values, lines = {}, []
+    for measure, of in MEASURES.items():
+        for side, get in sides.items():
+            for name, rows in looks.items():
+                parts = [[of(row[s]) for row in rows] for s in SIDES] if get is None else [[get(of, r) for r in rows]]
+                values[name] = [
+                    None if None in value else value[-1] - value[0] if get is None else value[0]
+                    for value in zip(*parts, strict=True)
+                ]
+            series = {name: values[name] for name in looks}
+            if len(looks) == 2:
+                a, b = looks
+                pairs = zip(values[a], values[b], strict=True)
+                series[f"{b} - {a}"] = [None if None in pair else pair[1] - pair[0] for pair in pairs]
+            for name, numbers in series.items():
+                kept = np.array([number for number in numbers if number is not None])
+                if len(kept):
+                    mean, low, high = mean_interval([kept], SAMPLES, np.random.default_rng(seed))
+                    line = {"model": name, "measure": measure, "side": side, "n": len(kept)}
+                    lines.append(line | {"mean": mean, "low": low, "high": high})
+    return lines
+
+
+def read_rows(path: Path, names: Sequence[str], n: int) -> list[dict]:
+    """Rows of those questions, or else `n` rows spread evenly over the file.
+
+    Raises:
+        DataError: No such file, no export of ours, no such row, or no row at all.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} is no .jsonl or .parquet file; give one that scripts/build_data.py exported.")
+    with explained(path, "read"):
+        try:
+            ids = [row["id"] for row in rows_of_file(path)]
+            if missing := set(names) - set(ids):
+                raise DataError(f"{path} has no row {min(missing)!r}; its first is {ids[0] if ids else None!r}.")
+            step = max(1, len(ids) // max(1, n))
+            spread = {i for i in range(len(ids)) if i % step == 0 and i < n * step}
+            chosen = {i for i, name in enumerate(ids) if name in names} if names else spread
+            rows = [row for i, row in enumerate(rows_of_file(path)) if i in chosen]
+        except pa.ArrowException as error:
+            raise DataError(f"{path} is no parquet file ({error}); export it once more.") from None
+    if not rows:
+        raise DataError(f"{path} gives no row; `--n` must be 1 or more, and the file must hold rows.")
+    return rows
+
+
+def load(path: str, below: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
+    """A model by hub name or folder, or a LoRA adapter's folder on its base; and the name of the base.
+
+    Args:
+        below: The model below an adapter, in place of the one that it names.
+
+    Raises:
+        DataError: There is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    adapter, base = Path(path) / "adapter_config.json", path
+    try:
+        if adapter.is_file():
+            base = below or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
+        if adapter.is_file():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, path)
+    except Exception as error:  # whatever the hub, the disk or the model's own code raised: the name is what helps
+        said = " ".join(str(error).split())[:300]
+        raise DataError(f"No model can be loaded from {path}: {type(error).__name__} {said}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base
+
+
+def run(
+    models: dict[str, str], rows: list[dict], output: Path, template: str, below: str | None = None, **chat
+) -> dict:
+    """Look at all rows with all models; writes look.json, shares_by_layer.png and index.html.
+
+    Args:
+        models: Name -> hub name or folder; one, or two to be compared.
+        template: The host's chat template, with `chat`, the other arguments of `load_template`, as in training.
+        below: See `load`.
+
+    Returns:
+        What look.json holds.
+    """
+    looks, shown = {}, {}
+    for name, path in models.items():
+        model, base = load(path, below, chat.get("trust_remote_code", False))
+        try:
+            tokenizer, chat_template = load_template(base, template, **chat)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        with tqdm(rows, name, unit="row") as bar:
+            found = [look(model, tokenizer, chat_template, row) for row in bar]
+        looks[name], shown[name] = map(list, zip(*found, strict=True))
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()  # the next model needs the memory
+    result = {"models": models, "template": template, "summary": summarise(looks), "rows": looks}
+    picture = png(figure(looks))
+    write_json(output / "look.json", result)
+    text = page(result, shown, picture).encode("utf-8", "replace")
+    for file_name, content in (("shares_by_layer.png", picture), ("index.html", text)):
+        with replacing(output / file_name) as file:
+            file.write(content)
+    return result

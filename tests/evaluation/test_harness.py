@@ -1,0 +1,233 @@
+"""lm-evaluation-harness as the existing tool: it really runs, on a task of our own, and what it says is handed on."""
+
+import ast
+import importlib.util
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from solopo_plugin.evaluation.harness import configuration, kept_rows, read_results, run_harness
+from solopo_plugin.synthesis.files import DataError
+
+KEYS = dict(
+    harness_tasks=["toy_colours"], harness_args=None, backend="transformers", trust_remote_code=False,
+    default_system=None, enable_thinking=True, api_key_env="NO_KEY", server_urls=None, served_model=None,
+    openai_endpoint="chat", concurrency=4, tensor_parallel_size=1,
+)  # fmt: skip
+COLOURS = ["red", "green", "blue"]
+
+
+def recipe(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**KEYS | changes)
+
+
+def model(path="m", adapter=None, name="toy") -> SimpleNamespace:
+    return SimpleNamespace(name=name, path=str(path), adapter=adapter and str(adapter), step=None)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with a multiple-choice task of ten questions in a file beside it, and a group of it."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"Colour of thing {i}?", "choices": COLOURS, "answer": i % 3} for i in range(10)]
+    (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "toy_colours", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "colours.jsonl")}},
+        "doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}], "metadata": {"version": 1},
+    }  # fmt: skip
+    (folder / "colours.yaml").write_text(yaml.safe_dump(task))
+    (folder / "group.yaml").write_text(yaml.safe_dump({"group": "toy_group", "task": ["toy_colours"]}))
+    return folder
+
+
+def likeliest(path: str, questions: list[str]) -> list[int]:
+    """What the task's accuracy must rest on: by our own code the choice with the highest log-prob behind a prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    found = []
+    for question in questions:
+        prompt, sums = tokenizer.encode(f"Question: {question}\nAnswer:"), []
+        for choice in COLOURS:
+            ids = tokenizer.encode(f"Question: {question}\nAnswer: {choice}")
+            with torch.inference_mode():
+                logps = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(logps[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
+        found.append(sums.index(max(sums)))
+    return found
+
+
+def test_it_runs_once_and_its_result_comes_back(tiny_model, tasks, tmp_path):
+    """Really run; a second time what is there is read; a wrong task is one sentence and takes nothing away."""
+    chosen = likeliest(tiny_model(), [f"Colour of thing {i}?" for i in range(10)])
+    accuracy = sum(choice == i % 3 for i, choice in enumerate(chosen)) / 10
+    args = {"include_path": str(tasks), "apply_chat_template": False, "device": "cpu", "batch_size": 2}
+    known = recipe(harness_tasks=["toy_group"], harness_args=args)
+    rows = run_harness(model(tiny_model()), known, tmp_path)
+    (row,) = rows
+    assert row["stderr"] == pytest.approx((accuracy * (1 - accuracy) / 9) ** 0.5)
+    want = {"model": "toy", "task": "toy_colours", "metric": "acc", "value": pytest.approx(accuracy), "n": 10}
+    assert row | want == row
+
+    began = time.monotonic()
+    assert run_harness(model(tiny_model()), known, tmp_path) == rows == kept_rows(model(), tmp_path)
+    assert time.monotonic() - began < 1
+    folder = tmp_path / "harness" / "toy"
+    assert "toy_colours" in (folder / "log.txt").read_text() and not list(folder.glob("cache*"))
+
+    wrong = recipe(harness_tasks=["toy_coulors"], harness_args=args)
+    with pytest.raises(DataError) as error:
+        run_harness(model(tiny_model(), name="other"), wrong, tmp_path)
+    assert str(error.value) == (
+        "lm-evaluation-harness ended with 1 for other: ValueError: Tasks not found: toy_coulors; "
+        f"`python -m lm_eval ls tasks` lists them; see {tmp_path}/harness/other/log.txt."
+    )
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """In place of the harness a program that notes each start and writes a result; returns the starts so far."""
+    program = tmp_path / "python"
+    text = r"""#!/bin/sh
+folder=$(dirname "$5"); echo "$@" >> HERE/starts
+echo '{"results": {"t": {"acc,none": 0.5}}, "n-samples": {"t": {"effective": 4}}}' > $folder/results_2.json
+if [ -e HERE/stop ]; then echo 'HttpError: 503' >&2; echo 'terminate called' >&2; exit 3; fi
+"""
+    program.write_text(text.replace("HERE", str(tmp_path)))
+    program.chmod(0o755)
+    monkeypatch.setattr("solopo_plugin.evaluation.harness.sys.executable", str(program))
+    return lambda: (tmp_path / "starts").read_text().count("lm_eval run")
+
+
+def test_run_again_when_something_changed_and_only_then(scripted, tmp_path):
+    weights, out = tmp_path / "model", tmp_path / "out"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"1")
+    keys = dict(harness_tasks=["t"])
+    rows = run_harness(model(weights), recipe(**keys), out)
+    assert rows == [{"model": "toy", "task": "t", "metric": "acc", "value": 0.5, "stderr": None, "n": 4}]
+    assert run_harness(model(weights), recipe(**keys), out) == rows and scripted() == 1
+    run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
+    assert scripted() == 2
+    (weights / "model.safetensors").write_bytes(b"2")  # trained on, in the same place
+    run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
+    assert scripted() == 3
+
+
+def test_a_stopped_run_keeps_its_answers_and_its_reason_is_told(scripted, tmp_path):
+    """Its cache stays for the same settings, and goes with others: it does not say whose answers it holds."""
+    (tmp_path / "stop").touch()
+    cache = tmp_path / "harness" / "toy" / "cache_rank0.db"
+    for _ in range(2):
+        with pytest.raises(DataError, match="ended with 3 for toy: HttpError: 503; see .*log.txt"):
+            run_harness(model(), recipe(harness_tasks=["t"]), tmp_path)
+        cache.touch()
+    assert json.loads((cache.parent / "config.json").read_text())["use_cache"] == str(cache.parent / "cache")
+    with pytest.raises(DataError):
+        run_harness(model(), recipe(harness_tasks=["t", "u"]), tmp_path)
+    assert not cache.exists()
+
+
+def test_no_result_of_a_task_is_an_error(scripted, tmp_path):
+    with pytest.raises(DataError, match="has no result of the task `u`"):
+        run_harness(model(), recipe(harness_tasks=["t", "u"]), tmp_path)
+
+
+def test_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"which is not installed: pip install '\.\[eval\]'"):
+        run_harness(model(), recipe(), tmp_path)
+    assert run_harness(model(), recipe(harness_tasks=None), tmp_path) == []
+
+
+SERVER = dict(backend="openai", server_urls="http://one:8000, http://two:8000/v1")
+IDS = dict(openai_endpoint="completions", server_urls={"toy": "http://x/v1/"}, served_model={"toy": "s"})
+CONFIGURATIONS = {  # changes of the recipe, adapter, the harness' model type and some of its arguments
+    "hf": ({}, None, "hf", {"pretrained": "m", "dtype": "auto"}),
+    "adapter": ({}, "a", "hf", {"pretrained": "m", "peft": "a"}),
+    "own": (dict(harness_args={"model_args": {"dtype": "float32"}}), None, "hf", {"dtype": "float32"}),
+    "thought": (dict(enable_thinking=False), None, "hf", {"enable_thinking": False}),
+    "vllm": (dict(backend="vllm", tensor_parallel_size=2), None, "vllm", {"tensor_parallel_size": 2}),
+    "vllm adapter": (dict(backend="vllm"), "a", "vllm", {"lora_local_path": "a", "max_lora_rank": 16}),
+    "chat": (SERVER, None, "local-chat-completions", {"model": "m", "base_url": "http://one:8000/v1/chat/completions"}),
+    "ids": (SERVER | IDS, None, "local-completions", {"model": "s", "base_url": "http://x/v1/completions"}),
+}  # fmt: skip
+
+
+CLASSES = {"hf": "huggingface.HFLM", "vllm": "vllm_causallms.VLLM"}
+
+
+def taken(kind: str) -> set[str]:
+    """Arguments of a model type of the harness, from its source: importing it takes long, and vLLM's needs vLLM."""
+    module, name = CLASSES.get(kind, "api_models.TemplateAPI").split(".")
+    path = Path(importlib.util.find_spec("lm_eval").origin).parent / "models" / f"{module}.py"
+    (made,) = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name]
+    (init,) = [n for n in made.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    return {argument.arg for argument in [*init.args.args, *init.args.kwonlyargs]}
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_what_the_harness_is_told(case):
+    """And the harness' own class of that type takes each argument by its name."""
+    changes, adapter, kind, args = CONFIGURATIONS[case]
+    found = configuration(model(adapter=adapter), recipe(**changes))
+    assert found["model"] == kind and found["tasks"] == ["toy_colours"] and found["apply_chat_template"] is True
+    assert args.items() <= found["model_args"].items()
+    assert found["model_args"].keys() <= taken(kind)
+
+
+BAD = {
+    "ours": (dict(harness_args={"tasks": ["x"]}), "`harness_args` cannot set `tasks`; use `harness_tasks` and"),
+    "words": (dict(harness_args={"model_args": "a=b"}), "`model_args` of `harness_args` must be keys with values"),
+    "no server": (dict(backend="openai"), "`backend: openai` needs `server_urls` for toy, such as"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_one_sentence(case):
+    with pytest.raises(DataError) as error:
+        configuration(model(), recipe(**BAD[case][0]))
+    assert str(error.value).startswith(BAD[case][1])
+
+
+def test_groups_patterns_and_metrics(tmp_path):
+    """A group with a number of its own is one row, one without is its tasks; a filter stands behind the metric."""
+    found = {
+        "results": {
+            "bbh": {"alias": "bbh", "acc_norm,none": 0.4, "acc_norm_stderr,none": 0.1},
+            "bbh_a": {"acc_norm,none": 0.3, "acc_norm_stderr,none": "N/A"},
+            "bbh_b": {"acc_norm,none": 0.5, "acc_norm_stderr,none": 0.2},
+            "follow": {"alias": "follow"},
+            "ifeval": {"strict,none": 0.6, "strict_stderr,none": "N/A", "sample_len": 5, "exact,flexible": 1},
+        },
+        "group_subtasks": {"bbh": ["bbh_a", "bbh_b"], "follow": ["ifeval"]},
+        "n-samples": {name: {"original": 9, "effective": n} for name, n in (("bbh_a", 2), ("bbh_b", 3), ("ifeval", 5))},
+    }
+    (tmp_path / "r.json").write_text(json.dumps(found))
+
+    def rows(*tasks):
+        found = read_results(tmp_path / "r.json", "m", list(tasks))
+        return [tuple(row[name] for name in ("task", "metric", "value", "stderr", "n")) for row in found]
+
+    assert rows("bbh") == [("bbh", "acc_norm", 0.4, 0.1, 5)]
+    follow = [("ifeval", "strict", 0.6, None, 5), ("ifeval", "exact (flexible)", 1, None, 5)]
+    assert rows("follow") == follow == rows("follow", "ifeval")
+    assert [row[0] for row in rows("bbh_*")] == ["bbh_a", "bbh_b"]
+
+
+def test_the_leaderboard_recipe_names_tasks_of_the_harness():
+    """Each is a file or a group of the installed package, and MMLU-Pro to GPQA are the paper's five."""
+    keys = yaml.safe_load((ROOT / "examples/yaml/eval/leaderboard.yaml").read_text())
+    folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / "leaderboard"
+    text = "\n".join(path.read_text() for path in folder.rglob("*.yaml"))
+    assert len(keys["harness_tasks"]) == 5
+    for name in keys["harness_tasks"]:
+        assert f"\ntask: {name}\n" in f"\n{text}" or f"\ngroup: {name}\n" in f"\n{text}", name

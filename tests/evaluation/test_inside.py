@@ -1,0 +1,346 @@
+"""Looking inside: weights of a whole eager forward, shares that are known beforehand, texts that are whole."""
+
+import html
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(ROOT / "tests" / "synthesis"))
+import look_inside
+from small_work import context
+
+from solopo_plugin.evaluation import inside
+from solopo_plugin.evaluation.inside import REGIONS, attend, encode_row, look, token_texts, unit_of_tokens, units_of
+from solopo_plugin.host.template import encode_prompt, load_template
+from solopo_plugin.logps import IGNORE, predicting_positions, response_logps
+from solopo_plugin.synthesis.export import SCHEMA, write_parquet
+from solopo_plugin.synthesis.files import DataError, write_jsonl
+
+TEMPLATES = {"qwen2": "qwen", "llama": "llama3", "mistral": "qwen", "gemma2": "qwen"}
+SHAPES = {  # what attends in another way: a window shorter than the prompt, a soft cap on the scores
+    "llama": {"bos": "<|begin_of_text|>"},
+    "mistral": {"sliding_window": 16},
+    "gemma2": {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
+}
+# float32: sums of 100 to 300 weights, some units of 1e-7; log-probs near 7 nats, from logits of two kernels
+SHARES, LOGPS = 2e-6, 2e-5
+
+
+def make_row(i: int, **changes) -> dict:
+    """An exported row of a question with four documents in the short context and twelve in the long one."""
+    made = context(i)
+    row = dict.fromkeys(SCHEMA.names) | {name: made[name] for name in ("id", "question", "answers", "hops")}
+    row |= {"prompt": made["short"]["prompt"], "long_prompt": made["long"]["prompt"], "rejected": "No."}
+    row |= {"chosen": f"Person {i} works for firm {i}, and so on.\n\nThe answer is: Town{i}ville", "short_dropped": []}
+    for side in ("short", "long"):
+        row |= {f"{side}_{what}": made[side][what] for what in ("tokens", "paragraphs", "evidence")}
+    return row | changes
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    """Factory: model, tokenizer and template of an architecture."""
+
+    def make(architecture: str = "qwen2", **changes):
+        path = tiny_model(architecture, **SHAPES.get(architecture, {}), **changes)
+        return inside.load(path)[0], *load_template(path, TEMPLATES[architecture])
+
+    return make
+
+
+def member(regions: list[str], n: int) -> torch.Tensor:
+    return torch.tensor([[g == name for g in REGIONS] for name in (*regions, *["response"] * n)])
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("architecture", TEMPLATES)
+@pytest.mark.parametrize("side", ["short", "long"])
+def test_equal_to_a_whole_eager_forward(tiny, monkeypatch, architecture, side):
+    """In blocks of 5 rows over a cache, against all weights of one eager forward and `response_logps` of its logits."""
+    monkeypatch.setattr(inside, "BLOCK", 5)
+    model, tokenizer, template = tiny(architecture)
+    row = make_row(3)
+    prompt_ids, response_ids, _ = encode_row(tokenizer, template, row[inside.SIDES[side]], row["chosen"])
+    n_prompt, n = len(prompt_ids), len(response_ids)
+    assert n > 2 * inside.BLOCK and n % inside.BLOCK
+    regions = [REGIONS[i * 4 // n_prompt] for i in range(n_prompt)]
+    before = model.config._attn_implementation
+    found = attend(model, prompt_ids, response_ids, regions)
+    assert model.config._attn_implementation == before and not any(m._forward_hooks for m in model.modules())
+
+    whole = AutoModelForCausalLM.from_pretrained(model.name_or_path, attn_implementation="eager").eval()
+    ids = torch.tensor([prompt_ids + response_ids])
+    with torch.inference_mode():
+        output = whole(ids, output_attentions=True)
+    weights_LRT = torch.stack([layer[0].double().mean(0)[n_prompt:] for layer in output.attentions])
+    shares_LRG = weights_LRT @ member(regions, n).double()
+    assert torch.allclose(found["shares_LRG"].double(), shares_LRG, rtol=0, atol=SHARES)
+    assert torch.allclose(found["shares_LRG"].sum(-1), torch.ones(()), rtol=0, atol=SHARES)
+    assert torch.allclose(found["attention_T"].double(), weights_LRT.mean((0, 1)), rtol=0, atol=SHARES)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, n_prompt:] = ids[:, n_prompt:]
+    positions = predicting_positions(labels)
+    total, count = response_logps(output.logits[:, positions], labels, positions)
+    assert count.item() == n == len(found["logps_R"])
+    assert found["logps_R"].sum().item() == pytest.approx(total.item(), rel=0, abs=n * LOGPS)
+    each = output.logits[0, positions].double().log_softmax(-1).gather(-1, ids[0, n_prompt:, None])[:, 0]
+    assert torch.allclose(found["logps_R"].double(), each, rtol=0, atol=LOGPS)
+
+
+def test_uniform_attention_gives_counts_of_tokens(tiny):
+    """Without queries all scores are 0: the share of a region is its share of the tokens up to the query."""
+    model, tokenizer, template = tiny()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name:
+                weight.zero_()
+    numbers, _ = look(model, tokenizer, template, make_row(1))
+    for side in ("short", "long"):
+        found = numbers[side]
+        n_prompt, n = found["prompt_tokens"], len(numbers["difference"])
+        for region, tokens in found["tokens"].items():
+            want = sum(tokens / (n_prompt + i + 1) for i in range(n)) / n
+            assert found["share"][region] == pytest.approx(want, abs=SHARES)
+        assert found["density"] == pytest.approx(dict.fromkeys(REGIONS, 1.0), abs=1e-4)
+        assert found["evidence_over_distractors"] == pytest.approx(1, abs=1e-4)
+        tokens = found["tokens"]
+        want = tokens["evidence"] / (tokens["evidence"] + tokens["distractors"])
+        assert found["evidence_of_documents"] == pytest.approx(want, abs=SHARES)
+
+
+def test_attention_on_chosen_tokens_gives_its_softmax(tiny):
+    """One layer whose score is log 100 for one token of the vocabulary and 0 for all others.
+
+    Token 7's normed embedding is sqrt(H) in dimension 0, all others' in dimension 1. The key's last dimension is the
+    first of these; rope turns it by less than 1e-9 with so slow a base. The query's last dimension is a constant bias.
+    """
+    model, *_ = tiny(num_hidden_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 1e14})
+    attention, d = model.model.layers[0].self_attn, model.config.hidden_size
+    with torch.no_grad():
+        for part in (attention.q_proj, attention.k_proj):
+            part.weight.zero_()
+            part.bias.zero_()
+        model.model.embed_tokens.weight.zero_()[:, 1] = 1
+        model.model.embed_tokens.weight[7, :2] = torch.tensor([1.0, 0.0])
+        head = attention.head_dim
+        attention.k_proj.weight[head - 1 :: head, 0] = d**-0.5
+        attention.q_proj.bias[head - 1 :: head] = math.log(100) / attention.scaling
+    prompt = [7 if i in (3, 4, 20) else 9 for i in range(30)]
+    regions = ["evidence" if token == 7 else "distractors" for token in prompt]
+    found = attend(model, prompt, [11, 12, 13], regions)
+    want = [300 / (300 + 27 + i) for i in (1, 2, 3)]
+    assert found["shares_LRG"][0, :, 0].tolist() == pytest.approx(want, abs=1e-4)
+
+
+def test_the_same_context_twice_changes_nothing(tiny):
+    row = make_row(2)
+    row |= {"long_prompt": row["prompt"], "long_evidence": row["short_evidence"], "long_paragraphs": 4}
+    numbers, _ = look(*tiny(), row)
+    assert numbers["difference"] == [0.0] * len(numbers["difference"])
+    assert numbers["short"] == numbers["long"]
+    other, _ = look(*tiny(), make_row(2))
+    assert any(other["difference"])
+
+
+# ---- texts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(min_size=1, max_size=60).filter(str.strip), response=st.text(min_size=1, max_size=40).filter(str.strip)
+)
+def test_offsets_are_of_the_ids_of_training(tiny_chat, text, response):
+    """For any text: ids of `encode_prompt`, offsets in reading order, and what they leave out is not of the prompt."""
+    tokenizer, template = tiny_chat
+    prompt_ids, response_ids, places = encode_row(tokenizer, template, text, response)
+    assert prompt_ids == encode_prompt(tokenizer, template, text) and len(places) == len(prompt_ids)
+    own = [place for place in places if place != (0, 0)]
+    assert own == sorted(own) and own[0][0] == 0 and own[-1][1] == len(text)
+    assert {i for start, end in own for i in range(start, end)} == set(range(len(text)))
+    assert "".join(token_texts(tokenizer, response_ids)) == tokenizer.decode(response_ids)
+
+
+@pytest.fixture(scope="module")
+def tiny_chat(tiny_model):
+    return load_template(tiny_model(), "qwen")
+
+
+def test_tokens_of_each_part(tiny_chat):
+    """Tokens of the evidence are those that tokenising its documents by hand gives, to the token at either edge."""
+    row = make_row(5)
+    prompt = row["long_prompt"]
+    units = units_of("row", prompt, row["long_evidence"], 12)
+    true = {place["paragraph"] for place in row["long_evidence"]}
+    regions = ["evidence" if i in true else "distractors" for i in range(1, 13)]
+    assert [region for _, region in units] == ["question", *regions, "question"]
+    texts = [prompt[a:b] for (a, _), (b, _) in zip(units, [*units[1:], (len(prompt), "")], strict=True)]
+    assert texts[0] == "Read.\n\n" and texts[-1].lstrip().startswith("Question: ")
+    assert all(text.startswith(f"Document {i}: ") for i, text in enumerate(texts[1:-1], 1))
+    _, _, places = encode_row(*tiny_chat, prompt, row["chosen"])
+    of_token = unit_of_tokens(prompt, places, units)
+    for u, text in enumerate(texts):
+        shown = "".join(prompt[a:b] for (a, b), v in zip(places, of_token, strict=True) if v == u)
+        assert shown.strip() == text.strip()
+
+
+def test_a_question_behind_another_prompt_is_no_document():
+    prompt = "Document 1: A\nText one.\n\nDocument 2: B\nText two.\n\nNow tell: why?"
+    start = prompt.index("Text two")
+    for evidence in ([], [{"paragraph": 2, "start": start, "end": start + 9}]):
+        units = units_of("row", prompt, evidence, 2)
+        assert units[-1] == (prompt.index("\n\nNow"), "question") and len(units) == 4
+
+
+@pytest.mark.parametrize("per_token", [0, 10**6])
+def test_the_page_shows_the_whole_prompt(tiny, monkeypatch, per_token):
+    monkeypatch.setattr(inside, "PER_TOKEN", per_token)
+    row = make_row(4, chosen="Größe \U0001f600 zählt. The answer is: 東京")
+    _, shown = look(*tiny(), row)
+    assert len(shown["short"]) == 6 if per_token == 0 else len(shown["short"]) > 40
+    for side, column in inside.SIDES.items():
+        assert "".join(text for text, *_ in shown[side]) == row[column]
+        marked = "".join(text for text, evidence, _ in shown[side] if evidence)
+        assert all(row[column][p["start"] : p["end"]] in marked for p in row[f"{side}_evidence"])
+    assert "".join(text for text, *_ in shown["response"]) == row["chosen"] + "<|im_end|>\n"
+
+
+# ---- the command
+
+KEYS = {"share", "density", "tokens", "share_by_layer", "logps", "evidence_by_token", "evidence_of_documents"}
+
+
+def command(rows, out, model, *words) -> int:
+    return look_inside.main(
+        [str(model), "--template", "qwen", "--rows", str(rows), "--out", str(out), *map(str, words)]
+    )
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "toy_solopo.jsonl"
+    write_jsonl(path, [make_row(i) for i in range(5)] + [make_row(5, question="</script><b id=bad>why?")])
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory) -> Path:
+    """A LoRA adapter that changes much."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_base_and_adapter_side_by_side(rows_file, tiny_model, adapter, tmp_path, capsys):
+    assert command(rows_file, tmp_path, tiny_model(), "--n", 3, "--compare", adapter) == 0
+    assert "The page is" in capsys.readouterr().out
+    found = json.loads((tmp_path / "look.json").read_text())
+    base, trained = (found["rows"][Path(name).name] for name in (tiny_model(), adapter))
+    assert [row["id"] for row in base] == [row["id"] for row in trained] == ["q0", "q2", "q4"]
+    for a, b in zip(base, trained, strict=True):
+        assert KEYS <= a["short"].keys() and a["short"]["tokens"] == b["short"]["tokens"]
+        assert a["short"]["logps"] != pytest.approx(b["short"]["logps"], abs=1e-3)
+        assert a["difference"] == pytest.approx(
+            [y - x for x, y in zip(a["short"]["logps"], a["long"]["logps"], strict=True)]
+        )
+        assert sum(a["long"]["share"].values()) == pytest.approx(1, abs=SHARES)
+    lines = {(line["model"], line["measure"], line["side"]): line for line in found["summary"]}
+    measure = "evidence's share of what falls on documents"
+    means = [
+        sum(row["long"]["evidence_of_documents"] for row in rows) / 3 for rows in (base, trained)
+    ]  # fmt: skip
+    pair = lines[f"{adapter.name} - {Path(tiny_model()).name}", measure, "long"]
+    assert pair["mean"] == pytest.approx(means[1] - means[0]) and pair["low"] <= pair["mean"] <= pair["high"]
+    change = lines[Path(tiny_model()).name, measure, "long - short"]["mean"]
+    assert change == pytest.approx(means[0] - sum(row["short"]["evidence_of_documents"] for row in base) / 3)
+    assert (tmp_path / "shares_by_layer.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_by_name_and_nothing_of_them_is_run(rows_file, tiny_model, tmp_path):
+    assert command(rows_file, tmp_path, tiny_model(), "--row", "q5", "--row", "q1") == 0
+    text = (tmp_path / "index.html").read_text()
+    assert "</script><b" not in text and "\\u003c/script>\\u003cb id=bad>why?" in text
+    assert html.escape(tiny_model()) in text and "default-src 'none'" in text and "{{" not in text
+    assert [row["id"] for row in json.loads((tmp_path / "look.json").read_text())["rows"][Path(tiny_model()).name]] == [
+        "q1",
+        "q5",
+    ]
+
+
+def test_parquet_rows_and_rows_without_distractors(tiny_model, tmp_path):
+    """No distractor in the short context: no ratio of it, and none is counted."""
+    row = make_row(0)
+    prompt = "Document 1: Person 0\nPerson 0 works for firm 0.\n\nQuestion: where?"
+    start = prompt.index("Person 0 works")
+    row |= {
+        "prompt": prompt,
+        "short_paragraphs": 1,
+        "short_evidence": [{"paragraph": 1, "start": start, "end": start + 26}],
+    }
+    write_parquet(tmp_path / "rows.parquet", [row])
+    assert command(tmp_path / "rows.parquet", tmp_path, tiny_model()) == 0
+    found = json.loads((tmp_path / "look.json").read_text())
+    side = found["rows"][Path(tiny_model()).name][0]["short"]
+    assert side["evidence_over_distractors"] is None and side["evidence_of_documents"] == 1
+    assert side["density"]["distractors"] is None
+    sides = {line["side"] for line in found["summary"] if line["measure"].endswith("evidence / distractors")}
+    assert sides == {"long"}
+
+
+def bad_rows(folder: Path, **changes) -> Path:
+    path = folder / "bad.jsonl"
+    write_jsonl(path, [make_row(0, **changes)])
+    return path
+
+
+def not_parquet(folder: Path) -> Path:
+    (folder / "x.parquet").write_text("x")
+    return folder / "x.parquet"
+
+
+OUTSIDE = [{"paragraph": 1, "start": 0, "end": 9999}]
+NO_FILE = "Cannot read {f}/none.jsonl: there is no such file or folder; check the path."
+BAD = {  # the file, more words of the command, and how the sentence begins
+    "no file": (lambda f: f / "none.jsonl", "", NO_FILE),
+    "no rows of ours": (
+        lambda f: ROOT / "data/demo_solopo.jsonl",
+        "",
+        "{root}/data/demo_solopo.jsonl lacks the column",
+    ),
+    "another kind": (lambda f: ROOT / "README.md", "", "{root}/README.md is no .jsonl or .parquet file; give one"),
+    "no parquet": (not_parquet, "", "{f}/x.parquet is no parquet file ("),
+    "no such row": (bad_rows, "--row q9", "{f}/bad.jsonl has no row 'q9'; its first is 'q0'."),
+    "no row": (bad_rows, "--n 0", "{f}/bad.jsonl gives no row; `--n` must be 1 or more, and"),
+    "no model": (bad_rows, "--compare /no/model", "No model can be loaded from /no/model: "),
+    "no template": (bad_rows, "--template qwem", "`template: qwem` is no template of the host; did you mean `qwen`?"),
+    "wrong place": (lambda f: bad_rows(f, long_evidence=OUTSIDE), "", "row 'q0', long context: the evidence {{"),
+    "no documents": (lambda f: bad_rows(f, prompt="Why?"), "", "row 'q0', short context: the 4 documents of the"),
+    "too long": (lambda f: bad_rows(f, chosen="word and " * 9000), "", "row 'q0', short context: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case, tiny_model, tmp_path, capsys):
+    make, words, sentence = BAD[case]
+    assert command(make(tmp_path), tmp_path / "out", tiny_model(), *words.split()) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
+    assert line.startswith("Error: " + sentence.format(f=tmp_path, root=ROOT)), line
+
+
+def test_a_slow_tokenizer_is_refused():
+    with pytest.raises(DataError, match="needs a fast tokenizer"):
+        encode_row(object(), None, "a", "b")
