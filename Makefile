@@ -21,9 +21,10 @@ install: .venv/.installed
 	@touch $@
 
 demo: .venv/.installed
-	$(BIN)/python scripts/make_tiny_model.py saves/demo/model
+	$(BIN)/python scripts/lab/make_rows.py saves/demo/data
 	CUDA_VISIBLE_DEVICES= $(BIN)/llamafactory-cli train examples/yaml/demo_solo_orpo.yaml
 	@$(BIN)/python scripts/show_run.py saves/demo/solo_orpo
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/show_accuracy.py saves/demo/solo_orpo
 
 test: .venv/.test
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --ignore=tests/web $(TESTS)

@@ -1,0 +1,157 @@
+"""The lab: the shipped base is what its script says, rows are what the host trains on, and the method works.
+
+`test_solo_repairs_what_short_po_leaves` is a test of the method, not of the code: two methods, two seeds, whole runs of
+the real trainer on the shipped base.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts" / "lab"))
+from make_base import learn_to_copy, tokenizer, untrained  # noqa: E402
+from make_rows import COLUMNS, make_rows  # noqa: E402
+from recall import BASE, LONG, SHORT, WORDS, accuracy, profile, questions, rows  # noqa: E402
+from show_accuracy import main as show_accuracy  # noqa: E402
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load(BASE)
+
+
+# ---- rows
+
+
+def test_rows_hold_the_same_evidence():
+    for row in rows(64, seed=3):
+        short, long = row["prompt"].split(), row["long_prompt"].split()
+        assert len(short) == 2 * SHORT + 2 and len(long) == 2 * LONG + 2
+        assert short[-2:] == long[-2:] == ["?", short[-1]]
+        pairs = [dict(zip(words[:-2:2], words[1:-2:2], strict=True)) for words in (short, long)]
+        assert len(pairs[0]) == SHORT and len(pairs[1]) == LONG, "a key twice"
+        assert pairs[0].items() <= pairs[1].items()
+        assert row["chosen"] == pairs[0][short[-1]] == pairs[1][short[-1]]
+        assert row["rejected"] in pairs[0].values() and row["rejected"] != row["chosen"]
+
+
+def test_evidence_is_anywhere_in_the_long_context():
+    short, long, right, _ = questions(2000, SHORT, LONG, torch.Generator().manual_seed(0))
+    places = (long[:, 1:-2:2] == right[:, None]).int().argmax(1)
+    assert torch.bincount(places // 20, minlength=5).min() > 320  # of 400 in each fifth, 4.5 standard deviations
+    assert torch.equal(short[:, -1], long[:, -1])
+
+
+def test_rows_belong_to_their_seed():
+    assert rows(8, 1) == rows(8, 1) and rows(8, 1) != rows(8, 2)
+
+
+def test_host_sees_the_ids_of_the_script(tmp_path):
+    """The host's template `empty` around our text = the tensors on which base and accuracy work; so does `chat`."""
+    from llamafactory.data.template import TEMPLATES
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(BASE)
+    drawn = questions(16, SHORT, LONG, torch.Generator().manual_seed(5))
+    for row, short, long, right, wrong in zip(rows(16, 5), *(part.tolist() for part in drawn), strict=True):
+        for prompt, response, ids in (
+            ("prompt", "chosen", (short, [right])),
+            ("long_prompt", "rejected", (long, [wrong])),
+        ):
+            talk = [{"role": "user", "content": row[prompt]}, {"role": "assistant", "content": row[response]}]
+            assert TEMPLATES["empty"].encode_oneturn(words, talk) == ids
+            assert words.apply_chat_template(talk[:1], return_dict=False) == ids[0]
+            assert words.decode(ids[0]) == row[prompt]
+
+
+# ---- the base
+
+
+def test_shipped_base_is_small_and_made_by_the_script(base):
+    assert sum(file.stat().st_size for file in BASE.iterdir()) < 2e6
+    shapes = {name: tensor.shape for name, tensor in untrained().state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in base.state_dict().items()}
+    assert base.num_parameters() < 500_000 and base.dtype == torch.float32
+    assert tokenizer().get_vocab() == {word: i for i, word in enumerate(WORDS)}
+    assert json.loads(tokenizer().backend_tokenizer.to_str()) == json.loads((BASE / "tokenizer.json").read_text())
+
+
+def test_shipped_base_has_its_profile(base):
+    """Sure over short contexts, helpless over long ones."""
+    written = json.loads((BASE / "profile.json").read_text())["accuracy"]
+    assert written["8"] >= 0.99 and written["100"] < 0.1
+    measured = profile(base, (8, 16, 64, 100), n=512)
+    assert {str(n): share for n, share in measured.items()} == pytest.approx(
+        {str(n): written[str(n)] for n in measured}, abs=0.004
+    )  # the same questions: only rounding may turn an answer
+
+
+def test_copying_is_being_learnt_or_the_script_says_so(capsys):
+    """The first 50 steps of the base; the whole takes minutes and is left to the script."""
+    torch.manual_seed(0)
+    with pytest.raises(SystemExit, match="Copying has not appeared after 50 steps"):
+        learn_to_copy(untrained(), torch.Generator().manual_seed(0), most=50)
+    assert float(capsys.readouterr().out.split()[-1]) < 5.4  # ln 256 = 5.545
+
+
+# ---- the demo and the method
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """The demo's recipe on rows of a seed, as a dict; keyword arguments change or remove keys."""
+    recipe = yaml.safe_load((ROOT / "examples/yaml/demo_solo_orpo.yaml").read_text(encoding="utf-8"))
+
+    def make(seed: int, name: str, **changes) -> dict:
+        make_rows(tmp_path / f"rows{seed}", 3200, seed)
+        places = dict(dataset_dir=str(tmp_path / f"rows{seed}"), output_dir=str(tmp_path / f"{name}_{seed}"))
+        paths = dict(model_name_or_path=str(ROOT / recipe["model_name_or_path"]), disable_tqdm=True, seed=seed)
+        return {k: v for k, v in (recipe | places | paths | changes).items() if v is not None}
+
+    return make
+
+
+SHORT_PO = dict(stage="dpo", dataset="recall_short_po", solopo_alpha=None)  # the host's ORPO on the short pair
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_solo_repairs_what_short_po_leaves(run, demo, base, seed):
+    """Same rows, steps, batch, rate and loss: with the alignment 100 pairs are answered, without it they are not.
+
+    150 of the demo's 200 steps; every seed measured so far leaves more than 0.25 above the bound of 0.5.
+    """
+    solo = load(run(demo(seed, "solo", max_steps=150, plot_loss=False)).dir)
+    short = load(run(demo(seed, "short", max_steps=150, plot_loss=False, **SHORT_PO)).dir)
+    at_long, at_short = ({"solo": accuracy(solo, n), "short": accuracy(short, n)} for n in (LONG, SHORT))
+    print(f"seed {seed}: {LONG} pairs {at_long}, {SHORT} pairs {at_short}, base {accuracy(base, LONG):.3f}")
+    assert at_long["solo"] >= at_long["short"] + 0.5
+    assert min(at_short.values()) >= 0.95
+
+
+def test_demo_rows_are_one_epoch(demo):
+    """200 steps: the numbers that README and recipe give belong to them."""
+    made = demo(0, "demo")
+    steps = 3200 / (made["per_device_train_batch_size"] * made["gradient_accumulation_steps"])
+    assert steps * made["num_train_epochs"] == 200
+    assert set(COLUMNS) == set(json.loads(open(f"{made['dataset_dir']}/dataset_info.json").read()))
+
+
+def test_show_accuracy_prints_and_draws(tmp_path, capsys):
+    show_accuracy([str(BASE), "--output", str(tmp_path / "accuracy.png")])
+    out = capsys.readouterr().out
+    assert "100      0.0" in out and str(tmp_path / "accuracy.png") in out
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((tmp_path / "accuracy.json").read_text())
+    assert figures["before"] == figures["after"] and figures["after"]["8"] >= 0.99
+    with pytest.raises(SystemExit, match=r"nothing holds no model: config.json is missing"):
+        show_accuracy([str(tmp_path / "nothing")])
