@@ -55,10 +55,11 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
     folder = Path(recipe.output_dir)
     with alone_in(folder, "output_dir"):
         from .report import write_report
-        from .results import make_results
+        from .results import make_results, pairs_of
         from .score import write_scores
 
         models = stored_models(folder) if rescore else find_models(recipe)
+        pairs_of(recipe.compare, [model.name for model in models])  # a wrong name is better told now than at the end
         if not rescore:
             write_json(folder / MODELS, [asdict(model) for model in models])
             if recipe.benchmarks:

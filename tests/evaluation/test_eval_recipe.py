@@ -1,10 +1,14 @@
 """Evaluation recipes: what is refused and in what words, keys shared with the data recipe, and the shipped ones."""
 
+import json
+import re
+
 import pytest
 import yaml
+from conftest import ROOT
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
-from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
+from solopo_plugin.evaluation.recipe import FIELDS, REQUIRED, load_recipe, make_recipe, sources
 from solopo_plugin.synthesis.files import DataError
 from solopo_plugin.synthesis.recipe import FIELDS as DATA
 
@@ -96,3 +100,74 @@ def test_sources_are_the_files_that_are_there(tmp_path):
     assert sources(recipe, "ruler_qa") == [tmp_path / "squad.json"]
     assert sources(recipe, "niah_plus") == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     assert sources(recipe, "longbench_qa") == [tmp_path] and sources(recipe, "longbench_v2") == []
+
+
+EVAL_RECIPES = sorted((ROOT / "examples/yaml/eval").glob("*.yaml"))
+SHIPPED = (
+    "llama3.1-8b", "llama3.1-8b_longbench_v2", "niah", "plain", "qwen2.5-7b", "qwen2.5-7b_longbench_v2",
+    "select_checkpoint", "select_checkpoint_longbench", "tiny",
+)  # fmt: skip
+
+
+def test_shipped_recipes_are_all_looked_at():
+    names = [path.stem for path in EVAL_RECIPES if path.stem != "leaderboard"]  # whose test is with the harness
+    assert tuple(names) == SHIPPED and len(SHIPPED) == 9
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe(name):
+    """It loads, says how it is started and where its numbers come from, and belongs to the training recipes."""
+    path = ROOT / f"examples/yaml/eval/{name}.yaml"
+    text, made, values = path.read_text(encoding="utf-8"), load_recipe(str(path)), yaml.safe_load(path.read_text())
+    assert f"evaluate.py examples/yaml/eval/{name}.yaml" in text and "\n# Hardware: " in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert made.output_dir == f"saves/eval/{name}"
+    if name == "tiny":
+        return
+    assert "Not run at 7B by this project." in text
+    numbers = [line for line in text.splitlines() if re.match(r"\w+: \[?-?[\d.]+\b", line)]
+    assert len(numbers) >= 5 and all(re.search(r"  # (paper|ours|LongBench|RULER)\b", line) for line in numbers)
+    assert sum(type(v) in (int, float) for v in values.values()) >= 5  # none hides as text
+    model = "llama3.1-8b" if "llama" in name else "qwen2.5-7b"
+    training = yaml.safe_load((ROOT / f"examples/yaml/{model}/solo_orpo.yaml").read_text())
+    assert made.template == training["template"] and training["model_name_or_path"] in text
+    trained = made.checkpoints or (list(made.models.values())[1:] if isinstance(made.models, dict) else [])
+    assert all(folder == training["output_dir"] for folder in trained) and (trained or name == "plain")
+    # an answer fits behind the longest prompt: Qwen2.5 has a window of 32K, and four times as much with YaRN
+    window = 131072 if "llama" in name else 32768 * int(made.rope_factor or 1)
+    assert made.max_input_tokens + made.max_new_tokens <= window
+    assert made.max_new_tokens == load_data_recipe(model).max_new_tokens
+
+
+def load_data_recipe(model: str):
+    from solopo_plugin.synthesis.recipe import load_recipe
+
+    return load_recipe(str(ROOT / f"examples/yaml/data/{model}.yaml"))
+
+
+def test_how_a_checkpoint_is_chosen():
+    """By default on rows that were held out; by the paper's way it is said that this is a test set."""
+    held_out, papers = (ROOT / f"examples/yaml/eval/select_checkpoint{end}.yaml" for end in ("", "_longbench"))
+    made = load_recipe(str(held_out))
+    assert (made.select_by, made.benchmarks, made.with_base) == ("validation", ["validation"], True)
+    assert made.validation_data == f"data/{load_data_recipe('qwen2.5-7b').dataset_name}_solopo_val.jsonl"
+    assert made.max_input_tokens == load_data_recipe("qwen2.5-7b").long_tokens
+    made, text = load_recipe(str(papers)), papers.read_text()
+    assert made.select_by == "longbench_qa" and "select_by: longbench_qa  # paper" in text
+    assert "a selection on a test set that is also reported" in text
+
+
+def test_the_documented_keys_are_those_of_the_recipe():
+    """docs/evaluation.md lists each key with its default, its stages and its help, in the order of the definition."""
+    path = ROOT / "docs" / "evaluation.md"
+    if not path.exists():
+        pytest.skip("docs/evaluation.md comes with another part")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = lines.index("| key | default | changes | meaning |") + 2
+    for line, (name, spec) in zip(lines[start:], FIELDS.items(), strict=False):
+        default = getattr(make_recipe(BASE), name) if callable(spec.default_factory) else spec.default
+        default = [] if name == "benchmarks" else default
+        shown = "" if name in REQUIRED else f"`{json.dumps(default).strip(chr(34))}`"
+        stages = " ".join(spec.metadata["stages"])
+        assert line == f"| `{name}` | {shown} | {stages} | {spec.metadata['help']} |"
+    assert lines[start + len(FIELDS)] == ""
