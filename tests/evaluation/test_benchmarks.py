@@ -26,6 +26,7 @@ from solopo_plugin.metrics import extract_answer, longbench_v2_choice  # noqa: E
 from solopo_plugin.synthesis import contexts, export, read  # noqa: E402
 from solopo_plugin.synthesis.contexts import PROMPT  # noqa: E402
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl  # noqa: E402
+from solopo_plugin.synthesis.pool import Question  # noqa: E402
 
 KEYS = dict(
     prompt=None, seed=42, max_samples=None, max_input_tokens=31500, max_new_tokens=64, longbench_data="",
@@ -472,6 +473,16 @@ def test_needles_come_as_near_as_they_can(sizes, at):
         assert abs(before - share * sum(sizes)) <= best + 1e-9
     order = [documents.index(needle) for _, needle in sorted(zip(at, needles, strict=True))]
     assert order == sorted(order)
+
+
+def test_one_needle_leads():
+    """The same one and at the same distances however often it is asked, another for other questions and seeds."""
+    made = [Question(f"q{k}", "?", ["x"], None, list(range(4)), False) for k in range(50)]
+    shares = [niah.needle_shares(7, question) for question in made]
+    assert shares == [niah.needle_shares(7, question) for question in made]
+    assert all(sorted(s)[0] == 0 < sorted(s)[1] and max(s) < 1 for s in shares)
+    assert {s.index(0) for s in shares} == {0, 1, 2, 3} and len(set(map(tuple, shares))) == 50
+    assert niah.needle_shares(8, made[0]) != shares[0]
 
 
 @pytest.mark.parametrize("length", [1, 10, 150, 300, 1_000, 3_000, 8_000, 40_000, 10_000_000, 10**12])
