@@ -71,7 +71,7 @@ class Summary:
 
     def tasks(self, benchmark: str) -> list[str]:
         """With "", the mean of tasks, at the end if there are several."""
-        tasks = in_order(self.names(2, benchmark) - {""}, tuple(LABELS))
+        tasks = in_order(self.names(2, benchmark) - {""}, (*LABELS, *ORDER))
         return [*tasks, ""] if len(tasks) != 1 else tasks
 
     def metrics(self, benchmark: str) -> list[str]:
@@ -198,8 +198,9 @@ def compared(results: dict, benchmarks: list[str], metrics: dict[str, tuple[str,
 
 def _comparisons(results: dict, benchmark: str) -> list[Table]:
     metrics = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
+    shown = compared(results, [benchmark], {benchmark: metrics})
     blocks: dict[str, list] = {}
-    for row in compared(results, [benchmark], {benchmark: metrics}):
+    for row in shown:
         name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
         cells = [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}", f"{row['p_value']:.2g}"]
         cells += [str(row.get(key, "-")) for key in ("wins", "losses", "ties", "n", "left_out")]
@@ -207,10 +208,13 @@ def _comparisons(results: dict, benchmark: str) -> list[Table]:
     if not blocks:
         return []
     names = ("difference", "95 % interval", "p-value", "wins", "losses", "ties", "n", "answered by one")
+    tasks = {row["task"] for row in results["comparisons"] if row["benchmark"] == benchmark} - {""}
     note = (
         "Difference: first named less second, on the n questions that both answered; wins are its wins. An interval "
         "that holds 0 shows no difference. p-values are not corrected for the number of comparisons."
     )
+    if tasks - {row["task"] for row in shown}:
+        note += " The many comparisons of single tasks are in tables.csv."
     columns = [("", name) for name in names]
     return [Table("Paired comparison on the same questions", columns, list(blocks.items()), [note])]
 
