@@ -1,5 +1,6 @@
 """Which LLaMA-Factory the plugin was tested with, and what to tell a user whose environment is another one."""
 
+import platform
 import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,15 @@ def installed(package: str) -> str:
         return version(package) or "not installed"  # None: metadata of a half-removed package
     except PackageNotFoundError:
         return "not installed"
+
+
+def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Of Python, of this package and of those of `packages` that are installed."""
+    from .. import __version__
+
+    found = {package: installed(package) for package in packages}
+    here = {package: version for package, version in found.items() if version != "not installed"}
+    return {"python": platform.python_version(), "solopo": __version__} | here
 
 
 @cache

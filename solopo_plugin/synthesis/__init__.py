@@ -9,14 +9,12 @@ import importlib
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__
-from ..host.versions import installed
+from ..host.versions import installed_versions
 from .files import DataError, explained, file_hash, write_json
 from .recipe import STAGES, DataRecipe, outside_inputs, settings
 
@@ -112,7 +110,8 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> Non
     counts = importlib.import_module(f"{__name__}.{name}").run(recipe, work)
     outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}
     manifest["stages"][name] = {
-        "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts, "versions": _versions()
+        "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts,
+        "versions": installed_versions(PACKAGES),
     }  # fmt: skip
     _save(manifest, work)
     log.info("%s: %s", name, json.dumps(counts, ensure_ascii=False))
@@ -163,13 +162,6 @@ def read_manifest(work: Path) -> dict:
 def _save(manifest: dict, work: Path) -> None:
     stages = manifest["stages"]
     write_json(work / MANIFEST, {"stages": {name: stages[name] for name in TABLE if name in stages}})
-
-
-def _versions() -> dict[str, str]:
-    """Of Python, of this package and of those on which results depend, as far as they are installed."""
-    found = {package: installed(package) for package in PACKAGES}
-    here = {package: version for package, version in found.items() if version != "not installed"}
-    return {"python": platform.python_version(), "solopo": __version__} | here
 
 
 @contextmanager

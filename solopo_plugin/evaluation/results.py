@@ -1,0 +1,265 @@
+"""From scores to results.json: means with intervals, comparisons of models, and the choice of a checkpoint.
+
+Every value is from 0 to 100, with its 95 % bootstrap interval. Task "" is the mean over the benchmark's tasks, each
+with the same weight, as in the paper's tables. Groups are `length=16384`, `depth=50`, `length=16384,depth=50`, and what
+a question carries beside these, such as `difficulty=hard`; "" is all questions.
+"""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..host.versions import installed_versions
+from ..synthesis.files import DataError, explained, read_jsonl, write_json
+from .items import MAIN_METRIC
+from .statistics import compare_paired, mean_interval, mean_of_means
+
+log = logging.getLogger(__name__)
+PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy", "lm_eval")
+SIGNIFICANT = 0.05  # p-value below which two models are said to differ; the field's habit
+HELD_OUT = "validation"  # the benchmark that is there to choose by; all others are there to be reported
+
+Scores = dict[tuple[str, str], dict[str, dict]]  # (benchmark, task) -> id -> {"source", "groups", "scores"}
+
+
+def make_results(
+    output_dir: Path | str,
+    models: list[dict],
+    settings: dict,
+    select_by: str | None,
+    compare: list | None,
+    bootstrap_samples: int,
+    seed: int,
+    harness: list[dict],
+) -> dict:
+    """Sum up scores/<model>.jsonl into results.json, and selection.json if a checkpoint is to be chosen.
+
+    Args:
+        models: {"name", "path", "adapter", "step"} each; the first is the one that others are compared with.
+        settings: The recipe's, kept in the file as they are.
+        select_by: Benchmark whose main metric, averaged over tasks, chooses the best model; None: no choice.
+        compare: Pairs of names, (a, b) or "a, b"; None: each model with the first.
+        bootstrap_samples: Resamples of each interval and of each p-value.
+        harness: Rows of lm-evaluation-harness, {"model", "task", "metric", "value", "stderr", "n"}.
+
+    Returns:
+        What results.json says.
+
+    Raises:
+        DataError: Scores are missing or damaged, or a name is not one of the models' or benchmarks'.
+    """
+    folder, names = Path(output_dir), [model["name"] for model in models]
+    pairs, asked = pairs_of(compare, names), _count_lines(folder / "items.jsonl")
+    if select_by is not None and select_by not in MAIN_METRIC:
+        raise DataError(f"`select_by` must be one of {', '.join(MAIN_METRIC)}; got {select_by!r}.")
+    scores, counted = {}, []
+    for model in models:
+        scores[model["name"]], counts = load_scores(folder / "scores" / f"{model['name']}.jsonl", asked)
+        counted.append({key: model.get(key) for key in ("name", "path", "adapter", "step")} | {"counts": counts})
+    draws = bootstrap_samples, seed
+    results = {
+        "title": folder.resolve().name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "settings": settings,
+        "versions": installed_versions(PACKAGES),
+        "models": counted,
+        "summary": [row for name in names for row in summarise(name, scores[name], *draws)],
+        "comparisons": [row for a, b in pairs for row in compare_models(a, b, scores[a], scores[b], *draws)],
+        "selection": select(select_by, counted, scores, *draws) if select_by is not None else None,
+        "harness": harness,
+    }
+    write_json(folder / "results.json", results)
+    if select_by is not None:
+        chosen = results["selection"]
+        write_json(folder / "selection.json", chosen | {"settings": settings})
+        log.info("Best by %s: %s (%s). %s", select_by, chosen["best"], chosen["folder"], chosen["note"])
+        if chosen["warning"]:
+            log.warning("%s", chosen["warning"])
+    return results
+
+
+def pairs_of(pairs: list | None, names: list[str]) -> list[tuple[str, str]]:
+    """Who is compared with whom: (a, b) for b - a.
+
+    Raises:
+        DataError: What is no pair of two of the names.
+    """
+    if pairs is None:
+        return [(names[0], name) for name in names[1:]]
+    found = []
+    for pair in pairs:
+        parts = [part.strip() for part in pair.split(",")] if isinstance(pair, str) else pair
+        if not isinstance(parts, list | tuple) or len(parts) != 2 or not all(part in names for part in parts):
+            raise DataError(f"`compare` must hold pairs of two models, of {', '.join(names)}; got {pair!r}.")
+        found.append(tuple(parts))
+    return found
+
+
+def load_scores(path: Path, asked: int) -> tuple[Scores, dict]:
+    """What of a model's scores the statistics need, and counts of how it answered.
+
+    Args:
+        asked: Questions of items.jsonl; without any, no file of scores is needed.
+    """
+    scores, counts = defaultdict(dict), Counter(asked=asked, missing=asked)
+    for row in read_jsonl(path) if asked else ():
+        counts.update(
+            missing=-1, cut=bool(row["cut_tokens"]), no_marker=not row["marker"], empty=row["empty"],
+            stopped_by_length=row["finish_reason"] == "length",
+        )  # fmt: skip
+        kept = {"source": row["source"], "groups": group_labels(row), "scores": row["scores"]}
+        scores[row["benchmark"], row["task"]][row["id"]] = kept
+    if counts["missing"]:
+        log.warning("%s: %d of %d questions are missing; means are over the others.", path, counts["missing"], asked)
+    names = ("asked", "missing", "cut", "no_marker", "empty", "stopped_by_length")
+    return scores, {name: counts[name] for name in names}
+
+
+def group_labels(row: dict) -> tuple[str, ...]:
+    """The groups that a question belongs to; "" is all."""
+    where = [f"{name}={row[name]:.12g}" for name in ("length", "depth") if row[name] is not None]
+    both = [",".join(where)] if len(where) > 1 else []
+    return ("", *where, *both, *(f"{name}={value}" for name, value in row["groups"].items()))
+
+
+def summarise(model: str, scores: Scores, samples: int, seed: int) -> Iterator[dict]:
+    """Rows of a model: each benchmark, group and metric, for every task and for their mean (task "")."""
+    cells = defaultdict(lambda: defaultdict(list))  # (benchmark, group, metric) -> task -> (value, source)
+    for (benchmark, task), questions in scores.items():
+        for question in questions.values():
+            for group in question["groups"]:
+                for metric, value in question["scores"].items():
+                    cells[benchmark, group, metric][task].append((value, question["source"]))
+    for (benchmark, group, metric), tasks in tqdm(cells.items(), desc=f"intervals {model}", disable=None):
+        for task, columns in _and_mean({task: list(zip(*pairs, strict=True)) for task, pairs in tasks.items()}):
+            values, sources = ([np.array(column) for column in side] for side in zip(*columns, strict=True))
+            value, low, high = mean_interval(values, samples, np.random.default_rng(seed), sources)
+            n = sum(map(len, values))
+            where = {"model": model, "benchmark": benchmark, "task": task, "group": group, "metric": metric}
+            yield where | {"n": n, "value": value, "low": low, "high": high}
+
+
+def compare_models(a: str, b: str, of_a: Scores, of_b: Scores, samples: int, seed: int) -> Iterator[dict]:
+    """Rows of b against a, on the questions that both answered; `left_out` counts those that only one did."""
+    cells, left_out = defaultdict(dict), Counter()
+    for benchmark, task in of_a | of_b:
+        first, second = of_a.get((benchmark, task), {}), of_b.get((benchmark, task), {})
+        left_out[benchmark, task] = len(first.keys() ^ second.keys())
+        left_out[benchmark, ""] += left_out[benchmark, task]
+        for metric, columns in _aligned([first, second]).items():
+            cells[benchmark, metric][task] = columns
+    for (benchmark, metric), tasks in tqdm(cells.items(), desc=f"{b} against {a}", disable=None):
+        for task, columns in _and_mean(tasks):
+            sources, *values = zip(*columns, strict=True)
+            found = compare_paired(*values, samples, np.random.default_rng(seed), sources)
+            where = {"a": a, "b": b, "benchmark": benchmark, "task": task, "metric": metric}
+            yield where | found | {"left_out": left_out[benchmark, task]}
+    if total := sum(count for (_, task), count in left_out.items() if task):
+        log.warning("%s against %s: %d questions that only one of them answered are left out.", b, a, total)
+
+
+def select(benchmark: str, models: list[dict], scores: dict[str, Scores], samples: int, seed: int) -> dict:
+    """The best model by a benchmark's main metric, averaged over tasks, on the questions that all models answered.
+
+    Of equal models the first of the list is taken. Every other one is compared with the best, question by question.
+
+    Returns:
+        {"benchmark", "metric", "best", "path", "adapter", "step", "folder": the checkpoint's, "n", "left_out",
+        "ranking": a row per model, best first, "tied": names that do not differ from the best at the 5 % level,
+        "note": one or two sentences, "warning": a sentence where the benchmark is also one to report}.
+
+    Raises:
+        DataError: A model has no answers to the benchmark.
+    """
+    metric, names = MAIN_METRIC[benchmark], [model["name"] for model in models]
+    tasks = {key for name in names for key in scores[name] if key[0] == benchmark}
+    for name in names:
+        if not any(key[0] == benchmark for key in scores[name]):
+            raise DataError(
+                f"`select_by: {benchmark}` has nothing to choose `{name}` by: it has no scores there; add it to "
+                "`benchmarks`, or leave the model out."
+            )
+    aligned = [_aligned([scores[name].get(key, {}) for name in names]).get(metric) for key in sorted(tasks)]
+    aligned = [columns for columns in aligned if columns]
+    if not aligned:
+        raise DataError(f"`select_by: {benchmark}`: no question was answered by all of {', '.join(names)}; ask again.")
+    sources, *sides = zip(*aligned, strict=True)
+    columns = dict(zip(names, sides, strict=True))
+    by_name = {model["name"]: model for model in models}
+    order = sorted(names, key=lambda name: -mean_of_means(columns[name]))
+    ranking = []
+    for name in order:
+        value, low, high = mean_interval(columns[name], samples, np.random.default_rng(seed), sources)
+        against = compare_paired(columns[order[0]], columns[name], samples, np.random.default_rng(seed), sources)
+        place = {key: by_name[name][key] for key in ("path", "adapter", "step")}
+        keys = ("difference", "p_value", "wins", "losses", "ties")
+        ranking.append(
+            {"model": name, **place, "value": value, "low": low, "high": high, "difference_low": against["low"],
+             "difference_high": against["high"], **{key: against[key] for key in keys}}
+        )  # fmt: skip
+    tied = [row["model"] for row in ranking[1:] if row["p_value"] >= SIGNIFICANT]
+    best = by_name[order[0]]
+    answered = {(key, id) for name in names for key in tasks for id in scores[name].get(key, {})}
+    n = sum(map(len, sources))
+    left_out = len(answered) - n
+    return {
+        "benchmark": benchmark, "metric": metric, "best": order[0], "path": best["path"], "adapter": best["adapter"],
+        "step": best["step"], "folder": best["adapter"] or best["path"], "n": n, "left_out": left_out,
+        "ranking": ranking, "tied": tied, "note": _note(ranking, tied, left_out), "warning": _warning(benchmark),
+    }  # fmt: skip
+
+
+def _note(ranking: list[dict], tied: list[str], left_out: int) -> str:
+    """How far the choice can be trusted, in words."""
+    if len(ranking) == 1:
+        return "There was nothing to choose from."
+    best, second = ranking[:2]
+    text = (
+        f"{best['model']} has {best['value']:.1f} ({best['low']:.1f} to {best['high']:.1f}), {second['model']} "
+        f"{second['value']:.1f}: {0 - second['difference']:.1f} less ({0 - second['difference_high']:.1f} to "
+        f"{0 - second['difference_low']:.1f}, p = {second['p_value']:.2g})."
+    )
+    if tied:
+        text += (
+            f" These questions do not tell it from {', '.join(tied)} (p >= {SIGNIFICANT}): the choice may be chance."
+        )
+    if left_out:
+        text += f" {left_out} questions that not all models answered are left out."
+    return text
+
+
+def _warning(benchmark: str) -> str | None:
+    if benchmark == HELD_OUT:
+        return None
+    paper = "; the paper selects on LongBench v1, which it also reports" if benchmark == "longbench_qa" else ""
+    return (
+        f"The checkpoint is chosen by {benchmark}, which is also among the reported benchmarks: the chosen one's score "
+        f"there is too high on average (selection on the test set{paper}). {HELD_OUT} is held out for this."
+    )
+
+
+def _aligned(sides: list[dict[str, dict]]) -> dict[str, list[np.ndarray]]:
+    """Per metric, of the questions of one task that all sides answered: their sources, then the values of each side."""
+    found = defaultdict(list)
+    for id in sorted(set.intersection(*map(set, sides))):
+        for metric in sides[0][id]["scores"]:
+            found[metric].append((sides[0][id]["source"], *(side[id]["scores"][metric] for side in sides)))
+    return {metric: list(map(np.array, zip(*rows, strict=True))) for metric, rows in found.items()}
+
+
+def _and_mean(tasks: dict[str, object]) -> Iterable[tuple[str, list]]:
+    """Each task alone, then all of them under the name "", whose values are averaged over tasks."""
+    return [*((task, [values]) for task, values in tasks.items()), ("", list(tasks.values()))]
+
+
+def _count_lines(path: Path) -> int:
+    """Questions of items.jsonl; none where only lm-evaluation-harness was asked and there is no such file."""
+    if not path.exists():
+        return 0
+    with explained(path, "read"), open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

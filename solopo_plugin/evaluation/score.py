@@ -1,0 +1,174 @@
+"""From stored answers to scores, without a model: items.jsonl and answers/<model>.jsonl give scores/<model>.jsonl.
+
+The scores, 0 to 100 each, by the functions of `solopo_plugin.metrics`:
+
+- qa: `f1` (LongBench v1's), `em` (SQuAD's) and `sub_em` (the paper's judge of samples) of the prediction, which is what
+  follows the last `The answer is:`; `string_match` (RULER's) of the whole response. Without the marker the whole
+  response is the prediction: a model that was not told of the marker answers plainly. But if the prompt asks for it,
+  `sub_em` without it is `em`, because in a whole chain of thought a mere mention would count as the answer; so it is
+  where the prediction is `No answer`, of which a gold `no` is a part.
+- choice: `accuracy` of the letter that LongBench v2's parser finds, and `parsed`, whether it finds one.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..metrics import (
+    NO_ANSWER,
+    exact_match,
+    extract_answer,
+    f1_score,
+    longbench_v2_choice,
+    normalize_answer,
+    string_match_part,
+    sub_exact_match,
+)
+from ..synthesis.files import DataError, explained, parse_line, read_jsonl, write_jsonl
+from .items import Item
+
+log = logging.getLogger(__name__)
+_ASKS_MARKER = re.compile("the answer is:", re.IGNORECASE)
+
+
+def score_answer(item: Item, text: str) -> dict:
+    """Scores of one response.
+
+    Args:
+        text: The whole response, as the model gave it.
+
+    Returns:
+        {"prediction": what follows the marker (of a choice the letter), None without, "marker": whether it is there,
+        "scores": {metric: 0 to 100}}.
+    """
+    if item.kind == "choice":
+        letter = longbench_v2_choice(text)
+        scores = {"accuracy": 100.0 * (letter in item.answers), "parsed": 100.0 * (letter is not None)}
+        return {"prediction": letter, "marker": letter is not None, "scores": scores}
+    found = extract_answer(text)
+    prediction = text.strip() if found is None else found
+    em = exact_match(prediction, item.answers)
+    strict = found is None and _ASKS_MARKER.search(item.prompt) or normalize_answer(prediction) == NO_ANSWER
+    scores = {
+        "f1": 100.0 * f1_score(prediction, item.answers),
+        "em": 100.0 * em,
+        "sub_em": 100.0 * (em if strict else sub_exact_match(prediction, item.answers)),
+        "string_match": string_match_part(text, item.answers),
+    }
+    return {"prediction": found, "marker": found is not None, "scores": scores}
+
+
+def write_scores(output_dir: Path | str, model_name: str) -> dict:
+    """Score what a model has answered; one line per answer, in the order of items.jsonl, whatever the answers' order.
+
+    A line is {"benchmark", "task", "id", "prediction", "marker", "empty", "scores", "prompt_tokens", "cut_tokens",
+    "finish_reason", "length", "depth", "groups", "evidence_depth", "source"}. `evidence_depth` is where the evidence is
+    in the uncut prompt, in percent of its characters, on average; null where that is not known. `source` is the same
+    for a question that is asked at several lengths or depths, or in several tasks (`source_of`).
+
+    Returns:
+        {"asked": questions, "scored": answers, "unknown": answers to questions that items.jsonl does not have}.
+
+    Raises:
+        DataError: A file is missing or damaged, or an answer was given to another prompt.
+    """
+    folder = Path(output_dir)
+    answers_file = folder / "answers" / f"{model_name}.jsonl"
+    places, asked, scored = answer_places(answers_file), 0, 0
+
+    def rows() -> Iterator[dict]:
+        nonlocal asked, scored
+        with explained(answers_file, "read"), open(answers_file, "rb") as answers:
+            items = read_items(folder / "items.jsonl")
+            for item in tqdm(items, desc=f"score {model_name}", unit=" questions", disable=None):
+                asked += 1
+                if (place := places.pop(item.key, None)) is not None:
+                    number, start = place
+                    answers.seek(start)
+                    scored += 1
+                    yield _row(item, parse_line(answers.readline(), answers_file, number), answers_file, number)
+
+    write_jsonl(folder / "scores" / f"{model_name}.jsonl", rows())
+    if places:
+        log.warning(
+            "%s: %d answers belong to no question of items.jsonl and are left out; the first: %s.",
+            answers_file, len(places), "/".join(next(iter(places))),
+        )  # fmt: skip
+    if scored < asked:
+        log.warning("%s: %d of %d questions are not answered; no score counts them.", model_name, asked - scored, asked)
+    return {"asked": asked, "scored": scored, "unknown": len(places)}
+
+
+def source_of(item: Item) -> str:
+    """The question behind an item: the same text, and the same id up to the length that ids of built contexts name."""
+    name = item.id if item.length is None else item.id.rpartition(f"/{item.length}")[0] or item.id
+    return hashlib.sha256(f"{name}\n{item.question}".encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def read_items(path: Path | str) -> Iterator[Item]:
+    """The questions of an items.jsonl, one at a time.
+
+    Raises:
+        DataError: No such file, or a line is no question.
+    """
+    for row in read_jsonl(path):
+        try:
+            yield Item(**row)
+        except TypeError as error:
+            raise DataError(
+                f"{path}: a line is no question of ours ({error}), {str(row)[:60]}; delete the file and start again."
+            ) from None
+
+
+def answer_places(path: Path) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """Where each answer stands: (benchmark, task, id) -> (line from 1, byte); the texts themselves may be large.
+
+    A torn last line, which a killed run may leave, is not an answer.
+
+    Raises:
+        DataError: No such file, a damaged line, or a question answered twice.
+    """
+    places, start = {}, 0
+    with explained(path, "read"), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip() and line.endswith(b"\n"):
+                row = parse_line(line, path, number)
+                if "fingerprint" not in row:
+                    key = tuple(_field(row, name, path, number) for name in ("benchmark", "task", "id"))
+                    if key in places:
+                        raise DataError(
+                            f"{path}:{number}: {'/'.join(key)} is answered a second time (first in line "
+                            f"{places[key][0]}); delete one of the lines."
+                        )
+                    places[key] = number, start
+            start += len(line)
+    return places
+
+
+def _field(row: dict, name: str, path: Path, number: int) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise DataError(f"{path}:{number}: `{name}` must be a text, got {value!r}; delete the line and ask again.")
+    return value
+
+
+def _row(item: Item, answer: dict, path: Path, number: int) -> dict:
+    text, prompt = (_field(answer, name, path, number) for name in ("text", "prompt_hash"))
+    if prompt != item.prompt_hash:
+        raise DataError(
+            f"{path}:{number}: {'/'.join(item.key)} was answered with another prompt (hash {prompt}, now "
+            f"{item.prompt_hash}); delete the file and ask again."
+        )
+    places = [(part["start"] + part["end"]) / 2 for part in item.evidence]
+    return {
+        "benchmark": item.benchmark, "task": item.task, "id": item.id, "empty": not text.strip(),
+        **score_answer(item, text),
+        **{name: answer.get(name) for name in ("prompt_tokens", "cut_tokens", "finish_reason")},
+        "length": item.length, "depth": item.depth, "groups": item.groups,
+        "evidence_depth": 100 * sum(places) / len(places) / len(item.prompt) if places and item.prompt else None,
+        "source": source_of(item),
+    }  # fmt: skip
