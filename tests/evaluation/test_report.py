@@ -15,6 +15,7 @@ from solopo_plugin.evaluation.published import PUBLISHED, matches
 from solopo_plugin.evaluation.report import explorer, write_report
 from solopo_plugin.evaluation.report.figures import figures
 from solopo_plugin.evaluation.report.tables import Summary, benchmark_tables
+from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_json, write_jsonl
 
 
@@ -106,7 +107,7 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
     )
     assert block[0] == "**made-up-b against made-up-a**" and line[0] == "mean of tasks, F1"
     assert line[1:3] == [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}"]
-    assert line[4:] == [*(str(row[name]) for name in ("wins", "losses", "ties", "n")), "-"]
+    assert line[4:] == [str(row[name]) for name in ("wins", "losses", "ties", "n", "left_out")]
     assert [task[0] for task in tasks][::5] == ["NarrativeQA, F1", "MuSiQue, F1"]
     text = (folder / "report" / "report.md").read_text()
     page = Page(folder / "report" / "index.html").text
@@ -115,13 +116,25 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
         asked = [line for line in scores if line["benchmark"] == "longbench_qa"]
         assert f"cut in the middle: made-up-a {sum(r['cut_tokens'] > 0 for r in asked)} of {len(asked)}" in said
         assert "Selected: made-up-c, the best by sub-EM on Validation split" in said
-        assert "Warning: The selection set is also reported" in said
         assert "not corrected for the number of comparisons" in said
         assert "± 2.1, n=541" in said and "60.2" in said and TITLE in said
         assert "95 % bootstrap intervals" in said
     for model in results["models"]:
         line = " | ".join(str(model["counts"].get(k, "-")) for k in ("asked", "missing", "cut", "no_marker", "empty"))
         assert line in text
+
+
+def test_a_choice_by_a_benchmark_that_is_reported_is_labelled(tmp_path):
+    write_folder(tmp_path, few("longbench_qa"))
+    refs = [{"name": model, "path": model, "adapter": None, "step": None} for model in CHANCES]
+    chosen = make_results(tmp_path, refs, {}, "longbench_qa", None, 100, 3, [])["selection"]
+    write_report(tmp_path)
+    for said in (
+        (tmp_path / "report" / "report.md").read_text().replace("\\", ""),
+        Page(tmp_path / "report" / "index.html").text,
+    ):
+        assert f"Selected: {chosen['best']}, the best by F1 on LongBench v1 QA. {chosen['note']}" in said
+        assert f"Warning: {chosen['warning']}" in said and "selection on the test set" in said
 
 
 @pytest.mark.parametrize("left_out", ["a task", "a length", "another task"])
@@ -183,7 +196,7 @@ def test_csv_holds_every_number_with_all_digits(made):
         assert (line["model"], line["against"], float(line["value"])) == (row["b"], row["a"], row["difference"])
         assert all(float(line[name]) == row[name] for name in ("low", "high", "p_value", "wins", "losses", "ties", "n"))
     assert [float(line["value"]) for line in kinds["harness"]] == [row["value"] for row in HARNESS]
-    assert len(kinds["published"]) == 2 * len(PUBLISHED) and len(kinds["count"]) == 5 * len(CHANCES)
+    assert len(kinds["published"]) == 2 * len(PUBLISHED) and len(kinds["count"]) == 6 * len(CHANCES)
     assert all(line["source"].startswith("arXiv:2505.11166") for line in kinds["published"])
     assert sum("doubtful" in line["source"] for line in kinds["published"]) == 2
 
