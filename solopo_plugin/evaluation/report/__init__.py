@@ -71,7 +71,7 @@ def _read(path: Path) -> dict:
 
 
 def _sections(results: dict, scores: dict[str, list[dict]]) -> list[tuple[str, str, list, list[str]]]:
-    """(anchor, heading, tables, notes) of each part of the report."""
+    """Anchor, heading, tables and notes of each part of the report."""
     made = [("models", "Models", [models_table(results)], [])]
     for benchmark in Summary(results).benchmarks:
         tables = benchmark_tables(results, benchmark)
@@ -122,12 +122,13 @@ def _page(results: dict, scores: dict, pictures: dict, shown: list[dict], total:
     head = [f"<p>{e(text)}</p>" for text in (str(results["date"]), *_about(results))]
     head += [f"<p class=warning>{e(text)}</p>" for text in _selection(results)]
     links = [("overview", "Overview")] * bool(pictures) + [(anchor, heading) for anchor, heading, _, _ in sections]
+    chosen = ", a seeded choice, as many of each task" if len(shown) < total else ""
     parts = {
         "title": e(results["title"]),
         "head": "".join(head),
         "links": " · ".join(f'<a href="#{e(a)}">{e(text)}</a>' for a, text in [*links, ("questions", "Questions")]),
         "sections": body,
-        "n_shown": f"{len(shown)} of {total} questions are here, a seeded choice of equal size per task.",
+        "n_shown": f"{len(shown)} of {total} questions are here{chosen}.",
         "rows": embed({"models": list(scores), "rows": shown}),
     }
     return fill(PAGE, parts)
@@ -138,6 +139,6 @@ def _markdown(results: dict, scores: dict, pictures: dict) -> str:
     parts += [f"> {plain(text)}" for text in _selection(results)]
     for _, heading, tables, notes in _sections(results, scores):
         parts += [f"## {plain(heading)}", *map(plain, notes), *(as_markdown(table) for table in tables if table.open)]
-    parts += ["Tables of further metrics and of single tasks are in `tables.csv`.", "## Figures"]
+    parts += ["Further metrics and groups are in `tables.csv`.", "## Figures"]
     parts += [f"![{plain(caption)}]({name}.png)\n\n{plain(caption)}" for name, (_, caption, _) in pictures.items()]
     return "\n\n".join(parts) + "\n"

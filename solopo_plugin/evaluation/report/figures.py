@@ -8,11 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..items import MAIN_METRIC
-from .tables import METRICS, TITLES, Summary, label_length, label_task, values_of
+from .tables import METRICS, TITLES, Summary, compared, label_length, label_task, values_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":")
-ROWS = 30  # differences in a figure; of more, only the means over tasks, and short and long prompt of validation
 MAPS = 8  # models with a heat map; of more, the first ones and the selected one
 Pictures = dict[str, tuple[Figure, str, str]]  # file name -> figure, what it shows, its benchmark or ""
 
@@ -32,7 +31,7 @@ def _figures(found: Summary, results: dict) -> Pictures:
             "although the models differ on the same questions; that is what the paired comparison is for.",
             "",
         )
-    if rows := _differences(results):
+    if rows := compared(results, found.benchmarks, {name: (MAIN_METRIC.get(name),) for name in found.benchmarks}):
         made["differences"] = (
             differences(rows),
             "Paired comparison on the same questions: score of the first named model less that of the second, with "
@@ -124,15 +123,6 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
         axes.grid(alpha=0.4)
     panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
-
-
-def _differences(results: dict) -> list[dict]:
-    found = Summary(results)
-    rows = [row for name in found.benchmarks for row in found.compared(results, name, (MAIN_METRIC.get(name),))]
-    if len(rows) <= ROWS:
-        return rows
-    several = {row["benchmark"] for row in rows if row["task"] == ""} - {"validation"}
-    return [row for row in rows if (row["task"] == "") == (row["benchmark"] in several)]
 
 
 def differences(rows: list[dict]) -> Figure:

@@ -19,7 +19,7 @@ PAGE = (
 .ends { display: flex; justify-content: space-between; }
 figure { max-width: min(56rem, 100%); overflow-x: auto; margin: .5rem 0; }
 @media (max-width: 50rem) {
-  figure img { max-width: none; width: 42rem; }
+  figure img { max-width: 42rem; }
   #explorer { grid-template-columns: minmax(0, 1fr); } #list { height: 12rem; position: static; }
 }
 </style>

@@ -5,6 +5,7 @@ import html
 import io
 import re
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from ..items import MAIN_METRIC
 from ..published import CAVEATS, DOUBTFUL, PUBLISHED, SOURCE, matches
@@ -36,25 +37,21 @@ LABELS = {
     "2wikimqa": "2WikiMQA",
     "musique": "MuSiQue",
 }  # in the order of the paper; other tasks follow under their own names
-BANDS = {
-    "longbench_qa": {
-        "S-Doc": ("narrativeqa", "qasper", "multifieldqa_en"),
-        "M-Doc": ("hotpotqa", "2wikimqa", "musique"),
-    },
-}
+BANDS = dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en"), "S-Doc")  # of LongBench v1
+BANDS |= dict.fromkeys(("hotpotqa", "2wikimqa", "musique"), "M-Doc")
 ORDER = ("easy", "hard", "short", "medium", "long")
 MEASURED = "Measured here"
+COMPARISONS = 30  # shown together; of more, only means over tasks, and short and long prompt of validation
 Cell = tuple[str, str]  # what is read first, and what stands small below it
 
 
 @dataclass
 class Table:
-    """Rows in blocks, each with a heading; columns perhaps in bands."""
+    """Rows in blocks, each with a heading."""
 
     title: str
-    columns: list[str]
+    columns: list[tuple[str, str]]  # heading over neighbours that share it, and the column's own
     blocks: list[tuple[str, list[tuple[str, list[Cell]]]]]
-    bands: list[tuple[str, int]] = field(default_factory=list)  # heading and number of columns
     notes: list[str] = field(default_factory=list)
     open: bool = True  # otherwise folded away on the page, and left to the CSV in Markdown
 
@@ -74,14 +71,8 @@ class Summary:
 
     def tasks(self, benchmark: str) -> list[str]:
         """With "", the mean of tasks, at the end if there are several."""
-        tasks = in_order(self.names(2, benchmark) - {""}, tuple(LABELS))
+        tasks = in_order(self.names(2, benchmark) - {""}, (*LABELS, *ORDER))
         return [*tasks, ""] if len(tasks) != 1 else tasks
-
-    def compared(self, results: dict, benchmark: str, metrics: tuple[str, ...]) -> list[dict]:
-        """Comparisons by these metrics; the mean of tasks only where there are several."""
-        tasks = self.tasks(benchmark)
-        rows = [row for row in results["comparisons"] if row["benchmark"] == benchmark and row["metric"] in metrics]
-        return [row for row in rows if row["task"] in tasks]
 
     def metrics(self, benchmark: str) -> list[str]:
         return in_order(self.names(4, benchmark), (MAIN_METRIC.get(benchmark, ""), *METRICS))
@@ -101,7 +92,8 @@ class Summary:
 
 def values_of(group: str) -> dict[str, str]:
     """`length=16384,depth=50` as a dict."""
-    return dict(part.split("=", 1) for part in group.split(",")) if group else {}
+    parts = group.split(",") if group.startswith("length=") else [group] if group else []
+    return dict(part.split("=", 1) for part in parts)
 
 
 def _group_order(group: str) -> list:
@@ -143,66 +135,34 @@ def cell(row: dict | None) -> Cell:
 def benchmark_tables(results: dict, benchmark: str) -> list[Table]:
     """Tables of one benchmark: its metric, the comparisons, and folded away the other metrics."""
     found = Summary(results)
-    main = MAIN_METRIC.get(benchmark)
-    made = []
-    for metric in found.metrics(benchmark):
-        by_length = any(found.lengths(benchmark, task) for task in found.tasks(benchmark))
-        table = (_by_length if by_length else _by_task)(found, benchmark, metric)
-        table.open = metric == main or metric in BESIDE.get(benchmark, ())
-        if metric == main and benchmark in PUBLISHED[0].averages:
-            _put_beside(table, found, benchmark)
-        made.append(table)
-        if metric == main and benchmark != "longbench_v2" and (groups := _by_group(found, benchmark, metric)).columns:
-            groups.title, groups.open = f"{groups.title}, by property of the question", False
-            made.append(groups)
-    return sorted(made + _comparisons(results, benchmark), key=lambda table: not table.open)
+    made = [_metric_table(found, benchmark, metric) for metric in found.metrics(benchmark)]
+    if benchmark in PUBLISHED[0].averages:
+        _put_beside(made[0], found, benchmark)
+    return sorted([*made, *_comparisons(results, benchmark)], key=lambda table: not table.open)
 
 
-def _by_task(found: Summary, benchmark: str, metric: str) -> Table:
-    """A row per model, a column per task and for their mean; of LongBench v2 also by difficulty and length."""
-    tasks = found.tasks(benchmark)
-    keys, bands = [(task, "") for task in tasks], []
-    for band, names in BANDS.get(benchmark, {}).items():
-        bands += [(band, n)] if (n := sum(task in names for task in tasks)) else []
-    bands += [("", n)] if (n := len(tasks) - sum(n for _, n in bands)) else []
-    labels = [label_task(task) if len(tasks) > 1 else "all questions" for task in tasks]
-    table = _rows(found, benchmark, metric, keys, labels, bands)
-    if benchmark == "longbench_v2":
-        more = _by_group(found, benchmark, metric)
-        table.columns, table.bands = table.columns + more.columns, table.bands + more.bands
-        for (_, cells), (_, added) in zip(table.blocks[0][1], more.blocks[0][1], strict=True):
-            cells += added
-    return table
-
-
-def _by_group(found: Summary, benchmark: str, metric: str) -> Table:
-    """A row per model, a column per value of each property of the questions; tokens and depths apart."""
-    task, keys, labels, bands = found.tasks(benchmark)[-1], [], [], []
-    single = {group for group in found.names(3, benchmark, task) if group and "," not in group}
-    for name in sorted({next(iter(values_of(group))) for group in single} - {"depth"}):
-        groups = [g for g in found.groups(benchmark, task, name) if g not in found.lengths(benchmark, task)]
-        keys += [(task, group) for group in groups]
-        labels += map(label_group, groups)
-        bands += [(name, len(groups))] if groups else []
-    return _rows(found, benchmark, metric, keys, labels, bands)
-
-
-def _rows(found: Summary, benchmark: str, metric: str, keys: list, labels: list[str], bands: list) -> Table:
-    rows = [(m, [cell(found.get(m, benchmark, task, g, metric)) for task, g in keys]) for m in found.models]
-    return Table(METRICS.get(metric, metric), labels, [(MEASURED, rows)], bands)
-
-
-def _by_length(found: Summary, benchmark: str, metric: str) -> Table:
-    """A block per task, a row per model; columns: lengths and their mean."""
+def _metric_table(found: Summary, benchmark: str, metric: str) -> Table:
+    """A row per model. Columns are tasks; or lengths, with a block per task."""
     tasks = found.tasks(benchmark)
     lengths = sorted({g for task in tasks for g in found.lengths(benchmark, task)}, key=_group_order)
-    blocks = []
-    for task in tasks:
-        rows = [(m, [cell(found.get(m, benchmark, task, g, metric)) for g in (*lengths, "")]) for m in found.models]
-        blocks.append((f"{MEASURED}: {label_task(task)}", rows))
-    labels = [*map(label_group, lengths), "all lengths"]
-    bands = [("length of the prompt in tokens", len(lengths)), ("", 1)]
-    return Table(METRICS.get(metric, metric), labels, blocks, bands)
+    if lengths:
+        blocks = [(f"{MEASURED}: {label_task(task)}", [(task, group) for group in (*lengths, "")]) for task in tasks]
+        columns = [*(("length of the prompt in tokens", label_group(g)) for g in lengths), ("", "all lengths")]
+    else:
+        bands = BANDS if benchmark == "longbench_qa" else {}
+        columns = [(bands.get(task, ""), label_task(task) if len(tasks) > 1 else "all questions") for task in tasks]
+        keys = [(task, "") for task in tasks]
+        for name in ("difficulty", "length") if benchmark == "longbench_v2" else ():
+            groups = found.groups(benchmark, tasks[-1], name)
+            keys += [(tasks[-1], group) for group in groups]
+            columns += [(name, label_group(group)) for group in groups]
+        blocks = [(MEASURED, keys)]
+    rows = [
+        (title, [(m, [cell(found.get(m, benchmark, *key, metric)) for key in keys]) for m in found.models])
+        for title, keys in blocks
+    ]
+    shown = metric in (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
+    return Table(METRICS.get(metric, metric), columns, rows, open=shown)
 
 
 def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
@@ -212,51 +172,51 @@ def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
     if not matches(benchmark, tasks, lengths):
         table.notes.append("The paper's averages run over other tasks or lengths and are not put beside these numbers.")
         return
-    place = table.columns.index("all lengths" if "all lengths" in table.columns else LABELS[""])
     rows = []
-    for row in PUBLISHED:
-        cells = [("", "")] * len(table.columns)
-        cells[place] = (f"{row.averages[benchmark]:.1f}{' ?' * (benchmark in row.doubtful)}", "")
-        rows.append((row.name, cells))
+    for row in PUBLISHED:  # averages are the last column
+        value = f"{row.averages[benchmark]:.1f}{' ?' * (benchmark in row.doubtful)}"
+        rows.append((row.name, [("", "")] * (len(table.columns) - 1) + [(value, "")]))
     table.blocks.append((f"Published in {SOURCE} (not measured here)", rows))
-    table.notes.append(CAVEATS)
-    if any(benchmark in row.doubtful for row in PUBLISHED):
-        table.notes.append(DOUBTFUL)
+    table.notes += [CAVEATS, *([DOUBTFUL] if any(benchmark in row.doubtful for row in PUBLISHED) else [])]
+
+
+def compared(results: dict, benchmarks: list[str], metrics: dict[str, tuple[str, ...]]) -> list[dict]:
+    """Comparisons by these metrics of each benchmark; where they are many, only those that matter most."""
+    tasks = {benchmark: Summary(results).tasks(benchmark) for benchmark in benchmarks}
+    rows = [
+        row
+        for benchmark in benchmarks
+        for task in tasks[benchmark]
+        for row in results["comparisons"]
+        if (row["benchmark"], row["task"]) == (benchmark, task) and row["metric"] in metrics[benchmark]
+    ]
+    if len(rows) <= COMPARISONS:
+        return rows
+    means = {name for name in benchmarks if "" in tasks[name] and name != "validation"}
+    return [row for row in rows if (row["task"] == "") == (row["benchmark"] in means)]
 
 
 def _comparisons(results: dict, benchmark: str) -> list[Table]:
-    """Paired comparisons by the metrics that are shown open; those of single tasks are folded away."""
     metrics = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
-    rows = Summary(results).compared(results, benchmark, metrics)
-    several = any(row["task"] == "" for row in rows) and benchmark != "validation"
-    made = []
-    for title, chosen in (
-        ("Paired comparison on the same questions", [r for r in rows if not several or r["task"] == ""]),
-        ("Paired comparison by task", [r for r in rows if several and r["task"]]),
-    ):
-        blocks: dict[str, list] = {}
-        for row in chosen:
-            name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
-            interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
-            cells = [f"{row['difference']:+.1f}", interval, f"{row['p_value']:.2g}", *map(str, _tally(row))]
-            blocks.setdefault(f"{row['b']} against {row['a']}", []).append((name, [(text, "") for text in cells]))
-        columns = ["difference", "95 % interval", "p-value", "wins", "losses", "ties", "n"]
-        if blocks:
-            made.append(Table(title, columns, list(blocks.items())))
-    if made:
-        made[0].notes.append(
-            "Difference: first named less second, on questions that both answered; wins are its wins. An interval that "
-            "holds 0 is no difference shown. p-values are not corrected for the number of comparisons."
-        )
-        if left_out := sum(row.get("left_out", 0) for row in rows if row["metric"] == metrics[0] and row["task"]):
-            made[0].notes.append(f"Left out, as only one of the two answered: {left_out} questions, over all pairs.")
-    for table in made[1:]:
-        table.open = False
-    return made
-
-
-def _tally(row: dict) -> list[int]:
-    return [row["wins"], row["losses"], row["ties"], row["n"]]
+    shown = compared(results, [benchmark], {benchmark: metrics})
+    blocks: dict[str, list] = {}
+    for row in shown:
+        name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
+        cells = [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}", f"{row['p_value']:.2g}"]
+        cells += [str(row.get(key, "-")) for key in ("wins", "losses", "ties", "n", "left_out")]
+        blocks.setdefault(f"{row['b']} against {row['a']}", []).append((name, [(text, "") for text in cells]))
+    if not blocks:
+        return []
+    names = ("difference", "95 % interval", "p-value", "wins", "losses", "ties", "n", "answered by one")
+    tasks = {row["task"] for row in results["comparisons"] if row["benchmark"] == benchmark} - {""}
+    note = (
+        "Difference: first named less second, on the n questions that both answered; wins are its wins. An interval "
+        "that holds 0 shows no difference. p-values are not corrected for the number of comparisons."
+    )
+    if tasks - {row["task"] for row in shown}:
+        note += " The many comparisons of single tasks are in tables.csv."
+    columns = [("", name) for name in names]
+    return [Table("Paired comparison on the same questions", columns, list(blocks.items()), [note])]
 
 
 def notes_of(benchmark: str, scores: dict[str, list[dict]]) -> list[str]:
@@ -293,7 +253,7 @@ def models_table(results: dict) -> Table:
         facts = [model["path"], model.get("adapter") or "-", "-" if model.get("step") is None else str(model["step"])]
         numbers = [str(model["counts"].get(name, "-")) for name in counts]
         rows.append((model["name"], [(text, "") for text in facts + numbers]))
-    return Table("", ["path", "adapter", "step", *counts.values()], [("", rows)])
+    return Table("", [("", name) for name in ("path", "adapter", "step", *counts.values())], [("", rows)])
 
 
 def harness_table(results: dict) -> Table | None:
@@ -313,8 +273,7 @@ def harness_table(results: dict) -> Table | None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [(model, [show(by_key.get((model, *key))) for key in keys]) for model in models]
     notes = ["With the harness' own prompts and in its units (accuracies from 0 to 1); ± is its standard error."]
-    columns = [f"{task}, {metric}" for task, metric in keys]
-    return Table("", columns, [("", lines)], notes=notes)
+    return Table("", keys, [("", lines)], notes)
 
 
 def _is_float(value: object) -> bool:
@@ -328,10 +287,10 @@ def as_html(table: Table) -> str:
     """With headings of columns, bands and blocks marked as such; it scrolls by itself where it is too wide."""
     e = html.escape
     width = len(table.columns) + 1
-    bands = "".join(f'<th scope=colgroup colspan="{n}">{e(name)}</th>' for name, n in table.bands)
-    head = f"<tr><td></td>{bands}</tr>" if any(name for name, _ in table.bands) else ""
-    head += f"<tr><td></td>{''.join(f'<th scope=col>{e(name)}</th>' for name in table.columns)}</tr>"
-    head = f"<thead>{head}</thead>"
+    bands = [(band, len(list(own))) for band, own in groupby(band for band, _ in table.columns)]
+    over = "".join(f'<th scope=colgroup colspan="{n}">{e(band)}</th>' for band, n in bands)
+    head = f"<tr><td></td>{over}</tr>" if any(band for band, _ in bands) else ""
+    head += f"<tr><td></td>{''.join(f'<th scope=col>{e(name)}</th>' for _, name in table.columns)}</tr>"
     body = ""
     for title, rows in table.blocks:
         kind = " class=published" if title.startswith("Published") else ""
@@ -344,16 +303,15 @@ def as_html(table: Table) -> str:
         )
         body += f"<tbody{kind}>{heading}{''.join(lines)}</tbody>"
     title = e(table.title[:1].upper() + table.title[1:])
-    inner = f'<div class=wide tabindex=0 role=region aria-label="{title}"><table>{head}{body}</table></div>'
-    notes = "".join(f"<p class=note>{e(note)}</p>" for note in table.notes)
+    inner = f'<div class=wide tabindex=0 role=region aria-label="{title}"><table><thead>{head}</thead>{body}</table>'
+    notes = "</div>" + "".join(f"<p class=note>{e(note)}</p>" for note in table.notes)
     if table.open:
         return f"<h3>{title}</h3>{inner}{notes}" if title else inner + notes
     return f"<details><summary>{title}</summary>{inner}{notes}</details>"
 
 
 def as_markdown(table: Table) -> str:
-    bands = [name for name, n in table.bands for _ in range(n)] or [""] * len(table.columns)
-    columns = [f"{band}: {name}" if band else name for band, name in zip(bands, table.columns, strict=True)]
+    columns = [f"{band}: {name}" if band else name for band, name in table.columns]
     lines = [_line(["", *columns]), "|" + "---|" * (len(columns) + 1)]
     for title, rows in table.blocks:
         lines += [_line([f"**{plain(title)}**"] + [""] * len(columns), False)] * bool(title)
