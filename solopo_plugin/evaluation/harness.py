@@ -20,6 +20,10 @@ from ..synthesis.recipe import TOKENIZER, WEIGHTS
 
 ADAPTER = ("adapter_config.json", "*.safetensors", "*.bin")
 ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # last line of a traceback
+HINTS = {
+    "Tasks not found": "`python -m lm_eval ls tasks` lists them; ",
+    "chat_template": "for a model without one `harness_args: {apply_chat_template: false}`; ",
+}
 OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configuration that `harness_args` may not set
 
 
@@ -148,8 +152,8 @@ def _run(model: Any, recipe: Any, folder: Path) -> None:
     if code or not any(folder.glob("results_*.json")):
         lines = [line.strip() for line in tail.decode("utf-8", "replace").splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "it said nothing")
-        hint = "`python -m lm_eval ls tasks` lists them; " if "Tasks not found" in said else ""
-        raise DataError(f"lm-evaluation-harness ended with {code} for {model.name}: {said[:300]}; {hint}see {log}.")
+        hint = next((hint for words, hint in HINTS.items() if words in said), "")
+        raise DataError(f"lm-evaluation-harness ended with {code} for {model.name}: {said[:200]}; {hint}see {log}.")
 
 
 def read_results(path: Path, model: str, tasks: list[str]) -> list[dict]:

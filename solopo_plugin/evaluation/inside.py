@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from ..attention import base_of
 from ..host.template import encode_turn, load_template
@@ -74,8 +75,8 @@ def encode_row(tokenizer, template, prompt: str, response: str) -> tuple[list[in
     if (prompt_ids, response_ids) != encode_turn(tokenizer, template, messages):
         raise DataError(f"{type(tokenizer).__name__} gives other token ids with character offsets than without.")
     for text, ids, offsets in recorder.pieces:
-        first = next((i for i in range(len(prompt_ids)) if prompt_ids[i : i + len(ids)] == ids), -1)
-        if prompt in text and first >= 0:
+        first = next((i for i in range(len(prompt_ids)) if prompt_ids[i : i + len(ids)] == ids), None)
+        if prompt in text and first is not None:
             at, places = text.index(prompt), [(0, 0)] * len(prompt_ids)
             for i, (start, end) in enumerate(offsets, first):
                 start, end = max(start - at, 0), min(end - at, len(prompt))
@@ -164,8 +165,6 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
     Raises:
         DataError: The model shows no attention weights.
     """
-    from transformers import DynamicCache
-
     device, n_prompt, n = base_of(model).device, len(prompt_ids), len(response_ids)
     region_T = torch.tensor([REGIONS.index(name) for name in (*regions, *["response"] * n)], device=device)
     member_TG = nn.functional.one_hot(region_T, len(REGIONS)).float()
@@ -192,8 +191,8 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
     }
 
 
-def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict, dict]:
-    """What JSON says of one context of a row, and what the page shows of it."""
+def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict, list[int], list[tuple]]:
+    """What JSON says of one context of a row, the ids of the response, and the prompt's text in `pieces`."""
     prompt, name = row[SIDES[side]], f"row {row['id']!r}, {side} context"
     units = units_of(name, prompt, row[f"{side}_evidence"], row[f"{side}_paragraphs"])
     prompt_ids, response_ids, places = encode_row(tokenizer, template, prompt, row["chosen"])
@@ -203,27 +202,20 @@ def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict
     if n > window:
         raise DataError(f"{name}: {n} tokens, and the model's window is {window:g}; choose shorter rows with `--row`.")
     of_token = unit_of_tokens(prompt, places, units)
-    found = attend(model, prompt_ids, response_ids, ["template" if u is None else units[u][1] for u in of_token])
-    found = {key: value.double().cpu() for key, value in found.items()}
+    regions = ["template" if unit is None else units[unit][1] for unit in of_token]
+    found = {key: value.double().cpu() for key, value in attend(model, prompt_ids, response_ids, regions).items()}
     shares_LG, uniform_G = found["shares_LRG"].mean(1), found["uniform_RG"].mean(0)
     share, uniform = (dict(zip(REGIONS, values.tolist(), strict=True)) for values in (shares_LG.mean(0), uniform_G))
-    density = {region: share[region] / uniform[region] if uniform[region] else None for region in REGIONS}
-    documents = share["evidence"] + share["distractors"]
-    ratio = density["evidence"] is not None and density["distractors"]
     numbers = {
-        "prompt_tokens": len(prompt_ids),
-        "response_ids": response_ids,
-        "tokens": {g: sum(u is not None and units[u][1] == g for u in of_token) for g in REGIONS[:3]},
+        "tokens": {region: regions.count(region) for region in REGIONS[:-1]} | {"response": len(response_ids)},
         "share": share,
-        "density": density,
-        "evidence_of_documents": share["evidence"] / documents if documents else None,
-        "evidence_over_distractors": density["evidence"] / density["distractors"] if ratio else None,
-        "share_by_layer": dict(zip(REGIONS, shares_LG.T.tolist(), strict=True)),
         "uniform": uniform,
+        "per_token": {region: share[region] / uniform[region] if uniform[region] else None for region in REGIONS},
+        "share_by_layer": dict(zip(REGIONS, shares_LG.T.tolist(), strict=True)),
         "evidence_by_token": found["shares_LRG"][:, :, 0].mean(0).tolist(),
         "logps": found["logps_R"].tolist(),
     }
-    return numbers, {"pieces": pieces(prompt, places, units, of_token, found["attention_T"])}
+    return numbers, response_ids, pieces(prompt, places, units, of_token, found["attention_T"])
 
 
 def pieces(
@@ -233,18 +225,15 @@ def pieces(
 
     A piece is a token, or in prompts of more than `PER_TOKEN` tokens a part of `units_of`.
     """
-    alike, parts = len(attention_T), []
-    own = [i for i, u in enumerate(of_token) if u is not None]
+    own = [i for i, unit in enumerate(of_token) if unit is not None]
     groups = [[i] for i in own]
     if len(own) > PER_TOKEN:
-        groups = [[i for i in own if of_token[i] == u] for u in range(len(units))]
-    groups = [group for group in groups if group]
-    starts = [places[group[0]][0] for group in groups]
-    ends = [*starts[1:], len(prompt)]  # blanks that no token owns stay with the token before
-    for group, start, end in zip(groups, [0, *starts[1:]], ends, strict=True):
-        value = float(attention_T[group].mean()) * alike
-        parts.append((prompt[start:end], units[of_token[group[0]]][1] == "evidence", round(value, 3)))
-    return parts
+        groups = [group for u in range(len(units)) if (group := [i for i in own if of_token[i] == u])]
+    starts = [0, *(places[group[0]][0] for group in groups[1:]), len(prompt)]  # blanks stay with what is before them
+    return [
+        (prompt[a:b], units[of_token[i[0]]][1] == "evidence", round(float(attention_T[i].mean()) * len(attention_T), 3))
+        for i, a, b in zip(groups, starts, starts[1:], strict=False)
+    ]
 
 
 def look(model, tokenizer, template, row: dict) -> tuple[dict, dict]:
@@ -252,23 +241,19 @@ def look(model, tokenizer, template, row: dict) -> tuple[dict, dict]:
 
     `difference` is log-prob in the long context minus log-prob in the short one, nats per response token.
     """
-    sides = {side: look_at_side(model, tokenizer, template, row, side) for side in SIDES}
-    short, long = sides["short"][0], sides["long"][0]
-    ids = short.pop("response_ids")
-    if ids != long.pop("response_ids"):
+    found = [look_at_side(model, tokenizer, template, row, side) for side in SIDES]
+    (short, ids, short_pieces), (long, long_ids, long_pieces) = found
+    if ids != long_ids:
         raise DataError(f"row {row['id']!r}: `chosen` tokenises differently behind the two prompts; check `template`.")
-    difference = [b - a for a, b in zip(short["logps"], long["logps"], strict=True)]
+    difference = [after - before for before, after in zip(short["logps"], long["logps"], strict=True)]
+    columns = [side[name] for name in ("logps", "evidence_by_token") for side in (short, long)]
+    response = [
+        (text, *(round(value, 4) for value in values))
+        for text, *values in zip(token_texts(tokenizer, ids), *columns, strict=True)
+    ]
     numbers = {"id": row["id"], "short": short, "long": long, "difference": difference}
-    columns = (
-        token_texts(tokenizer, ids),
-        short["logps"],
-        long["logps"],
-        *(s["evidence_by_token"] for s in (short, long)),
-    )
-    response = [(text, *(round(value, 4) for value in values)) for text, *values in zip(*columns, strict=True)]
-    return numbers, {"id": row["id"], "question": row["question"], "response": response} | {
-        side: shown["pieces"] for side, (_, shown) in sides.items()
-    }
+    texts = {"response": response, "short": short_pieces, "long": long_pieces}
+    return numbers, {"id": row["id"], "question": row["question"]} | texts
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
@@ -281,13 +266,22 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
 MEASURES = {
-    **{f"share of attention: {g}": lambda side, g=g: side["share"][g] for g in REGIONS},
-    **{f"attention per token / uniform: {g}": lambda side, g=g: side["density"][g] for g in REGIONS[:3]},
-    "evidence's share of what falls on documents": lambda side: side["evidence_of_documents"],
-    "attention per token, evidence / distractors": lambda side: side["evidence_over_distractors"],
-    "log-prob per response token": lambda side: float(np.mean(side["logps"])),
-}
+    **{f"share of attention: {region}": lambda side, region=region: side["share"][region] for region in REGIONS},
+    **{f"attention per token / uniform: {region}": lambda side, region=region: side["per_token"][region]
+       for region in REGIONS[:3]},
+    "evidence's share of what falls on documents": lambda side: _ratio(
+        side["share"]["evidence"], side["share"]["evidence"] + side["share"]["distractors"]
+    ),
+    "attention per token, evidence / distractors": lambda side: _ratio(
+        side["per_token"]["evidence"], side["per_token"]["distractors"]
+    ),
+    "log-prob per response token": lambda side: np.mean(side["logps"]),
+}  # fmt: skip
 
 
 def summarise(looks: dict[str, list[dict]], seed: int = 0) -> list[dict]:
@@ -298,29 +292,23 @@ def summarise(looks: dict[str, list[dict]], seed: int = 0) -> list[dict]:
 
     Returns:
         {"model", "measure", "side": short, long or long - short, "n", "mean", "low", "high"}; with two models also the
-        second minus the first, row by row, as model `b - a`.
+        second minus the first, row by row, as model `b - a`. Rows without a number, such as a ratio to no distractors,
+        are left out.
     """
-    sides = {"short": lambda m, r: m(r["short"]), "long": lambda m, r: m(r["long"]), "long - short": None}
-    values, lines = {}, []
+    lines = []
     for measure, of in MEASURES.items():
-        for side, get in sides.items():
-            for name, rows in looks.items():
-                parts = [[of(row[s]) for row in rows] for s in SIDES] if get is None else [[get(of, r) for r in rows]]
-                values[name] = [
-                    None if None in value else value[-1] - value[0] if get is None else value[0]
-                    for value in zip(*parts, strict=True)
-                ]
-            series = {name: values[name] for name in looks}
-            if len(looks) == 2:
-                a, b = looks
-                pairs = zip(values[a], values[b], strict=True)
-                series[f"{b} - {a}"] = [None if None in pair else pair[1] - pair[0] for pair in pairs]
-            for name, numbers in series.items():
-                kept = np.array([number for number in numbers if number is not None])
-                if len(kept):
-                    mean, low, high = mean_interval([kept], SAMPLES, np.random.default_rng(seed))
-                    line = {"model": name, "measure": measure, "side": side, "n": len(kept)}
-                    lines.append(line | {"mean": mean, "low": low, "high": high})
+        series = {}
+        for name, rows in looks.items():
+            short, long = (np.array([of(row[side]) for row in rows], dtype=float) for side in SIDES)
+            series[name] = {"short": short, "long": long, "long - short": long - short}
+        if len(series) == 2:
+            (a, first), (b, second) = series.items()
+            series[f"{b} - {a}"] = {side: second[side] - first[side] for side in first}
+        for name, side, values in ((name, *pair) for name, sides in series.items() for pair in sides.items()):
+            if len(kept := values[~np.isnan(values)]):
+                mean, low, high = mean_interval([kept], SAMPLES, np.random.default_rng(seed))
+                line = {"model": name, "measure": measure, "side": side, "n": len(kept)}
+                lines.append(line | {"mean": mean, "low": low, "high": high})
     return lines
 
 
@@ -357,8 +345,6 @@ def load(path: str, below: str | None = None, trust_remote_code: bool = False) -
     Raises:
         DataError: There is no such model.
     """
-    from transformers import AutoModelForCausalLM
-
     adapter, base = Path(path) / "adapter_config.json", path
     try:
         if adapter.is_file():

@@ -32,6 +32,7 @@ SHAPES = {  # what attends in another way: a window shorter than the prompt, a s
 }
 # float32: sums of 100 to 300 weights, some units of 1e-7; log-probs near 7 nats, from logits of two kernels
 SHARES, LOGPS = 2e-6, 2e-5
+OF_DOCUMENTS, RATIO = "evidence's share of what falls on documents", "attention per token, evidence / distractors"
 
 
 def make_row(i: int, **changes) -> dict:
@@ -107,15 +108,15 @@ def test_uniform_attention_gives_counts_of_tokens(tiny):
     numbers, _ = look(model, tokenizer, template, make_row(1))
     for side in ("short", "long"):
         found = numbers[side]
-        n_prompt, n = found["prompt_tokens"], len(numbers["difference"])
-        for region, tokens in found["tokens"].items():
-            want = sum(tokens / (n_prompt + i + 1) for i in range(n)) / n
-            assert found["share"][region] == pytest.approx(want, abs=SHARES)
-        assert found["density"] == pytest.approx(dict.fromkeys(REGIONS, 1.0), abs=1e-4)
-        assert found["evidence_over_distractors"] == pytest.approx(1, abs=1e-4)
         tokens = found["tokens"]
+        n = tokens.pop("response")
+        for region, count in tokens.items():
+            want = sum(count / (sum(tokens.values()) + i + 1) for i in range(n)) / n
+            assert found["share"][region] == pytest.approx(want, abs=SHARES)
+        assert found["per_token"] == pytest.approx(dict.fromkeys(REGIONS, 1.0), abs=1e-4)
         want = tokens["evidence"] / (tokens["evidence"] + tokens["distractors"])
-        assert found["evidence_of_documents"] == pytest.approx(want, abs=SHARES)
+        assert inside.MEASURES[OF_DOCUMENTS](found) == pytest.approx(want, abs=SHARES)
+        assert inside.MEASURES[RATIO](found) == pytest.approx(1, abs=1e-4)
 
 
 def test_attention_on_chosen_tokens_gives_its_softmax(tiny):
@@ -216,7 +217,7 @@ def test_the_page_shows_the_whole_prompt(tiny, monkeypatch, per_token):
 
 # ---- the command
 
-KEYS = {"share", "density", "tokens", "share_by_layer", "logps", "evidence_by_token", "evidence_of_documents"}
+KEYS = {"share", "uniform", "per_token", "tokens", "share_by_layer", "logps", "evidence_by_token"}
 
 
 def command(rows, out, model, *words) -> int:
@@ -259,14 +260,15 @@ def test_base_and_adapter_side_by_side(rows_file, tiny_model, adapter, tmp_path,
         )
         assert sum(a["long"]["share"].values()) == pytest.approx(1, abs=SHARES)
     lines = {(line["model"], line["measure"], line["side"]): line for line in found["summary"]}
-    measure = "evidence's share of what falls on documents"
-    means = [
-        sum(row["long"]["evidence_of_documents"] for row in rows) / 3 for rows in (base, trained)
-    ]  # fmt: skip
-    pair = lines[f"{adapter.name} - {Path(tiny_model()).name}", measure, "long"]
-    assert pair["mean"] == pytest.approx(means[1] - means[0]) and pair["low"] <= pair["mean"] <= pair["high"]
-    change = lines[Path(tiny_model()).name, measure, "long - short"]["mean"]
-    assert change == pytest.approx(means[0] - sum(row["short"]["evidence_of_documents"] for row in base) / 3)
+
+    def mean(rows: list[dict], side: str) -> float:
+        return sum(inside.MEASURES[OF_DOCUMENTS](row[side]) for row in rows) / 3
+
+    pair = lines[f"{adapter.name} - {Path(tiny_model()).name}", OF_DOCUMENTS, "long"]
+    assert pair["mean"] == pytest.approx(mean(trained, "long") - mean(base, "long"))
+    assert pair["low"] <= pair["mean"] <= pair["high"] and pair["n"] == 3
+    change = lines[Path(tiny_model()).name, OF_DOCUMENTS, "long - short"]["mean"]
+    assert change == pytest.approx(mean(base, "long") - mean(base, "short"))
     assert (tmp_path / "shares_by_layer.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -295,9 +297,9 @@ def test_parquet_rows_and_rows_without_distractors(tiny_model, tmp_path):
     assert command(tmp_path / "rows.parquet", tmp_path, tiny_model()) == 0
     found = json.loads((tmp_path / "look.json").read_text())
     side = found["rows"][Path(tiny_model()).name][0]["short"]
-    assert side["evidence_over_distractors"] is None and side["evidence_of_documents"] == 1
-    assert side["density"]["distractors"] is None
-    sides = {line["side"] for line in found["summary"] if line["measure"].endswith("evidence / distractors")}
+    assert side["per_token"]["distractors"] is None
+    assert inside.MEASURES[RATIO](side) is None and inside.MEASURES[OF_DOCUMENTS](side) == 1
+    sides = {line["side"] for line in found["summary"] if line["measure"] == RATIO}
     assert sides == {"long"}
 
 
