@@ -30,14 +30,17 @@ def share(*parts) -> float:
 
 
 def scripted(
-    prompt: str, seed: int, choice: int, answers: dict[str, str], right=0.5, empty=0.0, unmarked=0.0
+    prompt: str, seed: int, choice: int, answers: dict[str, str], right=0.5, empty=0.0, unmarked=0.0, verbatim=False
 ) -> tuple[str, bool]:
     """Text of one choice, and whether it is right.
 
     Args:
         empty: Share of empty answers. `unmarked`: share of the others that lack `The answer is:`.
+        verbatim: `answers` has the whole texts.
     """
     question = max((q for q in answers if q in prompt), key=len)
+    if verbatim:
+        return answers[question], True
     draw = share(prompt, seed, choice)
     thought = f"Thought {int(draw * 1e6)}" + " and so on" * int(draw * 97 % 12)
     if share("empty", prompt, seed, choice) < empty:
@@ -132,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         choices = []
         for i in range(n):
             o = self.options
-            text, _ = scripted(prompt, body.get("seed"), i, known, o.right, o.empty, o.unmarked)
+            text, _ = scripted(prompt, body.get("seed"), i, known, o.right, o.empty, o.unmarked, o.verbatim)
             content = {"message": {"role": "assistant", "content": text or None}} if chat else {"text": text}
             choices.append({"index": i, "finish_reason": "stop", **content})
         usage = {"prompt_tokens": self.options.prompt_tokens or len(prompt.split())}
@@ -148,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--right", type=float, default=0.5, help="probability of a right answer")
     p.add_argument("--empty", type=float, default=0.0, help="share of empty answers (content: null)")
     p.add_argument("--unmarked", type=float, default=0.0, help="share of answers without the marker")
+    p.add_argument("--verbatim", action="store_true", help="the file of answers has whole texts")
     for name in SHARES:
         p.add_argument(f"--{name}", type=float, default=0.0, help="share of requests")
     p.add_argument("--always", action="store_true", help="faults meet every try, not only the first")
