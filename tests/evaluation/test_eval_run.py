@@ -336,11 +336,11 @@ def zygote():
 
 
 def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory):
-    """kill -9 at eight moments; the answers are the same lines, each once, and none is asked for twice over."""
+    """kill -9 at six moments; the answers are the same lines, each once, and none is asked for twice over."""
     right = answers_for(tmp_path_factory.mktemp("answers") / "answers.json", N_QUESTIONS)
     log, ends, folders = right.with_name("log"), [], []
     with serving(right, slow=0.02, log=log) as server:
-        for kills in (0, 8):
+        for kills in (0, 6):
             folder = tmp_path_factory.mktemp("run")
             keys = vars(recipe_in(folder, ["served"], backend="openai", server_urls=server.url, concurrency=2,
                                   model_name_or_path=tokenizer, max_input_tokens=250))  # fmt: skip
@@ -354,8 +354,8 @@ def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory
                 assert len(log.read_text().splitlines()) == N_QUESTIONS
                 log.unlink()
     calm, killed = ((folder / "out") for folder in folders)
-    assert ends[1].count(-9) >= 4, ends
-    assert N_QUESTIONS <= len(log.read_text().splitlines()) <= N_QUESTIONS + 2 * 8  # those under way at a kill
+    assert ends[1].count(-9) >= 3, ends
+    assert N_QUESTIONS <= len(log.read_text().splitlines()) <= N_QUESTIONS + 2 * 6  # those under way at a kill
     lines = [(folder / "answers" / "served.jsonl").read_bytes().splitlines() for folder in (calm, killed)]
     assert lines[0][0] == lines[1][0] and sorted(lines[0]) == sorted(lines[1]) and len(lines[0]) == N_QUESTIONS + 1
     assert file_hash(calm / "items.jsonl") == file_hash(killed / "items.jsonl")

@@ -19,13 +19,14 @@ from pathlib import Path
 from ...synthesis.files import DataError
 from ...synthesis.read import row_id, texts
 from ..items import Item
+from ..recipe import EvalRecipe
 from .rows import around, items_of, number_at, rows_of, text_at
 
 TASKS = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique")  # those of the paper
 INTERVALS = ((4000, "0-4k"), (8000, "4-8k"), (float("inf"), "8k+"))  # of `length`, in words: LongBench-E's
 
 
-def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """Its questions, task by task; groups: LongBench-E's intervals of length.
 
     Raises:

@@ -15,6 +15,7 @@ from functools import partial
 from ...synthesis.files import DataError
 from ...synthesis.read import row_id, shown
 from ..items import Item
+from ..recipe import EvalRecipe
 from .rows import around, items_of, rows_of, text_at
 
 PROMPT = """\
@@ -30,7 +31,7 @@ LETTERS = "ABCD"
 CLASSES = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
 
 
-def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """Its questions; groups: difficulty and class of length; the task is `all`.
 
     Raises:

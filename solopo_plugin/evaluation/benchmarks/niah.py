@@ -26,11 +26,12 @@ from ...synthesis.files import DataError
 from ...synthesis.pool import Question
 from ...synthesis.read import row_id, texts
 from ..items import Item
+from ..recipe import EvalRecipe
 from .haystack import NAME, Haystack, item_fields, wanted_questions
 from .rows import around, items_of, number_at, rows_of, text_at
 
 
-def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """The questions of the files, then those of the contexts that are built.
 
     Raises:

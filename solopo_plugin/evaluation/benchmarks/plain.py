@@ -20,13 +20,14 @@ from functools import partial
 from ...synthesis.files import DataError
 from ...synthesis.read import list_at, make_paragraph, row_id, shown, texts
 from ..items import Item
+from ..recipe import EvalRecipe
 from .longbench_v2 import LETTERS, PROMPT, with_choices
 from .rows import around, around_documents, items_of, rows_of, text_at
 
 FORMS = ("prompt", "context", "documents", "evidence")
 
 
-def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """The questions of the user's files.
 
     Raises:

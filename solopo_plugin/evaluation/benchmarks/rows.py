@@ -13,6 +13,7 @@ from ...synthesis.files import DataError
 from ...synthesis.pool import marker_pattern, shown_text
 from ...synthesis.read import draw, located, shown, source_rows
 from ..items import Item
+from ..recipe import EvalRecipe
 
 log = logging.getLogger(__name__)
 Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it
@@ -28,7 +29,7 @@ def items_of(
     rows: Callable[[], Rows],
     make: Callable[[dict], Iterable[Item]],
     what: str,
-    recipe: "EvalRecipe",  # noqa: F821
+    recipe: EvalRecipe,
     tokenizer,
     template,
 ) -> Iterator[Item]:

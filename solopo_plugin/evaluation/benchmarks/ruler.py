@@ -15,10 +15,11 @@ same article first and may hold the answer, its evidence of HotpotQA comes with 
 from collections.abc import Iterator
 
 from ..items import Item
+from ..recipe import EvalRecipe
 from .haystack import Haystack, item_fields, wanted_questions
 
 
-def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """Its questions, task by task, each at all lengths in turn.
 
     Raises:

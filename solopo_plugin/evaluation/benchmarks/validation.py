@@ -11,10 +11,11 @@ from pathlib import Path
 from ...synthesis.files import DataError
 from ...synthesis.read import objects, row_id, texts
 from ..items import Item
+from ..recipe import EvalRecipe
 from .rows import items_of, rows_of, text_at
 
 
-def items(recipe: "EvalRecipe", tokenizer, template) -> Iterator[Item]:  # noqa: F821
+def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """Both questions of each row; `max_samples` chooses the same rows for both.
 
     Raises:
