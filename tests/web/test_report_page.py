@@ -199,7 +199,7 @@ def test_the_picture_for_the_docs(tmp_path, opened):
     assert page.locator("figure").count() == 2 and 1000 < box["y"] < 3000
     if path := os.environ.get("SOLOPO_SCREENSHOT"):
         page.screenshot(path=path, full_page=True, animations="disabled")
-        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of its bytes
+        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of its bytes
 
 
 PICTURE = """() => {

@@ -12,25 +12,41 @@ from .tables import METRICS, TITLES, Summary, compared, label_length, label_task
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":")
-MAPS = 8  # models with a heat map; of more, the first ones and the selected one
+DRAWN = 8  # models that one figure can tell apart; of more, so many evenly along the list, and the selected one
 Pictures = dict[str, tuple[Figure, str, str]]  # file name -> figure, what it shows, its benchmark or ""
 
 
 def figures(results: dict) -> Pictures:
     """All figures for which there are numbers."""
     with rc_context({"text.parse_math": False}):  # a name may hold dollar signs
-        return _figures(Summary(results), results)
+        found, made = Summary(results), {}
+        if found.benchmarks:
+            made["overview"] = (
+                overview(found),
+                "Mean score of each model by benchmark, with 95 % bootstrap intervals. Intervals of two models may "
+                "overlap although the models differ on the same questions; that is what the paired comparison is for.",
+                "",
+            )
+        fewer = few_models(results)
+        made |= _of_few(Summary(fewer), fewer)
+    if len(fewer["models"]) == len(found.models):
+        return made
+    note = f" Drawn are {len(fewer['models'])} of {len(found.models)} models; all numbers are in tables.csv."
+    return {k: (figure, text + note * (k != "overview"), name) for k, (figure, text, name) in made.items()}
 
 
-def _figures(found: Summary, results: dict) -> Pictures:
+def few_models(results: dict) -> dict:
+    """The results of at most `DRAWN` models and the selected one."""
+    last, best = len(results["models"]) - 1, (results.get("selection") or {}).get("best")
+    places = {round(i * last / (DRAWN - 1)) for i in range(DRAWN)} if last >= DRAWN else range(last + 1)
+    models = [m for i, m in enumerate(results["models"]) if i in places or m["name"] == best]
+    names = {model["name"] for model in models}
+    pairs = [row for row in results["comparisons"] if {row["a"], row["b"]} <= names]
+    return results | {"models": models, "comparisons": pairs}
+
+
+def _of_few(found: Summary, results: dict) -> Pictures:
     made = {}
-    if found.benchmarks:
-        made["overview"] = (
-            overview(found),
-            "Mean score of each model by benchmark, with 95 % bootstrap intervals. Intervals of two models may overlap "
-            "although the models differ on the same questions; that is what the paired comparison is for.",
-            "",
-        )
     if rows := compared(results, found.benchmarks, {name: (MAIN_METRIC.get(name),) for name in found.benchmarks}):
         made["differences"] = (
             differences(rows),
@@ -51,7 +67,7 @@ def _figures(found: Summary, results: dict) -> Pictures:
 
 
 def _lines(models: list[str]) -> dict[str, dict]:
-    """How each model is drawn, in every figure the same way."""
+    """How each model is drawn."""
     return {
         model: {
             "color": COLORS[i % len(COLORS)],
@@ -119,7 +135,8 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, map(label_length, ticks))
         axes.set(title=label_task(task), xlabel="length of the prompt, tokens", ylim=(0, 103))
-        axes.set_ylabel(f"{METRICS.get(metric, metric)} (0 to 100)")
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel(f"{METRICS.get(metric, metric)} (0 to 100)")
         axes.grid(alpha=0.4)
     panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
@@ -141,7 +158,8 @@ def differences(rows: list[dict]) -> Figure:
             axes.errorbar(row["difference"], y, xerr=errors, color=color, capsize=3, **style)
         names = [(TITLES.get(r["benchmark"], r["benchmark"]), label_task(r["task"])) for r in own]
         axes.set_yticks(range(len(own)), map(": ".join, names))
-        axes.set(title=f"{_short(b)} less {_short(a)}", ylim=(len(own) - 0.5, -0.5))
+        axes.set_title(f"{_short(b)} less {_short(a)}", loc="right")
+        axes.set_ylim(len(own) - 0.5, -0.5)
         axes.axvline(0, color="black", linewidth=1)
         axes.grid(axis="x", alpha=0.4)
     panels[-1].set_xlabel("difference of the main metric, points of 100")
@@ -153,17 +171,14 @@ def heat_maps(found: Summary, results: dict, benchmark: str = "niah_plus") -> Pi
     tasks = [task for task in found.tasks(benchmark) if found.groups(benchmark, task, "length", "depth")]
     if not tasks:
         return {}
-    metric, best = MAIN_METRIC[benchmark], (results.get("selection") or {}).get("best")
-    models = [model for i, model in enumerate(found.models) if i < MAPS or model == best]
-    grids = {model: [_grid(found, model, benchmark, task, metric) for task in tasks] for model in models}
+    metric = MAIN_METRIC[benchmark]
+    grids = {model: [_grid(found, model, benchmark, task, metric) for task in tasks] for model in found.models}
     made = {}
     for i, (model, maps) in enumerate(grids.items(), 1):
         caption = f"NIAH-Plus, {model}: {METRICS[metric]} by depth of the needle and length of the prompt."
-        if len(models) < len(found.models):
-            caption += f" Maps of {len(models)} of {len(found.models)} models are drawn; all numbers are in tables.csv."
         made[f"niah_{i}"] = (_maps(maps, tasks, _short(model), "cividis", 0, 100), caption, benchmark)
     pairs = dict.fromkeys((r["a"], r["b"]) for r in results["comparisons"] if r["benchmark"] == benchmark)
-    for a, b in (pair for pair in pairs if {*pair} <= {*models}):
+    for a, b in pairs:
         both = zip(grids[a], grids[b], strict=True)
         maps = [(lengths, depths, other - values) for (lengths, depths, values), (_, _, other) in both]
         limit = max(10, *(np.nanmax(np.abs(m[2]), initial=0) for m in maps))
