@@ -72,7 +72,7 @@ PAGE = (
 </head>
 <body>
 <h1>Looking inside</h1>
-<p>{{models}}; {{n}} rows. Means over rows, 95 % bootstrap intervals in brackets.</p>
+<p>{{models}}. Rows: {{n}}. Means over rows, 95 % bootstrap intervals in brackets.</p>
 {{summary}}
 {{picture}}
 <h2 id="reader">Rows</h2>

@@ -194,6 +194,12 @@ def test_tokens_of_each_part(tiny_chat):
         assert shown.strip() == text.strip()
 
 
+def test_a_token_across_an_edge_goes_with_its_first_letter():
+    """`\n\nc` belongs to what begins with `c`, a blank token to what it begins in, and (0, 0) to the template."""
+    places = [(0, 2), (2, 4), (2, 5), (1, 3), (4, 6), (0, 0)]
+    assert unit_of_tokens("ab\n\ncd", places, [(0, "question"), (4, "evidence")]) == [0, 0, 1, 0, 1, None]
+
+
 def test_a_question_behind_another_prompt_is_no_document():
     prompt = "Document 1: A\nText one.\n\nDocument 2: B\nText two.\n\nNow tell: why?"
     start = prompt.index("Text two")
