@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-web screenshot chromium recipes benchmark clean
+.PHONY: install demo lab test test-web screenshot chromium recipes benchmark clean
 
 install: .venv/.installed
 
@@ -25,6 +25,11 @@ demo: .venv/.installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/llamafactory-cli train examples/yaml/demo_solo_orpo.yaml
 	@$(BIN)/python scripts/show_run.py saves/demo/solo_orpo
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/show_accuracy.py saves/demo/solo_orpo
+
+# every arm, five seeds; continues where it was killed. ARGS="--arms solo_orpo dpo_long --seeds 0"
+lab: .venv/.installed
+	CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/run.py $(ARGS)
+	@$(BIN)/python scripts/lab/report.py
 
 test: .venv/.test
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --ignore=tests/web $(TESTS)

@@ -24,7 +24,8 @@ DEMO = YAML / "demo_solo_orpo.yaml"
 FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora")
 RECIPES = sorted(p.relative_to(YAML).as_posix() for f in FOLDERS for p in (YAML / f).rglob("*.yaml"))
 ABLATIONS = [name for name in RECIPES if "/ablations/" in name]
-PARSED = RECIPES + [DEMO.name] * DEMO.exists()
+LAB = sorted(p.relative_to(YAML).as_posix() for p in (YAML / "lab").glob("*.yaml"))  # also tests/lab
+PARSED = RECIPES + [DEMO.name] * DEMO.exists() + LAB
 ORIGIN = re.compile(r"  # (paper|host default|ours|LongPO README)(; .+)?$")
 
 
@@ -44,7 +45,7 @@ def test_count():
     # Llama: 1 SoLo + 2 SFT + 1 loss x 3 data sets + LongPO = 7, ablations 1 x 6. LoRA: 1.
     assert len(RECIPES) == 15 + 18 + 7 + 6 + 1 == 47
     assert len(ABLATIONS) == 24
-    stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(RECIPES) - {DEMO.name}
+    stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(RECIPES) - {DEMO.name} - set(LAB)
     stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "data").glob("*.yaml")}  # tests/synthesis/test_read.py
     stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "eval").glob("*.yaml")}  # tests/evaluation
     assert not stray, f"recipes that no test looks at: {stray}"

@@ -3,7 +3,7 @@
     python scripts/lab/make_rows.py FOLDER [--rows 3200] [--seed 0]
 
 FOLDER/dataset_info.json registers them three times: `recall_solopo` for `stage: solopo`, `recall_short_po` and
-`recall_long_po` for the host's `stage: dpo` on the short or the long context, with the same pair.
+`recall_expand_long_po` for the host's `stage: dpo` on the short or the long context, with the same pair.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from pathlib import Path
 from recall import LONG, SHORT, rows, write, write_json
 
 RESPONSES = {"chosen": "chosen", "rejected": "rejected"}
-COLUMNS = {
+ENTRIES = {
     "recall_solopo": {"prompt": "prompt", "long_prompt": "long_prompt", **RESPONSES},
     "recall_short_po": {"prompt": "prompt", **RESPONSES},
-    "recall_long_po": {"prompt": "long_prompt", **RESPONSES},
+    "recall_expand_long_po": {"prompt": "long_prompt", **RESPONSES},
 }
 
 
@@ -24,7 +24,7 @@ def make_rows(folder: Path, n: int, seed: int) -> None:
     """Write `n` rows and their registration."""
     write(folder / "recall.jsonl", "".join(json.dumps(row) + "\n" for row in rows(n, seed)))
     info = {"file_name": "recall.jsonl", "ranking": True}
-    write_json(folder / "dataset_info.json", {name: info | {"columns": c} for name, c in COLUMNS.items()})
+    write_json(folder / "dataset_info.json", {name: info | {"columns": c} for name, c in ENTRIES.items()})
 
 
 def main(words: list[str] | None = None) -> None:

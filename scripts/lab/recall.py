@@ -52,11 +52,17 @@ def text(ids: Tensor) -> str:
     return " ".join(WORDS[i] for i in ids.reshape(-1).tolist())
 
 
-def rows(n: int, seed: int) -> list[dict]:
+COLUMNS = ("prompt", "long_prompt", "chosen", "rejected")
+
+
+def as_rows(*drawn: Tensor) -> list[dict]:
+    """Short prompts, long prompts, chosen and rejected values as rows of text."""
+    return [dict(zip(COLUMNS, map(text, row), strict=True)) for row in zip(*drawn, strict=True)]
+
+
+def rows(n: int, seed: int, short: int = SHORT, long: int = LONG) -> list[dict]:
     """`n` preference rows of the experiments, in the columns of `stage: solopo`."""
-    drawn = questions(n, SHORT, LONG, torch.Generator().manual_seed(seed))
-    names = ("prompt", "long_prompt", "chosen", "rejected")
-    return [dict(zip(names, map(text, row), strict=True)) for row in zip(*drawn, strict=True)]
+    return as_rows(*questions(n, short, long, torch.Generator().manual_seed(seed)))
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ the real trainer on the shipped base.
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ import yaml
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts" / "lab"))
+import arms  # noqa: E402
+import lab_rows  # noqa: E402
 from make_base import learn_to_copy, tokenizer, untrained  # noqa: E402
-from make_rows import COLUMNS, make_rows  # noqa: E402
-from recall import BASE, LONG, SHORT, WORDS, accuracy, profile, questions, rows  # noqa: E402
+from make_rows import ENTRIES, make_rows  # noqa: E402
+from recall import BASE, LONG, SHORT, VALUE, WORDS, accuracy, profile, questions, rows  # noqa: E402
 from show_accuracy import main as show_accuracy  # noqa: E402
 
 
@@ -104,6 +107,50 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
     assert float(capsys.readouterr().out.split()[-1]) < 5.4  # ln 256 = 5.545
 
 
+# ---- the comparison's recipes and rows
+
+
+def test_recipes_are_what_the_table_gives(capsys):
+    assert arms.main(["--check"]) == 0, capsys.readouterr().out
+    assert len(arms.arms()) == 39
+    for name, (_, keys) in arms.arms().items():
+        assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
+
+
+def test_sampled_pairs_are_the_bases(base):
+    """Chosen and rejected are among what the base says: it is asked again, with certainty instead of chance."""
+    _, long, right, _ = questions(64, SHORT, LONG, torch.Generator().manual_seed(1))
+
+    class Sure(torch.nn.Module):
+        def forward(self, ids, logits_to_keep):  # half of the questions right, half always the same wrong word
+            answer = torch.where(torch.arange(len(ids)) % 2 == 0, right[: len(ids)], right[: len(ids)] - 1)
+            return SimpleNamespace(logits=100 * torch.nn.functional.one_hot(answer, len(WORDS))[:, None].float())
+
+    some_right, some_wrong, wrong = lab_rows.sampled(Sure(), long, right, torch.Generator())
+    even = torch.arange(64) % 2 == 0
+    assert torch.equal(some_right, even) and torch.equal(some_wrong, ~even)
+    assert torch.equal(wrong[~even], right[~even] - 1)
+    both, rejected = lab_rows.sampled_rows(base, 8, seed=2)
+    assert len(both) == len(rejected) == 8
+    for row in both + rejected:
+        words = row["long_prompt"].split()
+        assert row["chosen"] == words[words.index(words[-1]) + 1] != row["rejected"]
+
+
+def test_lost_evidence():
+    generator = torch.Generator().manual_seed(0)
+    drawn = questions(400, SHORT, LONG, generator)
+    short, long, right, wrong = lab_rows.without_evidence(drawn, generator)
+    assert all(torch.equal(a, b) for a, b in zip(drawn[1:], (long, right, wrong), strict=True))
+    lost = (short != drawn[0]).any(1)
+    assert 70 < lost.sum() < 130  # a quarter of 400, 3.5 standard deviations
+    assert ((short != drawn[0]).sum(1)[lost] == 2).all(), "a pair, and nothing else"
+    assert not (short[lost][:, :-1] == short[lost][:, -1:]).any() and not (short[lost] == right[lost, None]).any()
+    new = short[lost][(short != drawn[0])[lost]].reshape(-1, 2)
+    assert (new[:, 0] < VALUE).all() and (new[:, 1] >= VALUE).all()
+    assert not (long[lost][:, :, None] == new[:, None]).any(), "neither is in the long context"
+
+
 # ---- the demo and the method
 
 
@@ -143,7 +190,7 @@ def test_demo_rows_are_one_epoch(demo):
     made = demo(0, "demo")
     steps = 3200 / (made["per_device_train_batch_size"] * made["gradient_accumulation_steps"])
     assert steps * made["num_train_epochs"] == 200
-    assert set(COLUMNS) == set(json.loads(open(f"{made['dataset_dir']}/dataset_info.json").read()))
+    assert set(ENTRIES) == set(json.loads(open(f"{made['dataset_dir']}/dataset_info.json").read()))
 
 
 def test_show_accuracy_prints_and_draws(tmp_path, capsys):

@@ -1,0 +1,94 @@
+"""All data sets of one seed of the lab: those of `make_rows`, sampled pairs, other compression rates, lost evidence.
+
+Rows of `recall_long_po` and the rejected responses of `recall_longpo` are sampled from the base on the long context, 32
+answers at temperature 0.85 as in the paper: a question whose answers are all right or all wrong is left out.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from make_rows import RESPONSES, make_rows
+from recall import BASE, KEY, LONG, SHORT, VALUE, N, as_rows, questions, write, write_json
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+SAMPLES, TEMPERATURE = 32, 0.85  # the paper's
+RATES = (4, 25, 50, 100)  # pairs in the short context of the compression sweep, beside SHORT
+LOST = 0.25  # share of short contexts without the evidence in `recall_solopo_lost`
+SAMPLING = 1_000_000  # added to the seed, so that no generator draws what another has drawn
+SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", **RESPONSES}
+ENTRIES = {  # name -> file, columns
+    "recall_sft_short": ("recall", {"prompt": "prompt", "response": "chosen"}),
+    "recall_sft_long_gold": ("recall", {"prompt": "long_prompt", "response": "chosen"}),
+    "recall_sft_long": ("recall_long", {"prompt": "long_prompt", "response": "chosen"}),
+    "recall_long_po": ("recall_long", {"prompt": "long_prompt", **RESPONSES}),
+    "recall_longpo": ("recall_longpo", SOLO),
+    "recall_solopo_lost": ("recall_lost", SOLO),
+    **{f"recall_solopo_{pairs}": (f"recall_{pairs}", SOLO) for pairs in RATES},
+}
+
+
+@torch.inference_mode()
+def sampled(model, long_BT: Tensor, right_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Answers of the model on the long context, judged.
+
+    Returns:
+        Whether any of `SAMPLES` answers is right (B,), whether any is wrong (B,), and a wrong one (B,).
+    """
+    logits_BV = torch.cat([model(ids, logits_to_keep=1).logits[:, -1] for ids in long_BT.split(64)])
+    answers_BS = torch.multinomial(
+        torch.softmax(logits_BV / TEMPERATURE, -1), SAMPLES, replacement=True, generator=generator
+    )
+    wrong_BS = answers_BS != right_B[:, None]
+    first_wrong_B = answers_BS.gather(1, wrong_BS.int().argmax(1, keepdim=True))[:, 0]
+    return (~wrong_BS).any(1), wrong_BS.any(1), first_wrong_B
+
+
+def sampled_rows(model, n: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """`n` rows of vanilla long PO, both responses sampled on the long context, and `n` of LongPO, the rejected one."""
+    generator = torch.Generator().manual_seed(seed)
+    both, rejected = [], []
+    while len(both) < n:
+        short_BT, long_BT, right_B, _ = questions(512, SHORT, LONG, generator)
+        some_right_B, some_wrong_B, wrong_B = sampled(model, long_BT, right_B, generator)
+        drawn = short_BT, long_BT, right_B, wrong_B
+        both += as_rows(*(part[some_right_B & some_wrong_B] for part in drawn))
+        rejected += as_rows(*(part[some_wrong_B] for part in drawn)) if len(rejected) < n else []
+    return both[:n], rejected[:n]
+
+
+def without_evidence(drawn: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+    """In a share `LOST` of the short prompts the asked pair gives way to one that the long prompt does not have."""
+    short_BT, long_BT, right_B, wrong_B = drawn
+    pair_BT = torch.roll(short_BT == long_BT[:, -1:], 1, 1) | (short_BT == long_BT[:, -1:])
+    pair_BT[:, -1] = False  # the question itself
+    pair_BT[:, 0] = short_BT[:, 0] == long_BT[:, -1]  # roll brought the question's place here
+    lost_B = torch.rand(len(short_BT), generator=generator) < LOST
+    spare_B2 = torch.stack(
+        [first + (long_BT[:, :, None] == first + torch.arange(N)).any(1).int().argmin(1) for first in (KEY, VALUE)], 1
+    )
+    is_value_BT = short_BT >= VALUE
+    spare_BT = spare_B2.gather(1, is_value_BT.long())
+    return torch.where(pair_BT & lost_B[:, None], spare_BT, short_BT), long_BT, right_B, wrong_B
+
+
+def lab_rows(folder: Path, n: int, seed: int) -> None:
+    """Write everything that the arms train on; dataset_info.json comes last and says that all is there."""
+    files = {}
+    for pairs in RATES:
+        short_BT, long_BT, right_B, wrong_B = questions(n, pairs, LONG, torch.Generator().manual_seed(seed))
+        files[f"recall_{pairs}"] = as_rows(short_BT, short_BT if pairs == LONG else long_BT, right_B, wrong_B)
+    generator = torch.Generator().manual_seed(seed)
+    files["recall_lost"] = as_rows(*without_evidence(questions(n, SHORT, LONG, generator), generator))
+    base = AutoModelForCausalLM.from_pretrained(BASE).eval()
+    files["recall_long"], files["recall_longpo"] = sampled_rows(base, n, SAMPLING + seed)
+    for name, rows in files.items():
+        write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    make_rows(folder, n, seed)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for name, (file, columns) in ENTRIES.items():
+        info[name] = {"file_name": f"{file}.jsonl", "columns": columns}
+        if "rejected" in columns:
+            info[name]["ranking"] = True
+    write_json(folder / "dataset_info.json", info)
