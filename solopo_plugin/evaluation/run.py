@@ -238,8 +238,14 @@ def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
     for name in ("model_name_or_path", *(("top_p", "seed") if recipe.temperature == 0 else ())):
         del chosen[name]
     chosen["served_model"] = _of(recipe.served_model, model, "served_model")
-    patterns = {"model": TOKENIZER + WEIGHTS, "adapter": ("adapter_config.json", "*.safetensors", "*.bin")}
-    for what, place in (("model", model.path), ("adapter", model.adapter)):
+    patterns = {
+        "model": TOKENIZER + WEIGHTS,
+        "adapter": ("adapter_config.json", "*.safetensors", "*.bin"),
+        "tokenizer": TOKENIZER,
+    }
+    tokenizer = tokenizer_of(recipe, model)
+    apart = tokenizer if tokenizer != model.path else None  # where it is not the model's own
+    for what, place in (("model", model.path), ("adapter", model.adapter), ("tokenizer", apart)):
         if place and Path(place).is_dir():
             chosen[f"files of the {what}"] = folder_hash(Path(place), patterns[what])
         else:

@@ -143,6 +143,12 @@ def _load_network(recipe: Any, model: Model):
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
     for name, value in yarn(config, model).items():
         setattr(config, name, value)
+    longest = getattr(config, "max_position_embeddings", None) or model.window
+    if model.window > longest:
+        log.warning(
+            f"{model.path} has a window of {longest} tokens, and prompts with their answers may have {model.window}: "
+            "lower the limits, or stretch the window where the recipe has `rope_factor`."
+        )
     network = AutoModelForCausalLM.from_pretrained(
         model.path, config=config, dtype="auto", trust_remote_code=recipe.trust_remote_code
     )

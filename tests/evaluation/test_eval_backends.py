@@ -110,6 +110,15 @@ def test_yarn_changes_the_rotary_embedding(tiny_model, tmp_path):
         assert not torch.allclose(plain(ids).logits, stretched(ids).logits)
 
 
+def test_prompts_beyond_the_window_are_told(tiny_model, tmp_path, caplog):
+    recipe = recipe_for(tmp_path, tiny_model())
+    for keys in (dict(window=8192), dict(window=8193, rope_factor=2.0)):
+        backends._load_network(recipe, Model(tiny_model(), **keys))
+        assert "has a window of" not in caplog.text
+    backends._load_network(recipe, Model(tiny_model(), window=8193))
+    assert "has a window of 8192 tokens, and prompts with their answers may have 8193" in caplog.text
+
+
 def test_yarn_is_for_plain_rotary_embeddings(tiny_model):
     from transformers import AutoConfig
 

@@ -1,6 +1,5 @@
 """Evaluation recipes: what is refused and in what words, keys shared with the data recipe, and the shipped ones."""
 
-import json
 import re
 
 import pytest
@@ -8,7 +7,7 @@ import yaml
 from conftest import ROOT
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
-from solopo_plugin.evaluation.recipe import FIELDS, REQUIRED, load_recipe, make_recipe, sources
+from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
 from solopo_plugin.synthesis.files import DataError
 from solopo_plugin.synthesis.recipe import FIELDS as DATA
 
@@ -155,19 +154,3 @@ def test_how_a_checkpoint_is_chosen():
     made, text = load_recipe(str(papers)), papers.read_text()
     assert made.select_by == "longbench_qa" and "select_by: longbench_qa  # paper" in text
     assert "a selection on a test set that is also reported" in text
-
-
-def test_the_documented_keys_are_those_of_the_recipe():
-    """docs/evaluation.md lists each key with its default, its stages and its help, in the order of the definition."""
-    path = ROOT / "docs" / "evaluation.md"
-    if not path.exists():
-        pytest.skip("docs/evaluation.md comes with another part")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    start = lines.index("| key | default | changes | meaning |") + 2
-    for line, (name, spec) in zip(lines[start:], FIELDS.items(), strict=False):
-        default = getattr(make_recipe(BASE), name) if callable(spec.default_factory) else spec.default
-        default = [] if name == "benchmarks" else default
-        shown = "" if name in REQUIRED else f"`{json.dumps(default).strip(chr(34))}`"
-        stages = " ".join(spec.metadata["stages"])
-        assert line == f"| `{name}` | {shown} | {stages} | {spec.metadata['help']} |"
-    assert lines[start + len(FIELDS)] == ""
