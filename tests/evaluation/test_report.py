@@ -101,7 +101,8 @@ def test_longbench_v2_and_validation(made):
 
 def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
     folder, results = made
-    _, block, *tasks, line = markdown_table(folder, "LongBench v1 QA", "Paired comparison on the same questions")[:9]
+    _, block, *lines = markdown_table(folder, "LongBench v1 QA", "Paired comparison on the same questions")
+    tasks, line = lines[:6], lines[6]
     row = next(
         r for r in results["comparisons"] if (r["benchmark"], r["task"], r["metric"]) == ("longbench_qa", "", "f1")
     )
@@ -109,6 +110,7 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
     assert line[1:3] == [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}"]
     assert line[4:] == [str(row[name]) for name in ("wins", "losses", "ties", "n", "left_out")]
     assert [task[0] for task in tasks][::5] == ["NarrativeQA, F1", "MuSiQue, F1"]
+    assert {cells[1][0] for cells in lines if cells[1]} == {"+", "-"}, "gains and losses"
     text = (folder / "report" / "report.md").read_text()
     page = Page(folder / "report" / "index.html").text
     for said in (text.replace("\\", ""), page):
