@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ..attention import base_of
+from ..data import RowError, check_text
 from ..host.template import encode_turn, load_template
 from ..logps import token_logps
 from ..synthesis.files import DataError, explained, replacing, write_json
@@ -95,7 +96,11 @@ def units_of(name: str, prompt: str, evidence: list[dict], n: int) -> list[tuple
     Raises:
         DataError: The documents cannot be told apart, or the evidence is not in those that it names.
     """
-    spans = document_spans(prompt, n)
+    try:
+        numbers = [n, *(place[key] for place in evidence for key in ("paragraph", "start", "end"))]
+    except (TypeError, KeyError):
+        numbers = [None]
+    spans = document_spans(prompt, n) if all(isinstance(number, int) for number in numbers) else None
     if not spans:
         raise DataError(f"{name}: the {n} documents of the prompt cannot be told apart; export the rows once more.")
     for place in evidence:
@@ -194,6 +199,11 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
 def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict, list[int], list[tuple]]:
     """What JSON says of one context of a row, the ids of the response, and the prompt's text in `pieces`."""
     prompt, name = row[SIDES[side]], f"row {row['id']!r}, {side} context"
+    try:
+        for column in (SIDES[side], "chosen"):
+            check_text(f"row {row['id']!r}", column, row[column])
+    except RowError as error:
+        raise DataError(str(error)) from None
     units = units_of(name, prompt, row[f"{side}_evidence"], row[f"{side}_paragraphs"])
     prompt_ids, response_ids, places = encode_row(tokenizer, template, prompt, row["chosen"])
     config = base_of(model).config.get_text_config()

@@ -14,6 +14,7 @@ from conftest import ROOT
 from solopo_plugin.evaluation.harness import configuration, kept_rows, read_results, run_harness
 from solopo_plugin.synthesis.files import DataError
 
+LEADERBOARD = ROOT / "examples/yaml/eval/leaderboard.yaml"
 KEYS = dict(
     harness_tasks=["toy_colours"], harness_args=None, backend="transformers", trust_remote_code=False,
     default_system=None, enable_thinking=True, api_key_env="NO_KEY", server_urls=None, served_model=None,
@@ -225,9 +226,17 @@ def test_groups_patterns_and_metrics(tmp_path):
 
 def test_the_leaderboard_recipe_names_tasks_of_the_harness():
     """Each is a file or a group of the installed package, and MMLU-Pro to GPQA are the paper's five."""
-    keys = yaml.safe_load((ROOT / "examples/yaml/eval/leaderboard.yaml").read_text())
+    keys = yaml.safe_load(LEADERBOARD.read_text())
     folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / "leaderboard"
     text = "\n".join(path.read_text() for path in folder.rglob("*.yaml"))
     assert len(keys["harness_tasks"]) == 5
     for name in keys["harness_tasks"]:
         assert f"\ntask: {name}\n" in f"\n{text}" or f"\ngroup: {name}\n" in f"\n{text}", name
+
+
+def test_the_leaderboard_recipe_through_the_parser():
+    parser = pytest.importorskip("solopo_plugin.evaluation.recipe")
+    found = configuration(model(), parser.load_recipe(str(LEADERBOARD), ["harness_args.limit=20"]))
+    assert found.pop("tasks") == yaml.safe_load(LEADERBOARD.read_text())["harness_tasks"]
+    assert found.pop("model_args") == {"pretrained": "m", "dtype": "auto", "trust_remote_code": False}
+    assert found == {"model": "hf", "apply_chat_template": True, "batch_size": "auto", "limit": 20}

@@ -336,6 +336,13 @@ BAD = {  # the file, more words of the command, and how the sentence begins
     "no model": (bad_rows, "--compare /no/model", "No model can be loaded from /no/model: "),
     "no template": (bad_rows, "--template qwem", "`template: qwem` is no template of the host; did you mean `qwen`?"),
     "wrong place": (lambda f: bad_rows(f, long_evidence=OUTSIDE), "", "row 'q0', long context: the evidence {{"),
+    "no text": (
+        lambda f: bad_rows(f, chosen=None),
+        "",
+        "row 'q0': column `chosen` must be a string, got NoneType",
+    ),
+    "no numbers": (lambda f: bad_rows(f, short_evidence=[{}]), "", "row 'q0', short context: the 4 documents of the"),
+    "no evidence": (lambda f: bad_rows(f, short_evidence=None), "", "row 'q0', short context: the 4 documents of the"),
     "no documents": (lambda f: bad_rows(f, prompt="Why?"), "", "row 'q0', short context: the 4 documents of the"),
     "too long": (lambda f: bad_rows(f, chosen="word and " * 9000), "", "row 'q0', short context: "),
 }
