@@ -18,7 +18,7 @@ COMMON = {
     "model_name_or_path": "data/lab/base",
     "do_train": True,
     "finetuning_type": "full",
-    "dataset_dir": "saves/lab/rows_0",
+    "dataset_dir": "saves/lab/rows_3200_0",  # as scripts/lab/run.py writes them
     "template": "empty",
     "cutoff_len": 256,
     "overwrite_output_dir": True,

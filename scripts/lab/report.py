@@ -27,9 +27,9 @@ T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (Student's t); no width for a single value."""
+    """Mean and half width of its 95 % interval (Student's t); 0 for a single value, which has none."""
     n = len(values)
-    half = T.get(n - 1, 1.96) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+    half = T.get(n - 1, 1.96) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
     return statistics.mean(values), half
 
 
@@ -57,7 +57,8 @@ def table(results: dict[str, list[dict]]) -> str:
     base = json.loads((BASE / "profile.json").read_text())["accuracy"]
     lines.append("| base | " + " | ".join(f"{base[str(p)]:.3f}" for p in SHOWN) + " | | | |")
     for name, runs in results.items():
-        cells = ["{:.3f} ± {:.3f}".format(*accuracy(runs, pairs)) for pairs in SHOWN]
+        form = "{:.3f} ± {:.3f}" if len(runs) > 1 else "{:.3f}"
+        cells = [form.format(*accuracy(runs, pairs)) for pairs in SHOWN]
         cost = statistics.mean(run["cpu_seconds"] for run in runs)
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {runs[0]['rate']:g} | {len(runs)} | {cost:.0f} |")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,6 @@ checkpoints, the trainer's log and the recipe. A changed recipe, base or --rows 
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -60,10 +59,13 @@ def one_thread(cache: str) -> None:
 
 
 def run_quietly(work, log: Path, *args):
-    """Call `work(*args)`; what it prints goes to `log`."""
+    """Call `work(*args)` in a worker; what it and its libraries print goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        return work(*args)
+    with log.open("w", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):  # by descriptor: loggers keep the streams that they saw first
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    return work(*args)
 
 
 def train(job: dict) -> None:
