@@ -7,10 +7,10 @@ from dataclasses import MISSING, fields
 import pytest
 from conftest import ROOT
 
+from solopo_plugin.evaluation import recipe
 from solopo_plugin.evaluation.items import MAIN_METRIC, Item
 from solopo_plugin.evaluation.score import score_answer
 
-recipe = pytest.importorskip("solopo_plugin.evaluation.recipe")
 TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 LABELS = {"f1": "F1", "sub_em": "sub-EM", "accuracy": "accuracy"}
 

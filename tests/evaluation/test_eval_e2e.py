@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 from conftest import ROOT, SHARED_DATA, write_recipe
+from evaluate import main as evaluate
 from material import HOTPOTQA, MUSIQUE, make_questions, save_tokenizer
 from scripted_server import serving
 from test_eval_backends import make_adapter
@@ -17,10 +18,6 @@ from test_pipeline_e2e import host_api
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
 from solopo_plugin.synthesis.files import read_jsonl, write_json, write_jsonl
-
-for part in ("benchmarks", "score", "results", "report"):
-    pytest.importorskip(f"solopo_plugin.evaluation.{part}")
-from evaluate import main as evaluate  # noqa: E402
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT
 
 from solopo_plugin.evaluation.harness import configuration, kept_rows, read_results, run_harness
+from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.synthesis.files import DataError
 
 LEADERBOARD = ROOT / "examples/yaml/eval/leaderboard.yaml"
@@ -235,8 +236,7 @@ def test_the_leaderboard_recipe_names_tasks_of_the_harness():
 
 
 def test_the_leaderboard_recipe_through_the_parser():
-    parser = pytest.importorskip("solopo_plugin.evaluation.recipe")
-    found = configuration(model(), parser.load_recipe(str(LEADERBOARD), ["harness_args.limit=20"]))
+    found = configuration(model(), load_recipe(str(LEADERBOARD), ["harness_args.limit=20"]))
     assert found.pop("tasks") == yaml.safe_load(LEADERBOARD.read_text())["harness_tasks"]
     assert found.pop("model_args") == {"pretrained": "m", "dtype": "auto", "trust_remote_code": False}
     assert found == {"model": "hf", "apply_chat_template": True, "batch_size": "auto", "limit": 20}
