@@ -116,7 +116,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=list(arms()), choices=list(arms()), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="instead of each recipe's learning rate")
-    parser.add_argument("--rows", type=int, default=3200, help="of each data set; 16 are a step (default 3200)")
+    parser.add_argument("--rows", type=int, default=1600, help="of each data set; 8 are a step (default 1600)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab")
     args = parser.parse_args(words)
