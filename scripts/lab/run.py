@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -56,6 +57,13 @@ def one_thread(cache: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+
+def end_with_the_parent() -> None:
+    """A worker whose runner was killed would go on with its run, beside that of the next runner."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_quietly(work, log: Path, *args):
