@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -56,6 +57,13 @@ def one_thread(cache: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+
+def end_with_the_parent() -> None:
+    """A worker whose runner was killed would go on with its run, beside that of the next runner."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_quietly(work, log: Path, *args):
@@ -116,7 +124,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=list(arms()), choices=list(arms()), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="instead of each recipe's learning rate")
-    parser.add_argument("--rows", type=int, default=3200, help="of each data set; 16 are a step (default 3200)")
+    parser.add_argument("--rows", type=int, default=1600, help="of each data set; 8 are a step (default 1600)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab")
     args = parser.parse_args(words)

@@ -217,11 +217,20 @@ def demo(tmp_path):
     return make
 
 
+@pytest.fixture
+def one_thread():
+    """Steps this small gain a third from a second thread, and wait for it many times over where other work runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 SHORT_PO = dict(stage="dpo", dataset="recall_short_po", solopo_alpha=None)  # the host's ORPO on the short pair
 
 
 @pytest.mark.parametrize("seed", [11, 12])
-def test_solo_repairs_what_short_po_leaves(run, demo, base, seed):
+def test_solo_repairs_what_short_po_leaves(run, demo, base, one_thread, seed):
     """Same rows, steps, batch, rate and loss: with the alignment 100 pairs are answered, without it they are not.
 
     Half of the demo's batch, for half of its time.
