@@ -67,6 +67,13 @@ def test_an_adapter_answers_on_top_of_its_model(tiny_model, tmp_path):
     assert answer(recipe, Model(base, adapter)) == greedy_by_hand(merged, recipe) != without
 
 
+@pytest.mark.parametrize("window, said", [(40, 1), (8192, 0)])
+def test_prompts_beyond_the_window_are_told_once(tiny_model, tmp_path, caplog, window, said):
+    path = tiny_model(max_position_embeddings=window)
+    assert len(answer(recipe_for(tmp_path, path), Model(path))) == len(CALLS)
+    assert caplog.text.count(f"and its window is {window}: answers beyond it are not to be relied on") == said
+
+
 def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeypatch):
     alive, counts = [], []
     original = backends._load_network
