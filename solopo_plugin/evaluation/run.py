@@ -5,6 +5,7 @@ line of answers/<model>.jsonl says what settings and model its answers come from
 answers to a question whose prompt has changed are dropped one by one.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from ..synthesis.files import (
     write_jsonl,
 )
 from ..synthesis.recipe import TOKENIZER, WEIGHTS, settings
-from .items import Item
+from .items import Item, read_items
 from .models import ModelRef, find_models, tokenizer_of
 from .recipe import EvalRecipe, sources
 
@@ -79,7 +80,7 @@ def answer_all(recipe: EvalRecipe, models: list[ModelRef], resume: bool = True) 
     """Make the questions, with the first model's tokenizer where lengths matter, and ask every model."""
     prepare_items(recipe, models[0], resume)
     hashes, longest = {}, 0
-    for item in read_items(Path(recipe.output_dir)):
+    for item in read_items(Path(recipe.output_dir) / ITEMS):
         hashes[item.key] = item.prompt_hash
         longest = max(longest, item.max_new_tokens or recipe.max_new_tokens)
     for model in models:
@@ -113,10 +114,6 @@ def public_settings(recipe: EvalRecipe) -> dict[str, Any]:
 
 
 # ---- questions
-
-
-def read_items(folder: Path) -> Iterator[Item]:
-    return (Item(**row) for row in read_jsonl(folder / ITEMS))
 
 
 def prepare_items(recipe: EvalRecipe, model: ModelRef, resume: bool = True) -> dict[str, int]:
@@ -259,20 +256,26 @@ def _of(value: str | dict | None, model: ModelRef, key: str) -> str | None:
 def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set[Key]:
     """Bring a file of answers in order; returns the questions it answers.
 
-    Answers of other settings are put aside, those to other prompts removed. Those to questions that are not asked now
-    stay: they may be asked again.
+    Answers of other settings are put aside, and come back with their settings; those to other prompts are removed.
+    Those to questions that are not asked now stay: they may be asked again.
     """
+    known = _aside(path, chosen)
     if not resume:
         path.unlink(missing_ok=True)
+        known.unlink(missing_ok=True)
     with Appender(path):  # cuts off half a line that a killed run left
         rows = read_jsonl(path)
         first = next(rows, None)
     if first is not None and (changed := _changes(first.get("fingerprint"), chosen)):
-        aside = path.with_suffix(".old")
-        log.warning(f"{path}: asked anew, because {changed}; the answers so far are in {aside.name}.")
+        aside = _aside(path, first.get("fingerprint"))
+        how = f"taken up again from {known.name}" if known.exists() else "asked anew"
+        log.warning(f"{path}: {how}, because {changed}; the answers so far are in {aside.name}.")
         os.replace(path, aside)
         first = None
     if first is None:
+        if known.exists():
+            os.replace(known, path)
+            return _tidy(path, chosen, hashes, resume)
         write_jsonl(path, [{"fingerprint": chosen}])
         return set()
     have, outdated, double = set(), 0, 0
@@ -286,6 +289,11 @@ def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set
         log.warning(f"{path}: {outdated} answers to questions that have changed since are dropped and asked for again.")
         _drop(path, hashes)
     return have & hashes.keys()
+
+
+def _aside(path: Path, chosen: Any) -> Path:
+    """Where answers asked for in this way are while others are in use."""
+    return path.with_suffix(f".{hashlib.sha256(dump(chosen)).hexdigest()[:16]}.old")
 
 
 def _drop(path: Path, hashes: dict[Key, str]) -> None:
@@ -319,7 +327,7 @@ def _changes(old: dict | None, new: dict) -> str:
 def _calls(recipe: EvalRecipe, have: set[Key], pending: dict[str, dict]) -> Iterator[Call]:
     """The questions that are not answered, cut to `max_input_tokens`; `pending` gets the first half of their rows."""
     tokenizer, template = load_chat(recipe)
-    for item in read_items(Path(recipe.output_dir)):
+    for item in read_items(Path(recipe.output_dir) / ITEMS):
         if item.key in have:
             continue
 
