@@ -65,6 +65,10 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             write_json(folder / MODELS, [asdict(model) for model in models])
             if recipe.benchmarks:
                 answer_all(recipe, models, resume)
+        else:
+            log.info(f"scored again, as the last run had them: {', '.join(model.name for model in models)}.")
+            if recipe.benchmarks:
+                check_asked_so(recipe, models)
         for model in models if recipe.benchmarks else ():
             write_scores(folder, model.name)
         harness = [row for model in models for row in harness_rows(recipe, model, rescore)]
@@ -106,6 +110,26 @@ def stored_models(folder: Path) -> list[ModelRef]:
         return [ModelRef(**row) for row in json.loads(text)]
     except (ValueError, TypeError):
         raise DataError(f"{path} is no list of models of ours; evaluate without `--rescore`.") from None
+
+
+def check_asked_so(recipe: EvalRecipe, models: list[ModelRef]) -> None:
+    """Refuse to report stored answers under settings that they were not asked with.
+
+    Raises:
+        DataError: What differs; models' files are not looked at, since they may be gone.
+    """
+    folder = Path(recipe.output_dir)
+    made = {name: entry["made_from"]["settings"] for name, entry in _items_manifest(folder).items()}
+    wanted = {name: settings(recipe, "items") | settings(recipe, name) for name in recipe.benchmarks}
+    pairs = [(made[name], keys) for name, keys in wanted.items() if name in made]
+    if made and set(made) != set(recipe.benchmarks):
+        pairs.append(({"benchmarks": sorted(made)}, {"benchmarks": sorted(recipe.benchmarks)}))
+    for model in models:
+        first = next(read_jsonl(folder / "answers" / f"{model.name}.jsonl"), {}).get("fingerprint") or {}
+        pairs.append((first, {name: value for name, value in asked_with(recipe, model).items() if name in first}))
+    for old, new in pairs:
+        if changed := _changes({name: old[name] for name in new if name in old}, new):
+            raise DataError(f"`--rescore` keeps what {folder} was asked with, but {changed}; leave `--rescore` out.")
 
 
 def public_settings(recipe: EvalRecipe) -> dict[str, Any]:
@@ -231,10 +255,7 @@ def ask(
 
 def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
     """All on which a model's answers depend but the prompts: keys that matter, and its files or its name."""
-    chosen = settings(recipe, "answers")
-    for name in ("model_name_or_path", *(("top_p", "seed") if recipe.temperature == 0 else ())):
-        del chosen[name]
-    chosen["served_model"] = _of(recipe.served_model, model, "served_model")
+    chosen = asked_with(recipe, model)
     patterns = {"model": TOKENIZER + WEIGHTS, "adapter": ("adapter_config.json", "*.safetensors", "*.bin")}
     for what, place in (("model", model.path), ("adapter", model.adapter)):
         if place and Path(place).is_dir():
@@ -242,6 +263,14 @@ def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
         else:
             chosen[what] = place
     return chosen
+
+
+def asked_with(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
+    """The keys on which a model's answers depend."""
+    chosen = settings(recipe, "answers")
+    for name in ("model_name_or_path", *(("top_p", "seed") if recipe.temperature == 0 else ())):
+        del chosen[name]
+    return chosen | {"served_model": _of(recipe.served_model, model, "served_model")}
 
 
 def _of(value: str | dict | None, model: ModelRef, key: str) -> str | None:

@@ -26,7 +26,7 @@ from toy import answers, answers_for, recipe_in
 from solopo_plugin.evaluation import run
 from solopo_plugin.evaluation.items import read_items
 from solopo_plugin.evaluation.models import find_models
-from solopo_plugin.evaluation.run import answer_all, cut_middle, prepare_items
+from solopo_plugin.evaluation.run import answer_all, check_asked_so, cut_middle, prepare_items
 from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.synthesis.backends import load_chat
 from solopo_plugin.synthesis.files import DataError, file_hash
@@ -254,6 +254,23 @@ def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path
     (tmp_path / "model" / "model.safetensors").write_bytes(b"trained on")
     assert "asked anew, because the files of the model have changed;" in again(20, other)
     again(20, other, resume=False)
+
+
+def test_answers_are_not_scored_again_under_other_settings(benchmarks, model, server, tmp_path):
+    recipe = served(tmp_path, [model], server)
+    models = find_models(recipe)
+    answer_all(recipe, models)
+    for keys in ({}, {"concurrency": 2, "bootstrap_samples": 7, "compare": [], "top_p": 0.5}):
+        check_asked_so(served(tmp_path, [model], server, **keys), models)
+    for keys, said in (
+        ({"temperature": 0.7}, "`temperature` was 0.0 and is 0.7"),
+        ({"max_samples": 5}, "`max_samples` was None and is 5"),
+        ({"benchmarks": ["longbench_v2"]}, "`benchmarks` was ['plain'] and is ['longbench_v2']"),
+    ):
+        with pytest.raises(DataError) as error:
+            check_asked_so(served(tmp_path, [model], server, **keys), models)
+        out = tmp_path / "out"
+        assert str(error.value) == f"`--rescore` keeps what {out} was asked with, but {said}; leave `--rescore` out."
 
 
 def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path, monkeypatch):
