@@ -36,6 +36,7 @@ from ..synthesis.recipe import TOKENIZER, WEIGHTS, settings
 from .items import Item, read_items
 from .models import ModelRef, find_models, tokenizer_of
 from .recipe import EvalRecipe, sources
+from .score import answer_field, stored_answers
 
 log = logging.getLogger(__name__)
 ITEMS, ITEMS_MANIFEST, MODELS = "items.jsonl", "items.json", "models.json"
@@ -293,8 +294,7 @@ def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set
         path.unlink(missing_ok=True)
         known.unlink(missing_ok=True)
     with Appender(path):  # cuts off half a line that a killed run left
-        rows = read_jsonl(path)
-        first = next(rows, None)
+        first = next(read_jsonl(path), None)
     if first is not None and (changed := _changes(first.get("fingerprint"), chosen)):
         aside = _aside(path, first.get("fingerprint"))
         how = f"taken up again from {known.name}" if known.exists() else "asked anew"
@@ -308,9 +308,10 @@ def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set
         write_jsonl(path, [{"fingerprint": chosen}])
         return set()
     have, outdated, double = set(), 0, 0
-    for row in rows:
-        key = (row["benchmark"], row["task"], row["id"])
-        outdated += (stale := hashes.get(key, row["prompt_hash"]) != row["prompt_hash"])
+    for number, _, row in stored_answers(path):
+        *names, prompt = (answer_field(row, name, path, number) for name in ("benchmark", "task", "id", "prompt_hash"))
+        key = tuple(names)
+        outdated += (stale := hashes.get(key, prompt) != prompt)
         double += key in have
         if not stale:
             have.add(key)
@@ -424,7 +425,7 @@ def _report_cuts(path: Path, model: ModelRef, recipe: EvalRecipe) -> None:
     for row in read_jsonl(path):
         if row.get("benchmark") in recipe.benchmarks:
             asked[row["benchmark"]] += 1
-            cut[row["benchmark"]] += row["cut_tokens"] > 0
+            cut[row["benchmark"]] += bool(row.get("cut_tokens"))
     for name, n in asked.items():
         tell = log.warning if cut[name] else log.info
         tell(

@@ -117,7 +117,7 @@ def answer_places(path: Path) -> dict[tuple[str, str, str], tuple[int, int]]:
     """
     places = {}
     for number, start, row in stored_answers(path):
-        key = tuple(_field(row, name, path, number) for name in ("benchmark", "task", "id"))
+        key = tuple(answer_field(row, name, path, number) for name in ("benchmark", "task", "id"))
         if key in places:
             raise DataError(
                 f"{path}:{number}: {'/'.join(key)} is answered a second time (first in line "
@@ -145,7 +145,12 @@ def stored_answers(path: Path) -> Iterator[tuple[int, int, dict]]:
             start += len(line)
 
 
-def _field(row: dict, name: str, path: Path, number: int) -> str:
+def answer_field(row: dict, name: str, path: Path, number: int) -> str:
+    """A text that a line of answers must have.
+
+    Raises:
+        DataError: It has none.
+    """
     value = row.get(name)
     if not isinstance(value, str):
         raise DataError(f"{path}:{number}: `{name}` must be a text, got {value!r}; delete the line and ask again.")
@@ -153,7 +158,7 @@ def _field(row: dict, name: str, path: Path, number: int) -> str:
 
 
 def _row(item: Item, answer: dict, path: Path, number: int) -> dict:
-    text, prompt = (_field(answer, name, path, number) for name in ("text", "prompt_hash"))
+    text, prompt = (answer_field(answer, name, path, number) for name in ("text", "prompt_hash"))
     if prompt != item.prompt_hash:
         raise DataError(
             f"{path}:{number}: {'/'.join(item.key)} was answered with another prompt (hash {prompt}, now "

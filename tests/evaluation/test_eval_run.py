@@ -273,6 +273,19 @@ def test_answers_are_not_scored_again_under_other_settings(benchmarks, model, se
         assert str(error.value) == f"`--rescore` keeps what {out} was asked with, but {said}; leave `--rescore` out."
 
 
+def test_a_damaged_answer_is_a_sentence(benchmarks, model, server, tmp_path):
+    recipe = served(tmp_path, [model], server)
+    answer_all(recipe, find_models(recipe))
+    file = tmp_path / "out" / "answers" / "model.jsonl"
+    lines = file.read_bytes().splitlines(True)
+    cases = (({"benchmark": "plain"}, "task", "None"), ({"benchmark": ["plain"]}, "benchmark", "['plain']"))
+    for row, name, seen in cases:
+        file.write_bytes(b"".join([*lines[:2], json.dumps(row).encode() + b"\n", *lines[3:]]))
+        with pytest.raises(DataError) as error:
+            answer_all(recipe, find_models(recipe))
+        assert str(error.value) == f"{file}:3: `{name}` must be a text, got {seen}; delete the line and ask again."
+
+
 def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path, monkeypatch):
     recipe = served(tmp_path, [model], server)
     original = run.generate
