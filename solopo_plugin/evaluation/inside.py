@@ -9,7 +9,6 @@ Shape suffixes: H heads, R response tokens or a block of them, T tokens of promp
 
 import gc
 import json
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from ..attention import base_of
 from ..data import RowError, check_text
 from ..host.template import encode_turn, load_template
 from ..logps import token_logps
+from ..synthesis.backends import window_of
 from ..synthesis.files import DataError, explained, replacing, write_json
 from ..synthesis.inspect import document_spans, rows_of_file
 from ..synthesis.pool import BETWEEN
@@ -206,9 +206,7 @@ def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict
         raise DataError(str(error)) from None
     units = units_of(name, prompt, row[f"{side}_evidence"], row[f"{side}_paragraphs"])
     prompt_ids, response_ids, places = encode_row(tokenizer, template, prompt, row["chosen"])
-    config = base_of(model).config.get_text_config()
-    scaling = (getattr(config, "rope_parameters", None) or {}).get("factor") or 1  # of YaRN, which widens the window
-    window, n = (getattr(config, "max_position_embeddings", None) or math.inf) * scaling, len(prompt_ids + response_ids)
+    n, window = len(prompt_ids + response_ids), window_of(base_of(model).config.get_text_config())
     if n > window:
         raise DataError(f"{name}: {n} tokens, and the model's window is {window:g}; choose shorter rows with `--row`.")
     of_token = unit_of_tokens(prompt, places, units)

@@ -1,8 +1,12 @@
 """A question of a benchmark, as it is asked and judged: what readers of benchmarks make and all else uses."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from ..synthesis.files import DataError, read_jsonl
 
 # benchmark -> metric of its table; the others are reported beside it
 MAIN_METRIC = {
@@ -43,3 +47,18 @@ class Item:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def read_items(path: Path | str) -> Iterator[Item]:
+    """The questions of an items.jsonl, one at a time.
+
+    Raises:
+        DataError: No such file, or a line is no question.
+    """
+    for row in read_jsonl(path):
+        try:
+            yield Item(**row)
+        except TypeError as error:
+            raise DataError(
+                f"{path}: a line is no question of ours ({error}), {str(row)[:60]}; delete the file and start again."
+            ) from None

@@ -94,7 +94,8 @@ def pairs_of(pairs: list | None, names: list[str]) -> list[tuple[str, str]]:
     found = []
     for pair in pairs:
         parts = [part.strip() for part in pair.split(",")] if isinstance(pair, str) else pair
-        if not isinstance(parts, list | tuple) or len(parts) != 2 or not all(part in names for part in parts):
+        is_pair = isinstance(parts, list | tuple) and len(parts) == 2 and parts[0] != parts[1]
+        if not is_pair or not all(part in names for part in parts):
             raise DataError(f"`compare` must hold pairs of two models, of {', '.join(names)}; got {pair!r}.")
         found.append(tuple(parts))
     return found

@@ -5,6 +5,7 @@ line of answers/<model>.jsonl says what settings and model its answers come from
 answers to a question whose prompt has changed are dropped one by one.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -32,9 +33,10 @@ from ..synthesis.files import (
     write_jsonl,
 )
 from ..synthesis.recipe import TOKENIZER, WEIGHTS, settings
-from .items import Item
+from .items import Item, read_items
 from .models import ModelRef, find_models, tokenizer_of
 from .recipe import EvalRecipe, sources
+from .score import answer_field, stored_answers
 
 log = logging.getLogger(__name__)
 ITEMS, ITEMS_MANIFEST, MODELS = "items.jsonl", "items.json", "models.json"
@@ -64,6 +66,10 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             write_json(folder / MODELS, [asdict(model) for model in models])
             if recipe.benchmarks:
                 answer_all(recipe, models, resume)
+        else:
+            log.info(f"scored again, as the last run had them: {', '.join(model.name for model in models)}.")
+            if recipe.benchmarks:
+                check_asked_so(recipe, models)
         for model in models if recipe.benchmarks else ():
             write_scores(folder, model.name)
         harness = [row for model in models for row in harness_rows(recipe, model, rescore)]
@@ -79,7 +85,7 @@ def answer_all(recipe: EvalRecipe, models: list[ModelRef], resume: bool = True) 
     """Make the questions, with the first model's tokenizer where lengths matter, and ask every model."""
     prepare_items(recipe, models[0], resume)
     hashes, longest = {}, 0
-    for item in read_items(Path(recipe.output_dir)):
+    for item in read_items(Path(recipe.output_dir) / ITEMS):
         hashes[item.key] = item.prompt_hash
         longest = max(longest, item.max_new_tokens or recipe.max_new_tokens)
     for model in models:
@@ -107,16 +113,32 @@ def stored_models(folder: Path) -> list[ModelRef]:
         raise DataError(f"{path} is no list of models of ours; evaluate without `--rescore`.") from None
 
 
+def check_asked_so(recipe: EvalRecipe, models: list[ModelRef]) -> None:
+    """Refuse to report stored answers under settings that they were not asked with.
+
+    Raises:
+        DataError: What differs; models' files are not looked at, since they may be gone.
+    """
+    folder = Path(recipe.output_dir)
+    made = {name: entry["made_from"]["settings"] for name, entry in _items_manifest(folder).items()}
+    wanted = {name: settings(recipe, "items") | settings(recipe, name) for name in recipe.benchmarks}
+    pairs = [(made[name], keys) for name, keys in wanted.items() if name in made]
+    if made and set(made) != set(recipe.benchmarks):
+        pairs.append(({"benchmarks": sorted(made)}, {"benchmarks": sorted(recipe.benchmarks)}))
+    for model in models:
+        first = next(read_jsonl(folder / "answers" / f"{model.name}.jsonl"), {}).get("fingerprint") or {}
+        pairs.append((first, {name: value for name, value in asked_with(recipe, model).items() if name in first}))
+    for old, new in pairs:
+        if changed := _changes({name: old[name] for name in new if name in old}, new):
+            raise DataError(f"`--rescore` keeps what {folder} was asked with, but {changed}; leave `--rescore` out.")
+
+
 def public_settings(recipe: EvalRecipe) -> dict[str, Any]:
     """The recipe's keys that are set, without addresses."""
     return {name: value for name, value in asdict(recipe).items() if value is not None and name not in PRIVATE}
 
 
 # ---- questions
-
-
-def read_items(folder: Path) -> Iterator[Item]:
-    return (Item(**row) for row in read_jsonl(folder / ITEMS))
 
 
 def prepare_items(recipe: EvalRecipe, model: ModelRef, resume: bool = True) -> dict[str, int]:
@@ -234,15 +256,11 @@ def ask(
 
 def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
     """All on which a model's answers depend but the prompts: keys that matter, and its files or its name."""
-    chosen = settings(recipe, "answers")
-    for name in ("model_name_or_path", *(("top_p", "seed") if recipe.temperature == 0 else ())):
-        del chosen[name]
-    chosen["served_model"] = _of(recipe.served_model, model, "served_model")
+    chosen = asked_with(recipe, model)
     patterns = {
-        "model": TOKENIZER + WEIGHTS,
-        "adapter": ("adapter_config.json", "*.safetensors", "*.bin"),
+        "model": TOKENIZER + WEIGHTS, "adapter": ("adapter_config.json", "*.safetensors", "*.bin"),
         "tokenizer": TOKENIZER,
-    }
+    }  # fmt: skip
     tokenizer = tokenizer_of(recipe, model)
     apart = tokenizer if tokenizer != model.path else None  # where it is not the model's own
     for what, place in (("model", model.path), ("adapter", model.adapter), ("tokenizer", apart)):
@@ -251,6 +269,14 @@ def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
         else:
             chosen[what] = place
     return chosen
+
+
+def asked_with(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
+    """The keys on which a model's answers depend."""
+    chosen = settings(recipe, "answers")
+    for name in ("model_name_or_path", *(("top_p", "seed") if recipe.temperature == 0 else ())):
+        del chosen[name]
+    return chosen | {"served_model": _of(recipe.served_model, model, "served_model")}
 
 
 def _of(value: str | dict | None, model: ModelRef, key: str) -> str | None:
@@ -265,26 +291,32 @@ def _of(value: str | dict | None, model: ModelRef, key: str) -> str | None:
 def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set[Key]:
     """Bring a file of answers in order; returns the questions it answers.
 
-    Answers of other settings are put aside, those to other prompts removed. Those to questions that are not asked now
-    stay: they may be asked again.
+    Answers of other settings are put aside, and come back with their settings; those to other prompts are removed.
+    Those to questions that are not asked now stay: they may be asked again.
     """
+    known = _aside(path, chosen)
     if not resume:
         path.unlink(missing_ok=True)
+        known.unlink(missing_ok=True)
     with Appender(path):  # cuts off half a line that a killed run left
-        rows = read_jsonl(path)
-        first = next(rows, None)
+        first = next(read_jsonl(path), None)
     if first is not None and (changed := _changes(first.get("fingerprint"), chosen)):
-        aside = path.with_suffix(".old")
-        log.warning(f"{path}: asked anew, because {changed}; the answers so far are in {aside.name}.")
+        aside = _aside(path, first.get("fingerprint"))
+        how = f"taken up again from {known.name}" if known.exists() else "asked anew"
+        log.warning(f"{path}: {how}, because {changed}; the answers so far are in {aside.name}.")
         os.replace(path, aside)
         first = None
     if first is None:
+        if known.exists():
+            os.replace(known, path)
+            return _tidy(path, chosen, hashes, resume)
         write_jsonl(path, [{"fingerprint": chosen}])
         return set()
     have, outdated, double = set(), 0, 0
-    for row in rows:
-        key = (row["benchmark"], row["task"], row["id"])
-        outdated += (stale := hashes.get(key, row["prompt_hash"]) != row["prompt_hash"])
+    for number, _, row in stored_answers(path):
+        *names, prompt = (answer_field(row, name, path, number) for name in ("benchmark", "task", "id", "prompt_hash"))
+        key = tuple(names)
+        outdated += (stale := hashes.get(key, prompt) != prompt)
         double += key in have
         if not stale:
             have.add(key)
@@ -292,6 +324,11 @@ def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set
         log.warning(f"{path}: {outdated} answers to questions that have changed since are dropped and asked for again.")
         _drop(path, hashes)
     return have & hashes.keys()
+
+
+def _aside(path: Path, chosen: Any) -> Path:
+    """Where answers asked for in this way are while others are in use."""
+    return path.with_suffix(f".{hashlib.sha256(dump(chosen)).hexdigest()[:16]}.old")
 
 
 def _drop(path: Path, hashes: dict[Key, str]) -> None:
@@ -325,7 +362,7 @@ def _changes(old: dict | None, new: dict) -> str:
 def _calls(recipe: EvalRecipe, have: set[Key], pending: dict[str, dict]) -> Iterator[Call]:
     """The questions that are not answered, cut to `max_input_tokens`; `pending` gets the first half of their rows."""
     tokenizer, template = load_chat(recipe)
-    for item in read_items(Path(recipe.output_dir)):
+    for item in read_items(Path(recipe.output_dir) / ITEMS):
         if item.key in have:
             continue
 
@@ -393,7 +430,7 @@ def _report_cuts(path: Path, model: ModelRef, recipe: EvalRecipe) -> None:
     for row in read_jsonl(path):
         if row.get("benchmark") in recipe.benchmarks:
             asked[row["benchmark"]] += 1
-            cut[row["benchmark"]] += row["cut_tokens"] > 0
+            cut[row["benchmark"]] += bool(row.get("cut_tokens"))
     for name, n in asked.items():
         tell = log.warning if cut[name] else log.info
         tell(

@@ -28,8 +28,8 @@ from ..metrics import (
     string_match_part,
     sub_exact_match,
 )
-from ..synthesis.files import DataError, explained, parse_line, read_jsonl, write_jsonl
-from .items import Item
+from ..synthesis.files import DataError, explained, parse_line, write_jsonl
+from .items import Item, read_items
 
 log = logging.getLogger(__name__)
 _ASKS_MARKER = re.compile("the answer is:", re.IGNORECASE)
@@ -109,47 +109,48 @@ def source_of(item: Item) -> str:
     return hashlib.sha256(f"{name}\n{item.question}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def read_items(path: Path | str) -> Iterator[Item]:
-    """The questions of an items.jsonl, one at a time.
-
-    Raises:
-        DataError: No such file, or a line is no question.
-    """
-    for row in read_jsonl(path):
-        try:
-            yield Item(**row)
-        except TypeError as error:
-            raise DataError(
-                f"{path}: a line is no question of ours ({error}), {str(row)[:60]}; delete the file and start again."
-            ) from None
-
-
 def answer_places(path: Path) -> dict[tuple[str, str, str], tuple[int, int]]:
     """Where each answer stands: (benchmark, task, id) -> (line from 1, byte); the texts themselves may be large.
-
-    A torn last line, which a killed run may leave, is not an answer.
 
     Raises:
         DataError: No such file, a damaged line, or a question answered twice.
     """
-    places, start = {}, 0
+    places = {}
+    for number, start, row in stored_answers(path):
+        key = tuple(answer_field(row, name, path, number) for name in ("benchmark", "task", "id"))
+        if key in places:
+            raise DataError(
+                f"{path}:{number}: {'/'.join(key)} is answered a second time (first in line "
+                f"{places[key][0]}); delete one of the lines."
+            )
+        places[key] = number, start
+    return places
+
+
+def stored_answers(path: Path) -> Iterator[tuple[int, int, dict]]:
+    """The answers of a file, each with its line from 1 and the byte at which that begins.
+
+    A torn last line, which a killed run may leave, is not an answer.
+
+    Raises:
+        DataError: No such file, or a damaged line.
+    """
+    start = 0
     with explained(path, "read"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip() and line.endswith(b"\n"):
                 row = parse_line(line, path, number)
                 if "fingerprint" not in row:
-                    key = tuple(_field(row, name, path, number) for name in ("benchmark", "task", "id"))
-                    if key in places:
-                        raise DataError(
-                            f"{path}:{number}: {'/'.join(key)} is answered a second time (first in line "
-                            f"{places[key][0]}); delete one of the lines."
-                        )
-                    places[key] = number, start
+                    yield number, start, row
             start += len(line)
-    return places
 
 
-def _field(row: dict, name: str, path: Path, number: int) -> str:
+def answer_field(row: dict, name: str, path: Path, number: int) -> str:
+    """A text that a line of answers must have.
+
+    Raises:
+        DataError: It has none.
+    """
     value = row.get(name)
     if not isinstance(value, str):
         raise DataError(f"{path}:{number}: `{name}` must be a text, got {value!r}; delete the line and ask again.")
@@ -157,7 +158,7 @@ def _field(row: dict, name: str, path: Path, number: int) -> str:
 
 
 def _row(item: Item, answer: dict, path: Path, number: int) -> dict:
-    text, prompt = (_field(answer, name, path, number) for name in ("text", "prompt_hash"))
+    text, prompt = (answer_field(answer, name, path, number) for name in ("text", "prompt_hash"))
     if prompt != item.prompt_hash:
         raise DataError(
             f"{path}:{number}: {'/'.join(item.key)} was answered with another prompt (hash {prompt}, now "

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import time
@@ -111,12 +112,20 @@ def transformers_answers(recipe: Any, calls: Iterable[Call], model: Model) -> It
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = _load_network(recipe, model).to(device).eval()
     network.generation_config = GenerationConfig()
+    window, warned = window_of(network.config.get_text_config()), False
     sampling = dict(do_sample=False)
     if recipe.temperature > 0:
         sampling = dict(do_sample=True, temperature=recipe.temperature, top_p=recipe.top_p, top_k=0)
     try:
         for call in calls:
             prompt = torch.tensor([encode_prompt(tokenizer, template, call.prompt)], device=device)
+            if not warned and (longest := prompt.shape[1] + (call.max_new_tokens or recipe.max_new_tokens)) > window:
+                warned = True
+                log.warning(
+                    "%s: prompt and answer may have %d tokens, and its window is %d: answers beyond it are not to be "
+                    "relied on; lower `max_input_tokens`, or widen the window by YaRN.",
+                    model.adapter or model.path, longest, window,
+                )  # fmt: skip
             torch.manual_seed(call_seed(recipe, call))
             config = GenerationConfig(
                 **sampling, max_new_tokens=call.max_new_tokens or recipe.max_new_tokens, eos_token_id=stop,
@@ -143,12 +152,6 @@ def _load_network(recipe: Any, model: Model):
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
     for name, value in yarn(config, model).items():
         setattr(config, name, value)
-    longest = getattr(config, "max_position_embeddings", None) or model.window
-    if model.window > longest:
-        log.warning(
-            f"{model.path} has a window of {longest} tokens, and prompts with their answers may have {model.window}: "
-            "lower the limits, or stretch the window where the recipe has `rope_factor`."
-        )
     network = AutoModelForCausalLM.from_pretrained(
         model.path, config=config, dtype="auto", trust_remote_code=recipe.trust_remote_code
     )
@@ -178,6 +181,19 @@ def yarn(config, model: Model) -> dict[str, Any]:
     window = config.max_position_embeddings
     rope |= {"rope_type": "yarn", "factor": model.rope_factor, "original_max_position_embeddings": window}
     return {"rope_parameters": rope, "max_position_embeddings": int(window * model.rope_factor)}
+
+
+def window_of(config) -> float:
+    """Tokens that a model was made for.
+
+    With YaRN some configurations name the window before it is widened (Qwen2.5's card), others the one after it; of
+    other scalings, such as Llama 3.1's, `max_position_embeddings` is the widened one.
+    """
+    window = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn":
+        return window
+    return max(window, (rope.get("original_max_position_embeddings") or window) * (rope.get("factor") or 1))
 
 
 def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:

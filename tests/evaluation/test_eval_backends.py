@@ -67,6 +67,13 @@ def test_an_adapter_answers_on_top_of_its_model(tiny_model, tmp_path):
     assert answer(recipe, Model(base, adapter)) == greedy_by_hand(merged, recipe) != without
 
 
+@pytest.mark.parametrize("window, said", [(40, 1), (8192, 0)])
+def test_prompts_beyond_the_window_are_told_once(tiny_model, tmp_path, caplog, window, said):
+    path = tiny_model(max_position_embeddings=window)
+    assert len(answer(recipe_for(tmp_path, path), Model(path))) == len(CALLS)
+    assert caplog.text.count(f"and its window is {window}: answers beyond it are not to be relied on") == said
+
+
 def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeypatch):
     alive, counts = [], []
     original = backends._load_network
@@ -108,15 +115,6 @@ def test_yarn_changes_the_rotary_embedding(tiny_model, tmp_path):
     with torch.no_grad():
         ids = torch.arange(50)[None]
         assert not torch.allclose(plain(ids).logits, stretched(ids).logits)
-
-
-def test_prompts_beyond_the_window_are_told(tiny_model, tmp_path, caplog):
-    recipe = recipe_for(tmp_path, tiny_model())
-    for keys in (dict(window=8192), dict(window=8193, rope_factor=2.0)):
-        backends._load_network(recipe, Model(tiny_model(), **keys))
-        assert "has a window of" not in caplog.text
-    backends._load_network(recipe, Model(tiny_model(), window=8193))
-    assert "has a window of 8192 tokens, and prompts with their answers may have 8193" in caplog.text
 
 
 def test_yarn_is_for_plain_rotary_embeddings(tiny_model):

@@ -24,8 +24,9 @@ from scripted_server import serving
 from toy import answers, answers_for, recipe_in
 
 from solopo_plugin.evaluation import run
+from solopo_plugin.evaluation.items import read_items
 from solopo_plugin.evaluation.models import find_models
-from solopo_plugin.evaluation.run import answer_all, cut_middle, prepare_items, read_items
+from solopo_plugin.evaluation.run import answer_all, check_asked_so, cut_middle, prepare_items
 from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.synthesis.backends import load_chat
 from solopo_plugin.synthesis.files import DataError, file_hash
@@ -62,7 +63,7 @@ def benchmarks(monkeypatch):
 def made(recipe, **keys) -> list:
     """Keys of the questions, made if need be."""
     prepare_items(recipe, find_models(recipe)[0], **keys)
-    return [item.key for item in read_items(Path(recipe.output_dir))]
+    return [item.key for item in read_items(Path(recipe.output_dir) / "items.jsonl")]
 
 
 def test_questions_are_made_once_and_again_when_something_changes(benchmarks, model, tmp_path):
@@ -197,7 +198,7 @@ def test_long_prompts_are_cut_counted_and_told(benchmarks, model, server, tmp_pa
     recipe = served(tmp_path, [model], server, max_input_tokens=250)
     answer_all(recipe, find_models(recipe))
     rows = {row["id"]: row for row in answers(tmp_path / "out", "model")}
-    items = {item.id: item for item in read_items(Path(recipe.output_dir))}
+    items = {item.id: item for item in read_items(Path(recipe.output_dir) / "items.jsonl")}
     assert len(rows) == 12 and "model: plain: 12 answers; 7 prompts were longer than 250 tokens" in caplog.text
     tokenizer, template = load_chat(recipe_in(tmp_path, [model], model_name_or_path=model))
     for i in range(12):
@@ -243,11 +244,46 @@ def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path
     other = served(tmp_path, [model], server, max_new_tokens=9, served_model="scripted")
     said = again(20, other)
     assert "asked anew, because `max_new_tokens` was 8 and is 9, `served_model` was None and is 'scripted'" in said
-    assert len((file.with_suffix(".old")).read_text().splitlines()) == 23
+    (aside,) = file.parent.glob("model.*.old")
+    before, after = aside.read_bytes(), file.read_bytes()
+    assert len(before.splitlines()) == 23
+    assert "are taken up again" not in said and "taken up again" in again(0)  # back as it was: nothing is lost
+    assert file.read_bytes() == before
+    assert "taken up again" in again(0, other) and file.read_bytes() == after
     again(0, served(tmp_path, [model], server, max_new_tokens=9, served_model="scripted", seed=1, concurrency=2))
     (tmp_path / "model" / "model.safetensors").write_bytes(b"trained on")
     assert "asked anew, because the files of the model have changed;" in again(20, other)
     again(20, other, resume=False)
+
+
+def test_answers_are_not_scored_again_under_other_settings(benchmarks, model, server, tmp_path):
+    recipe = served(tmp_path, [model], server)
+    models = find_models(recipe)
+    answer_all(recipe, models)
+    for keys in ({}, {"concurrency": 2, "bootstrap_samples": 7, "compare": [], "top_p": 0.5}):
+        check_asked_so(served(tmp_path, [model], server, **keys), models)
+    for keys, said in (
+        ({"temperature": 0.7}, "`temperature` was 0.0 and is 0.7"),
+        ({"max_samples": 5}, "`max_samples` was None and is 5"),
+        ({"benchmarks": ["longbench_v2"]}, "`benchmarks` was ['plain'] and is ['longbench_v2']"),
+    ):
+        with pytest.raises(DataError) as error:
+            check_asked_so(served(tmp_path, [model], server, **keys), models)
+        out = tmp_path / "out"
+        assert str(error.value) == f"`--rescore` keeps what {out} was asked with, but {said}; leave `--rescore` out."
+
+
+def test_a_damaged_answer_is_a_sentence(benchmarks, model, server, tmp_path):
+    recipe = served(tmp_path, [model], server)
+    answer_all(recipe, find_models(recipe))
+    file = tmp_path / "out" / "answers" / "model.jsonl"
+    lines = file.read_bytes().splitlines(True)
+    cases = (({"benchmark": "plain"}, "task", "None"), ({"benchmark": ["plain"]}, "benchmark", "['plain']"))
+    for row, name, seen in cases:
+        file.write_bytes(b"".join([*lines[:2], json.dumps(row).encode() + b"\n", *lines[3:]]))
+        with pytest.raises(DataError) as error:
+            answer_all(recipe, find_models(recipe))
+        assert str(error.value) == f"{file}:3: `{name}` must be a text, got {seen}; delete the line and ask again."
 
 
 def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from solopo_plugin.evaluation import inside
 from solopo_plugin.evaluation.inside import REGIONS, attend, encode_row, look, token_texts, unit_of_tokens, units_of
 from solopo_plugin.host.template import encode_prompt, load_template
 from solopo_plugin.logps import IGNORE, predicting_positions, response_logps
+from solopo_plugin.synthesis.backends import window_of
 from solopo_plugin.synthesis.export import SCHEMA, write_parquet
 from solopo_plugin.synthesis.files import DataError, write_jsonl
 
@@ -354,6 +356,22 @@ def test_bad_input_is_one_sentence(case, tiny_model, tmp_path, capsys):
     assert command(make(tmp_path), tmp_path / "out", tiny_model(), *words.split()) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
     assert line.startswith("Error: " + sentence.format(f=tmp_path, root=ROOT)), line
+
+
+@pytest.mark.parametrize(
+    "window, rope, tokens",
+    [
+        (32768, {"rope_type": "default"}, 32768),
+        (32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),  # Qwen2.5
+        (131072, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (32768, {"rope_type": "yarn", "factor": 4.0}, 131072),
+        (131072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131072),
+        (None, None, math.inf),
+    ],
+)
+def test_window_of_a_model(window, rope, tokens):
+    config = SimpleNamespace(max_position_embeddings=window, rope_parameters=rope)
+    assert window_of(config) == tokens
 
 
 def test_a_slow_tokenizer_is_refused():

@@ -382,6 +382,17 @@ def test_written_again_it_is_the_same_and_old_figures_go(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
 
 
+def test_a_torn_last_line_of_answers_is_left_out(tmp_path):
+    """What a killed run may leave; scores leave it out, too."""
+    write_folder(tmp_path, few("plain"), ("made-up-a",))
+    write_report(tmp_path)
+    before = (tmp_path / "report" / "index.html").read_bytes()
+    with open(tmp_path / "answers" / "made-up-a.jsonl", "ab") as file:
+        file.write(b'{"benchmark": "pl')
+    write_report(tmp_path)
+    assert (tmp_path / "report" / "index.html").read_bytes() == before
+
+
 def test_what_is_missing_or_damaged_is_a_sentence(tmp_path):
     with pytest.raises(DataError, match="results.json: there is no such file"):
         write_report(tmp_path)

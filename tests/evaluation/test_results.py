@@ -314,6 +314,7 @@ BAD = {  # name: (arguments, the sentence)
         "`select_by: validation` has nothing to choose `base` by: it has no scores there; add it to `benchmarks`, or ",
     ),
     "not a model": ({"compare": [["base", "step-30"]]}, PAIRS + "['base', 'step-30']."),
+    "itself": ({"compare": ["base, base"]}, PAIRS + "'base, base'."),
     "not a pair": ({"compare": ["base"]}, PAIRS + "'base'."),
     "three": ({"compare": ["base, step-10, step-20"]}, PAIRS + "'base, step-10, step-20'."),
     "a number": ({"compare": [3]}, PAIRS + "3."),

@@ -72,6 +72,8 @@ def _letter(choices: list[str], answers: list[str]) -> str:
     letters = LETTERS[: len(choices)]
     if not 2 <= len(choices) <= len(LETTERS):
         raise DataError(f"`choices` must be two to four texts, got {len(choices)}.")
+    if len(set(choices)) < len(choices):
+        raise DataError(f"`choices` must differ, got {shown(choices)}.")
     found = answers[0] if answers[0] in tuple(letters) else dict(zip(choices, letters, strict=True)).get(answers[0])
     if len(answers) != 1 or found is None:
         raise DataError(f"`answers` must be one of the letters {', '.join(letters)} or choices, got {shown(answers)}.")

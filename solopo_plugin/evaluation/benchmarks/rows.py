@@ -2,6 +2,7 @@
 
 import heapq
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -103,12 +104,15 @@ def text_at(row: dict, key: str) -> str:
 
 
 def number_at(row: dict, key: str, default: Any = None) -> float:
-    """The number that a row has at `key`, also as a text.
+    """The finite number that a row has at `key`, also as a text.
 
     Raises:
         DataError: It is none, and there is no default.
     """
     try:
-        return float(row[key] if row.get(key) is not None else default)
-    except (TypeError, ValueError):
-        raise DataError(f"`{key}` must be a number, got {shown(row.get(key))}.") from None
+        value = float(row[key] if row.get(key) is not None else default)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"`{key}` must be a number, got {shown(row.get(key))}.")
+    return value

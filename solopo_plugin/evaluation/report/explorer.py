@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ...synthesis.files import read_jsonl
 from ..items import MAIN_METRIC
+from ..score import stored_answers
 
 QUESTIONS = 400  # at most, evenly over benchmarks and tasks
 CHARACTERS = 4_000_000  # of answers in the page; with many models each answer gets less
@@ -44,8 +45,8 @@ def rows(output_dir: Path, scores: dict[str, list[dict]], seed: int) -> tuple[li
     most = min(ANSWER[1], max(ANSWER[0], CHARACTERS // max(1, len(shown) * len(scores))))
     for model, lines in scores.items():
         by_key = {key_of(row): row for row in lines if key_of(row) in shown}
-        for answer in read_jsonl(output_dir / "answers" / f"{model}.jsonl"):
-            if "fingerprint" not in answer and (row := by_key.get(key_of(answer))):
+        for _, _, answer in stored_answers(output_dir / "answers" / f"{model}.jsonl"):
+            if row := by_key.get(key_of(answer)):
                 shown[key_of(answer)]["by"][model] = _answer(row, answer["text"], most)
     return [row for row in shown.values() if row["by"]], total
 
