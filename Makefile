@@ -32,7 +32,7 @@ lab: .venv/.installed
 	@$(BIN)/python scripts/lab/report.py
 
 test: .venv/.test
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --ignore=tests/web $(TESTS)
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/web $(TESTS)
 
 .venv/.test-web: .venv/.test
 	$(PIP) -e ".[test-web]"

@@ -78,6 +78,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",  # two files of tests at a time
             "hypothesis",
             "deepspeed>=0.18,<0.20",
             "build",
