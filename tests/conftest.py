@@ -30,6 +30,15 @@ os.environ["SOLOPO_CACHE"] = tempfile.mkdtemp(prefix="solopo_cache_")  # referen
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    """Scores that the benchmarks' own code gave."""
+    path = SHARED_DATA / "golden_metrics.json"
+    if not path.exists():
+        pytest.skip(f"no golden scores at {path}; set SOLOPO_SHARED_DATA")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def demo_rows(n: int | None = None) -> list[dict]:
     """The shipped sample's rows."""
     lines = (ROOT / "data" / "demo_solopo.jsonl").read_text(encoding="utf-8").splitlines()

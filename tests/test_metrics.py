@@ -1,9 +1,6 @@
 """Metrics against the scores that the benchmarks' own code gave, and the marker against hand-made answers."""
 
-import json
-
 import pytest
-from conftest import SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,14 +13,6 @@ from solopo_plugin.metrics import (
     string_match_part,
     sub_exact_match,
 )
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict:
-    path = SHARED_DATA / "golden_metrics.json"
-    if not path.exists():
-        pytest.skip(f"no golden scores at {path}; set SOLOPO_SHARED_DATA")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_scores_of_the_official_code(golden):

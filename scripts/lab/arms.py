@@ -9,7 +9,9 @@ All arms share base, rows of a seed, steps, batch, schedule and optimizer; they 
 import sys
 
 import yaml
-from recall import ROOT, write
+from recall import ROOT
+
+from solopo_plugin.synthesis.files import replacing
 
 FOLDER = ROOT / "examples/yaml/lab"
 ALPHAS = (0.1, 0.3, 1.0, 3.0)
@@ -107,7 +109,8 @@ def main(words: list[str]) -> int:
         return bool(wrong)
     for name in wrong:
         if name in wanted:
-            write(FOLDER / name, wanted[name])
+            with replacing(FOLDER / name) as file:
+                file.write(wanted[name].encode())
         else:
             (FOLDER / name).unlink()
     print(f"{len(wanted)} recipes under {FOLDER}")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 from make_rows import RESPONSES, make_rows
-from recall import BASE, KEY, LONG, SHORT, VALUE, N, as_rows, questions, write, write_json
+from recall import BASE, KEY, LONG, SHORT, VALUE, N, as_rows, questions
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from solopo_plugin.synthesis.files import write_json, write_jsonl
 
 SAMPLES, TEMPERATURE = 32, 0.85  # the paper's
 RATES = (4, 25, 50, 100)  # pairs in the short context of the compression sweep, beside SHORT
@@ -84,7 +86,7 @@ def lab_rows(folder: Path, n: int, seed: int) -> None:
     base = AutoModelForCausalLM.from_pretrained(BASE).eval()
     files["recall_long"], files["recall_longpo"] = sampled_rows(base, n, SAMPLING + seed)
     for name, rows in files.items():
-        write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(folder / f"{name}.jsonl", rows)
     make_rows(folder, n, seed)
     info = json.loads((folder / "dataset_info.json").read_text())
     for name, (file, columns) in ENTRIES.items():

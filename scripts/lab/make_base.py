@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from recall import BASE, KEY, SPECIAL, WORDS, profile, questions, write_json
+from recall import BASE, KEY, SPECIAL, WORDS, profile, questions
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from solopo_plugin.synthesis.files import write_json
 
 BATCH = 64
 COPIED = 0.1  # nats per token below which copying has appeared; it does so within some 100 steps

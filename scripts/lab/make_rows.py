@@ -7,10 +7,11 @@ FOLDER/dataset_info.json registers them three times: `recall_solopo` for `stage:
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from recall import LONG, SHORT, rows, write, write_json
+from recall import LONG, SHORT, rows
+
+from solopo_plugin.synthesis.files import write_json, write_jsonl
 
 RESPONSES = {"chosen": "chosen", "rejected": "rejected"}
 ENTRIES = {
@@ -22,7 +23,7 @@ ENTRIES = {
 
 def make_rows(folder: Path, n: int, seed: int) -> None:
     """Write `n` rows and their registration."""
-    write(folder / "recall.jsonl", "".join(json.dumps(row) + "\n" for row in rows(n, seed)))
+    write_jsonl(folder / "recall.jsonl", rows(n, seed))
     info = {"file_name": "recall.jsonl", "ranking": True}
     write_json(folder / "dataset_info.json", {name: info | {"columns": c} for name, c in ENTRIES.items()})
 

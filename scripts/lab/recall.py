@@ -7,8 +7,6 @@ a token: keys are syllables, values numbers, each of 126. Text and token ids say
 Suffixes: `_B` questions, `_BT` token ids of their prompts.
 """
 
-import json
-import os
 from pathlib import Path
 
 import torch
@@ -80,18 +78,3 @@ def accuracy(model, pairs: int, n: int = 512, seed: int = 2**20) -> float:
 def profile(model, lengths=LENGTHS, n: int = 512) -> dict[int, float]:
     """Accuracy by number of pairs."""
     return {pairs: round(accuracy(model, pairs, n), 3) for pairs in lengths}
-
-
-def write(path: Path, content: str) -> None:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value) -> None:
-    write(path, json.dumps(value, indent=2) + "\n")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import matplotlib
 from arms import ALPHAS, PAPER_ALPHA, arms
-from recall import BASE, LONG, ROOT, SHORT, write, write_json
+from recall import BASE, LONG, ROOT, SHORT
+
+from solopo_plugin.synthesis.files import replacing, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -139,7 +141,8 @@ def main(words: list[str] | None = None) -> int:
     if not results:
         sys.exit(f"{args.results} holds no results; run scripts/lab/run.py first.")
     args.output.mkdir(parents=True, exist_ok=True)
-    write(args.output / "report.md", table(results))
+    with replacing(args.output / "report.md") as file:
+        file.write(table(results).encode())
     write_json(args.output / "report.json", {
         name: {pairs: dict(zip(("mean", "half_width"), accuracy(runs, pairs), strict=True)) for pairs in SHOWN}
         for name, runs in results.items()

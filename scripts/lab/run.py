@@ -22,7 +22,9 @@ from pathlib import Path
 
 import yaml
 from arms import FOLDER, arms
-from recall import BASE, LONG, ROOT, SHORT, profile, write_json
+from recall import BASE, LONG, ROOT, SHORT, profile
+
+from solopo_plugin.synthesis.files import write_json
 
 QUESTIONS = 256  # per number of pairs
 

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-from recall import BASE, LONG, SHORT, profile, write_json
+from recall import BASE, LONG, SHORT, profile
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
+
+from solopo_plugin.synthesis.files import write_json
 
 
 def table(before: dict[int, float], after: dict[int, float]) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..synthesis.files import DataError, explained, folder_hash, write_json
-from ..synthesis.recipe import TOKENIZER, WEIGHTS
+from ..synthesis.recipe import ADAPTER, TOKENIZER, WEIGHTS
 
-ADAPTER = ("adapter_config.json", "*.safetensors", "*.bin")
 ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # last line of a traceback
 HINTS = {
     "Tasks not found": "`python -m lm_eval ls tasks` lists them; ",

@@ -19,13 +19,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from ..attention import base_of
 from ..data import RowError, check_text
 from ..host.template import encode_turn, load_template
 from ..logps import token_logps
-from ..synthesis.backends import window_of
+from ..synthesis.backends import Model, load_network, window_of
 from ..synthesis.files import DataError, explained, replacing, write_json
 from ..synthesis.inspect import document_spans, rows_of_file
 from ..synthesis.pool import BETWEEN
@@ -357,11 +357,7 @@ def load(path: str, below: str | None = None, trust_remote_code: bool = False) -
     try:
         if adapter.is_file():
             base = below or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
-        if adapter.is_file():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, path)
+        model = load_network(Model(base, path if adapter.is_file() else None), trust_remote_code)
     except Exception as error:  # whatever the hub, the disk or the model's own code raised: the name is what helps
         said = " ".join(str(error).split())[:300]
         raise DataError(f"No model can be loaded from {path}: {type(error).__name__} {said}") from None

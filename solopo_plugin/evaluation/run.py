@@ -32,7 +32,7 @@ from ..synthesis.files import (
     write_json,
     write_jsonl,
 )
-from ..synthesis.recipe import TOKENIZER, WEIGHTS, settings
+from ..synthesis.recipe import ADAPTER, TOKENIZER, WEIGHTS, settings
 from .items import Item, read_items
 from .models import ModelRef, find_models, tokenizer_of
 from .recipe import EvalRecipe, sources
@@ -257,10 +257,7 @@ def ask(
 def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
     """All on which a model's answers depend but the prompts: keys that matter, and its files or its name."""
     chosen = asked_with(recipe, model)
-    patterns = {
-        "model": TOKENIZER + WEIGHTS, "adapter": ("adapter_config.json", "*.safetensors", "*.bin"),
-        "tokenizer": TOKENIZER,
-    }  # fmt: skip
+    patterns = {"model": TOKENIZER + WEIGHTS, "adapter": ADAPTER, "tokenizer": TOKENIZER}
     tokenizer = tokenizer_of(recipe, model)
     apart = tokenizer if tokenizer != model.path else None  # where it is not the model's own
     for what, place in (("model", model.path), ("adapter", model.adapter), ("tokenizer", apart)):

@@ -110,7 +110,7 @@ def transformers_answers(recipe: Any, calls: Iterable[Call], model: Model) -> It
     tokenizer, template = load_chat(recipe)
     stop = sorted(template.get_stop_token_ids(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = _load_network(recipe, model).to(device).eval()
+    network = load_network(model, recipe.trust_remote_code).to(device).eval()
     network.generation_config = GenerationConfig()
     window, warned = window_of(network.config.get_text_config()), False
     sampling = dict(do_sample=False)
@@ -145,15 +145,15 @@ def transformers_answers(recipe: Any, calls: Iterable[Call], model: Model) -> It
         torch.cuda.empty_cache()
 
 
-def _load_network(recipe: Any, model: Model):
+def load_network(model: Model, trust_remote_code: bool = False):
     """Weights in the dtype they were saved in, with YaRN and adapter where asked for; the adapter is not merged."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
     for name, value in yarn(config, model).items():
         setattr(config, name, value)
     network = AutoModelForCausalLM.from_pretrained(
-        model.path, config=config, dtype="auto", trust_remote_code=recipe.trust_remote_code
+        model.path, config=config, dtype="auto", trust_remote_code=trust_remote_code
     )
     if model.adapter:
         from peft import PeftModel  # the host brings it along

@@ -147,6 +147,7 @@ def settings(recipe: Any, stage: str) -> dict[str, Any]:
 
 TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
+ADAPTER = ("adapter_config.json", "*.safetensors", "*.bin")
 
 
 def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:

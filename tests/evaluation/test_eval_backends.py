@@ -76,15 +76,15 @@ def test_prompts_beyond_the_window_are_told_once(tiny_model, tmp_path, caplog, w
 
 def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeypatch):
     alive, counts = [], []
-    original = backends._load_network
+    original = backends.load_network
 
-    def load(recipe, model):
+    def load(*args):
         counts.append(sum(ref() is not None for ref in alive))
-        network = original(recipe, model)
+        network = original(*args)
         alive.append(weakref.ref(network))
         return network
 
-    monkeypatch.setattr(backends, "_load_network", load)
+    monkeypatch.setattr(backends, "load_network", load)
     recipe, adapter = recipe_for(tmp_path, tiny_model()), make_adapter(tiny_model(), tmp_path / "a", 1)
     gc.collect()
     gc.disable()  # whoever frees it must do so on purpose
@@ -101,8 +101,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeyp
 def test_yarn_changes_the_rotary_embedding(tiny_model, tmp_path):
     """High frequencies stay, low ones are divided by the factor, and attention is scaled as in the YaRN paper."""
     base, factor = tiny_model(), 4.0
-    recipe = recipe_for(tmp_path, base)
-    plain, stretched = (backends._load_network(recipe, Model(base, rope_factor=f)) for f in (None, factor))
+    plain, stretched = (backends.load_network(Model(base, rope_factor=f)) for f in (None, factor))
     window = plain.config.max_position_embeddings
     assert stretched.config.max_position_embeddings == 4 * window
     before, after = (network.model.rotary_emb for network in (plain, stretched))

@@ -1,14 +1,9 @@
 """Questions are made once, answers asked for once, over-long prompts lose their middle, and a kill loses nothing."""
 
-import contextlib
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +11,12 @@ import pytest
 import toy
 import yaml
 from ask_toy import N_QUESTIONS
-from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from material import save_tokenizer
 from scripted_server import serving
 from toy import answers, answers_for, recipe_in
+from zygote import started
 
 from solopo_plugin.evaluation import run
 from solopo_plugin.evaluation.items import read_items
@@ -351,24 +346,8 @@ def test_a_question_has_its_own_limit_and_greedy_is_temperature_0(benchmarks, mo
 @pytest.fixture(scope="module")
 def zygote():
     """Starts runs of ask_toy.py; see zygote.py."""
-    command = [sys.executable, str(ROOT / "tests" / "synthesis" / "zygote.py"), "ask_toy"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-
-    def run(folder, kill_after: float | None = None) -> int:
-        process.stdin.write(json.dumps({"words": ["recipe.yaml"], "cwd": str(folder)}) + "\n")
-        process.stdin.flush()
-        child = int(process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        return int(process.stdout.readline())
-
-    yield run
-    process.kill()
-    process.wait()
+    with started("ask_toy") as run:
+        yield run
 
 
 def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory):

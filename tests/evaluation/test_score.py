@@ -1,11 +1,9 @@
 """Scores of answers: the benchmarks' own numbers, closed forms, nasty texts, and files of answers."""
 
-import json
 import random
 import time
 
 import pytest
-from conftest import SHARED_DATA
 
 from solopo_plugin.evaluation.items import MAIN_METRIC, Item
 from solopo_plugin.evaluation.score import score_answer, source_of, write_scores
@@ -23,14 +21,6 @@ def item(answers, prompt="Who?", kind="qa", id="q", **more) -> Item:
 
 
 # One answer
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict:
-    path = SHARED_DATA / "golden_metrics.json"
-    if not path.exists():
-        pytest.skip(f"no golden scores at {path}; set SOLOPO_SHARED_DATA")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_scores_of_the_official_code(golden):

@@ -22,8 +22,10 @@ import report  # noqa: E402
 import run as run_lab  # noqa: E402
 from make_base import learn_to_copy, tokenizer, untrained  # noqa: E402
 from make_rows import ENTRIES, make_rows  # noqa: E402
-from recall import BASE, LENGTHS, LONG, SHORT, VALUE, WORDS, accuracy, profile, questions, rows, write_json  # noqa: E402
+from recall import BASE, LENGTHS, LONG, SHORT, VALUE, WORDS, accuracy, profile, questions, rows  # noqa: E402
 from show_accuracy import main as show_accuracy  # noqa: E402
+
+from solopo_plugin.synthesis.files import write_json  # noqa: E402
 
 
 def load(folder):

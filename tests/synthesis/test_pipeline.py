@@ -3,7 +3,6 @@
 The answers come from a scripted server, so that what the judge and the selection must find is known beforehand.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -22,6 +21,7 @@ import yaml
 from conftest import ROOT
 from material import make_questions, save_tokenizer
 from scripted_server import scripted, serving
+from zygote import started
 
 from solopo_plugin.synthesis import TABLE, judge, run_pipeline, sample
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
@@ -47,26 +47,9 @@ def tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def zygote():
-    """Starts runs; see zygote.py."""
-    command = [sys.executable, str(Path(__file__).with_name("zygote.py")), "build_data"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-
-    def run(folder: Path, *words: str, kill_after: float | None = None) -> int:
-        """`build_data.py recipe.yaml *words` in `folder`; returns its exit status."""
-        process.stdin.write(json.dumps({"words": ["recipe.yaml", *words], "cwd": str(folder)}) + "\n")
-        process.stdin.flush()
-        child = int(process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        return int(process.stdout.readline())
-
-    yield run
-    process.kill()
-    process.wait()
+    """Starts runs of build_data.py; see zygote.py."""
+    with started("build_data") as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
