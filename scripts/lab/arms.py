@@ -14,8 +14,8 @@ from recall import ROOT
 from solopo_plugin.synthesis.files import replacing
 
 FOLDER = ROOT / "examples/yaml/lab"
-ALPHAS = (0.1, 0.3, 1.0, 3.0)
-RATES = (1e-4, 3e-4, 1e-3)  # of the learning-rate sweep
+RATES = (1.5e-4, 3e-4, 6e-4)  # of the learning-rate sweep
+RATE = 3e-4  # of every arm that the sweep leaves out
 COMMON = {
     "model_name_or_path": "data/lab/base",
     "do_train": True,
@@ -30,10 +30,11 @@ COMMON = {
     "report_to": "none",
     "per_device_train_batch_size": 8,  # half of the demo's, for half of its time
     "gradient_accumulation_steps": 1,
-    "learning_rate": 3.0e-4,
+    "learning_rate": RATE,
     "num_train_epochs": 1.0,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 10,
+    "disable_gradient_checkpointing": True,
     "use_cpu": True,
     "seed": 0,
 }
@@ -52,42 +53,51 @@ CONTEXTS = {
 }
 
 
+ALPHAS = {"orpo": (0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0)}
+COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
+
+
 def arms() -> dict[str, tuple[str, dict]]:
     """Name -> what it is, its keys beside `COMMON`."""
     table = {}
-    for context in ("short", "long", "long_gold"):
-        what = "the answer" if context != "long" else "the base's right answers"
+    for context, what in (("short", "the answer"), ("long", "the base's right answers"), ("long_gold", "the answer")):
         table[f"sft_{context}"] = (f"SFT on {what}", {"stage": "sft", "dataset": f"recall_sft_{context}"})
     for loss in ("dpo", "simpo", "orpo"):
         for context, what in CONTEXTS.items():
             keys = {"stage": "dpo", **LOSSES[loss], "dataset": f"recall_{context}_po"}
             table[f"{loss}_{context}"] = (f"{loss.upper()} on {what}", keys)
-
-    def solo(name: str, loss: str, what: str, dataset="recall_solopo", **keys):
-        fixed = {"stage": "solopo", **LOSSES[loss], "solopo_alpha": PAPER_ALPHA[loss], "dataset": dataset}
-        table[name] = (f"SoLo-{loss.upper()}{what}", fixed | {f"solopo_{k}": v for k, v in keys.items()})
-
-    for loss in LOSSES:
-        solo(f"solo_{loss}", loss, ", the paper's form")
-        solo(f"solo_{loss}_detached", loss, ", no gradient through the short side", detach_short=True)
-    for loss in ("dpo", "orpo"):
-        solo(f"solo_{loss}_both", loss, ", both responses aligned", align_on="both")
-        solo(f"solo_{loss}_drop", loss, ", one-sided penalty", penalty="drop")
-        solo(f"solo_{loss}_drop_detached", loss, ", one-sided, detached", penalty="drop", detach_short=True)
-    solo("solo_orpo_kl", "orpo", ", SoLo-KL", align="logp")
-    solo("solo_dpo_ftx", "dpo", " with NLL of the short chosen response")
-    table["solo_dpo_ftx"][1]["pref_ftx"] = 1.0
-    for alpha in ALPHAS:
-        if alpha != PAPER_ALPHA["orpo"]:
-            solo(f"solo_orpo_alpha_{alpha:g}", "orpo", f", alpha {alpha:g}", alpha=alpha)
-    for pairs in (4, 25, 50, 100):
-        solo(f"solo_orpo_short_{pairs}", "orpo", f", {pairs} pairs in the short context", f"recall_solopo_{pairs}",
-             alpha=0.3)  # fmt: skip
-    solo("solo_orpo_lost", "orpo", ", a quarter of the short contexts without the evidence", "recall_solopo_lost",
-         alpha=0.3)  # fmt: skip
     longpo = {"solopo_objective": "longpo", "solopo_longpo_lambda": 0.01, "dataset": "recall_longpo"}
     table["longpo"] = ("LongPO", {"stage": "solopo", **LOSSES["dpo"], **longpo})
+
+    def solo(loss: str, suffix: str, what: str, dataset="recall_solopo", **keys):
+        fixed = {"stage": "solopo", **LOSSES[loss], "solopo_alpha": PAPER_ALPHA[loss], "dataset": dataset}
+        table[f"solo_{loss}{suffix}"] = (f"SoLo-{loss.upper()}, {what}", fixed | keys)
+
+    for loss in LOSSES:
+        solo(loss, "", "the paper's form")
+    for loss, alphas in ALPHAS.items():
+        for alpha in alphas:
+            if alpha != PAPER_ALPHA[loss]:
+                solo(loss, f"_alpha_{alpha:g}", f"alpha {alpha:g}", solopo_alpha=alpha)
+    for loss in ("dpo", "simpo", "orpo"):
+        solo(loss, "_detached", "no gradient through the short side", solopo_detach_short=True)
+    for loss in ("dpo", "orpo"):
+        solo(loss, "_drop", "one-sided penalty", solopo_penalty="drop")
+        solo(loss, "_both", "both responses aligned", solopo_align_on="both")
+    solo("orpo", "_drop_detached", "one-sided, detached", solopo_penalty="drop", solopo_detach_short=True)
+    solo("orpo", "_kl", "SoLo-KL", solopo_align="logp")
+    solo("simpo", "_ftx", "with NLL of the short chosen response", pref_ftx=1.0)
+    for pairs in COMPRESSED:
+        what = f"{pairs} pairs in the short context"
+        solo("orpo", f"_short_{pairs}", what, f"recall_solopo_{pairs}", solopo_alpha=0.3)
+    solo("orpo", "_lost", "a quarter of the short contexts without the evidence", "recall_solopo_lost",
+         solopo_alpha=0.3)  # fmt: skip
     return table
+
+
+def methods() -> list[str]:
+    """The arms whose learning rate is swept: what the paper compares. The others differ from one of these in a key."""
+    return [name for name in arms() if not name.startswith("solo_") or name.removeprefix("solo_") in LOSSES]
 
 
 def recipe(name: str) -> str:

@@ -63,11 +63,15 @@ def rows(n: int, seed: int, short: int = SHORT, long: int = LONG) -> list[dict]:
     return as_rows(*questions(n, short, long, torch.Generator().manual_seed(seed)))
 
 
+QUESTIONS = 2**20  # seed of the questions that are reported, which no training rows have
+CHOOSING = 2**21  # of those by which settings are chosen
+
+
 @torch.inference_mode()
-def accuracy(model, pairs: int, n: int = 512, seed: int = 2**20) -> float:
+def accuracy(model, pairs: int, n: int = 512, seed: int = QUESTIONS) -> float:
     """Share of `n` questions over `pairs` pairs whose right value is the model's first choice among all words.
 
-    The questions of a length are the same for every model, and of a seed that no training rows have.
+    The questions of a length and seed are the same for every model.
     """
     _, long_BT, right_B, _ = questions(n, min(SHORT, pairs), pairs, torch.Generator().manual_seed(seed + pairs))
     model.eval()
@@ -75,6 +79,6 @@ def accuracy(model, pairs: int, n: int = 512, seed: int = 2**20) -> float:
     return (torch.cat(found) == right_B).float().mean().item()
 
 
-def profile(model, lengths=LENGTHS, n: int = 512) -> dict[int, float]:
+def profile(model, lengths=LENGTHS, n: int = 512, seed: int = QUESTIONS) -> dict[int, float]:
     """Accuracy by number of pairs."""
-    return {pairs: round(accuracy(model, pairs, n), 3) for pairs in lengths}
+    return {pairs: round(accuracy(model, pairs, n, seed), 4) for pairs in lengths}

@@ -1,8 +1,8 @@
-"""Run the lab: every arm, every seed, through its recipe; then tables and plots. Can be killed and continues.
+"""Run the lab: every arm, every seed, through its recipe. Can be killed and continues; scripts/lab/report.py reads it.
 
     python scripts/lab/run.py                               # what is missing under saves/lab/results
     python scripts/lab/run.py --arms solo_orpo dpo_long     # of these arms
-    python scripts/lab/run.py --seeds 0 --rates 1e-4 3e-4 1e-3          # the learning-rate sweep
+    python scripts/lab/run.py --sweep                       # the learning rates among which arms.py chose
 
 A result is one JSON file per arm, rate and seed: accuracy by number of pairs of the finished model and of its
 checkpoints, the trainer's log and the recipe. A changed recipe, base or --rows is run again; nothing else is.
@@ -21,12 +21,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import yaml
-from arms import FOLDER, arms
-from recall import BASE, LONG, ROOT, SHORT, profile
+from arms import FOLDER, RATES, arms, methods
+from recall import BASE, CHOOSING, LONG, QUESTIONS, ROOT, SHORT, profile
 
 from solopo_plugin.synthesis.files import write_json
 
-QUESTIONS = 256  # per number of pairs
+ASKED, ASKED_BY_STEP = 256, 128  # questions per number of pairs, of a finished model and of a checkpoint
+MEASURED = (SHORT, 32, 64, LONG, 120)  # pairs
+SWEEP_SEED = 100  # its rows are of no other seed, its questions not those that are reported
+PLACES = ("model_name_or_path", "dataset_dir", "output_dir")
 
 
 def jobs(names: list[str], seeds: list[int], rates: list[float], rows: int, out: Path) -> list[dict]:
@@ -38,12 +41,12 @@ def jobs(names: list[str], seeds: list[int], rates: list[float], rows: int, out:
             recipe = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
             for rate in rates or [recipe["learning_rate"]]:
                 tag = f"{name}_{rate:g}_{seed}"
-                changes = dict(learning_rate=rate, seed=seed, dataset_dir=str(out / f"rows_{rows}_{seed}"))
-                paths = dict(output_dir=str(out / "runs" / tag), model_name_or_path=str(BASE))
-                recipe = recipe | changes | paths
-                key = hashlib.sha256(json.dumps([base, recipe], sort_keys=True).encode()).hexdigest()[:16]
-                job = dict(arm=name, rate=rate, seed=seed, key=key, recipe=recipe)
-                found.append(job | {"result": str(out / "results" / f"{tag}.json")})
+                recipe = recipe | {"learning_rate": rate, "seed": seed}
+                what = [base, rows, {k: v for k, v in recipe.items() if k not in PLACES}]
+                key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+                places = str(BASE), str(out / f"rows_{rows}_{seed}"), str(out / "runs" / tag)
+                job = dict(arm=name, rate=rate, seed=seed, key=key, result=str(out / "results" / f"{tag}.json"))
+                found.append(job | {"recipe": recipe | dict(zip(PLACES, places, strict=True))})
     return found
 
 
@@ -86,17 +89,19 @@ def train(job: dict) -> None:
     recipe, folder, start = job["recipe"], Path(job["recipe"]["output_dir"]), time.process_time()
     run_exp(recipe | {"disable_tqdm": True})
     seconds = time.process_time() - start
-    steps = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+    questions = CHOOSING if job["seed"] == SWEEP_SEED else QUESTIONS
+    last, *earlier = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))[::-1]
     result = {
         **{name: job[name] for name in ("arm", "rate", "seed", "key", "recipe")},
-        "accuracy": profile(AutoModelForCausalLM.from_pretrained(folder), n=QUESTIONS),
+        "accuracy": profile(AutoModelForCausalLM.from_pretrained(folder), MEASURED, ASKED, questions),
         "by_step": {
-            step: profile(AutoModelForCausalLM.from_pretrained(path), (SHORT, LONG), QUESTIONS // 2)
-            for step, path in sorted(steps.items())
+            step: profile(AutoModelForCausalLM.from_pretrained(path), (SHORT, LONG), ASKED_BY_STEP, questions)
+            for step, path in earlier[::-1]
         },
         "log": json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"],
         "cpu_seconds": round(seconds, 1),
     }
+    result["by_step"][last[0]] = {pairs: result["accuracy"][pairs] for pairs in (SHORT, LONG)}
     write_json(Path(job["result"]), result)
     shutil.rmtree(folder)
 
@@ -126,11 +131,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=list(arms()), choices=list(arms()), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="instead of each recipe's learning rate")
+    parser.add_argument("--sweep", action="store_true", help=f"of all methods, {RATES}, a seed of its own")
     parser.add_argument("--rows", type=int, default=1600, help="of each data set; 8 are a step (default 1600)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab")
     args = parser.parse_args(words)
     out = args.output.resolve()
+    if args.sweep:
+        args.arms, args.seeds, args.rates = methods(), [SWEEP_SEED], list(RATES)
     wanted = jobs(args.arms, args.seeds, args.rates, args.rows, out)
     missing = [job for job in wanted if not done(job)]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them there already")
