@@ -96,14 +96,25 @@ def arms() -> dict[str, tuple[str, dict]]:
 
 
 def methods() -> list[str]:
-    """The arms whose learning rate is swept: what the paper compares. The others differ from one of these in a key."""
-    return [name for name in arms() if not name.startswith("solo_") or name.removeprefix("solo_") in LOSSES]
+    """The arms whose learning rate is swept: what the paper compares, and SoLo-ORPO in two forms that do not collapse."""
+    forms = (*LOSSES, "orpo_alpha_0.3", "orpo_detached")
+    return [name for name in arms() if not name.startswith("solo_") or name.removeprefix("solo_") in forms]
+
+
+CHOSEN = {}  # method -> the rate that the sweep chose, where it is not RATE
+
+
+def chosen_rate(name: str) -> float:
+    """The learning rate at which an arm stands in the tables."""
+    return CHOSEN.get(name, RATE)
 
 
 def recipe(name: str) -> str:
     """The arm's YAML file."""
     what, keys = arms()[name]
-    body = yaml.safe_dump(COMMON | keys | {"output_dir": f"saves/lab/runs/{name}_0"}, sort_keys=False)
+    body = yaml.safe_dump(
+        COMMON | keys | {"learning_rate": chosen_rate(name), "output_dir": f"saves/lab/runs/{name}_0"}, sort_keys=False
+    )
     return (
         f"# The lab: {what}. Written by scripts/lab/arms.py; all values are ours unless docs/lab.md says otherwise.\n"
         f'# Launch: make lab ARGS="--arms {name}"   (every seed; rows and tables too)\n\n{body}'

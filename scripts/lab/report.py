@@ -1,110 +1,206 @@
-"""Tables and plots of the lab's results, with 95 % intervals over seeds.
+"""Tables and plots of the lab's results, with 95 % intervals over seeds (Student's t).
 
-    python scripts/lab/report.py [--results saves/lab/results] [--output saves/lab]
+    python scripts/lab/report.py                # saves/lab/report: tables.md, runs.json and the pictures
+    python scripts/lab/report.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
 
-Writes report.md, report.json and accuracy_by_length.png, methods.png, alpha.png, dynamics.png. Where an arm was run
-with several learning rates, the one with the best mean accuracy at the long context counts, and the table says which.
+A method stands with the learning rate that arms.py chose from the sweep, everything else with the rate of all.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 
 import matplotlib
-from arms import ALPHAS, PAPER_ALPHA, arms
+from arms import ALPHAS, COMPRESSED, PAPER_ALPHA, RATE, RATES, arms, chosen_rate, methods
+from forms import arms_of_forms
 from recall import BASE, LONG, ROOT, SHORT
+from run import MEASURED, SWEEP_SEED
+from scipy import stats
 
 from solopo_plugin.synthesis.files import replacing, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-SHOWN = (SHORT, 32, 64, LONG, 120)
-COMPARED = ("dpo_short", "dpo_long", "dpo_expand_long", "solo_dpo", "orpo_short", "orpo_long", "orpo_expand_long",
-            "solo_orpo", "solo_orpo_alpha_0.3", "longpo")  # fmt: skip
-# 97.5 % quantiles of Student's t by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+DOCS = ROOT / "docs/lab.md"
+DRAWN = ("dpo_short", "dpo_long", "dpo_expand_long", "solo_dpo", "solo_dpo_detached", "orpo_short", "orpo_long",
+         "orpo_expand_long", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached", "longpo")  # fmt: skip
+DIFFERENCES = (  # first, second: what the paper or the question behind it says of first against second
+    ("solo_dpo", "dpo_short", "SoLo against PO on the short pair"),
+    ("solo_orpo_alpha_0.3", "orpo_short", "the same"),
+    ("solo_dpo", "dpo_long", "SoLo against PO on pairs sampled from the base on the long context"),
+    ("solo_orpo_alpha_0.3", "orpo_long", "the same"),
+    ("solo_dpo", "dpo_expand_long", "decoupled against the short pair on the long context (gold)"),
+    ("solo_orpo_alpha_0.3", "orpo_expand_long", "the same"),
+    ("solo_dpo", "longpo", "SoLo against LongPO"),
+    ("solo_dpo", "solo_dpo_both", "chosen-only against both"),
+    ("solo_orpo", "solo_orpo_both", "the same"),
+    ("solo_orpo", "solo_orpo_kl", "RA against KL"),
+    ("solo_dpo_detached", "solo_dpo", "detached against the paper's form"),
+    ("solo_orpo_detached", "solo_orpo", "the same"),
+    ("solo_orpo_detached", "solo_orpo_alpha_0.3", "detached at alpha 1 against the best alpha of the paper's form"),
+    ("solo_simpo_detached", "solo_simpo", "detached against the paper's form"),
+    ("solo_dpo_drop", "solo_dpo", "one-sided against absolute"),
+    ("solo_orpo_drop", "solo_orpo", "the same"),
+    ("solo_orpo_drop_detached", "solo_orpo_detached", "the same, detached"),
+    ("solo_orpo_lost", "solo_orpo_alpha_0.3", "a quarter of the short contexts without the evidence"),
+)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (Student's t); 0 for a single value, which has none."""
+    """Mean and half width of its 95 % interval; nan for a single value, which has none."""
     n = len(values)
-    half = T.get(n - 1, 1.96) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
-    return statistics.mean(values), half
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+    return statistics.mean(values), float(half)
 
 
-def read(folder: Path) -> dict[str, list[dict]]:
-    """Results by arm, of each arm's best learning rate."""
+def read(folder: Path) -> dict[tuple[str, float], dict[int, dict]]:
+    """(arm, rate) -> seed -> result."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(result["arm"], {}).setdefault(result["rate"], []).append(result)
-
-    def at_long(runs):
-        return statistics.mean(run["accuracy"][str(LONG)] for run in runs)
-
-    return {name: max(found[name].values(), key=at_long) for name in arms() if name in found}
+        run = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault((run["arm"], run["rate"]), {})[run["seed"]] = run
+    return found
 
 
-def accuracy(runs: list[dict], pairs: int) -> tuple[float, float]:
-    return interval([run["accuracy"][str(pairs)] for run in runs])
+class Results:
+    """Runs by arm, at the rate that stands for it, without those of the sweep's seed."""
+
+    def __init__(self, folder: Path):
+        self.all = read(folder)
+        self.names = [name for name in [*arms(), *arms_of_forms()] if self.runs(name)]
+
+    def runs(self, name: str, rate: float | None = None) -> dict[int, dict]:
+        runs = self.all.get((name, rate or chosen_rate(name)), {})
+        return {seed: run for seed, run in runs.items() if seed != SWEEP_SEED}
+
+    def accuracy(self, name: str, pairs: int, rate: float | None = None) -> tuple[float, float]:
+        return interval([run["accuracy"][str(pairs)] for run in self.runs(name, rate).values()])
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: accuracy by number of pairs, mean and half width of the interval."""
-    head = ["arm", *(f"{pairs} pairs" for pairs in SHOWN), "rate", "seeds", "CPU s"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    base = json.loads((BASE / "profile.json").read_text())["accuracy"]
-    lines.append("| base | " + " | ".join(f"{base[str(p)]:.3f}" for p in SHOWN) + " | | | |")
-    for name, runs in results.items():
-        form = "{:.3f} ± {:.3f}" if len(runs) > 1 else "{:.3f}"
-        cells = [form.format(*accuracy(runs, pairs)) for pairs in SHOWN]
-        cost = statistics.mean(run["cpu_seconds"] for run in runs)
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {runs[0]['rate']:g} | {len(runs)} | {cost:.0f} |")
-    return "\n".join(lines) + "\n"
+def base() -> dict[str, float]:
+    return json.loads((BASE / "profile.json").read_text())["accuracy"]
+
+
+def cell(mean: float, half: float) -> str:
+    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def accuracies(results: Results, names: list[str], rate: float | None = None) -> str:
+    """Accuracy by number of pairs: mean over seeds and half width of its interval."""
+    lines = [["base", *(f"{base()[str(pairs)]:.3f}" for pairs in MEASURED), "", "", ""]]
+    for name in names:
+        if runs := results.runs(name, rate):
+            cost = statistics.mean(run["cpu_seconds"] for run in runs.values())
+            cells = [cell(*results.accuracy(name, pairs, rate)) for pairs in MEASURED]
+            lines.append([name, *cells, f"{rate or chosen_rate(name):g}", str(len(runs)), f"{cost:.0f}"])
+    return table(["arm", *(f"{pairs} pairs" for pairs in MEASURED), "rate", "seeds", "CPU s"], lines)
+
+
+def sweep(results: Results) -> str:
+    """Accuracy at SHORT / LONG pairs by learning rate, on the questions of the sweep."""
+    lines = []
+    for name in methods():
+        runs = [results.all.get((name, rate), {}).get(SWEEP_SEED) for rate in RATES]
+        cells = [" / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in (SHORT, LONG)) if run else "" for run in runs]
+        cells = [f"**{c}**" if rate == chosen_rate(name) else c for c, rate in zip(cells, RATES, strict=True)]
+        lines.append([name, *cells])
+    return table(["method", *(f"{rate:g}" for rate in RATES)], lines)
+
+
+def differences(results: Results) -> str:
+    """Seed by seed, since a seed's rows are the same for all; forms of SoLo at one rate, methods each at its own."""
+    lines = []
+    for first, second, what in DIFFERENCES:
+        rate = RATE if all(name.startswith("solo_") for name in (first, second)) else None
+        pair = [results.runs(first, rate), results.runs(second, rate)]
+        seeds = sorted(pair[0].keys() & pair[1].keys())
+        if seeds:
+            gains = [
+                cell(*interval([pair[0][s]["accuracy"][str(n)] - pair[1][s]["accuracy"][str(n)] for s in seeds]))
+                for n in (SHORT, LONG)
+            ]
+            lines.append([f"{first} - {second}", what, *gains])
+    return table(["difference", "what", f"{SHORT} pairs", f"{LONG} pairs"], lines)
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Name of the marker in docs/lab.md -> Markdown."""
+    return {
+        "sweep": sweep(results),
+        "methods": accuracies(results, methods()),
+        "ablations": accuracies(results, [name for name in arms() if name.startswith("solo_")], RATE),
+        "forms": accuracies(results, list(arms_of_forms()), RATE),
+        "differences": differences(results),
+    }
+
+
+# ---- plots
 
 
 def save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def by_length(results, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    base = json.loads((BASE / "profile.json").read_text())["accuracy"]
-    axes.plot([int(n) for n in base], base.values(), "k--", label="base")
-    for name in (n for n in COMPARED if n in results):
-        lengths = [int(n) for n in results[name][0]["accuracy"]]
-        points = [accuracy(results[name], n) for n in lengths]
-        axes.errorbar(lengths, [p[0] for p in points], [p[1] for p in points], capsize=2, label=name)
-    axes.set(xlabel="pairs in the context", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes.legend(fontsize="small")
+def by_length(results: Results, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
+    for place, loss in zip(axes, ("dpo", "orpo"), strict=True):
+        place.plot([int(n) for n in base()], base().values(), "k--", label="base")
+        for name in (n for n in DRAWN if n in results.names and (loss in n.split("_") or n == "longpo")):
+            points = [results.accuracy(name, n) for n in MEASURED]
+            place.errorbar(MEASURED, [p[0] for p in points], [p[1] for p in points], capsize=2, label=name)
+        place.set(xlabel="pairs in the context", ylabel="accuracy", ylim=(-0.02, 1.02))
+        place.legend(fontsize="small")
     save(figure, path)
 
 
-def bars(results, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(10, 0.3 * len(results) + 1.5), layout="constrained")
+def bars(results: Results, path: Path) -> None:
+    names = results.names
+    figure, axes = plt.subplots(figsize=(9, 0.27 * len(names) + 1.2), layout="constrained")
     for offset, (pairs, color) in enumerate(((SHORT, "tab:gray"), (LONG, "tab:blue"))):
-        points = [accuracy(runs, pairs) for runs in results.values()]
+        points = [results.accuracy(name, pairs) for name in names]
         places = [i + 0.4 * offset for i in range(len(points))]
         axes.barh(places, [p[0] for p in points], 0.4, xerr=[p[1] for p in points], color=color, label=f"{pairs} pairs")
-    axes.set(yticks=[i + 0.2 for i in range(len(results))], yticklabels=list(results), xlabel="accuracy")
+    axes.set(yticks=[i + 0.2 for i in range(len(names))], yticklabels=names, xlabel="accuracy", xlim=(0, 1.05))
     axes.invert_yaxis()
     axes.legend()
     save(figure, path)
 
 
-def alpha_curve(results, path: Path) -> None:
-    arm = {a: "solo_orpo" if a == PAPER_ALPHA["orpo"] else f"solo_orpo_alpha_{a:g}" for a in ALPHAS}
-    there = {a: results[name] for a, name in arm.items() if name in results}
+def against(place, results: Results, arms_by_x: dict[float, str], label: str, **style) -> None:
+    there = {x: name for x, name in arms_by_x.items() if results.runs(name, RATE)}
+    for pairs, line in ((SHORT, ":"), (LONG, "-")):
+        points = [results.accuracy(name, pairs, RATE) for name in there.values()]
+        place.errorbar(list(there), [p[0] for p in points], [p[1] for p in points], fmt=f"o{line}", capsize=2,
+                       label=f"{label}, {pairs} pairs", **style)  # fmt: skip
+
+
+def alpha_curve(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for pairs in (SHORT, LONG):
-        points = [accuracy(runs, pairs) for runs in there.values()]
-        axes.errorbar(list(there), [p[0] for p in points], [p[1] for p in points], fmt="o-", label=f"{pairs} pairs")
-    axes.set(xscale="log", xlabel="alpha (SoLo-ORPO)", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes.legend()
+    for (loss, alphas), color in zip(ALPHAS.items(), ("tab:orange", "tab:blue"), strict=True):
+        by_alpha = {a: f"solo_{loss}" + ("" if a == PAPER_ALPHA[loss] else f"_alpha_{a:g}") for a in alphas}
+        against(axes, results, by_alpha, f"SoLo-{loss.upper()}", color=color)
+    axes.set(xscale="log", xlabel="alpha", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.legend(fontsize="small")
+    save(figure, path)
+
+
+def compression(results: Results, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    by_pairs = {n: f"solo_orpo_short_{n}" for n in COMPRESSED} | {SHORT: "solo_orpo_alpha_0.3"}
+    against(axes, results, {100 * n / LONG: by_pairs[n] for n in sorted(by_pairs)}, "SoLo-ORPO, alpha 0.3")
+    axes.set(xlabel=f"compression rate: pairs of the short context / {LONG}, %", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.legend(fontsize="small")
     save(figure, path)
 
 
@@ -114,44 +210,70 @@ def curve(runs: list[dict], key: str) -> tuple[list[int], list[float]]:
     return list(logged[0]), [statistics.mean(log[step] for log in logged) for step in logged[0]]
 
 
-def dynamics(results, path: Path) -> None:
-    """Margin, log-prob of the rejected response, reward gap, and accuracy at SHORT and LONG, by step."""
-    logged = ("rewards/margins", "logps/rejected", "solopo/reward_gap")
-    figure, axes = plt.subplots(1, 5, figsize=(20, 4), layout="constrained")
-    for name in (n for n in COMPARED if n in results):
-        runs = results[name]
-        for place, key in zip(axes, logged, strict=False):
-            place.plot(*curve(runs, key), label=name)
-        for place, pairs in zip(axes[3:], (SHORT, LONG), strict=True):
+def dynamics(results: Results, path: Path) -> None:
+    """Margin, log-prob of the rejected response, reward gap, short reward, and accuracy at SHORT and LONG, by step."""
+    logged = ("rewards/margins", "logps/rejected", "solopo/reward_gap", "solopo/reward_short")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for name in (n for n in DRAWN if n in results.names):
+        runs, color = list(results.runs(name).values()), f"C{DRAWN.index(name) % 10}"
+        style = {"color": color, "linestyle": "--" if DRAWN.index(name) > 9 else "-"}
+        for place, key in zip(axes.flat, logged, strict=False):
+            place.plot(*curve(runs, key), label=name, **style)
+        for place, pairs in zip(axes.flat[4:], (SHORT, LONG), strict=True):
             steps = list(runs[0]["by_step"])
             means = [statistics.mean(run["by_step"][s][str(pairs)] for run in runs) for s in steps]
-            place.plot([int(s) for s in steps], means, label=name)
-    for place, title in zip(axes, (*logged, f"accuracy, {SHORT} pairs", f"accuracy, {LONG} pairs"), strict=True):
+            place.plot([0, *map(int, steps)], [base()[str(pairs)], *means], label=name, **style)
+    titles = (*logged, f"accuracy, {SHORT} pairs", f"accuracy, {LONG} pairs")
+    for place, title in zip(axes.flat, titles, strict=True):
         place.set(title=title, xlabel="step")
-    axes[-1].legend(fontsize="small")
+    axes.flat[-1].legend(fontsize="x-small")
     save(figure, path)
+
+
+PLOTS = {"accuracy_by_length": by_length, "methods": bars, "alpha": alpha_curve, "compression": compression,
+         "dynamics": dynamics}  # fmt: skip
+
+
+# ---- where they go
+
+
+def filled(page: str, parts: dict[str, str]) -> str:
+    """The page with each part between `<!-- NAME -->` and `<!-- /NAME -->`."""
+    for name, text in parts.items():
+        mark = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not mark.search(page):
+            raise ValueError(f"the page has no place for `{name}`: <!-- {name} --> and <!-- /{name} --> are missing.")
+        page = mark.sub(lambda found, text=text: found[1] + "\n" + text + "\n" + found[2], page)
+    return page
+
+
+def write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "saves/lab/results")
-    parser.add_argument("--output", type=Path, default=ROOT / "saves/lab")
+    parser.add_argument("--output", type=Path, default=ROOT / "saves/lab/report")
+    parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
     args = parser.parse_args(words)
-    results = read(args.results)
-    if not results:
+    results = Results(args.results)
+    if not results.names:
         sys.exit(f"{args.results} holds no results; run scripts/lab/run.py first.")
-    args.output.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output / "report.md") as file:
-        file.write(table(results).encode())
-    write_json(args.output / "report.json", {
-        name: {pairs: dict(zip(("mean", "half_width"), accuracy(runs, pairs), strict=True)) for pairs in SHOWN}
-        for name, runs in results.items()
-    })  # fmt: skip
-    by_length(results, args.output / "accuracy_by_length.png")
-    bars(results, args.output / "methods.png")
-    alpha_curve(results, args.output / "alpha.png")
-    dynamics(results, args.output / "dynamics.png")
-    print(f"{table(results)}\ntables and plots  {args.output}")
+    parts = tables(results)
+    for folder in (args.output, *([DOCS.with_suffix("")] if args.docs else [])):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, draw in PLOTS.items():
+            draw(results, folder / f"{name}.png")
+        write_json(folder / "runs.json", [
+            {key: run[key] for key in ("arm", "rate", "seed", "accuracy", "cpu_seconds")}
+            for runs in results.all.values() for run in runs.values()
+        ])  # fmt: skip
+    write(args.output / "tables.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
+    if args.docs:
+        write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))
+    print(f"{parts['methods']}\ntables and plots  {args.output}")
     return 0
 
 

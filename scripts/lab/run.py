@@ -21,7 +21,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import yaml
-from arms import FOLDER, RATES, arms, methods
+from arms import FOLDER, RATE, RATES, arms, methods
+from forms import arms_of_forms, form_of
 from recall import BASE, CHOOSING, LONG, QUESTIONS, ROOT, SHORT, profile
 
 from solopo_plugin.synthesis.files import write_json
@@ -38,14 +39,20 @@ def jobs(names: list[str], seeds: list[int], rates: list[float], rows: int, out:
     found = []
     for seed in seeds:
         for name in names:
-            recipe = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-            for rate in rates or [recipe["learning_rate"]]:
+            form, arm = form_of(name)
+            recipe = yaml.safe_load((FOLDER / f"{arm}.yaml").read_text(encoding="utf-8"))
+            own = [recipe["learning_rate"]]  # and where forms of SoLo are compared, they share one rate
+            own += [RATE] if arm.startswith("solo_") and own != [RATE] else []
+            for rate in rates or own:
                 tag = f"{name}_{rate:g}_{seed}"
                 recipe = recipe | {"learning_rate": rate, "seed": seed}
                 what = [base, rows, {k: v for k, v in recipe.items() if k not in PLACES}]
+                what += [form] if form else []
                 key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
                 places = str(BASE), str(out / f"rows_{rows}_{seed}"), str(out / "runs" / tag)
-                job = dict(arm=name, rate=rate, seed=seed, key=key, result=str(out / "results" / f"{tag}.json"))
+                job = dict(
+                    arm=name, form=form, rate=rate, seed=seed, key=key, result=str(out / "results" / f"{tag}.json")
+                )
                 found.append(job | {"recipe": recipe | dict(zip(PLACES, places, strict=True))})
     return found
 
@@ -83,11 +90,13 @@ def run_quietly(work, log: Path, *args):
 
 def train(job: dict) -> None:
     """One run: train by the recipe, measure, write the result, remove the run."""
+    from forms import applied
     from llamafactory.train.tuner import run_exp
     from transformers import AutoModelForCausalLM
 
     recipe, folder, start = job["recipe"], Path(job["recipe"]["output_dir"]), time.process_time()
-    run_exp(recipe | {"disable_tqdm": True})
+    with applied(job["form"]):
+        run_exp(recipe | {"disable_tqdm": True})
     seconds = time.process_time() - start
     questions = CHOOSING if job["seed"] == SWEEP_SEED else QUESTIONS
     last, *earlier = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))[::-1]
@@ -128,7 +137,9 @@ def in_parallel(pool, calls: dict, what: str) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(arms()), choices=list(arms()), metavar="ARM")
+    known = [*arms(), *arms_of_forms()]
+    parser.add_argument("--arms", nargs="+", default=list(arms()), choices=known, metavar="ARM")
+    parser.add_argument("--forms", action="store_true", help="the arms of forms.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="instead of each recipe's learning rate")
     parser.add_argument("--sweep", action="store_true", help=f"of all methods, {RATES}, a seed of its own")
@@ -139,6 +150,8 @@ def main(words: list[str] | None = None) -> int:
     out = args.output.resolve()
     if args.sweep:
         args.arms, args.seeds, args.rates = methods(), [SWEEP_SEED], list(RATES)
+    if args.forms:
+        args.arms = arms_of_forms()
     wanted = jobs(args.arms, args.seeds, args.rates, args.rows, out)
     missing = [job for job in wanted if not done(job)]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them there already")

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts" / "lab"))
 import arms  # noqa: E402
+import forms  # noqa: E402
 import lab_rows  # noqa: E402
 import report  # noqa: E402
 import run as run_lab  # noqa: E402
@@ -118,7 +119,7 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 
 def test_recipes_are_what_the_table_gives(capsys):
     assert arms.main(["--check"]) == 0, capsys.readouterr().out
-    assert len(arms.arms()) == 39
+    assert len(arms.arms()) == 38 and len(arms.methods()) == 20
     for name, (_, keys) in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
 
@@ -170,36 +171,99 @@ def result(job: dict, share: float) -> dict:
     }
 
 
+def leave(tmp_path, name: str, rate: float, shares: dict[int, float]) -> None:
+    for seed, share in shares.items():
+        (job,) = run_lab.jobs([name], [seed], [rate], 1600, tmp_path)
+        write_json(Path(job["result"]), result(job, share))
+
+
 def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
     first, second = run_lab.jobs(["solo_orpo"], [0, 1], [], 3200, tmp_path)
     assert first["result"] != second["result"] and first["recipe"]["seed"] == 0 and second["recipe"]["seed"] == 1
     assert not run_lab.done(first)
     write_json(Path(first["result"]), result(first, 1.0))
     assert run_lab.done(first) and not run_lab.done(second)
+    (moved,) = run_lab.jobs(["solo_orpo"], [0], [], 3200, tmp_path / "elsewhere")
+    assert moved["key"] == first["key"], "where it is made is nothing to a result"
     (fewer,) = run_lab.jobs(["solo_orpo"], [0], [], 1600, tmp_path)
     assert fewer["result"] == first["result"] and not run_lab.done(fewer)
     (faster,) = run_lab.jobs(["solo_orpo"], [0], [1e-3], 3200, tmp_path)
     assert faster["result"] != first["result"] and faster["recipe"]["learning_rate"] == 1e-3
+    (other,) = run_lab.jobs(["warmup_solo_orpo"], [0], [], 3200, tmp_path)
+    assert other["form"] == "warmup" and other["key"] != first["key"] and other["result"] != first["result"]
     shutil.copytree(BASE, tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_bytes(b"another base")
     monkeypatch.setattr(run_lab, "BASE", tmp_path / "base")
     assert not run_lab.done(run_lab.jobs(["solo_orpo"], [0], [], 3200, tmp_path)[0])
 
 
-def test_report_takes_the_best_rate_and_gives_intervals(tmp_path, capsys):
-    shares = {1e-3: (0.2, 0.3), 3e-4: (0.6, 0.8)}
-    for rate, of_seeds in shares.items():
-        for job, share in zip(run_lab.jobs(["orpo_long"], [0, 1], [rate], 3200, tmp_path), of_seeds, strict=True):
-            write_json(Path(job["result"]), result(job, share))
+def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch):
+    monkeypatch.setitem(arms.CHOSEN, "orpo_long", 6e-4)
+    leave(tmp_path, "orpo_long", 3e-4, {0: 0.9, 1: 0.9})
+    leave(tmp_path, "orpo_long", 6e-4, {0: 0.6, 1: 0.8, run_lab.SWEEP_SEED: 0.1})
+    for rate, share in ((1.5e-4, 0.3), (3e-4, 0.2)):
+        leave(tmp_path, "orpo_long", rate, {run_lab.SWEEP_SEED: share})
     report.main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "out")])
+    written = (tmp_path / "out/tables.md").read_text()
     # mean 0.7, standard deviation 0.1414, t 12.706 for one degree of freedom: 12.706 * 0.1414 / sqrt(2) = 1.271
-    assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in capsys.readouterr().out
-    names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {
-        "report.md", "report.json", "accuracy_by_length.png", "methods.png", "alpha.png", "dynamics.png"
+    assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in written
+    assert "| orpo_long | 0.300 / 0.300 | 0.200 / 0.200 | **0.100 / 0.100** |" in written
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "tables.md", "runs.json", "accuracy_by_length.png", "methods.png", "alpha.png", "compression.png",
+        "dynamics.png",
     }  # fmt: skip
     with pytest.raises(SystemExit, match="holds no results; run scripts/lab/run.py first"):
         report.main(["--results", str(tmp_path / "nothing")])
+
+
+def test_differences_are_by_seed(tmp_path):
+    """Gains of 0.1 and 0.3 whatever the seeds' own level; a seed of one arm alone is left out."""
+    leave(tmp_path, "solo_dpo", 3e-4, {0: 0.9, 1: 0.5, 2: 0.7})
+    leave(tmp_path, "solo_dpo_both", 3e-4, {0: 0.8, 1: 0.2})
+    written = report.differences(report.Results(tmp_path / "results"))
+    # mean 0.2, standard deviation 0.1414
+    assert "| solo_dpo - solo_dpo_both | chosen-only against both | 0.200 ± 1.271 | 0.200 ± 1.271 |" in written
+
+
+def test_page_is_filled_between_its_marks():
+    page = "a\n<!-- one -->\nold\n<!-- /one -->\nb\n<!-- two -->\n<!-- /two -->\n"
+    expected = "a\n<!-- one -->\n\n\\1\n<!-- /one -->\nb\n<!-- two -->\n\nT\n<!-- /two -->\n"
+    assert report.filled(page, {"one": "\\1", "two": "T"}) == expected
+    assert report.filled(expected, {"one": "\\1", "two": "T"}) == expected
+    with pytest.raises(ValueError, match="no place for `three`"):
+        report.filled(page, {"three": ""})
+
+
+# ---- forms that the plugin does not have
+
+
+def steps_of(demo, run, name: str, form: str | None, **changes) -> list[float]:
+    with forms.applied(form):
+        done = run(demo(5, name, max_steps=3, logging_steps=1, plot_loss=False, **changes))
+    return [entry["loss"] for entry in done.log if "loss" in entry]
+
+
+def test_forms_are_the_paper_s_where_they_should_be(run, demo, one_thread):
+    """Answers of one token have one gap, skipping begins where the gap is small, and a rising alpha begins low."""
+    plain = steps_of(demo, run, "plain", None)
+    assert steps_of(demo, run, "tokens", "tokens") == plain
+    assert steps_of(demo, run, "skip", "skip") == plain
+    assert steps_of(demo, run, "again", None) == plain, "the trainer is as it was"
+    risen = steps_of(demo, run, "warmup", "warmup")
+    assert risen[0] < plain[0] and risen[1:] != plain[1:]
+
+
+def test_alpha_follows_the_gap():
+    trainer = SimpleNamespace(finetuning_args=SimpleNamespace(solopo_alpha=2.0))
+    assert forms.auto(trainer) == 1
+    for gap, expected in ((4.0, 4.0), (2.0, 3.8)):
+        metrics = torch.zeros(3, len(forms.METRICS))
+        metrics[:, forms.GAP] = gap
+        forms.running_gap(trainer, metrics)
+        assert trainer.gap == pytest.approx(expected) and forms.auto(trainer) == pytest.approx(1 / expected)
+    assert trainer.first_gap == 4.0
+    trainer.gap = 0.01
+    assert forms.auto(trainer) == 1 / forms.LEAST_GAP
 
 
 # ---- the demo and the method
