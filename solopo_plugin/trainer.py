@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from . import attention, losses
 from .args import LENGTH_NORMALISED
+from .collapse import GAP, NLL, REWARD, collapse
 from .data import data_sets
 from .logps import predicting_positions, response_logps, token_logps
 
@@ -80,6 +81,8 @@ class SoloTrainer(CustomDPOTrainer):
         self.packed = packed
         self.train_means, self.eval_means = ExampleMeans(), ExampleMeans()
         self.window_weight = 1.0  # examples a full micro-batch stands for, see get_batch_samples
+        args = self.finetuning_args  # only through the short side can the alignment lower it
+        self.may_collapse = args.solopo_objective == "solopo" and args.solopo_alpha > 0 and not args.solopo_detach_short
         base = attention.base_of(model)
         self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         if packed:
@@ -311,7 +314,23 @@ class SoloTrainer(CustomDPOTrainer):
             means = self.train_means.read(lambda t: self.accelerator.reduce(t, "sum"))
             logs.update(zip(METRICS, means, strict=True))
             self.train_means = ExampleMeans()
-        return Trainer.log(self, logs, *args, **kwargs)
+        Trainer.log(self, logs, *args, **kwargs)
+        self.warn_of_collapse()
+
+    def warn_of_collapse(self) -> None:
+        """Once per start: a resumed run, which has the log from its beginning, says it again if it is still so."""
+        if not self.may_collapse or (seen := collapse(self.state.log_history)) is None:
+            return
+        self.may_collapse = False
+        start, now = seen
+        reward, gap, nll = (f"`{name}` {start[name]:.3g} -> {now[name]:.3g}" for name in (REWARD, GAP, NLL))
+        has_nll = self.finetuning_args.pref_loss == "orpo" or self.finetuning_args.pref_ftx > 1e-6
+        hold = "" if has_nll else ", `pref_ftx: 1`"
+        logger.warning_rank0(
+            f"The alignment loss falls because the short answer is being unlearned (steps {start['step']} to "
+            f"{now['step']}: {reward}, {gap}, {nll} nats per token): stop and set `solopo_detach_short: true`, a "
+            f"smaller `solopo_alpha`{hold} or a lower `learning_rate`; see Diagnostics in the README."
+        )
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

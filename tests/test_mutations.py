@@ -157,6 +157,13 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         'return lost_B**2 if kind == "auto"',
         "test_losses.py::test_s_of_auto_bounds_the_loss_and_is_tight_at_zero",
     ),
+    # what the log is watched for
+    "both rewards falling is taken for the alignment's doing": (
+        "collapse.py",
+        "fall / 2 < closed < 2 * fall",
+        "closed < 2 * fall",
+        "test_collapse.py::test_both_contexts_falling_together_is_not_the_alignments_doing",
+    ),
     # rows
     "the prompt is trained on": (
         "data.py",
@@ -277,5 +284,5 @@ def test_fault_is_caught(outcomes, fault):
 
 def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
-    assert len(FAULTS) == 24
+    assert len(FAULTS) == 25
     assert sum(file == "trainer.py" for file, *_ in FAULTS.values()) == 8
