@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab test test-web screenshot chromium recipes benchmark clean
+.PHONY: install demo lab lab-rates lab-forms test test-web screenshot chromium recipes benchmark clean
 
 install: .venv/.installed
 
@@ -26,9 +26,19 @@ demo: .venv/.installed
 	@$(BIN)/python scripts/show_run.py saves/demo/solo_orpo
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/show_accuracy.py saves/demo/solo_orpo
 
-# every arm, five seeds; continues where it was killed. ARGS="--arms solo_orpo dpo_long --seeds 0"
+# docs/lab.md: every arm, five seeds; the sweep of learning rates; forms that the plugin does not have. Each continues
+# where it was killed. ARGS="--arms solo_orpo dpo_long --seeds 0"
+LAB := CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/run.py
 lab: .venv/.installed
-	CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/run.py $(ARGS)
+	$(LAB) $(ARGS)
+	@$(BIN)/python scripts/lab/report.py
+
+lab-rates: .venv/.installed
+	$(LAB) --sweep $(ARGS)
+	@$(BIN)/python scripts/lab/report.py
+
+lab-forms: .venv/.installed
+	$(LAB) --forms $(ARGS)
 	@$(BIN)/python scripts/lab/report.py
 
 test: .venv/.test

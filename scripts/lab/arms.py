@@ -96,7 +96,7 @@ def arms() -> dict[str, tuple[str, dict]]:
 
 
 def methods() -> list[str]:
-    """The arms whose learning rate is swept: what the paper compares, and SoLo-ORPO in two forms that do not collapse."""
+    """The arms whose learning rate is swept: what the paper compares, and two forms of SoLo-ORPO that do not collapse."""
     forms = (*LOSSES, "orpo_alpha_0.3", "orpo_detached")
     return [name for name in arms() if not name.startswith("solo_") or name.removeprefix("solo_") in forms]
 
