@@ -1,4 +1,4 @@
-"""Make the base of the lab's second task: good over short contexts, mostly wrong in long ones. A minute on one CPU core.
+"""Make the base of the lab's second task: good over short contexts, lost in long ones. A minute on one CPU core.
 
     python scripts/lab/make_two_hop_base.py [OUTPUT_FOLDER]
 
@@ -20,10 +20,14 @@ import torch.nn.functional as F
 from make_base import adamw, save, update
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from two_hop import BASE, FIRST, PROMPT, SECOND, SPECIAL, WORDS, World
+from two_hop import BASE, FIRST, PROMPT, SECOND, SPECIAL, WORDS, World, measure
+
+from solopo_plugin.synthesis.contexts import lay_out, split_prompt
+from solopo_plugin.synthesis.files import write_json
+from solopo_plugin.synthesis.pool import shown_text
 
 COPIES, COPY_STEPS = 32, 350  # sequences in a step of copying, steps
-BATCH, STEPS = 16, 200  # contexts in a step of questions, steps
+BATCH, STEPS = 16, 110  # contexts in a step of questions, steps
 ASKED = 3  # questions behind a context
 DOCUMENTS = (6, 9)  # least and most in a context; 9 are SHORT tokens
 SHARP = 30.0  # the larger, the more a head of the first layer looks at its own word back only
@@ -33,12 +37,10 @@ IDS = {word: i for i, word in enumerate(WORDS)}
 
 def untrained() -> Qwen2ForCausalLM:
     """Qwen2 of two layers and 580,000 parameters."""
-    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4)
+    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096)
     ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
-    config = Qwen2Config(
-        vocab_size=len(WORDS), num_key_value_heads=4, max_position_embeddings=4096, initializer_range=0.06, **shape, **ids
-    )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(WORDS), initializer_range=0.06, **shape, **heads, **ids))
     look_back(model)
     return model
 
@@ -89,11 +91,13 @@ def lesson(n_documents: int, rng: random.Random) -> tuple[list[int], list[bool]]
     shown = list(dict.fromkeys(name for one in asked for name in one["names"]))
     shown += rng.sample([name for name in world.paragraphs if name not in shown], n_documents - len(shown))
     rng.shuffle(shown)
-    documents = "\n\n".join(f"Document {i}:\n{world.paragraphs[name]}" for i, name in enumerate(shown, 1))
-    before, behind = PROMPT.replace("{documents}", documents).split("Question: {question}")
-    parts = [(before, False)]
-    for one in asked:
-        parts += [(f"Question: {one['text']} {behind}", False), (f"{one['chain']} {SPECIAL[0]}", True)]
+    texts = [one["text"] for one in asked]
+    before, behind = split_prompt(PROMPT)
+    documents = [shown_text({"title": "", "text": world.paragraphs[name]}) for name in shown]
+    first, _ = lay_out(before, behind, texts[0], documents)
+    prompts = [first, *(behind.replace("{question}", text) for text in texts[1:])]
+    answers = [f"{one['chain']} {SPECIAL[0]}" for one in asked]
+    parts = [part for pair in zip(prompts, answers, strict=True) for part in zip(pair, (False, True), strict=True)]
     words = [(IDS[word], learnt) for text, learnt in parts for word in text.split()]
     ids, learnt = zip(*words, strict=True)
     return list(ids), list(learnt)
@@ -119,7 +123,11 @@ def main(folder: str | Path = BASE, seed: int = 0) -> None:
     learn_to_copy(model, generator)
     learn_to_answer(model, rng)
     save(model, Path(folder), WORDS)
-    print(f"base of {model.num_parameters():,} parameters saved to {folder} after {time.process_time() - start:.0f} CPU s")
+    seconds = time.process_time() - start
+    print(f"base of {model.num_parameters():,} parameters saved to {folder} after {seconds:.0f} CPU seconds")
+    measured = measure(Path(folder))
+    write_json(Path(folder) / "profile.json", {"accuracy": measured, "seed": seed})
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":
