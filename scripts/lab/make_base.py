@@ -27,9 +27,9 @@ SETTLE = 300  # steps of copying after that: without them 32 pairs are answered 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # what the host's template `empty` writes
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(vocabulary: list[str] = WORDS) -> PreTrainedTokenizerFast:
     """A word is a token; words are separated by white space."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("eos_token", "pad_token", "unk_token"), SPECIAL, strict=False))
     return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=CHAT, **names)
@@ -91,10 +91,10 @@ def learn_to_answer(model, generator: torch.Generator, steps: int = 100) -> None
         update(model, optimizer, F.cross_entropy(model(ids, logits_to_keep=1).logits[:, -1], right_B))
 
 
-def save(model, folder: Path) -> None:
+def save(model, folder: Path, vocabulary: list[str] = WORDS) -> None:
     """Weights in fp16, half the size; the configuration says fp32, in which they are loaded again."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer().save_pretrained(folder)
+    tokenizer(vocabulary).save_pretrained(folder)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
