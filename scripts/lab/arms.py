@@ -1,9 +1,9 @@
-"""The lab's comparison: one recipe per arm under examples/yaml/lab/, from one table.
+"""The lab's comparison: one recipe per arm under examples/yaml/lab/TASK, from one table per task.
 
     python scripts/lab/arms.py            # write all
     python scripts/lab/arms.py --check    # exit 1 and name the files that differ, are missing or should not exist
 
-All arms share base, rows of a seed, steps, batch, schedule and optimizer; they differ in the keys of the table.
+All arms of a task share base, rows of a seed, steps, batch, schedule and optimizer; they differ in the table's keys.
 """
 
 import sys
@@ -14,29 +14,49 @@ from recall import ROOT
 from solopo_plugin.synthesis.files import replacing
 
 FOLDER = ROOT / "examples/yaml/lab"
-RATES = (1.5e-4, 3e-4, 6e-4)  # of the learning-rate sweep
-RATE = 3e-4  # of every arm that the sweep leaves out
-COMMON = {
-    "model_name_or_path": "data/lab/base",
+RATE = 3e-4  # of every arm whose rate is not chosen
+RATES = (1.5e-4, RATE, 6e-4)  # of the learning-rate sweep
+LOWER = (1.5e-5, 5e-5)  # more of it for LongPO, whose NLL of the whole context undoes the base at the others
+CHOSEN = {  # method -> the rate that the sweep chose, where it is not RATE
+    "sft_long": 6e-4,
+    "orpo_long": 6e-4,
+    "simpo_short": 1.5e-4,
+    "simpo_expand_long": 1.5e-4,
+}
+BOTH = {  # of both tasks
     "do_train": True,
     "finetuning_type": "full",
-    "dataset_dir": "saves/lab/rows_1600_0",  # as scripts/lab/run.py writes them
     "template": "empty",
-    "cutoff_len": 256,
     "overwrite_output_dir": True,
     "logging_steps": 10,
-    "save_steps": 40,  # whose accuracy is the curve over training
     "save_only_model": True,
     "report_to": "none",
     "per_device_train_batch_size": 8,  # half of the demo's, for half of its time
     "gradient_accumulation_steps": 1,
     "learning_rate": RATE,
-    "num_train_epochs": 1.0,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 10,
     "disable_gradient_checkpointing": True,
     "use_cpu": True,
     "seed": 0,
+}
+COMMON = {
+    "recall": BOTH
+    | {
+        "model_name_or_path": "data/lab/base",
+        "dataset_dir": "saves/lab/rows_0",  # as scripts/lab/run.py writes them
+        "cutoff_len": 256,
+        "save_steps": 40,  # whose accuracy is the curve over training
+        "num_train_epochs": 1.0,  # 200 steps
+    },
+    "two_hop": BOTH
+    | {
+        "model_name_or_path": "data/lab/two_hop_base",
+        "dataset_dir": "saves/lab/two_hop/rows_0",
+        "cutoff_len": 704,
+        "save_steps": 50,
+        "max_steps": 200,  # the sets differ in rows, so epochs are not what arms share
+    },
 }
 LOSSES = {
     "dpo": {"pref_loss": "sigmoid", "pref_beta": 0.1},
@@ -57,7 +77,7 @@ ALPHAS = {"orpo": (0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0)}
 COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
 
 
-def arms() -> dict[str, tuple[str, dict]]:
+def of_recall() -> dict[str, tuple[str, dict]]:
     """Name -> what it is, its keys beside `COMMON`."""
     table = {}
     for context, what in (("short", "the answer"), ("long", "the base's right answers"), ("long_gold", "the answer")):
@@ -95,45 +115,69 @@ def arms() -> dict[str, tuple[str, dict]]:
     return table
 
 
+TWO_HOP = ("sft_short", "sft_long", "dpo_short", "dpo_long", "dpo_expand_long", "orpo_short", "orpo_long",
+           "orpo_expand_long", "longpo", "solo_dpo", "solo_dpo_detached", "solo_orpo", "solo_orpo_alpha_0.3",
+           "solo_orpo_detached", "solo_orpo_drop", "solo_orpo_drop_detached")  # fmt: skip
+
+
+def arms(task: str = "recall") -> dict[str, tuple[str, dict]]:
+    """Name -> what it is, its keys beside `COMMON`. The second task has some of the first's, on its own data sets."""
+    table = of_recall()
+    if task == "recall":
+        return table
+    return {
+        n: (table[n][0], table[n][1] | {"dataset": table[n][1]["dataset"].replace("recall", task)}) for n in TWO_HOP
+    }
+
+
 def methods() -> list[str]:
-    """The arms whose learning rate is swept: what the paper compares, and two forms of SoLo-ORPO that do not collapse."""
+    """The arms whose learning rate is swept: what the paper compares, and two more forms of SoLo-ORPO."""
     forms = (*LOSSES, "orpo_alpha_0.3", "orpo_detached")
     return [name for name in arms() if not name.startswith("solo_") or name.removeprefix("solo_") in forms]
 
 
-CHOSEN = {}  # method -> the rate that the sweep chose, where it is not RATE
+def rates(name: str) -> tuple[float, ...]:
+    """Of a method's sweep."""
+    return (*LOWER, *RATES) if name == "longpo" else RATES
 
 
-def chosen_rate(name: str) -> float:
-    """The learning rate at which an arm stands in the tables."""
-    return CHOSEN.get(name, RATE)
+def chosen_rate(name: str, task: str = "recall") -> float:
+    """The learning rate at which an arm stands in the tables; the second task has no sweep of its own."""
+    return CHOSEN.get(name, RATE) if task == "recall" or name == "longpo" else RATE
 
 
-def recipe(name: str) -> str:
+def folder_of(task: str):
+    return FOLDER / task
+
+
+def recipe(task: str, name: str) -> str:
     """The arm's YAML file."""
-    what, keys = arms()[name]
-    body = yaml.safe_dump(
-        COMMON | keys | {"learning_rate": chosen_rate(name), "output_dir": f"saves/lab/runs/{name}_0"}, sort_keys=False
-    )
+    what, keys = arms(task)[name]
+    changed = {"learning_rate": chosen_rate(name, task)}
+    changed["output_dir"] = f"saves/lab/{'' if task == 'recall' else task + '/'}runs/{name}_0"
+    body = yaml.safe_dump(COMMON[task] | keys | changed, sort_keys=False)
+    choice = "" if task == "recall" else f"--task {task} "
     return (
         f"# The lab: {what}. Written by scripts/lab/arms.py; all values are ours unless docs/lab.md says otherwise.\n"
-        f'# Launch: make lab ARGS="--arms {name}"   (every seed; rows and tables too)\n\n{body}'
+        f'# Launch: make lab ARGS="{choice}--arms {name}"   (every seed; rows and tables too)\n\n{body}'
     )
 
 
 def main(words: list[str]) -> int:
-    wanted = {f"{name}.yaml": recipe(name) for name in arms()}
-    there = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.yaml")}
-    wrong = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    wanted = {folder_of(task) / f"{name}.yaml": recipe(task, name) for task in COMMON for name in arms(task)}
+    there = {path: path.read_text(encoding="utf-8") for path in FOLDER.rglob("*.yaml")}
+    wrong = sorted(path for path in wanted.keys() | there.keys() if wanted.get(path) != there.get(path))
     if "--check" in words:
-        print("".join(f"not as written by scripts/lab/arms.py: {FOLDER.name}/{name}\n" for name in wrong), end="")
+        for path in wrong:
+            print(f"not as written by scripts/lab/arms.py: {path.relative_to(FOLDER)}")
         return bool(wrong)
-    for name in wrong:
-        if name in wanted:
-            with replacing(FOLDER / name) as file:
-                file.write(wanted[name].encode())
+    for path in wrong:
+        if path in wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(wanted[path].encode())
         else:
-            (FOLDER / name).unlink()
+            path.unlink()
     print(f"{len(wanted)} recipes under {FOLDER}")
     return 0
 

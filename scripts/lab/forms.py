@@ -22,11 +22,14 @@ TRIED = {  # form -> the arms that it is applied to
     "auto": ("solo_dpo_alpha_1", "solo_simpo", "solo_orpo", "solo_orpo_detached"),
     "skip": ("solo_dpo", "solo_orpo_alpha_0.3"),
 }
+TRIED_TWO_HOP = {"warmup": ("solo_orpo",), "auto": ("solo_orpo_detached",),
+                 "tokens": ("solo_dpo", "solo_orpo", "solo_orpo_detached")}  # fmt: skip
 FORMS = (*TRIED, "tokens")
 
 
-def arms_of_forms() -> list[str]:
-    return [f"{form}_{arm}" for form, tried in TRIED.items() for arm in tried]
+def arms_of_forms(task: str = "recall") -> list[str]:
+    tried = TRIED if task == "recall" else TRIED_TWO_HOP  # an answer of the first is one token
+    return [f"{form}_{arm}" for form, arms in tried.items() for arm in arms]
 
 
 def form_of(name: str) -> tuple[str | None, str]:

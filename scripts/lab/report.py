@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from arms import ALPHAS, COMPRESSED, PAPER_ALPHA, RATE, RATES, arms, chosen_rate, methods
+from arms import ALPHAS, COMPRESSED, PAPER_ALPHA, RATE, arms, chosen_rate, methods, rates
 from forms import arms_of_forms
 from recall import BASE, LONG, ROOT, SHORT
 from run import MEASURED, SWEEP_SEED
@@ -48,6 +48,9 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_orpo_drop_detached", "solo_orpo_detached", "the same, detached"),
     ("solo_orpo_lost", "solo_orpo_alpha_0.3", "a quarter of the short contexts without the evidence"),
 )
+
+
+WITHIN = 0.03  # accuracy that one seed cannot tell apart: two standard deviations of a share over 2 x 256 questions
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -106,15 +109,31 @@ def accuracies(results: Results, names: list[str], rate: float | None = None) ->
     return table(["arm", *(f"{pairs} pairs" for pairs in MEASURED), "rate", "seeds", "CPU s"], lines)
 
 
+def best_rate(by_rate: dict[float, dict]) -> float:
+    """That with the best mean accuracy at SHORT and LONG pairs; RATE where it is within WITHIN of the best."""
+    means = {rate: sum(run["accuracy"][str(n)] for n in (SHORT, LONG)) / 2 for rate, run in by_rate.items()}
+    best = max(means, key=means.get)
+    return RATE if means[best] - means.get(RATE, -1) <= WITHIN else best
+
+
 def sweep(results: Results) -> str:
-    """Accuracy at SHORT / LONG pairs by learning rate, on the questions of the sweep."""
-    lines = []
+    """Accuracy at SHORT / LONG pairs by learning rate, on the questions of the sweep; the chosen rate in bold."""
+    columns, lines = sorted({rate for name in methods() for rate in rates(name)}), []
     for name in methods():
-        runs = [results.all.get((name, rate), {}).get(SWEEP_SEED) for rate in RATES]
-        cells = [" / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in (SHORT, LONG)) if run else "" for run in runs]
-        cells = [f"**{c}**" if rate == chosen_rate(name) else c for c, rate in zip(cells, RATES, strict=True)]
-        lines.append([name, *cells])
-    return table(["method", *(f"{rate:g}" for rate in RATES)], lines)
+        by_rate = {
+            r: results.all[name, r][SWEEP_SEED] for r in rates(name) if SWEEP_SEED in results.all.get((name, r), ())
+        }
+        if len(by_rate) == len(rates(name)) and best_rate(by_rate) != chosen_rate(name):
+            print(
+                f"{name}: the sweep gives {best_rate(by_rate):g}, arms.CHOSEN has {chosen_rate(name):g}",
+                file=sys.stderr,
+            )
+        cells = {
+            rate: " / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in (SHORT, LONG)) for rate, run in by_rate.items()
+        }
+        marked = {rate: f"**{text}**" if rate == chosen_rate(name) else text for rate, text in cells.items()}
+        lines.append([name, *(marked.get(rate, "") for rate in columns)])
+    return table(["method", *(f"{rate:g}" for rate in columns)], lines)
 
 
 def differences(results: Results) -> str:

@@ -175,50 +175,6 @@ def prepare(folder: Path, seed: int = 0, n: int = QUESTIONS_ASKED, **keys) -> No
     run_pipeline(load_recipe(str(RECIPE), words))
 
 
-# ---- comparison
-
-COMMON = {  # what all arms share; values are ours, the first task's but for lengths and steps
-    "model_name_or_path": "data/lab/two_hop_base",
-    "do_train": True,
-    "finetuning_type": "full",
-    "dataset_dir": "saves/lab/two_hop",
-    "template": "empty",
-    "cutoff_len": 704,
-    "overwrite_output_dir": True,
-    "logging_steps": 10,
-    "save_steps": 50,
-    "save_only_model": True,
-    "report_to": "none",
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 3.0e-4,
-    "max_steps": 200,  # the sets differ in rows, so epochs are not what arms share
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 10,
-    "use_cpu": True,
-    "seed": 0,
-}
-_ORPO = {"pref_loss": "orpo", "pref_beta": 0.1}
-_DPO = {"pref_loss": "sigmoid", "pref_beta": 0.1}
-_LAMBDA = {"solopo_longpo_lambda": 0.01}
-_SOLO = {"stage": "solopo", "dataset": "two_hop_solopo"}
-ARMS = {  # name -> keys beside `COMMON`
-    "sft_short": {"stage": "sft", "dataset": "two_hop_sft_short"},
-    "sft_long": {"stage": "sft", "dataset": "two_hop_sft_long"},
-    "orpo_short": {"stage": "dpo", **_ORPO, "dataset": "two_hop_short_po"},
-    "orpo_long": {"stage": "dpo", **_ORPO, "dataset": "two_hop_long_po"},
-    "orpo_expand_long": {"stage": "dpo", **_ORPO, "dataset": "two_hop_expand_long_po"},
-    "dpo_short": {"stage": "dpo", **_DPO, "dataset": "two_hop_short_po"},
-    "dpo_long": {"stage": "dpo", **_DPO, "dataset": "two_hop_long_po"},
-    "dpo_expand_long": {"stage": "dpo", **_DPO, "dataset": "two_hop_expand_long_po"},
-    "solo_orpo": {**_SOLO, **_ORPO, "solopo_alpha": 1.0},
-    "solo_orpo_detached": {**_SOLO, **_ORPO, "solopo_alpha": 1.0, "solopo_detach_short": True},
-    "solo_dpo": {**_SOLO, **_DPO, "solopo_alpha": 3.0},
-    "solo_dpo_detached": {**_SOLO, **_DPO, "solopo_alpha": 3.0, "solopo_detach_short": True},
-    "longpo": {**_DPO, "stage": "solopo", "dataset": "two_hop_longpo", "solopo_objective": "longpo", **_LAMBDA},
-}
-
-
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where dataset_info.json and the rows are to be")

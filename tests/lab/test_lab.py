@@ -122,6 +122,9 @@ def test_recipes_are_what_the_table_gives(capsys):
     assert len(arms.arms()) == 38 and len(arms.methods()) == 20
     for name, (_, keys) in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
+    for task in arms.COMMON:
+        for name in forms.arms_of_forms(task):
+            assert forms.form_of(name)[1] in arms.arms(task), name
 
 
 def test_sampled_pairs_are_the_bases(base):
@@ -173,28 +176,30 @@ def result(job: dict, share: float) -> dict:
 
 def leave(tmp_path, name: str, rate: float, shares: dict[int, float]) -> None:
     for seed, share in shares.items():
-        (job,) = run_lab.jobs([name], [seed], [rate], 1600, tmp_path)
+        (job,) = run_lab.jobs([name], [seed], [rate], tmp_path)
         write_json(Path(job["result"]), result(job, share))
 
 
 def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
-    first, second = run_lab.jobs(["solo_orpo"], [0, 1], [], 3200, tmp_path)
+    first, second = run_lab.jobs(["solo_orpo"], [0, 1], [], tmp_path)
     assert first["result"] != second["result"] and first["recipe"]["seed"] == 0 and second["recipe"]["seed"] == 1
     assert not run_lab.done(first)
     write_json(Path(first["result"]), result(first, 1.0))
     assert run_lab.done(first) and not run_lab.done(second)
-    (moved,) = run_lab.jobs(["solo_orpo"], [0], [], 3200, tmp_path / "elsewhere")
+    (moved,) = run_lab.jobs(["solo_orpo"], [0], [], tmp_path / "elsewhere")
     assert moved["key"] == first["key"], "where it is made is nothing to a result"
-    (fewer,) = run_lab.jobs(["solo_orpo"], [0], [], 1600, tmp_path)
-    assert fewer["result"] == first["result"] and not run_lab.done(fewer)
-    (faster,) = run_lab.jobs(["solo_orpo"], [0], [1e-3], 3200, tmp_path)
+    monkeypatch.setattr(run_lab, "ROWS", 3200)
+    (more,) = run_lab.jobs(["solo_orpo"], [0], [], tmp_path)
+    assert more["result"] == first["result"] and not run_lab.done(more)
+    monkeypatch.undo()
+    (faster,) = run_lab.jobs(["solo_orpo"], [0], [1e-3], tmp_path)
     assert faster["result"] != first["result"] and faster["recipe"]["learning_rate"] == 1e-3
-    (other,) = run_lab.jobs(["warmup_solo_orpo"], [0], [], 3200, tmp_path)
+    (other,) = run_lab.jobs(["warmup_solo_orpo"], [0], [], tmp_path)
     assert other["form"] == "warmup" and other["key"] != first["key"] and other["result"] != first["result"]
     shutil.copytree(BASE, tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_bytes(b"another base")
-    monkeypatch.setattr(run_lab, "BASE", tmp_path / "base")
-    assert not run_lab.done(run_lab.jobs(["solo_orpo"], [0], [], 3200, tmp_path)[0])
+    monkeypatch.setattr(run_lab.TASKS["recall"], "base", tmp_path / "base")
+    assert not run_lab.done(run_lab.jobs(["solo_orpo"], [0], [], tmp_path)[0])
 
 
 def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch):
@@ -214,6 +219,18 @@ def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch)
     }  # fmt: skip
     with pytest.raises(SystemExit, match="holds no results; run scripts/lab/run.py first"):
         report.main(["--results", str(tmp_path / "nothing")])
+
+
+def test_rate_is_chosen_by_both_ends():
+    """The middle rate, unless another is better by more than chance, over short and long contexts alike."""
+
+    def runs(**at):
+        rates = dict(zip(("low", "middle", "high"), (1.5e-4, 3e-4, 6e-4), strict=True))
+        return {rates[n]: {"accuracy": {str(SHORT): short, str(LONG): long}} for n, (short, long) in at.items()}
+
+    assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.9), high=(0.2, 1.0))) == 3e-4
+    assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.7), high=(0.9, 0.9))) == 6e-4
+    assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.7), high=(1.0, 0.75))) == 3e-4
 
 
 def test_differences_are_by_seed(tmp_path):
