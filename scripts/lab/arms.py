@@ -22,6 +22,7 @@ CHOSEN = {  # method -> the rate that the sweep chose, where it is not RATE
     "orpo_long": 6e-4,
     "simpo_short": 1.5e-4,
     "simpo_expand_long": 1.5e-4,
+    "longpo": 1.5e-5,
 }
 BOTH = {  # of both tasks
     "do_train": True,

@@ -278,7 +278,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
     args = parser.parse_args(words)
     results = Results(args.results)
-    if not results.names:
+    if not results.all:
         sys.exit(f"{args.results} holds no results; run scripts/lab/run.py first.")
     parts = tables(results)
     for folder in (args.output, *([DOCS.with_suffix("")] if args.docs else [])):
