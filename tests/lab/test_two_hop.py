@@ -62,8 +62,8 @@ def test_questions_need_two_facts_and_have_one_answer(tokens):
         assert firm not in prompt.split("Question:")[1]
         other = {"works for": "studied at", "studied at": "works for"}[first]
         assert facts[person, other] != [firm], "either thing said of the person leads there"
-        assert sum(verb == second for _, verb in facts) >= 3 * tokens // SHORT  # a firm's in the short context
-        assert sum(verb == first for _, verb in facts) >= 1 + tokens // LONG * 5
+        same = [sum(verb == asked for _, verb in facts) for asked in (first, second)]
+        assert tokens == SHORT or min(same) > 5, "too few other facts of the same kind"
         kinds[first, second] += 1
     assert len(kinds) == 4 and set(kinds.values()) == {24}
 
@@ -83,7 +83,7 @@ def test_evidence_is_anywhere_in_the_long_context():
 
 
 def test_host_sees_the_words(words):
-    """The host's template `empty` writes nothing around them, a word is a token, and the stop token ends an answer."""
+    """A word is a token; the host's template `empty` writes nothing around them, nor a stop token behind an answer."""
     from solopo_plugin.host.template import encode_turn, load_template
 
     host_tokenizer, template = load_template(str(BASE), "empty")
@@ -94,10 +94,10 @@ def test_host_sees_the_words(words):
     prompt_ids, ids = encode_turn(host_tokenizer, template, talk)
     known = {word: i for i, word in enumerate(WORDS)}
     assert prompt_ids == [known[word] for word in prompt.split()]
-    assert ids == [known[word] for word in one["chain"].split()] + [words.eos_token_id]
-    assert words.decode(ids, skip_special_tokens=True) == one["chain"]
+    assert ids == [known[word] for word in one["chain"].split()]
+    assert words.decode(ids) == one["chain"]
     assert words.apply_chat_template(talk[:1], return_dict=False) == prompt_ids
-    assert len(ids) <= two_hop.NEW_TOKENS and CHAIN.fullmatch(one["chain"])
+    assert len(ids) < two_hop.NEW_TOKENS and CHAIN.fullmatch(one["chain"])
 
 
 # ---- the base
@@ -159,7 +159,6 @@ def test_evaluation_agrees(tmp_path):
         max_new_tokens=two_hop.NEW_TOKENS, bootstrap_samples=10,
     ).items()]  # fmt: skip
     results = evaluate(load_evaluation(str(ROOT / "examples/yaml/eval/plain.yaml"), words, None), False, True)
-    print(json.dumps(results)[:3000])
     share = next(row["value"] for row in results["summary"] if row["metric"] == "sub_em") / 100
     assert share == pytest.approx(measure(BASE, 96, (SHORT,))[SHORT], abs=1e-4)
 
