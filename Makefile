@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-forms test test-web screenshot chromium recipes benchmark clean
+.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-web screenshot chromium recipes benchmark clean
 
 install: .venv/.installed
 
@@ -26,8 +26,8 @@ demo: .venv/.installed
 	@$(BIN)/python scripts/show_run.py saves/demo/solo_orpo
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/show_accuracy.py saves/demo/solo_orpo
 
-# docs/lab.md: every arm, five seeds; the sweep of learning rates; forms that the plugin does not have. Each continues
-# where it was killed. ARGS="--arms solo_orpo dpo_long --seeds 0"
+# docs/lab.md: every arm, five seeds; the sweep of learning rates; forms that the plugin does not have; the second task.
+# Each continues where it was killed. ARGS="--arms solo_orpo dpo_long --seeds 0"
 LAB := CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/run.py
 lab: .venv/.installed
 	$(LAB) $(ARGS)
@@ -39,6 +39,11 @@ lab-rates: .venv/.installed
 
 lab-forms: .venv/.installed
 	$(LAB) --forms $(ARGS)
+	@$(BIN)/python scripts/lab/report.py
+
+lab-two-hop: .venv/.installed
+	$(LAB) --task two_hop $(ARGS)
+	$(LAB) --task two_hop --forms $(ARGS)
 	@$(BIN)/python scripts/lab/report.py
 
 test: .venv/.test

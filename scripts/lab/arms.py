@@ -16,6 +16,7 @@ from solopo_plugin.synthesis.files import replacing
 FOLDER = ROOT / "examples/yaml/lab"
 RATE = 3e-4  # of every arm whose rate is not chosen
 RATES = (1.5e-4, RATE, 6e-4)  # of the learning-rate sweep
+SWEEP_SEED = 100  # its rows are of no other seed, its questions not those that are reported
 LOWER = (1.5e-5, 5e-5)  # more of it for LongPO, whose NLL of the whole context undoes the base at the others
 CHOSEN = {  # method -> the rate that the sweep chose, where it is not RATE
     "sft_long": 6e-4,

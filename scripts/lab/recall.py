@@ -21,6 +21,7 @@ WORDS = SPECIAL + [onset + vowel for onset in ONSETS for vowel in "aeio"][:N] + 
 ASK, KEY, VALUE = SPECIAL.index("?"), len(SPECIAL), len(SPECIAL) + N  # ids: the mark, first key, first value
 SHORT, LONG = 8, 100  # pairs in a context of the experiments
 LENGTHS = (4, 8, 16, 32, 48, 64, 80, 100, 120)  # pairs at which accuracy is measured
+MEASURED = (SHORT, 32, 64, LONG, 120)  # the same, of the many runs of the comparison
 
 
 def questions(n: int, short: int, long: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from arms import ALPHAS, COMPRESSED, PAPER_ALPHA, RATE, arms, chosen_rate, methods, rates
+from arms import ALPHAS, COMMON, COMPRESSED, PAPER_ALPHA, RATE, SWEEP_SEED, arms, chosen_rate, methods, rates
 from forms import arms_of_forms
-from recall import BASE, LONG, ROOT, SHORT
-from run import MEASURED, SWEEP_SEED
+from recall import LONG, MEASURED, ROOT, SHORT
 from scipy import stats
 
 from solopo_plugin.synthesis.files import replacing, write_json
@@ -70,22 +69,23 @@ def read(folder: Path) -> dict[tuple[str, float], dict[int, dict]]:
 
 
 class Results:
-    """Runs by arm, at the rate that stands for it, without those of the sweep's seed."""
+    """Runs of a task by arm, at the rate that stands for it, without those of the sweep's seed."""
 
-    def __init__(self, folder: Path):
-        self.all = read(folder)
-        self.names = [name for name in [*arms(), *arms_of_forms()] if self.runs(name)]
+    def __init__(self, folder: Path, task: str = "recall"):
+        self.all, self.task, self.forms = read(folder), task, arms_of_forms(task)
+        profile = json.loads((ROOT / COMMON[task]["model_name_or_path"] / "profile.json").read_text(encoding="utf-8"))
+        self.base = {int(length): share for length, share in profile["accuracy"].items()}
+        self.unit = "pairs" if task == "recall" else "tokens"
+        self.lengths = MEASURED if task == "recall" else tuple(self.base)
+        self.ends = (SHORT, LONG) if task == "recall" else (self.lengths[0], self.lengths[-1])
+        self.names = [name for name in [*arms(task), *self.forms] if self.runs(name)]
 
     def runs(self, name: str, rate: float | None = None) -> dict[int, dict]:
-        runs = self.all.get((name, rate or chosen_rate(name)), {})
+        runs = self.all.get((name, rate or chosen_rate(name, self.task)), {})
         return {seed: run for seed, run in runs.items() if seed != SWEEP_SEED}
 
-    def accuracy(self, name: str, pairs: int, rate: float | None = None) -> tuple[float, float]:
-        return interval([run["accuracy"][str(pairs)] for run in self.runs(name, rate).values()])
-
-
-def base() -> dict[str, float]:
-    return json.loads((BASE / "profile.json").read_text())["accuracy"]
+    def accuracy(self, name: str, length: int, rate: float | None = None) -> tuple[float, float]:
+        return interval([run["accuracy"][str(length)] for run in self.runs(name, rate).values()])
 
 
 def cell(mean: float, half: float) -> str:
@@ -99,14 +99,14 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def accuracies(results: Results, names: list[str], rate: float | None = None) -> str:
-    """Accuracy by number of pairs: mean over seeds and half width of its interval."""
-    lines = [["base", *(f"{base()[str(pairs)]:.3f}" for pairs in MEASURED), "", "", ""]]
+    """Accuracy by length: mean over seeds and half width of its interval."""
+    lines = [["base", *(f"{results.base[length]:.3f}" for length in results.lengths), "", "", ""]]
     for name in names:
         if runs := results.runs(name, rate):
             cost = statistics.mean(run["cpu_seconds"] for run in runs.values())
-            cells = [cell(*results.accuracy(name, pairs, rate)) for pairs in MEASURED]
-            lines.append([name, *cells, f"{rate or chosen_rate(name):g}", str(len(runs)), f"{cost:.0f}"])
-    return table(["arm", *(f"{pairs} pairs" for pairs in MEASURED), "rate", "seeds", "CPU s"], lines)
+            cells = [cell(*results.accuracy(name, length, rate)) for length in results.lengths]
+            lines.append([name, *cells, f"{next(iter(runs.values()))['rate']:g}", str(len(runs)), f"{cost:.0f}"])
+    return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "seeds", "CPU s"], lines)
 
 
 def best_rate(by_rate: dict[float, dict]) -> float:
@@ -146,20 +146,23 @@ def differences(results: Results) -> str:
         if seeds:
             gains = [
                 cell(*interval([pair[0][s]["accuracy"][str(n)] - pair[1][s]["accuracy"][str(n)] for s in seeds]))
-                for n in (SHORT, LONG)
+                for n in results.ends
             ]
             lines.append([f"{first} - {second}", what, *gains])
-    return table(["difference", "what", f"{SHORT} pairs", f"{LONG} pairs"], lines)
+    return table(["difference", "what", *(f"{n} {results.unit}" for n in results.ends)], lines)
 
 
-def tables(results: Results) -> dict[str, str]:
+def tables(recall: Results, two_hop: Results) -> dict[str, str]:
     """Name of the marker in docs/lab.md -> Markdown."""
     return {
-        "sweep": sweep(results),
-        "methods": accuracies(results, methods()),
-        "ablations": accuracies(results, [name for name in arms() if name.startswith("solo_")], RATE),
-        "forms": accuracies(results, list(arms_of_forms()), RATE),
-        "differences": differences(results),
+        "sweep": sweep(recall),
+        "methods": accuracies(recall, methods()),
+        "ablations": accuracies(recall, [name for name in arms() if name.startswith("solo_")], RATE),
+        "forms": accuracies(recall, recall.forms, RATE),
+        "differences": differences(recall),
+        "two_hop": accuracies(two_hop, list(arms("two_hop"))),
+        "two_hop_forms": accuracies(two_hop, two_hop.forms),
+        "two_hop_differences": differences(two_hop),
     }
 
 
@@ -174,11 +177,11 @@ def save(figure, path: Path) -> None:
 def by_length(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
     for place, loss in zip(axes, ("dpo", "orpo"), strict=True):
-        place.plot([int(n) for n in base()], base().values(), "k--", label="base")
+        place.plot(results.base.keys(), results.base.values(), "k--", label="base")
         for name in (n for n in DRAWN if n in results.names and (loss in n.split("_") or n == "longpo")):
-            points = [results.accuracy(name, n) for n in MEASURED]
-            place.errorbar(MEASURED, [p[0] for p in points], [p[1] for p in points], capsize=2, label=name)
-        place.set(xlabel="pairs in the context", ylabel="accuracy", ylim=(-0.02, 1.02))
+            points = [results.accuracy(name, n) for n in results.lengths]
+            place.errorbar(results.lengths, [p[0] for p in points], [p[1] for p in points], capsize=2, label=name)
+        place.set(xlabel=f"{results.unit} in the context", ylabel="accuracy", ylim=(-0.02, 1.02))
         place.legend(fontsize="small")
     save(figure, path)
 
@@ -186,10 +189,10 @@ def by_length(results: Results, path: Path) -> None:
 def bars(results: Results, path: Path) -> None:
     names = results.names
     figure, axes = plt.subplots(figsize=(9, 0.27 * len(names) + 1.2), layout="constrained")
-    for offset, (pairs, color) in enumerate(((SHORT, "tab:gray"), (LONG, "tab:blue"))):
-        points = [results.accuracy(name, pairs) for name in names]
+    for offset, (length, color) in enumerate(zip(results.ends, ("tab:gray", "tab:blue"), strict=True)):
+        points, label = [results.accuracy(name, length) for name in names], f"{length} {results.unit}"
         places = [i + 0.4 * offset for i in range(len(points))]
-        axes.barh(places, [p[0] for p in points], 0.4, xerr=[p[1] for p in points], color=color, label=f"{pairs} pairs")
+        axes.barh(places, [p[0] for p in points], 0.4, xerr=[p[1] for p in points], color=color, label=label)
     axes.set(yticks=[i + 0.2 for i in range(len(names))], yticklabels=names, xlabel="accuracy", xlim=(0, 1.05))
     axes.invert_yaxis()
     axes.legend()
@@ -230,7 +233,7 @@ def curve(runs: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def dynamics(results: Results, path: Path) -> None:
-    """Margin, log-prob of the rejected response, reward gap, short reward, and accuracy at SHORT and LONG, by step."""
+    """Margin, log-prob of the rejected response, reward gap, short reward, and accuracy at both ends, by step."""
     logged = ("rewards/margins", "logps/rejected", "solopo/reward_gap", "solopo/reward_short")
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for name in (n for n in DRAWN if n in results.names):
@@ -238,19 +241,21 @@ def dynamics(results: Results, path: Path) -> None:
         style = {"color": color, "linestyle": "--" if DRAWN.index(name) > 9 else "-"}
         for place, key in zip(axes.flat, logged, strict=False):
             place.plot(*curve(runs, key), label=name, **style)
-        for place, pairs in zip(axes.flat[4:], (SHORT, LONG), strict=True):
+        for place, length in zip(axes.flat[4:], results.ends, strict=True):
             steps = list(runs[0]["by_step"])
-            means = [statistics.mean(run["by_step"][s][str(pairs)] for run in runs) for s in steps]
-            place.plot([0, *map(int, steps)], [base()[str(pairs)], *means], label=name, **style)
-    titles = (*logged, f"accuracy, {SHORT} pairs", f"accuracy, {LONG} pairs")
+            means = [statistics.mean(run["by_step"][s][str(length)] for run in runs) for s in steps]
+            place.plot([0, *map(int, steps)], [results.base[length], *means], label=name, **style)
+    titles = (*logged, *(f"accuracy, {length} {results.unit}" for length in results.ends))
     for place, title in zip(axes.flat, titles, strict=True):
         place.set(title=title, xlabel="step")
-    axes.flat[-1].legend(fontsize="x-small")
+    if results.names:
+        axes.flat[-1].legend(fontsize="x-small")
     save(figure, path)
 
 
 PLOTS = {"accuracy_by_length": by_length, "methods": bars, "alpha": alpha_curve, "compression": compression,
          "dynamics": dynamics}  # fmt: skip
+OF_BOTH = ("accuracy_by_length", "methods", "dynamics")  # drawn of the second task too
 
 
 # ---- where they go
@@ -277,22 +282,24 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab/report")
     parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
     args = parser.parse_args(words)
-    results = Results(args.results)
-    if not results.all:
+    recall, two_hop = Results(args.results), Results(args.results.parent / "two_hop/results", "two_hop")
+    if not recall.all and not two_hop.all:
         sys.exit(f"{args.results} holds no results; run scripts/lab/run.py first.")
-    parts = tables(results)
+    parts = tables(recall, two_hop)
     for folder in (args.output, *([DOCS.with_suffix("")] if args.docs else [])):
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in PLOTS.items():
-            draw(results, folder / f"{name}.png")
+            draw(recall, folder / f"{name}.png")
+            if name in OF_BOTH and two_hop.names:
+                draw(two_hop, folder / f"two_hop_{name}.png")
         write_json(folder / "runs.json", [
-            {key: run[key] for key in ("arm", "rate", "seed", "accuracy", "cpu_seconds")}
-            for runs in results.all.values() for run in runs.values()
+            {"task": results.task} | {key: run[key] for key in ("arm", "rate", "seed", "accuracy", "cpu_seconds")}
+            for results in (recall, two_hop) for runs in results.all.values() for run in runs.values()
         ])  # fmt: skip
     write(args.output / "tables.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
     if args.docs:
         write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))
-    print(f"{parts['methods']}\ntables and plots  {args.output}")
+    print(f"{parts['methods'] if recall.names else parts['two_hop']}\ntables and plots  {args.output}")
     return 0
 
 

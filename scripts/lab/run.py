@@ -25,17 +25,15 @@ from pathlib import Path
 import recall
 import two_hop
 import yaml
-from arms import RATE, RATES, arms, folder_of, methods, rates
+from arms import RATE, RATES, SWEEP_SEED, arms, folder_of, methods, rates
 from forms import arms_of_forms, form_of
 from lab_rows import ENTRIES, lab_rows
-from recall import LONG, ROOT, SHORT
+from recall import LONG, MEASURED, ROOT, SHORT
 
 from solopo_plugin.synthesis.files import write_json
 
 ROWS = 1600  # of each data set of a seed: 200 steps of 8
 ASKED, ASKED_BY_STEP = 256, 128  # questions per length, of a finished model and of a checkpoint
-MEASURED = (SHORT, 32, 64, LONG, 120)  # pairs
-SWEEP_SEED = 100  # its rows are of no other seed, its questions not those that are reported
 PLACES = ("model_name_or_path", "dataset_dir", "output_dir")
 
 
@@ -59,7 +57,7 @@ class Recall:
 
 
 class TwoHop:
-    """The second."""
+    """The second. An answer of some 14 words costs more than one of a word: half of the questions."""
 
     base = two_hop.BASE
 
@@ -68,8 +66,8 @@ class TwoHop:
             two_hop.prepare(folder, seed)
 
     def measure(self, model: Path, seed: int, ends: bool = False) -> dict[int, float]:
-        lengths = (two_hop.SHORT, two_hop.LONG)
-        return two_hop.measure(model, ASKED_BY_STEP, lengths) if ends else two_hop.measure(model, ASKED)
+        lengths = (two_hop.SHORT, two_hop.LONG) if ends else two_hop.LENGTHS
+        return two_hop.measure(model, (ASKED_BY_STEP if ends else ASKED) // 2, lengths)
 
 
 TASKS = {"recall": Recall(), "two_hop": TwoHop()}

@@ -11,10 +11,11 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts" / "lab"))
+import arms  # noqa: E402
 import make_two_hop_base as make_base  # noqa: E402
 import two_hop  # noqa: E402
 from make_base import tokenizer  # noqa: E402
-from two_hop import ARMS, BASE, COMMON, LONG, PROMPT, RECIPE, SHORT, WORDS, contexts, held_out, measure  # noqa: E402
+from two_hop import BASE, LONG, PROMPT, RECIPE, SHORT, WORDS, contexts, held_out, measure  # noqa: E402
 
 from solopo_plugin.evaluation.recipe import load_recipe as load_evaluation  # noqa: E402
 from solopo_plugin.evaluation.run import evaluate  # noqa: E402
@@ -192,7 +193,8 @@ def test_recipe_and_arms_fit():
     recipe = load_recipe(str(RECIPE))
     assert recipe.prompt == PROMPT and (recipe.short_tokens, recipe.long_tokens) == (SHORT, LONG)
     assert recipe.max_new_tokens == two_hop.NEW_TOKENS and ROOT / recipe.model_name_or_path == BASE
-    assert COMMON["cutoff_len"] == recipe.cutoff_len >= LONG + two_hop.NEW_TOKENS
-    assert COMMON["template"] == recipe.template and COMMON["dataset_dir"] == recipe.dataset_dir
-    for name, keys in ARMS.items():
+    common = arms.COMMON["two_hop"]
+    assert common["cutoff_len"] == recipe.cutoff_len >= LONG + two_hop.NEW_TOKENS
+    assert common["template"] == recipe.template and ROOT / common["model_name_or_path"] == BASE
+    for name, (_, keys) in arms.arms("two_hop").items():
         assert keys["dataset"].removeprefix(f"{recipe.dataset_name}_") in ENTRIES, name
