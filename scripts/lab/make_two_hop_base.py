@@ -6,7 +6,7 @@ The result is shipped as data/lab/two_hop_base. Two steps as in make_base.py: co
 each context, over 6 to 9 documents. It stops while it still errs, since pairs are made of right and wrong answers.
 
 Heads of the first layer begin as heads that look 1, 2, 3 and 4 words back, by the biases of their queries and keys:
-otherwise copying had not appeared after 750 steps with this vocabulary, with it it does after some 250.
+copying appears after some 300 steps. Without it, with vocabularies of 384 and of 1,923 words, it had not after 700.
 """
 
 import json
@@ -30,7 +30,7 @@ COPIES, COPY_STEPS = 32, 350  # sequences in a step of copying, steps
 BATCH, STEPS = 16, 110  # contexts in a step of questions, steps
 ASKED = 3  # questions behind a context
 DOCUMENTS = (6, 9)  # least and most in a context; 9 are SHORT tokens
-SHARP = 30.0  # the larger, the more a head of the first layer looks at its own word back only
+SHARP = 30.0  # of where these heads look: the larger, the less beside that word; ours
 FREQUENCIES = 6  # of RoPE, the fastest, that do it
 IDS = {word: i for i, word in enumerate(WORDS)}
 
