@@ -78,6 +78,13 @@ CONTEXTS = {
 ALPHAS = {"orpo": (0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0)}
 COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
 
+LOST = {  # suffix -> keys, of the arms whose short contexts have lost evidence
+    "": {"solopo_alpha": 0.3},
+    "_drop": {"solopo_alpha": 0.3, "solopo_penalty": "drop"},
+    "_detached": {"solopo_detach_short": True},
+    "_drop_detached": {"solopo_penalty": "drop", "solopo_detach_short": True},
+}
+
 
 def of_recall() -> dict[str, tuple[str, dict]]:
     """Name -> what it is, its keys beside `COMMON`."""
@@ -108,18 +115,20 @@ def of_recall() -> dict[str, tuple[str, dict]]:
         solo(loss, "_both", "both responses aligned", solopo_align_on="both")
     solo("orpo", "_drop_detached", "one-sided, detached", solopo_penalty="drop", solopo_detach_short=True)
     solo("orpo", "_kl", "SoLo-KL", solopo_align="logp")
-    solo("simpo", "_ftx", "with NLL of the short chosen response", pref_ftx=1.0)
+    for loss in ("dpo", "simpo"):
+        solo(loss, "_ftx", "with NLL of the short chosen response", pref_ftx=1.0)
     for pairs in COMPRESSED:
         what = f"{pairs} pairs in the short context"
         solo("orpo", f"_short_{pairs}", what, f"recall_solopo_{pairs}", solopo_alpha=0.3)
-    solo("orpo", "_lost", "a quarter of the short contexts without the evidence", "recall_solopo_lost",
-         solopo_alpha=0.3)  # fmt: skip
+    for suffix, keys in LOST.items():
+        what = f"a quarter of the short contexts without the evidence{suffix.replace('_', ', ')}"
+        solo("orpo", f"_lost{suffix}", what, "recall_solopo_lost", **keys)
     return table
 
 
-TWO_HOP = ("sft_short", "sft_long", "dpo_short", "dpo_long", "dpo_expand_long", "orpo_short", "orpo_long",
-           "orpo_expand_long", "longpo", "solo_dpo", "solo_dpo_detached", "solo_orpo", "solo_orpo_alpha_0.3",
-           "solo_orpo_detached", "solo_orpo_drop", "solo_orpo_drop_detached")  # fmt: skip
+TWO_HOP = ("sft_short", "sft_long", "dpo_short", "orpo_short", "orpo_long", "orpo_expand_long", "longpo", "solo_dpo",
+           "solo_dpo_detached", "solo_dpo_ftx", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached",
+           "solo_orpo_drop_detached", "solo_simpo_detached")  # fmt: skip
 
 
 def arms(task: str = "recall") -> dict[str, tuple[str, dict]]:

@@ -20,7 +20,7 @@ GAP = METRICS.index("solopo/reward_gap")
 TRIED = {  # form -> the arms that it is applied to
     "warmup": ("solo_dpo", "solo_simpo", "solo_orpo"),
     "auto": ("solo_dpo_alpha_1", "solo_simpo", "solo_orpo", "solo_orpo_detached"),
-    "skip": ("solo_dpo", "solo_orpo_alpha_0.3"),
+    "skip": ("solo_dpo_detached", "solo_orpo_detached"),
 }
 TRIED_TWO_HOP = {"warmup": ("solo_orpo",), "auto": ("solo_orpo_detached",),
                  "tokens": ("solo_dpo", "solo_orpo", "solo_orpo_detached")}  # fmt: skip

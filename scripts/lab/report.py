@@ -46,6 +46,8 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_orpo_drop", "solo_orpo", "the same"),
     ("solo_orpo_drop_detached", "solo_orpo_detached", "the same, detached"),
     ("solo_orpo_lost", "solo_orpo_alpha_0.3", "a quarter of the short contexts without the evidence"),
+    ("solo_orpo_lost_detached", "solo_orpo_detached", "the same, detached"),
+    ("solo_orpo_lost_drop_detached", "solo_orpo_drop_detached", "the same, one-sided and detached"),
 )
 
 
