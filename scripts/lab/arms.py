@@ -166,11 +166,17 @@ def recipe(task: str, name: str) -> str:
     what, keys = arms(task)[name]
     changed = {"learning_rate": chosen_rate(name, task)}
     changed["output_dir"] = f"saves/lab/{'' if task == 'recall' else task + '/'}runs/{name}_0"
-    body = yaml.safe_dump(COMMON[task] | keys | changed, sort_keys=False)
+    first = {
+        "model_name_or_path": COMMON[task]["model_name_or_path"],
+        **keys,
+        "dataset_dir": COMMON[task]["dataset_dir"],
+    }
+    body = yaml.safe_dump(first | COMMON[task] | changed, sort_keys=False)
     choice = "" if task == "recall" else f"--task {task} "
     return (
-        f"# The lab: {what}. Written by scripts/lab/arms.py; all values are ours unless docs/lab.md says otherwise.\n"
-        f'# Launch: make lab ARGS="{choice}--arms {name}"   (every seed; rows and tables too)\n\n{body}'
+        f"# The lab: {what}.\n"
+        f'# Launch: make lab ARGS="{choice}--arms {name}"   (every seed; rows and tables too)\n'
+        f"# Written by scripts/lab/arms.py; all values are ours unless docs/lab.md says otherwise.\n\n{body}"
     )
 
 
