@@ -324,12 +324,10 @@ class SoloTrainer(CustomDPOTrainer):
         self.may_collapse = False
         start, now = seen
         reward, gap, nll = (f"`{name}` {start[name]:.3g} -> {now[name]:.3g}" for name in (REWARD, GAP, NLL))
-        has_nll = self.finetuning_args.pref_loss == "orpo" or self.finetuning_args.pref_ftx > 1e-6
-        hold = "" if has_nll else ", `pref_ftx: 1`"
         logger.warning_rank0(
             f"The alignment loss falls because the short answer is being unlearned (steps {start['step']} to "
-            f"{now['step']}: {reward}, {gap}, {nll} nats per token): stop and set `solopo_detach_short: true`, a "
-            f"smaller `solopo_alpha`{hold} or a lower `learning_rate`; see Diagnostics in the README."
+            f"{now['step']}: {reward}, {gap}, {nll} nats per token): stop and set `solopo_detach_short: true` "
+            "or a smaller `solopo_alpha`; see Diagnostics in the README."
         )
 
     @torch.no_grad()

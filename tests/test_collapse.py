@@ -118,16 +118,9 @@ def test_said_once_with_values_and_what_to_do(run, recipe, host_log, seen):
     log = [entry for entry in run(recipe()).log if "loss" in entry]
     assert len(log) == 6
     (message,) = said(host_log)
-    assert "(steps 1 to 3: " in message and "`solopo_detach_short: true`" in message and "`pref_ftx: 1`" in message
+    assert "(steps 1 to 3: " in message and "`solopo_detach_short: true` or" in message
     for name in ("solopo/reward_short", "solopo/reward_gap", "solopo/nll"):
         assert f"`{name}` {log[0][name]:.3g} -> {log[2][name]:.3g}" in message
-
-
-@pytest.mark.parametrize("has_nll", [dict(pref_loss="orpo"), dict(pref_loss="simpo", pref_ftx=0.5)])
-def test_an_nll_term_that_is_there_is_not_advised(run, recipe, host_log, seen, has_nll):
-    run(recipe(max_steps=3, **has_nll))
-    (message,) = said(host_log)
-    assert "pref_ftx" not in message and "`solopo_alpha` or a lower" in message
 
 
 @pytest.mark.parametrize(
@@ -182,8 +175,7 @@ def test_a_run_that_collapses_says_so_once(run, recipe, lab, host_log):
     result = run(recipe(**lab))
     values = nlls(result)
     assert values[0] < 0.5 and min(values[-3:]) > 3  # it has collapsed
-    (message,) = said(host_log)
-    assert "`pref_ftx: 1`" in message
+    assert len(said(host_log)) == 1
 
 
 def test_a_run_that_does_not_collapse_is_silent(run, recipe, lab, host_log):

@@ -61,11 +61,14 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), float(half)
 
 
-def read(folder: Path) -> dict[tuple[str, float], dict[int, dict]]:
-    """(arm, rate) -> seed -> result."""
+def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
+    """(arm, rate) -> seed -> result; from a folder of results, or from runs.json, which has no logs."""
+    if source.suffix == ".json":
+        runs = [run for run in json.loads(source.read_text(encoding="utf-8")) if run["task"] == task]
+    else:
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(source.glob("*.json"))]
     found = {}
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
+    for run in runs:
         found.setdefault((run["arm"], run["rate"]), {})[run["seed"]] = run
     return found
 
@@ -73,8 +76,8 @@ def read(folder: Path) -> dict[tuple[str, float], dict[int, dict]]:
 class Results:
     """Runs of a task by arm, at the rate that stands for it, without those of the sweep's seed."""
 
-    def __init__(self, folder: Path, task: str = "recall"):
-        self.all, self.task, self.forms = read(folder), task, arms_of_forms(task)
+    def __init__(self, source: Path, task: str = "recall"):
+        self.all, self.task, self.forms = read(source, task), task, arms_of_forms(task)
         profile = json.loads((ROOT / COMMON[task]["model_name_or_path"] / "profile.json").read_text(encoding="utf-8"))
         self.base = {int(length): share for length, share in profile["accuracy"].items()}
         self.unit = "pairs" if task == "recall" else "tokens"

@@ -5,6 +5,7 @@ the real trainer on the shipped base.
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -249,6 +250,16 @@ def test_page_is_filled_between_its_marks():
     assert report.filled(expected, {"one": "\\1", "two": "T"}) == expected
     with pytest.raises(ValueError, match="no place for `three`"):
         report.filled(page, {"three": ""})
+
+
+def test_page_is_what_its_runs_give():
+    """The tables of docs/lab.md, made again from the runs that are shipped beside it."""
+    runs, page = report.DOCS.with_suffix("") / "runs.json", report.DOCS.read_text(encoding="utf-8")
+    parts = report.tables(report.Results(runs), report.Results(runs, "two_hop"))
+    assert report.filled(page, parts) == page
+    assert parts["methods"].count("\n") == len(arms.methods()) + 3
+    for name in re.findall(r"\(lab/(.*?)\)", page):
+        assert (runs.parent / name).is_file(), name
 
 
 # ---- forms that the plugin does not have
