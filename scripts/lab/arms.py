@@ -114,7 +114,9 @@ def of_recall() -> dict[str, tuple[str, dict]]:
         solo(loss, "_drop", "one-sided penalty", solopo_penalty="drop")
         solo(loss, "_both", "both responses aligned", solopo_align_on="both")
     solo("orpo", "_drop_detached", "one-sided, detached", solopo_penalty="drop", solopo_detach_short=True)
+    solo("orpo", "_detached_alpha_3", "detached, alpha 3", solopo_detach_short=True, solopo_alpha=3.0)
     solo("orpo", "_kl", "SoLo-KL", solopo_align="logp")
+    solo("orpo", "_kl_detached", "SoLo-KL, detached", solopo_align="logp", solopo_detach_short=True)
     for loss in ("dpo", "simpo"):
         solo(loss, "_ftx", "with NLL of the short chosen response", pref_ftx=1.0)
     for pairs in COMPRESSED:
@@ -128,7 +130,7 @@ def of_recall() -> dict[str, tuple[str, dict]]:
 
 TWO_HOP = ("sft_short", "sft_long", "dpo_short", "orpo_short", "orpo_long", "orpo_expand_long", "longpo", "solo_dpo",
            "solo_dpo_detached", "solo_dpo_ftx", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached",
-           "solo_orpo_drop_detached", "solo_simpo_detached")  # fmt: skip
+           "solo_orpo_drop_detached", "solo_orpo_kl", "solo_orpo_kl_detached", "solo_simpo_detached")  # fmt: skip
 
 
 def arms(task: str = "recall") -> dict[str, tuple[str, dict]]:

@@ -41,6 +41,8 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_dpo_detached", "solo_dpo", "detached against the paper's form"),
     ("solo_orpo_detached", "solo_orpo", "the same"),
     ("solo_orpo_detached", "solo_orpo_alpha_0.3", "detached at alpha 1 against the best alpha of the paper's form"),
+    ("solo_orpo_kl_detached", "solo_orpo_detached", "KL against RA, both detached"),
+    ("solo_orpo_detached", "orpo_expand_long", "detached against the short pair on the long context"),
     ("solo_simpo_detached", "solo_simpo", "detached against the paper's form"),
     ("solo_dpo_drop", "solo_dpo", "one-sided against absolute"),
     ("solo_orpo_drop", "solo_orpo", "the same"),

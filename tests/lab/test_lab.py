@@ -120,7 +120,7 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 
 def test_recipes_are_what_the_table_gives(capsys):
     assert arms.main(["--check"]) == 0, capsys.readouterr().out
-    assert len(arms.arms()) == 42 and len(arms.methods()) == 20
+    assert len(arms.arms()) == 44 and len(arms.methods()) == 20
     for name, (_, keys) in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
     for task in arms.COMMON:
