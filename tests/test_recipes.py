@@ -24,7 +24,7 @@ DEMO = YAML / "demo_solo_orpo.yaml"
 FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora")
 RECIPES = sorted(p.relative_to(YAML).as_posix() for f in FOLDERS for p in (YAML / f).rglob("*.yaml"))
 ABLATIONS = [name for name in RECIPES if "/ablations/" in name]
-LAB = sorted(p.relative_to(YAML).as_posix() for p in (YAML / "lab").glob("*.yaml"))  # also tests/lab
+LAB = sorted(p.relative_to(YAML).as_posix() for p in (YAML / "lab").rglob("*.yaml"))  # also tests/lab
 PARSED = RECIPES + [DEMO.name] * DEMO.exists() + LAB
 ORIGIN = re.compile(r"  # (paper|host default|ours|LongPO README)(; .+)?$")
 

@@ -17,12 +17,17 @@ FOLDER = ROOT / "examples/yaml/lab"
 RATE = 3e-4  # of every arm whose rate is not chosen
 RATES = (1.5e-4, RATE, 6e-4)  # of the learning-rate sweep
 SWEEP_SEED = 100  # its rows are of no other seed, its questions not those that are reported
-LOWER = (1.5e-5, 5e-5)  # more of it for LongPO, whose NLL of the whole context undoes the base at the others
+FURTHER = {  # more of it where the best of these is at an end, or nothing works
+    "sft_long": (1.2e-3,),
+    "orpo_long": (1.2e-3,),
+    "simpo_short": (7.5e-5,),
+    "solo_simpo": (7.5e-5,),
+    "longpo": (5e-6, 1.5e-5, 5e-5),
+}
 CHOSEN = {  # method -> the rate that the sweep chose, where it is not RATE
     "sft_long": 6e-4,
     "orpo_long": 6e-4,
     "simpo_short": 1.5e-4,
-    "simpo_expand_long": 1.5e-4,
     "longpo": 1.5e-5,
 }
 BOTH = {  # of both tasks
@@ -75,33 +80,34 @@ CONTEXTS = {
 }
 
 
-ALPHAS = {"orpo": (0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0)}
+ALPHAS = {"orpo": (0.03, 0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0), "simpo": (0.15, 1.0)}
+LOST = "a quarter of the short contexts without the evidence"
+TWICE = ("orpo_expand_long", "solo_dpo", "solo_dpo_detached", "solo_orpo", "solo_orpo_detached")  # also for 400 steps
 COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
-
-LOST = {  # suffix -> keys, of the arms whose short contexts have lost evidence
-    "": {"solopo_alpha": 0.3},
-    "_drop": {"solopo_alpha": 0.3, "solopo_penalty": "drop"},
-    "_detached": {"solopo_detach_short": True},
-    "_drop_detached": {"solopo_penalty": "drop", "solopo_detach_short": True},
-}
 
 
 def of_recall() -> dict[str, tuple[str, dict]]:
-    """Name -> what it is, its keys beside `COMMON`."""
+    """Name -> what it is, its keys beside `COMMON`: the paper's comparison, then what goes beyond it."""
     table = {}
     for context, what in (("short", "the answer"), ("long", "the base's right answers"), ("long_gold", "the answer")):
         table[f"sft_{context}"] = (f"SFT on {what}", {"stage": "sft", "dataset": f"recall_sft_{context}"})
     for loss in ("dpo", "simpo", "orpo"):
         for context, what in CONTEXTS.items():
-            keys = {"stage": "dpo", **LOSSES[loss], "dataset": f"recall_{context}_po"}
-            table[f"{loss}_{context}"] = (f"{loss.upper()} on {what}", keys)
+            if (loss, context) != ("simpo", "expand_long"):  # at every rate worse than the base, and costly
+                keys = {"stage": "dpo", **LOSSES[loss], "dataset": f"recall_{context}_po"}
+                table[f"{loss}_{context}"] = (f"{loss.upper()} on {what}", keys)
+    lost = {"stage": "dpo", **LOSSES["orpo"], "dataset": "recall_short_po_lost"}
+    table["orpo_short_lost"] = (f"ORPO on the short pair, {LOST}", lost)
     longpo = {"solopo_objective": "longpo", "solopo_longpo_lambda": 0.01, "dataset": "recall_longpo"}
     table["longpo"] = ("LongPO", {"stage": "solopo", **LOSSES["dpo"], **longpo})
 
-    def solo(loss: str, suffix: str, what: str, dataset="recall_solopo", **keys):
-        fixed = {"stage": "solopo", **LOSSES[loss], "solopo_alpha": PAPER_ALPHA[loss], "dataset": dataset}
+    def solo(loss: str, suffix: str, what: str, **keys):
+        fixed = {"stage": "solopo", **LOSSES[loss], "solopo_alpha": PAPER_ALPHA[loss], "dataset": "recall_solopo"}
         table[f"solo_{loss}{suffix}"] = (f"SoLo-{loss.upper()}, {what}", fixed | keys)
 
+    detached, drop, both, kl = ({f"solopo_{key}": value} for key, value in (
+        ("detach_short", True), ("penalty", "drop"), ("align_on", "both"), ("align", "logp"),
+    ))  # fmt: skip
     for loss in LOSSES:
         solo(loss, "", "the paper's form")
     for loss, alphas in ALPHAS.items():
@@ -109,28 +115,42 @@ def of_recall() -> dict[str, tuple[str, dict]]:
             if alpha != PAPER_ALPHA[loss]:
                 solo(loss, f"_alpha_{alpha:g}", f"alpha {alpha:g}", solopo_alpha=alpha)
     for loss in ("dpo", "simpo", "orpo"):
-        solo(loss, "_detached", "no gradient through the short side", solopo_detach_short=True)
+        solo(loss, "_detached", "no gradient through the short side", **detached)
     for loss in ("dpo", "orpo"):
-        solo(loss, "_drop", "one-sided penalty", solopo_penalty="drop")
-        solo(loss, "_both", "both responses aligned", solopo_align_on="both")
-    solo("orpo", "_drop_detached", "one-sided, detached", solopo_penalty="drop", solopo_detach_short=True)
-    solo("orpo", "_detached_alpha_3", "detached, alpha 3", solopo_detach_short=True, solopo_alpha=3.0)
-    solo("orpo", "_kl", "SoLo-KL", solopo_align="logp")
-    solo("orpo", "_kl_detached", "SoLo-KL, detached", solopo_align="logp", solopo_detach_short=True)
+        solo(loss, "_drop", "one-sided penalty", **drop)
+        solo(loss, "_drop_detached", "one-sided, detached", **drop, **detached)
+    solo("orpo", "_kl", "SoLo-KL", **kl)
+    for suffix, what, keys in (("drop", "one-sided", drop), ("both", "both aligned", both), ("kl", "SoLo-KL", kl)):
+        solo("orpo", f"_alpha_0.3_{suffix}", f"alpha 0.3, {what}", solopo_alpha=0.3, **keys)
+    solo("dpo", "_both", "both aligned", **both)
+    solo("dpo", "_alpha_1_both", "alpha 1, both aligned", solopo_alpha=1.0, **both)
+    for pairs in COMPRESSED:
+        what = f"alpha 0.3, {pairs} pairs in the short context"
+        solo("orpo", f"_short_{pairs}", what, dataset=f"recall_solopo_{pairs}", solopo_alpha=0.3)
+    solo("orpo", "_lost", f"alpha 0.3, {LOST}", dataset="recall_solopo_lost", solopo_alpha=0.3)
+
+    for suffix, what, keys in (
+        ("_drop", "alpha 0.3, one-sided", {"solopo_alpha": 0.3} | drop), ("_detached", "detached", detached),
+        ("_drop_detached", "one-sided, detached", drop | detached),
+    ):  # fmt: skip
+        solo("orpo", f"_lost{suffix}", f"{what}, {LOST}", dataset="recall_solopo_lost", **keys)
     for loss in ("dpo", "simpo"):
         solo(loss, "_ftx", "with NLL of the short chosen response", pref_ftx=1.0)
-    for pairs in COMPRESSED:
-        what = f"{pairs} pairs in the short context"
-        solo("orpo", f"_short_{pairs}", what, f"recall_solopo_{pairs}", solopo_alpha=0.3)
-    for suffix, keys in LOST.items():
-        what = f"a quarter of the short contexts without the evidence{suffix.replace('_', ', ')}"
-        solo("orpo", f"_lost{suffix}", what, "recall_solopo_lost", **keys)
+    solo("orpo", "_kl_detached", "SoLo-KL, detached", **kl, **detached)
+    for name in TWICE:
+        table[f"{name}_400"] = (f"{table[name][0]}, 400 steps", table[name][1] | {"num_train_epochs": 2.0})
     return table
 
 
 TWO_HOP = ("sft_short", "sft_long", "dpo_short", "orpo_short", "orpo_long", "orpo_expand_long", "longpo", "solo_dpo",
            "solo_dpo_detached", "solo_dpo_ftx", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached",
            "solo_orpo_drop_detached", "solo_orpo_kl", "solo_orpo_kl_detached", "solo_simpo_detached")  # fmt: skip
+
+
+def beyond(task: str = "recall") -> list[str]:
+    """Arms that the paper's comparison does not need."""
+    names = list(of_recall())
+    return names[names.index("solo_orpo_lost") + 1 :] if task == "recall" else []
 
 
 def arms(task: str = "recall") -> dict[str, tuple[str, dict]]:
@@ -145,13 +165,14 @@ def arms(task: str = "recall") -> dict[str, tuple[str, dict]]:
 
 def methods() -> list[str]:
     """The arms whose learning rate is swept: what the paper compares, and two more forms of SoLo-ORPO."""
-    forms = (*LOSSES, "orpo_alpha_0.3", "orpo_detached")
-    return [name for name in arms() if not name.startswith("solo_") or name.removeprefix("solo_") in forms]
+    solo = [f"solo_{form}" for form in (*LOSSES, "orpo_alpha_0.3", "orpo_detached")]
+    others = [name for name in arms() if not name.startswith("solo_") and not name.endswith(("_lost", "_400"))]
+    return [*others, *solo]
 
 
 def rates(name: str) -> tuple[float, ...]:
     """Of a method's sweep."""
-    return (*LOWER, *RATES) if name == "longpo" else RATES
+    return tuple(sorted((*FURTHER.get(name, ()), *RATES)))
 
 
 def chosen_rate(name: str, task: str = "recall") -> float:

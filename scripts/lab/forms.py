@@ -32,15 +32,18 @@ def arms_of_forms(task: str = "recall") -> list[str]:
     return [f"{form}_{arm}" for form, arms in tried.items() for arm in arms]
 
 
+def settings(form: str | None) -> list:
+    return [form, WARMUP, MEMORY, LEAST_GAP, SMALL, KEPT] if form else []
+
+
 def form_of(name: str) -> tuple[str | None, str]:
     """Form, if any, and arm."""
     form, _, arm = name.partition("_")
     return (form, arm) if form in FORMS else (None, name)
 
 
-def running_gap(self, metrics_BM) -> None:
-    """Exponential mean over steps of the reward gap, beside the first step's."""
-    gap = metrics_BM[:, GAP].mean().item()
+def running_gap(self, gap: float) -> None:
+    """Exponential mean over micro-batches of the reward gap, beside the first one's."""
     self.first_gap = getattr(self, "first_gap", gap)
     self.gap = MEMORY * getattr(self, "gap", gap) + (1 - MEMORY) * gap
 
@@ -56,7 +59,7 @@ def with_alpha(factor):
             losses_B, metrics_BM = original(self, logps)
         finally:
             self.finetuning_args.solopo_alpha = alpha
-        running_gap(self, metrics_BM)
+        running_gap(self, metrics_BM[:, GAP].mean().item())
         return losses_B, metrics_BM
 
     return patch.object(SoloTrainer, "solopo_losses", solopo_losses)
@@ -68,7 +71,11 @@ def warmup(self) -> float:
 
 
 def auto(self) -> float:
-    """Such that the alignment term is near alpha throughout, whatever the scale of the loss's reward."""
+    """Such that the alignment term is near alpha throughout, whatever the scale of the loss's reward.
+
+    The first step, before which no gap is known, takes alpha itself; where the gap is small alpha is up to 10 times as
+    large, 1 / `LEAST_GAP`.
+    """
     return 1 / max(getattr(self, "gap", 1.0), LEAST_GAP)
 
 
@@ -76,30 +83,35 @@ def auto(self) -> float:
 def skip():
     """Where the running gap is small, a row's long side is left out at random, as if its long pass were not made.
 
-    The pass is made all the same; `skipped` in the log is the share of passes that would have been saved.
+    A row's own gap is known only after its long pass, and a row is seen once: the running gap of the rows whose pass
+    was made stands for it. The pass is made all the same; `skipped` in the log is the share that would have been saved.
     """
-    original = losses.alignment
+    alignment, losses_of, log = losses.alignment, SoloTrainer.solopo_losses, SoloTrainer.log
+    kept = {}
 
-    def alignment(short_B, long_B, *args, **kwargs):
-        self = alignment.trainer
+    def of_kept(short_B, *args, **kwargs):
+        return alignment(short_B, *args, **kwargs) * kept["B"]
+
+    def solopo_losses(self, logps):
         small = getattr(self, "gap", 1.0) < SMALL * getattr(self, "first_gap", 1.0)
-        kept_B = torch.rand(len(short_B)) < (KEPT if small else 1.0)
-        self.kept, self.seen = getattr(self, "kept", 0) + kept_B.sum().item(), getattr(self, "seen", 0) + len(kept_B)
-        return original(short_B, long_B, *args, **kwargs) * kept_B
-
-    def remember(self):
-        alignment.trainer = self
-        return 1.0
-
-    log = SoloTrainer.log
+        kept["B"] = (torch.rand(len(logps.chosen_B)) < (KEPT if small else 1.0)).float()
+        losses_B, metrics_BM = losses_of(self, logps)
+        self.made = getattr(self, "made", 0) + kept["B"].sum().item()
+        self.seen = getattr(self, "seen", 0) + len(kept["B"])
+        if kept["B"].any():
+            running_gap(self, (metrics_BM[:, GAP] * kept["B"]).sum().item() / kept["B"].sum().item())
+        return losses_B, metrics_BM
 
     def log_with_share(self, logs, *args, **kwargs):
-        logs["skipped"] = 1 - getattr(self, "kept", 0) / max(getattr(self, "seen", 0), 1)
+        logs["skipped"] = 1 - getattr(self, "made", 0) / max(getattr(self, "seen", 0), 1)
         return log(self, logs, *args, **kwargs)
 
-    with patch.object(losses, "alignment", alignment), with_alpha(remember):
-        with patch.object(SoloTrainer, "log", log_with_share):
-            yield
+    with (
+        patch.object(losses, "alignment", of_kept),
+        patch.object(SoloTrainer, "solopo_losses", solopo_losses),
+        patch.object(SoloTrainer, "log", log_with_share),
+    ):
+        yield
 
 
 @contextmanager

@@ -1,23 +1,27 @@
-"""All data sets of one seed of the lab: those of `make_rows`, sampled pairs, other compression rates, lost evidence.
+"""All data sets of one seed of the lab's first task: those of `make_rows`, sampled pairs, other lengths, lost evidence.
 
 Rows of `recall_long_po` and the rejected responses of `recall_longpo` are sampled from the base on the long context, 32
-answers at temperature 0.85 as in the paper: a question whose answers are all right or all wrong is left out.
+answers at temperature 0.85 as in the paper: a question whose answers are all right or all wrong is left out, and others
+are drawn for it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
+from arms import COMPRESSED, SWEEP_SEED
 from make_rows import RESPONSES, make_rows
-from recall import BASE, KEY, LONG, SHORT, VALUE, N, as_rows, questions
+from recall import BASE, CHOOSING, KEY, LONG, MEASURED, QUESTIONS, SHORT, VALUE, N, as_rows, profile, questions
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from solopo_plugin.synthesis.files import write_json, write_jsonl
 
+ROWS = 1600  # of each data set: 200 steps of 8
 SAMPLES, TEMPERATURE = 32, 0.85  # the paper's
-RATES = (4, 25, 50, 100)  # pairs in the short context of the compression sweep, beside SHORT
-LOST = 0.25  # share of short contexts without the evidence in `recall_solopo_lost`
+LOST = 0.25  # share of short contexts without the evidence in `recall_lost`
+ASKED, ASKED_BY_STEP = 256, 128  # questions per length, of a finished model and of a checkpoint
 SAMPLING = 1_000_000  # added to the seed, so that no generator draws what another has drawn
 SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", **RESPONSES}
 ENTRIES = {  # name -> file, columns
@@ -27,7 +31,8 @@ ENTRIES = {  # name -> file, columns
     "recall_long_po": ("recall_long", {"prompt": "long_prompt", **RESPONSES}),
     "recall_longpo": ("recall_longpo", SOLO),
     "recall_solopo_lost": ("recall_lost", SOLO),
-    **{f"recall_solopo_{pairs}": (f"recall_{pairs}", SOLO) for pairs in RATES},
+    "recall_short_po_lost": ("recall_lost", {"prompt": "prompt", **RESPONSES}),
+    **{f"recall_solopo_{pairs}": (f"recall_{pairs}", SOLO) for pairs in COMPRESSED},
 }
 
 
@@ -60,6 +65,12 @@ def sampled_rows(model, n: int, seed: int) -> tuple[list[dict], list[dict]]:
     return both[:n], rejected[:n]
 
 
+def spare(long_BT: Tensor, first: int, generator: torch.Generator) -> Tensor:
+    """A word of each row's kind (keys or values, from id `first`) that its long prompt does not have, shape (B,)."""
+    free_BN = ~(long_BT[:, :, None] == first + torch.arange(N)).any(1)
+    return first + torch.multinomial(free_BN.float(), 1, generator=generator)[:, 0]
+
+
 def without_evidence(drawn: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
     """In a share `LOST` of the short prompts the asked pair gives way to one that the long prompt does not have."""
     short_BT, long_BT, right_B, wrong_B = drawn
@@ -67,9 +78,7 @@ def without_evidence(drawn: tuple[Tensor, ...], generator: torch.Generator) -> t
     pair_BT[:, -1] = False  # the question itself
     pair_BT[:, 0] = short_BT[:, 0] == long_BT[:, -1]  # roll brought the question's place here
     lost_B = torch.rand(len(short_BT), generator=generator) < LOST
-    spare_B2 = torch.stack(
-        [first + (long_BT[:, :, None] == first + torch.arange(N)).any(1).int().argmin(1) for first in (KEY, VALUE)], 1
-    )
+    spare_B2 = torch.stack([spare(long_BT, first, generator) for first in (KEY, VALUE)], 1)
     is_value_BT = short_BT >= VALUE
     spare_BT = spare_B2.gather(1, is_value_BT.long())
     return torch.where(pair_BT & lost_B[:, None], spare_BT, short_BT), long_BT, right_B, wrong_B
@@ -78,7 +87,7 @@ def without_evidence(drawn: tuple[Tensor, ...], generator: torch.Generator) -> t
 def lab_rows(folder: Path, n: int, seed: int) -> None:
     """Write everything that the arms train on; dataset_info.json comes last and says that all is there."""
     files = {}
-    for pairs in RATES:
+    for pairs in COMPRESSED:
         short_BT, long_BT, right_B, wrong_B = questions(n, pairs, LONG, torch.Generator().manual_seed(seed))
         files[f"recall_{pairs}"] = as_rows(short_BT, short_BT if pairs == LONG else long_BT, right_B, wrong_B)
     generator = torch.Generator().manual_seed(seed)
@@ -88,9 +97,30 @@ def lab_rows(folder: Path, n: int, seed: int) -> None:
     for name, rows in files.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     make_rows(folder, n, seed)
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     for name, (file, columns) in ENTRIES.items():
         info[name] = {"file_name": f"{file}.jsonl", "columns": columns}
         if "rejected" in columns:
             info[name]["ranking"] = True
     write_json(folder / "dataset_info.json", info)
+
+
+# ---- the task, for run.py
+
+
+def settings() -> dict:
+    """What rows and measured accuracies depend on, beside the seed."""
+    weights = hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
+    return dict(base=weights, rows=ROWS, pairs=[SHORT, LONG, *COMPRESSED], samples=SAMPLES, temperature=TEMPERATURE,
+                lost=LOST, measured=MEASURED, asked=[ASKED, ASKED_BY_STEP])  # fmt: skip
+
+
+def prepare(folder: Path, seed: int) -> None:
+    lab_rows(folder, ROWS, seed)
+
+
+def measured(model: Path, seed: int, ends: bool = False) -> dict[int, float]:
+    """Accuracy by number of pairs; `ends`: of the short and the long context alone, over fewer questions."""
+    lengths, n = ((SHORT, LONG), ASKED_BY_STEP) if ends else (MEASURED, ASKED)
+    chosen_by = CHOOSING if seed == SWEEP_SEED else QUESTIONS
+    return profile(AutoModelForCausalLM.from_pretrained(model), lengths, n, chosen_by)

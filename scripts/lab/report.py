@@ -7,6 +7,7 @@ A method stands with the learning rate that arms.py chose from the sweep, everyt
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -14,11 +15,13 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from arms import ALPHAS, COMMON, COMPRESSED, PAPER_ALPHA, RATE, SWEEP_SEED, arms, chosen_rate, methods, rates
+from arms import ALPHAS, COMMON, COMPRESSED, PAPER_ALPHA, RATE, SWEEP_SEED, arms, beyond, chosen_rate, methods, rates
 from forms import arms_of_forms
 from recall import LONG, MEASURED, ROOT, SHORT
+from run import jobs
 from scipy import stats
 
+from solopo_plugin.collapse import collapse
 from solopo_plugin.synthesis.files import replacing, write_json
 
 matplotlib.use("Agg")
@@ -29,31 +32,46 @@ DRAWN = ("dpo_short", "dpo_long", "dpo_expand_long", "solo_dpo", "solo_dpo_detac
          "orpo_expand_long", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached", "longpo")  # fmt: skip
 DIFFERENCES = (  # first, second: what the paper or the question behind it says of first against second
     ("solo_dpo", "dpo_short", "SoLo against PO on the short pair"),
-    ("solo_orpo_alpha_0.3", "orpo_short", "the same"),
+    ("solo_orpo", "orpo_short", "the same"),
+    ("solo_orpo_alpha_0.3", "orpo_short", "the same, alpha 0.3"),
     ("solo_dpo", "dpo_long", "SoLo against PO on pairs sampled from the base on the long context"),
-    ("solo_orpo_alpha_0.3", "orpo_long", "the same"),
-    ("solo_dpo", "dpo_expand_long", "decoupled against the short pair on the long context (gold)"),
-    ("solo_orpo_alpha_0.3", "orpo_expand_long", "the same"),
+    ("solo_orpo", "orpo_long", "the same"),
+    ("solo_orpo_alpha_0.3", "orpo_long", "the same, alpha 0.3"),
+    ("solo_dpo", "dpo_expand_long", "decoupled against the short pair on the long context"),
+    ("solo_orpo", "orpo_expand_long", "the same"),
+    ("solo_orpo_alpha_0.3", "orpo_expand_long", "the same, alpha 0.3"),
+    ("solo_orpo_detached", "orpo_expand_long", "the same, detached"),
     ("solo_dpo", "longpo", "SoLo against LongPO"),
-    ("solo_dpo", "solo_dpo_both", "chosen-only against both"),
-    ("solo_orpo", "solo_orpo_both", "the same"),
-    ("solo_orpo", "solo_orpo_kl", "RA against KL"),
+    ("solo_dpo", "solo_dpo_both", "chosen-only against both, alpha 3"),
+    ("solo_dpo_alpha_1", "solo_dpo_alpha_1_both", "the same, alpha 1"),
+    ("solo_orpo_alpha_0.3", "solo_orpo_alpha_0.3_both", "the same, alpha 0.3"),
+    ("solo_orpo", "solo_orpo_kl", "RA against KL, alpha 1"),
+    ("solo_orpo_alpha_0.3", "solo_orpo_alpha_0.3_kl", "the same, alpha 0.3"),
+    ("solo_orpo_detached", "solo_orpo_kl_detached", "the same, alpha 1, both detached"),
     ("solo_dpo_detached", "solo_dpo", "detached against the paper's form"),
     ("solo_orpo_detached", "solo_orpo", "the same"),
-    ("solo_orpo_detached", "solo_orpo_alpha_0.3", "detached at alpha 1 against the best alpha of the paper's form"),
-    ("solo_orpo_kl_detached", "solo_orpo_detached", "KL against RA, both detached"),
-    ("solo_orpo_detached", "orpo_expand_long", "detached against the short pair on the long context"),
-    ("solo_simpo_detached", "solo_simpo", "detached against the paper's form"),
+    ("solo_simpo_detached", "solo_simpo", "the same"),
+    ("solo_orpo_detached", "solo_orpo_alpha_0.3", "the same, against alpha 0.3"),
+    ("solo_dpo_detached_400", "solo_dpo_400", "detached against the paper's form, 400 steps"),
+    ("solo_orpo_detached_400", "solo_orpo_400", "the same"),
+    (
+        "solo_orpo_detached_400",
+        "orpo_expand_long_400",
+        "detached against the short pair on the long context, 400 steps",
+    ),
     ("solo_dpo_drop", "solo_dpo", "one-sided against absolute"),
-    ("solo_orpo_drop", "solo_orpo", "the same"),
+    ("solo_orpo_drop", "solo_orpo", "the same, alpha 1"),
+    ("solo_orpo_alpha_0.3_drop", "solo_orpo_alpha_0.3", "the same, alpha 0.3"),
+    ("solo_dpo_drop_detached", "solo_dpo_detached", "the same, detached"),
     ("solo_orpo_drop_detached", "solo_orpo_detached", "the same, detached"),
     ("solo_orpo_lost", "solo_orpo_alpha_0.3", "a quarter of the short contexts without the evidence"),
+    ("solo_orpo_lost_drop", "solo_orpo_alpha_0.3_drop", "the same, one-sided"),
     ("solo_orpo_lost_detached", "solo_orpo_detached", "the same, detached"),
     ("solo_orpo_lost_drop_detached", "solo_orpo_drop_detached", "the same, one-sided and detached"),
+    ("orpo_short_lost", "orpo_short", "the same, ORPO on the short pair"),
 )
-
-
-WITHIN = 0.03  # accuracy that one seed cannot tell apart: two standard deviations of a share over 2 x 256 questions
+SHIPPED = ("arm", "rate", "seed", "accuracy", "cpu_seconds")  # of a result, in runs.json
+WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart. Seeds differ by more
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -64,15 +82,42 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
-    """(arm, rate) -> seed -> result; from a folder of results, or from runs.json, which has no logs."""
+    """(arm, rate) -> seed -> result; from a folder of results, or from runs.json, which has no logs.
+
+    A result of another recipe, base, rows or questions than those of today is left out and named.
+    """
     if source.suffix == ".json":
         runs = [run for run in json.loads(source.read_text(encoding="utf-8")) if run["task"] == task]
     else:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(source.glob("*.json"))]
+        if stale := [run for run in runs if not current(run, task)]:
+            names = sorted({run["arm"] for run in stale})
+            print(f"{len(stale)} results are of other settings and left out: {', '.join(names)}", file=sys.stderr)
+        runs = [short_form(run, task) for run in runs if current(run, task)]
     found = {}
     for run in runs:
         found.setdefault((run["arm"], run["rate"]), {})[run["seed"]] = run
     return found
+
+
+@functools.cache
+def keys(task: str, name: str, rate: float, seed: int) -> str:
+    return jobs([name], [seed], [rate], Path(), task)[0]["key"]
+
+
+def current(run: dict, task: str) -> bool:
+    known = run["arm"] in {*arms(task), *arms_of_forms(task)}
+    return known and run["key"] == keys(task, run["arm"], run["rate"], run["seed"])
+
+
+def short_form(run: dict, task: str) -> dict:
+    """What tables need, and the log for the plots."""
+    recipe, skipped = run["recipe"], [entry["skipped"] for entry in run["log"] if "skipped" in entry]
+    aligned = recipe.get("solopo_objective") != "longpo" and recipe["stage"] == "solopo"
+    return {"task": task} | {key: run[key] for key in (*SHIPPED, "by_step", "log")} | {
+        "warned": aligned and not recipe.get("solopo_detach_short", False) and collapse(run["log"]) is not None,
+        "skipped": round(skipped[-1], 3) if skipped else None,
+    }  # fmt: skip
 
 
 class Results:
@@ -106,14 +151,15 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def accuracies(results: Results, names: list[str], rate: float | None = None) -> str:
-    """Accuracy by length: mean over seeds and half width of its interval."""
-    lines = [["base", *(f"{results.base[length]:.3f}" for length in results.lengths), "", "", ""]]
+    """Accuracy by length: mean over seeds and half width of its interval; in how many runs the trainer warned."""
+    lines = [["base", *(f"{results.base[length]:.3f}" for length in results.lengths), "", "", "", ""]]
     for name in names:
-        if runs := results.runs(name, rate):
-            cost = statistics.mean(run["cpu_seconds"] for run in runs.values())
+        if runs := list(results.runs(name, rate).values()):
+            cost = statistics.mean(run["cpu_seconds"] for run in runs)
             cells = [cell(*results.accuracy(name, length, rate)) for length in results.lengths]
-            lines.append([name, *cells, f"{next(iter(runs.values()))['rate']:g}", str(len(runs)), f"{cost:.0f}"])
-    return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "seeds", "CPU s"], lines)
+            warned = sum(run["warned"] for run in runs)
+            lines.append([name, *cells, f"{runs[0]['rate']:g}", str(len(runs)), f"{cost:.0f}", str(warned or "")])
+    return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "runs", "CPU s", "warned"], lines)
 
 
 def best_rate(by_rate: dict[float, dict]) -> float:
@@ -159,13 +205,21 @@ def differences(results: Results) -> str:
     return table(["difference", "what", *(f"{n} {results.unit}" for n in results.ends)], lines)
 
 
+def skipped(results: Results) -> str:
+    """Share of long passes that the arms which leave some out would have saved."""
+    shares = {name: [run["skipped"] for run in results.runs(name).values()] for name in results.forms}
+    lines = [[name, cell(*interval(values))] for name, values in shares.items() if values and None not in values]
+    return table(["arm", "long passes left out"], lines)
+
+
 def tables(recall: Results, two_hop: Results) -> dict[str, str]:
     """Name of the marker in docs/lab.md -> Markdown."""
     return {
         "sweep": sweep(recall),
         "methods": accuracies(recall, methods()),
-        "ablations": accuracies(recall, [name for name in arms() if name.startswith("solo_")], RATE),
-        "forms": accuracies(recall, recall.forms, RATE),
+        "ablations": accuracies(recall, [n for n in arms() if n.startswith("solo_") and n not in beyond()], RATE),
+        "beyond": accuracies(recall, ["orpo_short_lost", *beyond(), *recall.forms], RATE),
+        "skipped": skipped(recall),
         "differences": differences(recall),
         "two_hop": accuracies(two_hop, list(arms("two_hop"))),
         "two_hop_forms": accuracies(two_hop, two_hop.forms),
@@ -216,7 +270,7 @@ def against(place, results: Results, arms_by_x: dict[float, str], label: str, **
 
 def alpha_curve(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for (loss, alphas), color in zip(ALPHAS.items(), ("tab:orange", "tab:blue"), strict=True):
+    for (loss, alphas), color in zip(ALPHAS.items(), ("tab:orange", "tab:blue", "tab:green"), strict=True):
         by_alpha = {a: f"solo_{loss}" + ("" if a == PAPER_ALPHA[loss] else f"_alpha_{a:g}") for a in alphas}
         against(axes, results, by_alpha, f"SoLo-{loss.upper()}", color=color)
     axes.set(xscale="log", xlabel="alpha", ylabel="accuracy", ylim=(-0.02, 1.02))
@@ -240,23 +294,23 @@ def curve(runs: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def dynamics(results: Results, path: Path) -> None:
-    """Margin, log-prob of the rejected response, reward gap, short reward, and accuracy at both ends, by step."""
+    """A loss in a row: margin, log-prob of the rejected response, reward gap, short reward, accuracy at both ends."""
     logged = ("rewards/margins", "logps/rejected", "solopo/reward_gap", "solopo/reward_short")
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for name in (n for n in DRAWN if n in results.names):
-        runs, color = list(results.runs(name).values()), f"C{DRAWN.index(name) % 10}"
-        style = {"color": color, "linestyle": "--" if DRAWN.index(name) > 9 else "-"}
-        for place, key in zip(axes.flat, logged, strict=False):
-            place.plot(*curve(runs, key), label=name, **style)
-        for place, length in zip(axes.flat[4:], results.ends, strict=True):
-            steps = list(runs[0]["by_step"])
-            means = [statistics.mean(run["by_step"][s][str(length)] for run in runs) for s in steps]
-            place.plot([0, *map(int, steps)], [results.base[length], *means], label=name, **style)
     titles = (*logged, *(f"accuracy, {length} {results.unit}" for length in results.ends))
-    for place, title in zip(axes.flat, titles, strict=True):
-        place.set(title=title, xlabel="step")
-    if results.names:
-        axes.flat[-1].legend(fontsize="x-small")
+    figure, axes = plt.subplots(2, 6, figsize=(24, 7.5), layout="constrained")
+    for line, loss in zip(axes, ("dpo", "orpo"), strict=True):
+        for name in (n for n in DRAWN if n in results.names and loss in n.split("_")):
+            runs = list(results.runs(name).values())
+            for place, key in zip(line, logged, strict=False):
+                place.plot(*curve(runs, key), label=name)
+            for place, length in zip(line[4:], results.ends, strict=True):
+                steps = list(runs[0]["by_step"])
+                means = [statistics.mean(run["by_step"][s][str(length)] for run in runs) for s in steps]
+                place.plot([0, *map(int, steps)], [results.base[length], *means], label=name)
+        for place, title in zip(line, titles, strict=True):
+            place.set(title=title, xlabel="step")
+        if line[-1].lines:
+            line[-1].legend(fontsize="x-small")
     save(figure, path)
 
 
@@ -300,13 +354,14 @@ def main(words: list[str] | None = None) -> int:
             if name in OF_BOTH and two_hop.names:
                 draw(two_hop, folder / f"two_hop_{name}.png")
         write_json(folder / "runs.json", [
-            {"task": results.task} | {key: run[key] for key in ("arm", "rate", "seed", "accuracy", "cpu_seconds")}
+            {key: run[key] for key in ("task", *SHIPPED, "warned", "skipped")}
             for results in (recall, two_hop) for runs in results.all.values() for run in runs.values()
         ])  # fmt: skip
     write(args.output / "tables.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
     if args.docs:
         write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))
-    print(f"{parts['methods'] if recall.names else parts['two_hop']}\ntables and plots  {args.output}")
+    shown = {"methods": recall.names, "two_hop": two_hop.names, "sweep": recall.all}
+    print(f"{parts[next(name for name, there in shown.items() if there)]}\ntables and plots  {args.output}")
     return 0
 
 

@@ -9,6 +9,8 @@ The rest is the project's own pipeline: questions in its plain format, contexts,
 """
 
 import argparse
+import functools
+import hashlib
 import logging
 import random
 from itertools import product
@@ -56,6 +58,7 @@ NEW_TOKENS = 24  # an answer has 14 and the stop token
 QUESTIONS_ASKED = 4 * N_NAMES["person"]  # of a set of rows: four of each person
 HELD_OUT = 2**20  # seed of the questions on which accuracy is measured; no training rows have it
 MEASURED = 256  # of them
+ASKED, ASKED_BY_STEP = 128, 64  # of those, of a run's finished model and of a checkpoint
 
 
 # ---- questions
@@ -135,6 +138,7 @@ def answers(model, tokenizer, prompts: list[str], batch: int = 64) -> list[str]:
     return found
 
 
+@functools.cache
 def held_out(n: int, tokens: int) -> list[dict]:
     """The first `n` of `MEASURED` questions, always the same ones, as {"prompt", "answers"}."""
     asked = questions(MEASURED, HELD_OUT)
@@ -173,6 +177,19 @@ def prepare(folder: Path, seed: int = 0, n: int = QUESTIONS_ASKED, **keys) -> No
     keys = places | {"model_name_or_path": BASE, "seed": seed} | keys
     words = [f"{key}={value}" for key, value in keys.items()]
     run_pipeline(load_recipe(str(RECIPE), words))
+
+
+def settings() -> dict:
+    """What rows and measured accuracies depend on, beside the seed."""
+    files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in (
+        ("base", BASE / "model.safetensors"), ("recipe", RECIPE),
+    )}  # fmt: skip
+    return files | dict(questions=QUESTIONS_ASKED, measured=LENGTHS, asked=[ASKED, ASKED_BY_STEP])
+
+
+def measured(model: Path, seed: int, ends: bool = False) -> dict[int, float]:
+    """Accuracy by tokens of the prompt; `ends`: of the short and the long context alone, over fewer questions."""
+    return measure(model, ASKED_BY_STEP, (SHORT, LONG)) if ends else measure(model, ASKED)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ import report  # noqa: E402
 import run as run_lab  # noqa: E402
 from make_base import learn_to_copy, tokenizer, untrained  # noqa: E402
 from make_rows import ENTRIES, make_rows  # noqa: E402
-from recall import BASE, LENGTHS, LONG, SHORT, VALUE, WORDS, accuracy, profile, questions, rows  # noqa: E402
+from recall import BASE, LENGTHS, LONG, SHORT, VALUE, WORDS, accuracy, profile, questions, rows, text  # noqa: E402
 from show_accuracy import main as show_accuracy  # noqa: E402
 
 from solopo_plugin.synthesis.files import write_json  # noqa: E402
@@ -120,7 +120,7 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 
 def test_recipes_are_what_the_table_gives(capsys):
     assert arms.main(["--check"]) == 0, capsys.readouterr().out
-    assert len(arms.arms()) == 44 and len(arms.methods()) == 20
+    assert len(arms.arms()) == 54 and len(arms.beyond()) == 11 and len(arms.methods()) == 19
     for name, (_, keys) in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
     for task in arms.COMMON:
@@ -146,6 +146,12 @@ def test_sampled_pairs_are_the_bases(base):
     for row in both + rejected:
         words = row["long_prompt"].split()
         assert row["chosen"] == words[words.index(words[-1]) + 1] != row["rejected"]
+    # the first questions of the same seed that the base gets right at least once, as drawn once more
+    generator = torch.Generator().manual_seed(2)
+    _, long, right, _ = questions(512, SHORT, LONG, generator)
+    some_right, some_wrong, _ = lab_rows.sampled(base, long, right, generator)
+    kept = [text(prompt) for prompt in long[some_right & some_wrong][:8]]
+    assert [row["long_prompt"] for row in both] == kept and not some_right[:8].all()
 
 
 def test_lost_evidence():
@@ -167,7 +173,7 @@ def test_lost_evidence():
 
 def result(job: dict, share: float) -> dict:
     """What a finished run leaves, with an accuracy of `share` at every length."""
-    return {name: job[name] for name in ("arm", "rate", "seed", "key")} | {
+    return {name: job[name] for name in ("arm", "rate", "seed", "key", "recipe")} | {
         "accuracy": {str(n): share for n in LENGTHS},
         "by_step": {"40": {str(SHORT): share, str(LONG): share}},
         "log": [{"step": 10, "rewards/margins": 1.0, "logps/rejected": -2.0, "solopo/reward_gap": 3.0}],
@@ -182,25 +188,62 @@ def leave(tmp_path, name: str, rate: float, shares: dict[int, float]) -> None:
 
 
 def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
-    first, second = run_lab.jobs(["solo_orpo"], [0, 1], [], tmp_path)
+    def job(name="solo_orpo", seed=0, rates=None, out=tmp_path):
+        (one,) = run_lab.jobs([name], [seed], rates, out)
+        return one
+
+    first, second = job(), job(seed=1)
     assert first["result"] != second["result"] and first["recipe"]["seed"] == 0 and second["recipe"]["seed"] == 1
     assert not run_lab.done(first)
     write_json(Path(first["result"]), result(first, 1.0))
     assert run_lab.done(first) and not run_lab.done(second)
-    (moved,) = run_lab.jobs(["solo_orpo"], [0], [], tmp_path / "elsewhere")
-    assert moved["key"] == first["key"], "where it is made is nothing to a result"
-    monkeypatch.setattr(run_lab, "ROWS", 3200)
-    (more,) = run_lab.jobs(["solo_orpo"], [0], [], tmp_path)
-    assert more["result"] == first["result"] and not run_lab.done(more)
-    monkeypatch.undo()
-    (faster,) = run_lab.jobs(["solo_orpo"], [0], [1e-3], tmp_path)
+    assert job(out=tmp_path / "elsewhere")["key"] == first["key"], "where it is made is nothing to a result"
+    faster = job(rates=[1e-3])
     assert faster["result"] != first["result"] and faster["recipe"]["learning_rate"] == 1e-3
-    (other,) = run_lab.jobs(["warmup_solo_orpo"], [0], [], tmp_path)
+    other = job("warmup_solo_orpo")
     assert other["form"] == "warmup" and other["key"] != first["key"] and other["result"] != first["result"]
+    monkeypatch.setattr(forms, "WARMUP", 0.25)
+    assert job("warmup_solo_orpo")["key"] != other["key"] and run_lab.done(job())
+    for name, value in (("ROWS", 3200), ("ASKED", 512), ("LOST", 0.5)):
+        monkeypatch.setattr(lab_rows, name, value)
+        assert not run_lab.done(job()), name
+        monkeypatch.undo()
+    assert run_lab.done(job())
     shutil.copytree(BASE, tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_bytes(b"another base")
-    monkeypatch.setattr(run_lab.TASKS["recall"], "base", tmp_path / "base")
-    assert not run_lab.done(run_lab.jobs(["solo_orpo"], [0], [], tmp_path)[0])
+    monkeypatch.setattr(lab_rows, "BASE", tmp_path / "base")
+    assert not run_lab.done(job())
+
+
+def test_rows_are_made_again_if_they_would_be_others(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(lab_rows, "prepare", lambda folder, seed: (folder.mkdir(exist_ok=True), made.append(seed)))
+    for times, lost in ((1, 0.25), (1, 0.25), (2, 0.5)):
+        monkeypatch.setattr(lab_rows, "LOST", lost)
+        run_lab.prepare("recall", tmp_path / "rows", 3)
+        assert made == [3] * times
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--sweep", "--task", "two_hop"], "--sweep is of the first task's methods"),
+        (["--forms", "--arms", "solo_orpo"], "--arms and --forms: give one of them"),
+        (["--arms", "solo_orpo", "solo_opro"], "--arms: solo_opro is none of sft_short"),
+    ],
+)
+def test_runner_refuses(words, sentence, capsys):
+    with pytest.raises(SystemExit):
+        run_lab.main(words)
+    assert sentence in capsys.readouterr().err
+
+
+def test_report_leaves_out_what_is_stale(tmp_path, capsys):
+    leave(tmp_path, "orpo_short", 3e-4, {0: 0.5, 1: 0.7})
+    path = tmp_path / "results/orpo_short_0.0003_1.json"
+    write_json(path, json.loads(path.read_text()) | {"key": "of before"})
+    assert list(report.Results(tmp_path / "results").runs("orpo_short")) == [0]
+    assert "1 results are of other settings and left out: orpo_short" in capsys.readouterr().err
 
 
 def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch):
@@ -213,7 +256,7 @@ def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch)
     written = (tmp_path / "out/tables.md").read_text()
     # mean 0.7, standard deviation 0.1414, t 12.706 for one degree of freedom: 12.706 * 0.1414 / sqrt(2) = 1.271
     assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in written
-    assert "| orpo_long |  |  | 0.300 / 0.300 | 0.200 / 0.200 | **0.100 / 0.100** |" in written
+    assert "| orpo_long |  |  |  |  | 0.300 / 0.300 | 0.200 / 0.200 | **0.100 / 0.100** |  |" in written
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "tables.md", "runs.json", "accuracy_by_length.png", "methods.png", "alpha.png", "compression.png",
         "dynamics.png",
@@ -240,7 +283,7 @@ def test_differences_are_by_seed(tmp_path):
     leave(tmp_path, "solo_dpo_both", 3e-4, {0: 0.8, 1: 0.2})
     written = report.differences(report.Results(tmp_path / "results"))
     # mean 0.2, standard deviation 0.1414
-    assert "| solo_dpo - solo_dpo_both | chosen-only against both | 0.200 ± 1.271 | 0.200 ± 1.271 |" in written
+    assert "| solo_dpo - solo_dpo_both | chosen-only against both, alpha 3 | 0.200 ± 1.271 | 0.200 ± 1.271 |" in written
 
 
 def test_page_is_filled_between_its_marks():
@@ -265,29 +308,57 @@ def test_page_is_what_its_runs_give():
 # ---- forms that the plugin does not have
 
 
-def steps_of(demo, run, name: str, form: str | None, **changes) -> list[float]:
+def steps_of(demo, run, name: str, form: str | None, **changes) -> list[dict]:
     with forms.applied(form):
         done = run(demo(5, name, max_steps=3, logging_steps=1, plot_loss=False, **changes))
-    return [entry["loss"] for entry in done.log if "loss" in entry]
+    return [entry for entry in done.log if "loss" in entry]
 
 
-def test_forms_are_the_paper_s_where_they_should_be(run, demo, one_thread):
-    """Answers of one token have one gap, skipping begins where the gap is small, and a rising alpha begins low."""
+def losses_of(steps: list[dict]) -> list[float]:
+    return [entry["loss"] for entry in steps]
+
+
+def test_forms_do_what_they_say(run, demo, one_thread, monkeypatch):
     plain = steps_of(demo, run, "plain", None)
-    assert steps_of(demo, run, "tokens", "tokens") == plain
-    assert steps_of(demo, run, "skip", "skip") == plain
-    assert steps_of(demo, run, "again", None) == plain, "the trainer is as it was"
+    assert losses_of(steps_of(demo, run, "tokens", "tokens")) == losses_of(plain), "an answer of one token has one gap"
     risen = steps_of(demo, run, "warmup", "warmup")
-    assert risen[0] < plain[0] and risen[1:] != plain[1:]
+    for step, (entry, before) in enumerate(zip(risen, plain, strict=True)):  # of 3 steps 1.5 are the rise
+        weight = min(1, (step + 1) / 1.5) * 0.3
+        assert entry["loss"] == pytest.approx(entry["solopo/po_loss"] + weight * entry["solopo/align_loss"], rel=1e-5)
+        assert step > 0 or entry["solopo/align_loss"] == before["solopo/align_loss"]
+    scaled = steps_of(demo, run, "auto", "auto")
+    gaps = [entry["solopo/reward_gap"] for entry in scaled]
+    weights = [0.3, 0.3 / gaps[0], 0.3 / (0.9 * gaps[0] + 0.1 * gaps[1])]
+    for entry, weight in zip(scaled, weights, strict=True):
+        assert entry["loss"] == pytest.approx(entry["solopo/po_loss"] + weight * entry["solopo/align_loss"], rel=1e-5)
+    assert losses_of(steps_of(demo, run, "skip", "skip")) == losses_of(plain), "no gap is small yet"
+    monkeypatch.setattr(forms, "SMALL", 1e9)
+    skipped = steps_of(demo, run, "skip all", "skip")
+    assert 0.5 < skipped[-1]["skipped"] < 0.95 and skipped[0]["solopo/align_loss"] < plain[0]["solopo/align_loss"]
+    assert losses_of(steps_of(demo, run, "again", None)) == losses_of(plain), "the trainer is as it was"
+
+
+def test_tokens_are_penalised_one_by_one(monkeypatch):
+    """Two answers of three and one words; gaps of either sign do not cancel within an answer."""
+    logps_K = torch.tensor([-1.0, -2.0, -3.0, -0.5, -2.0, -1.0, -5.0, -1.5])  # chosen, chosen, long, long
+    spans = {"chosen": torch.tensor([0, 1]), "long_chosen": torch.tensor([2, 3])}
+    inputs = {"policy": {"counts": [3, 1, 3, 1], "spans": spans}}
+    monkeypatch.setattr(forms.trainer, "token_logps", lambda: logps_K)
+    monkeypatch.setattr(forms.SoloTrainer, "packed_logps", lambda self, model, inputs: forms.trainer.token_logps())
+    with forms.applied("tokens"):
+        forms.SoloTrainer.packed_logps(None, None, inputs)
+        sums_B = forms.losses.alignment(None, None, "sigmoid", 0.1)
+        means_B = forms.losses.alignment(None, None, "simpo", 2.0)
+    # the spans are 3, 1, 3 and 1 long: [-1, -2, -3], [-0.5], [-2, -1, -5], [-1.5]; gaps |1|, |-1|, |2| and |1|
+    assert sums_B.tolist() == pytest.approx([0.1 * 4, 0.1])
+    assert means_B.tolist() == pytest.approx([2 * 4 / 3, 2.0])
 
 
 def test_alpha_follows_the_gap():
     trainer = SimpleNamespace(finetuning_args=SimpleNamespace(solopo_alpha=2.0))
     assert forms.auto(trainer) == 1
     for gap, expected in ((4.0, 4.0), (2.0, 3.8)):
-        metrics = torch.zeros(3, len(forms.METRICS))
-        metrics[:, forms.GAP] = gap
-        forms.running_gap(trainer, metrics)
+        forms.running_gap(trainer, gap)
         assert trainer.gap == pytest.approx(expected) and forms.auto(trainer) == pytest.approx(1 / expected)
     assert trainer.first_gap == 4.0
     trainer.gap = 0.01
