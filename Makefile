@@ -28,23 +28,19 @@ demo: .venv/.installed
 
 # docs/lab.md: every arm, five seeds; the sweep of learning rates; forms that the plugin does not have; the second task.
 # Each continues where it was killed. ARGS="--arms solo_orpo dpo_long --seeds 0"
-LAB := CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/run.py
+LAB = CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/run.py
+REPORT = $(BIN)/python scripts/lab/report.py
 lab: .venv/.installed
-	$(LAB) $(ARGS)
-	@$(BIN)/python scripts/lab/report.py
+	@$(LAB) $(ARGS); status=$$?; $(REPORT); exit $$status
 
 lab-rates: .venv/.installed
-	$(LAB) --sweep $(ARGS)
-	@$(BIN)/python scripts/lab/report.py
+	@$(LAB) --sweep $(ARGS); status=$$?; $(REPORT); exit $$status
 
 lab-forms: .venv/.installed
-	$(LAB) --forms $(ARGS)
-	@$(BIN)/python scripts/lab/report.py
+	@$(LAB) --forms $(ARGS); status=$$?; $(REPORT); exit $$status
 
 lab-two-hop: .venv/.installed
-	$(LAB) --task two_hop $(ARGS)
-	$(LAB) --task two_hop --forms $(ARGS)
-	@$(BIN)/python scripts/lab/report.py
+	@$(LAB) --task two_hop $(ARGS) && $(LAB) --task two_hop --forms $(ARGS); status=$$?; $(REPORT); exit $$status
 
 test: .venv/.test
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/web $(TESTS)

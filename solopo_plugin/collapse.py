@@ -6,8 +6,8 @@ pull the short reward down to the long one (README, "Diagnostics").
 
 REWARD, GAP, NLL = "solopo/reward_short", "solopo/reward_gap", "solopo/nll"
 # Both ours, chosen to be silent in doubt. Nats per token mean the same for every loss, beta and length: at 1 the chosen
-# answer's tokens are e times less probable than at the start. DPO alone also lowers its chosen responses; runs of the
-# demo and the lab that ended well rose by up to 0.85 on the way (ORPO, alpha 0.3), collapsed ones ended 3 to 8 above.
+# answer's tokens are e times less probable than at the start. DPO alone also lowers its chosen responses. In the lab
+# (docs/lab.md) single logs of runs that ended well rose by up to 1.5 on the way, collapsed runs ended 3 to 8 above.
 UNLEARNED = 1.0
 LOGS = 3  # in a row, so that a log of hard rows is not taken for it
 

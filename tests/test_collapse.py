@@ -53,7 +53,7 @@ def test_collapse_is_seen_on_the_scale_of_every_loss(loss):
     "healthy",
     [
         dict(of_gap=0.9, long_share=0.4, nll=0.6, noise=0.2),  # single logs of hard rows pass 1 nat
-        dict(of_gap=0.9, long_share=0.1, nll=0.9),  # the dip of an ORPO run that ends well
+        dict(of_gap=0.9, long_share=0.1, nll=0.9),  # most of the gap, but less than 1 nat
         dict(of_gap=0.9, long_share=0.6, nll=2.0),  # the gap closes mostly from below
     ],
 )
