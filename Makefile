@@ -40,7 +40,7 @@ lab-forms: .venv/.installed
 	@$(LAB) --forms $(ARGS); status=$$?; $(REPORT); exit $$status
 
 lab-two-hop: .venv/.installed
-	@$(LAB) --task two_hop $(ARGS) && $(LAB) --task two_hop --forms $(ARGS); status=$$?; $(REPORT); exit $$status
+	@$(LAB) --task two_hop $(ARGS); status=$$?; $(REPORT); exit $$status
 
 test: .venv/.test
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/web $(TESTS)

@@ -141,8 +141,8 @@ def in_parallel(pool, calls: dict, what: str) -> list[str]:
 
 def wanted_arms(args, parser) -> list[str]:
     known = [*arms(args.task), *forms.arms_of_forms(args.task)]
-    if args.sweep and (args.task != "recall" or args.forms):
-        parser.error("--sweep is of the first task's methods: leave out --task and --forms.")
+    if (args.sweep or args.forms) and args.task != "recall" or args.sweep and args.forms:
+        parser.error("--sweep and --forms are of the first task, and one at a time.")
     if args.arms and args.forms:
         parser.error("--arms and --forms: give one of them.")
     if unknown := [name for name in args.arms or () if name not in known]:
@@ -151,8 +151,10 @@ def wanted_arms(args, parser) -> list[str]:
         return args.arms
     if args.sweep:
         return methods()
-    extra = beyond(args.task)
-    return [*extra, *forms.arms_of_forms(args.task)] if args.forms else [n for n in arms(args.task) if n not in extra]
+    extra, tried = beyond(args.task), forms.arms_of_forms(args.task)
+    if args.task == "two_hop":  # of which there are few
+        return [*arms(args.task), *tried]
+    return [*extra, *tried] if args.forms else [name for name in arms(args.task) if name not in extra]
 
 
 def main(words: list[str] | None = None) -> int:

@@ -227,7 +227,9 @@ def test_rows_are_made_again_if_they_would_be_others(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--sweep", "--task", "two_hop"], "--sweep is of the first task's methods"),
+        (["--sweep", "--task", "two_hop"], "--sweep and --forms are of the first task, and one at a time"),
+        (["--forms", "--task", "two_hop"], "--sweep and --forms are of the first task, and one at a time"),
+        (["--forms", "--sweep"], "--sweep and --forms are of the first task, and one at a time"),
         (["--forms", "--arms", "solo_orpo"], "--arms and --forms: give one of them"),
         (["--arms", "solo_orpo", "solo_opro"], "--arms: solo_opro is none of sft_short"),
     ],
