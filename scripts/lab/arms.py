@@ -27,8 +27,9 @@ FURTHER = {  # more of it where the best of these is at an end, or nothing works
 CHOSEN = {  # method -> the rate that the sweep chose, where it is not RATE
     "sft_long": 6e-4,
     "orpo_long": 6e-4,
-    "simpo_short": 1.5e-4,
-    "longpo": 1.5e-5,
+    "simpo_short": 7.5e-5,
+    "solo_simpo": 7.5e-5,
+    "longpo": 5e-6,
 }
 BOTH = {  # of both tasks
     "do_train": True,
