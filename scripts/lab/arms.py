@@ -79,10 +79,8 @@ CONTEXTS = {
     "long": "pairs sampled from the base on the long context",
     "expand_long": "the short pair on the long context, which here is also the pair with the gold answer",
 }
-
-
 ALPHAS = {"orpo": (0.03, 0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0), "simpo": (0.15, 1.0)}
-LOST = "a quarter of the short contexts without the evidence"
+WITHOUT_EVIDENCE = "a quarter of the short contexts without the evidence"
 TWICE = ("orpo_expand_long", "solo_dpo", "solo_dpo_detached", "solo_orpo", "solo_orpo_detached")  # also for 400 steps
 COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
 
@@ -98,7 +96,7 @@ def of_recall() -> dict[str, tuple[str, dict]]:
                 keys = {"stage": "dpo", **LOSSES[loss], "dataset": f"recall_{context}_po"}
                 table[f"{loss}_{context}"] = (f"{loss.upper()} on {what}", keys)
     lost = {"stage": "dpo", **LOSSES["orpo"], "dataset": "recall_short_po_lost"}
-    table["orpo_short_lost"] = (f"ORPO on the short pair, {LOST}", lost)
+    table["orpo_short_lost"] = (f"ORPO on the short pair, {WITHOUT_EVIDENCE}", lost)
     longpo = {"solopo_objective": "longpo", "solopo_longpo_lambda": 0.01, "dataset": "recall_longpo"}
     table["longpo"] = ("LongPO", {"stage": "solopo", **LOSSES["dpo"], **longpo})
 
@@ -128,13 +126,13 @@ def of_recall() -> dict[str, tuple[str, dict]]:
     for pairs in COMPRESSED:
         what = f"alpha 0.3, {pairs} pairs in the short context"
         solo("orpo", f"_short_{pairs}", what, dataset=f"recall_solopo_{pairs}", solopo_alpha=0.3)
-    solo("orpo", "_lost", f"alpha 0.3, {LOST}", dataset="recall_solopo_lost", solopo_alpha=0.3)
+    solo("orpo", "_lost", f"alpha 0.3, {WITHOUT_EVIDENCE}", dataset="recall_solopo_lost", solopo_alpha=0.3)
 
     for suffix, what, keys in (
         ("_drop", "alpha 0.3, one-sided", {"solopo_alpha": 0.3} | drop), ("_detached", "detached", detached),
         ("_drop_detached", "one-sided, detached", drop | detached),
     ):  # fmt: skip
-        solo("orpo", f"_lost{suffix}", f"{what}, {LOST}", dataset="recall_solopo_lost", **keys)
+        solo("orpo", f"_lost{suffix}", f"{what}, {WITHOUT_EVIDENCE}", dataset="recall_solopo_lost", **keys)
     for loss in ("dpo", "simpo"):
         solo(loss, "_ftx", "with NLL of the short chosen response", pref_ftx=1.0)
     solo("orpo", "_kl_detached", "SoLo-KL, detached", **kl, **detached)
@@ -181,10 +179,6 @@ def chosen_rate(name: str, task: str = "recall") -> float:
     return CHOSEN.get(name, RATE) if task == "recall" or name == "longpo" else RATE
 
 
-def folder_of(task: str):
-    return FOLDER / task
-
-
 def recipe(task: str, name: str) -> str:
     """The arm's YAML file."""
     what, keys = arms(task)[name]
@@ -205,7 +199,7 @@ def recipe(task: str, name: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    wanted = {folder_of(task) / f"{name}.yaml": recipe(task, name) for task in COMMON for name in arms(task)}
+    wanted = {FOLDER / task / f"{name}.yaml": recipe(task, name) for task in COMMON for name in arms(task)}
     there = {path: path.read_text(encoding="utf-8") for path in FOLDER.rglob("*.yaml")}
     wrong = sorted(path for path in wanted.keys() | there.keys() if wanted.get(path) != there.get(path))
     if "--check" in words:

@@ -5,7 +5,6 @@ answers at temperature 0.85 as in the paper: a question whose answers are all ri
 are drawn for it.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from recall import BASE, CHOOSING, KEY, LONG, MEASURED, QUESTIONS, SHORT, VALUE,
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from solopo_plugin.synthesis.files import write_json, write_jsonl
+from solopo_plugin.synthesis.files import file_hash, write_json, write_jsonl
 
 ROWS = 1600  # of each data set: 200 steps of 8
 SAMPLES, TEMPERATURE = 32, 0.85  # the paper's
@@ -84,19 +83,19 @@ def without_evidence(drawn: tuple[Tensor, ...], generator: torch.Generator) -> t
     return torch.where(pair_BT & lost_B[:, None], spare_BT, short_BT), long_BT, right_B, wrong_B
 
 
-def lab_rows(folder: Path, n: int, seed: int) -> None:
-    """Write everything that the arms train on; dataset_info.json comes last and says that all is there."""
+def prepare(folder: Path, seed: int) -> None:
+    """Write everything that the arms train on, `ROWS` rows of each; dataset_info.json comes last."""
     files = {}
     for pairs in COMPRESSED:
-        short_BT, long_BT, right_B, wrong_B = questions(n, pairs, LONG, torch.Generator().manual_seed(seed))
+        short_BT, long_BT, right_B, wrong_B = questions(ROWS, pairs, LONG, torch.Generator().manual_seed(seed))
         files[f"recall_{pairs}"] = as_rows(short_BT, short_BT if pairs == LONG else long_BT, right_B, wrong_B)
     generator = torch.Generator().manual_seed(seed)
-    files["recall_lost"] = as_rows(*without_evidence(questions(n, SHORT, LONG, generator), generator))
+    files["recall_lost"] = as_rows(*without_evidence(questions(ROWS, SHORT, LONG, generator), generator))
     base = AutoModelForCausalLM.from_pretrained(BASE).eval()
-    files["recall_long"], files["recall_longpo"] = sampled_rows(base, n, SAMPLING + seed)
+    files["recall_long"], files["recall_longpo"] = sampled_rows(base, ROWS, SAMPLING + seed)
     for name, rows in files.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
-    make_rows(folder, n, seed)
+    make_rows(folder, ROWS, seed)
     info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     for name, (file, columns) in ENTRIES.items():
         info[name] = {"file_name": f"{file}.jsonl", "columns": columns}
@@ -110,13 +109,9 @@ def lab_rows(folder: Path, n: int, seed: int) -> None:
 
 def settings() -> dict:
     """What rows and measured accuracies depend on, beside the seed."""
-    weights = hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
+    weights = file_hash(BASE / "model.safetensors")
     return dict(base=weights, rows=ROWS, pairs=[SHORT, LONG, *COMPRESSED], samples=SAMPLES, temperature=TEMPERATURE,
                 lost=LOST, measured=MEASURED, asked=[ASKED, ASKED_BY_STEP])  # fmt: skip
-
-
-def prepare(folder: Path, seed: int) -> None:
-    lab_rows(folder, ROWS, seed)
 
 
 def measured(model: Path, seed: int, ends: bool = False) -> dict[int, float]:

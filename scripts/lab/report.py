@@ -7,7 +7,6 @@ A method stands with the learning rate that arms.py chose from the sweep, everyt
 """
 
 import argparse
-import functools
 import json
 import re
 import statistics
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import matplotlib
 from arms import ALPHAS, COMMON, COMPRESSED, PAPER_ALPHA, RATE, SWEEP_SEED, arms, beyond, chosen_rate, methods, rates
-from forms import arms_of_forms
+from forms import arms_of_forms, form_of
 from recall import LONG, MEASURED, ROOT, SHORT
-from run import jobs
+from run import TASKS, key_of, recipe_of
 from scipy import stats
 
 from solopo_plugin.collapse import collapse
@@ -90,24 +89,24 @@ def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
         runs = [run for run in json.loads(source.read_text(encoding="utf-8")) if run["task"] == task]
     else:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(source.glob("*.json"))]
-        if stale := [run for run in runs if not current(run, task)]:
+        settings, known = TASKS[task].settings(), {*arms(task), *arms_of_forms(task)}
+        fresh, stale = [], []
+        for run in runs:
+            current = run["arm"] in known and run["key"] == key_now(run, task, settings)
+            (fresh if current else stale).append(run)
+        if stale:
             names = sorted({run["arm"] for run in stale})
             print(f"{len(stale)} results are of other settings and left out: {', '.join(names)}", file=sys.stderr)
-        runs = [short_form(run, task) for run in runs if current(run, task)]
+        runs = [short_form(run, task) for run in fresh]
     found = {}
     for run in runs:
         found.setdefault((run["arm"], run["rate"]), {})[run["seed"]] = run
     return found
 
 
-@functools.cache
-def keys(task: str, name: str, rate: float, seed: int) -> str:
-    return jobs([name], [seed], [rate], Path(), task)[0]["key"]
-
-
-def current(run: dict, task: str) -> bool:
-    known = run["arm"] in {*arms(task), *arms_of_forms(task)}
-    return known and run["key"] == keys(task, run["arm"], run["rate"], run["seed"])
+def key_now(run: dict, task: str, settings: dict) -> str:
+    form, arm = form_of(run["arm"])
+    return key_of(settings, recipe_of(task, arm) | {"learning_rate": run["rate"], "seed": run["seed"]}, form)
 
 
 def short_form(run: dict, task: str) -> dict:

@@ -3,7 +3,7 @@
     python scripts/lab/run.py                               # what is missing under saves/lab/results
     python scripts/lab/run.py --arms solo_orpo dpo_long     # of these arms
     python scripts/lab/run.py --sweep                       # the learning rates among which arms.py chose
-    python scripts/lab/run.py --forms                       # the arms of forms.py
+    python scripts/lab/run.py --forms                       # arms beyond the paper's comparison, and of forms.py
     python scripts/lab/run.py --task two_hop                # the second task, under saves/lab/two_hop
 
 A result is one JSON file per arm, rate and seed: accuracy by length of the finished model and of its checkpoints, the
@@ -11,6 +11,7 @@ trainer's log and the recipe. What has another recipe, form, base, rows or quest
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -26,13 +27,24 @@ import forms
 import lab_rows
 import two_hop
 import yaml
-from arms import RATE, RATES, SWEEP_SEED, arms, beyond, folder_of, methods, rates
+from arms import FOLDER, RATE, RATES, SWEEP_SEED, arms, beyond, methods, rates
 from recall import ROOT
 
 from solopo_plugin.synthesis.files import write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
 PLACES = ("model_name_or_path", "dataset_dir", "output_dir")
+
+
+@functools.cache
+def recipe_of(task: str, arm: str) -> dict:
+    return yaml.safe_load((FOLDER / task / f"{arm}.yaml").read_text(encoding="utf-8"))
+
+
+def key_of(settings: dict, recipe: dict, form: str | None) -> str:
+    """By what a result is known: all that it depends on, and not where it is made."""
+    what = [settings, {k: v for k, v in recipe.items() if k not in PLACES}, forms.settings(form)]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def jobs(names: list[str], seeds: list[int], wanted: list[float] | None, out: Path, task: str = "recall") -> list[dict]:
@@ -45,15 +57,14 @@ def jobs(names: list[str], seeds: list[int], wanted: list[float] | None, out: Pa
     for seed in seeds:
         for name in names:
             form, arm = forms.form_of(name)
-            recipe = yaml.safe_load((folder_of(task) / f"{arm}.yaml").read_text(encoding="utf-8"))
+            recipe = recipe_of(task, arm)
             own = [recipe["learning_rate"]]
             own += [RATE] if arm.startswith("solo_") and own != [RATE] else []
             for rate in wanted or own:
                 tag = f"{name}_{rate:g}_{seed}"
                 recipe = recipe | {"learning_rate": rate, "seed": seed}
-                what = [settings, {k: v for k, v in recipe.items() if k not in PLACES}, forms.settings(form)]
-                key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-                job = dict(task=task, arm=name, form=form, rate=rate, seed=seed, key=key)
+                job = dict(task=task, arm=name, form=form, rate=rate, seed=seed)
+                job["key"] = key_of(settings, recipe, form)
                 job["result"] = str(out / "results" / f"{tag}.json")
                 places = str(TASKS[task].BASE), str(out / f"rows_{seed}"), str(out / "runs" / tag)
                 found.append(job | {"recipe": recipe | dict(zip(PLACES, places, strict=True))})

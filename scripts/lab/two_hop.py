@@ -10,7 +10,6 @@ The rest is the project's own pipeline: questions in its plain format, contexts,
 
 import argparse
 import functools
-import hashlib
 import logging
 import random
 from itertools import product
@@ -23,7 +22,7 @@ from solopo_plugin.host.template import template_markers
 from solopo_plugin.synthesis import run_pipeline
 from solopo_plugin.synthesis.backends import load_chat
 from solopo_plugin.synthesis.contexts import Builder
-from solopo_plugin.synthesis.files import write_jsonl
+from solopo_plugin.synthesis.files import file_hash, write_jsonl
 from solopo_plugin.synthesis.judge import judge
 from solopo_plugin.synthesis.pool import count_tokens, make_pool
 from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
@@ -181,9 +180,7 @@ def prepare(folder: Path, seed: int = 0, n: int = QUESTIONS_ASKED, **keys) -> No
 
 def settings() -> dict:
     """What rows and measured accuracies depend on, beside the seed."""
-    files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in (
-        ("base", BASE / "model.safetensors"), ("recipe", RECIPE),
-    )}  # fmt: skip
+    files = dict(base=file_hash(BASE / "model.safetensors"), recipe=file_hash(RECIPE))
     return files | dict(questions=QUESTIONS_ASKED, measured=LENGTHS, asked=[ASKED, ASKED_BY_STEP])
 
 
