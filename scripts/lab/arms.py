@@ -189,7 +189,7 @@ def recipe(task: str, name: str) -> str:
         **keys,
         "dataset_dir": COMMON[task]["dataset_dir"],
     }
-    body = yaml.safe_dump(first | COMMON[task] | changed, sort_keys=False)
+    body = yaml.safe_dump(first | COMMON[task] | keys | changed, sort_keys=False)
     choice = "" if task == "recall" else f"--task {task} "
     return (
         f"# The lab: {what}.\n"

@@ -128,6 +128,14 @@ def test_recipes_are_what_the_table_gives(capsys):
             assert forms.form_of(name)[1] in arms.arms(task), name
 
 
+@pytest.mark.parametrize("task", ["recall", "two_hop"])
+def test_recipes_keep_what_their_arm_changes(task):
+    """A key that all arms share must not undo an arm's own."""
+    for name, (_, keys) in arms.arms(task).items():
+        recipe = run_lab.recipe_of(task, name)
+        assert {key: recipe[key] for key in keys} == keys, name
+
+
 def test_sampled_pairs_are_the_bases(base):
     """Chosen and rejected are among what the base says: it is asked again, with certainty instead of chance."""
     _, long, right, _ = questions(64, SHORT, LONG, torch.Generator().manual_seed(1))
