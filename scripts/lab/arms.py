@@ -21,7 +21,8 @@ FURTHER = {  # more of it where the best of these is at an end, or nothing works
     "sft_long": (1.2e-3,),
     "orpo_long": (1.2e-3,),
     "simpo_short": (7.5e-5,),
-    "solo_simpo": (7.5e-5,),
+    "solo_simpo": (3.75e-5, 7.5e-5),
+    "solo_orpo": (3.75e-5, 7.5e-5),
     "longpo": (5e-6, 1.5e-5, 5e-5),
 }
 CHOSEN = {  # method -> the rate that the sweep chose, where it is not RATE
@@ -77,9 +78,10 @@ PAPER_ALPHA = {"dpo": 3.0, "ipo": 1.0, "slic": 1.0, "simpo": 1.0, "orpo": 1.0}  
 CONTEXTS = {
     "short": "the short pair",
     "long": "pairs sampled from the base on the long context",
-    "expand_long": "the short pair on the long context, which here is also the pair with the gold answer",
+    "expand_long": "the short pair on the long context",
 }
 ALPHAS = {"orpo": (0.03, 0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0), "simpo": (0.15, 1.0)}
+DETACHED_ALPHAS = (("orpo", 0.3), ("orpo", 3.0), ("orpo", 10.0), ("dpo", 10.0))  # beside the paper's
 WITHOUT_EVIDENCE = "a quarter of the short contexts without the evidence"
 TWICE = ("orpo_expand_long", "solo_dpo", "solo_dpo_detached", "solo_orpo", "solo_orpo_detached")  # also for 400 steps
 COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
@@ -88,7 +90,10 @@ COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
 def of_recall() -> dict[str, tuple[str, dict]]:
     """Name -> what it is, its keys beside `COMMON`: the paper's comparison, then what goes beyond it."""
     table = {}
-    for context, what in (("short", "the answer"), ("long", "the base's right answers"), ("long_gold", "the answer")):
+    for context, what in (
+        ("short", "the short pair's chosen response"), ("long", "the base's right answers on the long context"),
+        ("long_gold", "the answer on the long context"),
+    ):  # fmt: skip
         table[f"sft_{context}"] = (f"SFT on {what}", {"stage": "sft", "dataset": f"recall_sft_{context}"})
     for loss in ("dpo", "simpo", "orpo"):
         for context, what in CONTEXTS.items():
@@ -136,6 +141,8 @@ def of_recall() -> dict[str, tuple[str, dict]]:
     for loss in ("dpo", "simpo"):
         solo(loss, "_ftx", "with NLL of the short chosen response", pref_ftx=1.0)
     solo("orpo", "_kl_detached", "SoLo-KL, detached", **kl, **detached)
+    for loss, alpha in DETACHED_ALPHAS:
+        solo(loss, f"_alpha_{alpha:g}_detached", f"alpha {alpha:g}, detached", solopo_alpha=alpha, **detached)
     for name in TWICE:
         table[f"{name}_400"] = (f"{table[name][0]}, 400 steps", table[name][1] | {"num_train_epochs": 2.0})
     return table
@@ -143,7 +150,7 @@ def of_recall() -> dict[str, tuple[str, dict]]:
 
 TWO_HOP = ("sft_short", "sft_long", "dpo_short", "orpo_short", "orpo_long", "orpo_expand_long", "longpo", "solo_dpo",
            "solo_dpo_detached", "solo_dpo_ftx", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached",
-           "solo_orpo_drop_detached", "solo_orpo_kl", "solo_orpo_kl_detached", "solo_simpo_detached")  # fmt: skip
+           "solo_orpo_drop_detached", "solo_orpo_kl", "solo_simpo_detached")  # fmt: skip
 
 
 def beyond(task: str = "recall") -> list[str]:
@@ -175,8 +182,8 @@ def rates(name: str) -> tuple[float, ...]:
 
 
 def chosen_rate(name: str, task: str = "recall") -> float:
-    """The learning rate at which an arm stands in the tables; the second task has no sweep of its own."""
-    return CHOSEN.get(name, RATE) if task == "recall" or name == "longpo" else RATE
+    """The learning rate at which an arm stands in the tables; the second task, which has no sweep, has one rate."""
+    return CHOSEN.get(name, RATE) if task == "recall" else RATE
 
 
 def recipe(task: str, name: str) -> str:

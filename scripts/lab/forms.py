@@ -22,8 +22,9 @@ TRIED = {  # form -> the arms that it is applied to
     "auto": ("solo_dpo_alpha_1", "solo_simpo", "solo_orpo", "solo_orpo_detached"),
     "skip": ("solo_dpo_detached", "solo_orpo_detached"),
 }
-TRIED_TWO_HOP = {"warmup": ("solo_orpo",), "auto": ("solo_orpo_detached",),
-                 "tokens": ("solo_dpo", "solo_orpo", "solo_orpo_detached")}  # fmt: skip
+TRIED_TWO_HOP = {
+    "tokens": ("solo_dpo", "solo_orpo", "solo_orpo_detached")
+}  # the others gained nothing on the first task
 FORMS = (*TRIED, "tokens")
 
 

@@ -14,11 +14,24 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from arms import ALPHAS, COMMON, COMPRESSED, PAPER_ALPHA, RATE, SWEEP_SEED, arms, beyond, chosen_rate, methods, rates
+from arms import (
+    ALPHAS,
+    COMPRESSED,
+    DETACHED_ALPHAS,
+    PAPER_ALPHA,
+    RATE,
+    SWEEP_SEED,
+    arms,
+    beyond,
+    chosen_rate,
+    methods,
+    rates,
+)
 from forms import arms_of_forms, form_of
 from recall import LONG, MEASURED, ROOT, SHORT
 from run import TASKS, key_of, recipe_of
 from scipy import stats
+from two_hop import LENGTHS
 
 from solopo_plugin.collapse import collapse
 from solopo_plugin.synthesis.files import replacing, write_json
@@ -40,7 +53,9 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_orpo", "orpo_expand_long", "the same"),
     ("solo_orpo_alpha_0.3", "orpo_expand_long", "the same, alpha 0.3"),
     ("solo_orpo_detached", "orpo_expand_long", "the same, detached"),
+    ("solo_orpo_detached", "orpo_long", "detached against pairs sampled from the base on the long context"),
     ("solo_dpo", "longpo", "SoLo against LongPO"),
+    ("solo_orpo_detached", "longpo", "the same, detached"),
     ("solo_dpo", "solo_dpo_both", "chosen-only against both, alpha 3"),
     ("solo_dpo_alpha_1", "solo_dpo_alpha_1_both", "the same, alpha 1"),
     ("solo_orpo_alpha_0.3", "solo_orpo_alpha_0.3_both", "the same, alpha 0.3"),
@@ -68,6 +83,16 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_orpo_lost_detached", "solo_orpo_detached", "the same, detached"),
     ("solo_orpo_lost_drop_detached", "solo_orpo_drop_detached", "the same, one-sided and detached"),
     ("orpo_short_lost", "orpo_short", "the same, ORPO on the short pair"),
+    ("solo_dpo_ftx", "solo_dpo", "with NLL of the short chosen response against without"),
+    ("warmup_solo_orpo", "solo_orpo_detached", "rising alpha against detached"),
+    ("auto_solo_orpo", "solo_orpo_detached", "automatic alpha against detached"),
+    ("auto_solo_orpo_detached", "solo_orpo_detached", "automatic alpha, both detached"),
+    ("auto_solo_dpo_alpha_1", "solo_dpo_alpha_1", "automatic alpha against fixed"),
+    ("skip_solo_dpo_detached", "solo_dpo_detached", "long passes left out against none, both detached"),
+    ("skip_solo_orpo_detached", "solo_orpo_detached", "the same"),
+    ("tokens_solo_dpo", "solo_dpo", "per token against per sequence"),
+    ("tokens_solo_orpo", "solo_orpo", "the same"),
+    ("tokens_solo_orpo_detached", "solo_orpo_detached", "the same, detached"),
 )
 SHIPPED = ("arm", "rate", "seed", "accuracy", "cpu_seconds")  # of a result, in runs.json
 WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart. Seeds differ by more
@@ -86,7 +111,11 @@ def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
     A result of another recipe, base, rows or questions than those of today is left out and named.
     """
     if source.suffix == ".json":
-        runs = [run for run in json.loads(source.read_text(encoding="utf-8")) if run["task"] == task]
+        runs = [
+            run
+            for run in json.loads(source.read_text(encoding="utf-8"))
+            if run["task"] == task and run["arm"] != "base"
+        ]
     else:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(source.glob("*.json"))]
         settings, known = TASKS[task].settings(), {*arms(task), *arms_of_forms(task)}
@@ -104,6 +133,17 @@ def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
     return found
 
 
+def base_accuracy(source: Path, task: str) -> dict[int, float]:
+    """Of the base on the arms' questions; from beside a folder of results, or from runs.json."""
+    if source.suffix == ".json":
+        bases = json.loads(source.read_text(encoding="utf-8"))
+        found = next((run for run in bases if (run["task"], run["arm"]) == (task, "base")), None)
+    else:
+        path = source.parent / "base.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return {int(length): share for length, share in found["accuracy"].items()} if found else {}
+
+
 def key_now(run: dict, task: str, settings: dict) -> str:
     form, arm = form_of(run["arm"])
     return key_of(settings, recipe_of(task, arm) | {"learning_rate": run["rate"], "seed": run["seed"]}, form)
@@ -114,9 +154,14 @@ def short_form(run: dict, task: str) -> dict:
     recipe, skipped = run["recipe"], [entry["skipped"] for entry in run["log"] if "skipped" in entry]
     aligned = recipe.get("solopo_objective") != "longpo" and recipe["stage"] == "solopo"
     return {"task": task} | {key: run[key] for key in (*SHIPPED, "by_step", "log")} | {
-        "warned": aligned and not recipe.get("solopo_detach_short", False) and collapse(run["log"]) is not None,
+        "warned": aligned and not recipe.get("solopo_detach_short", False) and warned(run["log"]),
         "skipped": round(skipped[-1], 3) if skipped else None,
     }  # fmt: skip
+
+
+def warned(log: list[dict]) -> bool:
+    """Whether the trainer, which looks after every log, has warned at any."""
+    return any(collapse(log[: i + 1]) is not None for i in range(len(log)))
 
 
 class Results:
@@ -124,16 +169,21 @@ class Results:
 
     def __init__(self, source: Path, task: str = "recall"):
         self.all, self.task, self.forms = read(source, task), task, arms_of_forms(task)
-        profile = json.loads((ROOT / COMMON[task]["model_name_or_path"] / "profile.json").read_text(encoding="utf-8"))
-        self.base = {int(length): share for length, share in profile["accuracy"].items()}
+        self.base = base_accuracy(source, task)
         self.unit = "pairs" if task == "recall" else "tokens"
-        self.lengths = MEASURED if task == "recall" else tuple(self.base)
+        self.lengths = MEASURED if task == "recall" else LENGTHS
         self.ends = (SHORT, LONG) if task == "recall" else (self.lengths[0], self.lengths[-1])
         self.names = [name for name in [*arms(task), *self.forms] if self.runs(name)]
 
     def runs(self, name: str, rate: float | None = None) -> dict[int, dict]:
         runs = self.all.get((name, rate or chosen_rate(name, self.task)), {})
         return {seed: run for seed, run in runs.items() if seed != SWEEP_SEED}
+
+    def shipped(self) -> list[dict]:
+        """What tables are made of, for runs.json."""
+        base = [{"task": self.task, "arm": "base", "accuracy": self.base}] if self.base else []
+        runs = [run for runs in self.all.values() for run in runs.values()]
+        return base + [{key: run[key] for key in ("task", *SHIPPED, "warned", "skipped")} for run in runs]
 
     def accuracy(self, name: str, length: int, rate: float | None = None) -> tuple[float, float]:
         return interval([run["accuracy"][str(length)] for run in self.runs(name, rate).values()])
@@ -151,7 +201,8 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def accuracies(results: Results, names: list[str], rate: float | None = None) -> str:
     """Accuracy by length: mean over seeds and half width of its interval; in how many runs the trainer warned."""
-    lines = [["base", *(f"{results.base[length]:.3f}" for length in results.lengths), "", "", "", ""]]
+    base = ["base", *(f"{share:.3f}" for share in results.base.values()), "", "", "", ""]
+    lines = [base] if results.base else []
     for name in names:
         if runs := list(results.runs(name, rate).values()):
             cost = statistics.mean(run["cpu_seconds"] for run in runs)
@@ -161,23 +212,28 @@ def accuracies(results: Results, names: list[str], rate: float | None = None) ->
     return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "runs", "CPU s", "warned"], lines)
 
 
-def best_rate(by_rate: dict[float, dict]) -> float:
-    """That with the best mean accuracy at SHORT and LONG pairs; RATE where it is within WITHIN of the best."""
+def best_rate(by_rate: dict[float, dict], base: float = 0.0) -> float:
+    """That with the best mean accuracy at SHORT and LONG pairs.
+
+    RATE where it is within WITHIN of the best, or where the best is worse than the base, whose mean is given: there the
+    lowest rate, which changes least, would always win.
+    """
     means = {rate: sum(run["accuracy"][str(n)] for n in (SHORT, LONG)) / 2 for rate, run in by_rate.items()}
     best = max(means, key=means.get)
-    return RATE if means[best] - means.get(RATE, -1) <= WITHIN else best
+    return RATE if means[best] - means.get(RATE, -1) <= WITHIN or means[best] < base else best
 
 
 def sweep(results: Results) -> str:
     """Accuracy at SHORT / LONG pairs by learning rate, on the questions of the sweep; the chosen rate in bold."""
     columns, lines = sorted({rate for name in methods() for rate in rates(name)}), []
+    base = statistics.mean(results.base[length] for length in results.ends) if results.base else 0.0
     for name in methods():
         by_rate = {
             r: results.all[name, r][SWEEP_SEED] for r in rates(name) if SWEEP_SEED in results.all.get((name, r), ())
         }
-        if len(by_rate) == len(rates(name)) and best_rate(by_rate) != chosen_rate(name):
+        if len(by_rate) == len(rates(name)) and best_rate(by_rate, base) != chosen_rate(name):
             print(
-                f"{name}: the sweep gives {best_rate(by_rate):g}, arms.CHOSEN has {chosen_rate(name):g}",
+                f"{name}: the sweep gives {best_rate(by_rate, base):g}, arms.CHOSEN has {chosen_rate(name):g}",
                 file=sys.stderr,
             )
         cells = {
@@ -253,7 +309,9 @@ def bars(results: Results, path: Path) -> None:
         points, label = [results.accuracy(name, length) for name in names], f"{length} {results.unit}"
         places = [i + 0.4 * offset for i in range(len(points))]
         axes.barh(places, [p[0] for p in points], 0.4, xerr=[p[1] for p in points], color=color, label=label)
-    axes.set(yticks=[i + 0.2 for i in range(len(names))], yticklabels=names, xlabel="accuracy", xlim=(0, 1.05))
+    rates = {name: chosen_rate(name, results.task) for name in names}
+    labels = [name + ("" if rate == RATE else f" ({rate:g})") for name, rate in rates.items()]
+    axes.set(yticks=[i + 0.2 for i in range(len(names))], yticklabels=labels, xlabel="accuracy", xlim=(0, 1.05))
     axes.invert_yaxis()
     axes.legend()
     save(figure, path)
@@ -272,6 +330,10 @@ def alpha_curve(results: Results, path: Path) -> None:
     for (loss, alphas), color in zip(ALPHAS.items(), ("tab:orange", "tab:blue", "tab:green"), strict=True):
         by_alpha = {a: f"solo_{loss}" + ("" if a == PAPER_ALPHA[loss] else f"_alpha_{a:g}") for a in alphas}
         against(axes, results, by_alpha, f"SoLo-{loss.upper()}", color=color)
+        if loss in ("dpo", "orpo"):
+            others = {alpha: f"solo_{loss}_alpha_{alpha:g}_detached" for of, alpha in DETACHED_ALPHAS if of == loss}
+            by_alpha = dict(sorted(({PAPER_ALPHA[loss]: f"solo_{loss}_detached"} | others).items()))
+            against(axes, results, by_alpha, f"SoLo-{loss.upper()} detached", color=color, alpha=0.4)
     axes.set(xscale="log", xlabel="alpha", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes.legend(fontsize="small")
     save(figure, path)
@@ -305,7 +367,7 @@ def dynamics(results: Results, path: Path) -> None:
             for place, length in zip(line[4:], results.ends, strict=True):
                 steps = list(runs[0]["by_step"])
                 means = [statistics.mean(run["by_step"][s][str(length)] for run in runs) for s in steps]
-                place.plot([0, *map(int, steps)], [results.base[length], *means], label=name)
+                place.plot([0, *map(int, steps)], [results.base.get(length, float("nan")), *means], label=name)
         for place, title in zip(line, titles, strict=True):
             place.set(title=title, xlabel="step")
         if line[-1].lines:
@@ -352,10 +414,7 @@ def main(words: list[str] | None = None) -> int:
             draw(recall, folder / f"{name}.png")
             if name in OF_BOTH and two_hop.names:
                 draw(two_hop, folder / f"two_hop_{name}.png")
-        write_json(folder / "runs.json", [
-            {key: run[key] for key in ("task", *SHIPPED, "warned", "skipped")}
-            for results in (recall, two_hop) for runs in results.all.values() for run in runs.values()
-        ])  # fmt: skip
+        write_json(folder / "runs.json", [shipped for results in (recall, two_hop) for shipped in results.shipped()])
     write(args.output / "tables.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
     if args.docs:
         write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))

@@ -42,7 +42,7 @@ def recipe_of(task: str, arm: str) -> dict:
 
 
 def key_of(settings: dict, recipe: dict, form: str | None) -> str:
-    """By what a result is known: all that it depends on, and not where it is made."""
+    """By what a result is known: what its rows and questions, its recipe and its form are set to; not the code."""
     what = [settings, {k: v for k, v in recipe.items() if k not in PLACES}, forms.settings(form)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -51,7 +51,8 @@ def jobs(names: list[str], seeds: list[int], wanted: list[float] | None, out: Pa
     """The runs of these arms, with the paths of their rows, run and result; seeds outermost, so that arms grow evenly.
 
     Args:
-        wanted: Learning rates; none: the recipe's, and for the forms of SoLo also the rate at which they are compared.
+        wanted: Learning rates; none: the recipe's, and for the forms of SoLo also the rate at which they are compared,
+            which is the only one of an arm of forms.py.
     """
     settings, found = TASKS[task].settings(), []
     for seed in seeds:
@@ -59,7 +60,8 @@ def jobs(names: list[str], seeds: list[int], wanted: list[float] | None, out: Pa
             form, arm = forms.form_of(name)
             recipe = recipe_of(task, arm)
             own = [recipe["learning_rate"]]
-            own += [RATE] if arm.startswith("solo_") and own != [RATE] else []
+            if arm.startswith("solo_") and own != [RATE]:
+                own = [RATE] if form else [*own, RATE]
             for rate in wanted or own:
                 tag = f"{name}_{rate:g}_{seed}"
                 recipe = recipe | {"learning_rate": rate, "seed": seed}
@@ -138,6 +140,16 @@ def prepare(task: str, folder: Path, seed: int) -> None:
     write_json(mark, settings)
 
 
+def base_of(task: str, out: Path) -> dict:
+    """The base on the arms' questions, which are others than those of its profile.json."""
+    return dict(task=task, result=str(out / "base.json"), key=key_of(TASKS[task].settings(), {}, None))
+
+
+def measure_base(job: dict) -> None:
+    task = TASKS[job["task"]]
+    write_json(Path(job["result"]), {"key": job["key"], "accuracy": task.measured(task.BASE, 0)})
+
+
 def in_parallel(pool, calls: dict, what: str) -> list[str]:
     """Run `calls` (name -> (function, log, *arguments)) with a progress bar; returns what failed, one line each."""
     from tqdm import tqdm
@@ -189,13 +201,15 @@ def main(words: list[str] | None = None) -> int:
     missing = [job for job in wanted if not done(job)]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them there already")
     failed = []
-    if missing:
+    base = base_of(args.task, out)
+    base = {} if done(base) else {"base": (measure_base, out / "log/base.txt", base)}
+    if missing or base:
         environment(out)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, context, begin) as pool:
             seeds = sorted({job["seed"] for job in missing})
             rows = {f"rows {s}": (prepare, out / f"log/rows_{s}.txt", args.task, out / f"rows_{s}", s) for s in seeds}
-            failed = in_parallel(pool, rows, "rows")
+            failed = in_parallel(pool, base | rows, "rows")
             if not failed:
                 tags = {Path(job["result"]).stem: job for job in missing}
                 runs = {tag: (train, out / f"log/{tag}.txt", job) for tag, job in tags.items()}

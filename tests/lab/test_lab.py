@@ -120,7 +120,7 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 
 def test_recipes_are_what_the_table_gives(capsys):
     assert arms.main(["--check"]) == 0, capsys.readouterr().out
-    assert len(arms.arms()) == 54 and len(arms.beyond()) == 11 and len(arms.methods()) == 19
+    assert len(arms.arms()) == 58 and len(arms.beyond()) == 15 and len(arms.methods()) == 19
     for name, (_, keys) in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
     for task in arms.COMMON:
@@ -266,7 +266,7 @@ def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch)
     written = (tmp_path / "out/tables.md").read_text()
     # mean 0.7, standard deviation 0.1414, t 12.706 for one degree of freedom: 12.706 * 0.1414 / sqrt(2) = 1.271
     assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in written
-    assert "| orpo_long |  |  |  |  | 0.300 / 0.300 | 0.200 / 0.200 | **0.100 / 0.100** |  |" in written
+    assert "| orpo_long |  |  |  |  |  | 0.300 / 0.300 | 0.200 / 0.200 | **0.100 / 0.100** |  |" in written
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "tables.md", "runs.json", "accuracy_by_length.png", "methods.png", "alpha.png", "compression.png",
         "dynamics.png",
@@ -285,6 +285,8 @@ def test_rate_is_chosen_by_both_ends():
     assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.9), high=(0.2, 1.0))) == 3e-4
     assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.7), high=(0.9, 0.9))) == 6e-4
     assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.7), high=(1.0, 0.75))) == 3e-4
+    collapsed = runs(low=(0.8, 0.0), middle=(0.4, 0.0), high=(0.1, 0.0))
+    assert report.best_rate(collapsed) == 1.5e-4 and report.best_rate(collapsed, base=0.5) == 3e-4
 
 
 def test_differences_are_by_seed(tmp_path):
