@@ -25,12 +25,19 @@ FURTHER = {  # more of it where the best of these is at an end, or nothing works
     "solo_orpo": (3.75e-5, 7.5e-5),
     "longpo": (5e-6, 1.5e-5, 5e-5),
 }
-CHOSEN = {  # method -> the rate that the sweep chose, where it is not RATE
-    "sft_long": 6e-4,
-    "orpo_long": 6e-4,
-    "simpo_short": 7.5e-5,
-    "solo_simpo": 7.5e-5,
-    "longpo": 5e-6,
+CHOSEN = {  # task -> method -> the rate that the sweep chose, where it is not RATE
+    "recall": {"sft_long": 6e-4, "orpo_long": 6e-4, "simpo_short": 7.5e-5, "solo_simpo": 7.5e-5, "longpo": 5e-6},
+    "two_hop": {},
+}
+LOWER, HIGHER = (3e-5, 1e-4, RATE), (RATE, 6e-4)
+TWO_HOP_RATES = {  # tried on the second task, with its first seed
+    "dpo_short": (1e-5, *LOWER),
+    "solo_dpo": LOWER,
+    "solo_dpo_detached": LOWER,
+    "longpo": LOWER,
+    "solo_orpo": LOWER[1:],
+    "sft_long": HIGHER,
+    "orpo_long": HIGHER,
 }
 BOTH = {  # of both tasks
     "do_train": True,
@@ -83,7 +90,6 @@ CONTEXTS = {
 ALPHAS = {"orpo": (0.03, 0.1, 0.3, 1.0, 3.0), "dpo": (1.0, 3.0, 10.0), "simpo": (0.15, 1.0)}
 DETACHED_ALPHAS = (("orpo", 0.3), ("orpo", 3.0), ("orpo", 10.0), ("dpo", 10.0))  # beside the paper's
 WITHOUT_EVIDENCE = "a quarter of the short contexts without the evidence"
-TWICE = ("orpo_expand_long", "solo_dpo", "solo_dpo_detached", "solo_orpo", "solo_orpo_detached")  # also for 400 steps
 COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
 
 
@@ -143,14 +149,12 @@ def of_recall() -> dict[str, tuple[str, dict]]:
     solo("orpo", "_kl_detached", "SoLo-KL, detached", **kl, **detached)
     for loss, alpha in DETACHED_ALPHAS:
         solo(loss, f"_alpha_{alpha:g}_detached", f"alpha {alpha:g}, detached", solopo_alpha=alpha, **detached)
-    for name in TWICE:
-        table[f"{name}_400"] = (f"{table[name][0]}, 400 steps", table[name][1] | {"num_train_epochs": 2.0})
     return table
 
 
 TWO_HOP = ("sft_short", "sft_long", "dpo_short", "orpo_short", "orpo_long", "orpo_expand_long", "longpo", "solo_dpo",
-           "solo_dpo_detached", "solo_dpo_ftx", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached",
-           "solo_orpo_drop_detached", "solo_orpo_kl", "solo_simpo_detached")  # fmt: skip
+           "solo_dpo_detached", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached",
+           "solo_orpo_drop_detached")  # fmt: skip
 
 
 def beyond(task: str = "recall") -> list[str]:
@@ -169,21 +173,28 @@ def arms(task: str = "recall") -> dict[str, tuple[str, dict]]:
     }
 
 
-def methods() -> list[str]:
+def methods(task: str = "recall") -> list[str]:
     """The arms whose learning rate is swept: what the paper compares, and two more forms of SoLo-ORPO."""
+    if task == "two_hop":
+        return list(TWO_HOP_RATES)
     solo = [f"solo_{form}" for form in (*LOSSES, "orpo_alpha_0.3", "orpo_detached")]
-    others = [name for name in arms() if not name.startswith("solo_") and not name.endswith(("_lost", "_400"))]
+    others = [name for name in arms() if not name.startswith("solo_") and not name.endswith("_lost")]
     return [*others, *solo]
 
 
-def rates(name: str) -> tuple[float, ...]:
+def rates(name: str, task: str = "recall") -> tuple[float, ...]:
     """Of a method's sweep."""
-    return tuple(sorted((*FURTHER.get(name, ()), *RATES)))
+    return TWO_HOP_RATES[name] if task == "two_hop" else tuple(sorted((*FURTHER.get(name, ()), *RATES)))
+
+
+def sweep_seed(task: str) -> int:
+    """The second task's rows are too dear for a seed of its sweep's own."""
+    return SWEEP_SEED if task == "recall" else 0
 
 
 def chosen_rate(name: str, task: str = "recall") -> float:
-    """The learning rate at which an arm stands in the tables; the second task, which has no sweep, has one rate."""
-    return CHOSEN.get(name, RATE) if task == "recall" else RATE
+    """The learning rate at which an arm stands in the tables."""
+    return CHOSEN[task].get(name, RATE)
 
 
 def recipe(task: str, name: str) -> str:

@@ -22,9 +22,7 @@ TRIED = {  # form -> the arms that it is applied to
     "auto": ("solo_dpo_alpha_1", "solo_simpo", "solo_orpo", "solo_orpo_detached"),
     "skip": ("solo_dpo_detached", "solo_orpo_detached"),
 }
-TRIED_TWO_HOP = {
-    "tokens": ("solo_dpo", "solo_orpo", "solo_orpo_detached")
-}  # the others gained nothing on the first task
+TRIED_TWO_HOP = {"tokens": ("solo_orpo", "solo_orpo_detached")}  # the others gained nothing on the first
 FORMS = (*TRIED, "tokens")
 
 

@@ -26,6 +26,7 @@ from arms import (
     chosen_rate,
     methods,
     rates,
+    sweep_seed,
 )
 from forms import arms_of_forms, form_of
 from recall import LONG, MEASURED, ROOT, SHORT
@@ -66,13 +67,6 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_orpo_detached", "solo_orpo", "the same"),
     ("solo_simpo_detached", "solo_simpo", "the same"),
     ("solo_orpo_detached", "solo_orpo_alpha_0.3", "the same, against alpha 0.3"),
-    ("solo_dpo_detached_400", "solo_dpo_400", "detached against the paper's form, 400 steps"),
-    ("solo_orpo_detached_400", "solo_orpo_400", "the same"),
-    (
-        "solo_orpo_detached_400",
-        "orpo_expand_long_400",
-        "detached against the short pair on the long context, 400 steps",
-    ),
     ("solo_dpo_drop", "solo_dpo", "one-sided against absolute"),
     ("solo_orpo_drop", "solo_orpo", "the same, alpha 1"),
     ("solo_orpo_alpha_0.3_drop", "solo_orpo_alpha_0.3", "the same, alpha 0.3"),
@@ -90,8 +84,7 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("auto_solo_dpo_alpha_1", "solo_dpo_alpha_1", "automatic alpha against fixed"),
     ("skip_solo_dpo_detached", "solo_dpo_detached", "long passes left out against none, both detached"),
     ("skip_solo_orpo_detached", "solo_orpo_detached", "the same"),
-    ("tokens_solo_dpo", "solo_dpo", "per token against per sequence"),
-    ("tokens_solo_orpo", "solo_orpo", "the same"),
+    ("tokens_solo_orpo", "solo_orpo", "per token against per sequence"),
     ("tokens_solo_orpo_detached", "solo_orpo_detached", "the same, detached"),
 )
 SHIPPED = ("arm", "rate", "seed", "accuracy", "cpu_seconds")  # of a result, in runs.json
@@ -212,34 +205,30 @@ def accuracies(results: Results, names: list[str], rate: float | None = None) ->
     return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "runs", "CPU s", "warned"], lines)
 
 
-def best_rate(by_rate: dict[float, dict], base: float = 0.0) -> float:
-    """That with the best mean accuracy at SHORT and LONG pairs.
+def best_rate(by_rate: dict[float, dict], ends: tuple[int, int] = (SHORT, LONG), base: float = 0.0) -> float:
+    """That with the best mean accuracy at both ends.
 
     RATE where it is within WITHIN of the best, or where the best is worse than the base, whose mean is given: there the
     lowest rate, which changes least, would always win.
     """
-    means = {rate: sum(run["accuracy"][str(n)] for n in (SHORT, LONG)) / 2 for rate, run in by_rate.items()}
+    means = {rate: sum(run["accuracy"][str(n)] for n in ends) / 2 for rate, run in by_rate.items()}
     best = max(means, key=means.get)
     return RATE if means[best] - means.get(RATE, -1) <= WITHIN or means[best] < base else best
 
 
 def sweep(results: Results) -> str:
-    """Accuracy at SHORT / LONG pairs by learning rate, on the questions of the sweep; the chosen rate in bold."""
-    columns, lines = sorted({rate for name in methods() for rate in rates(name)}), []
-    base = statistics.mean(results.base[length] for length in results.ends) if results.base else 0.0
-    for name in methods():
-        by_rate = {
-            r: results.all[name, r][SWEEP_SEED] for r in rates(name) if SWEEP_SEED in results.all.get((name, r), ())
-        }
-        if len(by_rate) == len(rates(name)) and best_rate(by_rate, base) != chosen_rate(name):
-            print(
-                f"{name}: the sweep gives {best_rate(by_rate, base):g}, arms.CHOSEN has {chosen_rate(name):g}",
-                file=sys.stderr,
-            )
-        cells = {
-            rate: " / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in (SHORT, LONG)) for rate, run in by_rate.items()
-        }
-        marked = {rate: f"**{text}**" if rate == chosen_rate(name) else text for rate, text in cells.items()}
+    """Accuracy at both ends by learning rate; the chosen rate in bold."""
+    task, ends, seed = results.task, results.ends, sweep_seed(results.task)
+    columns, lines = sorted({rate for name in methods(task) for rate in rates(name, task)}), []
+    base = statistics.mean(results.base[length] for length in ends) if results.base else 0.0
+    for name in methods(task):
+        found = {rate: results.all.get((name, rate), {}).get(seed) for rate in rates(name, task)}
+        by_rate = {rate: run for rate, run in found.items() if run}
+        if len(by_rate) == len(found) and best_rate(by_rate, ends, base) != chosen_rate(name, task):
+            chosen = f"{best_rate(by_rate, ends, base):g}, arms.CHOSEN has {chosen_rate(name, task):g}"
+            print(f"{task}, {name}: the sweep gives {chosen}", file=sys.stderr)
+        cells = {rate: " / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in ends) for rate, run in by_rate.items()}
+        marked = {rate: f"**{text}**" if rate == chosen_rate(name, task) else text for rate, text in cells.items()}
         lines.append([name, *(marked.get(rate, "") for rate in columns)])
     return table(["method", *(f"{rate:g}" for rate in columns)], lines)
 
@@ -248,7 +237,7 @@ def differences(results: Results) -> str:
     """Seed by seed, since a seed's rows are the same for all; forms of SoLo at one rate, methods each at its own."""
     lines = []
     for first, second, what in DIFFERENCES:
-        rate = RATE if all(name.startswith("solo_") for name in (first, second)) else None
+        rate = RATE if results.task == "recall" and all(name.startswith("solo_") for name in (first, second)) else None
         pair = [results.runs(first, rate), results.runs(second, rate)]
         seeds = sorted(pair[0].keys() & pair[1].keys())
         if seeds:
@@ -276,6 +265,7 @@ def tables(recall: Results, two_hop: Results) -> dict[str, str]:
         "beyond": accuracies(recall, ["orpo_short_lost", *beyond(), *recall.forms], RATE),
         "skipped": skipped(recall),
         "differences": differences(recall),
+        "two_hop_sweep": sweep(two_hop),
         "two_hop": accuracies(two_hop, list(arms("two_hop"))),
         "two_hop_forms": accuracies(two_hop, two_hop.forms),
         "two_hop_differences": differences(two_hop),

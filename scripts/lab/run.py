@@ -27,12 +27,13 @@ import forms
 import lab_rows
 import two_hop
 import yaml
-from arms import FOLDER, RATE, RATES, SWEEP_SEED, arms, beyond, methods, rates
+from arms import FOLDER, RATE, arms, beyond, methods, rates, sweep_seed
 from recall import ROOT
 
 from solopo_plugin.synthesis.files import write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
+SEEDS = {"recall": 5, "two_hop": 3}
 PLACES = ("model_name_or_path", "dataset_dir", "output_dir")
 
 
@@ -60,7 +61,7 @@ def jobs(names: list[str], seeds: list[int], wanted: list[float] | None, out: Pa
             form, arm = forms.form_of(name)
             recipe = recipe_of(task, arm)
             own = [recipe["learning_rate"]]
-            if arm.startswith("solo_") and own != [RATE]:
+            if task == "recall" and arm.startswith("solo_") and own != [RATE]:
                 own = [RATE] if form else [*own, RATE]
             for rate in wanted or own:
                 tag = f"{name}_{rate:g}_{seed}"
@@ -164,8 +165,8 @@ def in_parallel(pool, calls: dict, what: str) -> list[str]:
 
 def wanted_arms(args, parser) -> list[str]:
     known = [*arms(args.task), *forms.arms_of_forms(args.task)]
-    if (args.sweep or args.forms) and args.task != "recall" or args.sweep and args.forms:
-        parser.error("--sweep and --forms are of the first task, and one at a time.")
+    if args.forms and (args.sweep or args.task != "recall"):
+        parser.error("--forms is of the first task, and not of --sweep.")
     if args.arms and args.forms:
         parser.error("--arms and --forms: give one of them.")
     if unknown := [name for name in args.arms or () if name not in known]:
@@ -173,7 +174,7 @@ def wanted_arms(args, parser) -> list[str]:
     if args.arms:
         return args.arms
     if args.sweep:
-        return methods()
+        return methods(args.task)
     extra, tried = beyond(args.task), forms.arms_of_forms(args.task)
     if args.task == "two_hop":  # of which there are few
         return [*arms(args.task), *tried]
@@ -185,19 +186,21 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--task", default="recall", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: those of the paper's comparison")
     parser.add_argument("--forms", action="store_true", help="the arms beyond it, and those of forms.py")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, of the second task 0 to 2")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each recipe's learning rate")
-    parser.add_argument("--sweep", action="store_true", help=f"of all methods, {RATES} and more, seed {SWEEP_SEED}")
+    parser.add_argument("--sweep", action="store_true", help="of learning rates, one seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--output", type=Path, help="default: saves/lab, of another task its folder there")
     args = parser.parse_args(words)
     out = (args.output or ROOT / "saves/lab" / ("" if args.task == "recall" else args.task)).resolve()
     names = wanted_arms(args, parser)
     if args.sweep:
-        seeds = args.seeds or [SWEEP_SEED]
-        wanted = [job for name in names for job in jobs([name], seeds, args.rates or rates(name), out)]
+        seeds, wanted = args.seeds or [sweep_seed(args.task)], []
+        for name in names:
+            wanted += jobs([name], seeds, args.rates or rates(name, args.task), out, args.task)
     else:
-        wanted = jobs(names, args.seeds or list(range(5)), args.rates, out, args.task)
+        seeds = args.seeds or list(range(SEEDS[args.task]))
+        wanted = jobs(names, seeds, args.rates, out, args.task)
     missing = [job for job in wanted if not done(job)]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them there already")
     failed = []
