@@ -26,15 +26,22 @@ FURTHER = {  # more of it where the best of these is at an end, or nothing works
     "longpo": (5e-6, 1.5e-5, 5e-5),
 }
 CHOSEN = {  # task -> method -> the rate that the sweep chose, where it is not RATE
-    "recall": {"sft_long": 6e-4, "orpo_long": 6e-4, "simpo_short": 7.5e-5, "solo_simpo": 7.5e-5, "longpo": 5e-6},
-    "two_hop": {},
+    "recall": {
+        "sft_long": 6e-4,
+        "orpo_long": 6e-4,
+        "simpo_short": 7.5e-5,
+        "solo_simpo": 7.5e-5,
+        "solo_orpo": 3.75e-5,
+        "longpo": 5e-6,
+    },
+    "two_hop": {"dpo_short": 1e-5, "solo_dpo": 1e-5, "longpo": 5e-6},
 }
 LOWER, HIGHER = (3e-5, 1e-4, RATE), (RATE, 6e-4)
 TWO_HOP_RATES = {  # tried on the second task, with its first seed
     "dpo_short": (1e-5, *LOWER),
-    "solo_dpo": LOWER,
+    "solo_dpo": (1e-5, *LOWER),
     "solo_dpo_detached": LOWER,
-    "longpo": LOWER,
+    "longpo": (5e-6, *LOWER),
     "solo_orpo": LOWER[1:],
     "sft_long": HIGHER,
     "orpo_long": HIGHER,

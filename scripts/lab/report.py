@@ -205,27 +205,22 @@ def accuracies(results: Results, names: list[str], rate: float | None = None) ->
     return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "runs", "CPU s", "warned"], lines)
 
 
-def best_rate(by_rate: dict[float, dict], ends: tuple[int, int] = (SHORT, LONG), base: float = 0.0) -> float:
-    """That with the best mean accuracy at both ends.
-
-    RATE where it is within WITHIN of the best, or where the best is worse than the base, whose mean is given: there the
-    lowest rate, which changes least, would always win.
-    """
+def best_rate(by_rate: dict[float, dict], ends: tuple[int, int] = (SHORT, LONG)) -> float:
+    """That with the best mean accuracy at both ends; RATE where it is within WITHIN of the best."""
     means = {rate: sum(run["accuracy"][str(n)] for n in ends) / 2 for rate, run in by_rate.items()}
     best = max(means, key=means.get)
-    return RATE if means[best] - means.get(RATE, -1) <= WITHIN or means[best] < base else best
+    return RATE if means[best] - means.get(RATE, -1) <= WITHIN else best
 
 
 def sweep(results: Results) -> str:
     """Accuracy at both ends by learning rate; the chosen rate in bold."""
     task, ends, seed = results.task, results.ends, sweep_seed(results.task)
     columns, lines = sorted({rate for name in methods(task) for rate in rates(name, task)}), []
-    base = statistics.mean(results.base[length] for length in ends) if results.base else 0.0
     for name in methods(task):
         found = {rate: results.all.get((name, rate), {}).get(seed) for rate in rates(name, task)}
         by_rate = {rate: run for rate, run in found.items() if run}
-        if len(by_rate) == len(found) and best_rate(by_rate, ends, base) != chosen_rate(name, task):
-            chosen = f"{best_rate(by_rate, ends, base):g}, arms.CHOSEN has {chosen_rate(name, task):g}"
+        if len(by_rate) == len(found) and best_rate(by_rate, ends) != chosen_rate(name, task):
+            chosen = f"{best_rate(by_rate, ends):g}, arms.CHOSEN has {chosen_rate(name, task):g}"
             print(f"{task}, {name}: the sweep gives {chosen}", file=sys.stderr)
         cells = {rate: " / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in ends) for rate, run in by_rate.items()}
         marked = {rate: f"**{text}**" if rate == chosen_rate(name, task) else text for rate, text in cells.items()}

@@ -284,8 +284,6 @@ def test_rate_is_chosen_by_both_ends():
     assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.9), high=(0.2, 1.0))) == 3e-4
     assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.7), high=(0.9, 0.9))) == 6e-4
     assert report.best_rate(runs(low=(1.0, 0.1), middle=(1.0, 0.7), high=(1.0, 0.75))) == 3e-4
-    collapsed = runs(low=(0.8, 0.0), middle=(0.4, 0.0), high=(0.1, 0.0))
-    assert report.best_rate(collapsed) == 1.5e-4 and report.best_rate(collapsed, base=0.5) == 3e-4
 
 
 def test_differences_are_by_seed(tmp_path):
