@@ -5,10 +5,9 @@ pull the short reward down to the long one (README, "Diagnostics").
 """
 
 REWARD, GAP, NLL = "solopo/reward_short", "solopo/reward_gap", "solopo/nll"
-# Both ours, chosen to be silent in doubt. Nats per token mean the same for every loss, beta and length: at 1 the chosen
-# answer's tokens are e times less probable than at the start. DPO alone also lowers its chosen responses. In the lab
-# (docs/lab.md) single logs of runs that ended well rose by up to 1.5 on the way, collapsed runs ended 3 to 8 above.
-UNLEARNED = 1.0
+# All ours, chosen on the lab's runs (docs/lab.md) to be silent in doubt; single logs of runs that end well pass each.
+UNLEARNED = 0.25  # nats per token that the chosen answer has to lose at least, where doubling is less
+SHARE = 0.5  # of the first gap, which the short reward has to lose
 LOGS = 3  # in a row, so that a log of hard rows is not taken for it
 
 
@@ -25,11 +24,13 @@ def collapse(log_history: list[dict]) -> tuple[dict, dict] | None:
 
 
 def collapsed(start: dict, now: dict) -> bool:
-    """Whether the short answer is unlearned, and its reward's fall is most of what closed the gap.
+    """Whether the short answer is unlearned, and its reward's fall is much of what closed the gap.
 
-    The NLL has to rise by `UNLEARNED` and, where it was above that, to double. Rewards are compared with rewards only,
-    so that their scale cancels. Where the gap closes by less than half of the fall, the long reward falls along, which
-    the preference loss alone can do; where by more than twice the fall, the long reward has risen further.
+    The short reward has to fall by `SHARE` of the first gap, and the NLL, whose scale is the same for every loss, to
+    double. Rewards are compared with rewards only, so that their scale cancels. Where the gap closes by less than a
+    third of the fall, the long reward falls along, which the preference loss alone can do; where by more than twice the
+    fall, the long reward has risen further.
     """
     fall, closed = start[REWARD] - now[REWARD], start[GAP] - now[GAP]
-    return now[NLL] - start[NLL] > max(UNLEARNED, start[NLL]) and fall / 2 < closed < 2 * fall
+    doubled = now[NLL] - start[NLL] > max(UNLEARNED, start[NLL])
+    return doubled and fall > SHARE * start[GAP] and fall / 3 < closed < 2 * fall

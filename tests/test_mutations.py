@@ -160,7 +160,7 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     # what the log is watched for
     "both rewards falling is taken for the alignment's doing": (
         "collapse.py",
-        "fall / 2 < closed < 2 * fall",
+        "fall / 3 < closed < 2 * fall",
         "closed < 2 * fall",
         "test_collapse.py::test_both_contexts_falling_together_is_not_the_alignments_doing",
     ),
