@@ -196,7 +196,7 @@ def leave(tmp_path, name: str, rate: float, shares: dict[int, float]) -> None:
 
 
 def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
-    def job(name="solo_orpo", seed=0, rates=None, out=tmp_path):
+    def job(name="solo_orpo", seed=0, rates=(3e-4,), out=tmp_path):
         (one,) = run_lab.jobs([name], [seed], rates, out)
         return one
 
@@ -258,9 +258,9 @@ def test_report_leaves_out_what_is_stale(tmp_path, capsys):
 def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch):
     monkeypatch.setitem(arms.CHOSEN["recall"], "orpo_long", 6e-4)
     leave(tmp_path, "orpo_long", 3e-4, {0: 0.9, 1: 0.9})
-    leave(tmp_path, "orpo_long", 6e-4, {0: 0.6, 1: 0.8, run_lab.SWEEP_SEED: 0.1})
+    leave(tmp_path, "orpo_long", 6e-4, {0: 0.6, 1: 0.8, arms.SWEEP_SEED: 0.1})
     for rate, share in ((1.5e-4, 0.3), (3e-4, 0.2)):
-        leave(tmp_path, "orpo_long", rate, {run_lab.SWEEP_SEED: share})
+        leave(tmp_path, "orpo_long", rate, {arms.SWEEP_SEED: share})
     report.main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "out")])
     written = (tmp_path / "out/tables.md").read_text()
     # mean 0.7, standard deviation 0.1414, t 12.706 for one degree of freedom: 12.706 * 0.1414 / sqrt(2) = 1.271
