@@ -200,8 +200,8 @@ def accuracies(results: Results, names: list[str], rate: float | None = None) ->
         if runs := list(results.runs(name, rate).values()):
             cost = statistics.mean(run["cpu_seconds"] for run in runs)
             cells = [cell(*results.accuracy(name, length, rate)) for length in results.lengths]
-            warned = sum(run["warned"] for run in runs)
-            lines.append([name, *cells, f"{runs[0]['rate']:g}", str(len(runs)), f"{cost:.0f}", str(warned or "")])
+            told = sum(run["warned"] for run in runs)
+            lines.append([name, *cells, f"{runs[0]['rate']:g}", str(len(runs)), f"{cost:.0f}", str(told or "")])
     return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "runs", "CPU s", "warned"], lines)
 
 
@@ -219,11 +219,11 @@ def sweep(results: Results) -> str:
     for name in methods(task):
         found = {rate: results.all.get((name, rate), {}).get(seed) for rate in rates(name, task)}
         by_rate = {rate: run for rate, run in found.items() if run}
-        if len(by_rate) == len(found) and best_rate(by_rate, ends) != chosen_rate(name, task):
-            chosen = f"{best_rate(by_rate, ends):g}, arms.CHOSEN has {chosen_rate(name, task):g}"
-            print(f"{task}, {name}: the sweep gives {chosen}", file=sys.stderr)
+        chosen = chosen_rate(name, task)
+        if len(by_rate) == len(found) and (best := best_rate(by_rate, ends)) != chosen:
+            print(f"{task}, {name}: the sweep gives {best:g}, arms.CHOSEN has {chosen:g}", file=sys.stderr)
         cells = {rate: " / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in ends) for rate, run in by_rate.items()}
-        marked = {rate: f"**{text}**" if rate == chosen_rate(name, task) else text for rate, text in cells.items()}
+        marked = {rate: f"**{text}**" if rate == chosen else text for rate, text in cells.items()}
         lines.append([name, *(marked.get(rate, "") for rate in columns)])
     return table(["method", *(f"{rate:g}" for rate in columns)], lines)
 
