@@ -30,7 +30,7 @@ from arms import (
 )
 from forms import arms_of_forms, form_of
 from recall import LONG, MEASURED, ROOT, SHORT
-from run import TASKS, key_of, recipe_of
+from run import TASKS, base_of, done, key_of, recipe_of
 from scipy import stats
 from two_hop import LENGTHS
 
@@ -132,8 +132,8 @@ def base_accuracy(source: Path, task: str) -> dict[int, float]:
         bases = json.loads(source.read_text(encoding="utf-8"))
         found = next((run for run in bases if (run["task"], run["arm"]) == (task, "base")), None)
     else:
-        path = source.parent / "base.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        base = base_of(task, source.parent)
+        found = json.loads(Path(base["result"]).read_text(encoding="utf-8")) if done(base) else None
     return {int(length): share for length, share in found["accuracy"].items()} if found else {}
 
 
