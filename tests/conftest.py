@@ -30,11 +30,11 @@ os.environ["SOLOPO_CACHE"] = tempfile.mkdtemp(prefix="solopo_cache_")  # referen
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-# Bounds of runs that do the same fp32 sums in another order (packed, other batches, more ranks), on any processor. They
-# go by SGD, since Adam makes a step of full size of the sign of a gradient that is 0 but for rounding. A response's
-# log-prob is within 1e-4 (test_logps.py), so a loss is within pref_beta * (2 + 2 alpha) of that: 6e-5 at 0.1 and alpha 2;
-# 1e-5 of a large one, as a single step (test_packing.py). A gradient is within 1e-5 too: a step of length 0.1 (gradients
-# are clipped to norm 1) is off by at most 1e-6, and a run's weights by that, and as much again for their sums, per step.
+# Bounds of runs that do the same fp32 sums in another order (packed, other batches, more ranks), on any processor.
+# They go by SGD: Adam makes a step of full size of the sign of a gradient that is 0 but for rounding. A response's
+# log-prob is within 1e-4 (test_logps.py), a loss within pref_beta * (2 + 2 alpha) of that, 6e-5 at 0.1 and alpha 2, or
+# within 1e-5 of a large one, and gradients within 1e-5 (test_packing.py). Gradients are clipped to norm 1, so a step of
+# 0.1 times one is off by at most 1e-6; its sum may round by as much again.
 SGD = dict(optim="sgd", learning_rate=0.1)
 LOSS_BOUND = dict(rel=1e-5, abs=6e-5)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import benchmark_step as benchmark
 import pytest
 import torch
+from conftest import LOSS_BOUND
 
 TINY = ["--layers", "1", "--width", "32", "--vocabulary", "600", "--short", "24", "--response", "8", "--steps", "2"]
 CPU = ["V0 orpo full", "S1 orpo full", "S2 orpo full", "S3 orpo full", "V0 sigmoid online full",
@@ -61,7 +62,7 @@ def test_every_configuration_runs_on_the_same_rows_and_model(command, in_this_pr
     for loss in ("orpo", "sigmoid"):  # one model, one set of rows: SoLoPO's losses agree however the step is run
         ours = [run["losses"] for run in runs.values() if run["loss"] == loss and run["variant"] != "V0"]
         assert len(ours) == (3 if loss == "orpo" else 5)
-        assert all(other == pytest.approx(ours[0], rel=1e-5) for other in ours)
+        assert all(other == pytest.approx(ours[0], **LOSS_BOUND) for other in ours)  # Adam's steps are 1e-6 here
     host = runs["V0 sigmoid online full L64"]["losses"]
     assert host[0] == pytest.approx(0.6931, abs=1e-4)  # log 2: the reference starts as the policy
     assert runs["V0 orpo full L64"]["losses"] != runs["S3 orpo full L64"]["losses"]

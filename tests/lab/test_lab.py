@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,13 +99,13 @@ def test_shipped_base_is_small_and_made_by_the_script(base):
 
 
 def test_shipped_base_has_its_profile(base):
-    """Sure over short contexts, helpless over long ones."""
+    """Sure over short contexts, helpless over long ones; in float64, where no processor's rounding turns an answer."""
     written = json.loads((BASE / "profile.json").read_text())["accuracy"]
     assert written["8"] >= 0.99 and written["100"] < 0.1
-    measured = profile(base, (8, 16, 64, 100), n=512)
+    measured = profile(deepcopy(base).double(), (8, 16, 64, 100), n=512)
     assert {str(n): share for n, share in measured.items()} == pytest.approx(
-        {str(n): written[str(n)] for n in measured}, abs=0.004
-    )  # the same questions: only rounding may turn an answer
+        {str(n): written[str(n)] for n in measured}, abs=6e-4
+    )  # written to three digits; an answer is 0.002
 
 
 def test_copying_is_being_learnt_or_the_script_says_so(capsys):

@@ -144,10 +144,14 @@ def test_shipped_base_is_small_and_made_by_the_script(words):
 
 
 def test_shipped_base_has_its_profile():
-    """Good over short contexts, lost in long ones; the same questions, so only rounding may turn an answer."""
+    """Good over short contexts, lost in long ones.
+
+    Exactly, on any processor: of all words of these answers the closest is chosen by 0.06 in its logit (measured in
+    float64), some thousand times the rounding of fp32. So is the share below.
+    """
     written = json.loads((BASE / "profile.json").read_text())["accuracy"]
     assert written[str(SHORT)] >= 0.9 and written[str(LONG)] <= 0.2
-    assert measure(BASE, lengths=(SHORT,))[SHORT] == pytest.approx(written[str(SHORT)], abs=1 / 256)
+    assert measure(BASE, lengths=(SHORT,))[SHORT] == pytest.approx(written[str(SHORT)], abs=1e-4)
     assert measure(BASE, 48, (LONG,))[LONG] < 0.3
 
 
