@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-web screenshot chromium recipes benchmark clean
+.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web screenshot chromium recipes benchmark clean
 
 install: .venv/.installed
 
@@ -44,6 +44,11 @@ lab-two-hop: .venv/.installed
 
 test: .venv/.test
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/web $(TESTS)
+
+# Parity with the host and the packed row once more, as a processor without vector instructions rounds
+test-cpu: .venv/.test
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_parity_host.py tests/test_packing.py
 
 .venv/.test-web: .venv/.test
 	$(PIP) -e ".[test-web]"
