@@ -19,11 +19,11 @@ FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora")  # wholly generated: any other .
 PAPER, HOST, OURS, README = "paper", "host default", "ours", "LongPO README"
 Keys = dict[str, dict[str, tuple]]
 
-MODELS = {  # name, hub id, the host's template, where the paper reports it
-    "qwen2.5-7b": ("Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "qwen", "Table 2"),
-    "llama3.1-8b": ("Llama3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "llama3", "results on Llama3.1-8B"),
+MODELS = {  # name, hub id, the host's template
+    "qwen2.5-7b": ("Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "qwen"),
+    "llama3.1-8b": ("Llama3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "llama3"),
 }
-ALPHA = {  # the paper's; for another method on that model none is known to us
+ALPHA = {  # the paper's, of SoLo-RA on the chosen response; for another method on that model none is known to us
     "qwen2.5-7b": {"dpo": 3.0, "simpo": 1.0, "orpo": 1.0},
     "llama3.1-8b": {"orpo": 4.0},
 }
@@ -36,7 +36,7 @@ CUTOFF = {
     "short": (4096, f"{OURS}; a 1K prompt and its response fit"),
     "long": (10240, f"{OURS}; an 8K prompt and its response fit"),
 }
-PUBLISHED = {  # LongBenchV1 QA avg, RULER QA avg; those of the other recipes are not known to us
+PUBLISHED = {  # rows of the paper's Table 3: LongBenchV1 QA avg, RULER QA avg; of the other recipes none is known to us
     "qwen2.5-7b/sft_short": (38.6, 48.7),
     "qwen2.5-7b/sft_long": (45.3, 59.5),
     "qwen2.5-7b/dpo_short": (43.2, 56.6),
@@ -49,10 +49,13 @@ PUBLISHED = {  # LongBenchV1 QA avg, RULER QA avg; those of the other recipes ar
     "qwen2.5-7b/orpo_long": (45.3, 55.1),
     "qwen2.5-7b/solo_orpo": (49.5, 65.1),
     "qwen2.5-7b/longpo": (43.7, 52.2),
+    "llama3.1-8b/sft_short": (44.6, 59.2),
+    "llama3.1-8b/sft_long": (46.1, 58.4),
     "llama3.1-8b/orpo_short": (44.1, 58.4),
     "llama3.1-8b/orpo_long": (45.4, 58.9),
     "llama3.1-8b/solo_orpo": (46.3, 61.3),
 }
+SOLOPO = "SoLoPO (arXiv:2505.11166)"
 DOUBTFUL = ("qwen2.5-7b/orpo_short", "qwen2.5-7b/orpo_long")
 
 ROWS = {  # last part of a dataset's name -> what one row of it holds
@@ -61,8 +64,9 @@ ROWS = {  # last part of a dataset's name -> what one row of it holds
     "short_po": "pairs (x_short, chosen, rejected), sampled on x_short",
     "long_po": "pairs (x_long, chosen, rejected), sampled on x_long",
     "expand_long_po": "pairs (x_long, chosen, rejected), sampled on x_short",
-    "sft_short": "(x_short, chosen)",
-    "sft_long": "(x_long, chosen)",
+    "sft_short": "(x_short, chosen), sampled on x_short",
+    "sft_long": "(x_long, chosen), sampled on x_long",
+    "sft_expand_long": "(x_long, chosen), sampled on x_short",
 }
 FOOT = (
     'Not shipped: make the rows or register your own (README, "Data format").',
@@ -100,7 +104,7 @@ class Recipe:
 def base(name: str, method: str, data: str, length: str) -> Keys:
     """What all recipes share: full fine-tuning on 4 GPUs. `name` is <model>/<recipe>, or below it."""
     model, recipe = name.split("/")[0], name.split("/")[-1]
-    _, hub, template, _ = MODELS[model]
+    _, hub, template = MODELS[model]
     return {
         "model": {"model_name_or_path": (hub, PAPER), "flash_attn": ("fa2", PAPER)},
         "method": {
@@ -194,56 +198,83 @@ def lora(name: str) -> Keys:
 
 
 def reproduces(name: str, row: str) -> tuple[str, ...]:
-    """Header lines: the row of the paper, and its two averages where we know them."""
-    lines = [f"Reproduces: SoLoPO (arXiv:2505.11166), {MODELS[name.split('/')[0]][3]}, row {row}."]
-    if name in PUBLISHED:
-        longbench, ruler = PUBLISHED[name]
-        lines.append(f"LongBenchV1 QA avg {longbench}, RULER QA avg {ruler}: published, not reproduced here.")
+    """Header lines: the row of the paper that a recipe is, with its two averages."""
+    longbench, ruler = PUBLISHED[name]
+    lines = [
+        f"Reproduces: {SOLOPO}, Table 3, row {row}.",
+        f"LongBenchV1 QA avg {longbench}, RULER QA avg {ruler}: published, not reproduced here.",
+    ]
     if name in DOUBTFUL:
         lines.append("That LongBenchV1 row repeats the paper's SFT row in every column: doubtful.")
     return tuple(lines)
 
 
+def follows(what: str) -> tuple[str, ...]:
+    """Header lines of what the paper has, without a number that we know."""
+    return (f"Follows {SOLOPO}, {what}.", "What the paper's run scored is not known to us.")
+
+
 def baselines(model: str) -> Iterator[Recipe]:
-    """SFT, plain preference optimization on each data set of the comparison, and LongPO."""
+    """SFT and plain preference optimization on each data set of the comparison, and LongPO."""
     on = f"on {MODELS[model][0]}"
-    for length in ("short", "long"):
-        name, data = f"{model}/sft_{length}", f"sft_{length}"
-        about = (*reproduces(name, f"SFT, {length}"), CUTS)
+    for kind, length, of_paper in (
+        ("short", "short", ()),
+        ("long", "long", ()),
+        ("expand_long", "long", ("section 2.2, Expand-Long-SFT", 'the non-decoupled comparison "expand-long PO"')),
+    ):
+        name, data = f"{model}/sft_{kind}", f"sft_{kind}"
+        about = (*(follows(of_paper[0]) if of_paper else reproduces(name, f"SFT, {kind}")), CUTS)
         keys = base(name, "sft", data, length)
-        yield Recipe(name, f"SFT {on}, chosen responses, {length} context.", about, data, keys)
-    for method in ALPHA[model]:
-        for kind in ("short", "long", "expand_long"):
+        yield Recipe(name, f"SFT {on}, chosen responses, data D_{kind}.", about, data, keys)
+        for method in ALPHA[model]:
             name, data, label = f"{model}/{method}_{kind}", f"{kind}_po", LABEL[method]
-            about = reproduces(name, f"{label}, {kind}")
-            if kind == "expand_long":
-                about = ('Reproduces: SoLoPO (arXiv:2505.11166), the non-decoupled comparison "expand-long PO".',)
+            about = follows(of_paper[1]) if of_paper else reproduces(name, f"{label}, {kind}")
             about += (SIMPO_BETA, CUTS) if method == "simpo" else (CUTS,)
-            keys = preference(name, method, data, kind.split("_")[-1])
+            keys = preference(name, method, data, length)
             yield Recipe(name, f"{label} {on}, the host's own stage, data D_{kind}.", about, data, keys)
     name = f"{model}/longpo"
-    yield Recipe(name, f"LongPO {on}.", reproduces(name, "LongPO") + LONGPO, "longpo", longpo(name))
+    about = reproduces(name, "LongPO") if name in PUBLISHED else (f"Not in {SOLOPO}, whose LongPO is on Qwen2.5-7B.",)
+    yield Recipe(name, f"LongPO {on}.", about + LONGPO, "longpo", longpo(name))
+
+
+def ablations(method: str, alpha: float, beta: float) -> Iterator[tuple[str, dict[str, tuple], tuple[str, ...]]]:
+    """Suffix of the name, keys that are not those of the main recipe, and lines of the header."""
+    alpha_of_both = (alpha, f"{PAPER}; of the chosen response alone. That of this ablation is not known to us")
+    both = follows("the ablation that aligns the rejected response as well")
+    yield "both", {"solopo_align_on": ("both", PAPER), "solopo_alpha": alpha_of_both}, both
+
+    weight = (alpha, f"{OURS}; the paper's of SoLo-RA. That of SoLo-KL is not known to us")
+    why = follows("the ablation SoLo-KL (eq. 10): log-probs, not rewards, are aligned")
+    if method != "orpo":  # whose reward is not a multiple of the log-prob
+        weight = (float(f"{alpha * beta:g}"), f"{OURS}; alpha x beta of the run that it is compared with")
+        why += (
+            f"{LABEL[method]}'s reward is beta times the log-prob: with alpha x beta this is that run, to rounding,",
+            f"and with its alpha of {alpha:g} it would be SoLo-RA with {alpha / beta:g}.",
+        )
+    yield "kl", {"solopo_align": ("logp", PAPER), "solopo_alpha": weight}, why
+
+    sweep = "One of a sweep of our choosing: the paper's grid is not known to us."
+    for value in ALPHA_SWEEP:
+        if value != alpha:
+            yield f"alpha_{value:g}", {"solopo_alpha": (value, OURS)}, (sweep,)
 
 
 def solos(model: str, method: str) -> Iterator[Recipe]:
-    """The paper's recipe for one loss, then its ablations, each with one key changed."""
+    """The paper's recipe for one loss, then its ablations."""
     main, title = f"solo_{method}", f"SoLo-{LABEL[method]} on {MODELS[model][0]}"
     about = reproduces(f"{model}/{main}", f"SoLo-{LABEL[method]}") + ((SIMPO_BETA,) if method == "simpo" else ())
-    yield Recipe(f"{model}/{main}", f"{title}.", about, "solopo", solo(f"{model}/{main}", method))
+    first = Recipe(f"{model}/{main}", f"{title}.", about, "solopo", solo(f"{model}/{main}", method))
+    yield first
 
-    rejected = "Reproduces: SoLoPO (arXiv:2505.11166), ablation that aligns the rejected response as well."
-    logps = ("Reproduces: SoLoPO (arXiv:2505.11166), ablation SoLo-KL (eq. 10): log-probs, not rewards, are aligned.",)
-    if method != "orpo":  # whose reward is not a multiple of the log-prob
-        logps += (f"For {LABEL[method]} that is SoLo-RA without its factor beta: here, ten times the weight.",)
-    sweep = "One of a sweep of our choosing: the paper's grid is not known to us."
-    changes = [("both", "solopo_align_on", "both", PAPER, (rejected,)), ("kl", "solopo_align", "logp", PAPER, logps)]
-    changes += [(f"alpha_{v:g}", "solopo_alpha", v, OURS, (sweep,)) for v in ALPHA_SWEEP if v != ALPHA[model][method]]
-    for suffix, key, value, origin, why in changes:
+    before = first.keys["method"]
+    for suffix, changes, why in ablations(method, ALPHA[model][method], before["pref_beta"][0]):
         name = f"{model}/ablations/{main}_{suffix}"
         keys = solo(name, method)
-        keys["method"][key] = (value, origin)
-        about = (*why, f"Differs from ../{main}.yaml in {key} and output_dir only.")
-        yield Recipe(name, f"{title}, {key}: {value}.", about, "solopo", keys)
+        keys["method"] |= changes
+        changed = [key for key, (value, _) in keys["method"].items() if value != before[key][0]]
+        about = (*why, f"Differs from ../{main}.yaml in {', '.join(changed)} and output_dir only.")
+        study = ", ".join(f"{key}: {changes[key][0]}" for key in changed)
+        yield Recipe(name, f"{title}, {study}.", about, "solopo", keys)
 
 
 def render(recipe: Recipe) -> str:

@@ -394,14 +394,33 @@ def test_descending_the_alignment_closes_the_gap():
         assert (gap > 1e-4).all() and (closer < gap).all(), (pref_loss, align, kind)
 
 
-@pytest.mark.parametrize("pref_loss", ["sigmoid", "hinge", "simpo"])
-def test_solo_kl_is_solo_ra_up_to_beta(pref_loss):
-    """|beta a - beta b| = beta |a - b|: the two forms differ by the scale alone; ORPO's do not."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pref_loss", ["sigmoid", "hinge", "simpo", "ipo"])
+def test_solo_kl_at_alpha_times_beta_is_solo_ra(pref_loss, kind):
+    """These rewards are beta times the log-prob (ipo: the log-prob), so s takes out beta to its degree.
+
+    Loss and both gradients, bit for bit: beta is a power of two, by which nothing is rounded. With SoLo-RA's own alpha
+    SoLo-KL is SoLo-RA at alpha / beta, whose gradient is that much larger.
+    """
+    alpha, beta = 3.0, 2.0**-3
+    squared = kind == "squared" or (kind, pref_loss) == ("auto", "ipo")
+    factor = 1.0 if pref_loss == "ipo" else beta ** (2 if squared else 1)
+
+    def weighed(align: str, alpha: float) -> list[torch.Tensor]:
+        short, long = (c.requires_grad_() for c in batch(seed=10, columns=2))
+        value = alpha * losses.alignment(short, long, pref_loss, beta, align, kind)
+        return [value, *torch.autograd.grad(value.sum(), [short, long])]
+
+    reward = weighed("reward", alpha)
+    assert all(map(torch.equal, weighed("logp", alpha * factor), reward)) and (reward[0] > 0).any()
+    assert all(map(torch.equal, weighed("logp", alpha), weighed("reward", alpha / factor)))
+
+
+def test_no_alpha_makes_solo_kl_of_orpo_its_solo_ra():
+    """d log-odds / d log-prob = 1 / (1 - p) is another factor in every row, from 1 to 100 in this batch."""
     short, long = batch(seed=10, columns=2)
-    ra, kl = (losses.alignment(short, long, pref_loss, 0.3, align) for align in ("reward", "logp"))
-    torch.testing.assert_close(ra, 0.3 * kl, rtol=1e-12, atol=1e-12)
     odds, logp = (losses.alignment(short, long, "orpo", 0.3, align) for align in ("reward", "logp"))
-    assert (odds / logp).std() > 0.01
+    assert (odds / logp).min() < 1.1 < 2 < (odds / logp).max()
 
 
 CASES = list(itertools.product(PREF_LOSSES, ("reward", "logp"), KINDS, (False, True)))
@@ -752,6 +771,21 @@ def test_step_with_a_known_reference(forward):
     losses_B, _ = step(model, None, rows, solopo_forward=forward, **keys)
     by_hand = [by_hand_solopo(model, ref_model, row, keys)["loss"].item() for row in rows]
     assert losses_B.tolist() == pytest.approx(by_hand, rel=0, abs=STEP_TOLERANCE)
+
+
+@pytest.mark.parametrize("pref_loss", ["sigmoid", "hinge", "simpo"])
+def test_the_comparable_step_of_solo_kl_is_that_of_solo_ra(pref_loss):
+    """A whole step of the trainer, loss and every gradient, bit for bit: alpha x beta on log-probs, alpha on rewards."""
+    model, ref_model, rows = tiny_model(POLICY), tiny_model(REFERENCE), tiny_rows()
+    keys = BASE | dict(pref_loss=pref_loss, pref_beta=0.25)
+    if pref_loss == "simpo":
+        keys.pop("ref_model")
+    found = []
+    for align, alpha in (("reward", 3.0), ("logp", 0.75), ("logp", 3.0)):
+        losses_B, _ = step(model, ref_model, rows, **keys | dict(solopo_align=align, solopo_alpha=alpha))
+        found.append([losses_B, *torch.autograd.grad(losses_B.mean(), list(model.parameters()))])
+    assert all(map(torch.equal, found[0], found[1]))
+    assert (found[2][0] > found[0][0] + 0.01).any(), "the same alpha pulls harder"
 
 
 def test_longpo_step_is_the_loop_by_hand():

@@ -41,9 +41,9 @@ def keys(name: str) -> dict:
 
 
 def test_count():
-    # Qwen: 3 SoLo + 2 SFT + 3 losses x 3 data sets + LongPO = 15, ablations 3 x (both, kl, 4 alphas) = 18.
-    # Llama: 1 SoLo + 2 SFT + 1 loss x 3 data sets + LongPO = 7, ablations 1 x 6. LoRA: 1.
-    assert len(RECIPES) == 15 + 18 + 7 + 6 + 1 == 47
+    # Qwen: 3 SoLo + (SFT + 3 losses) x 3 data sets + LongPO = 16, ablations 3 x (both, kl, 4 alphas) = 18.
+    # Llama: 1 SoLo + (SFT + 1 loss) x 3 data sets + LongPO = 8, ablations 1 x 6. LoRA: 1.
+    assert len(RECIPES) == 16 + 18 + 8 + 6 + 1 == 49
     assert len(ABLATIONS) == 24
     stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(RECIPES) - {DEMO.name} - set(LAB)
     stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "data").glob("*.yaml")}  # tests/synthesis/test_read.py
@@ -125,18 +125,67 @@ def test_alphas_of_the_paper():
     }
 
 
+ROW = re.compile(r"^# Reproduces: SoLoPO \(arXiv:2505\.11166\), Table 3, row (.+)\.$", re.M)
+NUMBERS = re.compile(r"^# LongBenchV1 QA avg ([\d.]+), RULER QA avg ([\d.]+): published, not reproduced here\.$", re.M)
+TABLE_3 = {  # of the paper: model -> row -> averages of LongBench v1 QA and RULER QA
+    "qwen2.5-7b": {
+        "SFT, short": "38.6 48.7", "SFT, long": "45.3 59.5", "LongPO": "43.7 52.2",
+        "DPO, short": "43.2 56.6", "DPO, long": "46.9 62.2", "SoLo-DPO": "47.8 62.8",
+        "SimPO, short": "44.1 56.0", "SimPO, long": "44.6 57.5", "SoLo-SimPO": "48.4 63.9",
+        "ORPO, short": "38.6 57.1", "ORPO, long": "45.3 55.1", "SoLo-ORPO": "49.5 65.1",
+    },
+    "llama3.1-8b": {
+        "SFT, short": "44.6 59.2", "SFT, long": "46.1 58.4",
+        "ORPO, short": "44.1 58.4", "ORPO, long": "45.4 58.9", "SoLo-ORPO": "46.3 61.3",
+    },
+}  # fmt: skip
+
+
+def test_a_header_cites_the_papers_row_with_its_numbers_or_none():
+    """Who reproduces a row is named like it; all else says whose idea it is, and cites no table."""
+    cited = {model: {} for model in TABLE_3}
+    for name in RECIPES:
+        text = "\n".join(lines(name))
+        row, numbers = ROW.findall(text), NUMBERS.findall(text)
+        assert len(row) == len(numbers) <= 1 and text.count("Table") == len(row)
+        if row:
+            model, recipe = name.removesuffix(".yaml").split("/")
+            assert row[0].lower().replace(", ", "_").replace("-", "_") == recipe
+            cited[model][row[0]] = " ".join(numbers[0])
+        elif not name.startswith("lora/") and "_alpha_" not in name:
+            follows = re.findall(r"^# (Follows|Not in) SoLoPO \(arXiv:2505\.11166\)", text, re.M)
+            assert follows == ["Not in" if name == "llama3.1-8b/longpo.yaml" else "Follows"], name
+    assert cited == TABLE_3
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablation_changes_one_key(name):
+def test_ablation_changes_its_own_key(name):
+    """And SoLo-KL the weight, where rewards are beta times log-probs: to alpha x beta, which pulls as hard as alpha."""
     model, recipe = name.split("/")[0], Path(name).stem
     main, study = re.fullmatch(r"(solo_[a-z]+)_(both|kl|alpha_[\d.]+)", recipe).groups()
     before, after = keys(f"{model}/{main}.yaml"), keys(name)
     assert before.keys() == after.keys()
     changed = {k: v for k, v in after.items() if v != before[k]}
+    header = f"# Differs from ../{main}.yaml in {', '.join(k for k in changed if k != 'output_dir')} and output_dir only."
+    assert header in lines(name)
     assert changed.pop("output_dir") == f"saves/{model}/{recipe}"
     expected = {"both": {"solopo_align_on": "both"}, "kl": {"solopo_align": "logp"}}
-    assert changed == expected.get(
-        study, {"solopo_alpha": float(study.removeprefix("alpha_"))} if "_" in study else None
-    )
+    if study == "kl" and main != "solo_orpo":
+        assert changed.pop("solopo_alpha") == pytest.approx(before["solopo_alpha"] * before["pref_beta"], rel=1e-12)
+    assert changed == expected.get(study) or changed == {"solopo_alpha": float(study.removeprefix("alpha_"))}
+
+
+def test_only_the_papers_alpha_is_tagged_as_the_papers():
+    """It is known for SoLo-RA on the chosen response; what an ablation ran with is not."""
+    tags = {}
+    for name in RECIPES:
+        found = [re.search(r"^solopo_alpha: .*  # (paper|ours)(.*)$", line) for line in lines(name)]
+        tags |= {name: match.groups() for match in found if match}
+    assert len(tags) == 4 + 24 + 1
+    for name, (tag, more) in tags.items():
+        known = name not in ABLATIONS or name.endswith("_both.yaml")
+        assert tag == ("paper" if known else "ours"), name
+        assert ("is not known to us" in more) == bool(re.search(r"_(both|orpo_kl)\.yaml$", name)), name
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if re.search(r"^[^/]+/(solo|dpo|simpo|orpo)_", n)])
