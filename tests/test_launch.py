@@ -186,7 +186,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "stage, dataset, log",
-    [("dpo", "demo_short_po", "rewards/margins"), ("sft", "demo_sft_long", "loss")],
+    [("dpo", "demo_short_po", "rewards/margins"), ("sft", "demo_sft_expand_long", "loss")],
 )
 def test_other_stages_are_as_without_the_plugin(launch, recipe, tmp_path, stage, dataset, log):
     """Byte for byte: weights, optimiser, curves, model card and every other file, and all that is printed."""

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from solopo_plugin.synthesis.export import ENTRIES
+
 ROOT = Path(__file__).resolve().parent.parent
 YAML = ROOT / "examples/yaml"
 DEMO = YAML / "demo_solo_orpo.yaml"
@@ -200,6 +202,11 @@ def test_loss_and_data_belong_to_the_name(name):
     twin = keys(f"{model}/solo_{method}.yaml")
     free = {"stage", "dataset", "cutoff_len", "output_dir", "solopo_alpha", "solopo_align", "solopo_align_on"}
     assert {k: v for k, v in own.items() if k not in free} == {k: v for k, v in twin.items() if k not in free}
+
+
+def test_recipes_ask_for_all_that_the_pipeline_registers_and_no_more():
+    named = {re.fullmatch(r"musique_(?:qwen2\.5_7b|llama3\.1_8b)_(\w+)", keys(name)["dataset"])[1] for name in RECIPES}
+    assert named == set(ENTRIES)
 
 
 def test_no_two_recipes_write_to_one_folder():

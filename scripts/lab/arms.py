@@ -3,7 +3,8 @@
     python scripts/lab/arms.py            # write all
     python scripts/lab/arms.py --check    # exit 1 and name the files that differ, are missing or should not exist
 
-All arms of a task share base, rows of a seed, steps, batch, schedule and optimizer; they differ in the table's keys.
+All arms of a task share base, steps, batch, schedule and optimizer, and those of one data set their rows of a seed; they
+differ in the table's keys.
 """
 
 import sys
@@ -103,11 +104,12 @@ COMPRESSED = (4, 25, 50, 100)  # pairs in the short context, beside 8
 def of_recall() -> dict[str, tuple[str, dict]]:
     """Name -> what it is, its keys beside `COMMON`: the paper's comparison, then what goes beyond it."""
     table = {}
-    for context, what in (
-        ("short", "the short pair's chosen response"), ("long", "the base's right answers on the long context"),
-        ("long_gold", "the answer on the long context"),
-    ):  # fmt: skip
-        table[f"sft_{context}"] = (f"SFT on {what}", {"stage": "sft", "dataset": f"recall_sft_{context}"})
+    for context, what, data in (
+        ("short", "the short pair's chosen response", "short"),
+        ("long", "the base's right answers on the long context", "long"),
+        ("expand_long", "the short pair's chosen response on the long context", "long_gold"),
+    ):
+        table[f"sft_{context}"] = (f"SFT on {what}", {"stage": "sft", "dataset": f"recall_sft_{data}"})
     for loss in ("dpo", "simpo", "orpo"):
         for context, what in CONTEXTS.items():
             if (loss, context) != ("simpo", "expand_long"):  # at every rate worse than the base, and costly

@@ -25,7 +25,7 @@ SAMPLING = 1_000_000  # added to the seed, so that no generator draws what anoth
 SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", **RESPONSES}
 ENTRIES = {  # name -> file, columns
     "recall_sft_short": ("recall", {"prompt": "prompt", "response": "chosen"}),
-    "recall_sft_long_gold": ("recall", {"prompt": "long_prompt", "response": "chosen"}),
+    "recall_sft_long_gold": ("recall", {"prompt": "long_prompt", "response": "chosen"}),  # of the arm sft_expand_long
     "recall_sft_long": ("recall_long", {"prompt": "long_prompt", "response": "chosen"}),
     "recall_long_po": ("recall_long", {"prompt": "long_prompt", **RESPONSES}),
     "recall_longpo": ("recall_longpo", SOLO),

@@ -23,15 +23,19 @@ from .select import SETS
 SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
 SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 LONG_PO = {"prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
-# last part of an entry's name -> set of rows and columns; SFT on long contexts learns what was sampled on them
+SHORT_SFT = {"prompt": "prompt", "response": "chosen"}
+LONG_SFT = {"prompt": "long_prompt", "response": "chosen"}
+# last part of an entry's name -> set of rows and columns; `long`: answers sampled on the long context that they stand
+# behind, `expand_long`: answers sampled on the short context
 ENTRIES = {
     "solopo": ("solopo", SOLO),
     "short_po": ("solopo", SHORT_PO),
     "expand_long_po": ("solopo", LONG_PO),
     "long_po": ("long_po", LONG_PO),
     "longpo": ("longpo", SOLO),
-    "sft_short": ("solopo", {"prompt": "prompt", "response": "chosen"}),
-    "sft_long": ("long_po", {"prompt": "long_prompt", "response": "chosen"}),
+    "sft_short": ("solopo", SHORT_SFT),
+    "sft_long": ("long_po", LONG_SFT),
+    "sft_expand_long": ("solopo", LONG_SFT),
 }
 _EVIDENCE = pa.list_(pa.struct([("paragraph", pa.int64()), ("start", pa.int64()), ("end", pa.int64())]))
 SCHEMA = pa.schema(
@@ -58,7 +62,6 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         check_ours(folder, text, name, ours)
         counts = write_files(recipe, work)
         for suffix, (rows, columns) in ENTRIES.items():
-            rows = rows if recipe.sample_long or suffix != "sft_long" else "solopo"
             for val in ("", "_val"):
                 file_name = f"{name}_{rows}{val}.{recipe.export_format}"
                 ranking = {"ranking": True} if "chosen" in columns else {}

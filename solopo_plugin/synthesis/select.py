@@ -1,10 +1,10 @@
 """Stage 5: pairs of a right and a wrong answer, and which questions make the finished set.
 
 Reads contexts.jsonl and judged.<side>.jsonl; writes pairs.jsonl with up to three sets of rows. `solopo`: both answers
-sampled on the short context (the rows of the stage, of short PO and of expand-long PO). With `sample_long` also
-`long_po`: both sampled on the long context (D_long), and `longpo`: the chosen one on the short, the rejected one on
-the long context (LongPO's rows). Questions that give a pair on both sides come first in each, so that the sets differ
-by strategy and not by question. Every draw depends on the seed and the question alone.
+sampled on the short context (the rows of the stage, and of PO and SFT on short and on expand-long). With `sample_long`
+also `long_po`: both sampled on the long context (D_long), and `longpo`: the chosen one on the short, the rejected one
+on the long context (LongPO's rows). Questions that give a pair on both sides come first in each, so that the sets
+differ by strategy and not by question. Every draw depends on the seed and the question alone.
 """
 
 import logging

@@ -146,11 +146,11 @@ BASELINES = {
     "demo_short_po": dict(stage="dpo", pref_loss="orpo"),
     "demo_expand_long_po": dict(stage="dpo", pref_loss="orpo"),
     "demo_sft_short": dict(stage="sft", pref_loss=None),
-    "demo_sft_long": dict(stage="sft", pref_loss=None),
+    "demo_sft_expand_long": dict(stage="sft", pref_loss=None),
 }
 
 
-def test_the_shipped_file_serves_every_baseline(run, recipe, tmp_path):
+def test_the_shipped_file_serves_what_needs_no_answers_on_the_long_context(run, recipe, tmp_path):
     """One file, five entries in dataset_info.json, each trained by its stage."""
     info = json.loads((ROOT / "data" / "dataset_info.json").read_text())
     assert list(info) == list(BASELINES)
@@ -159,7 +159,7 @@ def test_the_shipped_file_serves_every_baseline(run, recipe, tmp_path):
         losses[name] = run(recipe(dataset=name, max_steps=2, output_dir=str(tmp_path / name), **args)).losses
         assert len(losses[name]) == 2 and all(map(math.isfinite, losses[name]))
     assert losses["demo_short_po"] != losses["demo_expand_long_po"]
-    assert losses["demo_sft_short"] != losses["demo_sft_long"]
+    assert losses["demo_sft_short"] != losses["demo_sft_expand_long"]
 
 
 def test_best_model_early_stopping_curves_and_model_card(run, recipe, tmp_path):

@@ -75,8 +75,20 @@ def test_entries_are_those_of_the_recipes(work):
     assert info["toy_sft_long_val"] == {
         "file_name": "toy_long_po_val.jsonl", "columns": {"prompt": "long_prompt", "response": "chosen"}
     }  # fmt: skip
-    for suffix in ("short_po", "expand_long_po", "sft_short"):
+    for suffix in ("short_po", "expand_long_po", "sft_short", "sft_expand_long"):
         assert info[f"toy_{suffix}"]["file_name"] == "toy_solopo.jsonl"
+
+
+def test_long_is_sampled_on_the_long_context_and_expand_long_on_the_short_one(work):
+    """Of PO and of SFT: on the same long prompts, what the model answers there against what it answers on short ones."""
+    run(work)
+    folder, info = work.parent / "data", json.loads((work.parent / "data" / "dataset_info.json").read_text())
+    for suffix, side in (("long_po", "1"), ("sft_long", "1"), ("expand_long_po", "0"), ("sft_expand_long", "0")):
+        entry = info[f"toy_{suffix}"]
+        answer = "chosen" if suffix.endswith("po") else "response"
+        assert entry["columns"]["prompt"] == "long_prompt" and entry["columns"][answer] == "chosen"
+        rows = list(read_jsonl(folder / entry["file_name"]))
+        assert rows and all(f"Thought {side}" in row["chosen"] for row in rows), suffix
 
 
 def test_parquet_holds_the_same_rows(work, tmp_path):
@@ -100,9 +112,8 @@ def test_twice_changes_nothing_and_less_takes_away_what_is_ours(work):
     assert content(folder) == before
     run(work, sample_long=False)
     info = json.loads((folder / "dataset_info.json").read_text())
-    names = ("solopo", "short_po", "expand_long_po", "sft_short", "sft_long")
-    assert set(info) == {"mine", *(f"toy_{name}" for name in names)}
-    assert info["toy_sft_long"]["file_name"] == "toy_solopo.jsonl"
+    names = ("solopo", "short_po", "expand_long_po", "sft_short", "sft_expand_long")
+    assert set(info) == {"mine", *(f"toy_{name}" for name in names)}, "of D_long nothing was sampled"
     assert set(content(folder)) == {"dataset_info.json", "toy_solopo_notes.txt", "toy_solopo.jsonl"}
     run(work, val_size=2)
     assert {name: text for name, text in content(folder).items() if name != "dataset_info.json"} == {

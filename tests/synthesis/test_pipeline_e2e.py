@@ -210,6 +210,7 @@ BASELINES = {
     "longpo": dict(stage="solopo", solopo_objective="longpo", pref_loss="sigmoid"),
     "sft_short": dict(stage="sft", pref_loss=None),
     "sft_long": dict(stage="sft", pref_loss=None),
+    "sft_expand_long": dict(stage="sft", pref_loss=None),
 }
 
 
