@@ -46,7 +46,7 @@ class SoloArguments:
         "No gradient through the short side of the alignment term.",
     )
     solopo_objective: Literal["solopo", "longpo"] = _key(
-        "solopo", "The objective: `solopo`, or `longpo` (arXiv:2502.13922) on the same rows."
+        "solopo", "The objective: `solopo`, or `longpo` (arXiv:2502.13922) on rows of the same columns."
     )
     solopo_longpo_lambda: float = _key(
         0.01,

@@ -82,7 +82,7 @@ def build_row(
 
 
 def row_length(row: dict) -> int:
-    """Tokens of the row's longest sequence, whatever the objective, so that every baseline trains on the same rows."""
+    """Tokens of the row's longest sequence, whatever the objective, so that all of them train on the same rows."""
     prompt = max(len(row["short_prompt_ids"]), len(row["long_prompt_ids"]))
     return prompt + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 

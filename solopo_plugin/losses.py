@@ -69,7 +69,7 @@ def reward(pref_loss: str, logps_B: Tensor, beta: float) -> Tensor:
     """The reward r(x, y) that SoLo-RA aligns, in the scale in which it enters the preference loss.
 
     beta * logps for `sigmoid`, `hinge` and `simpo`; logps for `ipo`; log-odds for `orpo`. The reference's part of the
-    reward never sees the long context and is constant, so it cancels in the difference and is left out (paper, 3.2).
+    reward never sees the long context and is constant, so it cancels in the difference and is left out (paper, 2.3).
     """
     if pref_loss == "orpo":
         return log_odds(logps_B)
@@ -81,8 +81,8 @@ def penalty(lost_B: Tensor, kind: str, pref_loss: str) -> Tensor:
 
     Args:
         lost_B: r(x_short, y) - r(x_long, y). Shape (B,).
-        kind: `auto` is the s that bounds the preference loss in use: 2 t^2 for `ipo`, |t| otherwise; `abs` is |t|,
-            `squared` t^2, `drop` max(0, t).
+        kind: `auto` is the s that bounds the preference loss in use (docs/theory.md): 2 t^2 for `ipo`, |t| otherwise;
+            `abs` is |t|, `squared` t^2, `drop` max(0, t).
     """
     if kind == "drop":
         return torch.relu(lost_B)
@@ -106,7 +106,8 @@ def alignment(
     Args:
         short_B: logps of the response given the short context, as `L_PO` uses them (see the top of the file).
         long_B: logps of the same tokens given the long context.
-        align: `reward` penalises a changed reward, `logp` a changed log-prob.
+        align: `reward` penalises a changed reward, `logp` a changed log-prob. Where the reward is beta times that,
+            |t| of the one is beta |t| of the other: alpha on rewards is alpha * beta on log-probs.
         detach_short: The short side is a constant target.
         rise: For `drop` on a *rejected* response, where a reward gained in the long context is what costs
             (the one-sided bound: f(long margin) <= f(short margin) + chosen's loss + rejected's gain).

@@ -155,7 +155,7 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         "losses.py",
         'return 2 * lost_B**2 if kind == "auto"',
         'return lost_B**2 if kind == "auto"',
-        "test_losses.py::test_s_of_auto_bounds_the_loss_and_is_tight_at_zero",
+        "test_theory.py::test_s_of_auto_bounds_the_loss_and_is_tight_at_zero",
     ),
     # what the log is watched for
     "both rewards falling is taken for the alignment's doing": (

@@ -80,7 +80,7 @@ def test_entries_are_those_of_the_recipes(work):
 
 
 def test_long_is_sampled_on_the_long_context_and_expand_long_on_the_short_one(work):
-    """Of PO and of SFT: on the same long prompts, what the model answers there against what it answers on short ones."""
+    """Of PO and of SFT: on the same long prompts, what the model answers to them or to the short ones."""
     run(work)
     folder, info = work.parent / "data", json.loads((work.parent / "data" / "dataset_info.json").read_text())
     for suffix, side in (("long_po", "1"), ("sft_long", "1"), ("expand_long_po", "0"), ("sft_expand_long", "0")):
