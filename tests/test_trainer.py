@@ -38,7 +38,7 @@ def logp(model, prompt: list[int], response: list[int]) -> torch.Tensor:
 
 
 def expected_loss(sequences: dict, model, reference, pref_loss: str, options: dict) -> torch.Tensor:
-    """SoLoPO of one row as method and paper write it, one sequence at a time."""
+    """SoLoPO of one row as the paper writes it, one sequence at a time."""
     beta, gamma = 0.1, 0.5
     lp = {key: logp(model, *ids) for key, ids in sequences.items()}
     with torch.no_grad():

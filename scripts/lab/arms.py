@@ -3,8 +3,8 @@
     python scripts/lab/arms.py            # write all
     python scripts/lab/arms.py --check    # exit 1 and name the files that differ, are missing or should not exist
 
-All arms of a task share base, steps, batch, schedule and optimizer, those on one data set also a seed's rows; they differ
-in the table's keys.
+All arms of a task share base, steps, batch, schedule and optimizer, those on one data set also a seed's rows; they
+differ in the table's keys.
 """
 
 import sys

@@ -229,7 +229,7 @@ def sweep(results: Results) -> str:
 
 
 def differences(results: Results) -> str:
-    """Seed by seed, since arms on one data set share a seed's rows; forms of SoLo at one rate, methods each at its own."""
+    """Seed by seed, since arms of one data set share its rows; forms of SoLo at one rate, methods each at its own."""
     lines = []
     for first, second, what in DIFFERENCES:
         rate = RATE if results.task == "recall" and all(name.startswith("solo_") for name in (first, second)) else None

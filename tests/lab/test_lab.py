@@ -315,6 +315,135 @@ def test_page_is_what_its_runs_give():
         assert (runs.parent / name).is_file(), name
 
 
+# ---- what README and docs/lab.md say in words, by the same runs
+
+
+@pytest.fixture(scope="module")
+def recall():
+    return report.Results(report.DOCS.with_suffix("") / "runs.json")
+
+
+@pytest.fixture(scope="module")
+def two_hop():
+    return report.Results(report.DOCS.with_suffix("") / "runs.json", "two_hop")
+
+
+def said(*sentences: str) -> bool:
+    pages = " ".join(f"{(ROOT / 'README.md').read_text('utf-8')} {report.DOCS.read_text('utf-8')}".split())
+    return all(sentence in pages for sentence in sentences)
+
+
+def shares(results, name: str, end: int, rate: float | None = report.RATE) -> list[float]:
+    """Accuracy by seed, at the short (0) or the long end (1)."""
+    runs = results.runs(name, rate)
+    return [runs[seed]["accuracy"][str(results.ends[end])] for seed in sorted(runs)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def every_run(*tasks) -> list[tuple[str, float, float]]:
+    """Arm, accuracy on the short contexts, and how much of the base's that is less; of the sweeps too."""
+    found = []
+    for results in tasks:
+        end = results.ends[0]
+        for (name, _), runs in results.all.items():
+            found += [
+                (name, r["accuracy"][str(end)], results.base[end] - r["accuracy"][str(end)]) for r in runs.values()
+            ]
+    return found
+
+
+def test_detached_runs_keep_short_contexts_but_for_the_one_that_is_named(recall, two_hop):
+    detached = [run for run in every_run(recall, two_hop) if "detached" in run[0]]
+    assert [run[:2] for run in detached if run[2] > 0.04] == [("solo_dpo_detached", 0.875)]
+    assert len(detached) == 92 and f"{two_hop.base[two_hop.ends[0]]:.3f}" == "0.938"
+    assert said("Of 92 runs with it one lost more than 0.04 on short contexts (second task, SoLo-DPO: 0.875 of 0.938)")
+    assert shares(two_hop, "solo_dpo_detached", 0) == [0.875, 0.9453, 0.9375]
+    assert said(
+        "keeps most of 128 tokens (0.875, 0.945 and 0.938, the base has 0.938)", "detached it kept 0.92 of 0.94"
+    )
+
+
+def test_detaching_ended_every_collapse_that_it_was_tried_on(recall, two_hop):
+    ended = []
+    for results in (recall, two_hop):
+        for name, rate in results.all:
+            if (f"{name}_detached", rate) in results.all:
+                before, after = (
+                    [run["accuracy"][str(results.ends[0])] for run in results.all[arm, rate].values()]
+                    for arm in (name, f"{name}_detached")
+                )
+                if min(before) < 0.9:
+                    ended.append(name)
+                    assert max(before) < 0.5 and min(after) >= 0.875, name
+    assert {"solo_orpo", "solo_simpo", "solo_dpo", "solo_dpo_alpha_10", "solo_orpo_alpha_3", "solo_orpo_drop"} == {
+        *ended
+    }
+    assert said("ended the collapse wherever [the lab](docs/lab.md) tried it")
+
+
+def test_aligning_both_collapses_dpo_and_gains_orpo_nothing(recall):
+    for name in ("solo_dpo", "solo_dpo_alpha_1"):
+        assert min(shares(recall, name, 0)) > 0.98 and max(shares(recall, f"{name}_both", 0)) < 0.05
+    chosen, both = (shares(recall, name, 1) for name in ("solo_orpo_alpha_0.3", "solo_orpo_alpha_0.3_both"))
+    less, half = report.interval([a - b for a, b in zip(chosen, both, strict=True)])
+    assert f"{less:.2f} ± {half:.2f}" == "0.07 ± 0.07" and less < half
+    assert said(
+        "`both` collapsed SoLo-DPO at two alphas of two and gained SoLo-ORPO nothing (0.07 ± 0.07 less)",
+        "it gains nothing (0.07 ± 0.07 less at 100 pairs, an interval that just holds 0)",
+    )
+
+
+def test_one_sided_and_detached_is_on_average_never_worse_than_detached(recall, two_hop):
+    for results, stem in (
+        (recall, "solo_dpo"),
+        (recall, "solo_orpo"),
+        (recall, "solo_orpo_lost"),
+        (two_hop, "solo_orpo"),
+    ):
+        for end in (0, 1):
+            both, detached = (shares(results, f"{stem}_{form}", end) for form in ("drop_detached", "detached"))
+            assert mean(both) >= mean(detached), stem
+    assert said("the two were on average never worse than detached alone", "are on average never worse than detached")
+
+
+def test_no_rate_that_was_run_saves_the_papers_orpo(recall):
+    rates = sorted(rate for name, rate in recall.all if name == "solo_orpo")
+    assert rates == [3.75e-5, 7.5e-5, 1.5e-4, 3e-4, 6e-4]
+    assert all(short < 0.6 for name, short, _ in every_run(recall) if name == "solo_orpo")
+    assert said("None of five rates from 3.75e-5 to 6e-4 saves ORPO; no lower one was run.")
+    simpo = {
+        rate: [run["accuracy"] for run in runs.values()] for (n, rate), runs in recall.all.items() if n == "solo_simpo"
+    }
+    for rate, found in simpo.items():
+        assert all((run[str(SHORT)] > 0.9) == (rate in sorted(simpo)[:2]) and run[str(LONG)] < 0.1 for run in found)
+    assert said("SimPO survives only at the two lowest rates tried, where it learns little (0.06).")
+
+
+def test_dpo_undoes_the_second_base_from_3e_5_on(two_hop):
+    for name in ("dpo_short", "solo_dpo"):
+        for (arm, rate), runs in two_hop.all.items():
+            if arm == name:
+                assert all((run["accuracy"]["128"] < 0.5) == (rate >= 3e-5) for run in runs.values())
+                assert rate < 3e-5 or list(runs) == [0]
+    assert said("from a rate of 3e-5 on it undid the second task's base, in the paper's form of SoLo too (one seed)")
+
+
+def test_the_warnings_counts(recall, two_hop):
+    runs = [
+        (run["accuracy"][str(results.ends[0])] < 0.9, run["warned"])
+        for results in (recall, two_hop)
+        for (name, _), by_seed in results.all.items()
+        for run in by_seed.values()
+        if "solo_" in name and "detached" not in name
+    ]
+    counts = [runs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
+    assert counts == [75, 1, 5, 137]
+    assert said("it came in 75 of 76 that collapsed and in 5 of 142 that did not", "watches 218 of them")
+
+
 # ---- forms that the plugin does not have
 
 
