@@ -7,6 +7,7 @@ the real trainer on the shipped base.
 import json
 import re
 import shutil
+import statistics
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -339,10 +340,6 @@ def shares(results, name: str, end: int, rate: float | None = report.RATE) -> li
     return [runs[seed]["accuracy"][str(results.ends[end])] for seed in sorted(runs)]
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def every_run(*tasks) -> list[tuple[str, float, float]]:
     """Arm, accuracy on the short contexts, and how much of the base's that is less; of the sweeps too."""
     found = []
@@ -405,7 +402,7 @@ def test_one_sided_and_detached_is_on_average_never_worse_than_detached(recall, 
     ):
         for end in (0, 1):
             both, detached = (shares(results, f"{stem}_{form}", end) for form in ("drop_detached", "detached"))
-            assert mean(both) >= mean(detached), stem
+            assert statistics.mean(both) >= statistics.mean(detached), stem
     assert said("the two were on average never worse than detached alone", "are on average never worse than detached")
 
 
