@@ -222,7 +222,9 @@ def test_every_baseline_trains_on_its_entry(by_both, material, run, recipe, tmp_
             dataset_dir=str(by_both[0] / "transformers" / "data"), max_steps=1, output_dir=str(tmp_path / name), **keys,
         )  # fmt: skip
         (losses[name],) = run(args).losses
-    assert all(0 < loss < 100 for loss in losses.values()) and len(set(losses.values())) == len(BASELINES)
+    assert all(0 < loss < 100 for loss in losses.values())
+    twin = losses.pop("sft_expand_long")  # may be sft_long: this model has one sentence for a right answer
+    assert twin != losses["sft_short"] and len(set(losses.values())) == len(BASELINES) - 1
 
 
 FAULTS = dict(busy=0.15, broken=0.15, malformed=0.15, retry_after=0.05)
