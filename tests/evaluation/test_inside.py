@@ -32,7 +32,9 @@ SHAPES = {  # what attends in another way: a window shorter than the prompt, a s
     "mistral": {"sliding_window": 16},
     "gemma2": {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
 }
-# float32: sums of 100 to 300 weights, some units of 1e-7; log-probs near 7 nats, from logits of two kernels
+# float32. A weight is exp of a score below 8 in size, known to 2^-23 of that: 1e-6 relative, and so is a share, at
+# most 1, from either kernel. A log-prob near 7 nats comes of logits below 10: 4e-6 (test_losses.py) from either kernel,
+# and as much again for each of the two layers before them.
 SHARES, LOGPS = 2e-6, 2e-5
 OF_DOCUMENTS, RATIO = "evidence's share of what falls on documents", "attention per token, evidence / distractors"
 
