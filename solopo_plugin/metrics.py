@@ -1,21 +1,38 @@
-"""Metrics of question answering, as the benchmarks' own code computes them; pure functions of strings.
+"""Metrics of question answering, as the benchmarks' own code computes them, and our rule for what a response answers.
 
 `normalize_answer`, `f1_score` and `exact_match` are SQuAD's (Rajpurkar et al. 2016), which LongBench v1 uses;
-`string_match_part` is RULER's and `longbench_v2_choice` LongBench v2's. `sub_exact_match` and `extract_answer` judge
-the samples of which preference pairs are made.
+`string_match_part` is RULER's and `longbench_v2_choice` LongBench v2's. `gives_answer` is ours, after the paper's
+sub-EM: the one rule by which samples are judged, rows inspected and distractors that hold an answer left out. All are
+pure functions of strings.
 """
 
 import re
 import string
+import unicodedata
 from collections import Counter
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-# `The answer is: X`, also with markdown around it; the space or colon keeps `The answer isn't` out
-_MARKER = re.compile(r"the answer is(?:\s*\**:\**|(?=\s|\*))", re.IGNORECASE)
+# those of the host's templates (`thought_words`), and what other models write
+_THOUGHT = re.compile(r"<think(?:ing)?>|<seed:think>|◁think▷|\[think\]|<\|channel>thought|<\|channel\|>analysis", re.I)
+_THOUGHT_END = re.compile(r"</think(?:ing)?>|</seed:think>|◁/think▷|\[/think\]|<channel\|>|<\|channel\|>final", re.I)
+_MARKER = re.compile(r"(?<![^\W_])the[\s*_`]+answer[\s*_`]+is[\s*_`]*[:：∶꞉]", re.I)  # also in markdown and full width
+_LOOSE_MARKER = re.compile(r"(?<![^\W_])the\s+answer\s+is(?=[\s*])", re.I)  # the space keeps `The answer isn't` out
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_LEAD = re.compile(r"(?:[\s*:：]+|[$`\\({[]+(?:boxed\{)?[^\S\n]*\n)*")  # markdown, and lines that only open a formula
+_LATEX = re.compile(r"\\(?:boxed|fbox|mbox|emph|(?:text|math)(?:bf|it|rm|sf|tt)?)(?![A-Za-z])")
+_NUMBER = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+)(?![.,]?\d)")  # 1,000, 2.5; not 1.2.1990
+_UNSPACED = "CJK IDEOGRAPHIC HIRAGANA KATAKANA HANGUL THAI LAO KHMER MYANMAR TIBETAN".split()  # Hangul: glued particles
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _CHOICES = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The correct answer is ([A-D])"))
+_SAID_CHOICE = re.compile(
+    r"(?i:(?:\banswer(?:\s+is\b|\s*:)|\\boxed)(?:[\s:({\[\"'$_`]|\\(?:boxed|text|math)[a-z]{0,2}|option\b|choice\b)*)"
+    r"(?:([A-D])(?![\w'’])|([a-d])(?=\s*(?:[)\]}.,;:!\"'$_`]|\Z|\n)))"  # a small one must end there: `a` is also a word
+)
+_CHOICE_ALONE = re.compile(r"\W*([A-Da-d])\W*")
+RULE = 2  # number of `gives_answer`'s rule: finished work folders are judged again by another one
 NO_ANSWER = "no answer"  # normalised; what the prompt asks for where the documents do not tell
+_NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
 
 
 def normalize_answer(text: str) -> str:
@@ -26,12 +43,6 @@ def normalize_answer(text: str) -> str:
 def exact_match(prediction: str, answers: list[str]) -> bool:
     """Whether the prediction is one of the answers, in normal form."""
     return normalize_answer(prediction) in {normalize_answer(answer) for answer in answers}
-
-
-def sub_exact_match(prediction: str, answers: list[str]) -> bool:
-    """Whether one of the answers is a substring of the prediction, in normal form; an empty normal form never is."""
-    text = normalize_answer(prediction)
-    return any(answer and answer in text for answer in map(normalize_answer, answers))
 
 
 def f1_score(prediction: str, answers: list[str]) -> float:
@@ -62,14 +73,104 @@ def longbench_v2_choice(response: str) -> str | None:
     return None
 
 
-def extract_answer(text: str) -> str | None:
-    """What follows the last `The answer is:` up to the end of its line; None where the marker is missing.
+def longbench_v2_choice_lenient(response: str) -> str | None:
+    """Ours, beside the official parser: the letter that a chain of thought ends with, or None.
 
-    The colon may be missing and the answer may stand on the next line; markdown around it is taken off. On the whole
-    chain of thought a mere mention would count as an answer.
+    What stands behind the last closed thought is read. The last of `answer is C`, `Answer: (c)` and `\\boxed{C}`
+    counts; where there is none, a last line that is nothing but a letter, such as `(C)`. A mere mention does not.
     """
-    markers = list(_MARKER.finditer(text))
+    plain = unicodedata.normalize("NFKC", behind_thought(response)).replace("*", "").strip()
+    if said := list(_SAID_CHOICE.finditer(plain)):
+        return (said[-1][1] or said[-1][2]).upper()
+    alone = _CHOICE_ALONE.fullmatch(plain.rsplit("\n", 1)[-1])
+    return alone and alone[1].upper()
+
+
+def gives_answer(response: str, answers: list[str]) -> bool:
+    """Whether a response gives one of the answers: sub-EM of what `extract_answer` finds; nothing found is wrong."""
+    found = extract_answer(response)
+    return found is not None and holds_answer(found, answers)
+
+
+def behind_thought(response: str) -> str:
+    """The part of a response that is said: behind the last closed thought; nothing if another one is left open."""
+    ends = list(_THOUGHT_END.finditer(response))
+    said = response[ends[-1].end() :] if ends else response
+    return "" if _THOUGHT.search(said) else said
+
+
+def extract_answer(response: str) -> str | None:
+    """What follows the last `The answer is:` up to the end of its line; None where nothing is marked as the answer.
+
+    The last one counts, because a chain of thought weighs answers before it settles on one, and may quote the prompt.
+    Where there is none, the last `\\boxed{...}` counts; then the last `the answer is` without a colon, which beside a
+    marked answer is a mere mention: `the answer is stated in document 3`. The answer may stand on the next line;
+    markdown around it is taken off. Thoughts are not read, see `behind_thought`.
+    """
+    said = behind_thought(response)
+    markers = list(_MARKER.finditer(said))
+    if not markers and (boxes := _BOXED.findall(said)):
+        return boxes[-1].strip()
+    markers = markers or list(_LOOSE_MARKER.finditer(said))
     if not markers:
         return None
-    lines = text[markers[-1].end() :].strip(" \t\r\n*:").split("\n", 1)
-    return lines[0].strip(" \t\r*")
+    start = _LEAD.match(said, markers[-1].end()).end()
+    return said[start:].split("\n", 1)[0].strip(" \t\r*")
+
+
+def holds_answer(text: str, answers: list[str]) -> bool:
+    """Whether one of the answers stands in a text, as whole words, both in `judged_form`; an empty form never does.
+
+    Words end at spaces and at punctuation: `US` is in `U.S.-based` and not in `Russia`. Of `No answer`, what the prompt
+    asks for where the documents do not tell, the words `no` and `answer` are no answers.
+    """
+    words = _judged_words(text)
+    form = words.replace("_", "")
+    for answer in map(judged_form, answers):
+        if not answer or answer not in form:
+            continue
+        whole = rf"(?<![^ _]){'_?'.join(map(re.escape, answer))}(?![^ _])"
+        if re.search(whole, _NO_ANSWER.sub("|", words) if answer in NO_ANSWER.split() else words):
+            return True
+    return False
+
+
+def judged_form(text: str) -> str:
+    """SQuAD's normal form of a text as it is meant: the same for every way to write a sign.
+
+    Compatibility characters, cases and composed accents are unified (NFKC, case folding). All punctuation goes, not
+    only ASCII's; so do invisible signs, and LaTeX's `\\boxed`, `\\text` and the like. Of ASCII text without LaTeX it is
+    `normalize_answer`.
+    """
+    return _judged_words(text).replace("_", "")
+
+
+def _judged_words(text: str) -> str:
+    """`judged_form` with `_` where a word ends without a space: where punctuation was, around signs of scripts that put
+    no spaces between words, and around symbols."""
+    text = unicodedata.normalize("NFKC", text.replace("´", "'"))
+    text = unicodedata.normalize("NFKC", _LATEX.sub("", text).casefold())
+    text = _NUMBER.sub(lambda match: match[0].translate(_PUNCTUATION), text).translate(_SIGNS)
+    words = (re.sub("_+", "_", word).strip("_") for word in text.split())
+    return " ".join(word for word in words if word.replace("_", "") not in ("", "a", "an", "the"))
+
+
+class _Signs(dict):
+    """Code point -> what `_judged_words` writes for it; filled as signs are met."""
+
+    def __missing__(self, code: int) -> str:
+        sign = chr(code)
+        kind = unicodedata.category(sign)
+        if kind[0] == "P" or sign in string.punctuation or sign in "ʹʻʼ⁄−":  # the last ones are letters and symbols
+            shown = "_"
+        elif kind == "Cf":
+            shown = ""
+        elif kind[0] == "S" or unicodedata.name(sign, "").split(" ")[0].split("-")[0] in _UNSPACED:
+            shown = f"_{sign}_"
+        else:
+            shown = sign
+        self[code] = shown
+        return shown
+
+
+_SIGNS = _Signs()

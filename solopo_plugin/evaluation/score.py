@@ -2,12 +2,13 @@
 
 The scores, 0 to 100 each, by the functions of `solopo_plugin.metrics`:
 
-- qa: `f1` (LongBench v1's), `em` (SQuAD's) and `sub_em` (the paper's judge of samples) of the prediction, which is what
-  follows the last `The answer is:`; `string_match` (RULER's) of the whole response. Without the marker the whole
-  response is the prediction: a model that was not told of the marker answers plainly. But if the prompt asks for it,
-  `sub_em` without it is `em`, because in a whole chain of thought a mere mention would count as the answer; so it is
-  where the prediction is `No answer`, of which a gold `no` is a part.
-- choice: `accuracy` of the letter that LongBench v2's parser finds, and `parsed`, whether it finds one.
+- qa: `f1` (LongBench v1's), `em` (SQuAD's) and `sub_em` (the data pipeline's judge of samples, after the paper) of the
+  prediction, which is what `extract_answer` finds behind `The answer is:`; `string_match` (RULER's) of the whole
+  response. Without the marker the whole response is the prediction, for `sub_em` less its thoughts: a model that was
+  not told of the marker answers plainly. But if the prompt asks for it, `sub_em` without it counts only a response that
+  is nothing but the answer, because in a whole chain of thought a mere mention would count as the answer.
+- choice: `accuracy` of the letter that LongBench v2's parser finds first; `accuracy_lenient`, ours, of the letter that
+  the response ends with (`longbench_v2_choice_lenient`); and `parsed`, whether the parser finds one.
 """
 
 import hashlib
@@ -19,14 +20,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..metrics import (
-    NO_ANSWER,
+    behind_thought,
     exact_match,
     extract_answer,
     f1_score,
+    holds_answer,
+    judged_form,
     longbench_v2_choice,
-    normalize_answer,
+    longbench_v2_choice_lenient,
     string_match_part,
-    sub_exact_match,
 )
 from ..synthesis.files import DataError, explained, parse_line, write_jsonl
 from .items import Item, read_items
@@ -47,16 +49,21 @@ def score_answer(item: Item, text: str) -> dict:
     """
     if item.kind == "choice":
         letter = longbench_v2_choice(text)
-        scores = {"accuracy": 100.0 * (letter in item.answers), "parsed": 100.0 * (letter is not None)}
+        scores = {
+            "accuracy": 100.0 * (letter in item.answers),
+            "accuracy_lenient": 100.0 * (longbench_v2_choice_lenient(text) in item.answers),
+            "parsed": 100.0 * (letter is not None),
+        }
         return {"prediction": letter, "marker": letter is not None, "scores": scores}
     found = extract_answer(text)
     prediction = text.strip() if found is None else found
-    em = exact_match(prediction, item.answers)
-    strict = found is None and _ASKS_MARKER.search(item.prompt) or normalize_answer(prediction) == NO_ANSWER
+    said = behind_thought(text) if found is None else found
+    whole = found is None and _ASKS_MARKER.search(item.prompt)  # nothing but the answer counts
+    sub_em = holds_answer(said, item.answers) and (not whole or judged_form(said) in map(judged_form, item.answers))
     scores = {
         "f1": 100.0 * f1_score(prediction, item.answers),
-        "em": 100.0 * em,
-        "sub_em": 100.0 * (em if strict else sub_exact_match(prediction, item.answers)),
+        "em": 100.0 * exact_match(prediction, item.answers),
+        "sub_em": 100.0 * sub_em,
         "string_match": string_match_part(text, item.answers),
     }
     return {"prediction": found, "marker": found is not None, "scores": scores}

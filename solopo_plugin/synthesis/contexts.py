@@ -14,7 +14,6 @@ import logging
 import multiprocessing
 import os
 import random
-import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..host.template import encode_prompt, template_markers
-from ..metrics import normalize_answer
+from ..metrics import holds_answer, judged_form
 from .backends import load_chat
 from .files import DataError, write_jsonl
 from .pool import BETWEEN, LABEL, SEAM, Pool, Question, build_pool, count_tokens, rank_by_bm25
@@ -45,7 +44,6 @@ Answer from the documents alone. Think step by step: say which documents matter 
 with one line, `The answer is: ...`, that gives the answer in as few words as possible. If the documents do not tell, \
 end with `The answer is: No answer.`"""
 PASSED_OVER = 20  # paragraphs that do not fit any more before a context counts as full; ours
-WHOLE_WORDS = 4  # an answer with fewer characters is looked for as a whole word: `us` is part of most paragraphs; ours
 CHECKED = 32  # questions of which the sum of tokens is compared with the tokenised prompt; ours
 ROUNDS = 6  # attempts at a length where tokens do not add up; ours
 
@@ -148,7 +146,7 @@ class Builder:
         pool = self.pool
         if question.marked or any(pool.marked[i] for i in question.evidence):
             return "special_tokens"
-        forms = [normalize_answer(pool.text(i)) for i in question.evidence]
+        forms = [judged_form(pool.text(i)) for i in question.evidence]
         if any(a in b for k, a in enumerate(forms) for j, b in enumerate(forms) if j != k):
             return "evidence_within_evidence"
         answers = [] if self.recipe.allow_answer_in_distractors else question.answers
@@ -263,10 +261,7 @@ class Leaks:
     """Which paragraphs must not be distractors of a question: those with an answer, and those with its evidence."""
 
     def __init__(self, answers: list[str], evidence_forms: list[str], pool: Pool, looked_at: Counter):
-        forms = [normalize_answer(answer) for answer in answers]
-        words = [re.escape(form) for form in forms if len(form) < WHOLE_WORDS]
-        self.words = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)") if words else None
-        self.answers = [form.encode() for form in forms if len(form) >= WHOLE_WORDS]
+        self.answers = [(answer, judged_form(answer).encode()) for answer in answers]
         self.evidence = [form.encode() for form in evidence_forms]
         self.pool, self.looked_at = pool, looked_at
 
@@ -276,7 +271,8 @@ class Leaks:
         for i in order:
             if i in same:
                 continue
-            if any(pool.holds(i, form) for form in self.answers) or (self.words and self.words.search(pool.form(i))):
+            near = [answer for answer, form in self.answers if pool.holds(i, form)]  # few paragraphs need a closer look
+            if near and holds_answer(pool.document(i), near):
                 self.looked_at["with_answer"] += 1
             elif any(pool.holds(i, form) for form in self.evidence):
                 self.looked_at["with_evidence"] += 1

@@ -5,7 +5,6 @@ The page needs nothing but itself and loads nothing; whatever stands in the data
 
 import html
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,7 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from ..metrics import extract_answer, normalize_answer, sub_exact_match
-from .contexts import WHOLE_WORDS
+from ..metrics import gives_answer, holds_answer
 from .export import SCHEMA, Contexts, make_row
 from .files import DataError, read_jsonl, replacing
 from .page import PAGE, embed, facts_table, fill, image, png
@@ -199,15 +197,15 @@ def checks_of(row: dict) -> set[str | None]:
             continue
         evidence = {place["paragraph"] for place in places}
         distractors = (text for number, text in enumerate(documents, 1) if number not in evidence)
-        if any(mentions(text, row["answers"]) for text in distractors):
+        if any(holds_answer(text, row["answers"]) for text in distractors):
             failed.add(f"answer_in_{side}_distractors")
     kept = [text for i, text in enumerate(shown["long"]) if i not in (row["short_dropped"] or [])]
     checks = {
         "evidence_differs": kept != shown["short"] or not shown["long"],
         "chosen_in_prompt": row["chosen"] in row["prompt"] or row["chosen"] in row["long_prompt"],
         "rejected_in_prompt": row["rejected"] in row["prompt"] or row["rejected"] in row["long_prompt"],
-        "chosen_is_wrong": not sub_exact_match(extract_answer(row["chosen"]) or "", row["answers"]),
-        "rejected_is_right": sub_exact_match(extract_answer(row["rejected"]) or "", row["answers"]),
+        "chosen_is_wrong": not gives_answer(row["chosen"], row["answers"]),
+        "rejected_is_right": gives_answer(row["rejected"], row["answers"]),
         "long_not_longer": row["long_tokens"] <= row["short_tokens"],
     }
     return failed | {name for name, holds in checks.items() if holds}
@@ -235,16 +233,6 @@ def split_documents(prompt: str, n: int) -> list[str] | None:
     """Title and text of the `n` documents of a prompt, None if they are not there."""
     spans = document_spans(prompt, n)
     return spans and [prompt[start:end].partition(":")[2] for start, end in spans]
-
-
-def mentions(text: str, answers: list[str]) -> bool:
-    """Whether an answer stands in a text, in normal form; a short one only as a whole word."""
-    form = normalize_answer(text)
-    for answer in filter(None, map(normalize_answer, answers)):
-        whole = rf"(?<!\w){re.escape(answer)}(?!\w)"
-        if answer in form and (len(answer) >= WHOLE_WORDS or re.search(whole, form)):
-            return True
-    return False
 
 
 def reader_row(split: str, row: dict) -> dict:

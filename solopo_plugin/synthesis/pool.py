@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..metrics import normalize_answer
+from ..metrics import judged_form
 from .files import DataError, read_jsonl
 
 BETWEEN = "\n\n"  # documents
@@ -32,7 +32,7 @@ class Question:
 
 @dataclass
 class Pool:
-    """Paragraph i, UTF-8, is `shown[shown_at[i]:shown_at[i + 1]]`; `normal` holds title and text in normal form."""
+    """Paragraph i, UTF-8, is `shown[shown_at[i]:shown_at[i + 1]]`; `normal` holds title and text in `judged_form`."""
 
     shown: bytearray = field(default_factory=bytearray)
     shown_at: array = field(default_factory=lambda: array("q", [0]))
@@ -105,13 +105,13 @@ def _add(pool: Pool, paragraph: dict, marker: re.Pattern, seen: dict[bytes, int]
     whole = _digest(shown)
     if whole in seen:
         return seen[whole]
-    form = normalize_answer(paragraph["text"]) or paragraph["text"]
+    form = judged_form(paragraph["text"]) or paragraph["text"]
     index = seen[whole] = len(pool)
     pool.same.append(seen.setdefault(_digest(form), index))
     pool.marked.append(bool(marker.search(shown)))
     pool.shown += shown.encode()
     pool.shown_at.append(len(pool.shown))
-    pool.normal += f"{normalize_answer(paragraph['title'])} {form}".encode()
+    pool.normal += f"{judged_form(paragraph['title'])} {form}".encode()
     pool.normal_at.append(len(pool.normal))
     return index
 
@@ -150,7 +150,7 @@ def rank_by_bm25(pool: Pool) -> Callable[[str], Iterator[int]]:
     index.index(words, show_progress=False)
 
     def ranked(question: str) -> Iterator[int]:
-        query = bm25s.tokenize([normalize_answer(question)], stopwords="en", return_ids=False, show_progress=False)[0]
+        query = bm25s.tokenize([judged_form(question)], stopwords="en", return_ids=False, show_progress=False)[0]
         scores = -index.get_scores(query) if query else np.zeros(len(pool.drawable))
         given, wanted = 0, min(256, len(scores))
         while given < len(scores):

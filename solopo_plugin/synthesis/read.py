@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..metrics import normalize_answer
+from ..metrics import judged_form, normalize_answer
 from .files import DataError, explained, parse_line, write_jsonl
 from .recipe import DataRecipe
 
@@ -265,7 +265,7 @@ def parse_row(row: dict, form: str, documents: Documents) -> dict:
     id, answers, hops, evidence, distractors = PARSERS[form](row, documents)
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise DataError(f"`question` must be a text, got {shown(row.get('question'))}.")
-    usable = [a.strip() for a in dict.fromkeys(answers) if normalize_answer(a)]
+    usable = [a.strip() for a in dict.fromkeys(answers) if judged_form(a)]
     if not usable:
         raise DataError(f"there is no usable answer in {shown(answers)}.")
     evidence = _distinct(evidence, set())

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from ..metrics import RULE
 from .files import DataError, file_hash, folder_hash
 
 STAGES = ("read", "contexts", "sample", "judge", "select", "export")
@@ -153,11 +154,14 @@ ADAPTER = ("adapter_config.json", "*.safetensors", "*.bin")
 def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
     """Hashes of what a stage reads from outside the work folder: files of questions, and a model that is a folder.
 
+    The judge's rule is one, too: verdicts that another version of this project gave are given again.
     What lies on a hub or behind a server is known by its name alone.
     """
     if stage == "read":
         names = [*(part.strip() for part in recipe.input.split(",")), *([recipe.corpus] if recipe.corpus else [])]
         return {name: file_hash(name) for name in names if Path(name).is_file()}
+    if stage == "judge":
+        return {"the rule of `gives_answer`": str(RULE)}
     model = Path(recipe.model_name_or_path)
     if stage == "contexts" and model.is_dir():
         return {str(model): folder_hash(model, TOKENIZER)}

@@ -22,6 +22,7 @@ from ..host.template import encode_turn, template_markers
 from ..metrics import normalize_answer
 from .backends import load_chat
 from .files import DataError, read_jsonl, write_jsonl
+from .judge import advice
 from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         DataError: Not a single row, or no training row beside `val_size`.
     """
     dropped_answers: dict[str, Counter] = {"short": Counter(), "long": Counter()}
-    questions = list(_questions(recipe, work, dropped_answers))
+    n_answers: Counter = Counter()
+    questions = list(_questions(recipe, work, dropped_answers, n_answers))
     names = list(SETS) if recipe.sample_long else ["solopo"]
     chosen = {name: choose(questions, name, recipe) for name in names}
     counts = {"questions": len(questions)}
@@ -70,11 +72,12 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         usable = reasons.pop(None, 0)
         counts[side] = {
             "with_a_pair": usable,
+            "answers": n_answers[side],
             "dropped_questions": dict(sorted(reasons.items())),
             "dropped_answers": dict(sorted(dropped_answers[side].items())),
         }
     counts["with_a_pair_on_both"] = sum(_on_both(q) for q in questions)
-    counts["statement"] = statement(counts, recipe.num_rows)
+    counts["statement"] = statement(counts, recipe)
     if not chosen["solopo"]:
         raise DataError(counts["statement"])
     if len(chosen["solopo"]) < recipe.num_rows:
@@ -111,17 +114,31 @@ def split(questions: list[Question], recipe: DataRecipe) -> set[str]:
     return set(sorted((q.key for q in questions), key=lambda key: (_draw(recipe, "val", key), key))[:n_val])
 
 
-def statement(counts: dict, num_rows: int) -> str:
-    """One sentence: how many rows there are and, if they are too few, why."""
-    n_rows = counts["short"]["with_a_pair"]
+def statement(counts: dict, recipe: DataRecipe) -> str:
+    """One sentence: how many rows there are and, if they are too few, why and what to do."""
+    n_rows, num_rows = counts["short"]["with_a_pair"], recipe.num_rows
     if n_rows >= num_rows:
         return f"{num_rows} rows, as asked for, of {n_rows} questions that give a pair."
     reasons = counts["short"]["dropped_questions"]
     why = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in reasons.items()) or "none was dropped"
     return (
         f"{n_rows} rows of `num_rows: {num_rows}`: {counts['questions']} questions had a context, of which dropped on "
-        f"the short one: {why}; for more rows give more questions."
+        f"the short one: {why}; {_remedy(counts['short'], recipe)}."
     )
+
+
+def _remedy(counts: dict, recipe: DataRecipe) -> str:
+    """How to get more rows: of answers that most cannot be used, more questions are no help."""
+    n = counts["answers"]
+    reasons = {
+        "no_marker": f"lack `The answer is:` and count as wrong: {advice(recipe.prompt)}",
+        "cut": f"were cut: raise `max_new_tokens: {recipe.max_new_tokens}`",
+        "empty": "are empty: see what the backend gives; a thought may have taken all of `max_new_tokens`",
+    }
+    found = {name: dropped for name in reasons if (dropped := counts["dropped_answers"].get(name))}
+    if 2 * sum(found.values()) <= n:
+        return "for more rows give more questions"
+    return "; ".join(f"{k} of {n} answers ({100 * k / n:.1f} %) {reasons[name]}" for name, k in found.items())
 
 
 def draw_pair(
@@ -180,8 +197,10 @@ def draw_pair(
     return Drawn(chosen, rejected, n_right / len(answers), reason)
 
 
-def _questions(recipe: DataRecipe, work: Path, dropped: dict[str, Counter]) -> Iterator[Question]:
-    """All questions with what was drawn for them, in the order of the contexts."""
+def _questions(
+    recipe: DataRecipe, work: Path, dropped: dict[str, Counter], n_answers: Counter
+) -> Iterator[Question]:  # fmt: skip
+    """All questions with what was drawn for them, in the order of the contexts; `n_answers` counts them by side."""
     tokenizer, template = load_chat(recipe)
     markers = template_markers(tokenizer, template)
 
@@ -203,7 +222,9 @@ def _questions(recipe: DataRecipe, work: Path, dropped: dict[str, Counter]) -> I
                     "run the stage `judge` again."
                 )
             rng = random.Random(f"{recipe.seed} pair {side} {name}")
-            drawn[side] = draw_pair(list(answers), room, encode, markers, rng, recipe.balance_length, dropped[side])
+            answers = list(answers)
+            n_answers[side] += len(answers)
+            drawn[side] = draw_pair(answers, room, encode, markers, rng, recipe.balance_length, dropped[side])
             if marked:
                 drawn[side] = Drawn(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
         yield Question(context["id"], question_key(context), drawn)

@@ -24,9 +24,10 @@ METRICS = {
     "sub_em": "sub-EM",
     "string_match": "RULER's string match",
     "accuracy": "accuracy",
+    "accuracy_lenient": "accuracy, lenient: the last letter, not the official parser's first",
     "parsed": "share of answers with a letter",
 }
-BESIDE = {"ruler_qa": ("string_match",)}  # shown open, like the main metric
+BESIDE = {"ruler_qa": ("string_match",), "longbench_v2": ("accuracy_lenient",)}  # shown open, like the main metric
 LABELS = {
     "": "mean of tasks",
     "narrativeqa": "NarrativeQA",
