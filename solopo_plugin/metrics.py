@@ -26,7 +26,7 @@ _UNSPACED = "CJK IDEOGRAPHIC HIRAGANA KATAKANA HANGUL THAI LAO KHMER MYANMAR TIB
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _CHOICES = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The correct answer is ([A-D])"))
 _SAID_CHOICE = re.compile(
-    r"(?i:(?:\banswer(?:\s+is\b|\s*:)|\\boxed)(?:[\s:({\[\"'$_`]|\\(?:boxed|text|math)[a-z]{0,2}|option\b|choice\b)*)"
+    r"(?i:(?:\banswer(?:\s+is\b|\s*:)|\\boxed)(?:[\s:({\[\"'$_`]|\\(?:boxed|text|math)[a-z]{0,2}|option\b|choice\b){0,30})"
     r"(?:([A-D])(?![\w'’])|([a-d])(?=\s*(?:[)\]}.,;:!\"'$_`]|\Z|\n)))"  # a small one must end there: `a` is also a word
 )
 _CHOICE_ALONE = re.compile(r"\W*([A-Da-d])\W*")
@@ -139,15 +139,15 @@ def judged_form(text: str) -> str:
     """SQuAD's normal form of a text as it is meant: the same for every way to write a sign.
 
     Compatibility characters, cases and composed accents are unified (NFKC, case folding). All punctuation goes, not
-    only ASCII's; so do invisible signs, and LaTeX's `\\boxed`, `\\text` and the like. Of ASCII text without LaTeX it is
-    `normalize_answer`.
+    only ASCII's; so do invisible signs, and LaTeX's `\\boxed`, `\\text` and the like. Other symbols (`€`) are words. Of
+    printable ASCII without LaTeX it is `normalize_answer`.
     """
     return _judged_words(text).replace("_", "")
 
 
 def _judged_words(text: str) -> str:
-    """`judged_form` with `_` where a word ends without a space: where punctuation was, around signs of scripts that put
-    no spaces between words, and around symbols."""
+    """`judged_form` with `_` where a word ends without a space: where punctuation was, and around signs of scripts that
+    put no spaces between words."""
     text = unicodedata.normalize("NFKC", text.replace("´", "'"))
     text = unicodedata.normalize("NFKC", _LATEX.sub("", text).casefold())
     text = _NUMBER.sub(lambda match: match[0].translate(_PUNCTUATION), text).translate(_SIGNS)
@@ -165,7 +165,9 @@ class _Signs(dict):
             shown = "_"
         elif kind == "Cf":
             shown = ""
-        elif kind[0] == "S" or unicodedata.name(sign, "").split(" ")[0].split("-")[0] in _UNSPACED:
+        elif kind[0] in "SC":
+            shown = f" {sign} "
+        elif unicodedata.name(sign, "").split(" ")[0].split("-")[0] in _UNSPACED:
             shown = f"_{sign}_"
         else:
             shown = sign

@@ -1,17 +1,26 @@
-"""Metrics against the scores that the benchmarks' own code gave, and the marker against hand-made answers."""
+"""Metrics against the scores that the benchmarks' own code gave, and what a response answers against hand-made ones.
+
+`tests/synthesis/test_judge.py` has 2,000 answers to real questions and an implementation of its own.
+"""
+
+import time
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from solopo_plugin.metrics import (
+    behind_thought,
     exact_match,
     extract_answer,
     f1_score,
+    gives_answer,
+    holds_answer,
+    judged_form,
     longbench_v2_choice,
+    longbench_v2_choice_lenient,
     normalize_answer,
     string_match_part,
-    sub_exact_match,
 )
 
 
@@ -30,8 +39,11 @@ def test_closed_forms():
     assert f1_score("the quick brown fox", ["brown fox jumps"]) == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
     assert f1_score("", ["x"]) == f1_score("x", []) == 0
     assert exact_match("The Rosvik.", ["Karvik", "rosvik"]) and not exact_match("in Rosvik", ["Rosvik"])
-    assert sub_exact_match("It is in Rosvik, I think", ["rosvik."]) and not sub_exact_match("Ros vik", ["Rosvik"])
-    assert not sub_exact_match("anything", ["the", "!"])  # nothing is left of these answers
+
+
+# ---- what of a response is its answer
+
+THOUGHT = "<think>Maybe the answer is: Karvik? No.</think>"
 
 
 @pytest.mark.parametrize(
@@ -39,19 +51,44 @@ def test_closed_forms():
     [
         ("Rosvik is a town. The answer is: Rosvik", "Rosvik"),
         ("The answer is: Rosvik.\n\nThis follows from document 3.", "Rosvik."),
+        # the last marker: a chain of thought weighs answers, and may quote the prompt
         ("First I thought the answer is: Karvik. No. The answer is: Rosvik", "Rosvik"),
-        ("**The answer is:** Rosvik", "Rosvik"),
-        ("**The answer is: Rosvik**", "Rosvik"),
-        ("the answer is:\nRosvik\nand so on", "Rosvik"),
+        ("I must end with `The answer is: ...`.\nThe answer is: Rosvik", "Rosvik"),
+        # one without a colon only where there is none with a colon
+        ("The answer is: Rosvik.\nNote that the answer is stated in document 3.", "Rosvik."),
+        ("The answer is in document 3. The answer is: Rosvik. The answer is right.", "Rosvik. The answer is right."),
+        ("I thought the answer is Karvik. So the answer is Rosvik", "Rosvik"),
         ("THE ANSWER IS Rosvik", "Rosvik"),
+        ("**The answer is:** Rosvik", "Rosvik"),
+        ("**The answer is**: Rosvik", "Rosvik"),
+        ("**The answer is: Rosvik**", "Rosvik"),
+        ("_The answer is:_ Rosvik", "_ Rosvik"),
+        ("The **answer** is : Rosvik", "Rosvik"),
+        ("The answer is\uff1aRosvik", "Rosvik"),
+        ("the answer is:\nRosvik\nand so on", "Rosvik"),
+        ("The\nanswer is: Rosvik", "Rosvik"),
+        ("The answer is:\n\\[\n\\boxed{42}\n\\]", "\\boxed{42}"),
+        ("The answer is: $$\n\\boxed{\n 42\n}\n$$", "42"),
         ("The answer is: No answer.", "No answer."),
         ("The answer is:", ""),
+        # a box where there is no marker with a colon
+        ("The answer is clear.\n$\\boxed{\\text{Karvik}}$? No, $\\boxed{\\text{Rosvik}}$ it is.", "\\text{Rosvik}"),
+        ("\\boxed{Karvik}\nThe answer is: Rosvik", "Rosvik"),
         ("The answer isn't Rosvik", None),
+        ("Breathe answer is: Rosvik", None),
         ("It is Rosvik", None),
         ("", None),
+        # thoughts are not read
+        (f"{THOUGHT} Rosvik", None),
+        (f"{THOUGHT}\n\nThe answer is: Rosvik", "Rosvik"),
+        (f"{THOUGHT} Well. {THOUGHT} The answer is: Rosvik", "Rosvik"),
+        ("The answer is: Karvik? No.</think>The answer is: Rosvik", "Rosvik"),  # the prompt opened the thought
+        ("<think>So the answer is: Rosvik", None),
+        (f"{THOUGHT} The answer is: Rosvik <think>or is it?", None),
+        ("<THINK>The answer is: Karvik</THINK> The answer is: Rosvik", "Rosvik"),
     ],
 )
-def test_answer_after_the_marker(text, answer):
+def test_answer_behind_the_marker(text, answer):
     assert extract_answer(text) == answer
 
 
@@ -62,3 +99,191 @@ def test_what_was_put_behind_the_marker_is_found(thought, answer):
     assert found is not None and found in answer
     if exact_match(answer, [answer]) and "\n" not in answer and "answer is" not in answer.lower():
         assert normalize_answer(found) == normalize_answer(answer)
+
+
+def test_thoughts_of_all_the_hosts_templates_are_told():
+    from llamafactory.data.template import TEMPLATES
+
+    words = {template.thought_words for template in TEMPLATES.values()}
+    assert len(words) > 4
+    for opened, closed in words:
+        assert behind_thought(f"{opened}Karvik{closed}Rosvik").endswith("Rosvik")
+        assert "Karvik" not in behind_thought(f"{opened}Karvik{closed}Rosvik")
+        assert behind_thought(f"{opened}Karvik") == ""
+
+
+# ---- what an answer holds
+
+
+@pytest.mark.parametrize(
+    "said, gold, right",
+    [
+        ("It is in Rosvik, I think", "rosvik.", True),
+        ("Ros vik", "Rosvik", False),
+        # whole words, however short or long
+        ("Russia", "US", False),
+        ("Northern Ireland", "no", False),
+        ("Tirana", "Iran", False),
+        ("female", "male", False),
+        ("New Yorkshire", "New York", False),
+        ("11 million", "1 million", False),
+        ("in New York, I think", "New York", True),
+        ("No.", "no", True),
+        # a word ends at punctuation, too
+        ("the U.S.", "US", True),
+        ("U.S.-based", "US", True),
+        ("USA", "US", False),
+        ("Rosvik's mayor", "Rosvik", True),
+        ("Karvik/Rosvik", "Rosvik", True),
+        ("Rosvik\u2014a town", "Rosvik", True),
+        ("1946\u20131950", "1950", True),
+        ("<b>Rosvik</b>", "Rosvik", True),
+        ("Jean-Luc", "JeanLuc", True),  # as SQuAD's form has it
+        ("Jean Luc", "Jean-Luc", False),
+        # a number is one word
+        ("1,000", "1000", True),
+        ("1,000", "1", False),
+        ("2.5", "5", False),
+        ("$1,234.50", "1,234.50", True),
+        ("12.05.1990", "1990", True),
+        ("May 12,1990", "1990", True),
+        ("1,2,3", "2", True),
+        # the same sign, written in another way
+        ("Xi\u2019an", "Xi'an", True),
+        ("Xi'an", "Xi\u00b4an", True),
+        ("Hawai\u02bbi", "Hawai'i", True),
+        ("\u201cRosvik\u201d", "Rosvik", True),
+        ("Ze\u0301lande", "Zélande", True),
+        ("Zelande", "Zélande", False),
+        ("1946\u20131950", "1946-1950", True),
+        ("\uff35\uff33", "US", True),
+        ("Ros\u00advik\u200b", "Rosvik", True),
+        ("Rosvik\u00a0town", "Rosvik town", True),
+        ("STRASSE", "Straße", True),
+        ("m²", "m2", True),
+        ("\u221240\u00a0°C", "-40 °C", True),
+        ("1⁄2", "½", True),
+        ("5\u00a0€", "5€", True),
+        ("€55", "5", False),
+        ("\\boxed{Rosvik}", "Rosvik", True),
+        ("$\\boxed{\\textbf{New York}}$", "New York", True),
+        # scripts without spaces between words, and those whose words hold marks
+        ("答案是北京市。", "北京", True),
+        ("13年", "3年", False),
+        ("NHKは", "NHK", True),
+        ("東京タワーです", "東京タワー", True),
+        ("서울입니다", "서울", True),
+        ("กินข้าว", "กิน", True),
+        ("हिन्दी", "हिन", False),
+        ("हिन्दी में", "हिन्दी", True),
+        ("Россия", "рос", False),
+        ("Россия!", "россия", True),
+        # containment, as in the paper: nothing is said of denials and alternatives
+        ("not Rosvik", "Rosvik", True),
+        ("Karvik or Rosvik", "Rosvik", True),
+        # what the prompt asks for where the documents do not tell is no `no`
+        ("No answer.", "no", False),
+        ("No answer.", "answer", False),
+        ("There is no answer in the documents", "no", False),
+        ("No, there is no answer in it", "no", True),
+        ("No answer.", "No answer", True),
+        ("No answer is sure, but Rosvik", "Rosvik", True),
+        ("none", "no", False),
+        # of these gold answers nothing is left
+        ("the", "the", False),
+        ("!!!", "!!!", False),
+        ("\u2026", "\u2026", False),
+        ("", "", False),
+        ("", "Rosvik", False),
+    ],
+)
+def test_what_an_answer_holds(said, gold, right):
+    assert holds_answer(said, [gold]) == holds_answer(said, ["Karvi", gold, "!"]) == right
+    assert gives_answer(f"A thought. The answer is: {said}", [gold]) == right
+
+
+def test_no_answer_among_the_gold_ones_is_none():
+    assert not holds_answer("Rosvik", [])
+
+
+@pytest.mark.parametrize("response", ["It is Rosvik", "<think>The answer is: Rosvik", "", "The answer is:"])
+def test_a_response_without_an_answer_gives_none(response):
+    assert not gives_answer(response, ["Rosvik"])
+
+
+ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="\\"))
+ARTICLES = st.lists(st.sampled_from([*"a.,-'1U ", "the", "an ", " the ", "1,000", "2.5"])).map("".join)
+
+
+@given(ASCII | ARTICLES)
+def test_of_ascii_the_form_is_squads(text):
+    assert judged_form(text) == normalize_answer(text)
+
+
+@given(st.text() | ARTICLES, st.text() | ARTICLES)
+def test_what_is_equal_in_squads_form_is_held(text, other):
+    """EM is never above sub-EM; and a text in its own words holds each of its runs of words."""
+    for gold in (text, other):
+        assume("\u0338" not in gold)  # joins with `=`, which SQuAD takes out, into another sign
+        if judged_form(gold) and "no answer" not in judged_form(text):
+            assert not exact_match(text, [gold]) or holds_answer(text, [gold])
+            assert holds_answer(f"{text} {gold} {text}", [gold])
+
+
+# ---- the letter of a choice
+
+
+@pytest.mark.parametrize(
+    "response, official, lenient",
+    [
+        ("The correct answer is (C)", "C", "C"),
+        ("The correct answer is (A)? No. The correct answer is (C).", "A", "C"),
+        ("If the correct answer is (A), then no. \\boxed{C}", None, "C"),
+        ("\\boxed{C}", None, "C"),
+        ("$\\boxed{\\text{(c)}}$", None, "C"),
+        ("\\boxed{C. Rosvik}", None, "C"),
+        ("The correct answer is \\boxed{\\textbf{C}}.", None, "C"),
+        ("the correct answer is (c)", None, "C"),
+        ("The correct answer is c.", None, "C"),
+        ("The correct answer is:\n\n**C**", None, "C"),
+        ("The correct answer is\uff08\uff23\uff09", None, "C"),
+        ("**Answer:** option C", None, "C"),
+        ("Thoughts.\n(C)", None, "C"),
+        ("Thoughts.\n**c**.", None, "C"),
+        ("The correct answer is (C). Option (D) is wrong.", "C", "C"),
+        ("The correct answer is (C), the correct answer is not (D).", "C", "C"),
+        # nothing is said, or an article, or a word
+        ("The correct answer is a different one", None, None),
+        ("The correct answer is Athens", "A", None),
+        ("The correct answer is (E)", None, None),
+        ("(A) fails.\n(B) fails.\n(D) is wrong.", None, None),
+        ("It may be (C) or (D)", None, None),
+        ("", None, None),
+        # thoughts
+        ("<think>The correct answer is (A).</think>\nThe correct answer is (C)", "A", "C"),
+        ("<think>The correct answer is (A).", "A", None),
+    ],
+)
+def test_the_letter_that_a_chain_of_thought_ends_with(response, official, lenient):
+    assert (longbench_v2_choice(response), longbench_v2_choice_lenient(response)) == (official, lenient)
+
+
+def test_lenient_letters_of_the_golden_responses(golden):
+    """Where the official parser found a letter, and it was said once, it is the same."""
+    for case in golden["longbench_v2_choice"]:
+        found = longbench_v2_choice_lenient(case["response"])
+        if case["response"].count("correct answer is") == 1 and case["extracted"]:
+            assert found == case["extracted"], case
+    assert sum(longbench_v2_choice_lenient(c["response"]) is None for c in golden["longbench_v2_choice"]) == 4
+
+
+PIECES = ["\\boxed{", "{", "answer is ", "the answer is: ", "<think>", "1.", "1,111", "\u0301", "(", "$\n", "_", " "]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_work_is_linear(piece):
+    text, start = piece * (200_000 // len(piece)), time.process_time()
+    gives_answer(f"The answer is: {text}", [text[:100], "x"])
+    extract_answer(text)
+    longbench_v2_choice_lenient(text)
+    assert time.process_time() - start < 3

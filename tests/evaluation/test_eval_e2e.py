@@ -143,9 +143,9 @@ SAID = [
     ("I think of {} or another", Fraction(200, 7), 0, 0, 100),  # the same: precision 1/6; no sub-EM without marker
     ("", 0, 0, 0, 0),
 ]
-CHOSEN = [  # what is said of a letter -> accuracy, parsed
-    ("The correct answer is ({})", 100, 100), ("**The correct answer is {}**", 100, 100),
-    ("It is {}, I think.", 0, 0), ("The correct answer is (Z)", 0, 0),
+CHOSEN = [  # what is said of a letter -> accuracy, accuracy_lenient, parsed
+    ("The correct answer is ({})", 100, 100, 100), ("**The correct answer is {}**", 100, 100, 100),
+    ("So $\\boxed{{{}}}$", 0, 100, 0), ("It is {}, I think.", 0, 0, 0), ("The correct answer is (Z)", 0, 0, 0),
 ]  # fmt: skip
 METRICS = ("f1", "em", "sub_em", "string_match")
 
@@ -161,7 +161,7 @@ def respond(question: str, gold: str, choice: bool, shift: int) -> str:
 
 
 def expected(question: str, choice: bool, shift: int) -> dict[str, Fraction]:
-    said, names = (CHOSEN, ("accuracy", "parsed")) if choice else (SAID, METRICS)
+    said, names = (CHOSEN, ("accuracy", "accuracy_lenient", "parsed")) if choice else (SAID, METRICS)
     return dict(zip(names, map(Fraction, said[kind(question, shift) % len(said)][1:]), strict=True))
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from solopo_plugin.evaluation.items import MAIN_METRIC, Item
 from solopo_plugin.evaluation.score import score_answer, source_of, write_scores
-from solopo_plugin.metrics import normalize_answer
+from solopo_plugin.metrics import judged_form, longbench_v2_choice_lenient
 from solopo_plugin.synthesis.contexts import PROMPT
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
 
 QA = {"f1", "em", "sub_em", "string_match"}
-CHOICE = {"accuracy", "parsed"}
+CHOICE = {"accuracy", "accuracy_lenient", "parsed"}
 
 
 def item(answers, prompt="Who?", kind="qa", id="q", **more) -> Item:
@@ -37,7 +37,9 @@ def test_scores_of_the_official_code(golden):
         found = score_answer(item(["A"], kind="choice"), case["response"])
         assert found["prediction"] == case["extracted"] and found["marker"] == (case["extracted"] is not None)
         right = {"accuracy": 100.0 * (case["extracted"] == "A"), "parsed": 100.0 * (case["extracted"] is not None)}
-        assert found["scores"] == right
+        assert found["scores"] == right | {
+            "accuracy_lenient": 100.0 * (longbench_v2_choice_lenient(case["response"]) == "A")
+        }
 
 
 ASKED, PLAIN = PROMPT.format(documents="", question="Where?"), "Where?"
@@ -55,6 +57,13 @@ ASKED, PLAIN = PROMPT.format(documents="", question="Where?"), "Where?"
         (ASKED, "The answer is: No answer.", ["no"], "No answer.", 200 / 3, 0, 0, 100),
         (ASKED, "The answer is: No answer.", ["no answer"], "No answer.", 100, 100, 100, 100),
         (ASKED, "The answer is:", ["Rosvik"], "", 0, 0, 0, 0),
+        # as the judge of the data pipeline reads them: whole words, one sign in several spellings, no thoughts
+        (ASKED, "The answer is: Russia", ["US"], "Russia", 0, 0, 0, 100),
+        (ASKED, "The answer is: Xi\u2019an", ["Xi'an"], "Xi\u2019an", 0, 0, 100, 0),
+        (ASKED, "<think>The answer is: Rosvik</think>Karvik", ["Rosvik"], None, 0, 0, 0, 100),
+        (ASKED, "<think>Karvik?</think>Rosvik.", ["Rosvik"], None, 0, 0, 100, 100),
+        (PLAIN, "<think>Karvik?</think>It is Rosvik.", ["Karvik"], None, 0, 0, 0, 100),
+        (PLAIN, "<think>It is Rosvik", ["Rosvik"], None, 50, 0, 0, 100),
         (PLAIN, " \n ", ["Rosvik"], None, 0, 0, 0, 0),
         (PLAIN, "", ["Rosvik"], None, 0, 0, 0, 0),
     ],
@@ -105,7 +114,7 @@ def test_ten_thousand_nasty_predictions():
         assert set(scores) == (CHOICE if kind == "choice" else QA)
         assert all(type(value) is float and 0 <= value <= 100 for value in scores.values()), (text, golds)
         assert found["prediction"] is None or found["prediction"] in ("ABCD" if kind == "choice" else text)
-        assert kind == "choice" or scores["em"] <= scores["sub_em"] or not all(map(normalize_answer, golds))
+        assert kind == "choice" or scores["em"] <= scores["sub_em"] or not all(map(judged_form, golds))
         seen["marker"] += found["marker"]
         seen["right"] += max(scores.values()) == 100
         seen["choice"] += kind == "choice" and found["marker"]

@@ -36,11 +36,12 @@ def scripted(
 
     Args:
         empty: Share of empty answers. `unmarked`: share of the others that lack `The answer is:`.
-        verbatim: `answers` has the whole texts.
+        verbatim: `answers` has the whole texts: one, or one for each choice.
     """
     question = max((q for q in answers if q in prompt), key=len)
     if verbatim:
-        return answers[question], True
+        texts = answers[question]
+        return texts if isinstance(texts, str) else texts[choice], True
     draw = share(prompt, seed, choice)
     thought = f"Thought {int(draw * 1e6)}" + " and so on" * int(draw * 97 % 12)
     if share("empty", prompt, seed, choice) < empty:
@@ -151,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--right", type=float, default=0.5, help="probability of a right answer")
     p.add_argument("--empty", type=float, default=0.0, help="share of empty answers (content: null)")
     p.add_argument("--unmarked", type=float, default=0.0, help="share of answers without the marker")
-    p.add_argument("--verbatim", action="store_true", help="the file of answers has whole texts")
+    p.add_argument("--verbatim", action="store_true", help="the file of answers has whole texts, or lists of them")
     for name in SHARES:
         p.add_argument(f"--{name}", type=float, default=0.0, help="share of requests")
     p.add_argument("--always", action="store_true", help="faults meet every try, not only the first")

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from solopo_plugin.host.template import encode_prompt, load_template, template_markers
-from solopo_plugin.metrics import normalize_answer
+from solopo_plugin.metrics import holds_answer, normalize_answer
 from solopo_plugin.synthesis import contexts, read
 from solopo_plugin.synthesis.contexts import permutation, split_prompt
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
@@ -68,8 +68,7 @@ def check(rows: list[dict], questions: list[dict], made, pool_texts: dict[str, s
             places = {place["paragraph"] - 1 for place in context["evidence"]}
             for k, text in enumerate(documents):
                 if k not in places and not made.allow_answer_in_distractors:
-                    body = normalize_answer(text.split("\n\n")[0])
-                    assert not any(normalize_answer(a) in body for a in question["answers"])
+                    assert not holds_answer(text.split("\n\n")[0], question["answers"])
 
 
 # ---- the trainer's ids
@@ -147,7 +146,7 @@ def test_a_thousand_random_questions(model, tmp_path):
 def test_real_questions(model, tmp_path):
     keys = {"short_tokens": 1800, "long_tokens": 6000}
     rows, counts = build(tmp_path, model, MUSIQUE, **keys)
-    assert len(rows) > 120 and counts["left_out"]["with_answer"] > 20
+    assert len(rows) > 120 and counts["left_out"]["with_answer"] > 5
     questions = list(read_jsonl(tmp_path / "work" / "questions.jsonl"))
     tokenizer, template = load_template(model, "qwen")
     for row in rows:
@@ -329,20 +328,20 @@ def test_permutations_are_equally_likely():
 
 
 def test_distractors_with_an_answer(model, tmp_path):
-    """Left out and counted, in any spelling; short answers count as whole words only; or kept when asked for."""
+    """Left out and counted, in any spelling, as the judge would find them: as whole words; or kept when asked for."""
     questions = make_questions(6, distractors=12)
     for question in questions:
-        question["answers"] = ["Blue Anchor", "US"]
-    shown = ["the BLUE, anchor of no. 1", "a blue anchorage of no. 2", "in the U.S. no. 3", "because usual no. 4"]
+        question["answers"] = ["Blue Anchor", "US", "Xi'an"]
+    leaks = ["the BLUE, anchor of no. 1", "in the U.S. no. 3", "near Xi\u2019an\u2019s wall no. 5"]
+    shown = [*leaks, "a blue anchorage of no. 2", "because usual no. 4", "as xians of no. 6"]
     for question, text in zip(questions, shown, strict=False):
         question["distractors"].append({"title": "Planted", "text": text})
     for question in questions:
-        question["evidence"][0]["text"] += " Blue Anchor, US."
+        question["evidence"][0]["text"] += " Blue Anchor, US, Xi'an."
     rows, counts = build(tmp_path / "a", model, questions, long_tokens=2500)
     text = "".join(row["long"]["prompt"] for row in rows)
-    assert [planted in text for planted in shown] == [False, False, False, True] and counts["left_out"][
-        "with_answer"
-    ] > 3
+    assert [planted in text for planted in shown] == [planted not in leaks for planted in shown]
+    assert counts["left_out"]["with_answer"] >= 3
     rows, counts = build(tmp_path / "b", model, questions, long_tokens=2500, allow_answer_in_distractors=True)
     text = "".join(row["long"]["prompt"] for row in rows)
     assert all(planted in text for planted in shown) and "with_answer" not in counts["left_out"]

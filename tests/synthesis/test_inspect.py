@@ -11,7 +11,7 @@ from small_work import TOKENIZER, Template, context, recipe_for, verdicts, write
 
 from solopo_plugin.synthesis import export, select
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_json, write_jsonl
-from solopo_plugin.synthesis.inspect import CHECKS, inspect, mentions, split_documents
+from solopo_plugin.synthesis.inspect import CHECKS, inspect, split_documents
 from solopo_plugin.synthesis.page import PAGE
 
 BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
@@ -151,13 +151,11 @@ def test_documents_that_cannot_be_told_apart_are_said_so(work, tmp_path):
     assert "distractors were not checked" in Page(tmp_path / "out" / "index.html").text
 
 
-def test_documents_and_mentions():
+def test_documents():
     prompt = context(3)["long"]["prompt"]
     documents = split_documents(prompt, 12)
     assert len(documents) == 12 and all("\n" in text for text in documents)
     assert split_documents(prompt, 13) is None and split_documents("nothing", 1) is None
-    assert mentions("He met the U.S. there", ["us"]) and not mentions("a bus full of mustard", ["us", "!?"])
-    assert mentions("in Brandenburg-an-der-Havel", ["brandenburganderhavel"]) and mentions("Towns", ["town"])
 
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> &amp; {{rows}} \u2028 \U0001f600 <!--"

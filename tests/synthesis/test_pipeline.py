@@ -23,7 +23,7 @@ from material import make_questions, save_tokenizer
 from scripted_server import scripted, serving
 from zygote import started
 
-from solopo_plugin.synthesis import TABLE, judge, run_pipeline, sample
+from solopo_plugin.synthesis import TABLE, run_pipeline, sample
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
 
@@ -112,23 +112,6 @@ def test_what_the_server_said_is_what_was_counted(finished, server):
         assert abs(right - n * (1 - UNMARKED) * RIGHT) < 4 * (n * 0.25) ** 0.5
     assert all(row["prompt"] == contexts[row["id"]]["short"]["prompt"] for row in rows(finished))
     assert len(rows(finished)) + len(rows(finished, "_val")) == 30 and len(rows(finished, "_val")) == 5
-
-
-@pytest.mark.parametrize(
-    "text, golds, correct, em, f1",
-    [
-        ("It is in Karvik. The answer is: Rosvik town.", ["Karvik", "Rosvik"], True, False, 0.6667),
-        ("The answer is: the Rosvik!", ["Rosvik"], True, True, 1.0),
-        ("Rosvik. The answer is: Karvik", ["Rosvik"], False, False, 0.0),  # a mere mention
-        ("The answer is: No answer.", ["no"], False, False, 0.0),
-        ("It is Rosvik", ["Rosvik"], False, False, 0.0),
-        ("", ["Rosvik"], False, False, 0.0),
-    ],
-)
-def test_the_judge(text, golds, correct, em, f1):
-    verdict = judge.judge(text, golds)
-    assert (verdict["correct"], verdict["em"], verdict["f1"]) == (correct, em, f1)
-    assert (verdict["answer"] is None) == ("answer is" not in text)
 
 
 def rows(folder: Path, part: str = "") -> list[dict]:

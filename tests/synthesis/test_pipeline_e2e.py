@@ -18,7 +18,7 @@ from build_data import main as build_data
 from conftest import BIN, ROOT, SHARED_DATA, outcome, write_recipe
 from scripted_server import free_port, scripted, serving, wait_for
 
-from solopo_plugin.metrics import extract_answer, sub_exact_match
+from solopo_plugin.metrics import gives_answer
 from solopo_plugin.synthesis.backends import Call, call_seed, generate
 from solopo_plugin.synthesis.files import read_jsonl
 from solopo_plugin.synthesis.inspect import inspect
@@ -120,8 +120,8 @@ def check_rows(folder: Path, material: Path) -> None:
     }
     for file in files:
         for row in read_jsonl(file):
-            assert sub_exact_match(extract_answer(row["chosen"]), row["answers"])
-            assert not sub_exact_match(extract_answer(row["rejected"]), row["answers"])
+            assert gives_answer(row["chosen"], row["answers"])
+            assert not gives_answer(row["rejected"], row["answers"])
             for side, prompt in (("short", row["prompt"]), ("long", row["long_prompt"])):
                 shown = [prompt[place["start"] : place["end"]] for place in row[f"{side}_evidence"]]
                 assert sorted(shown) == sorted(paragraphs[row["id"]])
