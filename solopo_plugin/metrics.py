@@ -16,8 +16,8 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # those of the host's templates (`thought_words`), and what other models write
 _THOUGHT = re.compile(r"<think(?:ing)?>|<seed:think>|◁think▷|\[think\]|<\|channel>thought|<\|channel\|>analysis", re.I)
 _THOUGHT_END = re.compile(r"</think(?:ing)?>|</seed:think>|◁/think▷|\[/think\]|<channel\|>|<\|channel\|>final", re.I)
-_MARKER = re.compile(r"(?<![^\W_])the[\s*_`]+answer[\s*_`]+is[\s*_`]*[:：∶꞉]", re.I)  # also in markdown and full width
-_LOOSE_MARKER = re.compile(r"(?<![^\W_])the\s+answer\s+is(?=[\s*])", re.I)  # the space keeps `The answer isn't` out
+_MARKER = re.compile(r"the(?<![^\W_]the)[\s*_`]+answer[\s*_`]+is[\s*_`]*[:：∶꞉]", re.I)  # in markdown, full width
+_LOOSE_MARKER = re.compile(r"the(?<![^\W_]the)\s+answer\s+is(?=[\s*])", re.I)  # the space keeps `The answer isn't` out
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _LEAD = re.compile(r"(?:[\s*:：]+|[$`\\({[]+(?:boxed\{)?[^\S\n]*\n)*")  # markdown, and lines that only open a formula
 _LATEX = re.compile(r"\\(?:boxed|fbox|mbox|emph|(?:text|math)(?:bf|it|rm|sf|tt)?)(?![A-Za-z])")
@@ -30,6 +30,7 @@ _SAID_CHOICE = re.compile(
     r"(?:([A-D])(?![\w'’])|([a-d])(?=\s*(?:[)\]}.,;:!\"'$_`]|\Z|\n)))"  # a small one must end there: `a` is also a word
 )
 _CHOICE_ALONE = re.compile(r"\W*([A-Da-d])\W*")
+_PLAIN = re.compile(r"[\t\n\r -\[\]-~]*")  # printable ASCII without the backslash
 RULE = 2  # number of `gives_answer`'s rule: finished work folders are judged again by another one
 NO_ANSWER = "no answer"  # normalised; what the prompt asks for where the documents do not tell
 _NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
@@ -142,7 +143,7 @@ def judged_form(text: str) -> str:
     only ASCII's; so do invisible signs, and LaTeX's `\\boxed`, `\\text` and the like. Other symbols (`€`) are words. Of
     printable ASCII without LaTeX it is `normalize_answer`.
     """
-    return _judged_words(text).replace("_", "")
+    return normalize_answer(text) if _PLAIN.fullmatch(text) else _judged_words(text).replace("_", "")  # 4 times faster
 
 
 def _judged_words(text: str) -> str:
