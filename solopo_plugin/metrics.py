@@ -18,7 +18,7 @@ _THOUGHT = re.compile(r"<think(?:ing)?>|<seed:think>|◁think▷|\[think\]|<\|ch
 _THOUGHT_END = re.compile(r"</think(?:ing)?>|</seed:think>|◁/think▷|\[/think\]|<channel\|>|<\|channel\|>final", re.I)
 _MARKER = re.compile(r"the(?<![^\W_]the)[\s*_`]+answer[\s*_`]+is[\s*_`]*[:：∶꞉]", re.I)  # in markdown, full width
 _LOOSE_MARKER = re.compile(r"the(?<![^\W_]the)\s+answer\s+is(?=[\s*])", re.I)  # the space keeps `The answer isn't` out
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _LEAD = re.compile(r"(?:[\s*:：]+|[$`\\({[]+(?:boxed\{)?[^\S\n]*\n)*")  # markdown, and lines that only open a formula
 _LATEX = re.compile(r"\\(?:boxed|fbox|mbox|emph|(?:text|math)(?:bf|it|rm|sf|tt)?)(?![A-Za-z])")
 _NUMBER = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+)(?![.,]?\d)")  # 1,000, 2.5; not 1.2.1990

@@ -74,6 +74,7 @@ THOUGHT = "<think>Maybe the answer is: Karvik? No.</think>"
         ("The answer is:", ""),
         # a box where there is no marker with a colon
         ("The answer is clear.\n$\\boxed{\\text{Karvik}}$? No, $\\boxed{\\text{Rosvik}}$ it is.", "\\text{Rosvik}"),
+        ("So $\\boxed{\\text{in \\emph{Rosvik}}}$.", "\\text{in \\emph{Rosvik}}"),
         ("\\boxed{Karvik}\nThe answer is: Rosvik", "Rosvik"),
         ("The answer isn't Rosvik", None),
         ("Breathe answer is: Rosvik", None),
@@ -278,7 +279,10 @@ def test_lenient_letters_of_the_golden_responses(golden):
     assert sum(longbench_v2_choice_lenient(c["response"]) is None for c in golden["longbench_v2_choice"]) == 4
 
 
-PIECES = ["\\boxed{", "{", "answer is ", "the answer is: ", "<think>", "1.", "1,111", "\u0301", "(", "$\n", "_", " "]
+PIECES = [
+    "\\boxed{", "\\boxed{{a{b}", "{", "answer is ", "the answer is: ", "<think>", "1.", "1,111", "\u0301", "(", "$\n",
+    "_", " ",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", PIECES)

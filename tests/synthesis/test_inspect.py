@@ -11,7 +11,7 @@ from small_work import TOKENIZER, Template, context, recipe_for, verdicts, write
 
 from solopo_plugin.synthesis import export, select
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_json, write_jsonl
-from solopo_plugin.synthesis.inspect import CHECKS, inspect, split_documents
+from solopo_plugin.synthesis.inspect import CHECKS, checks_of, inspect, split_documents
 from solopo_plugin.synthesis.page import PAGE
 
 BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
@@ -134,6 +134,23 @@ def test_every_planted_fault_is_found(work, tmp_path, check):
     assert {name for name, ids in found.items() if ids} - bound == {check}
     page = Page(tmp_path / "out" / "index.html")
     assert CHECKS[check] in page.text and ("a", {"href": f"#row={found[check][0]}"}) in page.tags
+
+
+@pytest.mark.parametrize(
+    "gold, said, right",
+    [
+        ("no", "The answer is: No answer.", False),
+        ("no", "The answer is: No.", True),
+        ("US", "The answer is: Russia", False),
+        ("Rosvik", "<think>The answer is: Rosvik</think> Karvik", False),
+        ("Rosvik", "The answer is: Rosvik. Note that the answer is stated in document 3.", True),
+    ],
+)
+def test_right_and_wrong_are_the_judges(work, tmp_path, gold, said, right):
+    row = next(iter(read_jsonl(tmp_path / "data" / "toy_solopo.jsonl")))
+    row |= {"answers": [gold], "chosen": said, "rejected": said}
+    wanted = {"rejected_is_right"} if right else {"chosen_is_wrong"}
+    assert checks_of(row) & {"rejected_is_right", "chosen_is_wrong"} == wanted
 
 
 def test_paragraphs_left_out_on_purpose_are_no_fault(work, tmp_path):
