@@ -8,13 +8,18 @@ the same ids from `llamafactory-cli api` with the recipe's template; from anothe
 """
 
 import asyncio
+import base64
 import gc
 import hashlib
+import ipaddress
 import json
 import logging
 import math
 import os
 import random
+import re
+import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -24,6 +29,7 @@ from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import getproxies, proxy_bypass
 
 import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
 
@@ -35,6 +41,8 @@ VLLM_CHUNK = 64  # prompts per call of the engine, whose answers reach the disk 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after one failure, and after many in a row
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
+LASTING = (501, 505, 511)  # those from 500 on that none will
+SAME = 8  # answers to the same few questions, none of which differs, after which that is said
 
 
 class Call(NamedTuple):
@@ -253,9 +261,14 @@ def _vllm_options(recipe: Any, model: Model) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
         options["hf_overrides"] = yarn(config, model)
     if model.adapter:
-        rank = json.loads((Path(model.adapter) / "adapter_config.json").read_bytes()).get("r", 8)
-        options |= {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
+        options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(model.adapter)}
     return options
+
+
+def max_lora_rank(adapter: str) -> int:
+    """The least rank that vLLM takes as `max_lora_rank` and that is enough for the LoRA adapter in a folder."""
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("r", 8)  # peft's default
+    return next((r for r in LORA_RANKS if r >= rank), rank)
 
 
 def openai_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
@@ -279,22 +292,27 @@ BACKENDS = {"vllm": vllm_answers, "openai": openai_answers, "transformers": tran
 async def _replies(recipe: Any, calls: Iterable[Call], model: Model) -> AsyncIterator[Reply]:
     """Keep `concurrency` requests under way; what a server leaves unanswered of a call is asked for one by one."""
     calls, rest, running = iter(calls), deque(), set()
-    limits = httpx.Limits(max_connections=recipe.concurrency, max_keepalive_connections=recipe.concurrency)
     timeout = httpx.Timeout(recipe.timeout, connect=10.0, pool=None)
-    async with httpx.AsyncClient(headers=_headers(recipe), limits=limits, timeout=timeout) as client:
-        servers = _Servers(recipe, client)
+    key, places = api_key(recipe), addresses(recipe.server_urls)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    direct, by_proxy = _transports(places, recipe.concurrency)
+    sameness = _Sameness(recipe.temperature)
+    async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=direct, mounts=by_proxy) as client:
+        servers = _Servers(recipe, client, places, key)
         ask = await _asker(recipe, servers, model)
         try:
             while True:
                 while len(running) < recipe.concurrency and (call := rest.popleft() if rest else next(calls, None)):
                     running.add(asyncio.create_task(ask(call)))
                 if not running:
+                    sameness.tell()
                     return
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=lambda task: task.exception() is not None):  # answers first, then raise
                     call, reply = task.result()
                     rest.extend(call._replace(ks=(k,)) for k in call.ks[len(reply.ks) :])
                     if reply.ks:
+                        sameness.see(reply)
                         yield reply
         finally:
             for task in running:
@@ -302,9 +320,137 @@ async def _replies(recipe: Any, calls: Iterable[Call], model: Model) -> AsyncIte
             await asyncio.gather(*running, return_exceptions=True)
 
 
-def _headers(recipe: Any) -> dict[str, str]:
-    key = os.environ.get(recipe.api_key_env, "")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+class _Sameness:
+    """Says once if answers are drawn and still all answers to a question are one text."""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.count = temperature, 0
+        self.first: dict[str, str] = {}  # answer to each question
+        self.over = temperature == 0  # nothing more to see
+
+    def see(self, reply: Reply) -> None:
+        for text, _ in () if self.over else reply.answers:
+            self.count += reply.id in self.first
+            self.over = self.over or self.first.setdefault(reply.id, text) != text
+        if self.count + 1 >= SAME:
+            self.tell()
+
+    def tell(self) -> None:
+        if self.count and not self.over:
+            log.warning(
+                f"Every answer so far is the same text as the first one to its question ({self.count} of them), at "
+                f"`temperature: {self.temperature:g}`: the server may ignore `temperature` or `seed`, or answer from a "
+                "cache."
+            )
+        self.over = True
+
+
+def api_key(recipe: Any) -> str:
+    """The key of the environment variable `api_key_env` without white space around it, empty where there is none.
+
+    Raises:
+        DataError: It has characters that no HTTP header can carry; the key is not shown.
+    """
+    key = os.environ.get(recipe.api_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise DataError(
+            f"The environment variable {recipe.api_key_env} holds no key: it has characters (such as a new line, or a "
+            "letter beyond ASCII) that no header can carry; set it to the key alone."
+        )
+    return key
+
+
+class Address(NamedTuple):
+    """A server: `url` without credentials and up to its /v1, and (user, password) where the address has them."""
+
+    url: str
+    auth: tuple[str, str] | None
+
+
+def addresses(server_urls: str | None) -> list[Address]:
+    """The servers that `server_urls` names, checked.
+
+    Raises:
+        DataError: None, or one that can be no server's; what may be a password is not shown.
+    """
+    found = []
+    for text in re.split(r",(?=\s*\w+://)", server_urls or ""):  # a password may hold commas
+        if not (text := text.strip(" \t\r\n,")):
+            continue
+        shown = _without_credentials(text)
+        if not re.match("https?://", text, re.IGNORECASE):
+            raise DataError(f"`server_urls` must begin with http:// or https://, got {shown!r}.")
+        with suppress(httpx.InvalidURL):
+            url = httpx.URL(text)
+            named = ":" in url.host or re.fullmatch(r"[\w.-]+", url.host)
+            port = 80 if url.port is None else url.port
+            if named and 0 < port < 2**16 and not url.query and not url.fragment:
+                plain = str(url.copy_with(userinfo=b"")).rstrip("/")
+                auth = (url.username, url.password) if url.userinfo else None
+                found.append(Address(plain if url.path.strip("/") else f"{plain}/v1", auth))
+                continue
+        raise DataError(
+            f"`server_urls` has {shown!r}, which is no address of a server; write it like http://localhost:8000/v1 or "
+            "http://[::1]:8000/v1, with nothing behind the path."
+        )
+    if not found:
+        raise DataError("`backend: openai` needs `server_urls`, for example http://localhost:8000/v1.")
+    return found
+
+
+def _without_credentials(address: str) -> str:
+    """An address as a message may show it, well formed or not: no user, no password, no query."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", address, flags=re.DOTALL).split("?")[0].split("#")[0]
+
+
+def is_local(host: str) -> bool:
+    """Whether a host name or IP address means this machine."""
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
+    return host == "localhost" or host.endswith(".localhost")
+
+
+def _proxy(url: httpx.URL) -> str | None:
+    """The proxy that the environment names for a server, with its credentials; none for one on this machine."""
+    if is_local(url.host) or proxy_bypass(url.netloc.decode("ascii")):
+        return None
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+
+def _transports(places: list[Address], concurrency: int) -> tuple[httpx.AsyncHTTPTransport, dict]:
+    """What carries requests straight to servers, and by address those that go through a proxy.
+
+    Raises:
+        DataError: The environment names certificates that cannot be loaded, or a proxy that cannot be used.
+    """
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    try:
+        context = httpx.create_ssl_context()
+    except OSError as error:
+        raise DataError(
+            "The certificates that the environment variable SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded "
+            f"({error.strerror or error}); correct or unset it."
+        ) from None
+    by_proxy = {}
+    for place in places:
+        if proxy := _proxy(httpx.URL(place.url)):
+            shown = _without_credentials(proxy)
+            try:
+                by_proxy[place.url] = httpx.AsyncHTTPTransport(proxy=proxy, verify=context, limits=limits)
+            except ImportError:
+                raise DataError(
+                    f"{place.url} is to be asked through the proxy {shown} of the environment, which needs the package "
+                    "socksio: pip install 'httpx[socks]', or name the server in NO_PROXY."
+                ) from None
+            except (ValueError, httpx.InvalidURL):
+                raise DataError(
+                    f"The environment names {shown!r} as the proxy for {place.url}, which is no address of one; "
+                    "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name the server in NO_PROXY."
+                ) from None
+    return httpx.AsyncHTTPTransport(verify=context, limits=limits), by_proxy
 
 
 async def _asker(recipe: Any, servers: "_Servers", model: Model):
@@ -315,10 +461,10 @@ async def _asker(recipe: Any, servers: "_Servers", model: Model):
         tokenizer, template = load_chat(recipe)
         common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
     system = [{"role": "system", "content": recipe.default_system}] if recipe.default_system else []
-    takes_n = True
+    takes_n, gave_n = True, False
 
     async def ask(call: Call) -> tuple[Call, Reply]:
-        nonlocal takes_n
+        nonlocal takes_n, gave_n
         if len(call.ks) > 1 and not takes_n:
             return call, Reply(call.id, (), [], None)
         if chat:
@@ -329,14 +475,20 @@ async def _asker(recipe: Any, servers: "_Servers", model: Model):
         own["max_tokens"] = call.max_new_tokens or recipe.max_new_tokens
         body = common | prompt | own | (recipe.extra_body or {})
         path = "/chat/completions" if chat else "/completions"
+        final = () if gave_n or len(call.ks) == 1 else (500,)
         try:
-            answers, prompt_tokens = await servers.request("POST", path, body, lambda data: read_answers(data, chat))
+            answers, prompt_tokens = await servers.request(
+                "POST", path, body, lambda data: read_answers(data, chat), final
+            )
         except _Refused as refusal:
-            if len(call.ks) == 1 or refusal.status not in (400, 422):
+            if len(call.ks) == 1 or refusal.status not in (400, 422, 500, 501):
                 raise
+            if takes_n:
+                log.warning(f"HTTP {refusal.status} where n = {len(call.ks)}: answers are now asked for one by one.")
             takes_n = False  # some servers refuse n > 1; if something else is wrong, the single call will say so
             return call, Reply(call.id, (), [], None)
         answers = answers[: len(call.ks)]
+        gave_n = gave_n or len(answers) > 1
         return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens)
 
     return ask
@@ -348,7 +500,7 @@ async def _model_name(recipe: Any, servers: "_Servers", model: Model) -> str:
         return recipe.served_model
 
     def names(data: dict) -> list[str]:
-        return [served["id"] for served in data["data"]]
+        return [str(served["id"]) for served in data["data"]]
 
     served = await servers.request("GET", "/models", None, names)
     if found := [name for name in model.names if name in served]:
@@ -369,13 +521,17 @@ def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | N
     """Answers and the server's count of prompt tokens from the body of a completion.
 
     Raises:
-        KeyError, TypeError, ValueError: The body is not of that form; no text at all counts as an empty answer.
+        DataError: An answer is no text, which another try will not change.
+        KeyError, TypeError, ValueError: The body is not of that form. `null` counts as an empty answer.
     """
     answers = []
     for choice in sorted(data["choices"], key=lambda choice: choice.get("index") or 0):
-        text = choice["message"]["content"] if chat else choice["text"]
+        said = choice["message"] if chat else choice
+        if not said.get("content") and (said.get("tool_calls") or said.get("function_call")):
+            raise DataError("a call of a tool instead of a text")
+        text = said["content" if chat else "text"]
         if not isinstance(text, str | None):
-            raise TypeError(f"an answer is {type(text).__name__}, not text")
+            raise DataError(f"an answer that is a {type(text).__name__} and no text")
         answers.append((text or "", choice.get("finish_reason") or ""))
     if not answers:
         raise ValueError("no answer in it")
@@ -384,18 +540,29 @@ def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | N
 
 
 class _Refused(DataError):
-    """A request that no repetition will make right."""
+    """A request that no repetition will make right; `status`: of HTTP, 0 where the server was not reached."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
 
 
+class _Passing(Exception):
+    """A request that failed and may succeed later, not before `retry_after` seconds."""
+
+    def __init__(self, problem: str, retry_after: float = 0.0):
+        super().__init__(problem)
+        self.retry_after = retry_after
+
+
 @dataclass
 class _Server:
     url: str
+    auth: tuple[str, str] | None = None
+    via: str = ""  # which proxy, for messages
     busy: int = 0  # requests under way
     failures: int = 0  # in a row
+    answered: bool = False  # at least once
     free_at: float = 0.0  # time.monotonic() before which it is left alone
 
     def failed(self, problem: str, retry_after: float) -> None:
@@ -412,24 +579,27 @@ class _Server:
         self.free_at = now + max(pause, retry_after)
         wait = self.free_at - now
         if self.failures >= 3 or wait > 10:
-            log.warning(f"{self.url}: {problem}; next try in {wait:.0f} s.")
+            log.warning(f"{self.url}{self.via}: {problem}; next try in {wait:.0f} s.")
 
 
 class _Servers:
     """Several servers as one: the least busy one that did not just fail, tried again and again."""
 
-    def __init__(self, recipe: Any, client: httpx.AsyncClient):
-        urls = [url.strip().rstrip("/") for url in (recipe.server_urls or "").split(",") if url.strip()]
-        if not urls:
-            raise DataError("`backend: openai` needs `server_urls`, for example http://localhost:8000/v1.")
-        for url in urls:
-            if httpx.URL(url).scheme not in ("http", "https"):
-                raise DataError(f"`server_urls` must begin with http:// or https://, got {url!r}.")
-        self.servers = [_Server(url if httpx.URL(url).path.strip("/") else f"{url}/v1") for url in urls]
+    def __init__(self, recipe: Any, client: httpx.AsyncClient, places: list[Address], key: str):
         self.client, self.retries, self.api_key_env = client, recipe.retries, recipe.api_key_env
+        self.servers, self.secrets = [], {key}
+        for url, auth in places:
+            proxy = _proxy(httpx.URL(url))
+            via = f" (through the proxy {_without_credentials(proxy)} of the environment)" if proxy else ""
+            self.servers.append(_Server(url, auth, via))
+            if auth:
+                self.secrets |= {auth[1] or auth[0], base64.b64encode(":".join(auth).encode()).decode()}
 
-    async def request(self, method: str, path: str, body: dict | None, read):
+    async def request(self, method: str, path: str, body: dict | None, read, final: tuple[int, ...] = ()):
         """Send until an answer comes that `read` can read.
+
+        Args:
+            final: More statuses that count as a refusal.
 
         Raises:
             DataError: Refused, or failed `retries` + 1 times.
@@ -438,27 +608,47 @@ class _Servers:
         for _ in range(self.retries + 1):
             server = await self._free()
             server.busy += 1
-            response, retry_after = None, 0.0
             try:
-                response = await self.client.request(method, server.url + path, json=body)
-                if response.is_success:
-                    result = read(response.json())
-                    server.failures = 0
-                    return result
-                problem, retry_after = f"HTTP {response.status_code} {_excerpt(response)}", _retry_after(response)
-            except httpx.HTTPError as error:
-                problem = f"{type(error).__name__} {error}".strip()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:  # of `read`, or no JSON
-                problem = f"a malformed answer ({type(error).__name__}: {error}) {_excerpt(response)}"
+                result = await self._once(server, method, path, body, read, final)
+                server.failures, server.answered = 0, True
+                return result
+            except _Passing as trouble:
+                problem = str(trouble)
+                server.failed(problem, trouble.retry_after)
             finally:
                 server.busy -= 1
-            if response is not None and 300 <= response.status_code < 500 and response.status_code not in PASSING:
-                raise _Refused(response.status_code, self._refusal(server.url + path, response))
-            server.failed(problem, retry_after)
         raise DataError(
-            f"{server.url + path} gave no answer in {self.retries + 1} tries over {time.monotonic() - began:.0f} s "
-            f"(last: {problem}); see what the server logs and start again, what is finished is kept."
+            f"{server.url}{path}{server.via} gave no answer in {self.retries + 1} tries over "
+            f"{time.monotonic() - began:.0f} s (last: {problem}); see what the server logs and start again, what is "
+            "finished is kept."
         )
+
+    async def _once(self, server: _Server, method: str, path: str, body: dict | None, read, final: tuple[int, ...]):
+        """One try; whatever goes wrong leaves as `_Passing` or, where no other try helps, as `_Refused`."""
+        place = f"{server.url}{path}{server.via}"
+        try:
+            response = await self.client.request(method, server.url + path, json=body, auth=server.auth)
+        except httpx.HTTPError as error:
+            problem = self._excerpt(f"{type(error).__name__} {error}")
+            if advice := _lasting(error, not server.answered and server.failures >= 2):
+                raise _Refused(0, f"{place} cannot be asked ({problem}); {advice}.") from None
+            raise _Passing(problem) from None
+        except (ValueError, TypeError, OverflowError) as error:  # it could not even be written
+            problem = self._excerpt(f"{type(error).__name__} {error}")
+            raise _Refused(0, f"{place} cannot be asked ({problem}); correct `extra_body` or the prompt.") from None
+        if response.is_success:
+            try:
+                return read(response.json())
+            except DataError as error:
+                advice = "have it answer in plain text, without a parser of tools"
+                raise _Refused(200, f"{place} gives {error}: {self._said(response)}; {advice}.") from None
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                problem = f"a malformed answer ({type(error).__name__}: {error}) {self._said(response)}"
+                raise _Passing(problem) from None
+        status, said = response.status_code, self._said(response)
+        if _is_final(status) or status in final:
+            raise _Refused(status, f"{place} refuses with HTTP {status}: {said}; {self._advice(status)}.")
+        raise _Passing(f"HTTP {status} {said}", _retry_after(response))
 
     async def _free(self) -> _Server:
         """The least busy server, once one may be asked; one that failed is tried with a single request at first."""
@@ -469,17 +659,51 @@ class _Servers:
                 return min(free, key=lambda server: (bool(server.failures and server.busy), server.busy))
             await asyncio.sleep(min(server.free_at for server in self.servers) - now)
 
-    def _refusal(self, url: str, response: httpx.Response) -> str:
-        advice = {
-            401: f"put a valid key into the environment variable {self.api_key_env}",
-            403: f"put a valid key into the environment variable {self.api_key_env}",
-            404: "check `server_urls` (they mostly end in /v1) and `served_model`",
-        }.get(response.status_code, "correct the recipe")
-        return f"{url} refuses with HTTP {response.status_code}: {_excerpt(response)}; {advice}."
+    def _advice(self, status: int) -> str:
+        if status in (401, 403):
+            return f"put a valid key into the environment variable {self.api_key_env}"
+        if status == 407:
+            return "the proxy wants credentials: HTTP_PROXY=http://user:password@host:port"
+        if status < 400 or status in (404, 405):
+            return "check `server_urls` (they mostly end in /v1) and `served_model`"
+        return "correct the recipe"
+
+    def _excerpt(self, text: str) -> str:
+        """The beginning of what a server or library says, without keys and passwords that it may repeat."""
+        for secret in self.secrets:
+            if len(secret) > 3:  # a shorter one keeps nobody out, and would tear words apart
+                text = text.replace(secret, "***")
+        return " ".join(text.split())[:200]
+
+    def _said(self, response: httpx.Response) -> str:
+        return repr(self._excerpt(response.content.decode("utf-8", "replace")))
 
 
-def _excerpt(response: httpx.Response) -> str:
-    return repr(" ".join(response.text.split())[:200])
+def _is_final(status: int) -> bool:
+    """Whether a request that ends with this HTTP status would end so again."""
+    return 300 <= status < 500 and status not in PASSING or status in LASTING
+
+
+def _lasting(error: httpx.HTTPError, again: bool) -> str | None:
+    """What to do about an error that no other try mends; None for one that may pass.
+
+    Args:
+        again: A few tries failed and none succeeded: before that a name may be new and not yet known.
+    """
+    if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
+        return "correct the recipe"
+    if isinstance(error, httpx.ProxyError) and (status := re.match(r"\d{3}\b", str(error))):
+        if _is_final(int(status[0])):
+            return "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name the server in NO_PROXY"
+    cause: BaseException | None = error
+    while isinstance(error, httpx.ConnectError) and (cause := cause.__cause__):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return "if it is to be trusted, name the file of its certificate in the environment variable SSL_CERT_FILE"
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+            return "check whether its address begins with http:// instead of https://"
+        if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN and again:
+            return "check the names in the address"
+    return None
 
 
 def _retry_after(response: httpx.Response) -> float:
