@@ -1,28 +1,39 @@
 """Tasks of lm-evaluation-harness, such as the Open LLM Leaderboard: its own program asks and scores.
 
-It runs as a process of its own, `python -m lm_eval run --config ...`, so that it can neither change nor be changed by
-what is loaded here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and,
+It runs as a process of its own (see harness_process.py), so that it can neither change nor be changed by what is loaded
+here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and,
 while it runs, the answers so far: a run that was stopped continues. rows.json says that it is finished.
 """
 
 import importlib.util
 import json
+import logging
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx
+
+from ..synthesis.backends import addresses, api_key, is_local, max_lora_rank, window_of
 from ..synthesis.files import DataError, explained, folder_hash, write_json
 from ..synthesis.recipe import ADAPTER, TOKENIZER, WEIGHTS
+from .models import tokenizer_of
+
+log = logging.getLogger(__name__)
 
 ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # last line of a traceback
+CUT = re.compile(rb"WARNING .*\btruncat(ing|ion applied)", re.IGNORECASE)  # its log of a prompt beyond the window
 HINTS = {
     "Tasks not found": "`python -m lm_eval ls tasks` lists them; ",
     "chat_template": "for a model without one `harness_args: {apply_chat_template: false}`; ",
 }
+LOG = "log.txt"
 OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configuration that `harness_args` may not set
 
 
@@ -40,7 +51,8 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
 
     Returns:
         {"model", "task", "metric", "value", "stderr", "n"} for every task named, or its parts where it has no number
-        of its own. Value and standard error in the harness' units: accuracies are shares from 0 to 1.
+        of its own. Value and standard error in the harness' units: accuracies are shares from 0 to 1. Where prompts of
+        the model were longer than its window and were cut, "cut": how often the log says so, over all tasks.
 
     Raises:
         DataError: lm-evaluation-harness is not installed, or its run ended with an error.
@@ -56,14 +68,23 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError("`harness_tasks` needs lm-evaluation-harness, which is not installed: pip install '.[eval]'.")
     if _read(folder / "made_from.json") != made_from:
-        for path in (folder / "rows.json", *folder.glob("cache_rank*.db*"), *folder.glob("results_*.json")):
-            path.unlink(missing_ok=True)
+        for name in ("rows.json", LOG, "cache_rank*.db*", "results_*.json"):
+            for path in folder.glob(name):
+                path.unlink()
         write_json(folder / "made_from.json", made_from)
     # a results path that ends in .json: its files then stand beside it, and not in a folder named after the model
     paths = {"output_path": str(folder / "results.json"), "use_cache": str(folder / "cache")}
     write_json(folder / "config.json", config | paths)
-    _run(model, recipe, folder)
+    _run(model, recipe, folder, config["model_args"].get("base_url"))
     rows = read_results(max(folder.glob("results_*.json")), model.name, config["tasks"])
+    with open(folder / LOG, "rb") as file:
+        cut = sum(bool(CUT.search(line)) for line in file)
+    if cut:
+        log.warning(
+            f"{model.name}: lm-evaluation-harness cut prompts that were longer than the model's window; {folder / LOG} "
+            f"says so {cut} times."
+        )
+        rows = [row | {"cut": cut} for row in rows]
     write_json(folder / "rows.json", {"made_from": made_from, "rows": rows})
     for path in folder.glob("cache_rank*.db*"):
         path.unlink()
@@ -103,7 +124,7 @@ def _hf(model: Any, recipe: Any) -> tuple[str, dict]:
 def _vllm(model: Any, recipe: Any) -> tuple[str, dict]:
     found = _weights(model, recipe, "lora_local_path") | {"tensor_parallel_size": recipe.tensor_parallel_size}
     if model.adapter:
-        found["max_lora_rank"] = _read(Path(model.adapter) / "adapter_config.json").get("r", 16)
+        found["max_lora_rank"] = max_lora_rank(model.adapter)
     return "vllm", found
 
 
@@ -112,12 +133,31 @@ def _server(model: Any, recipe: Any) -> tuple[str, dict]:
     urls, served = (v.get(model.name) if isinstance(v, dict) else v for v in (recipe.server_urls, recipe.served_model))
     if not urls:
         raise DataError(f"`backend: openai` needs `server_urls` for {model.name}, such as http://localhost:8000/v1.")
-    url = urls.split(",")[0].strip().rstrip("/")
-    url = url if urlsplit(url).path else f"{url}/v1"
+    place = addresses(urls)[0]
+    if place.auth:
+        raise DataError(
+            f"`server_urls` has a password for {place.url}, which lm-evaluation-harness would write to files; leave "
+            "it out, and put the server's key into the environment variable that `api_key_env` names."
+        )
     chat = recipe.openai_endpoint == "chat"
     kind, path = ("local-chat-completions", "chat/completions") if chat else ("local-completions", "completions")
-    found = {"model": served or model.path, "base_url": f"{url}/{path}", "num_concurrent": recipe.concurrency}
-    return kind, found if chat else found | {"tokenizer": model.path}
+    found = {"model": served or model.path, "base_url": f"{place.url}/{path}", "num_concurrent": recipe.concurrency}
+    if chat:  # whose prompts it leaves to the server
+        return kind, found
+    tokenizer = tokenizer_of(recipe, model)
+    found |= {"tokenizer": tokenizer, "tokenizer_backend": "huggingface", "max_length": _window(tokenizer, recipe)}
+    return kind, found
+
+
+def _window(path: str, recipe: Any) -> int:
+    """Tokens of prompt and answer: those of the model at `path`, or where it has no configuration the recipe's."""
+    from transformers import AutoConfig
+
+    window = math.inf
+    with suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+        window = window_of(config.get_text_config())
+    return int(window) if window < math.inf else recipe.max_input_tokens + recipe.max_new_tokens
 
 
 BACKENDS = {"transformers": _hf, "vllm": _vllm, "openai": _server}
@@ -130,15 +170,16 @@ def _files(model: Any, config: dict) -> dict[str, str]:
     return {place: folder_hash(Path(place), kinds) for place, kinds in places.items() if place and Path(place).is_dir()}
 
 
-def _run(model: Any, recipe: Any, folder: Path) -> None:
-    """Run it; its progress bars go to our standard error and, with all else that it says, into log.txt."""
-    command = [sys.executable, "-m", "lm_eval", "run", "--config", str(folder / "config.json")]
-    key = {"OPENAI_API_KEY": os.environ[recipe.api_key_env]} if recipe.api_key_env in os.environ else {}
-    log, tail = folder / "log.txt", b""
-    with explained(log, "write"), open(log, "wb") as file:
-        process = subprocess.Popen(command, env=os.environ | key, stdout=file, stderr=subprocess.PIPE)
+def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:
+    """Run it; its progress bars go to our standard error and, with all else that it says, into the log."""
+    module = f"{__package__}.harness_process"
+    command = [sys.executable, "-m", module, "run", "--config", str(folder / "config.json")]
+    key = api_key(recipe) if server else ""
+    path, tail = folder / LOG, b""
+    with explained(path, "write"), open(path, "ab") as file:  # a run that goes on adds to it
+        process = subprocess.Popen(command, env=_environment(server, key), stdout=file, stderr=subprocess.PIPE)
         try:
-            while part := process.stderr.read1(1 << 16):
+            for part in _without(key.encode(), iter(lambda: process.stderr.read1(1 << 16), b"")):
                 file.write(part)
                 tail = (tail + part)[-(1 << 16) :]
                 sys.stderr.write(part.decode("utf-8", "replace"))
@@ -152,7 +193,29 @@ def _run(model: Any, recipe: Any, folder: Path) -> None:
         lines = [line.strip() for line in tail.decode("utf-8", "replace").splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "it said nothing")
         hint = next((hint for words, hint in HINTS.items() if words in said), "")
-        raise DataError(f"lm-evaluation-harness ended with {code} for {model.name}: {said[:200]}; {hint}see {log}.")
+        raise DataError(f"lm-evaluation-harness ended with {code} for {model.name}: {said[:200]}; {hint}see {path}.")
+
+
+def _environment(server: str | None, key: str) -> dict[str, str]:
+    """That of the process: the server's key, and no proxy for a server on this machine."""
+    if not server:
+        return dict(os.environ)
+    found = os.environ | {"OPENAI_API_KEY": key}
+    if is_local(host := httpx.URL(server).host):
+        direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host)))
+        found |= {"no_proxy": direct, "NO_PROXY": direct}
+    return found
+
+
+def _without(key: bytes, parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Bytes in which a key that a server repeats is not to be read, even if it is spread over two parts."""
+    held = b""
+    for part in parts:
+        text = (held + part).replace(key, b"***") if key else part
+        begun = next((n for n in range(len(key) - 1, 0, -1) if text.endswith(key[:n])), 0)
+        held = text[len(text) - begun :]
+        yield text[: len(text) - begun]
+    yield held
 
 
 def read_results(path: Path, model: str, tasks: list[str]) -> list[dict]:

@@ -5,6 +5,7 @@ it. A key that names no stage changes how fast rows are made, never which.
 """
 
 import math
+import re
 import types
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -279,6 +280,26 @@ def _scalar(name: str, kind: Any, value: Any, ranges: dict[str, tuple]) -> Any:
     elif kind is dict:
         if not isinstance(value, dict):
             raise DataError(f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value!r}.")
+        if name in WRITTEN and (secret := _secret_in(value)):
+            raise DataError(
+                f"`{name}` cannot hold `{secret}`: what stands there is written to files; put a key into the "
+                "environment variable that `api_key_env` names, a token of the hub into HF_TOKEN."
+            )
     elif not isinstance(value, str):
         raise DataError(f"`{name}` must be a text, got {value!r}; put it in quotes.")
     return value
+
+
+WRITTEN = ("extra_body", "harness_args")  # keys whose parts are the user's own, and stand in files of a run
+SECRET = re.compile(
+    r"(.*[_-])?(api[_-]?key|authorization|password|secret|(auth|access|bearer|hf)[_-]?token)|(.*[_-])?headers?|token",
+    re.IGNORECASE,
+)
+
+
+def _secret_in(value: Any, name: str = "") -> str | None:
+    """Name of a part that by its name is a secret, or whose value is an address with a password; None: no part is."""
+    if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://[^/\s]*@", value)):
+        return name
+    parts = value.items() if isinstance(value, dict) else [("", v) for v in value] if isinstance(value, list) else ()
+    return next((found for key, part in parts if (found := _secret_in(part, str(key) or name))), None)
