@@ -3,14 +3,21 @@
 import ast
 import importlib.util
 import json
+import shutil
+import subprocess
+import threading
+import traceback
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
+from transformers import AutoTokenizer
 
-from solopo_plugin.evaluation.harness import configuration, kept_rows, read_results, run_harness
+from solopo_plugin.evaluation.harness import _environment, _without, configuration, kept_rows, read_results, run_harness
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.synthesis.files import DataError
 
@@ -18,7 +25,8 @@ LEADERBOARD = ROOT / "examples/yaml/eval/leaderboard.yaml"
 KEYS = dict(
     harness_tasks=["toy_colours"], harness_args=None, backend="transformers", trust_remote_code=False,
     default_system=None, enable_thinking=True, api_key_env="NO_KEY", server_urls=None, served_model=None,
-    openai_endpoint="chat", concurrency=4, tensor_parallel_size=1,
+    openai_endpoint="chat", concurrency=4, tensor_parallel_size=1, model_name_or_path=None, max_input_tokens=31500,
+    max_new_tokens=1024,
 )  # fmt: skip
 COLOURS = ["red", "green", "blue"]
 
@@ -105,7 +113,7 @@ if [ -e HERE/stop ]; then echo 'HttpError: 503' >&2; echo 'terminate called' >&2
     program.write_text(text.replace("HERE", str(tmp_path)))
     program.chmod(0o755)
     monkeypatch.setattr("solopo_plugin.evaluation.harness.sys.executable", str(program))
-    return lambda: (tmp_path / "starts").read_text().count("lm_eval run")
+    return lambda: (tmp_path / "starts").read_text().count("harness_process run")
 
 
 def test_run_again_when_something_changed_and_only_then(scripted, tmp_path):
@@ -157,9 +165,14 @@ CONFIGURATIONS = {  # changes of the recipe, adapter, the harness' model type an
     "own": (dict(harness_args={"model_args": {"dtype": "float32"}}), None, "hf", {"dtype": "float32"}),
     "thought": (dict(enable_thinking=False), None, "hf", {"enable_thinking": False}),
     "vllm": (dict(backend="vllm", tensor_parallel_size=2), None, "vllm", {"tensor_parallel_size": 2}),
-    "vllm adapter": (dict(backend="vllm"), "a", "vllm", {"lora_local_path": "a", "max_lora_rank": 16}),
     "chat": (SERVER, None, "local-chat-completions", {"model": "m", "base_url": "http://one:8000/v1/chat/completions"}),
-    "ids": (SERVER | IDS, None, "local-completions", {"model": "s", "base_url": "http://x/v1/completions"}),
+    "ids": (
+        SERVER | IDS, None, "local-completions",
+        {"model": "s", "base_url": "http://x/v1/completions", "tokenizer": "m", "max_length": 32524},
+    ),
+    "ids, other tokenizer": (
+        SERVER | IDS | dict(model_name_or_path="base"), None, "local-completions", {"model": "s", "tokenizer": "base"},
+    ),
 }  # fmt: skip
 
 
@@ -185,10 +198,43 @@ def test_what_the_harness_is_told(case):
     assert found["model_args"].keys() <= taken(kind)
 
 
+@pytest.mark.parametrize("rank, taken", [(None, 8), (1, 8), (8, 8), (12, 16), (64, 64), (65, 128), (300, 320)])
+def test_vllm_gets_a_rank_that_it_takes_and_that_is_enough(tmp_path, rank, taken):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({} if rank is None else {"r": rank}))
+    found = configuration(model(adapter=tmp_path), recipe(backend="vllm"))["model_args"]
+    assert found["lora_local_path"] == str(tmp_path) and found["max_lora_rank"] == taken
+
+
+WINDOWS = {  # of config.json, and what a server's prompts and answers may have together
+    "plain": ({"max_position_embeddings": 4096}, 4096),
+    "widened": (
+        {
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+        },
+        16384,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_a_server_with_completions_gets_the_models_window(case, tmp_path):
+    """And not lm_eval's 2,048; what `model_args` says goes before."""
+    config, window = WINDOWS[case]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"} | config))
+    keys = SERVER | dict(openai_endpoint="completions")
+    assert configuration(model(tmp_path), recipe(**keys))["model_args"]["max_length"] == window
+    own = recipe(**keys, harness_args={"model_args": {"max_length": 99}})
+    assert configuration(model(tmp_path), own)["model_args"]["max_length"] == 99
+    assert "max_length" not in configuration(model(tmp_path), recipe(**SERVER))["model_args"]
+
+
 BAD = {
     "ours": (dict(harness_args={"tasks": ["x"]}), "`harness_args` cannot set `tasks`; use `harness_tasks` and"),
     "words": (dict(harness_args={"model_args": "a=b"}), "`model_args` of `harness_args` must be keys with values"),
     "no server": (dict(backend="openai"), "`backend: openai` needs `server_urls` for toy, such as"),
+    "no address": (dict(backend="openai", server_urls="http://[::1/v1"), "`server_urls` has 'http://[::1/v1',"),
+    "password": (dict(backend="openai", server_urls="http://u:SECRET@x"), "`server_urls` has a password for http://x"),
 }
 
 
@@ -196,7 +242,135 @@ BAD = {
 def test_bad_settings_are_one_sentence(case):
     with pytest.raises(DataError) as error:
         configuration(model(), recipe(**BAD[case][0]))
-    assert str(error.value).startswith(BAD[case][1])
+    assert str(error.value).startswith(BAD[case][1]) and "SECRET" not in str(error.value)
+
+
+class Completions(BaseHTTPRequestHandler):
+    """A server of completions by ids; every log-prob is -1. It repeats the key that it got where it refuses."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.answer(404, {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        if self.server.refuses:
+            return self.answer(401, {"error": f"Invalid: {self.headers['Authorization']}"})
+        choices = []
+        for i, ids in enumerate(body["prompt"]):
+            n = len(ids) + 1
+            logprobs = {"token_logprobs": [-1.0] * n, "top_logprobs": [{"x": -1.0}] * n}
+            choices.append({"index": i, "text": "red", "logprobs": logprobs})
+        self.answer(200, {"choices": choices})
+
+    def answer(self, status: int, value: dict) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def completions(refuses: bool = False):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server.bodies, server.refuses = [], refuses
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monkeypatch, caplog):
+    """Really run, past a proxy that is dead: 3,000 tokens arrive whole in a window of 4,096, 5,000 do not.
+
+    Scored are three choices behind each prompt, and one answer is generated behind each.
+    """
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    place = tmp_path / "model"
+    shutil.copytree(tiny_model(), place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    unit = next(word for word in (" a", " the", " e", "a") if len(tokenizer.encode(word * 100)) == 100)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": unit * n, "choices": COLOURS, "answer": 0} for n in (10, 3000, 5000)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "metadata": {"version": 1},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+    }  # fmt: skip
+    scored = {
+        "task": "scored", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    written = {
+        "task": "written", "output_type": "generate_until", "doc_to_target": "red",
+        "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"max_gen_toks": 50, "until": ["."]},
+    }  # fmt: skip
+    for task in (scored, written):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    with completions() as server:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        keys = dict(SERVER | IDS, server_urls=url, harness_tasks=["scored", "written"])
+        args = {"include_path": str(folder), "apply_chat_template": False}
+        found = run_harness(model(place), recipe(**keys, harness_args=args), tmp_path / "out")
+    lengths = [len(ids) for body in server.bodies for ids in body["prompt"]]
+    assert sorted(n for n in lengths if n > 3500) == [4095 - 50, 4095, 4095, 4095]
+    assert sum(3000 <= n < 3100 for n in lengths) == 4
+    assert {row["task"]: row["value"] for row in found} == {"scored": 1.0, "written": 1.0}
+    assert [row["cut"] for row in found] == [4, 4]
+    assert "toy: lm-evaluation-harness cut prompts" in caplog.text and "says so 4 times" in caplog.text
+
+
+KEY = "sk-SENTINEL-0123456789"
+
+
+def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, tmp_path, monkeypatch, capfd, caplog):
+    """Really run against a server that refuses and repeats the key; command line, files, log and sentence lack it."""
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: (started.append(command), popen(command, **kw))[1])
+    monkeypatch.setenv("MY_KEY", f"\t{KEY}\n")
+    with completions(refuses=True) as server:
+        keys = dict(SERVER | IDS, server_urls=f"http://127.0.0.1:{server.server_port}", api_key_env="MY_KEY")
+        args = {"include_path": str(tasks), "apply_chat_template": False, "model_args": {"max_retries": 1}, "limit": 1}
+        with pytest.raises(DataError, match="ended with 1 for toy: .*401") as error:
+            run_harness(model(tiny_model()), recipe(**keys, harness_args=args), tmp_path)
+    assert server.bodies
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.json", "made_from.json", "log.txt"} <= {path.name for path in files}
+    shown = "".join(traceback.format_exception(error.value)) + caplog.text + "".join(capfd.readouterr()) + str(started)
+    assert KEY not in shown and not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert "Invalid: Bearer ***" in (tmp_path / "harness/toy/log.txt").read_text(), "the server got another key"
+
+
+def test_a_key_in_parts_is_not_to_be_read():
+    text = b"ab KEYS KEYKEYS\n KEK"
+    for size in range(1, len(text)):
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        assert b"".join(_without(b"KEYS", iter(parts))) == b"ab *** KEY***\n KEK"
+        assert list(_without(b"", iter(parts))) == [*parts, b""]
+
+
+def test_the_process_has_the_servers_key_and_no_proxy_to_this_machine(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "another server's")
+    monkeypatch.setenv("NO_PROXY", "a.b")
+    assert _environment(None, "")["OPENAI_API_KEY"] == "another server's"
+    found = _environment("http://localhost:8000/v1/completions", "k")
+    assert found["OPENAI_API_KEY"] == "k" and found["no_proxy"] == found["NO_PROXY"] == "a.b,localhost"
+    far = _environment("http://far:8000/v1/completions", "")
+    assert far["OPENAI_API_KEY"] == "" and far["NO_PROXY"] == "a.b" and "no_proxy" not in far
 
 
 def test_groups_patterns_and_metrics(tmp_path):
