@@ -696,7 +696,7 @@ def _lasting(error: httpx.HTTPError, again: bool) -> str | None:
         if _is_final(int(status[0])):
             return "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name the server in NO_PROXY"
     cause: BaseException | None = error
-    while isinstance(error, httpx.ConnectError) and (cause := cause.__cause__):
+    while isinstance(error, httpx.ConnectError) and (cause := cause.__cause__ or cause.__context__):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return "if it is to be trusted, name the file of its certificate in the environment variable SSL_CERT_FILE"
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):

@@ -1,9 +1,19 @@
 """Backends: the trainer's ids reach the model, seeds decide, and servers may fail in every way but for good."""
 
+import base64
 import json
+import logging
+import shutil
+import socket
+import ssl
+import subprocess
 import sys
+import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
 import httpx
@@ -35,6 +45,16 @@ def quick(monkeypatch):
     """Servers that failed are asked again at once."""
     monkeypatch.setattr(backends, "FIRST_PAUSE", 0.02)
     monkeypatch.setattr(backends, "LONGEST_PAUSE", 0.2)
+
+
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """Nothing of this machine's key, proxies and certificates."""
+    for name in (*PROXIES, *map(str.lower, PROXIES), "OPENAI_API_KEY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def openai(urls: str, **keys):
@@ -209,13 +229,427 @@ def test_the_key_comes_from_the_environment(answers_file, monkeypatch):
         assert len(by_answer(generate(openai(server.url, api_key_env="MY_KEY"), calls(2)))) == 8
 
 
-def test_addresses_that_cannot_be():
-    with pytest.raises(DataError, match="needs `server_urls`"):
-        list(generate(openai(None), calls(1)))
-    with pytest.raises(DataError, match="must begin with http:// or https://, got 'localhost:8000/v1'"):
-        list(generate(openai("localhost:8000/v1"), calls(1)))
+def test_a_server_that_is_not_there_is_tried_again():
     with pytest.raises(DataError, match="gave no answer in 2 tries .*ConnectError"):
         list(generate(openai(f"http://127.0.0.1:{free_port()}", retries=1), calls(1)))
+
+
+def said(text="Red.", **message) -> dict:
+    """A body of a chat with one answer."""
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text} | message}]}
+
+
+@contextmanager
+def answering(reply, certificate=None):
+    """A server whose answer is `reply(request)` -> (status, value or bytes); yields it with `url` and `requests`.
+
+    A request has `path`, `headers` and `body`. `certificate`: file of key and certificate, for https.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            self.body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+            server.requests.append(self)
+            status, value = reply(self)
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_CONNECT = do_GET = do_POST
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.handle_error, scheme = [], lambda *_: None, "http"
+    if certificate:
+        context, scheme = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "https"
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.url = f"{scheme}://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def asked(urls: str, **keys) -> dict[tuple[str, int], str]:
+    """One question asked of servers, by default once, with at most three tries."""
+    keys = dict(served_model="m", num_samples=1, retries=2) | keys
+    return by_answer(generate(openai(urls, **keys), calls(1, tuple(range(keys["num_samples"])))))
+
+
+def refusal(urls: str, **keys) -> str:
+    """The sentence in which that ends."""
+    with pytest.raises(DataError) as error:
+        asked(urls, **keys)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".") and error.value.__cause__ is None
+    return str(error.value)
+
+
+KEYS = [("sk", "Bearer sk"), (" sk\n", "Bearer sk"), ("\tsk x\r\n", "Bearer sk x"), (" ", None)]
+
+
+@pytest.mark.parametrize("key, sent", KEYS)
+def test_white_space_around_the_key_is_not_sent(key, sent, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with answering(lambda request: (200, said())) as server:
+        asked(server.url)
+    assert [request.headers["Authorization"] for request in server.requests] == [sent]
+
+
+@pytest.mark.parametrize("character", ["\n", "\t", "\x01", "\u0141", "\udcff", "\x7f"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(character, monkeypatch):
+    monkeypatch.setenv("MY_KEY", f"sk{character}SECRET")
+    sentence = refusal("http://127.0.0.1:1", api_key_env="MY_KEY")
+    assert sentence.startswith("The environment variable MY_KEY holds no key: ") and "SECRET" not in sentence
+
+
+ADDRESSES = {  # `server_urls`: what becomes of it
+    "http://h": "http://h/v1",
+    " HTTPS://H:8000/ ,": "https://h:8000/v1",
+    "http://h/openai/v1/": "http://h/openai/v1",
+    "http://[::1]:8000": "http://[::1]:8000/v1",
+    "http://ho_st-1.x": "http://ho_st-1.x/v1",
+    "http://a/v1,http://b, https://c:1/d": "http://a/v1 http://b/v1 https://c:1/d",
+    "http://user:a,b%40c@h": "http://h/v1 user a,b@c",
+    "http://t0ken@h:1": "http://h:1/v1 t0ken ",
+}
+NO_ADDRESSES = {  # `server_urls`: what is shown of it
+    "localhost:8000/v1": "must begin with http:// or https://, got 'localhost:8000/v1'.",
+    "ftp://user:SECRET@h": "must begin with http:// or https://, got 'ftp://h'.",
+    "user:SECRET@h:8000": "must begin with http:// or https://, got 'h:8000'.",
+    "http://": "has 'http://'",
+    "http:///v1": "has 'http:///v1'",
+    "http:h:8000": "must begin with http:// or https://, got 'http:h:8000'.",
+    "http://:8000/v1": "has 'http://:8000/v1'",
+    "http://h:port/v1": "has 'http://h:port/v1'",
+    "http://h:99999": "has 'http://h:99999'",
+    "http://h:0": "has 'http://h:0'",
+    "http://h:-1": "has 'http://h:-1'",
+    "http://::1:8000": "has 'http://::1:8000'",
+    "http://[::1:8000": "has 'http://[::1:8000'",
+    "http://300.1.1.1": "has 'http://300.1.1.1'",
+    "http://my host": "has 'http://my host'",
+    "http://<host>:8000": "has 'http://<host>:8000'",
+    "http://{host}": "has 'http://{host}'",
+    "http://a, b": "has 'http://a, b'",
+    "http://h/v1?key=SECRET": "has 'http://h/v1'",
+    "http://h/v1#SECRET": "has 'http://h/v1'",
+    "http://user:x/SECRET@h": "has 'http://h'",
+    "http://user:x?SECRET@h": "has 'http://h'",
+    "http://user:x@SECRET@h:y": "has 'http://h:y'",
+    "http://a,http://user:x\nSECRET@h:y": "has 'http://h:y'",
+}
+
+
+@pytest.mark.parametrize("given", ADDRESSES)
+def test_addresses_of_servers(given):
+    assert " ".join(" ".join((url, *(auth or ()))) for url, auth in backends.addresses(given)) == ADDRESSES[given]
+
+
+@pytest.mark.parametrize("given", NO_ADDRESSES)
+def test_addresses_that_cannot_be(given):
+    sentence = refusal(given)
+    assert sentence.startswith(f"`server_urls` {NO_ADDRESSES[given]}") and "SECRET" not in sentence
+
+
+@pytest.mark.parametrize("given", [None, "", " , "])
+def test_no_address(given):
+    assert refusal(given).startswith("`backend: openai` needs `server_urls`")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A file with a key and its self-signed certificate for 127.0.0.1."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate")
+    folder = tmp_path_factory.mktemp("certificate")
+    made = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*made.split(), "-keyout", "key", "-out", "cert"], cwd=folder, check=True, capture_output=True)
+    (folder / "both").write_text((folder / "key").read_text() + (folder / "cert").read_text())
+    return folder / "both"
+
+
+TOOL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+LASTING = {  # answer of the server, keys of the recipe, the sentence behind its address
+    "parts": ((200, said([{"type": "text", "text": "Red."}])), {}, "gives an answer that is a list and no text: "),
+    "number": ((200, said(3)), {}, "gives an answer that is a int and no text: "),
+    "tool": ((200, said(None, tool_calls=TOOL)), {}, "gives a call of a tool instead of a text: "),
+    "tool, no content": ((200, {"choices": [{"message": {"function_call": {}, "tool_calls": TOOL}}]}), {}, "gives a "),
+    "function": ((200, said(None, function_call=TOOL[0]["function"])), {}, "gives a call of a tool instead of a text"),
+    "moved": ((308, b""), {}, "refuses with HTTP 308: ''; check `server_urls`"),
+    "forbidden": ((403, b"no"), {}, "refuses with HTTP 403: 'no'; put a valid key into the environment"),
+    "path": ((404, b"no"), {}, "refuses with HTTP 404: 'no'; check `server_urls` (they mostly end in /v1) and"),
+    "unprocessable": ((422, b"no"), {}, "refuses with HTTP 422: 'no'; correct the recipe."),
+    "not implemented": ((501, b"no"), {}, "refuses with HTTP 501: 'no'; correct the recipe."),
+    "no JSON": ((200, said()), {"extra_body": {"top_k": float("nan")}}, "cannot be asked (ValueError Out of range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LASTING)
+def test_what_no_retry_can_mend_is_asked_once(case):
+    reply, keys, sentence = LASTING[case]
+    with answering(lambda request: reply) as server:
+        assert refusal(server.url, **keys).startswith(f"{server.url}/chat/completions {sentence}")
+    assert len(server.requests) == ("extra_body" not in keys)
+
+
+def test_certificates_that_are_not_trusted_are_refused_at_once(certificate, monkeypatch):
+    """And trusted by SSL_CERT_FILE; a server without TLS and a file without certificates are sentences, too."""
+
+    def reply(request):
+        return 200, said()
+
+    with answering(reply) as plain, answering(reply, certificate) as server:
+        sentence = refusal(server.url)
+        assert "cannot be asked (ConnectError [SSL: CERTIFICATE_VERIFY_FAILED]" in sentence
+        assert "SSL_CERT_FILE" in sentence
+        sentence = refusal(plain.url.replace("http", "https"))
+        assert "cannot be asked (ConnectError [SSL: " in sentence and "http:// instead of https://" in sentence
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert asked(server.url) == {("q0", 0): "Red."} and len(server.requests) == 1
+    for bad in ("/no/such/file", __file__):
+        monkeypatch.setenv("SSL_CERT_FILE", bad)
+        assert refusal(server.url).startswith("The certificates that the environment variable SSL_CERT_FILE or ")
+
+
+@pytest.mark.parametrize("code, tries", [(socket.EAI_NONAME, 3), (socket.EAI_AGAIN, 6)])
+def test_an_unknown_name_is_not_waited_for(code, tries, monkeypatch):
+    """A few tries, since a name may come with its server; where the name service itself fails, all of them."""
+    seen = []
+
+    def getaddrinfo(host, *args, **kwargs):
+        seen.append(host)
+        raise socket.gaierror(code, "said no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    sentence = refusal("http://far", retries=5)
+    assert len(seen) == tries and "said no" in sentence
+    assert ("cannot be asked" if tries == 3 else "gave no answer in 6 tries") in sentence
+
+
+@pytest.mark.parametrize("host", ["localhost", "a.localhost", "127.0.0.1", "127.3.2.1", "[::1]", "0.0.0.0"])
+def test_this_machine_is_behind_no_proxy(host, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://proxy:1")
+    assert backends._proxy(httpx.URL(f"http://{host}:8000/v1")) is None
+
+
+@pytest.mark.parametrize("host", ["local", "localhost.x", "128.0.0.1", "[::2]", "127.x"])
+def test_others_are_behind_the_proxy_of_their_scheme(host, monkeypatch):
+    url = httpx.URL(f"http://{host}:8000/v1")
+    assert backends._proxy(url) is None
+    monkeypatch.setenv("ALL_PROXY", "all:1")
+    monkeypatch.setenv("HTTPS_PROXY", "https://secure:1")
+    assert backends._proxy(url) == "http://all:1"
+    assert backends._proxy(url.copy_with(scheme="https")) == "https://secure:1"
+    monkeypatch.setenv("HTTP_PROXY", "http://plain:1")
+    assert backends._proxy(url) == "http://plain:1"
+    monkeypatch.setenv("NO_PROXY", f"x.y,{host}")
+    assert backends._proxy(url) is None
+
+
+def test_a_server_here_is_asked_straight_and_a_far_one_through_the_proxy(monkeypatch):
+    with answering(lambda request: (200, said())) as server:
+        monkeypatch.setenv("ALL_PROXY", "socks5://proxy:1")
+        monkeypatch.setenv("HTTP_PROXY", f"http://user:pass@127.0.0.1:{server.server_port}")
+        assert asked(server.url) == asked("http://far.invalid/v1") == {("q0", 0): "Red."}
+    here, far = server.requests
+    assert here.path == "/v1/chat/completions" and far.path == "http://far.invalid/v1/chat/completions"
+    assert "Proxy-Authorization" not in here.headers
+    assert far.headers["Proxy-Authorization"] == f"Basic {base64.b64encode(b'user:pass').decode()}"
+
+
+def no_socks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+
+
+FAR = "http://far.invalid/v1"
+BAD_PROXIES = {  # the environment's, and how the sentence begins
+    "socks5://user:SECRET@127.0.0.1:1": (
+        f"{FAR} is to be asked through the proxy socks5://127.0.0.1:1 of the environment, which needs the package socks"
+    ),
+    "socks://user:SECRET@h:1": f"The environment names 'socks://h:1' as the proxy for {FAR}, which is no address of",
+    "http://user:x/SECRET@h:1": f"The environment names 'http://h:1' as the proxy for {FAR}, which is no address of",
+    "http://user:SECRET@127.0.0.1:1": (
+        f"{FAR}/chat/completions (through the proxy http://127.0.0.1:1 of the environment) gave no answer in 3 tries "
+    ),
+}
+
+
+@pytest.mark.parametrize("proxy", BAD_PROXIES)
+def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
+    no_socks(monkeypatch)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    sentence = refusal(FAR)
+    assert sentence.startswith(BAD_PROXIES[proxy]) and "SECRET" not in sentence
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("status", [407, 501, 502])
+def test_a_proxy_that_refuses_is_named(scheme, status, monkeypatch):
+    """Of an https server it is asked for a tunnel. 502: the server behind it may come back."""
+    with answering(lambda request: (status, b"no")) as proxy:
+        address = f"http://127.0.0.1:{proxy.server_port}"
+        monkeypatch.setenv(f"{scheme.upper()}_PROXY", address.replace("//", "//user:SECRET@"))
+        sentence = refusal(f"{scheme}://far.invalid")
+    assert f"far.invalid/v1/chat/completions (through the proxy {address} of the environment)" in sentence
+    assert "SECRET" not in sentence and len(proxy.requests) == (3 if status == 502 else 1)
+    assert ("gave no answer in 3 tries" in sentence) == (status == 502)
+
+
+@pytest.mark.parametrize("status", [400, 422, 500, 501])
+def test_a_server_that_cannot_give_several_answers_is_asked_one_by_one(status, caplog):
+    def reply(request):
+        return (status, b"n") if request.body["n"] > 1 else (200, said(f"Answer by {request.body['seed']}."))
+
+    with answering(reply) as server:
+        recipe = openai(server.url, served_model="m", concurrency=2, retries=0)
+        got = by_answer(generate(recipe, calls(3)))
+    singles = one_by_one(calls(3), 0)
+    assert got == {(call.id, call.ks[0]): f"Answer by {call_seed(recipe, call)}." for call in singles}
+    assert sum(request.body["n"] > 1 for request in server.requests) <= 2
+    assert caplog.text.count("asked for one by one") == 1 and f"HTTP {status} where n = 4" in caplog.text
+
+
+def test_an_error_of_a_server_that_gave_several_answers_passes():
+    """The same call is repeated, so that its answers are those of a run without the error."""
+    met = []
+
+    def reply(request):
+        if len(server.requests) == 2:
+            met.append(request.body["seed"])
+            return 500, b"out of memory"
+        texts = [f"{i} by {request.body['seed']}" for i in range(request.body["n"])]
+        return 200, {"choices": [{"index": i, "message": {"content": text}} for i, text in enumerate(texts)]}
+
+    with answering(reply) as server:
+        recipe = openai(server.url, served_model="m", concurrency=1)
+        got = by_answer(generate(recipe, calls(3)))
+    assert len(met) == 1 and len(server.requests) == 4
+    assert got == {(call.id, k): f"{k} by {call_seed(recipe, call)}" for call in calls(3) for k in call.ks}
+
+
+def alike(request) -> tuple[int, dict]:
+    return 200, {"choices": [{"index": i, "message": {"content": "Red."}} for i in range(request.body["n"])]}
+
+
+def alike_one_by_one(request) -> tuple[int, dict]:
+    return 200, said("Red.")
+
+
+def one_differs(request) -> tuple[int, dict]:
+    texts = ["Red."] * 3 + ["Blue."]
+    return 200, {"choices": [{"index": i, "message": {"content": text}} for i, text in enumerate(texts)]}
+
+
+SAMENESS = [  # server, keys, questions, number of answers that are told of
+    (alike, {}, 1, 3), (alike, {}, 9, 9), (alike_one_by_one, {}, 1, 3), (alike, {"num_samples": 32}, 1, 31),
+    (alike, {"temperature": 0.0}, 9, None), (alike, {"num_samples": 1}, 9, None), (one_differs, {}, 9, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply, keys, questions, told", SAMENESS)
+def test_answers_that_are_all_the_same_are_told_of_once(reply, keys, questions, told, caplog):
+    with answering(reply) as server:
+        recipe = openai(server.url, served_model="m", concurrency=1, **keys)
+        list(generate(recipe, calls(questions, tuple(range(recipe.num_samples)))))
+    assert caplog.text.count("Every answer so far is the same text") == (told is not None)
+    assert told is None or f"({told} of them), at `temperature: 0.85`" in caplog.text
+
+
+SENTINEL = "SENTINEL-0123456789"
+ECHOES = {  # what a server may do, which repeats all that it was sent to prove who asks
+    "unauthorised": 401, "forbidden": 403, "not found": 404, "unprocessable": 422, "broken": 500, "busy": 429,
+    "malformed": 200,
+}  # fmt: skip
+
+
+def everything_said(error: BaseException | None, caplog, capfd) -> str:
+    """Messages, log records with their arguments, output, and the tracebacks of an error and of all before it."""
+    parts = [caplog.text, *(repr(vars(record)) for record in caplog.records), *capfd.readouterr()]
+    while error:
+        parts += [*traceback.format_exception(error), repr(error), repr(error.args)]
+        error = error.__cause__ or error.__context__
+    return "\n".join(parts)
+
+
+def hidden_in(text: str) -> bool:
+    """Whether a text tells the sentinel, plain or as basic authentication has it."""
+    return SENTINEL in text or base64.b64encode(f"user:{SENTINEL}".encode()).decode() in text
+
+
+@pytest.mark.parametrize("case", ECHOES)
+@pytest.mark.parametrize("where", ["key", "address"])
+def test_no_secret_is_told_whatever_a_server_answers(case, where, monkeypatch, caplog, capfd):
+    """Every logger at its most talkative; the server repeats the credentials, which it must have got."""
+    caplog.set_level(logging.DEBUG)
+    if where == "key":
+        monkeypatch.setenv("OPENAI_API_KEY", f"\t{SENTINEL}\n")
+
+    def reply(request):
+        given = request.headers["Authorization"]
+        plain = base64.b64decode(given.split()[1]).decode() if given.startswith("Basic") else given
+        return ECHOES[case], {"error": {"message": f"Got {given}, that is {plain}"}}
+
+    with answering(reply) as server:
+        url = server.url if where == "key" else server.url.replace("//", f"//user:{SENTINEL}@")
+        with pytest.raises(DataError, match=r"Got B\w+ \*\*\*, that is") as error:
+            asked(url)
+    assert hidden_in(server.requests[0].headers["Authorization"])
+    assert not hidden_in(everything_said(error.value, caplog, capfd))
+
+
+SECRET_PLACES = {  # environment, keys of the recipe; none of them gets an answer
+    "two lines": ({"OPENAI_API_KEY": f"sk\n{SENTINEL}"}, {}),
+    "tab": ({"OPENAI_API_KEY": f"sk\t{SENTINEL}"}, {}),
+    "not latin": ({"OPENAI_API_KEY": f"{SENTINEL}\u0416"}, {}),
+    "no bytes of UTF-8": ({"OPENAI_API_KEY": f"{SENTINEL}\udcff"}, {}),
+    "nobody there": ({"OPENAI_API_KEY": SENTINEL}, {}),
+    "nobody at the address": ({}, {"server_urls": f"http://user:{SENTINEL}@127.0.0.1:1"}),
+    "port": ({}, {"server_urls": f"http://user:{SENTINEL}@127.0.0.1:x"}),
+    "slash": ({}, {"server_urls": f"http://user:x/{SENTINEL}@127.0.0.1:1"}),
+    "new line": ({}, {"server_urls": f"http://user:{SENTINEL}\n@127.0.0.1:1"}),
+    "no scheme": ({}, {"server_urls": f"user:{SENTINEL}@127.0.0.1:1"}),
+    "query": ({}, {"server_urls": f"http://127.0.0.1:1/v1?key={SENTINEL}"}),
+    "no TLS": ({"OPENAI_API_KEY": SENTINEL}, {"server_urls": "https://HERE"}),
+    "dead proxy": ({"HTTP_PROXY": f"http://user:{SENTINEL}@127.0.0.1:1"}, {"server_urls": FAR}),
+    "proxy in vain": ({"HTTP_PROXY": f"http://user:{SENTINEL}@HERE"}, {"server_urls": FAR}),
+    "tunnel in vain": ({"HTTPS_PROXY": f"http://user:{SENTINEL}@HERE"}, {"server_urls": "https://far.invalid"}),
+    "proxy malformed": ({"HTTP_PROXY": f"http://user:x/{SENTINEL}@127.0.0.1:1"}, {"server_urls": FAR}),
+    "proxy unknown": ({"HTTP_PROXY": f"gopher://user:{SENTINEL}@127.0.0.1:1"}, {"server_urls": FAR}),
+    "socks": ({"ALL_PROXY": f"socks5://user:{SENTINEL}@127.0.0.1:1"}, {"server_urls": FAR}),
+    "body": ({}, {"extra_body": {"api_key": SENTINEL}}),
+    "header in body": ({}, {"extra_body": {"extra_headers": {"X-Key": SENTINEL}}}),
+    "address in body": ({}, {"extra_body": {"a": [{"b": f"http://user:{SENTINEL}@h"}]}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SECRET_PLACES)
+def test_no_secret_is_told_where_no_server_answers(case, monkeypatch, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    no_socks(monkeypatch)
+    environment, keys = SECRET_PLACES[case]
+    with answering(lambda request: (407, b"no")) as server:
+        here = f"127.0.0.1:{server.server_port}"
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value.replace("HERE", here))
+        keys = {name: value.replace("HERE", here) if isinstance(value, str) else value for name, value in keys.items()}
+        with pytest.raises(DataError) as error:
+            asked(**{"urls": keys.pop("server_urls", "http://127.0.0.1:1")} | keys)
+    told = everything_said(error.value, caplog, capfd)
+    assert not hidden_in(told) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "stop_token_ids", "eos_token", "top_k", "secretary", "guided_json"])
+def test_keys_of_a_body_that_are_no_secrets_stay(name):
+    assert openai("http://h", extra_body={name: 1}).extra_body == {name: 1}
 
 
 def test_more_keys_of_the_body(answers_file, tmp_path):
