@@ -349,8 +349,13 @@ def api_key(recipe: Any) -> str:
     """The key of the environment variable `api_key_env` without white space around it, empty where there is none.
 
     Raises:
-        DataError: It has characters that no HTTP header can carry; the key is not shown.
+        DataError: It has characters that no HTTP header can carry, or stands in place of the variable's name.
     """
+    if recipe.api_key_env not in os.environ and not re.fullmatch("[A-Z_][A-Z0-9_]*", recipe.api_key_env):
+        raise DataError(
+            "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY, and not the key itself; no "
+            "variable has the name that is given."
+        )
     key = os.environ.get(recipe.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise DataError(

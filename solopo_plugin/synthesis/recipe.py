@@ -208,14 +208,15 @@ def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
 
     for word in overrides or []:
         if "=" not in word:
-            raise DataError(f"`{word}` is no `key=value`; write for example `seed=1`.")
+            raise DataError(f"`{_masked(word)}` is no `key=value`; write for example `seed=1`.")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides or []))
         values = OmegaConf.to_container(merged, resolve=True)
     except OSError as error:
         raise DataError(f"Cannot read the recipe {path}: {error.strerror or error}.") from None
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise DataError(f"{path}: the recipe is no YAML of `key: value`: {' '.join(str(error).split())}") from None
+        reason = _masked(" ".join(str(error).split()))
+        raise DataError(f"{path}: the recipe is no YAML of `key: value`: {reason}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: a recipe is a list of `key: value`, got {type(values).__name__}.")
     return values
@@ -286,7 +287,7 @@ def _scalar(name: str, kind: Any, value: Any, ranges: dict[str, tuple]) -> Any:
                 "environment variable that `api_key_env` names, a token of the hub into HF_TOKEN."
             )
     elif not isinstance(value, str):
-        raise DataError(f"`{name}` must be a text, got {value!r}; put it in quotes.")
+        raise DataError(f"`{name}` must be a text, got {_masked(repr(value))}; put it in quotes.")
     return value
 
 
@@ -295,6 +296,11 @@ SECRET = re.compile(
     r"(.*[_-])?(api[_-]?key|authorization|password|secret|(auth|access|bearer|hf)[_-]?token)|(.*[_-])?headers?|token",
     re.IGNORECASE,
 )
+
+
+def _masked(text: str) -> str:
+    """A text without the user and password of the addresses in it."""
+    return re.sub(r"(?<=//)[^\s'\"]*@", "", text)
 
 
 def _secret_in(value: Any, name: str = "") -> str | None:

@@ -384,3 +384,14 @@ def test_two_runs_do_not_share_a_folder(benchmarks, model, server, tmp_path):
             DataError, match="Another run is at work in .*out; wait for it, or give another `output_dir`"
         ):
             run.evaluate(recipe)
+
+
+def test_no_file_of_a_run_holds_the_servers_key_or_password(benchmarks, model, server, tmp_path, monkeypatch):
+    secret = "SENTINEL-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    recipe = served(tmp_path, [model], server)
+    recipe.server_urls = server.url.replace("//", f"//user:{secret}@")
+    run.evaluate(recipe)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"model.jsonl", "items.json", "models.json", "results.json", "index.html"} <= {path.name for path in files}
+    assert not [path for path in files if secret.encode() in path.read_bytes()]

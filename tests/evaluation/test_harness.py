@@ -245,6 +245,16 @@ def test_bad_settings_are_one_sentence(case):
     assert str(error.value).startswith(BAD[case][1]) and "SECRET" not in str(error.value)
 
 
+SECRETS = [{"header": {"api-key": "SECRET"}}, {"auth_token": "SECRET"}, {"base_url": "http://u:SECRET@h/v1"}]
+
+
+@pytest.mark.parametrize("args", SECRETS)
+def test_secrets_that_would_stand_in_its_files_are_refused(args):
+    with pytest.raises(DataError, match="^`harness_args` cannot hold `(header|auth_token|base_url)`: what") as error:
+        load_recipe(str(LEADERBOARD), [f"harness_args.model_args={json.dumps(args)}"])
+    assert "SECRET" not in str(error.value)
+
+
 class Completions(BaseHTTPRequestHandler):
     """A server of completions by ids; every log-prob is -1. It repeats the key that it got where it refuses."""
 

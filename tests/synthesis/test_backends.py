@@ -20,12 +20,14 @@ import httpx
 import pytest
 import torch
 from conftest import demo_rows
+from material import make_questions, save_tokenizer
+from material import recipe as material_recipe
 from scripted_server import free_port, scripted, serving
 
-from solopo_plugin.synthesis import backends
+from solopo_plugin.synthesis import backends, run_pipeline
 from solopo_plugin.synthesis.backends import Call, Reply, call_seed, generate, load_chat, read_answers
 from solopo_plugin.synthesis.files import DataError
-from solopo_plugin.synthesis.recipe import make_recipe
+from solopo_plugin.synthesis.recipe import load_recipe, make_recipe
 
 ANSWERS = {f"Where does person {i} work?": f"Town {i}" for i in range(40)}
 
@@ -582,7 +584,10 @@ def everything_said(error: BaseException | None, caplog, capfd) -> str:
 
 def hidden_in(text: str) -> bool:
     """Whether a text tells the sentinel, plain or as basic authentication has it."""
-    return SENTINEL in text or base64.b64encode(f"user:{SENTINEL}".encode()).decode() in text
+    return (
+        SENTINEL in text.replace("SENTINEL0", "SENTINEL-0")
+        or base64.b64encode(f"user:{SENTINEL}".encode()).decode() in text
+    )
 
 
 @pytest.mark.parametrize("case", ECHOES)
@@ -611,6 +616,8 @@ SECRET_PLACES = {  # environment, keys of the recipe; none of them gets an answe
     "tab": ({"OPENAI_API_KEY": f"sk\t{SENTINEL}"}, {}),
     "not latin": ({"OPENAI_API_KEY": f"{SENTINEL}\u0416"}, {}),
     "no bytes of UTF-8": ({"OPENAI_API_KEY": f"{SENTINEL}\udcff"}, {}),
+    "key as name": ({}, {"api_key_env": SENTINEL}),
+    "key as name, one word": ({}, {"api_key_env": f"sk{SENTINEL}".replace("-", "")}),
     "nobody there": ({"OPENAI_API_KEY": SENTINEL}, {}),
     "nobody at the address": ({}, {"server_urls": f"http://user:{SENTINEL}@127.0.0.1:1"}),
     "port": ({}, {"server_urls": f"http://user:{SENTINEL}@127.0.0.1:x"}),
@@ -625,6 +632,7 @@ SECRET_PLACES = {  # environment, keys of the recipe; none of them gets an answe
     "proxy malformed": ({"HTTP_PROXY": f"http://user:x/{SENTINEL}@127.0.0.1:1"}, {"server_urls": FAR}),
     "proxy unknown": ({"HTTP_PROXY": f"gopher://user:{SENTINEL}@127.0.0.1:1"}, {"server_urls": FAR}),
     "socks": ({"ALL_PROXY": f"socks5://user:{SENTINEL}@127.0.0.1:1"}, {"server_urls": FAR}),
+    "several, as a list": ({}, {"server_urls": [f"http://user:{SENTINEL}@h", f"http://user:x/{SENTINEL}@h"]}),
     "body": ({}, {"extra_body": {"api_key": SENTINEL}}),
     "header in body": ({}, {"extra_body": {"extra_headers": {"X-Key": SENTINEL}}}),
     "address in body": ({}, {"extra_body": {"a": [{"b": f"http://user:{SENTINEL}@h"}]}}),
@@ -645,6 +653,46 @@ def test_no_secret_is_told_where_no_server_answers(case, monkeypatch, caplog, ca
             asked(**{"urls": keys.pop("server_urls", "http://127.0.0.1:1")} | keys)
     told = everything_said(error.value, caplog, capfd)
     assert not hidden_in(told) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["key", "address"])
+def test_no_file_of_a_pipeline_holds_a_secret(where, tmp_path, monkeypatch, caplog, capfd):
+    """Refused at first, with the credentials repeated; then to the end, with other addresses in between."""
+    caplog.set_level(logging.DEBUG)
+    questions, refusing = make_questions(6), [True]
+
+    def reply(request):
+        if refusing:
+            return 401, {"error": request.headers["Authorization"]}
+        prompt = request.body["messages"][-1]["content"]
+        gold = next(row["answers"][0] for row in questions if row["question"] in prompt)
+        texts = [f"Thought {i}. The answer is: {gold if i % 2 else 'No answer.'}" for i in range(request.body["n"])]
+        return 200, {"choices": [{"index": i, "message": {"content": text}} for i, text in enumerate(texts)]}
+
+    if where == "key":
+        monkeypatch.setenv("OPENAI_API_KEY", f"{SENTINEL}\n")
+    with answering(reply) as server:
+        url = server.url if where == "key" else server.url.replace("//", f"//user:{SENTINEL}@")
+        keys = dict(backend="openai", server_urls=url, served_model="m", num_rows=4)
+        recipe = material_recipe(tmp_path, save_tokenizer(tmp_path / "tokenizer"), questions, **keys)
+        with pytest.raises(DataError, match="refuses with HTTP 401") as error:
+            run_pipeline(recipe)
+        refusing.clear()
+        run_pipeline(recipe)
+    files = [path for part in ("work", "data") for path in (tmp_path / part).rglob("*") if path.is_file()]
+    assert {"manifest.json", "samples.long.jsonl", "dataset_info.json"} <= {path.name for path in files}
+    told = everything_said(error.value, caplog, capfd) + "".join(path.read_text() for path in files)
+    assert not hidden_in(told)
+
+
+@pytest.mark.parametrize(
+    "words", ["http://user:SECRET@h", "server_urls={a: http://user:SECRET@h", "server_urls=[http://user:x/SECRET@h]"]
+)
+def test_overrides_that_cannot_be_read_are_shown_without_passwords(words, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 1")
+    with pytest.raises(DataError) as error:
+        load_recipe(str(tmp_path / "recipe.yaml"), [words])
+    assert "SECRET" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "stop_token_ids", "eos_token", "top_k", "secretary", "guided_json"])
