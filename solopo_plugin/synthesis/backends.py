@@ -353,8 +353,8 @@ def api_key(recipe: Any) -> str:
     """
     if recipe.api_key_env not in os.environ and not re.fullmatch("[A-Z_][A-Z0-9_]*", recipe.api_key_env):
         raise DataError(
-            "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY, and not the key itself; no "
-            "variable has the name that is given."
+            "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY, and not the key "
+            "itself; there is none of the name that is given."
         )
     key = os.environ.get(recipe.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
