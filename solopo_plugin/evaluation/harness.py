@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, such as the Open LLM Leaderboard: its own program asks and scores.
 
-It runs as a process of its own (see harness_process.py), so that it can neither change nor be changed by what is loaded
-here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and,
-while it runs, the answers so far: a run that was stopped continues. rows.json says that it is finished.
+It runs as a process of its own (harness_process.py), so that it can neither change nor be changed by what is loaded
+here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and, while it runs,
+the answers so far: a run that was stopped continues. rows.json says that it is finished.
 """
 
 import importlib.util
@@ -179,7 +179,8 @@ def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:
     with explained(path, "write"), open(path, "ab") as file:  # a run that goes on adds to it
         process = subprocess.Popen(command, env=_environment(server, key), stdout=file, stderr=subprocess.PIPE)
         try:
-            for part in _without(key.encode(), iter(lambda: process.stderr.read1(1 << 16), b"")):
+            secret = key.encode() if len(key) > 3 else b""  # a shorter one keeps nobody out, and would tear words apart
+            for part in _without(secret, iter(lambda: process.stderr.read1(1 << 16), b"")):
                 file.write(part)
                 tail = (tail + part)[-(1 << 16) :]
                 sys.stderr.write(part.decode("utf-8", "replace"))

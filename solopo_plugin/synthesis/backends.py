@@ -42,7 +42,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after o
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
 LASTING = (501, 505, 511)  # those from 500 on that none will
-SAME = 8  # answers to the same few questions, none of which differs, after which that is said
+SAME = 8  # answers, each like the first one to its question, after which that is said
 
 
 class Call(NamedTuple):

@@ -305,7 +305,7 @@ def _masked(text: str) -> str:
 
 def _secret_in(value: Any, name: str = "") -> str | None:
     """Name of a part that by its name is a secret, or whose value is an address with a password; None: no part is."""
-    if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://[^/\s]*@", value)):
+    if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://\S*@", value)):
         return name
     parts = value.items() if isinstance(value, dict) else [("", v) for v in value] if isinstance(value, list) else ()
     return next((found for key, part in parts if (found := _secret_in(part, str(key) or name))), None)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from solopo_plugin.evaluation.harness import _environment, _without, configuration, kept_rows, read_results, run_harness
 from solopo_plugin.evaluation.recipe import load_recipe
+from solopo_plugin.evaluation.report.tables import harness_table
 from solopo_plugin.synthesis.files import DataError
 
 LEADERBOARD = ROOT / "examples/yaml/eval/leaderboard.yaml"
@@ -341,6 +342,9 @@ def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monke
     assert {row["task"]: row["value"] for row in found} == {"scored": 1.0, "written": 1.0}
     assert [row["cut"] for row in found] == [4, 4]
     assert "toy: lm-evaluation-harness cut prompts" in caplog.text and "says so 4 times" in caplog.text
+    assert harness_table({"harness": found}).notes[1:] == [
+        "toy: prompts beyond its window lost their beginning, 4 times by the harness' log."
+    ]
 
 
 KEY = "sk-SENTINEL-0123456789"

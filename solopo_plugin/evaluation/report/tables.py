@@ -274,6 +274,8 @@ def harness_table(results: dict) -> Table | None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [(model, [show(by_key.get((model, *key))) for key in keys]) for model in models]
     notes = ["With the harness' own prompts and in its units (accuracies from 0 to 1); ± is its standard error."]
+    for model, times in {row["model"]: row["cut"] for row in rows if row.get("cut")}.items():
+        notes.append(f"{model}: prompts beyond its window lost their beginning, {times} times by the harness' log.")
     return Table("", keys, [("", lines)], notes)
 
 
