@@ -65,6 +65,7 @@ setup(
         "transformers>=5.0,<=5.6.0",
         "pyyaml",  # recipes
         "httpx",  # sampling from OpenAI-compatible servers; the host brings it along
+        "ijson>=3.2",  # questions in large JSON files, row by row; no dependency of its own, wheels for all platforms
     ],
     extras_require={
         # builds from source: DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"

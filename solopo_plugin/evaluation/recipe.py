@@ -6,11 +6,12 @@ none changes how fast an evaluation runs, never what comes out.
 """
 
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..synthesis.files import DataError
+from ..synthesis.files import DataError, split_names
 from ..synthesis.recipe import FIELDS as DATA
 from ..synthesis.recipe import build, key, read_values
 from .items import MAIN_METRIC
@@ -193,6 +194,6 @@ def sources(recipe: EvalRecipe, benchmark: str) -> list[Path]:
         if benchmark in spec.metadata["stages"]:
             value = getattr(recipe, name)
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            words = [word.strip() for part in parts if isinstance(part, str) for word in part.split(",")]
-            found += [Path(word) for word in words if word and Path(word).exists()]
+            names = [name for part in parts if isinstance(part, str) for name in split_names(part)]
+            found += [Path(name) for name in names if os.path.exists(name)]
     return found

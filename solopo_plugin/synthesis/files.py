@@ -6,19 +6,27 @@ renamed. A file that grows (`Appender`) consists of whole lines: a torn last lin
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 SYNC_SECONDS = 1.0  # an appended line is in the kernel's hands at once, and on the disk itself within this time
 
 
 class DataError(ValueError):
     """What the user has to put right, in one sentence: what, where, the value seen, what to do."""
+
+
+def shown(value: object) -> str:
+    """Return a value and its type, in short, for a message."""
+    return f"{type(value).__name__} {repr(value)[:80]}"
 
 
 def dump(value: object) -> bytes:
@@ -58,6 +66,31 @@ def read_jsonl(path: Path | str) -> Iterator[dict]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield parse_line(line, path, number)
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes; what gzip has packed is unpacked on the way, whatever the file is called.
+
+    Raises:
+        DataError: No such file, or its bytes cannot be read or unpacked.
+    """
+    with explained(path, "read"), open(path, "rb") as file:
+        yield gzip.GzipFile(fileobj=file) if file.peek(2).startswith(b"\x1f\x8b") else file
+
+
+def split_names(text: str) -> list[str]:
+    """Split a list of names at its commas, but leave the comma in the name of what is there.
+
+    Of the names that can begin at a place, the longest that a file or folder has is taken.
+    """
+    parts, names = text.split(","), []
+    while parts:
+        joined = (n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]).strip()))
+        n = next(joined, 1)
+        names.append(",".join(parts[:n]).strip())
+        parts = parts[n:]
+    return [name for name in names if name]
 
 
 def write_jsonl(path: Path | str, rows: Iterable[dict]) -> int:
@@ -208,6 +241,8 @@ def explained(path: Path | str, verb: str):
                 "what is finished is kept."
             ) from None
         raise DataError(f"Cannot {verb} {path}: {error.strerror or error}.") from None
+    except (EOFError, zlib.error) as error:  # of a file that gzip has packed
+        raise DataError(f"Cannot {verb} {path}: {error}; is the file complete?") from None
 
 
 @contextmanager

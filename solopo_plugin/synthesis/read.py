@@ -12,9 +12,9 @@ import hashlib
 import heapq
 import json
 import logging
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ..metrics import judged_form, normalize_answer
-from .files import DataError, explained, parse_line, write_jsonl
+from .files import DataError, shown, split_names, write_jsonl
 from .recipe import DataRecipe
+from .sources import Rows, file_rows, source_rows
 
 log = logging.getLogger(__name__)
 Documents = dict[str, dict]  # id -> {"title", "text"}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SQUAD = re.compile(r'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[')  # how its official files begin
 SHOWN = 5  # bad lines that are printed before they are only counted
 
 
@@ -77,7 +76,7 @@ def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iter
 
 
 def usable(
-    rows: Iterable[tuple[str, Callable[[], dict]]],
+    rows: Rows,
     form: str,
     documents: Documents,
     counts: Counter,
@@ -91,7 +90,7 @@ def usable(
         bad: What to do with a row that cannot be used, given where it stands and why.
     """
     seen = set()
-    for where, load in rows:
+    for where, load in split_articles(rows):
         counts["lines"] += 1
         try:
             row = load()
@@ -110,111 +109,46 @@ def usable(
 
 
 def unanswerable(row: dict) -> bool:
-    """Whether a row says so of itself: in the full MuSiQue, and in SQuAD 2.0 (on the hub: there is no answer)."""
+    """Tell whether a row says so of itself: in the full MuSiQue, and in SQuAD 2.0 (on the hub: there is no answer)."""
+    for key in ("answerable", "is_impossible"):
+        if not isinstance(row.get(key), bool | None):
+            raise DataError(f"`{key}` must be true or false, got {shown(row[key])}.")
     hub_squad = "context" in row and isinstance(row.get("answers"), dict) and row["answers"].get("text") == []
     return row.get("answerable") is False or row.get("is_impossible") is True or hub_squad
 
 
-def lines(recipe: DataRecipe) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """Every row of `input`: its name for messages, and a function that parses it or raises `DataError`."""
-    for name in filter(None, (part.strip() for part in recipe.input.split(","))):
+def lines(recipe: DataRecipe) -> Rows:
+    """Yield every row of `input`: its name for messages, and a function that parses it or raises `DataError`."""
+    for name in split_names(recipe.input):
         yield from source_rows(name, "input", recipe.input_subset, recipe.input_split)
 
 
-def source_rows(name: str, key: str, subset: str | None, split: str) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """Every row of a file, a folder or a data set of the hub, as `lines` gives them.
-
-    Args:
-        key: What the recipe calls it, for messages.
-        subset: Configuration of a hub data set.
-        split: Split of a hub data set.
-    """
-    path = Path(name)
-    if path.suffix in (".json", ".jsonl"):
-        with explained(path, "read"), open(path, "rb") as file:
-            head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").decode("utf-8", "replace")
-        if SQUAD.match(head):
-            yield from _squad_rows(path)
-        else:
-            yield from _array(path) if head.startswith("[") else _json_lines(path)
-    elif path.exists() or HUB_NAME.fullmatch(name):
-        yield from _hub_rows(name, key, subset, split)
-    else:
-        raise DataError(f"`{key}`: there is no file {name}, and it is no name of the hub; check the path.")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
-    with explained(path, "read"), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", lambda line=line, number=number: parse_line(line, path, number)
-
-
-def _array(path: Path, closing: str = r"\]") -> Iterator[tuple[str, Callable[[], dict]]]:
-    """The items of the first JSON list of a file, parsed one by one: HotpotQA's training file is one of 566 MB.
-
-    Args:
-        closing: Pattern of what closes the file, from the end of the list on.
-    """
-    with explained(path, "read"):
+def split_articles(rows: Rows) -> Rows:
+    """Yield rows as they are, and each question of an article of SQuAD as a row of its own, as the hub has it."""
+    for where, load in rows:
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: the file is not UTF-8 ({error}).") from None
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, number, counted = between.match(text, text.index("[") + 1).end(), 1, 0
-    while at < len(text) and text[at] != "]":
-        number, counted = number + text.count("\n", counted, at), at
-        try:
-            item, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not an item of a JSON list ({error}).") from None
-        yield f"{path}:{number}", lambda item=item: _object(item)
-        at = between.match(text, end).end()
-    if not re.fullmatch(closing, text[at:].strip()):
-        raise DataError(f"{path}: the JSON list does not end; is the file complete?")
-
-
-def _squad_rows(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """The questions of an official file of SQuAD, each as a row of the hub's form: its paragraph is its `context`."""
-    for where, load in _array(path, r'\](\s*,\s*"version"\s*:\s*"[^"]*")?\s*\}'):
-        try:
-            article = load()
-            parts = [(paragraph, objects(paragraph, "qas")) for paragraph in objects(article, "paragraphs")]
+            row = load()
+            parts = [(part, objects(part, "qas")) for part in objects(row, "paragraphs")] if is_article(row) else None
         except DataError as error:
             yield where, partial(_refuse, error)
             continue
+        if parts is None:
+            yield where, lambda row=row: row
+            continue
         for i, (paragraph, asked) in enumerate(parts):
-            above = {"title": article.get("title"), "context": paragraph.get("context")}
+            above = {"title": row.get("title"), "context": paragraph.get("context")}
             for k, question in enumerate(asked):
-                place = f"{where} ({shown(article.get('title'))}: paragraphs[{i}].qas[{k}])"
+                place = f"{where} ({shown(row.get('title'))}: paragraphs[{i}].qas[{k}])"
                 yield place, lambda row=above | question: row
+
+
+def is_article(row: dict) -> bool:
+    """Tell an article of SQuAD from a row of MuSiQue, which has paragraphs, too."""
+    return "paragraphs" in row and not {"question", "answer"} & row.keys()
 
 
 def _refuse(error: DataError) -> dict:
     raise error
-
-
-def _object(item: Any) -> dict:
-    if not isinstance(item, dict):
-        raise DataError(f"a row must be a JSON object, got {shown(item)}.")
-    return item
-
-
-def _hub_rows(name: str, key: str, subset: str | None, split: str) -> Iterator[tuple[str, Callable[[], dict]]]:
-    from datasets import load_dataset
-
-    kind = {".parquet": "parquet"}.get(Path(name).suffix)
-    args = (kind, None) if kind else (name, subset)
-    try:
-        rows = load_dataset(*args, split="train" if kind else split, **({"data_files": name} if kind else {}))
-    except Exception as error:  # of the hub, the network, the reader: whatever it is, the user must know the name
-        raise DataError(
-            f"`{key}: {name}` cannot be loaded (subset {subset!r}, split {split!r}): "
-            f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-        ) from None
-    for index, row in enumerate(rows):
-        yield f"{name}[{index}]", lambda row=row: row
 
 
 def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
@@ -222,10 +156,10 @@ def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
     documents: Documents = {}
     if recipe.corpus is None:
         return documents
-    for where, load in _json_lines(Path(recipe.corpus)):
+    for where, load in file_rows(Path(recipe.corpus)):
         try:
             row = load()
-            id = row_id(row.get("id", where))
+            id = id_at(row) if "id" in row or "_id" in row else where
             if id in documents:
                 raise DataError(f"two documents have the id {id!r}.")
             documents[id] = make_paragraph(row, {})
@@ -264,7 +198,7 @@ def parse_row(row: dict, form: str, documents: Documents) -> dict:
     form = _format(row) if form == "auto" else form
     id, answers, hops, evidence, distractors = PARSERS[form](row, documents)
     if not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise DataError(f"`question` must be a text, got {shown(row.get('question'))}.")
+        raise DataError(f"`question` must be a text, {got(row, 'question')}.")
     usable = [a.strip() for a in dict.fromkeys(answers) if judged_form(a)]
     if not usable:
         raise DataError(f"there is no usable answer in {shown(answers)}.")
@@ -291,8 +225,11 @@ def _format(row: dict) -> str:
         return "plain"
     if "context" in row and "answers" in row:
         return "squad"
+    found = {key: name for key in KEYS if key not in row for name in nearest(row, key)[:1]}
+    near = "; nearest: " + ", ".join(f"`{name}` to `{key}`" for key, name in found.items()) if found else ""
     raise DataError(
-        f"the format of the row cannot be told from its keys ({', '.join(row)}); is it {', '.join(PARSERS)}?"
+        f"the format of the row cannot be told from its keys ({keys_of(row)}); musique has `paragraphs`, hotpotqa and "
+        f"2wikimultihopqa `supporting_facts`, squad `context` and `answers`, plain `evidence`{near}."
     )
 
 
@@ -301,15 +238,15 @@ def _musique(row: dict, documents: Documents) -> tuple:
     for item in list_at(row, "paragraphs"):
         if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
             raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {shown(item)}.")
-        paragraph = {"title": item.get("title"), "text": item.get("paragraph_text")}
-        if item["is_supporting"]:
-            evidence.append(make_paragraph(paragraph, {}))
-        elif paragraph["text"]:
-            distractors.append(make_paragraph(paragraph, {}))
+        text = item.get("paragraph_text", item.get("text"))  # the second in copies and in what imitates the format
+        if not isinstance(text, str):
+            raise DataError(f"`paragraph_text` of each of `paragraphs` must be a text, {got(item, 'paragraph_text')}.")
+        if item["is_supporting"] or text:
+            (evidence if item["is_supporting"] else distractors).append(make_paragraph(item | {"text": text}, {}))
     hops = row.get("question_decomposition")
     aliases = texts(row, "answer_aliases") if row.get("answer_aliases") else []
     answers = [*texts(row, "answer"), *aliases]
-    return row_id(row.get("id")), answers, len(hops) if isinstance(hops, list) and hops else None, evidence, distractors
+    return id_at(row), answers, len(hops) if isinstance(hops, list) and hops else None, evidence, distractors
 
 
 def _hotpotqa(row: dict, documents: Documents) -> tuple:
@@ -329,7 +266,7 @@ def _hotpotqa(row: dict, documents: Documents) -> tuple:
     missing = titles - {title for title, _ in context}
     if missing:
         raise DataError(f"`supporting_facts` names {shown(min(missing))}, which is not in `context`.")
-    return row_id(row.get("_id", row.get("id"))), texts(row, "answer"), None, evidence, distractors
+    return id_at(row, "_id"), texts(row, "answer"), None, evidence, distractors
 
 
 def _plain(row: dict, documents: Documents) -> tuple:
@@ -340,18 +277,22 @@ def _plain(row: dict, documents: Documents) -> tuple:
     distractors = (
         [make_paragraph(item, documents) for item in list_at(row, "distractors")] if row.get("distractors") else []
     )
-    return row_id(row.get("id")), texts(row, "answers"), hops, evidence, distractors
+    return id_at(row), texts(row, "answers"), hops, evidence, distractors
 
 
 def _squad(row: dict, documents: Documents) -> tuple:
     """SQuAD: a question of an official file with its paragraph, or a row of the hub, whose answers are columns."""
-    title, answers = row.get("title"), row.get("answers")
+    title, answers, context = row.get("title"), row.get("answers"), row.get("context")
     title = title.replace("_", " ") if isinstance(title, str) else title
-    spoken = answers if isinstance(answers, dict) else {"text": [a.get("text") for a in objects(row, "answers")]}
-    evidence = make_paragraph({"title": title, "text": row.get("context")}, {})
-    return row_id(row.get("id")), texts(spoken, "text"), None, [evidence], []
+    if not isinstance(context, str) or not context.strip():
+        raise DataError(f"`context` must be a text that is not empty, {got(row, 'context')}.")
+    if not isinstance(answers, dict):
+        answers = {"text": [text for answer in objects(row, "answers") for text in texts(answer, "text")]}
+    evidence = make_paragraph({"title": title, "text": context}, {})
+    return id_at(row), texts(answers, "text"), None, [evidence], []
 
 
+KEYS = ("evidence", "context", "answers", "paragraphs", "supporting_facts")  # by which a format is told
 PARSERS = {
     "musique": _musique, "hotpotqa": _hotpotqa, "2wikimultihopqa": _hotpotqa, "squad": _squad, "plain": _plain
 }  # fmt: skip
@@ -363,13 +304,13 @@ def make_paragraph(item: Any, documents: Documents) -> dict:
         item = {"text": item}
     if not isinstance(item, dict):
         raise DataError(f"a paragraph must be a text or an object, got {shown(item)}.")
-    if "text" not in item and "id" in item:
+    if "text" not in item and "id" in item and (row_id(item["id"]) in documents or not item.keys() - {"id", "title"}):
         if row_id(item["id"]) not in documents:
             raise DataError(f"the recipe's `corpus` has no document with the id {shown(item['id'])}.")
         return documents[row_id(item["id"])]
     text, title = item.get("text"), item.get("title")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"the text of a paragraph must be a text that is not empty, got {shown(text)}.")
+        raise DataError(f"the `text` of a paragraph must be a text that is not empty, {got(item, 'text')}.")
     if not isinstance(title, str | None):
         raise DataError(f"the title of a paragraph must be a text, got {shown(title)}.")
     return {"title": " ".join((title or "").split()), "text": text}
@@ -399,8 +340,10 @@ def _pairs(row: dict, key: str) -> list[tuple[str, Any]]:
         if len(others) == 1 and isinstance(others[0], list) and len(others[0]) == len(value["title"]):
             value = [list(pair) for pair in zip(value["title"], others[0], strict=True)]
     pairs = value if isinstance(value, list) else []
+    if all(isinstance(pair, dict) and len(pair) == 2 and "title" in pair for pair in pairs):
+        pairs = [[pair["title"], *(v for k, v in pair.items() if k != "title")] for pair in pairs]
     if not pairs or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
-        raise DataError(f"`{key}` must be a list of pairs that begin with a title, got {shown(value)}.")
+        raise DataError(f"`{key}` must be a list of pairs that begin with a title, {got(row, key)}.")
     return [(title, other) for title, other in pairs]
 
 
@@ -418,7 +361,7 @@ def objects(row: dict, key: str) -> list[dict]:
 def list_at(row: dict, key: str) -> list:
     """The list that a row has at `key`."""
     if not isinstance(row.get(key), list):
-        raise DataError(f"`{key}` must be a list, got {shown(row.get(key))}.")
+        raise DataError(f"`{key}` must be a list, {got(row, key)}.")
     return row[key]
 
 
@@ -427,17 +370,41 @@ def texts(row: dict, key: str) -> list[str]:
     value = row.get(key)
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
-        raise DataError(f"`{key}` must be a text or a list of texts, got {shown(value)}.")
+        raise DataError(f"`{key}` must be a text or a list of texts, {got(row, key)}.")
     return found
 
 
-def row_id(value: Any) -> str:
-    """An id, which may be a text or a whole number, as a text."""
+def id_at(row: dict, key: str = "id") -> str:
+    """Return the id that a row has at `key`, which is `id` or `_id`, or else at the other of the two."""
+    key = next((name for name in (key, "id", "_id") if name in row), key)
+    if key not in row:
+        raise DataError(f"`{key}` must be a text or a whole number, {got(row, key)}.")
+    return row_id(row[key], key)
+
+
+def row_id(value: Any, key: str = "id") -> str:
+    """Return an id, which may be a text or a whole number, as a text."""
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"`id` must be a text or a whole number, got {shown(value)}.")
+        raise DataError(f"`{key}` must be a text or a whole number, got {shown(value)}.")
     return str(value)
 
 
-def shown(value: Any) -> str:
-    """A value and its type, in short, for a message."""
-    return f"{type(value).__name__} {repr(value)[:80]}"
+def got(row: dict, key: str) -> str:
+    """Say what a row has at `key`; where it has nothing, what it has instead, for a message."""
+    if key in row:
+        return f"got {shown(row[key])}"
+    near = "".join(f"; nearest is `{name}`" for name in nearest(row, key)[:1])
+    return f"and is missing (there is {keys_of(row) or 'nothing'}{near})"
+
+
+def keys_of(row: dict) -> str:
+    """List a row's keys, the first of them where there are many."""
+    return ", ".join([repr(key)[1:-1][:24] for key in row][:10]) + ", ..." * (len(row) > 10)
+
+
+def nearest(row: dict, key: str) -> list[str]:
+    """Return the keys of a row that may mean the same as `key`: one is part of the other, or they are spelled alike."""
+    stem = key.rstrip("s")
+    parts = [name for name in row if (stem in name if len(stem) > 3 else name.endswith(stem))]
+    parts += [name for name in row if len(name) > 3 and name.rstrip("s") in key]
+    return parts + get_close_matches(key, row, n=1, cutoff=0.5)

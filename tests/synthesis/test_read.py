@@ -103,9 +103,9 @@ def test_bad_squad_files(tmp_path):
     path.write_text(text)
     questions, counts = run(tmp_path / "out", Path("-"), input=str(path), skip_bad=True)
     assert [q["id"] for q in questions] == ["s1"] and counts["bad"] == 4 and counts["lines"] == 5
-    for cut, message in ((1, "does not end"), (3, "does not end"), (len(text) // 2, "not an item of a JSON list")):
+    for cut, message in ((1, "does not end"), (3, "does not end"), (len(text) // 2, "does not end")):
         path.write_text(text[:-cut])
-        with pytest.raises(DataError, match=rf"^{path}(:\d+)?: .*{message}"):
+        with pytest.raises(DataError, match=rf"^{path}:\d+: .*{message}"):
             run(tmp_path / "out", Path("-"), input=str(path), skip_bad=True)
 
 
@@ -174,7 +174,7 @@ BAD = {
     "no answer": (PLAIN_ROW | {"answers": []}, "`answers` must be a text or a list of texts, got list []."),
     "nothing of an answer": (PLAIN_ROW | {"answers": ["the", "!"]}, "there is no usable answer in list ['the', '!']."),
     "no evidence": (PLAIN_ROW | {"evidence": []}, "the question has no evidence."),
-    "empty evidence": (PLAIN_ROW | {"evidence": [""]}, "the text of a paragraph must be a text that is not empty"),
+    "empty evidence": (PLAIN_ROW | {"evidence": [""]}, "`text` of a paragraph must be a text that is not empty, got"),
     "unknown document": (PLAIN_ROW | {"evidence": [{"id": "d9"}]}, "`corpus` has no document with the id str 'd9'."),
     "hops": (PLAIN_ROW | {"hops": "2"}, "`hops` must be a whole number or null, got str '2'."),
     "musique": (MUSIQUE_ROW | {"paragraphs": [{}]}, "must hold objects with `is_supporting`, got dict {}."),
@@ -200,13 +200,14 @@ def test_bad_lines(tmp_path, case):
 
 
 def test_bad_files(tmp_path):
-    (tmp_path / "a.json").write_text('[{"id": 1}, {"id"')
+    (tmp_path / "a.json").write_text('[{"id": 1},\n {"id" 1}]')
     (tmp_path / "b.json").write_text('[{"id": 1}')
     (tmp_path / "c.jsonl").write_text("")
-    (tmp_path / "d.json").write_bytes(b"[\xff]")
+    (tmp_path / "d.json").write_bytes(b'["\xff"]')
     for name, message in {
-        "a.json": "a.json:1: not an item of a JSON list (Expecting", "b.json": "the JSON list does not end",
-        "c.jsonl": "has no usable question", "d.json": "the file is not UTF-8", "e.jsonl": "there is no such file",
+        "a.json": "a.json:2: not JSON (parse error: object key and value must be separated by a colon (':')):",
+        "b.json": "b.json:1: the JSON does not end; is the file complete?", "c.jsonl": "has no usable question",
+        "d.json": "d.json:1: not JSON (lexical error: invalid bytes in UTF8 string)", "e.jsonl": "there is no file",
         "no/such/thing": "there is no file", "no/hub": "cannot be loaded (subset None, split 'train')",
     }.items():  # fmt: skip
         source = name if name.startswith("no/") else str(tmp_path / name)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ...synthesis.files import DataError
-from ...synthesis.read import row_id, texts
+from ...synthesis.read import id_at, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .rows import around, items_of, number_at, rows_of, text_at
@@ -61,6 +61,6 @@ def _item(recipe, task: str, row: dict) -> Iterator[Item]:
     words = number_at(row, "length", -1)
     interval = next(name for limit, name in INTERVALS if words < limit)
     yield Item(
-        "longbench_qa", task, row_id(row.get("_id")), around(recipe.prompt, context, question), question, answers,
+        "longbench_qa", task, id_at(row, "_id"), around(recipe.prompt, context, question), question, answers,
         groups={"length": interval} if words >= 0 else {},
     )  # fmt: skip

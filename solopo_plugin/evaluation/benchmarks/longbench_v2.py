@@ -2,7 +2,7 @@
 
 The format is that of its data.json and of its copy on the hub: `_id`, `domain`, `sub_domain`, `difficulty` (easy,
 hard), `length` (short, medium, long), `question`, `choice_A` to `choice_D`, `answer` (the letter) and `context`.
-`longbench_v2_data` is that file (one list of 465 MB, whose text is held in memory while it is read), a .jsonl or
+`longbench_v2_data` is that file (one list of 465 MB, read row by row), a .jsonl or
 .parquet file of the same rows, or a name on the hub, from which loading is not tested.
 
 The prompt is ours, as for all benchmarks; the sentence that ends an answer is the one that the authors' parser reads.

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ...synthesis.files import DataError
 from ...synthesis.pool import Question
-from ...synthesis.read import row_id, texts
+from ...synthesis.read import id_at, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .haystack import NAME, Haystack, item_fields, wanted_questions
@@ -54,7 +54,7 @@ def _item(recipe, row: dict) -> Iterator[Item]:
     depth = number_at(row, "depth_percent1" if pair else "depth_percent")
     name = f"{depth:g}+{number_at(row, 'depth_percent2'):g}" if pair else f"{depth:g}"
     yield Item(
-        "niah_plus", text_at(row, "dataset"), f"{row_id(row.get('id'))}/{length}/{name}",
+        "niah_plus", text_at(row, "dataset"), f"{id_at(row)}/{length}/{name}",
         around(recipe.prompt, context, question), question, answers, length=length, depth=depth,
         groups={"depths": name} if pair else {},
     )  # fmt: skip

@@ -17,8 +17,8 @@ question belongs to; `questions`, where it is missing.
 from collections.abc import Iterator
 from functools import partial
 
-from ...synthesis.files import DataError
-from ...synthesis.read import list_at, make_paragraph, row_id, shown, texts
+from ...synthesis.files import DataError, shown
+from ...synthesis.read import id_at, list_at, make_paragraph, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .longbench_v2 import LETTERS, PROMPT, with_choices
@@ -48,7 +48,7 @@ def _item(prompt: str | None, row: dict) -> Iterator[Item]:
     made, places = _prompt(forms[0], prompt, asked, row)
     task = text_at(row, "task") if row.get("task") is not None else "questions"
     kind = "qa" if choices is None else "choice"
-    yield Item("plain", task, row_id(row.get("id")), made, question, answers, kind, evidence=places)
+    yield Item("plain", task, id_at(row), made, question, answers, kind, evidence=places)
 
 
 def _prompt(form: str, prompt: str | None, asked: str, row: dict) -> tuple[str, list[dict]]:

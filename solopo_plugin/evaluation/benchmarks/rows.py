@@ -10,19 +10,19 @@ from typing import Any
 
 from ...host.template import template_markers
 from ...synthesis.contexts import lay_out, split_prompt
-from ...synthesis.files import DataError
+from ...synthesis.files import DataError, split_names
 from ...synthesis.pool import marker_pattern, shown_text
-from ...synthesis.read import draw, located, shown, source_rows
+from ...synthesis.read import draw, got, located
+from ...synthesis.sources import Rows, source_rows
 from ..items import Item
 from ..recipe import EvalRecipe
 
 log = logging.getLogger(__name__)
-Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it
 
 
 def rows_of(names: str, key: str, subset: str | None = None, split: str = "test") -> Rows:
     """The rows of one or, with commas, several files, folders or data sets of the hub; arguments of `source_rows`."""
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    for name in split_names(names):
         yield from source_rows(name, key, subset, split)
 
 
@@ -99,7 +99,7 @@ def text_at(row: dict, key: str) -> str:
         DataError: It is none, or empty.
     """
     if not isinstance(row.get(key), str) or not row[key].strip():
-        raise DataError(f"`{key}` must be a text that is not empty, got {shown(row.get(key))}.")
+        raise DataError(f"`{key}` must be a text that is not empty, {got(row, key)}.")
     return row[key]
 
 
@@ -114,5 +114,5 @@ def number_at(row: dict, key: str, default: Any = None) -> float:
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"`{key}` must be a number, got {shown(row.get(key))}.")
+        raise DataError(f"`{key}` must be a number, {got(row, key)}.")
     return value

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ...synthesis.files import DataError
-from ...synthesis.read import objects, row_id, texts
+from ...synthesis.read import id_at, objects, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .rows import items_of, rows_of, text_at
@@ -35,6 +35,6 @@ def _items(row: dict) -> Iterator[Item]:
     groups = {} if row.get("hops") is None else {"hops": str(row["hops"])}
     for task, key in (("short", "prompt"), ("long", "long_prompt")):
         yield Item(
-            "validation", task, row_id(row.get("id")), text_at(row, key), text_at(row, "question"),
+            "validation", task, id_at(row), text_at(row, key), text_at(row, "question"),
             texts(row, "answers"), evidence=objects(row, f"{task}_evidence"), groups=groups,
         )  # fmt: skip
