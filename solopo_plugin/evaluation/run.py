@@ -11,6 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..host.template import encode_prompt
-from ..synthesis.backends import Call, Model, generate, load_chat
+from ..synthesis.backends import Call, Model, check_backend, generate, load_chat
 from ..synthesis.files import (
     Appender,
     DataError,
@@ -89,6 +90,8 @@ def answer_all(recipe: EvalRecipe, models: list[ModelRef], resume: bool = True) 
         hashes[item.key] = item.prompt_hash
         longest = max(longest, item.max_new_tokens or recipe.max_new_tokens)
     for model in models:
+        if resume:
+            _take_over(Path(recipe.output_dir, "answers"), model.name, fingerprint(recipe, model), models)
         ask(recipe, model, hashes, recipe.max_input_tokens + longest, len(models) == 1, resume)
 
 
@@ -153,7 +156,10 @@ def prepare_items(recipe: EvalRecipe, model: ModelRef, resume: bool = True) -> d
     if set(kept) == set(wanted) == set(before):
         log.info("questions: made before, kept.")
         return {name: entry["questions"] for name, entry in before.items()}
-    tokens = load_chat(chat) if set(kept) != set(wanted) else ()
+    tokens = ()
+    if set(kept) != set(wanted):
+        check_backend(recipe)
+        tokens = load_chat(chat)
     entries, seen = {}, set()
     with replacing(path) as out:
         for name in wanted:
@@ -321,6 +327,30 @@ def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set
         log.warning(f"{path}: {outdated} answers to questions that have changed since are dropped and asked for again.")
         _drop(path, hashes)
     return have & hashes.keys()
+
+
+def _take_over(folder: Path, name: str, chosen: dict, models: list[ModelRef]) -> None:
+    """Copy the answers of a model that is there under another name than it was, known by the same fingerprint.
+
+    Args:
+        folder: Of the files of answers.
+        models: Those of this evaluation, each of which is asked for itself.
+    """
+    path, others = folder / f"{name}.jsonl", {f"{model.name}.jsonl" for model in models}
+    if path.exists():
+        return
+    for former in sorted(folder.glob("*.jsonl")):
+        if former.name not in others and _asked_so(former) == chosen:
+            log.info(f"{name}: the same model was asked as {former.stem}; its answers are taken over.")
+            with replacing(path) as out:
+                _copy(former, 0, former.stat().st_size, out)
+            return
+
+
+def _asked_so(path: Path) -> Any:
+    """Return the fingerprint in the first line of a file of answers, None if it has none or is damaged."""
+    with suppress(DataError):
+        return next(read_jsonl(path), {}).get("fingerprint")
 
 
 def _aside(path: Path, chosen: Any) -> Path:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ..host.versions import installed_versions
 from .files import DataError, alone_in, explained, file_hash, write_json
-from .recipe import STAGES, DataRecipe, outside_inputs, settings
+from .recipe import STAGES, DataRecipe, model_files, outside_inputs, settings
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+MODEL = "model_name_or_path"
 PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy", "pyarrow", "bm25s")
 
 
@@ -59,7 +60,7 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
         if stage:
             _check_before(stage, recipe, manifest)
         for name in names:
-            _run_stage(name, recipe, work, manifest)
+            _run_stage(name, recipe, work, manifest, then_sample=stage is None)
     return manifest
 
 
@@ -81,15 +82,20 @@ def _check_before(stage: str, recipe: DataRecipe, manifest: dict) -> None:
         entry = manifest["stages"].get(name)
         if entry is None:
             raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")
-        if changed := _changed_settings(entry["settings"], settings(recipe, name)):
+        outside = {} if name == "read" else outside_inputs(recipe, name)
+        if changed := _changed_settings(entry, settings(recipe, name), outside):
             raise DataError(
                 f"Stage `{stage}` builds on stage `{name}`, which ran with other settings ({'; '.join(changed)}); "
                 f"run `--stage {name}` first, or leave `--stage` away."
             )
 
 
-def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> None:
-    """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest."""
+def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_sample: bool) -> None:
+    """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest.
+
+    Args:
+        then_sample: Contexts are made to be sampled on at once, so that the backend must be there.
+    """
     inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | outside_inputs(recipe, name)
     chosen = settings(recipe, name)
     finished = manifest["stages"].get(name)
@@ -102,6 +108,10 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> Non
             log.warning("%s: made again, because %s.", name, "; ".join(changed))
             del manifest["stages"][name]
             _save(manifest, work)
+    if name == "contexts" and then_sample:
+        from .backends import check_backend
+
+        check_backend(recipe)
     log.info("%s ...", name)
     counts = importlib.import_module(f"{__name__}.{name}").run(recipe, work)
     outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}
@@ -115,10 +125,12 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict) -> Non
 
 def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str]:
     """Why a finished stage is not up to date, one phrase each."""
-    phrases = _changed_settings(finished["settings"], chosen)
-    old = finished["inputs"]
+    phrases = _changed_settings(finished, chosen, inputs)
+    old, models = finished["inputs"], {str(Path(s.get(MODEL) or "")) for s in (finished["settings"], chosen)}
     phrases += [
-        f"{file} has changed" for file in sorted(old.keys() | inputs.keys()) if old.get(file) != inputs.get(file)
+        f"{file} has changed"
+        for file in sorted((old.keys() | inputs.keys()) - models)
+        if old.get(file) != inputs.get(file)
     ]
     for file, digest in finished["outputs"].items():
         if not (work / file).exists():
@@ -128,11 +140,17 @@ def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str
     return phrases
 
 
-def _changed_settings(old: dict, new: dict) -> list[str]:
-    return [
-        f"`{key}` was {old.get(key)!r} and is {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
+    """Say what is set otherwise, one phrase each. A model whose files are known goes by them, wherever they are."""
+    old, phrases = finished["settings"], []
+    before, now = model_files(old, finished["inputs"]), model_files(chosen, inputs)
+    if before and now:
+        phrases = [f"the files of `{MODEL}` have changed"] if before != now else []
+        old, chosen = ({key: value for key, value in s.items() if key != MODEL} for s in (old, chosen))
+    return phrases + [
+        f"`{key}` was {old.get(key)!r} and is {chosen.get(key)!r}"
+        for key in sorted(old.keys() | chosen.keys())
+        if old.get(key) != chosen.get(key)
     ]
 
 

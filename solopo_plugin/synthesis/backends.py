@@ -20,12 +20,14 @@ import random
 import re
 import socket
 import ssl
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +93,18 @@ def generate(recipe: Any, calls: Iterable[Call], model: Model | None = None) -> 
         name = recipe.model_name_or_path
         model = Model(name, window=recipe.long_tokens + recipe.max_new_tokens, names=(name,))
     return BACKENDS[recipe.backend](recipe, calls, model)
+
+
+def check_backend(recipe: Any) -> None:
+    """Refuse a backend that cannot answer, before anything is made that it is to be asked.
+
+    Raises:
+        DataError: vLLM is not installed, or no server is named.
+    """
+    if recipe.backend == "vllm" and "vllm" not in sys.modules and find_spec("vllm") is None:
+        raise DataError("`backend: vllm` is not installed: pip install '.[vllm]', or use `backend: openai`.")
+    if recipe.backend == "openai" and not recipe.server_urls:
+        raise DataError("`backend: openai` needs `server_urls`, for example http://localhost:8000/v1.")
 
 
 def load_chat(recipe: Any) -> tuple:

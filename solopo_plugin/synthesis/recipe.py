@@ -5,6 +5,7 @@ it. A key that names no stage changes how fast rows are made, never which.
 """
 
 import math
+import os
 import re
 import types
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..metrics import RULE
-from .files import DataError, file_hash, folder_hash
+from .files import DataError, file_hash, folder_hash, split_names
 
 STAGES = ("read", "contexts", "sample", "judge", "select", "export")
 
@@ -44,7 +45,7 @@ class DataRecipe:
 
     # read
     input: str = key(
-        "", "read", "Questions: a .json or .jsonl file, a folder, or a hub name; several with commas. Required."
+        "", "read", "Questions: a file of JSON or parquet, a folder, or a hub name; several with commas. Required."
     )
     input_format: Literal["auto", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
         "auto", "read", "What the rows of `input` look like; `auto` tells by their keys."
@@ -52,7 +53,7 @@ class DataRecipe:
     input_subset: str | None = key(None, "read", "Configuration of a hub data set, such as `distractor` of HotpotQA.")
     input_split: str = key("train", "read", "Split of a hub data set.")
     corpus: str | None = key(
-        None, "read", "A .jsonl file of documents (id, title, text): further distractors, and what evidence may name."
+        None, "read", "A file of documents (id, title, text): further distractors, and what evidence may name."
     )
     skip_bad: bool = key(False, "read", "Count and skip bad lines instead of stopping at the first.")
     max_questions: int | None = key(
@@ -131,6 +132,7 @@ class DataRecipe:
 
 FIELDS = {f.name: f for f in fields(DataRecipe)}
 REQUIRED = ("model_name_or_path", "template", "input", "dataset_name", "work_dir")
+ENTRY_NAME = re.compile(r"(?!\s)[^/\\,\x00-\x1f\x7f]+(?<!\s)")
 # (smallest, largest); the rest of the numbers must be above 0
 RANGES = {
     "lossy_short": (0, 1),
@@ -148,27 +150,41 @@ def settings(recipe: Any, stage: str) -> dict[str, Any]:
 
 
 TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.bin")
-ADAPTER = ("adapter_config.json", "*.safetensors", "*.bin")
+BINARIES = ("*.safetensors", "*.bin")
+WEIGHTS = ("config.json", "generation_config.json", *BINARIES)
+ADAPTER = ("adapter_config.json", *BINARIES)
 
 
 def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
     """Hashes of what a stage reads from outside the work folder: files of questions, and a model that is a folder.
 
     The judge's rule is one, too: verdicts that another version of this project gave are given again.
-    What lies on a hub or behind a server is known by its name alone.
+    What lies on a hub is known by its name alone; so is what is behind a server, unless nothing is said of its name
+    there and the folder holds weights, which then are taken to be the server's.
     """
     if stage == "read":
-        names = [*(part.strip() for part in recipe.input.split(",")), *([recipe.corpus] if recipe.corpus else [])]
-        return {name: file_hash(name) for name in names if Path(name).is_file()}
+        names = [*split_names(recipe.input), *([recipe.corpus] if recipe.corpus else [])]
+        return {name: file_hash(name) for name in names if os.path.isfile(name)}
     if stage == "judge":
         return {"the rule of `gives_answer`": str(RULE)}
     model = Path(recipe.model_name_or_path)
-    if stage == "contexts" and model.is_dir():
+    if "model_name_or_path" not in settings(recipe, stage) or not model.is_dir():
+        return {}
+    if stage != "sample" or (recipe.backend == "openai" and recipe.served_model):
         return {str(model): folder_hash(model, TOKENIZER)}
-    if stage == "sample" and model.is_dir() and recipe.backend != "openai":
-        return {str(model): folder_hash(model, TOKENIZER + WEIGHTS)}
-    return {}
+    if recipe.backend == "openai" and not any(any(model.glob(kind)) for kind in BINARIES):
+        return {}
+    return {str(model): folder_hash(model, TOKENIZER + WEIGHTS)}
+
+
+def model_files(made_from: dict[str, Any], inputs: dict[str, str]) -> str | None:
+    """Return the hash of the model's folder if a stage knows the model by that, and None if by its name.
+
+    Args:
+        made_from: What `settings` returns, or returned.
+        inputs: Hashes by name, those of `outside_inputs` among them.
+    """
+    return inputs.get(str(Path(made_from.get("model_name_or_path") or "")))
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> DataRecipe:
@@ -194,6 +210,11 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
         )
     if recipe.val_size >= 1 and recipe.val_size != int(recipe.val_size):
         raise DataError(f"`val_size` must be a share below 1 or a whole number of rows, got {recipe.val_size}.")
+    if not ENTRY_NAME.fullmatch(recipe.dataset_name):
+        raise DataError(
+            f"`dataset_name` begins names of files in `dataset_dir`, and of entries that `dataset` lists with commas: "
+            f"it has no slash, comma or control character, and no blank at its ends; got {recipe.dataset_name!r}."
+        )
     return recipe
 
 
@@ -256,7 +277,7 @@ def _checked(name: str, kind: Any, value: Any, ranges: dict[str, tuple]) -> Any:
     if kind is list:
         return value if isinstance(value, list) else [value]
     if get_origin(kind) is list:
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        parts = split_names(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
         return [_scalar(name, get_args(kind)[0], part, ranges) for part in parts if part != ""]
     return _scalar(name, kind, value, ranges)

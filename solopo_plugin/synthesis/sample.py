@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .backends import Call, generate
 from .files import Appender, DataError, dump, file_hash, parse_line, read_jsonl, write_json, write_jsonl
-from .recipe import DataRecipe, outside_inputs, settings
+from .recipe import DataRecipe, model_files, outside_inputs, settings
 
 log = logging.getLogger(__name__)
 Found = dict[str, dict[int, int]]  # question -> number of the answer -> where its line begins in the partial file
@@ -64,9 +64,13 @@ def sample_side(recipe: DataRecipe, work: Path, side: str) -> dict:
 
 
 def fingerprint(recipe: DataRecipe, work: Path, side: str) -> tuple[str, int]:
-    """Hash of all that a side's answers depend on, prompts in their order and settings; and the number of prompts."""
+    """Hash all that a side's answers depend on, prompts in their order and settings; and count the prompts.
+
+    A model that is a folder goes by what is in it, so that its answers are kept where it is moved.
+    """
     chosen = {name: value for name, value in settings(recipe, "sample").items() if name != "sample_long"}
-    chosen["outside"] = outside_inputs(recipe, "sample")
+    files = model_files(chosen, outside_inputs(recipe, "sample"))
+    chosen |= {"model_name_or_path": None, "outside": {"model": files}} if files else {"outside": {}}
     digest, n_prompts = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()), 0
     for context in read_jsonl(work / "contexts.jsonl"):
         digest.update(dump([context["id"], context[side]["prompt"]]))

@@ -1,9 +1,11 @@
 """Questions are made once, answers asked for once, over-long prompts lose their middle, and a kill loses nothing."""
 
 import json
+import logging
 import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -249,6 +251,42 @@ def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path
     (tmp_path / "model" / "model.safetensors").write_bytes(b"trained on")
     assert "asked anew, because the files of the model have changed;" in again(20, other)
     again(20, other, resume=False)
+
+
+def test_a_model_that_was_moved_is_not_asked_again(benchmarks, model, server, tmp_path, caplog):
+    """Answers go by what is in the folder; a model beside it, or one with other weights, is asked for itself."""
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "out" / "answers"
+
+    def ask(*names: str) -> int:
+        asked(server)
+        recipe = served(tmp_path, [str(tmp_path / name) for name in names], server, served_model="scripted")
+        answer_all(recipe, find_models(recipe))
+        return len(asked(server))
+
+    assert ask("model") == 20
+    Path(model).rename(tmp_path / "moved")
+    assert ask("moved") == 0 and "moved: the same model was asked as model; its answers are taken over." in caplog.text
+    assert (folder / "moved.jsonl").read_bytes() == (folder / "model.jsonl").read_bytes()
+    shutil.copytree(tmp_path / "moved", tmp_path / "beside")
+    (folder / "model.jsonl").write_bytes(b"damaged")
+    assert ask("moved", "beside") == 20
+    shutil.copytree(tmp_path / "moved", tmp_path / "trained")
+    (tmp_path / "trained" / "model.safetensors").write_bytes(b"trained on")
+    assert ask("trained") == 20
+
+
+def test_a_backend_that_is_missing_is_found_before_the_questions_are_made(benchmarks, model, server, tmp_path):
+    """And not missed where everything is there already."""
+    recipe = recipe_in(tmp_path, [model], backend="vllm")
+    with pytest.raises(DataError, match=r"^`backend: vllm` is not installed: pip install '\.\[vllm\]', or use"):
+        answer_all(recipe, find_models(recipe))
+    with pytest.raises(DataError, match=r"^`backend: openai` needs `server_urls`, for example"):
+        answer_all(replace(recipe, backend="openai"), find_models(recipe))
+    assert benchmarks["plain"].made == 0 and not (tmp_path / "out" / "items.jsonl").exists()
+    recipe = served(tmp_path, [model], server)
+    answer_all(recipe, find_models(recipe))
+    answer_all(replace(recipe, server_urls=None), find_models(recipe))
 
 
 def test_answers_are_not_scored_again_under_other_settings(benchmarks, model, server, tmp_path):

@@ -23,9 +23,10 @@ from material import make_questions, save_tokenizer
 from scripted_server import scripted, serving
 from zygote import started
 
-from solopo_plugin.synthesis import TABLE, run_pipeline, sample
+from solopo_plugin import synthesis
+from solopo_plugin.synthesis import TABLE, judge, run_pipeline, sample
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
-from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
+from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs, settings
 
 N_QUESTIONS, N_SAMPLES, RIGHT, UNMARKED = 60, 6, 0.5, 0.1
 KILLS = 4  # of every stage
@@ -230,7 +231,78 @@ def test_a_model_that_has_changed_in_place(prepare, monkeypatch, tmp_path):
     assert sample.fingerprint(made, folder, "short") != stands_for
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     assert outside_inputs(made, "contexts") != before[1]
-    assert outside_inputs(replace(made, backend="openai"), "sample") == {}
+
+
+def test_a_model_that_was_moved_is_the_same_model(finished, prepare, zygote, tokenizer):
+    """Nothing is made again, one stage alone runs, and the rows are the same; what is in the folder decides."""
+    folder = prepare(model_name_or_path="model")
+    shutil.copytree(tokenizer, folder / "model")
+    assert zygote(folder) == 0, (folder / "log.txt").read_text()
+    (folder / "model").rename(folder / "moved")
+    (folder / "log.txt").unlink()
+    assert zygote(folder, "model_name_or_path=moved/") == 0
+    assert zygote(folder, "model_name_or_path=moved", "--stage", "select") == 0
+    log = (folder / "log.txt").read_text()
+    assert log.count("finished before, kept.") == len(TABLE) and "made again" not in log and "anew" not in log
+    assert {k: v for k, v in results(folder).items() if "manifest" not in k} == {
+        k: v for k, v in results(finished).items() if "manifest" not in k
+    }
+    (folder / "moved" / "vocab.txt").write_text("another")
+    assert zygote(folder, "model_name_or_path=moved", "--stage", "select") == 1
+    log = (folder / "log.txt").read_text()
+    assert "stage `contexts`, which ran with other settings (the files of `model_name_or_path` have changed);" in log
+
+
+def test_what_a_moved_model_is_known_by(prepare, monkeypatch, tmp_path):
+    """Weights where they answer; behind a server its name there, and where that is not given the folder's weights."""
+    monkeypatch.chdir(prepare())
+    write_jsonl(tmp_path / "contexts.jsonl", [])
+    for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2"), ("d", None), ("e", None)):
+        shutil.copytree(load_recipe("recipe.yaml").model_name_or_path, name)
+        if weights:
+            Path(name, "model.safetensors").write_bytes(weights)
+
+    def same(one: str, two: str, **keys) -> bool:
+        recipes = [replace(load_recipe("recipe.yaml"), model_name_or_path=name, **keys) for name in (one, two)]
+        prints = {sample.fingerprint(made, tmp_path, "short") for made in recipes}
+        finished = {"settings": settings(recipes[0], "sample"), "inputs": outside_inputs(recipes[0], "sample")}
+        changed = synthesis._changed_settings(
+            finished, settings(recipes[1], "sample"), outside_inputs(recipes[1], "sample")
+        )
+        assert bool(changed) == (len(prints) > 1)
+        return not changed
+
+    own, served = dict(backend="transformers"), dict(backend="openai", served_model=None)
+    assert same("a", "b", **own) and same("d", "e", **own) and not same("a", "c", **own) and not same("a", "d", **own)
+    assert same("a", "b", **served) and not same("a", "c", **served) and not same("d", "e", **served)
+    assert same("a", "c", backend="openai") and same("d", "e", backend="openai")
+    assert not same("a", "org/b", **own) and not same("org/a", "org/b", **own)
+
+
+def test_a_work_folder_from_before_the_models_content_was_known(prepare, monkeypatch):
+    """A stage that went by the model's name alone is kept where that name is the same."""
+    monkeypatch.chdir(prepare())
+    made = load_recipe("recipe.yaml")
+    chosen, inputs = settings(made, "select"), outside_inputs(made, "select")
+    finished = {"settings": chosen, "inputs": {}, "outputs": {}}
+    assert inputs and synthesis._changes(finished, inputs, chosen, Path("work")) == []
+    other = synthesis._changes(finished, inputs, chosen | {"model_name_or_path": "b"}, Path("work"))
+    assert other == [f"`model_name_or_path` was {made.model_name_or_path!r} and is 'b'"]
+
+
+def test_a_backend_that_is_missing_is_found_before_the_contexts_are_built(prepare, monkeypatch):
+    """Not where only the contexts are wanted, nor where nothing is to be sampled."""
+    monkeypatch.chdir(prepare())
+    recipe = load_recipe("recipe.yaml")
+    with pytest.raises(DataError, match=r"^`backend: vllm` is not installed: pip install '\.\[vllm\]', or use"):
+        run_pipeline(replace(recipe, backend="vllm"))
+    with pytest.raises(DataError, match=r"^`backend: openai` needs `server_urls`, for example http"):
+        run_pipeline(replace(recipe, server_urls=None))
+    assert Path("work/questions.jsonl").exists() and not Path("work/contexts.jsonl").exists()
+    run_pipeline(replace(recipe, backend="vllm"), "contexts")
+    assert Path("work/contexts.jsonl").exists()
+    run_pipeline(recipe)
+    run_pipeline(replace(recipe, server_urls=None))  # all is there
 
 
 def test_orders_that_cannot_be_followed(prepare, monkeypatch):

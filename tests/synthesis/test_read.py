@@ -1,5 +1,6 @@
 """Reading questions: every format, every bad line named, and files that survive what befalls them."""
 
+import gzip
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from material import HOTPOTQA, MUSIQUE, make_questions, recipe
 from solopo_plugin.metrics import normalize_answer
 from solopo_plugin.synthesis import read
 from solopo_plugin.synthesis.files import Appender, DataError, read_jsonl, write_json, write_jsonl
-from solopo_plugin.synthesis.recipe import FIELDS, REQUIRED, STAGES, load_recipe, make_recipe
+from solopo_plugin.synthesis.recipe import FIELDS, REQUIRED, STAGES, load_recipe, make_recipe, outside_inputs
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 
@@ -109,6 +110,69 @@ def test_bad_squad_files(tmp_path):
             run(tmp_path / "out", Path("-"), input=str(path), skip_bad=True)
 
 
+def squad_file(**keys) -> dict:
+    """Two articles; a question each, and one without an answer."""
+    said = [{"text": "Rosvik", "answer_start": 0}, {"text": "The Rosvik", "answer_start": 0}]
+    asked = [{"id": "s1", "question": "Where?", "answers": said, "is_impossible": False}]
+    none = [{"id": "s2", "question": "Why?", "answers": [], "plausible_answers": said, "is_impossible": True}]
+    context = SQUAD_HUB_ROW["context"]
+    return keys | {"data": [
+        {"title": "Rosvik_town", "paragraphs": [{"context": context, "qas": asked + none}]},
+        {"title": "Karvik", "paragraphs": [
+            {"context": "Karvik is not.", "qas": [asked[0] | {"id": 3, "answers": said[:1]}]}
+        ]},
+    ]}  # fmt: skip
+
+
+FLAT = [
+    SQUAD_HUB_ROW | {"title": "Rosvik_town"}, SQUAD_HUB_ROW | {"id": "s2", "answers": {"text": []}},
+    {"context": "Karvik is not.", "title": "Karvik", "id": 3, "question": "Where?", "answers": [{"text": "Rosvik"}]},
+]  # fmt: skip
+SQUADS = {
+    "v2.0": squad_file(version="v2.0"), "1.1": squad_file() | {"version": "1.1"}, "a number": squad_file(version=2.0),
+    "a whole number": squad_file() | {"version": 1}, "null": squad_file(version=None), "no version": squad_file(),
+    "other keys": squad_file(version="x", creator={"name": "y"}, tags=["a", "b"], size=3),
+    "articles": squad_file()["data"], "flat rows": FLAT, "flat rows in data": {"version": "1", "data": FLAT},
+    "another key": {"examples": squad_file()["data"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["auto", "squad"])
+@pytest.mark.parametrize("case", SQUADS)
+def test_squad_as_it_is_found(tmp_path, case, form):
+    """Whatever the version is and wherever it stands, on one line or on many, also packed and by line."""
+    value = SQUADS[case]
+    texts = [json.dumps(value), json.dumps(value, indent=2), "\ufeff" + json.dumps(value, indent=1)]
+    texts[2] = texts[2].replace("\n", "\r\n")
+    texts += ["\n".join(map(json.dumps, value))] if isinstance(value, list) else []
+    for k, text in enumerate(texts * 2):
+        path = tmp_path / ("dev-v2.0.json" if k % 2 else "dev, v2.0.JSONL.gz")
+        path.write_bytes(text.encode() if k < len(texts) else gzip.compress(text.encode()))
+        questions, counts = run(tmp_path / "out", Path("-"), input=str(path), input_format=form)
+        assert [(q["id"], q["answers"]) for q in questions] == [("s1", ["Rosvik", "The Rosvik"]), ("3", ["Rosvik"])]
+        assert questions[0]["evidence"] == [{"title": "Rosvik town", "text": SQUAD_HUB_ROW["context"]}]
+        assert (counts["lines"], counts["unanswerable"], counts["bad"]) == (3, 1, 0)
+
+
+def test_paragraphs_like_musiques_with_a_plain_text(tmp_path):
+    """`text` in place of `paragraph_text`, in all of them or in some; before, distractors of that kind were lost."""
+    renamed = [{"text" if k == "paragraph_text" else k: v for k, v in p.items()} for p in MUSIQUE_ROW["paragraphs"]]
+    for paragraphs in (renamed, [MUSIQUE_ROW["paragraphs"][0], renamed[1]]):
+        (question,), _ = run(tmp_path, [MUSIQUE_ROW | {"paragraphs": paragraphs}])
+        assert [p["text"] for p in question["evidence"] + question["distractors"]] == [
+            "Rosvik is a town. It has a harbour.", "Karvik is not."
+        ]  # fmt: skip
+
+
+def test_pairs_as_objects(tmp_path):
+    """HotpotQA's and 2WikiMultihopQA's pairs as some copies have them."""
+    row = HOTPOT_ROW | {
+        "context": [{"title": t, "sentences": s} for t, s in PARAGRAPHS],
+        "supporting_facts": [{"sent_id": 0, "title": "Rosvik"}],
+    }
+    assert run(tmp_path, [row])[0] == run(tmp_path, [HOTPOT_ROW])[0]
+
+
 def test_plain_rows_and_documents(tmp_path):
     """Paragraphs as texts, as objects, and as ids of documents; texts stay as they are to the last space."""
     documents = [{"id": "d1", "title": "A\n title", "text": " Document one. \n"}, {"text": "Document two."}]
@@ -180,6 +244,52 @@ BAD = {
     "musique": (MUSIQUE_ROW | {"paragraphs": [{}]}, "must hold objects with `is_supporting`, got dict {}."),
     "hotpot": (HOTPOT_ROW | {"supporting_facts": [["Ulmen", 0]]}, "names str 'Ulmen', which is not in `context`."),
     "context": (HOTPOT_ROW | {"context": "{"}, "`context` is a text that is no JSON: str '{'."),
+    "answerable": (MUSIQUE_ROW | {"answerable": "false"}, "`answerable` must be true or false, got str 'false'."),
+    "impossible": (SQUAD_HUB_ROW | {"is_impossible": 1}, "`is_impossible` must be true or false, got int 1."),
+    "another text": (
+        MUSIQUE_ROW | {"paragraphs": [{"body": "b", "is_supporting": False}]},
+        "`paragraph_text` of each of `paragraphs` must be a text, and is missing (there is body, is_supporting).",
+    ),
+    "retrieved": (
+        {"id": 1, "question": "?", "golden_answers": ["x"], "ctxs": [{"text": "y"}]},
+        "from its keys (id, question, golden_answers, ctxs); musique has `paragraphs`, hotpotqa and 2wikimultihopqa "
+        "`supporting_facts`, squad `context` and `answers`, plain `evidence`; nearest: `ctxs` to `context`, "
+        "`golden_answers` to `answers`.",
+    ),
+    "golden answers": (
+        {"id": 1, "question": "?", "golden_answers": ["x"], "evidence": ["y"]},
+        "`answers` must be a text or a list of texts, and is missing (there is id, question, golden_answers, evidence; "
+        "nearest is `golden_answers`).",
+    ),
+    "one answer": (
+        {"id": 1, "question": "?", "answer": "x", "evidence": ["y"]},
+        "(there is id, question, answer, evidence; nearest is `answer`).",
+    ),
+    "query": (
+        {"id": 1, "query": "?", "answers": "x", "evidence": ["y"]},
+        "`question` must be a text, and is missing (there is id, query, answers, evidence",
+    ),
+    "qid": (
+        {"qid": 1, "question": "?", "answers": "x", "evidence": ["y"]},
+        "`id` must be a text or a whole number, and is missing (there is qid, question, answers, evidence; nearest is `qi",
+    ),
+    "contents": (
+        PLAIN_ROW | {"evidence": [{"id": "d9", "contents": "x"}]},
+        "a paragraph must be a text that is not empty, and is missing (there is id, contents; nearest is `contents`).",
+    ),
+    "spoken": (
+        SQUAD_HUB_ROW | {"answers": [{"answer": "x"}]},
+        "`text` must be a text or a list of texts, and is missing (there is answer).",
+    ),
+    "passage": (
+        {"id": 1, "question": "?", "passage": "x", "answers": ["y"]}, "from its keys (id, question, passage, answers);"
+    ),
+    "no context": (
+        {"_id": 1, "question": "?", "answer": "x", "supporting_facts": [["a", 0]], "contexts": []},
+        "`context` must be a list of pairs that begin with a title, and is missing (there is _id, question, answer, "
+        "supporting_facts, contexts; nearest is `contexts`).",
+    ),
+    "many keys": (dict.fromkeys("abcdefghijklmno"), "from its keys (a, b, c, d, e, f, g, h, i, j, ...);"),
 }  # fmt: skip
 
 
@@ -222,6 +332,34 @@ def test_a_column_of_documents_is_checked(tmp_path):
         run(tmp_path, [PLAIN_ROW], corpus=str(tmp_path / "corpus.in"))
     _, counts = run(tmp_path, [PLAIN_ROW], corpus=str(tmp_path / "corpus.in"), skip_bad=True)
     assert counts["corpus"] == 1 and counts["bad_documents"] == 2
+
+
+def test_documents_in_another_file_than_json_lines(tmp_path):
+    """Packed, as a list, in an object; BEIR's `_id` names a document as `id` does."""
+    documents = [{"_id": id, "title": id, "text": f"Document {id}."} for id in ("d1", "d2")]
+    row = PLAIN_ROW | {"evidence": [{"id": "d1"}], "distractors": [{"id": "d2"}]}
+    for content in (
+        gzip.compress("\n".join(map(json.dumps, documents)).encode()), json.dumps(documents, indent=1).encode(),
+        json.dumps({"docs": documents}).encode(),
+    ):  # fmt: skip
+        (tmp_path / "docs, all.json").write_bytes(content)
+        (question,), counts = run(tmp_path, [row], corpus=str(tmp_path / "docs, all.json"))
+        assert question["evidence"] == [{"title": "d1", "text": "Document d1."}] and counts["corpus"] == 2
+        assert question["distractors"] == [{"title": "d2", "text": "Document d2."}]
+    with pytest.raises(DataError, match=r"^Cannot read none\.jsonl: there is no such file"):
+        run(tmp_path, [row], corpus="none.jsonl")
+
+
+def test_files_with_commas_in_their_names(tmp_path):
+    """Each is read, and known by its hash, alone and beside others."""
+    for name, id in (("a,b.jsonl", 1), ("c.jsonl", 2), ("c.jsonl,d", 3)):
+        write_jsonl(tmp_path / name, [PLAIN_ROW | {"id": id}])
+    for ids in (["1"], ["2", "1"], ["1", "3"]):
+        names = [{"1": "a,b.jsonl", "2": "c.jsonl", "3": "c.jsonl,d"}[id] for id in ids]
+        paths = [str(tmp_path / name) for name in names]
+        made = recipe(tmp_path, "none", Path("-"), input=", ".join(paths))
+        assert read.run(made, tmp_path)["questions"] == len(ids) and list(outside_inputs(made, "read")) == paths
+        assert [q["id"] for q in read_jsonl(tmp_path / "questions.jsonl")] == ids
 
 
 def mangle(row: object, rng: random.Random) -> object:
@@ -377,6 +515,7 @@ def test_recipes_are_checked(tmp_path):
         ("work_dir", " "): "The data recipe lacks `work_dir`: Folder of intermediate files",
         ("short_tokens", 9000): "`short_tokens: 9000` must be below `long_tokens: 8192`;",
         ("val_size", 1.5): "`val_size` must be a share below 1 or a whole number of rows, got 1.5.",
+        ("dataset_name", "../x"): "`dataset_name` begins names of files in `dataset_dir`, and of entries that `data",
     }.items():
         with pytest.raises(DataError) as error:
             make_recipe(base | dict([keys]))
@@ -400,6 +539,21 @@ def test_recipes_are_checked(tmp_path):
             load_recipe(str(path))
     with pytest.raises(DataError, match="Cannot read the recipe"):
         load_recipe(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "/", "..\\x", "a,b", "a\nb", "a\0b", " a", "a ", "\t"])
+def test_a_data_sets_name_stays_in_its_folder(name):
+    """Nor does it part where a training recipe lists names with commas."""
+    base = dict(model_name_or_path="m", template="qwen", input="i", work_dir="w")
+    with pytest.raises(DataError, match="dataset_name") as error:
+        make_recipe(base | {"dataset_name": name})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["..", ".x", "a b", "a.b-c_d=e+f", "\u00c5se", "x:y"])
+def test_other_names_of_data_sets_are_taken(name):
+    base = dict(model_name_or_path="m", template="qwen", input="i", work_dir="w")
+    assert make_recipe(base | {"dataset_name": name}).dataset_name == name
 
 
 DATA_RECIPES = sorted((ROOT / "examples/yaml/data").glob("*.yaml"))
