@@ -66,6 +66,8 @@ def tokenizer_of(recipe: EvalRecipe, model: ModelRef) -> str:
 def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> ModelRef:
     """What is at a path; the name is not yet chosen."""
     folder = Path(path)
+    if folder.is_file():
+        raise DataError(f"{path}, which the {TITLE} names as a model, is a file; give the folder that it is in.")
     if not folder.is_dir():
         if path.startswith(("/", ".", "~")) or path.strip("/").count("/") > 1:
             raise DataError(f"There is no folder {path}, which the {TITLE} names as a model; check the path.")

@@ -86,10 +86,23 @@ def test_checkpoints_of_an_adapter(tmp_path):
     assert [ref.path for ref in moved] == ["org/moved"] * 2
 
 
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", ".", "a/b", "a\\b", "x\0y", "a,b", "-", "\n", "x" * 300])
+def test_files_of_a_model_stay_in_their_folder_whatever_it_is_called(tmp_path, name):
+    base = whole(tmp_path / "base")
+    (ref,) = found(tmp_path, {name: str(base)})
+    path = tmp_path / "answers" / f"{ref.name}.jsonl"
+    path.parent.mkdir()
+    path.touch()
+    assert [p.name for p in path.resolve().parent.iterdir()] == [path.name] and path.parent == path.resolve().parent
+
+
 def bad_folder(path, name):
     """A folder with one fault; returns the recipe's keys for it and the sentence."""
     if name == "no such folder":
         return dict(models=[str(path / "x")]), "There is no folder .*/x, which the evaluation recipe names as a model"
+    if name == "a file":
+        path.write_bytes(b"weights")
+        return dict(models=[str(path)]), "which the evaluation recipe names as a model, is a file; give the folder that"
     if name == "no model":
         path.mkdir()
         return dict(models=[str(path)]), "holds no model: neither config.json nor adapter_config.json is there"
@@ -131,8 +144,8 @@ def bad_folder(path, name):
     raise KeyError(name)
 
 
-FAULTS = ("no such folder", "no model", "only checkpoints", "no checkpoint", "checkpoints of nothing", "no weights",
-          "empty weights", "DeepSpeed's shards", "a missing shard", "half an index", "half an adapter",
+FAULTS = ("no such folder", "a file", "no model", "only checkpoints", "no checkpoint", "checkpoints of nothing",
+          "no weights", "empty weights", "DeepSpeed's shards", "a missing shard", "half an index", "half an adapter",
           "an adapter of nothing", "an adapter that is silent")  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_every_key_is_explained_and_names_known_stages():
 
 
 def test_sources_are_the_files_that_are_there(tmp_path):
-    for name in ("squad.json", "a.jsonl", "b.jsonl"):
+    for name in ("squad.json", "a.jsonl", "b.jsonl", "c,d.jsonl"):
         (tmp_path / name).touch()
     recipe = make_recipe(BASE | dict(
         ruler_data={"squad": str(tmp_path / "squad.json"), "musique": str(tmp_path / "none.json")},
@@ -99,6 +99,11 @@ def test_sources_are_the_files_that_are_there(tmp_path):
     assert sources(recipe, "ruler_qa") == [tmp_path / "squad.json"]
     assert sources(recipe, "niah_plus") == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     assert sources(recipe, "longbench_qa") == [tmp_path] and sources(recipe, "longbench_v2") == []
+    commas = make_recipe(
+        BASE | dict(niah_needles=f"{tmp_path}/c,d.jsonl,{tmp_path}/a.jsonl", niah_data=f"{tmp_path}/c,d.jsonl")
+    )
+    assert commas.niah_needles == [f"{tmp_path}/c,d.jsonl", f"{tmp_path}/a.jsonl"]
+    assert sources(commas, "niah_plus") == [tmp_path / "c,d.jsonl", tmp_path / "c,d.jsonl", tmp_path / "a.jsonl"]
 
 
 EVAL_RECIPES = sorted((ROOT / "examples/yaml/eval").glob("*.yaml"))

@@ -101,6 +101,20 @@ def test_parquet_holds_the_same_rows(work, tmp_path):
     assert {path.suffix for path in (tmp_path / "data").iterdir()} == {".parquet", ".json"}
 
 
+def test_a_link_in_the_folder_is_not_followed(work, tmp_path):
+    """An export takes the place of the link; what it led to stays as it was."""
+    run(work)
+    folder, elsewhere = work.parent / "data", tmp_path / "elsewhere.jsonl"
+    before = content(folder)
+    (folder / "toy_solopo.jsonl").rename(elsewhere)
+    (folder / "toy_solopo.jsonl").symlink_to(elsewhere)
+    first = elsewhere.read_bytes()
+    run(work, seed=7)
+    assert elsewhere.read_bytes() == first and not (folder / "toy_solopo.jsonl").is_symlink()
+    run(work)
+    assert content(folder) == before
+
+
 def test_twice_changes_nothing_and_less_takes_away_what_is_ours(work):
     folder = work.parent / "data"
     folder.mkdir()

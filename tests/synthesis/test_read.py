@@ -271,7 +271,7 @@ BAD = {
     ),
     "qid": (
         {"qid": 1, "question": "?", "answers": "x", "evidence": ["y"]},
-        "`id` must be a text or a whole number, and is missing (there is qid, question, answers, evidence; nearest is `qi",
+        "`id` must be a text or a whole number, and is missing (there is qid, question, answers, evidence; nearest",
     ),
     "contents": (
         PLAIN_ROW | {"evidence": [{"id": "d9", "contents": "x"}]},
