@@ -1,5 +1,6 @@
 """Benchmarks: official formats read as published, contexts of the asked length and depth, bad files named."""
 
+import gzip
 import json
 import logging
 import random
@@ -110,6 +111,8 @@ def test_longbench(tmp_path, ask):
     (tmp_path / "data").mkdir()
     for place, name, length in (("", "qasper", 5103), ("data", "hotpotqa", 3999), ("", "qasper_e", 8000)):
         write_jsonl(tmp_path / place / f"{name}.jsonl", [LONGBENCH_ROW | {"dataset": name, "length": length}])
+    (tmp_path / "qasper_e.jsonl.gz").write_bytes(gzip.compress((tmp_path / "qasper_e.jsonl").read_bytes()))
+    (tmp_path / "qasper_e.jsonl").unlink()
     items = ask("longbench_qa", longbench_data=str(tmp_path), longbench_tasks=["qasper", "hotpotqa", "qasper_e"])
     assert [item.key for item in items] == [("longbench_qa", t, "9f1c0") for t in ("qasper", "hotpotqa", "qasper_e")]
     for item, interval in zip(items, ("4-8k", "0-4k", "8k+"), strict=True):
@@ -138,9 +141,9 @@ def test_longbench(tmp_path, ask):
 def test_files_of_niah_plus(tmp_path, ask):
     pair = {k: v for k, v in NIAH_ROW.items() if k != "depth_percent"}
     pair |= {"dataset": "needle_hotpotqa", "context_length": "128000", "depth_percent1": 33, "depth_percent2": 100}
-    write_jsonl(tmp_path / "needle_plus_squad.jsonl", [NIAH_ROW, NIAH_ROW | {"depth_percent": 66.5}, NIAH_ROW])
-    write_jsonl(tmp_path / "pairs.jsonl", [pair])
-    for source in (tmp_path, f"{tmp_path}/needle_plus_squad.jsonl, {tmp_path}/pairs.jsonl"):
+    write_jsonl(tmp_path / "needle, plus_squad.jsonl", [NIAH_ROW, NIAH_ROW | {"depth_percent": 66.5}, NIAH_ROW])
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair).encode()))
+    for source in (tmp_path, f"{tmp_path}/needle, plus_squad.jsonl, {tmp_path}/pairs.jsonl.gz"):
         items = ask("niah_plus", niah_data=str(source))
         assert [(item.task, item.id, item.length, item.depth) for item in items] == [
             ("needle_squad", "n1/1000/33", 1000, 33.0), ("needle_squad", "n1/1000/66.5", 1000, 66.5),

@@ -47,7 +47,8 @@ def _source(data: str, task: str) -> str:
         raise DataError(f"`longbench_data: {data}` is a file; give the folder in which LongBench's files are.")
     if not Path(data).is_dir():
         return data
-    found = [path for path in (Path(data, f"{task}.jsonl"), Path(data, "data", f"{task}.jsonl")) if path.exists()]
+    names = [name for end in (".jsonl", ".jsonl.gz") for name in (f"{task}{end}", f"data/{task}{end}")]
+    found = [path for name in names if (path := Path(data, name)).exists()]
     if not found:
         raise DataError(
             f"`longbench_data: {data}` has no {task}.jsonl; unpack LongBench's data.zip there, or take {task} out of "

@@ -30,6 +30,8 @@ from ..recipe import EvalRecipe
 from .haystack import NAME, Haystack, item_fields, wanted_questions
 from .rows import around, items_of, number_at, rows_of, text_at
 
+ENDS = (".jsonl", ".jsonl.gz")  # of its files' names in a folder
+
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """The questions of the files, then those of the contexts that are built.
@@ -40,7 +42,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     if recipe.niah_data:
         names = recipe.niah_data
         if Path(names).is_dir():
-            names = ",".join(map(str, sorted(Path(names).glob("*.jsonl"))))
+            names = ",".join(str(path) for path in sorted(Path(names).iterdir()) if path.name.endswith(ENDS))
         rows, what = partial(rows_of, names, "niah_data"), f"`niah_data: {recipe.niah_data}`"
         yield from items_of(rows, partial(_item, recipe), what, recipe, tokenizer, template)
     for task, name in _named(recipe.niah_needles or {}).items():
