@@ -24,7 +24,7 @@ from scripted_server import scripted, serving
 from zygote import started
 
 from solopo_plugin import synthesis
-from solopo_plugin.synthesis import TABLE, judge, run_pipeline, sample
+from solopo_plugin.synthesis import TABLE, run_pipeline, sample
 from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs, settings
 
