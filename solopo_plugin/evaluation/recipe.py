@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..synthesis.files import DataError, split_names
 from ..synthesis.recipe import FIELDS as DATA
@@ -48,6 +48,9 @@ class EvalRecipe:
     # benchmarks
     benchmarks: list[str] = key(list, "results", f"What is asked: {', '.join(MAIN_METRIC)}.")
     prompt: DATA["prompt"].type = _same("prompt", "items")
+    prompts: Literal["ours", "official"] = key(
+        "ours", "longbench_v2", "`official`: LongBench v2 in its authors' words, without chain of thought; else ours."
+    )
     max_samples: int | None = key(None, "items", "Seeded choice of so many questions of each task; null: all.")
     longbench_data: str = key(
         "THUDM/LongBench", "longbench_qa", "LongBench v1: hub name, or folder of its .jsonl files."
@@ -115,7 +118,10 @@ class EvalRecipe:
         None, "results", "Benchmark that names the best model; `validation` is held out, others are reported, too."
     )
     compare: list | None = key(
-        None, "results", "Pairs of models, [`a, b`, ...]: b against a, question by question; null: each with the first."
+        None, "results", "Pairs of models or `runs`, [`a, b`, ...]: b against a; null: each with the first."
+    )
+    runs: dict | None = key(
+        None, "results", "Models that differ by training seed alone, {row of the report: [their names]}: mean and sd."
     )
     bootstrap_samples: int = key(10000, "results", "Resamples of the questions for 95 % intervals. Ours.")
     harness_tasks: list[str] | None = key(
@@ -182,6 +188,13 @@ def make_recipe(values: dict[str, Any]) -> EvalRecipe:
         if name in recipe.benchmarks and not any(getattr(recipe, source) for source in keys):
             wanted = " or ".join(f"`{source}`" for source in keys)
             raise DataError(f"`benchmarks: {name}` needs {wanted}: {FIELDS[keys[0]].metadata['help']}")
+    if recipe.prompts == "official" and "niah_plus" in recipe.benchmarks:
+        raise DataError(
+            "`prompts: official` cannot be had for niah_plus, whose authors publish prompts for a team of agents and "
+            "none for one model; evaluate niah_plus with `prompts: ours`, in an `output_dir` of its own."
+        )
+    if recipe.prompts == "official" and "longbench_v2" not in recipe.benchmarks:
+        raise DataError("`prompts: official` is for longbench_v2, which `benchmarks` does not name; leave it out.")
     if len(set(recipe.benchmarks)) < len(recipe.benchmarks):
         raise DataError(f"`benchmarks` names one twice: {', '.join(recipe.benchmarks)}.")
     return recipe

@@ -58,11 +58,12 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
     folder = Path(recipe.output_dir)
     with alone_in(folder, "output_dir"):
         from .report import write_report
-        from .results import make_results, pairs_of
+        from .results import make_results, pairs_of, rows_of
         from .score import write_scores
 
         models = stored_models(folder) if rescore else find_models(recipe)
-        pairs_of(recipe.compare, [model.name for model in models])  # a wrong name is better told now than at the end
+        # a wrong name is better told now than at the end
+        pairs_of(recipe.compare, rows_of(recipe.runs, [model.name for model in models]))
         if not rescore:
             write_json(folder / MODELS, [asdict(model) for model in models])
             if recipe.benchmarks:
@@ -76,7 +77,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         harness = [row for model in models for row in harness_rows(recipe, model, rescore)]
         results = make_results(
             folder, [asdict(model) for model in models], public_settings(recipe), recipe.select_by, recipe.compare,
-            recipe.bootstrap_samples, recipe.seed, harness,
+            recipe.bootstrap_samples, recipe.seed, harness, recipe.runs,
         )  # fmt: skip
         write_report(folder)
     return results

@@ -78,8 +78,16 @@ HARNESS = [
 ]  # fmt: skip
 
 
-def write_folder(folder: Path, questions: list[Item], models: tuple[str, ...] = tuple(CHANCES), **changes) -> dict:
-    """items.jsonl, answers, scores and results.json; returns the results. `changes` are keys of results.json."""
+def write_folder(
+    folder: Path, questions: list[Item], models: tuple[str, ...] = tuple(CHANCES), runs=None, rows=HARNESS, **changes
+) -> dict:
+    """items.jsonl, answers, scores and results.json; returns the results.
+
+    Args:
+        runs: The recipe's key.
+        rows: Of lm-evaluation-harness; those of other models are left out.
+        changes: Keys of results.json.
+    """
     write_jsonl(folder / "items.jsonl", (it.as_dict() for it in questions))
     for model in models:
         answers = [answer(it, model) for it in questions]
@@ -87,8 +95,8 @@ def write_folder(folder: Path, questions: list[Item], models: tuple[str, ...] = 
         write_scores(folder, model)
     chosen_by = "validation" if any(it.benchmark == "validation" for it in questions) else None
     refs = [{"name": model, "path": f"saves/{model}", "adapter": None, "step": None} for model in models]
-    harness = [row for row in HARNESS if row["model"] in models]
-    results = make_results(folder, refs, {"seed": 3, "max_samples": None}, chosen_by, None, 300, 3, harness)
+    harness = [row for row in rows if row["model"] in models]
+    results = make_results(folder, refs, {"seed": 3, "max_samples": None}, chosen_by, None, 300, 3, harness, runs)
     results |= {"title": TITLE, "date": "2026-01-01", "versions": {"solopo": "0"}} | changes
     write_json(folder / "results.json", results)
     return results

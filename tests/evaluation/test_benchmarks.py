@@ -1,6 +1,7 @@
 """Benchmarks: official formats read as published, contexts of the asked length and depth, bad files named."""
 
 import gzip
+import importlib.util
 import json
 import logging
 import random
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,9 +33,9 @@ from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl  # 
 from solopo_plugin.synthesis.pool import Question  # noqa: E402
 
 KEYS = dict(
-    prompt=None, seed=42, max_samples=None, max_input_tokens=31500, max_new_tokens=64, longbench_data="",
-    longbench_tasks=["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"], ruler_data=None,
-    ruler_lengths=[400, 900, 2000], ruler_questions=5, niah_data=None, niah_needles=None, niah_lengths=[600, 1500],
+    prompt=None, prompts="ours", seed=42, max_samples=None, max_input_tokens=31500, max_new_tokens=64,
+    longbench_data="", longbench_tasks=["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"],
+    ruler_data=None, ruler_lengths=[400, 900, 2000], ruler_questions=5, niah_data=None, niah_needles=None, niah_lengths=[600, 1500],
     niah_depths=[0.0, 10.0, 50.0, 100.0], niah_questions=3, longbench_v2_data="", plain_data=None, validation_data=None,
 )  # fmt: skip
 
@@ -172,6 +175,32 @@ def test_longbench_v2(tmp_path, ask, name):
     )
     wanted = re.search(r"`(The correct answer is \(X\))`", first.prompt).group(1)
     assert [longbench_v2_choice(f"Per. {wanted.replace('X', x)}") for x in "ABCDX"] == [*"ABCD", None]
+
+
+def test_the_official_prompt_of_longbench_v2(tmp_path, ask):
+    """The authors' words, texts stripped; up to the last line it is what lm-evaluation-harness has for them."""
+    row = V2_ROW | {"context": " \n A <b>story</b> of $5.\n", "question": " Who? ", "choice_C": "Kari\n"}
+    write_jsonl(tmp_path / "d.jsonl", [row])
+    (ours,) = ask("longbench_v2", longbench_v2_data=str(tmp_path / "d.jsonl"))
+    (made,) = ask("longbench_v2", longbench_v2_data=str(tmp_path / "d.jsonl"), prompts="official")
+    assert made.prompt == (
+        "Please read the following text and answer the question below.\n\n<text>\nA <b>story</b> of $5.\n</text>\n\n"
+        "What is the correct answer to this question: Who?\nChoices:\n(A) Ola\n(B) Per\n(C) Kari\n(D) Nobody\n\n"
+        'Format your response as follows: "The correct answer is (insert answer here)".'
+    )
+    assert made.max_new_tokens == 128 and ours.max_new_tokens is None  # their pred.py; ours is the recipe's
+    same = ("key", "question", "answers", "kind", "groups")
+    assert [getattr(made, name) for name in same] == [getattr(ours, name) for name in same]
+    harness = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/longbench2"
+    (template,) = {
+        yaml.safe_load(text)["doc_to_text"]
+        for path in harness.glob("*common_yaml")
+        if "doc_to_text" in (text := path.read_text(encoding="utf-8"))
+    }
+    stripped = {key: value.strip() for key, value in row.items()}
+    choices = [stripped[f"choice_{letter}"] for letter in "ABCD"]
+    theirs, answer = jinja2.Template(template).render(**stripped, choices=choices).rsplit("\n\n", 1)
+    assert made.prompt.rsplit("\n\n", 1)[0] == theirs and answer == "Answer:"
 
 
 def test_plain_questions(tmp_path, ask):

@@ -37,6 +37,12 @@ REFUSED = {
     "`max_input_tokens` must be a whole number > 0, got 0.": dict(max_input_tokens=0),
     "`backend` must be one of vllm, openai, transformers; got 'hf'.": dict(backend="hf"),
     "`with_base` must be true or false, got 'yes'.": dict(with_base="yes"),
+    "`runs` must be keys with values, {a: 1, b: 2}; got ['a', 'b'].": dict(runs=["a", "b"]),
+    "`prompts` must be one of ours, official; got 'theirs'.": dict(prompts="theirs"),
+    "`prompts: official` is for longbench_v2, which `benchmarks` does not name; leave": dict(prompts="official"),
+    "`prompts: official` cannot be had for niah_plus, whose authors publish prompts for a team of agents ": dict(
+        prompts="official", benchmarks="longbench_v2, niah_plus", niah_data="x"
+    ),
 }
 
 

@@ -128,6 +128,137 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
         assert line in text
 
 
+def difference(results: dict, benchmark: str, task: str, group: str, metric: str) -> str:
+    """The comparison of made-up-b with made-up-a as a cell must show it."""
+    names = ("b", "benchmark", "task", "group", "metric")
+    (row,) = [
+        r for r in results["comparisons"] if [r[n] for n in names] == ["made-up-b", benchmark, task, group, metric]
+    ]
+    interval = f"{row['low']:+.1f} to {row['high']:+.1f}, p={row['p_value']:.2g}, n={row['n']}"
+    return f"{row['difference']:+.1f} ({interval})"
+
+
+def test_short_contexts_have_a_comparison_of_their_own(made):
+    """By length and task in the layout of the means, each cell with interval, p-value and n."""
+    folder, results = made
+    for metric, title in (("f1", "F1"), ("string_match", "RULER's string match")):
+        head, *lines = markdown_table(folder, "RULER QA", f"Paired comparison by task and length, {title}")
+        assert [name.split(": ")[-1] for name in head] == ["", "4k", "8k", "16k", "32k", "all lengths"]
+        assert [line[0] for line in lines[::3]] == ["**SQuAD**", "**HotpotQA**", "**MuSiQue**", "**mean of tasks**"]
+        for line, task in zip(lines[1::3], ("squad", "hotpotqa", "musique", ""), strict=True):
+            groups = [*(f"length={length}" for length in LENGTHS), ""]
+            wanted = [difference(results, "ruler_qa", task, group, metric) for group in groups]
+            assert line == ["made-up-b against made-up-a", *wanted]
+    head, first, *_ = markdown_table(folder, "LongBench v2", "Paired comparison by task and length, accuracy")
+    groups = ["difficulty=easy", "difficulty=hard", "length=short", "length=medium", "length=long"]
+    assert first[1:] == [difference(results, "longbench_v2", "all", group, "accuracy") for group in ("", *groups)]
+    title = "Paired comparison by task and length, sub-EM"
+    _, first, *_ = markdown_table(folder, "Validation split, short and long prompt", title)
+    assert first[1:] == [difference(results, "validation", task, "", "sub_em") for task in ("short", "long", "")]
+    with pytest.raises(TypeError):
+        markdown_table(folder, "Own questions", "Paired comparison by task and length, F1")  # one task, no lengths
+
+
+def test_longbench_by_its_classes_of_length_and_the_papers_averages_in_their_column(tmp_path):
+    classes = ("0-4k", "4-8k", "8k+")
+    questions = [
+        item("longbench_qa", task, i, groups={"length": classes[i % 3]}) for task in LONGBENCH for i in range(3)
+    ]
+    results = write_folder(tmp_path, questions)
+    write_report(tmp_path)
+    head, _, first, *lines = markdown_table(tmp_path, "LongBench v1 QA", "F1")
+    assert head[7:] == ["mean of tasks", *(f"length: {name}" for name in classes)]
+    assert first[8] == shown(results, "made-up-a", "longbench_qa", "", "length=0-4k")
+    published = lines[[line[0].startswith("**Published") for line in lines].index(True) + 1 :]
+    assert all(not any(line[1:7] + line[8:]) and re.match(r"\d\d\.\d", line[7]) for line in published)
+    _, first, *_ = markdown_table(tmp_path, "LongBench v1 QA", "Paired comparison by task and length, F1")
+    assert first[8] == difference(results, "longbench_qa", "", "length=0-4k", "f1")
+
+
+def test_of_many_pairs_the_comparison_by_length_is_folded_away(tmp_path):
+    results = write_folder(tmp_path, few("ruler_qa"), tuple(f"checkpoint-{i}" for i in range(9)))
+    tables = [
+        table for table in benchmark_tables(results, "ruler_qa") if table.title.startswith("Paired comparison by")
+    ]
+    assert [(table.title[-2:], table.open) for table in tables] == [("F1", False), ("ch", False)]
+    assert all(len(lines) == 8 for table in tables for _, lines in table.blocks)
+
+
+SEEDS = ("base", "seed-0", "seed-1", "other", "seed-2")
+
+
+def test_runs_of_several_seeds_are_one_row_and_single_seeds_stay_available(tmp_path):
+    harness = [
+        HARNESS[0] | {"model": model, "value": value} for model, value in zip(SEEDS, (60, 61, 62, 60, 66), strict=True)
+    ]
+    questions = [it for it in items(2) if it.benchmark in ("ruler_qa", "niah_plus", "plain", "validation")]
+    results = write_folder(tmp_path, questions, SEEDS, runs={"SoLo": ["seed-0", "seed-1", "seed-2"]}, rows=harness)
+    write_report(tmp_path)
+    found = Summary(results)
+    assert (found.models, found.single) == (["base", "SoLo", "other"], ["seed-0", "seed-1", "seed-2"])
+    _, block, *lines = markdown_table(tmp_path, "RULER QA", "F1")
+    assert block[0] == "**Measured here: SQuAD**"
+    assert [line[0] for line in lines[:3]] == ["base", "SoLo (n=3 seeds)", "other"]
+    row = found.rows["SoLo", "ruler_qa", "squad", "length=4096", "f1"]
+    assert lines[1][1] == f"{row['value']:.1f} ± {row['sd']:.1f} ({row['low']:.1f} to {row['high']:.1f}, n={row['n']})"
+    single = next(t for t in benchmark_tables(results, "ruler_qa") if t.title == "F1, single seeds")
+    assert not single.open and [name for name, _ in single.blocks[0][1]] == found.single
+    assert single.blocks[0][1][0][1][0][0] == f"{found.rows['seed-0', *row_key(row)]['value']:.1f}"
+    pairs = ["SoLo against base", "other against base"]
+    _, *lines = markdown_table(
+        tmp_path, "Validation split, short and long prompt", "Paired comparison on the same questions"
+    )
+    assert [line[0].strip("*") for line in lines if line[0].startswith("**")] == pairs
+    text = (tmp_path / "report" / "report.md").read_text().replace("\\", "")
+    assert "sample standard deviation (n - 1) over n seeds" in text
+    assert "SoLo is one row of the tables below: seed-0, seed-1, seed-2, which differ by training seed." in text
+    assert "| SoLo (n=3 seeds) | 63 (sd 2.6 over 3 seeds, n=541) |" in text and "| seed-0 | 61" not in text
+    with open(tmp_path / "report" / "tables.csv", newline="", encoding="utf-8") as file:
+        csv_rows = [line for line in csv.DictReader(file) if line["model"] in ("SoLo", "seed-1")]
+    own = [r for r in csv_rows if r["kind"] == "measured" and (r["benchmark"], r["task"]) == ("plain", "own")]
+    assert {(r["model"], r["seeds"], bool(r["sd"])) for r in own} == {("SoLo", "3", True), ("seed-1", "", False)}
+    drawn = figures(results)
+    assert [t.get_text() for t in drawn["overview"][0].axes[0].get_yticklabels()] == found.models
+    names = {"niah_1", "niah_2", "niah_3", "niah_2_less_1", "niah_3_less_1"}
+    assert names == {name for name in drawn if name.startswith("niah")}
+    assert "Drawn are" not in drawn["differences"][1] and results["selection"]["best"] in SEEDS
+
+
+def row_key(row: dict) -> tuple[str, ...]:
+    return row["benchmark"], row["task"], row["group"], row["metric"]
+
+
+def test_a_selected_seed_is_drawn_within_its_run(tmp_path):
+    """Nine rows and the selected model's one: comparisons of single seeds are in the tables, not in the figures."""
+    models = tuple(f"m{i}" for i in range(12))
+    results = write_folder(tmp_path, few("niah_plus", "validation"), models, runs={"A": ["m9", "m10", "m11"]})
+    results["selection"]["best"] = "m10"
+    assert "Drawn are 8 of 10 models" in figures(results)["length_niah_plus"][1]
+    results["comparisons"] += [row | {"a": "m9", "b": "m10"} for row in results["comparisons"] if row["b"] == "A"]
+    assert figures(results)
+    names = [name for name, _ in benchmark_tables(results, "validation")[1].blocks]
+    assert "m10 against m9" in names and "A against m0" in names
+
+
+@pytest.mark.parametrize("used, wanted", [
+    ({}, {"RULER QA": "ours", "LongBench v2": "ours", "Own questions": "ours"}),
+    ({"prompts": "ours", "prompt": "x"}, {"RULER QA": "the recipe's", "LongBench v2": "ours", "Own questions": "the recipe's"}),
+    ({"prompts": "official"}, {"RULER QA": "ours", "LongBench v2": "official", "Own questions": "ours"}),
+])  # fmt: skip
+def test_the_report_says_which_number_used_which_prompt(tmp_path, used, wanted):
+    used |= {"max_new_tokens": 1024, "temperature": 0.1}
+    write_folder(tmp_path, few("ruler_qa", "longbench_v2", "plain"), settings=used)
+    write_report(tmp_path)
+    head, *lines = markdown_table(tmp_path, "Models", "Prompts")
+    assert head == ["", "prompt", "which", "max\\_new\\_tokens", "temperature"]
+    assert {line[0]: line[1] for line in lines} == wanted
+    tokens = {line[0]: line[3:] for line in lines}
+    assert tokens["LongBench v2"] == ["128" if wanted["LongBench v2"] == "official" else "1024", "0.1"]
+    assert tokens["RULER QA"] == ["1024", "0.1"]
+    text = {line[0]: line[2] for line in lines}["LongBench v2"]
+    assert ("no chain of thought" in text) == (wanted["LongBench v2"] == "official")
+
+
 def test_a_choice_by_a_benchmark_that_is_reported_is_labelled(tmp_path):
     write_folder(tmp_path, few("longbench_qa"))
     refs = [{"name": model, "path": model, "adapter": None, "step": None} for model in CHANCES]
@@ -158,10 +289,19 @@ def test_published_numbers_only_where_the_benchmark_is_the_papers(tmp_path, left
 
 
 def test_what_is_known_of_the_paper():
-    """As its averages are known: seventeen rows, of two models, two of them doubtful on one benchmark."""
+    """Its Table 3: 23 rows, of five models, two of them doubtful on one benchmark; no LongPO on Llama."""
     values = {row.name: tuple(row.averages.values()) for row in PUBLISHED}
-    assert len(values) == len(PUBLISHED) == 17
+    assert len(values) == len(PUBLISHED) == 23
     assert values["Qwen2.5-7B, SoLo-ORPO"] == (49.5, 65.1) and values["Llama3.1-8B, SoLo-ORPO"] == (46.3, 61.3)
+    assert values["Llama3.1-8B, SFT short"] == (44.6, 59.2) and values["Llama3.1-8B, SFT long"] == (46.1, 58.4)
+    larger = [values[f"{model}, instruct model"] for model in ("Qwen2.5-32B", "Qwen2.5-72B", "Llama3.1-70B")]
+    assert larger == [(41.9, 50.1), (49.4, 61.6), (46.3, 54.1)]
+    assert {name: value for name, value in values.items() if "LongPO" in name} == {
+        "Qwen2.5-7B, LongPO, trained again by the paper": (43.7, 52.2),
+        "Qwen2.5-7B, LongPO-Qwen2.5-7B-128K, its authors' checkpoint": (32.9, 45.9),
+    }
+    small = [values[f"{model}, instruct model"] for model in ("Qwen2.5-7B", "Llama3.1-8B")]
+    assert small == [(34.4, 44.0), (39.8, 46.5)]
     sft = [values[f"Qwen2.5-7B, SFT {side}"][0] for side in ("short", "long")]
     assert sft == [values[row.name][0] for row in PUBLISHED if row.doubtful]
     assert matches("longbench_qa", set(LONGBENCH), set()) and not matches("longbench_qa", {*LONGBENCH, "x"}, set())

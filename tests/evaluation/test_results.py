@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 
 import pytest
 
@@ -48,8 +49,8 @@ def make_folder(folder, tasks, models=MODELS):
         write_scores(folder, name)
 
 
-def make(folder, models=MODELS, select_by=None, compare=None, harness=(), samples=1000, seed=42) -> dict:
-    found = make_results(folder, models, {"seed": seed}, select_by, compare, samples, seed, list(harness))
+def make(folder, models=MODELS, select_by=None, compare=None, harness=(), samples=1000, seed=42, runs=None) -> dict:
+    found = make_results(folder, models, {"seed": seed}, select_by, compare, samples, seed, list(harness), runs)
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == found
     return found
 
@@ -135,7 +136,7 @@ def test_comparisons(tmp_path):
     assert {(r["a"], r["b"]) for r in found["comparisons"]} == {("base", "step-10"), ("base", "step-20")}
     one = row(found["comparisons"], b="step-20", task="musique", metric="em")
     assert one | {"low": 0, "high": 0} == {
-        "a": "base", "b": "step-20", "benchmark": "longbench_qa", "task": "musique", "metric": "em", "n": 4,
+        "a": "base", "b": "step-20", "benchmark": "longbench_qa", "task": "musique", "group": "", "metric": "em", "n": 4,
         "difference": 75, "low": 0, "high": 0, "p_value": 0.25, "wins": 3, "losses": 0, "ties": 1, "left_out": 0,
     }  # fmt: skip
     mean = row(found["comparisons"], b="step-20", task="", metric="f1")
@@ -179,6 +180,121 @@ def test_questions_and_choices_in_one_task(tmp_path):
         "accuracy": (2, 50), "accuracy_lenient": (2, 50), "parsed": (2, 50),
     }  # fmt: skip
     assert row(found["comparisons"], task="", metric="accuracy")["n"] == 2
+
+
+def test_models_are_compared_by_length_and_task_as_they_are_pooled(tmp_path):
+    """Each length alone has the numbers of an evaluation of its questions alone; a single cell is not compared."""
+    fields = [{"length": n, "depth": d} for n in (4096, 131072) for d in (0.0, 50.0)]
+    tasks = {
+        ("niah_plus", "single"): (fields * 2, {"base": "rwrpwwrr", "step-10": "rrwwrprr", "step-20": "rrrrrr w"}),
+        ("niah_plus", "multi"): (fields[:2], {"base": "ww", "step-10": "rw", "step-20": "rp"}),
+    }
+    make_folder(tmp_path / "all", tasks)
+    found = make(tmp_path / "all")["comparisons"]
+    groups = {"", "length=4096", "length=131072", "depth=0", "depth=50"}
+    assert {r["group"] for r in found} == groups and {r["task"] for r in found} == {"single", "multi", ""}
+    assert not rows(found, task="multi", group="length=131072"), "it has no such question"
+
+    def blank(letter: str, keep: bool) -> str:
+        return letter if keep else " "
+
+    for group in groups - {""}:
+        name, value = group.split("=")
+        part = {}
+        for key, (asked, letters) in tasks.items():  # the others are not answered
+            own = [field[name] == float(value) for field in asked]
+            part[key] = asked, {m: "".join(map(blank, word, own)) for m, word in letters.items()}
+        make_folder(tmp_path / group, part)
+        alone = [r for r in make(tmp_path / group)["comparisons"] if r["group"] == ""]
+        assert [r | {"group": ""} for r in found if r["group"] == group] == alone and alone
+    one = row(found, b="step-20", task="single", group="length=131072", metric="em")
+    assert (one["n"], one["left_out"], one["wins"], one["losses"], one["ties"]) == (3, 1, 1, 1, 1)
+
+
+# Runs that differ by training seed
+
+SEEDS = [{"name": name, "path": name, "adapter": None, "step": None} for name in ("base", "s1", "s2", "other", "s3")]
+SEED_TASKS = {
+    ("ruler_qa", "squad"): (
+        [{"length": 4096}, {"length": 4096}, {"length": 8192}, {"length": 8192}],
+        {"base": "rwww", "s1": "rrrw", "s2": "rwrw", "other": "rrww", "s3": "rrrr"},
+    ),
+    ("ruler_qa", "musique"): (
+        [{"length": 4096}] * 2,
+        {"base": "ww", "s1": "rw", "s2": "ww", "other": "rr", "s3": "wr"},
+    ),
+}
+
+
+def test_seeds_of_one_run_are_a_row_with_mean_and_sample_deviation(tmp_path):
+    make_folder(tmp_path, SEED_TASKS, SEEDS)
+    harness = [
+        {"model": m, "task": "ifeval", "metric": "acc", "value": v, "stderr": 0.01, "n": 10}
+        for m, v in {"base": 0.5, "s1": 0.25, "s2": 0.5, "s3": 0.75}.items()
+    ]
+    single, found = (
+        make(tmp_path, SEEDS, harness=harness),
+        make(tmp_path, SEEDS, harness=harness, runs={"Solo": ["s3", "s1", "s2"]}),
+    )
+    assert single["runs"] == {} and found["runs"] == {"Solo": ["s1", "s2", "s3"]}
+    assert rows(found["summary"], model="s2") == rows(single["summary"], model="s2"), "single runs stay as they are"
+    assert found["models"] == single["models"]
+    means = {"squad": (75, 50, 100), "musique": (50, 0, 50), "": (62.5, 25, 75)}
+    for task, values in means.items():
+        one = row(found["summary"], model="Solo", task=task, group="", metric="em")
+        assert one["value"] == pytest.approx(sum(values) / 3) and one["seeds"] == 3
+        assert one["sd"] == pytest.approx((sum((v - sum(values) / 3) ** 2 for v in values) / 2) ** 0.5)
+        assert one["low"] <= one["value"] <= one["high"] and one["n"] == {"squad": 4, "musique": 2, "": 6}[task]
+    for r in rows(found["summary"], model="Solo"):
+        own = [
+            row(found["summary"], model=m, **{k: r[k] for k in ("task", "group", "metric")})["value"]
+            for m in ("s1", "s2", "s3")
+        ]
+        assert (r["value"], r["sd"]) == pytest.approx((statistics.mean(own), statistics.stdev(own)), abs=1e-9)
+    # compared are the rows, each with the first; and what is asked for, single seeds as well
+    assert list(dict.fromkeys((r["a"], r["b"]) for r in found["comparisons"])) == [("base", "Solo"), ("base", "other")]
+    one = row(found["comparisons"], b="Solo", task="squad", group="", metric="em")
+    # by question 100, 66.7, 100, 33.3 against 100, 0, 0, 0: of the 8 sign patterns two are as far from 0
+    assert one["difference"] == pytest.approx(50) and (one["wins"], one["ties"], one["p_value"]) == (3, 1, 2 / 8)
+    asked = make(tmp_path, SEEDS, compare=["Solo, other", "s1, s2"], runs={"Solo": ["s1", "s2", "s3"]})["comparisons"]
+    assert list(dict.fromkeys((r["a"], r["b"]) for r in asked)) == [("Solo", "other"), ("s1", "s2")]
+    assert found["harness"][:4] == harness
+    assert found["harness"][4:] == [
+        {
+            "model": "Solo",
+            "task": "ifeval",
+            "metric": "acc",
+            "value": 0.5,
+            "stderr": None,
+            "n": 10,
+            "seeds": 3,
+            "sd": 0.25,
+        }
+    ]
+
+
+def test_equal_runs_tie_whatever_the_order_of_their_seeds(tmp_path):
+    """Means of three scores of F1, which no float holds exactly."""
+    words = ["rpw", "pwr", "wrp", "prw", "wpr", "rwp"]
+    models = [{"name": f"m{i}", "path": "p", "adapter": None, "step": None} for i in range(6)]
+    letters = {f"m{i}": "".join(word[i % 3] for word in words) for i in range(3)}
+    letters |= {f"m{i + 3}": letters[f"m{(i + 1) % 3}"] for i in range(3)}
+    make_folder(tmp_path, {("plain", "t"): ([{}] * 6, letters)}, models)
+    found = make(tmp_path, models, runs={"A": ["m0", "m1", "m2"], "B": ["m3", "m4", "m5"]})
+    for one in found["comparisons"]:
+        assert (one["difference"], one["wins"], one["losses"], one["ties"], one["p_value"]) == (0, 0, 0, 6, 1)
+
+
+def test_a_run_is_over_the_questions_that_all_its_seeds_answered(tmp_path, caplog):
+    tasks = {("plain", "t"): ([{}] * 4, {"base": "wwww", "s1": "rr r", "s2": " rww", "other": "rrrr", "s3": "rrrr"})}
+    make_folder(tmp_path, tasks, SEEDS)
+    found = make(tmp_path, SEEDS, runs={"Solo": ["s1", "s2"]})
+    one = row(found["summary"], model="Solo", task="t", metric="em")
+    assert (one["n"], one["value"], one["sd"]) == (2, 75, pytest.approx(50 / 2**0.5))
+    assert "Solo: 2 questions that not all of s1, s2 answered are left out." in caplog.text
+    make_folder(tmp_path, {("plain", "t"): ([{}] * 2, {"base": "ww", "s1": "r ", "s2": " r"})}, SEEDS)
+    with pytest.raises(DataError, match="`runs: Solo`: no question was answered by all of s1, s2; ask again."):
+        make(tmp_path, SEEDS, runs={"Solo": ["s1", "s2"]})
 
 
 # Choice of a checkpoint
@@ -241,7 +357,8 @@ def test_questions_behind_the_answers_count(tmp_path):
     found = make(tmp_path, MODELS[:2])
     one = row(found["summary"], model="base", task="squad", group="", metric="em")
     assert (one["n"], one["low"], one["value"], one["high"]) == (6, 0, 50, 100)  # P(0 of 2) = P(2 of 2) = 1 / 4
-    assert row(found["comparisons"], task="squad", metric="em")["p_value"] == 1  # one question tells nothing
+    one = row(found["comparisons"], task="squad", group="", metric="em")
+    assert one["p_value"] == 1  # one question tells nothing
 
 
 def test_ties_are_said(tmp_path):
@@ -319,6 +436,26 @@ BAD = {  # name: (arguments, the sentence)
     "three": ({"compare": ["base, step-10, step-20"]}, PAIRS + "'base, step-10, step-20'."),
     "a number": ({"compare": [3]}, PAIRS + "3."),
     "lists": ({"compare": [[["base"], "step-10"]]}, PAIRS + "[['base'], 'step-10']."),
+    "one seed": (
+        {"runs": {"Solo": ["base"]}},
+        "`runs: Solo` must list at least two models that differ by training seed; got ['base'].",
+    ),
+    "no list of seeds": ({"runs": {"Solo": "base, step-10"}}, "`runs: Solo` must list at least two models that "),
+    "a seed that is no model": (
+        {"runs": {"Solo": ["base", "step-30"]}},
+        "`runs: Solo` names 'step-30', which is none of the models base, step-10, step-20.",
+    ),
+    "a seed that is a list": ({"runs": {"Solo": ["base", ["step-10"]]}}, "`runs: Solo` names ['step-10'], which is none "),
+    "a seed twice": ({"runs": {"Solo": ["base", "base"]}}, "`runs: Solo` names 'base', which is in Solo already; once "),
+    "a seed in two runs": (
+        {"runs": {"A": ["base", "step-10"], "B": ["step-20", "step-10"]}},
+        "`runs: B` names 'step-10', which is in A already; once is enough.",
+    ),
+    "a run called as a model": (
+        {"runs": {"base": ["base", "step-10"]}},
+        "`runs: base` must have a name of its own, other than those of the models base, step-10, step-20.",
+    ),
+    "a run without a name": ({"runs": {1: ["base", "step-10"]}}, "`runs: 1` must have a name of its own, other than "),
 }  # fmt: skip
 
 

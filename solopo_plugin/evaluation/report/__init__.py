@@ -25,6 +25,7 @@ from .tables import (
     models_table,
     notes_of,
     plain,
+    prompts_table,
 )
 
 
@@ -72,8 +73,9 @@ def _read(path: Path) -> dict:
 
 def _sections(results: dict, scores: dict[str, list[dict]]) -> list[tuple[str, str, list, list[str]]]:
     """Anchor, heading, tables and notes of each part of the report."""
-    made = [("models", "Models", [models_table(results)], [])]
-    for benchmark in Summary(results).benchmarks:
+    asked = Summary(results).benchmarks
+    made = [("models", "Models", [models_table(results), *([prompts_table(results)] if asked else [])], [])]
+    for benchmark in asked:
         tables = benchmark_tables(results, benchmark)
         made.append((benchmark, TITLES.get(benchmark, benchmark), tables, notes_of(benchmark, scores)))
     if table := harness_table(results):
@@ -100,6 +102,12 @@ def _about(results: dict) -> list[str]:
     ]
     if limit := results["settings"].get("max_samples"):
         about.append(f"Of each task at most {limit} questions were asked (max_samples), a seeded choice.")
+    if Summary(results).runs:
+        about.append(
+            "Models that differ by training seed alone are one row: mean ± sample standard deviation (n - 1) over n "
+            "seeds. Its intervals and p-values are over questions, each with its mean score over these seeds, and say "
+            "nothing of other seeds. The single seeds are folded away on the page and stand in tables.csv."
+        )
     if len(results["models"]) == 1:
         about.append("There is one model, so that there is nothing to compare.")
     return about

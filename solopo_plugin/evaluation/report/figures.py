@@ -28,19 +28,21 @@ def figures(results: dict) -> Pictures:
                 "",
             )
         fewer = few_models(results)
-        made |= _of_few(Summary(fewer), fewer)
-    if len(fewer["models"]) == len(found.models):
+        drawn = Summary(fewer)
+        made |= _of_few(drawn, fewer)
+    if len(drawn.models) == len(found.models):
         return made
-    note = f" Drawn are {len(fewer['models'])} of {len(found.models)} models; all numbers are in tables.csv."
+    note = f" Drawn are {len(drawn.models)} of {len(found.models)} models; all numbers are in tables.csv."
     return {k: (figure, text + note * (k != "overview"), name) for k, (figure, text, name) in made.items()}
 
 
 def few_models(results: dict) -> dict:
-    """The results of at most `DRAWN` models and the selected one."""
-    last, best = len(results["models"]) - 1, (results.get("selection") or {}).get("best")
+    """The results of at most `DRAWN` models (runs count as one) and the selected one."""
+    found = Summary(results)
+    last, best = len(found.models) - 1, found.row_of.get((results.get("selection") or {}).get("best"))
     places = {round(i * last / (DRAWN - 1)) for i in range(DRAWN)} if last >= DRAWN else range(last + 1)
-    models = [m for i, m in enumerate(results["models"]) if i in places or m["name"] == best]
-    names = {model["name"] for model in models}
+    names = {name for i, name in enumerate(found.models) if i in places or name == best}
+    models = [model for model in results["models"] if found.row_of[model["name"]] in names]
     pairs = [row for row in results["comparisons"] if {row["a"], row["b"]} <= names]
     return results | {"models": models, "comparisons": pairs}
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from ..items import MAIN_METRIC
+from ..items import MAIN_METRIC, OFFICIAL_TOKENS
 from ..published import CAVEATS, DOUBTFUL, PUBLISHED, SOURCE, matches
 
 TITLES = {
@@ -27,6 +27,13 @@ METRICS = {
     "accuracy_lenient": "accuracy, lenient: the last letter, not the official parser's first",
     "parsed": "share of answers with a letter",
 }
+OURS = {  # what the prompts ask for; "": the benchmarks that are not named
+    "": "the data pipeline's, a chain of thought that ends in `The answer is: ...`",
+    "longbench_v2": "a chain of thought that ends in `The correct answer is (X)`, in one answer as in the paper",
+    "plain": "the data pipeline's, or that of the file; of choices LongBench v2's",
+    "validation": "as the rows of the data pipeline have it",
+}
+OFFICIAL = {"longbench_v2": "the authors' 0shot.txt, word for word: the letter at once, no chain of thought"}
 BESIDE = {"ruler_qa": ("string_match",), "longbench_v2": ("accuracy_lenient",)}  # shown open, like the main metric
 LABELS = {
     "": "mean of tasks",
@@ -58,10 +65,13 @@ class Table:
 
 
 class Summary:
-    """`summary` of results.json by its keys."""
+    """`summary` of results.json by its keys; `models` are the rows of tables, of which a run is one."""
 
     def __init__(self, results: dict):
-        self.models = [model["name"] for model in results["models"]]
+        names, self.runs = [model["name"] for model in results["models"]], results.get("runs") or {}
+        self.row_of = {name: name for name in names} | {m: run for run, own in self.runs.items() for m in own}
+        self.models = list(dict.fromkeys(self.row_of[name] for name in names))
+        self.single = [name for name in names if name not in self.models]
         names = ("model", "benchmark", "task", "group", "metric")
         self.rows = {tuple(row[name] for name in names): row for row in results["summary"]}
         self.benchmarks = in_order({key[1] for key in self.rows}, tuple(MAIN_METRIC))
@@ -86,6 +96,9 @@ class Summary:
     def lengths(self, benchmark: str, task: str) -> list[str]:
         """Groups by a length in tokens; LongBench v2's classes, which are words, are not."""
         return [g for g in self.groups(benchmark, task, "length") if _is_number(values_of(g)["length"])]
+
+    def label(self, model: str) -> str:
+        return f"{model} (n={len(self.runs[model])} seeds)" if model in self.runs else model
 
     def get(self, *key: str) -> dict | None:
         return self.rows.get(key)
@@ -127,43 +140,56 @@ def label_group(group: str) -> str:
 def cell(row: dict | None) -> Cell:
     if row is None:
         return "-", ""
-    return f"{row['value']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}, n={row['n']}"
+    spread = f" ± {row['sd']:.1f}" if "sd" in row else ""
+    return f"{row['value']:.1f}{spread}", f"{row['low']:.1f} to {row['high']:.1f}, n={row['n']}"
 
 
 # ---- from results to tables
 
 
 def benchmark_tables(results: dict, benchmark: str) -> list[Table]:
-    """Tables of one benchmark: its metric, the comparisons, and folded away the other metrics."""
+    """Tables of one benchmark: its metric, the comparisons, and folded away the other metrics and single seeds."""
     found = Summary(results)
-    made = [_metric_table(found, benchmark, metric) for metric in found.metrics(benchmark)]
+    metrics = found.metrics(benchmark)
+    made = [_metric_table(found, benchmark, metric, found.models) for metric in metrics]
     if benchmark in PUBLISHED[0].averages:
         _put_beside(made[0], found, benchmark)
+    made += [_metric_table(found, benchmark, metric, found.single, True) for metric in metrics if found.single]
     return sorted([*made, *_comparisons(results, benchmark)], key=lambda table: not table.open)
 
 
-def _metric_table(found: Summary, benchmark: str, metric: str) -> Table:
-    """A row per model. Columns are tasks; or lengths, with a block per task."""
+def _layout(found: Summary, benchmark: str) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]]]:
+    """Columns, and for the heading of each block the task and group of every cell.
+
+    Columns are tasks and classes of difficulty and length; or lengths in tokens, with a block per task.
+    """
     tasks = found.tasks(benchmark)
     lengths = sorted({g for task in tasks for g in found.lengths(benchmark, task)}, key=_group_order)
     if lengths:
-        blocks = [(f"{MEASURED}: {label_task(task)}", [(task, group) for group in (*lengths, "")]) for task in tasks]
         columns = [*(("length of the prompt in tokens", label_group(g)) for g in lengths), ("", "all lengths")]
-    else:
-        bands = BANDS if benchmark == "longbench_qa" else {}
-        columns = [(bands.get(task, ""), label_task(task) if len(tasks) > 1 else "all questions") for task in tasks]
-        keys = [(task, "") for task in tasks]
-        for name in ("difficulty", "length") if benchmark == "longbench_v2" else ():
-            groups = found.groups(benchmark, tasks[-1], name)
-            keys += [(tasks[-1], group) for group in groups]
-            columns += [(name, label_group(group)) for group in groups]
-        blocks = [(MEASURED, keys)]
+        return columns, {label_task(task): [(task, group) for group in (*lengths, "")] for task in tasks}
+    bands = BANDS if benchmark == "longbench_qa" else {}
+    columns = [(bands.get(task, ""), label_task(task) if len(tasks) > 1 else "all questions") for task in tasks]
+    keys = [(task, "") for task in tasks]
+    for name in ("difficulty", "length"):
+        groups = found.groups(benchmark, tasks[-1], name)
+        keys += [(tasks[-1], group) for group in groups]
+        columns += [(name, label_group(group)) for group in groups]
+    return columns, {"": keys}
+
+
+def _metric_table(found: Summary, benchmark: str, metric: str, models: list[str], single: bool = False) -> Table:
+    """A row per model; `single`: seeds of which the tables have but the mean, folded away."""
+    columns, blocks = _layout(found, benchmark)
     rows = [
-        (title, [(m, [cell(found.get(m, benchmark, *key, metric)) for key in keys]) for m in found.models])
-        for title, keys in blocks
+        (
+            f"{MEASURED}: {task}" if task else MEASURED,
+            [(found.label(m), [cell(found.get(m, benchmark, *key, metric)) for key in keys]) for m in models],
+        )
+        for task, keys in blocks.items()
     ]
-    shown = metric in (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
-    return Table(METRICS.get(metric, metric), columns, rows, open=shown)
+    shown = metric in (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ())) and not single
+    return Table(METRICS.get(metric, metric) + ", single seeds" * single, columns, rows, open=shown)
 
 
 def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
@@ -173,23 +199,25 @@ def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
     if not matches(benchmark, tasks, lengths):
         table.notes.append("The paper's averages run over other tasks or lengths and are not put beside these numbers.")
         return
-    rows = []
-    for row in PUBLISHED:  # averages are the last column
-        value = f"{row.averages[benchmark]:.1f}{' ?' * (benchmark in row.doubtful)}"
-        rows.append((row.name, [("", "")] * (len(table.columns) - 1) + [(value, "")]))
+    rows, keys = [], list(_layout(found, benchmark)[1].values())[-1]
+    for row in PUBLISHED:
+        cells = [("", "")] * len(keys)
+        cells[keys.index(("", ""))] = (f"{row.averages[benchmark]:.1f}{' ?' * (benchmark in row.doubtful)}", "")
+        rows.append((row.name, cells))
     table.blocks.append((f"Published in {SOURCE} (not measured here)", rows))
     table.notes += [CAVEATS, *([DOUBTFUL] if any(benchmark in row.doubtful for row in PUBLISHED) else [])]
 
 
 def compared(results: dict, benchmarks: list[str], metrics: dict[str, tuple[str, ...]]) -> list[dict]:
-    """Comparisons by these metrics of each benchmark; where they are many, only those that matter most."""
+    """Comparisons on all lengths by these metrics of each benchmark; where they are many, only the most important."""
     tasks = {benchmark: Summary(results).tasks(benchmark) for benchmark in benchmarks}
     rows = [
         row
         for benchmark in benchmarks
         for task in tasks[benchmark]
         for row in results["comparisons"]
-        if (row["benchmark"], row["task"]) == (benchmark, task) and row["metric"] in metrics[benchmark]
+        if (row["benchmark"], row["task"], row["group"]) == (benchmark, task, "")
+        and row["metric"] in metrics[benchmark]
     ]
     if len(rows) <= COMPARISONS:
         return rows
@@ -217,7 +245,38 @@ def _comparisons(results: dict, benchmark: str) -> list[Table]:
     if tasks - {row["task"] for row in shown}:
         note += " The many comparisons of single tasks are in tables.csv."
     columns = [("", name) for name in names]
-    return [Table("Paired comparison on the same questions", columns, list(blocks.items()), [note])]
+    pooled = Table("Paired comparison on the same questions", columns, list(blocks.items()), [note])
+    return [pooled, *(table for metric in metrics for table in _by_task_and_length(results, benchmark, metric))]
+
+
+def _by_task_and_length(results: dict, benchmark: str, metric: str) -> list[Table]:
+    """The comparisons by one metric in the layout of its means; none where there is but one task and length."""
+    columns, blocks = _layout(Summary(results), benchmark)
+    rows = {
+        (row["a"], row["b"], row["task"], row["group"]): row
+        for row in results["comparisons"]
+        if (row["benchmark"], row["metric"]) == (benchmark, metric)
+    }
+    pairs = dict.fromkeys(key[:2] for key in rows)
+    if len(columns) < 2 or not rows:
+        return []
+    lines = [
+        (task, [(f"{b} against {a}", [_difference(rows.get((a, b, *key))) for key in keys]) for a, b in pairs])
+        for task, keys in blocks.items()
+    ]
+    note = (
+        "As above: difference, 95 % interval, p-value, n. A mean of tasks is over those that have such questions. Of "
+        "20 cells without any difference, one has p < 0.05 by chance."
+    )
+    title = f"Paired comparison by task and length, {METRICS.get(metric, metric)}"
+    return [Table(title, columns, lines, [note], open=len(pairs) * len(blocks) <= COMPARISONS)]
+
+
+def _difference(row: dict | None) -> Cell:
+    if row is None:
+        return "-", ""
+    interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
+    return f"{row['difference']:+.1f}", f"{interval}, p={row['p_value']:.2g}, n={row['n']}"
 
 
 def notes_of(benchmark: str, scores: dict[str, list[dict]]) -> list[str]:
@@ -254,7 +313,28 @@ def models_table(results: dict) -> Table:
         facts = [model["path"], model.get("adapter") or "-", "-" if model.get("step") is None else str(model["step"])]
         numbers = [str(model["counts"].get(name, "-")) for name in counts]
         rows.append((model["name"], [(text, "") for text in facts + numbers]))
-    return Table("", [("", name) for name in ("path", "adapter", "step", *counts.values())], [("", rows)])
+    notes = [
+        f"{run} is one row of the tables below: {', '.join(own)}, which differ by training seed."
+        for run, own in Summary(results).runs.items()
+    ]
+    return Table("", [("", name) for name in ("path", "adapter", "step", *counts.values())], [("", rows)], notes)
+
+
+def prompts_table(results: dict) -> Table:
+    """Whose prompt each benchmark's numbers come from, and the limits under which it was answered."""
+    used, rows = results["settings"], []
+    for benchmark in Summary(results).benchmarks:
+        official = benchmark in OFFICIAL_TOKENS and used.get("prompts") == "official"
+        whose, tokens = "ours", used.get("max_new_tokens", "-")
+        if official:
+            whose, tokens = "official", OFFICIAL_TOKENS[benchmark]
+        elif used.get("prompt") and benchmark not in ("longbench_v2", "validation"):
+            whose = "the recipe's"
+        words = OFFICIAL[benchmark] if official else OURS.get(benchmark, OURS[""]) if whose == "ours" else "`prompt`"
+        cells = whose, words, str(tokens), str(used.get("temperature", "-"))
+        rows.append((TITLES.get(benchmark, benchmark), [(text, "") for text in cells]))
+    columns = [("", name) for name in ("prompt", "which", "max_new_tokens", "temperature")]
+    return Table("Prompts", columns, [("", rows)])
 
 
 def harness_table(results: dict) -> Table | None:
@@ -269,10 +349,13 @@ def harness_table(results: dict) -> Table | None:
         if row is None:
             return "-", ""
         error = f"± {row['stderr']:.2g}, " if _is_float(row.get("stderr")) else ""
+        if "seeds" in row:
+            error = f"sd {row['sd']:.2g} over {row['seeds']} seeds, " if _is_float(row["sd"]) else "one seed, "
         return f"{row['value']:.4g}", f"{error}n={row.get('n')}"
 
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [(model, [show(by_key.get((model, *key))) for key in keys]) for model in models]
+    found, asked = Summary(results), {row["model"] for row in rows}
+    models = [model for model in found.models if model in asked]
+    lines = [(found.label(model), [show(by_key.get((model, *key))) for key in keys]) for model in models]
     notes = ["With the harness' own prompts and in its units (accuracies from 0 to 1); ± is its standard error."]
     for model, times in {row["model"]: row["cut"] for row in rows if row.get("cut")}.items():
         notes.append(f"{model}: prompts beyond its window lost their beginning, {times} times by the harness' log.")
@@ -334,8 +417,8 @@ def _line(texts: list[str], escaped: bool = True) -> str:
 
 
 CSV_COLUMNS = (
-    "kind model against benchmark task group metric n value low high stderr p_value wins losses ties source".split()
-)
+    "kind model against benchmark task group metric n value low high stderr seeds sd p_value wins losses ties source"
+).split()
 
 
 def as_csv(results: dict) -> str:
