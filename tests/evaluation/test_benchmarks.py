@@ -35,8 +35,9 @@ from solopo_plugin.synthesis.pool import Question  # noqa: E402
 KEYS = dict(
     prompt=None, prompts="ours", seed=42, max_samples=None, max_input_tokens=31500, max_new_tokens=64,
     longbench_data="", longbench_tasks=["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"],
-    ruler_data=None, ruler_lengths=[400, 900, 2000], ruler_questions=5, niah_data=None, niah_needles=None, niah_lengths=[600, 1500],
-    niah_depths=[0.0, 10.0, 50.0, 100.0], niah_questions=3, longbench_v2_data="", plain_data=None, validation_data=None,
+    ruler_data=None, ruler_lengths=[400, 900, 2000], ruler_questions=5, niah_data=None, niah_needles=None,
+    niah_lengths=[600, 1500], niah_depths=[0.0, 10.0, 50.0, 100.0], niah_questions=3, longbench_v2_data="",
+    plain_data=None, validation_data=None,
 )  # fmt: skip
 
 

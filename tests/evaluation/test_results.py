@@ -136,8 +136,9 @@ def test_comparisons(tmp_path):
     assert {(r["a"], r["b"]) for r in found["comparisons"]} == {("base", "step-10"), ("base", "step-20")}
     one = row(found["comparisons"], b="step-20", task="musique", metric="em")
     assert one | {"low": 0, "high": 0} == {
-        "a": "base", "b": "step-20", "benchmark": "longbench_qa", "task": "musique", "group": "", "metric": "em", "n": 4,
-        "difference": 75, "low": 0, "high": 0, "p_value": 0.25, "wins": 3, "losses": 0, "ties": 1, "left_out": 0,
+        "a": "base", "b": "step-20", "benchmark": "longbench_qa", "task": "musique", "group": "", "metric": "em",
+        "n": 4, "difference": 75, "low": 0, "high": 0, "p_value": 0.25, "wins": 3, "losses": 0, "ties": 1,
+        "left_out": 0,
     }  # fmt: skip
     mean = row(found["comparisons"], b="step-20", task="", metric="f1")
     assert mean["difference"] == pytest.approx((75 - 100 / 6) / 2) and (mean["wins"], mean["losses"]) == (3, 1)
@@ -445,8 +446,8 @@ BAD = {  # name: (arguments, the sentence)
         {"runs": {"Solo": ["base", "step-30"]}},
         "`runs: Solo` names 'step-30', which is none of the models base, step-10, step-20.",
     ),
-    "a seed that is a list": ({"runs": {"Solo": ["base", ["step-10"]]}}, "`runs: Solo` names ['step-10'], which is none "),
-    "a seed twice": ({"runs": {"Solo": ["base", "base"]}}, "`runs: Solo` names 'base', which is in Solo already; once "),
+    "a seed that is a list": ({"runs": {"Solo": ["base", ["step-10"]]}}, "`runs: Solo` names ['step-10'], which is "),
+    "a seed twice": ({"runs": {"Solo": ["base", "base"]}}, "`runs: Solo` names 'base', which is in Solo already; once"),
     "a seed in two runs": (
         {"runs": {"A": ["base", "step-10"], "B": ["step-20", "step-10"]}},
         "`runs: B` names 'step-10', which is in A already; once is enough.",

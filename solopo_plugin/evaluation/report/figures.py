@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..items import MAIN_METRIC
-from .tables import METRICS, TITLES, Summary, compared, label_length, label_task, values_of
+from .tables import COMPARISONS, METRICS, TITLES, Summary, label_length, label_task, values_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":")
@@ -49,7 +49,7 @@ def few_models(results: dict) -> dict:
 
 def _of_few(found: Summary, results: dict) -> Pictures:
     made = {}
-    if rows := compared(results, found.benchmarks, {name: (MAIN_METRIC.get(name),) for name in found.benchmarks}):
+    if rows := compared(found, results):
         made["differences"] = (
             differences(rows),
             "Paired comparison on the same questions: score of the first named model less that of the second, with "
@@ -66,6 +66,24 @@ def _of_few(found: Summary, results: dict) -> Pictures:
                 benchmark,
             )
     return made | heat_maps(found, results)
+
+
+def compared(found: Summary, results: dict) -> list[dict]:
+    """Comparisons on all lengths by each benchmark's main metric.
+
+    Where they are many, only those of the mean of tasks, and of the short and the long prompt of validation.
+    """
+    rows = [
+        row
+        for benchmark in found.benchmarks
+        for task in found.tasks(benchmark)
+        for row in results["comparisons"]
+        if (row["benchmark"], row["task"], row["group"], row["metric"]) == (benchmark, task, "", MAIN_METRIC[benchmark])
+    ]
+    if len(rows) <= COMPARISONS:
+        return rows
+    means = {name for name in found.benchmarks if "" in found.tasks(name) and name != "validation"}
+    return [row for row in rows if (row["task"] == "") == (row["benchmark"] in means)]
 
 
 def _lines(models: list[str]) -> dict[str, dict]:

@@ -28,8 +28,8 @@ METRICS = {
     "parsed": "share of answers with a letter",
 }
 OURS = {  # what the prompts ask for; "": the benchmarks that are not named
-    "": "the data pipeline's, a chain of thought that ends in `The answer is: ...`",
-    "longbench_v2": "a chain of thought that ends in `The correct answer is (X)`, in one answer as in the paper",
+    "": "the data pipeline's: a chain of thought that ends in 'The answer is: ...'",
+    "longbench_v2": "a chain of thought that ends in 'The correct answer is (X)', in one answer as in the paper",
     "plain": "the data pipeline's, or that of the file; of choices LongBench v2's",
     "validation": "as the rows of the data pipeline have it",
 }
@@ -49,7 +49,7 @@ BANDS = dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en"), "S-Doc")  # 
 BANDS |= dict.fromkeys(("hotpotqa", "2wikimqa", "musique"), "M-Doc")
 ORDER = ("easy", "hard", "short", "medium", "long")
 MEASURED = "Measured here"
-COMPARISONS = 30  # shown together; of more, only means over tasks, and short and long prompt of validation
+COMPARISONS = 30  # lines that are shown together; more are folded away, and of more the figure draws means of tasks
 Cell = tuple[str, str]  # what is read first, and what stands small below it
 
 
@@ -208,28 +208,13 @@ def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
     table.notes += [CAVEATS, *([DOUBTFUL] if any(benchmark in row.doubtful for row in PUBLISHED) else [])]
 
 
-def compared(results: dict, benchmarks: list[str], metrics: dict[str, tuple[str, ...]]) -> list[dict]:
-    """Comparisons on all lengths by these metrics of each benchmark; where they are many, only the most important."""
-    tasks = {benchmark: Summary(results).tasks(benchmark) for benchmark in benchmarks}
-    rows = [
-        row
-        for benchmark in benchmarks
-        for task in tasks[benchmark]
-        for row in results["comparisons"]
-        if (row["benchmark"], row["task"], row["group"]) == (benchmark, task, "")
-        and row["metric"] in metrics[benchmark]
-    ]
-    if len(rows) <= COMPARISONS:
-        return rows
-    means = {name for name in benchmarks if "" in tasks[name] and name != "validation"}
-    return [row for row in rows if (row["task"] == "") == (row["benchmark"] in means)]
-
-
 def _comparisons(results: dict, benchmark: str) -> list[Table]:
-    metrics = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
-    shown = compared(results, [benchmark], {benchmark: metrics})
+    """All tasks and lengths together, with wins and losses, then each of them, in a table per metric."""
+    metrics, pooled = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ())), Summary(results).tasks(benchmark)[-1]
     blocks: dict[str, list] = {}
-    for row in shown:
+    for row in results["comparisons"]:
+        if (row["benchmark"], row["task"], row["group"]) != (benchmark, pooled, "") or row["metric"] not in metrics:
+            continue
         name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
         cells = [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}", f"{row['p_value']:.2g}"]
         cells += [str(row.get(key, "-")) for key in ("wins", "losses", "ties", "n", "left_out")]
@@ -237,16 +222,12 @@ def _comparisons(results: dict, benchmark: str) -> list[Table]:
     if not blocks:
         return []
     names = ("difference", "95 % interval", "p-value", "wins", "losses", "ties", "n", "answered by one")
-    tasks = {row["task"] for row in results["comparisons"] if row["benchmark"] == benchmark} - {""}
     note = (
         "Difference: first named less second, on the n questions that both answered; wins are its wins. An interval "
         "that holds 0 shows no difference. p-values are not corrected for the number of comparisons."
     )
-    if tasks - {row["task"] for row in shown}:
-        note += " The many comparisons of single tasks are in tables.csv."
-    columns = [("", name) for name in names]
-    pooled = Table("Paired comparison on the same questions", columns, list(blocks.items()), [note])
-    return [pooled, *(table for metric in metrics for table in _by_task_and_length(results, benchmark, metric))]
+    together = Table("Paired comparison on the same questions", [("", n) for n in names], list(blocks.items()), [note])
+    return [together, *(table for metric in metrics for table in _by_task_and_length(results, benchmark, metric))]
 
 
 def _by_task_and_length(results: dict, benchmark: str, metric: str) -> list[Table]:
@@ -324,13 +305,11 @@ def prompts_table(results: dict) -> Table:
     """Whose prompt each benchmark's numbers come from, and the limits under which it was answered."""
     used, rows = results["settings"], []
     for benchmark in Summary(results).benchmarks:
-        official = benchmark in OFFICIAL_TOKENS and used.get("prompts") == "official"
-        whose, tokens = "ours", used.get("max_new_tokens", "-")
-        if official:
-            whose, tokens = "official", OFFICIAL_TOKENS[benchmark]
+        whose, words, tokens = "ours", OURS.get(benchmark, OURS[""]), used.get("max_new_tokens", "-")
+        if used.get("prompts") == "official" and benchmark in OFFICIAL:
+            whose, words, tokens = "official", OFFICIAL[benchmark], OFFICIAL_TOKENS[benchmark]
         elif used.get("prompt") and benchmark not in ("longbench_v2", "validation"):
-            whose = "the recipe's"
-        words = OFFICIAL[benchmark] if official else OURS.get(benchmark, OURS[""]) if whose == "ours" else "`prompt`"
+            whose, words = "the recipe's", "its key prompt; what a file asks in its own words stays so"
         cells = whose, words, str(tokens), str(used.get("temperature", "-"))
         rows.append((TITLES.get(benchmark, benchmark), [(text, "") for text in cells]))
     columns = [("", name) for name in ("prompt", "which", "max_new_tokens", "temperature")]
