@@ -188,7 +188,7 @@ SEEDS = ("base", "seed-0", "seed-1", "other", "seed-2")
 def test_runs_of_several_seeds_are_one_row_and_single_seeds_stay_available(tmp_path):
     values = zip(SEEDS, (60, 61, 62, 60, 66), strict=True)
     harness = [HARNESS[0] | {"model": model, "value": value} for model, value in values]
-    questions = [it for it in items(2) if it.benchmark in ("ruler_qa", "niah_plus", "plain", "validation")]
+    questions = few("ruler_qa", "plain", "validation") + [it for it in few("niah_plus") if it.length == 4096]
     results = write_folder(tmp_path, questions, SEEDS, runs={"SoLo": ["seed-0", "seed-1", "seed-2"]}, rows=harness)
     write_report(tmp_path)
     found = Summary(results)
@@ -228,7 +228,8 @@ def row_key(row: dict) -> tuple[str, ...]:
 def test_a_selected_seed_is_drawn_within_its_run(tmp_path):
     """Nine rows and the selected model's one: comparisons of single seeds are in the tables, not in the figures."""
     models = tuple(f"m{i}" for i in range(12))
-    results = write_folder(tmp_path, few("niah_plus", "validation"), models, runs={"A": ["m9", "m10", "m11"]})
+    questions = [it for it in few("niah_plus", "validation") if it.length in (None, 4096, 8192) and not it.depth]
+    results = write_folder(tmp_path, questions, models, runs={"A": ["m9", "m10", "m11"]})
     results["selection"]["best"] = "m10"
     assert "Drawn are 8 of 10 models" in figures(results)["length_niah_plus"][1]
     results["comparisons"] += [row | {"a": "m9", "b": "m10"} for row in results["comparisons"] if row["b"] == "A"]
@@ -321,8 +322,8 @@ def test_of_many_comparisons_those_of_single_tasks_stand_apart(tmp_path):
     drawn = figures(results)
     names = [label.get_text() for label in drawn["differences"][0].axes[0].get_yticklabels()]
     assert names == [
-        "LongBench v1 QA: mean of tasks", "Validation split, short and long prompt: short",
-        "Validation split, short and long prompt: long", "Own questions: own",
+        "LongBench v1 QA: mean of tasks", "Own questions: own", "Validation split, short and long prompt: short",
+        "Validation split, short and long prompt: long",
     ]  # fmt: skip
     assert len(drawn["overview"][0].axes[0].get_yticks()) == 16 and "Drawn are" not in drawn["overview"][1]
     few_drawn = len(drawn["differences"][0].axes) + 1

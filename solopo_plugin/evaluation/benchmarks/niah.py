@@ -3,7 +3,11 @@
 `niah_data`: the authors' files. Their README (github.com/zuucan/NeedleInAHaystack-PLUS) documents the keys `id`,
 `context`, `context_length` (tokens), `depth_percent`, `input` (the question), `dataset` (needle_squad, needle_hotpotqa)
 and `answers` (a list), one JSON object a line. Questions with two needles carry `depth_percent1` and `depth_percent2`
-instead, which the README does not say: code of others that reads the published file does. The file itself was not seen.
+instead, as the README's earlier versions and code of others that reads the published file have it. The file itself was
+not seen.
+
+The prompt is ours. The authors publish none for one model: their program (github.com/zuucan/LongAgent) and the paper's
+appendix B ask a leader and members that each see a part, in JSON; so `prompts: official` is refused for this benchmark.
 
 `niah_needles`: questions in SQuAD's, HotpotQA's or another format of the data pipeline, as {task: file} or a list of
 files, for contexts at `niah_lengths` x `niah_depths`. The haystack is distractors from the same file up to the length,
