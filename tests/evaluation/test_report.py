@@ -133,8 +133,8 @@ def difference(results: dict, benchmark: str, task: str, group: str, metric: str
     names = ("b", "benchmark", "task", "group", "metric")
     key = ["made-up-b", benchmark, task, group, metric]
     (row,) = [row for row in results["comparisons"] if [row[name] for name in names] == key]
-    interval = f"{row['low']:+.1f} to {row['high']:+.1f}, p={row['p_value']:.2g}, n={row['n']}"
-    return f"{row['difference']:+.1f} ({interval})"
+    interval = f"{row['low']:+.1f} to {row['high']:+.1f}, n={row['n']}"
+    return f"{row['difference']:+.1f}, p={row['p_value']:.2g} ({interval})"
 
 
 def test_short_contexts_have_a_comparison_of_their_own(made):

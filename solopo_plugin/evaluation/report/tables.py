@@ -246,7 +246,7 @@ def _by_task_and_length(results: dict, benchmark: str, metric: str) -> list[Tabl
         for task, keys in blocks.items()
     ]
     note = (
-        "As above: difference, 95 % interval, p-value, n. A mean of tasks is over those that have such questions. Of "
+        "As above: difference, p-value, 95 % interval, n. A mean of tasks is over those that have such questions. Of "
         "20 cells without any difference, one has p < 0.05 by chance."
     )
     title = f"Paired comparison by task and length, {METRICS.get(metric, metric)}"
@@ -257,7 +257,7 @@ def _difference(row: dict | None) -> Cell:
     if row is None:
         return "-", ""
     interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
-    return f"{row['difference']:+.1f}", f"{interval}, p={row['p_value']:.2g}, n={row['n']}"
+    return f"{row['difference']:+.1f}, p={row['p_value']:.2g}", f"{interval}, n={row['n']}"
 
 
 def notes_of(benchmark: str, scores: dict[str, list[dict]]) -> list[str]:
