@@ -27,13 +27,6 @@ METRICS = {
     "accuracy_lenient": "accuracy, lenient: the last letter, not the official parser's first",
     "parsed": "share of answers with a letter",
 }
-OURS = {  # what the prompts ask for; "": the benchmarks that are not named
-    "": "the data pipeline's: a chain of thought that ends in 'The answer is: ...'",
-    "longbench_v2": "a chain of thought that ends in 'The correct answer is (X)', in one answer as in the paper",
-    "plain": "the data pipeline's, or that of the file; of choices LongBench v2's",
-    "validation": "as the rows of the data pipeline have it",
-}
-OFFICIAL = {"longbench_v2": "the authors' 0shot.txt, word for word: the letter at once, no chain of thought"}
 BESIDE = {"ruler_qa": ("string_match",), "longbench_v2": ("accuracy_lenient",)}  # shown open, like the main metric
 LABELS = {
     "": "mean of tasks",
@@ -50,6 +43,13 @@ BANDS |= dict.fromkeys(("hotpotqa", "2wikimqa", "musique"), "M-Doc")
 ORDER = ("easy", "hard", "short", "medium", "long")
 MEASURED = "Measured here"
 COMPARISONS = 30  # lines that are shown together; more are folded away, and of more the figure draws means of tasks
+OURS = {  # what the prompts ask for; "": the benchmarks that are not named
+    "": "the data pipeline's: a chain of thought that ends in 'The answer is: ...'",
+    "longbench_v2": "a chain of thought that ends in 'The correct answer is (X)', in one answer as in the paper",
+    "plain": "the data pipeline's, or that of the file; of choices LongBench v2's",
+    "validation": "as the rows of the data pipeline have it",
+}
+OFFICIAL = {"longbench_v2": "the authors' 0shot.txt, word for word: the letter at once, no chain of thought"}
 Cell = tuple[str, str]  # what is read first, and what stands small below it
 
 
