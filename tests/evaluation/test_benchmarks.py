@@ -1,12 +1,12 @@
 """Benchmarks: official formats read as published, contexts of the asked length and depth, bad files named."""
 
 import gzip
-import importlib.util
 import json
 import logging
 import random
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,7 +192,7 @@ def test_the_official_prompt_of_longbench_v2(tmp_path, ask):
     assert made.max_new_tokens == 128 and ours.max_new_tokens is None  # their pred.py; ours is the recipe's
     same = ("key", "question", "answers", "kind", "groups")
     assert [getattr(made, name) for name in same] == [getattr(ours, name) for name in same]
-    harness = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/longbench2"
+    harness = Path(find_spec("lm_eval").origin).parent / "tasks/longbench2"
     (template,) = {
         yaml.safe_load(text)["doc_to_text"]
         for path in harness.glob("*common_yaml")

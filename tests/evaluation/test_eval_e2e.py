@@ -118,6 +118,16 @@ def test_stored_answers_are_scored_again_without_a_model(by_transformers, traine
     after = results(folder / "out")
     for part in ("models", "summary", "comparisons", "selection"):
         assert after[part] == before[part]
+    seeds = ["lora-checkpoint-2", "lora-checkpoint-10"]
+    together = real_recipe(folder, folder / "nowhere", models=["nowhere"], runs={"lora": seeds})
+    assert evaluate([together, "--rescore"]) == 0
+    after = results(folder / "out")
+    pairs = {(row["a"], row["b"]) for row in after["comparisons"]}
+    assert pairs == {("base", name) for name in ("lora", *NAMES[3:])} and after["runs"] == {"lora": seeds}
+    assert "lora (n=2 seeds)" in (folder / "out" / "report" / "index.html").read_text()
+    wrong = real_recipe(folder, folder / "nowhere", models=["nowhere"], runs={"lora": ["base", "seed3"]})
+    assert evaluate([wrong, "--rescore"]) == 1
+    assert f"`runs: lora` names 'seed3', which is none of the models {', '.join(NAMES)}." in capsys.readouterr().err
 
 
 @needs_data
