@@ -27,12 +27,19 @@ def data_sets(train, evaluated) -> dict[tuple[str, str], object]:
     return {key: split for key, split in sets.items() if split is not None}
 
 
-def check_text(row: str, column: str, value: object) -> None:
-    """Refuse a text column that is missing, not a string, or blank."""
+def check_text(row: str, column: str, value: object, turn: str = "", blank: bool = False) -> None:
+    """Refuse a text that is missing, not a string, or blank.
+
+    Args:
+        turn: Begins the message where the column is a conversation: "turn 2 (`human`) of ".
+        blank: A blank text is accepted.
+    """
     if not isinstance(value, str):
-        raise RowError(f"{row}: column `{column}` must be a string, got {type(value).__name__} {str(value)[:60]!r}.")
-    if not value.strip():
-        raise RowError(f"{row}: column `{column}` is empty; give it a text or remove the row.")
+        raise RowError(
+            f"{row}: {turn}column `{column}` must be a string, got {type(value).__name__} {str(value)[:60]!r}."
+        )
+    if not blank and not value.strip():
+        raise RowError(f"{row}: {turn}column `{column}` is empty; give it a text or remove the row.")
 
 
 def build_row(
@@ -57,10 +64,10 @@ def build_row(
             that end its turns.
 
     Raises:
-        RowError: Equal responses, a template inside the text, or responses that tokenise differently behind the
-            long prompt.
+        RowError: Equal or empty responses, a template inside the text, responses that tokenise differently behind the
+            long prompt, prompts that tokenise differently before the two responses, or what a template cannot write.
     """
-    for text in [system, long_system, *(message["content"] for message in [*short, *long, *responses])]:
+    for text in [system, long_system, tools, *(message["content"] for message in [*short, *long, *responses])]:
         for marker in markers:
             if text and marker in text:
                 raise RowError(
@@ -70,15 +77,44 @@ def build_row(
     ids = {}
     for side, prompt, prompt_system in (("short", short, system), ("long", long, long_system)):
         for name, response in zip(("chosen", "rejected"), responses, strict=True):
-            prompt_ids, response_ids = encode([*prompt, response], prompt_system, tools)
+            try:
+                prompt_ids, response_ids = encode([*prompt, response], prompt_system, tools)
+            except Exception as error:  # whatever the template's code raises at a function call that it cannot read
+                what = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+                raise RowError(
+                    f"{row}: the template cannot write {_unwritable(encode, side, prompt, name, response)}: {what}; "
+                    "a call is a JSON object with `name` and `arguments`, `tools` a JSON list of functions."
+                ) from error
             if ids.setdefault(f"{name}_ids", response_ids) != response_ids:
                 raise RowError(
                     f"{row}: `{name}` tokenises differently behind the short and the long prompt; check `template`."
                 )
-            ids.setdefault(f"{side}_prompt_ids", prompt_ids)
+            if ids.setdefault(f"{side}_prompt_ids", prompt_ids) != prompt_ids:
+                raise RowError(
+                    f"{row}: the template writes one {side} prompt before `chosen` and another before `rejected`, as "
+                    "where only one of them has a thought; set `enable_thinking: true`, or give both a thought or none."
+                )
     if ids["chosen_ids"] == ids["rejected_ids"]:
         raise RowError(f"{row}: `chosen` and `rejected` are the same tokens; remove the row.")
+    _, empty_ids = encode([{"role": "user", "content": "-"}, {"role": "assistant", "content": ""}], "", "")
+    for name in ("chosen", "rejected"):
+        if ids[f"{name}_ids"] == empty_ids:
+            raise RowError(
+                f"{row}: nothing is left of `{name}` in the template (`enable_thinking: false` removes thoughts); "
+                "give it a text or remove the row."
+            )
     return {"row": row, "same": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
+
+
+def _unwritable(encode, side: str, prompt: list[dict], name: str, response: dict) -> str:
+    """Where in a row the template fails, by trying one turn after the other; the tools are what is left."""
+    places = [f"turn {n} ({turn['role']}) of the {side} prompt" for n, turn in enumerate(prompt, 1)]
+    for turn, place in zip([*prompt, response], [*places, f"`{name}`"], strict=True):
+        try:
+            encode([turn], "", "")
+        except Exception:
+            return place
+    return "`tools`"
 
 
 def row_length(row: dict) -> int:

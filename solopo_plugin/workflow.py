@@ -10,14 +10,14 @@ from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
-from pyarrow.compute import add, list_value_length, max_element_wise
-from pyarrow.compute import max as arrow_max
+from pyarrow.compute import list_value_length
 from pyarrow.compute import sum as arrow_sum
 from transformers.training_args import ParallelMode
 
 from . import __version__
 from .attention import base_of, prepare, why_not_packed
-from .data import COLUMNS, SoloCollator, data_sets
+from .data import SoloCollator, data_sets
+from .host.saved import recorded
 from .host.versions import installed
 from .memory import chunk_mlps
 from .packing import PackedCollator
@@ -39,9 +39,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     data_args.solopo_overlength = finetuning_args.solopo_overlength  # the host hands its processors only data_args
-    dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
-    if data_args.tokenized_path is not None:
-        check_tokenized(dataset_module, data_args.tokenized_path, data_args.cutoff_len)
+    with recorded(data_args, training_args, tokenizer, template):
+        dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
@@ -128,26 +127,6 @@ def abort_ends_the_process():
 
 def _splits(dataset_module: dict):
     return data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
-
-
-def check_tokenized(dataset_module: dict, path: str, cutoff_len: int) -> None:
-    """Refuse rows under `tokenized_path` that another stage, or another `cutoff_len`, has left there."""
-    for split in _splits(dataset_module):
-        names = split.column_names
-        if names is not None and not set(COLUMNS) <= set(names):
-            raise ValueError(
-                f"`tokenized_path: {path}` holds rows of another stage (columns {', '.join(names)}); "
-                "choose another path or remove the folder."
-            )
-        if hasattr(split, "data"):
-            n = {part: list_value_length(split.data.column(f"{part}_ids")) for part in PARTS}
-            prompts = max_element_wise(n["short_prompt"], n["long_prompt"])
-            longest = arrow_max(add(prompts, max_element_wise(n["chosen"], n["rejected"]))).as_py()
-            if longest > cutoff_len:
-                raise ValueError(
-                    f"`tokenized_path: {path}` holds rows of up to {longest} tokens and `cutoff_len` is {cutoff_len}; "
-                    "raise `cutoff_len`, or choose another path to tokenise anew."
-                )
 
 
 def configure_streaming(dataset_module: dict, training_args) -> None:

@@ -7,6 +7,8 @@ what the host's own pairwise processor and collator make of the same rows, and s
 """
 
 import copy
+import json
+import re
 from functools import cache
 from types import SimpleNamespace
 
@@ -203,16 +205,16 @@ QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assista
 
 
 @cache
-def host(template: str, bos: str | None = None) -> SimpleNamespace:
-    """A tokenizer trained on the sample and the host's template for it."""
+def host(template: str, bos: str | None = None, **arguments) -> SimpleNamespace:
+    """A tokenizer trained on the sample and the host's template for it, a copy: it keeps the arguments given here."""
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from make_tiny_model import train_tokenizer
 
     tokenizer = train_tokenizer([str(row) for row in demo_rows()], bos=bos)
-    data_args = DataArguments(template=template, cutoff_len=10**9)
-    return SimpleNamespace(tokenizer=tokenizer, data_args=data_args,
-                           template=get_template_and_fix_tokenizer(tokenizer, data_args))  # fmt: skip
+    data_args = DataArguments(template=template, cutoff_len=10**9, **arguments)
+    template = copy.copy(get_template_and_fix_tokenizer(tokenizer, data_args))
+    return SimpleNamespace(tokenizer=tokenizer, data_args=data_args, template=template)
 
 
 MODELS = {"qwen": None, "llama3": BOS}  # template: BOS token
@@ -330,14 +332,13 @@ def test_overlength_is_exact_through_the_processor(template, rows):
     assert str(caught.value).startswith(f"{first}: prompt + response have {longest} tokens")
 
 
-def of_the_host(rows: list[dict], model, prompt_column: str) -> dict[str, torch.Tensor]:
+def of_the_host(rows: list[dict], model, attr) -> dict[str, torch.Tensor]:
     """A batch by the host's own converter, pairwise processor and collator, as its DPO workflow builds them."""
     from llamafactory.data import PairwiseDataCollatorWithPadding
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.processor import PairwiseDatasetProcessor
 
-    columns = {name: column for name, column in ALPACA.items() if name != "long_prompt"} | {"prompt": prompt_column}
-    converter = get_dataset_converter("alpaca", attributes(columns=columns), model.data_args)
+    converter = get_dataset_converter(attr.formatting, attr, model.data_args)
     aligned = [converter(copy.deepcopy(row)) for row in rows]
     processor = PairwiseDatasetProcessor(model.template, model.tokenizer, None, model.data_args)
     examples = processor.preprocess_dataset({name: [row[name] for row in aligned] for name in aligned[0]})
@@ -347,14 +348,12 @@ def of_the_host(rows: list[dict], model, prompt_column: str) -> dict[str, torch.
     return collator(features)
 
 
-@pytest.mark.parametrize("template", MODELS)
-@FUZZ
-@given(rows=rows_of_text())
-def test_pairs_are_the_hosts_tensor_for_tensor(template, rows):
+def assert_pairs_are_the_hosts(rows: list[dict], model, attr) -> None:
     """The short pair, also in padding; the long pair up to padding, which for ours is no more than needed."""
-    model = host(template, MODELS[template])
-    ours = SoloCollator(model.tokenizer.pad_token_id, long_pair=True)(processed(rows, model))
-    short, long = of_the_host(rows, model, "prompt"), of_the_host(rows, model, "long_prompt")
+    ours = SoloCollator(model.tokenizer.pad_token_id, long_pair=True)(processed(rows, model, attr))
+    on_long = copy.copy(attr)
+    on_long.prompt, on_long.messages = attr.long_prompt, attr.long_messages
+    short, long = of_the_host(rows, model, attr), of_the_host(rows, model, on_long)
     assert set(short) == set(long) == {"input_ids", "attention_mask", "labels"}
     for name, tensor in short.items():
         assert torch.equal(ours[name], tensor), name
@@ -362,6 +361,13 @@ def test_pairs_are_the_hosts_tensor_for_tensor(template, rows):
     assert not long["attention_mask"][:, width:].any()
     for name, tensor in long.items():
         assert torch.equal(ours[f"long_{name}"], tensor[:, :width]), name
+
+
+@pytest.mark.parametrize("template", MODELS)
+@FUZZ
+@given(rows=rows_of_text())
+def test_pairs_are_the_hosts_tensor_for_tensor(template, rows):
+    assert_pairs_are_the_hosts(rows, host(template, MODELS[template]), attributes())
 
 
 def as_messages(row: dict, prompt: str, role: str, content: str, user: str, assistant: str) -> list[dict]:
@@ -449,3 +455,314 @@ def test_a_response_that_is_not_the_assistants_is_refused(column, response):
 def test_a_malformed_history_is_refused(history):
     with pytest.raises(RowError, match=r"^rows\[0\]: .*`history`"):
         processed([GOOD | {"history": history}], host("qwen"))
+
+
+# ---- what the host's converters and templates make of a row is what is checked
+
+TOOL = {"name": "where", "description": "Tell.", "parameters": {"type": "object", "properties": {"who": {"type": "string"}}}}  # fmt: skip # noqa: E501
+CALL = {"name": "where", "arguments": {"who": "Ilmar Holm"}}
+TOOLS = ALPACA | {"tools": "tools"}
+TALK_TOOLS = SHAREGPT | {"tools": "tools"}
+
+
+def calling(content="", calls=(CALL,), question: str = "And she?") -> list[dict]:
+    """A conversation of the openai formatting in which a tool was called."""
+    tool_calls = [{"id": "1", "type": "function", "function": call} for call in calls]
+    said = {"role": "assistant", "content": content, "tool_calls": tool_calls}
+    found = [{"role": "tool", "content": "Rosvik", "tool_calls": None} for _ in calls]
+    user = {"role": "user", "content": "Where is he?", "tool_calls": None}
+    answer = {"role": "assistant", "content": "In Rosvik.", "tool_calls": None}
+    return [user, said, *found, answer, user | {"content": question}]
+
+
+def openai_row(messages: list[dict], long: list[dict] | None = None, **more) -> dict:
+    chosen, rejected = ({"role": "assistant", "content": text, "tool_calls": None} for text in ("Here.", "There."))
+    return dict(messages=messages, long_messages=long or messages, chosen=chosen, rejected=rejected) | more
+
+
+@pytest.mark.parametrize("tools", [None, [TOOL], json.dumps([TOOL])])
+@pytest.mark.parametrize("n_calls", [1, 2])
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+def test_a_call_of_a_tool_trains_as_the_hosts(content, n_calls, tools):
+    """The converter makes the turn's text from `tool_calls`, whatever stands, or does not, in `content`."""
+    row = openai_row(calling(content, [CALL] * n_calls), calling(content, [CALL] * n_calls, "Much text. And she?"))
+    attr = attributes("openai", TALK_TOOLS, tags=OPENAI_TAGS)
+    assert_pairs_are_the_hosts([row | {"tools": tools}], host("qwen"), attr)
+
+
+@pytest.mark.parametrize("template", ["qwen", "default"])
+@pytest.mark.parametrize("tools", [None, "", "[]", json.dumps([TOOL]), json.dumps([{"type": "function", "function": TOOL}])])
+def test_tools_and_calls_of_sharegpt_train_as_the_hosts(template, tools):
+    called = [
+        {"from": "human", "value": "Where is he?"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": ""},
+    ]
+    row = TALK | {"messages": called, "long_messages": [{"from": "system", "value": None}, *called], "tools": tools}
+    assert_pairs_are_the_hosts([row], host(template), attributes("sharegpt", TALK_TOOLS))
+    row["chosen"] = {"from": "function_call", "value": json.dumps(CALL)}
+    assert_pairs_are_the_hosts([row], host(template), attributes("sharegpt", TALK_TOOLS))
+
+
+@pytest.mark.parametrize("formatting, row, columns", [("alpaca", GOOD, TOOLS), ("sharegpt", TALK, TALK_TOOLS)])
+def test_tools_as_a_list_are_tools_as_json(formatting, row, columns):
+    """As the host's openai converter writes them; its other converters hand a list to a parser of text."""
+    attr = attributes(formatting, columns)
+    as_list, as_text = ([row | {"tools": tools}] for tools in ([TOOL], json.dumps([TOOL])))
+    assert processed(as_list, host("qwen"), attr) == processed(as_text, host("qwen"), attr)
+
+
+FILLED = TOOL | {"parameters": {"properties": {"who": {"type": "string"}, "city": None}}}
+BAD_TOOLS = {
+    "not JSON": ("where(who)", "RuntimeError Invalid JSON"),
+    "no list": ('{"name": "where"}', "the template cannot write `tools`"),
+    "a list of words": ('["where"]', "the template cannot write `tools`"),
+    "no name": ('[{"parameters": {"properties": {}}}]', "the template cannot write `tools`: KeyError 'name'"),
+    "a number": (3, "column `tools` must be a JSON text, got int '3'"),
+    "keys of other rows": ([FILLED], "column `tools` holds null, which loading fills in for keys of other rows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOOLS)
+@pytest.mark.parametrize("formatting", ["alpaca", "sharegpt", "openai"])
+def test_bad_tools_name_the_row(formatting, name):
+    tools, sentence = BAD_TOOLS[name]
+    row = {"alpaca": GOOD, "sharegpt": TALK, "openai": openai_row([{"role": "user", "content": "Where?"}])}[formatting]
+    more = {"tags": OPENAI_TAGS} if formatting == "openai" else {}
+    attr = attributes(formatting, TOOLS if formatting == "alpaca" else TALK_TOOLS, **more)
+    with pytest.raises(RowError, match=rf"^rows\[0\]: .*{re.escape(sentence)}") as caught:
+        processed([row | {"tools": tools}], host("default"), attr)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["where(Ilmar)", '{"name": "where"}', '["where"]', "3"])
+@pytest.mark.parametrize("column, where", [("messages", "turn 2 (function) of the short prompt"),
+                                           ("long_messages", "turn 2 (function) of the long prompt"),
+                                           ("chosen", "`chosen`"), ("rejected", "`rejected`")])  # fmt: skip
+def test_a_malformed_call_names_row_and_turn(column, where, call):
+    said = {"from": "function_call", "value": call}
+    user, seen = {"from": "human", "value": "Where?"}, {"from": "observation", "value": "Rosvik"}
+    row = TALK | {column: said if column in ("chosen", "rejected") else [user, said, seen]}
+    with pytest.raises(RowError, match=rf"^rows\[0\]: the template cannot write {re.escape(where)}: ") as caught:
+        processed([row], host("qwen"), attributes("sharegpt"))
+    assert "\n" not in str(caught.value)
+
+
+USER, SAID = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}
+BARE_TAGS = {name: tag for name, tag in OPENAI_TAGS.items() if name not in ("observation_tag", "function_tag")}
+SEEN = {"role": "tool", "content": "Rosvik"}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]}
+CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentence)
+    "no content": ([USER, {"role": "assistant", "content": None}, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` must be a string, got NoneType"),
+    "empty": ([USER, {"role": "assistant", "content": ""}, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` is empty"),
+    "empty behind tools": ([*calling(calls=[CALL] * 3)[:-1], USER | {"content": " "}], OPENAI_TAGS, "turn 7 (`user`) of column `messages` is empty"),
+    "parts": ([USER | {"content": [{"type": "text", "text": "Where?"}]}], OPENAI_TAGS, "turn 1 (`user`) of column `messages` must be a string, got list"),
+    "a result of parts": ([USER, CALLING, SEEN | {"content": [{"text": "Rosvik"}]}, SAID, USER], OPENAI_TAGS, "turn 3 (`tool`) of column `messages` must be a string, got list"),
+    "a system prompt of parts": ([{"role": "system", "content": ["a"]}, USER], OPENAI_TAGS, "turn 1 (`system`) of column `messages` must be a string or null, got list"),
+    "ends with a result": ([USER, CALLING, SEEN], OPENAI_TAGS, "turn 3 (`tool`) of column `messages` is the last, and the host's openai converter drops a result without an answer"),
+    "ends with a result, dropped in silence": ([USER, SAID, USER, SEEN], OPENAI_TAGS, "turn 4 (`tool`) of column `messages` is the last, and"),
+    "a result without a call": ([USER, SEEN, USER], OPENAI_TAGS, "turn 2 of 3 is `tool`"),
+    "two of one side": ([USER, SAID, SAID, USER], OPENAI_TAGS, "turn 3 of 4 is `assistant`"),
+    "two of one side behind a system prompt": ([{"role": "system", "content": "Be brief."}, USER, SAID, SAID, USER], OPENAI_TAGS, "turn 4 of 5 is `assistant`"),
+    "a system prompt within": ([USER, {"role": "system", "content": "Be brief."}, USER], OPENAI_TAGS, "turn 2 of 3 is `system`"),
+    "nothing but a system prompt": ([{"role": "system", "content": "Be brief."}], OPENAI_TAGS, "turn 1 of 1 is `system`"),
+    "no role": ([{"role": None, "content": "Where?"}], BARE_TAGS, "turn 1 of column `messages` has `role` None; known are user, assistant, system"),
+    "unknown role": ([USER, SAID, SEEN, SAID, USER], BARE_TAGS, "turn 3 of column `messages` has `role` 'tool'; known are user, assistant, system"),
+    "no message": ([USER, "Here.", USER], OPENAI_TAGS, "turn 2 of column `messages` must have `role` and `content`, got 'Here.'"),
+    "no content key": ([USER, {"role": "assistant"}, USER], OPENAI_TAGS, "turn 2 of column `messages` must have `role` and `content`, got"),
+    "one message": (USER, OPENAI_TAGS, "column `messages` must be a list of messages, got"),
+    "a call without name": ([USER, CALLING | {"tool_calls": [{"function": {"arguments": {}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has `tool_calls` that the host cannot read"),
+    "a call without function": ([USER, CALLING | {"tool_calls": [CALL]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has `tool_calls` that the host cannot read"),
+    "calls as text": ([USER, CALLING | {"tool_calls": json.dumps([CALL])}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has `tool_calls` that the host cannot read"),
+    "arguments of other rows": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": {"who": "a", "city": None}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` holds null, which loading fills in for keys of other rows"),
+    "a call of the user's": ([USER | {"tool_calls": [{"function": CALL}]}], OPENAI_TAGS, "turn 1 (`user`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
+    "a call without a tag": ([CALLING, SAID, USER], BARE_TAGS, "turn 1 (`assistant`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ["messages", "long_messages"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_conversation_that_the_converter_would_not_keep_names_row_turn_and_role(name, column):
+    messages, tags, sentence = CONVERSATIONS[name]
+    row = openai_row([USER]) | {column: messages}
+    with pytest.raises(RowError, match=rf"^rows\[0\]: .*{re.escape(sentence.replace('`messages`', f'`{column}`'))}"):
+        processed([row], host("qwen"), attributes("openai", tags=tags))
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+@pytest.mark.parametrize("response, sentence", [
+    ({"role": "assistant", "content": "a", "tool_calls": [{"function": CALL}]}, "has `tool_calls`, which the host's converter ignores"),
+    ({"role": "assistant", "content": None, "tool_calls": None}, "must be a string, got NoneType"),
+    ({"role": None, "content": "a"}, "must be one message with `role` 'assistant'"),
+    ({"role": "assistant"}, "must be one message with `role` 'assistant' and `content`"),
+    ([{"role": "assistant", "content": "a"}], "must be one message with `role` 'assistant'"),
+])  # fmt: skip
+@pytest.mark.parametrize("tags", [OPENAI_TAGS, BARE_TAGS])
+def test_a_response_that_the_converter_would_change_is_refused(tags, response, sentence, column):
+    with pytest.raises(RowError, match=rf"^rows\[0\]: column `{column}` {re.escape(sentence)}"):
+        processed([openai_row([USER]) | {column: response}], host("qwen"), attributes("openai", tags=tags))
+
+
+@pytest.mark.parametrize("formatting", ["sharegpt", "openai"])
+@pytest.mark.parametrize("column", ["messages", "long_messages"])
+def test_a_system_prompt_on_one_side_is_refused(column, formatting):
+    """The openai converter writes a system prompt of its own where there is none."""
+    role, content, user = ("from", "value", "human") if formatting == "sharegpt" else ("role", "content", "user")
+    row = reformatted(GOOD, role, content, user, "gpt" if formatting == "sharegpt" else "assistant")
+    row[column] = [{role: "system", content: "Be brief."}, *row[column]]
+    tags = {"tags": OPENAI_TAGS} if formatting == "openai" else {}
+    with pytest.raises(RowError, match=r"^rows\[0\]: only one of `messages` and `long_messages` has a system prompt"):
+        processed([row], host("qwen"), attributes(formatting, **tags))
+
+
+def test_calls_in_sharegpt_are_not_ignored():
+    said = {"from": "gpt", "value": "Let me look.", "tool_calls": [{"function": CALL}]}
+    row = TALK | {"messages": [TALK["messages"][0], said, TALK["messages"][0]]}
+    with pytest.raises(RowError, match=r"^rows\[0\]: turn 2 \(`gpt`\) of column `messages` has `tool_calls`, which"):
+        processed([row], host("qwen"), attributes("sharegpt"))
+
+
+@pytest.mark.parametrize("tag", [True, False])
+@pytest.mark.parametrize("formatting", ["alpaca", "sharegpt"])
+def test_a_kto_tag_does_not_replace_the_pair(formatting, tag):
+    """The host's converters take `response` and an empty text for the pair where `kto_tag` names a boolean."""
+    row, columns = (GOOD, ALPACA) if formatting == "alpaca" else (TALK, SHAREGPT)
+    attr = attributes(formatting, columns | {"kto_tag": "good", "response": "answer"})
+    with pytest.raises(RowError, match=rf"^rows\[0\]: column `good`, mapped as `kto_tag`, is {tag}"):
+        processed([row | {"good": tag, "answer": "Elsewhere."}], host("qwen"), attr)
+    (ours,) = processed([row | {"good": None, "answer": "Elsewhere."}], host("qwen"), attr)
+    assert [ours] == processed([row], host("qwen"), attributes(formatting))
+
+
+@pytest.mark.parametrize("history", ["Hello.", {"a": "b"}, 3])
+def test_a_history_that_the_converter_would_ignore_is_refused(history):
+    with pytest.raises(RowError, match=r"^rows\[0\]: .*`history` must be a list of \[question, answer\], got"):
+        processed([GOOD | {"history": history}], host("qwen"))
+
+
+def test_a_prompt_that_the_converter_would_leave_out_is_refused():
+    attr = attributes(columns=ALPACA | {"query": "query"})
+    with pytest.raises(RowError, match=r"^rows\[0\]: column `long_prompt` must be a string, got NoneType"):
+        processed([GOOD | {"long_prompt": None, "query": "Where?"}], host("qwen"), attr)
+
+
+# ---- thoughts
+
+THOUGHT = "<think>\nIt says so.\n</think>\n\n"
+OPEN = "<think>\nIt says so."
+RESPONSES = {"plain": ("Here.", "There."), "chosen thinks": (f"{THOUGHT}Here.", "There."),
+             "rejected thinks": ("Here.", f"{THOUGHT}There."), "both think": (f"{THOUGHT}Here.", f"{THOUGHT}There."),
+             "rejected never ends": ("Here.", OPEN), "one never ends": (f"{THOUGHT}Here.", OPEN)}  # fmt: skip
+
+
+@pytest.mark.parametrize("enable_thinking", [True, None, False])
+@pytest.mark.parametrize("name", RESPONSES)
+def test_both_responses_stand_behind_the_prompt_that_their_template_writes(enable_thinking, name):
+    """Refused exactly where the host's template writes two prompts; otherwise the host's tokens."""
+    chosen, rejected = RESPONSES[name]
+    model = host("qwen3", enable_thinking=enable_thinking)
+    messages = [{"role": "user", "content": "Where?"}]
+    prompts = [model.template.encode_oneturn(model.tokenizer, [*messages, message(text, "assistant")])[0]
+               for text in (chosen, rejected)]  # fmt: skip
+    row = GOOD | {"chosen": chosen, "rejected": rejected}
+    if prompts[0] == prompts[1]:
+        assert_pairs_are_the_hosts([row], model, attributes())
+    else:
+        with pytest.raises(RowError, match=r"^rows\[0\]: .*`enable_thinking: true`"):
+            processed([row], model)
+    assert (prompts[0] == prompts[1]) == (enable_thinking is True or name in ("plain", "both think")
+                                          or (enable_thinking, name) in {(None, "one never ends"), (False, "chosen thinks"),
+                                                                         (False, "rejected thinks")})  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["short", "long"])
+def test_prompts_that_differ_by_response_are_refused(side):
+    def thinking(messages, system, tools):
+        prompt, response = encode(messages, system, tools)
+        on_side = messages[-2]["content"] == {"short": "s", "long": "l s"}[side] if len(messages) > 1 else False
+        return prompt + [7] * (on_side and messages[-1]["content"] == "r"), response
+
+    with pytest.raises(RowError, match=rf"^rows\[0\]: .* {side} prompt .*`enable_thinking: true`"):
+        built(encode=thinking)
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_a_response_of_which_nothing_is_left_is_refused(column):
+    """`enable_thinking: false` takes thoughts away; what is then empty is no response."""
+    model = host("qwen3", enable_thinking=False)
+    with pytest.raises(RowError, match=rf"^rows\[0\]: nothing is left of `{column}`"):
+        processed([GOOD | {column: THOUGHT}], model)
+    assert processed([GOOD | {column: THOUGHT + "Elsewhere."}], model) == processed([GOOD | {column: "Elsewhere."}], model)  # fmt: skip # noqa: E501
+
+
+def test_tools_with_a_template_inside_are_refused():
+    with pytest.raises(RowError, match=r"^rows\[0\]: the text contains '<\|end\|>'"):
+        built(tools='[{"name": "<|end|>"}]', markers=["<|end|>"])
+
+
+# ---- data sets beside each other, columns, warnings
+
+
+def aligned(rows: list[dict], attr, streaming: bool = False):
+    """Through the host's loader, as it aligns a data set before it merges it with others."""
+    from datasets import Dataset
+    from llamafactory.data import loader
+    from llamafactory.hparams import DataArguments
+
+    data_args = DataArguments(template="qwen", streaming=streaming, overwrite_cache=True)
+    dataset = Dataset.from_list(rows)
+    training_args = SimpleNamespace(local_process_index=0)
+    return loader.align_dataset(dataset.to_iterable_dataset() if streaming else dataset, attr, data_args, training_args)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("mix", ["concat", "interleave_under"])
+def test_data_sets_of_any_form_stand_beside_each_other(streaming, mix):
+    """What one has and another lacks (tools, system prompts, history) makes no other features."""
+    from llamafactory.data.data_utils import merge_dataset
+    from llamafactory.hparams import DataArguments
+
+    openai = openai_row([{"role": "user", "content": "Where?"}])
+    sets = [
+        ([GOOD], attributes()),
+        ([{name: GOOD[name] for name in ("prompt", "long_prompt", "chosen", "rejected")}], attributes(columns={name: name for name in ("prompt", "long_prompt", "chosen", "rejected")})),
+        ([GOOD | {"tools": [TOOL]}], attributes(columns=TOOLS)),
+        ([GOOD | {"tools": None, "system": None}], attributes(columns=TOOLS)),
+        ([TALK | {"tools": json.dumps([TOOL])}], attributes("sharegpt", TALK_TOOLS)),
+        ([openai | {"tools": [TOOL]}], attributes("openai", TALK_TOOLS, tags=OPENAI_TAGS)),
+    ]  # fmt: skip
+    alone = [list(aligned(rows, attr, streaming)) for rows, attr in sets]
+    arguments = DataArguments(template="qwen", streaming=streaming, mix_strategy=mix)
+    merged = merge_dataset([aligned(rows, attr, streaming) for rows, attr in sets], arguments, seed=0)
+    merged, everything = list(merged), [row for rows in alone for row in rows]
+    assert merged == everything[: len(merged)] and (len(merged) == len(sets) or mix != "concat")  # or the first has ended
+    for n, (rows, attr) in enumerate(sets):
+        assert [converted(rows, attr, arguments)[name] == [alone[n][0][name]] for name in alone[n][0]]
+
+
+KEYS = ["query", "response", "history", "system", "tools", "kto_tag", "chosen", "rejected", "prompt", "long_prompt", "messages"]  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_is_named_whatever_key_maps_it(key, streaming):
+    attr = attributes(columns=ALPACA | {key: "nowhere"})
+    with pytest.raises(ValueError, match=r"^Dataset `rows` has no column `nowhere`; it has: prompt, "):
+        list(aligned([GOOD], attr, streaming))
+
+
+def test_all_long_prompts_equal_is_noticed():
+    from datasets import Dataset
+
+    from solopo_plugin.host.data import report
+
+    def said(rows):
+        lines = []
+        logger = SimpleNamespace(info_rank0=lambda text: None, warning_rank0=lines.append)
+        report(Dataset.from_list(processed(rows, host("qwen"))), len(rows), SimpleNamespace(cutoff_len=9), False, logger)
+        return lines
+
+    same = GOOD | {"long_prompt": GOOD["prompt"]}
+    (line,) = said([same, same])
+    assert line.startswith("All long prompts of the training rows equal their short ones")
+    assert said([same, GOOD]) == []

@@ -5,6 +5,7 @@ What: `DatasetAttr.join` keeps two more columns; five functions of the loader ar
 processor by stage, and its pairwise path drops every other column and truncates prompts at the end. Host: 0.9.5.
 """
 
+import json
 from copy import copy
 from functools import wraps
 from typing import Any
@@ -17,6 +18,10 @@ from .template import encode_turn
 from .versions import expect_signature
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
+COLUMN_KEYS = ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag",
+               "long_prompt", "long_messages")  # fmt: skip
+IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
+HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
 
 
 def apply(module) -> None:
@@ -90,6 +95,11 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
     for needed in (prompt, "chosen", "rejected"):
         if not getattr(attr, needed):
             raise ValueError(f"Dataset `{name}` must map `{needed}` under `columns` in dataset_info.json.")
+    if attr.chosen == attr.rejected:
+        raise ValueError(
+            f"Dataset `{name}` maps `chosen` and `rejected` to one column, `{attr.chosen}`; correct `columns` in "
+            "dataset_info.json."
+        )
     if attr.images or attr.videos or attr.audios:
         raise ValueError(f"Dataset `{name}` maps images, videos or audios; `stage: solopo` is for text only.")
 
@@ -116,28 +126,36 @@ class LongConverter:
         self.long = get_dataset_converter(attr.formatting, long_attr, data_args)
 
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        row = f"{self.attr.entry}[{index}]"
-        self.check(row, example)
-        short, long = self.short(example), self.long(example)
-        for column, side in ((self.prompt_column, short), (self.long_column, long)):
-            if len(side["_prompt"]) % 2 != 1 or len(side["_response"]) != 2:
-                raise RowError(
-                    f"{row}: column `{column}` must be turns that begin and end with the user's, "
-                    "and the responses one assistant turn each."
+        """A row of the file -> a row for the processor; what the converters have made of it is what is checked."""
+        attr, row = self.attr, f"{self.attr.entry}[{index}]"
+        for column in filter(None, (getattr(attr, key) for key in COLUMN_KEYS)):
+            if column not in example:
+                raise ValueError(
+                    f"Dataset `{attr.entry}` has no column `{column}`; it has: {', '.join(example)}. "
+                    "Correct `columns` in dataset_info.json."
                 )
-        if short["_response"][0]["content"] == short["_response"][1]["content"]:
-            raise RowError(
-                f"{row}: columns `{self.attr.chosen}` and `{self.attr.rejected}` hold the same text; remove the row."
-            )
-        if bool(short["_system"]) != bool(long["_system"]):
+        self.check_read(row, example)
+        short, long = self.short(example), self.long(example)
+        if attr.formatting != "alpaca":
+            for column, side in ((attr.messages, short), (self.long_column, long)):
+                self.check_turns(row, column, example[column], side["_prompt"])
+        for column, response in zip((attr.chosen, attr.rejected), short["_response"], strict=True):
+            check_text(row, column, response["content"])
+        if short["_response"][0] == short["_response"][1]:
+            raise RowError(f"{row}: columns `{attr.chosen}` and `{attr.rejected}` hold the same text; remove the row.")
+        # where there is no system prompt the host's openai converter writes one
+        none = ("", None, "detailed thinking off") if attr.formatting == "openai" else ("", None)
+        if (short["_system"] in none) != (long["_system"] in none):
             raise RowError(f"{row}: only one of `{self.prompt_column}` and `{self.long_column}` has a system prompt.")
-        short |= {"_long_prompt": long["_prompt"], "_long_system": long["_system"], "_row": row}
+        tools = short["_tools"]
+        if isinstance(tools, list | dict):
+            tools = json.dumps(tools, ensure_ascii=False)  # as the host's openai converter does
+        elif not isinstance(tools, str | None):
+            raise RowError(
+                f"{row}: column `{attr.tools}` must be a JSON text, got {type(tools).__name__} {str(tools)[:60]!r}."
+            )
+        short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_row": row}
         return {name: value for name, value in short.items() if name not in ("_images", "_videos", "_audios")}
-
-    @property
-    def roles(self) -> list[str]:
-        tags = ("user", "assistant", "observation", "function", "system")
-        return [getattr(self.attr, f"{tag}_tag") for tag in tags]
 
     @property
     def prompt_column(self) -> str:
@@ -147,45 +165,125 @@ class LongConverter:
     def long_column(self) -> str:
         return getattr(self.attr, LONG_COLUMN[self.attr.formatting])
 
-    def check(self, row: str, example: dict[str, Any]) -> None:
-        """Refuse what the host's converters would turn into an empty example, or crash on."""
-        for column in (self.prompt_column, self.long_column):
-            turns = [example[column]] if self.attr.formatting == "alpaca" else example[column]
-            if not isinstance(turns, list) or not turns:
-                raise RowError(f"{row}: column `{column}` must be a list of messages, got {str(turns)[:60]!r}.")
-            for turn in turns:
-                if isinstance(turn, dict) and turn.get(self.attr.role_tag) not in self.roles:
-                    raise RowError(
-                        f"{row}: column `{column}` has a message whose `{self.attr.role_tag}` is "
-                        f"{turn.get(self.attr.role_tag)!r}; known are {', '.join(self.roles)}."
-                    )
-                check_text(row, column, turn.get(self.attr.content_tag) if isinstance(turn, dict) else turn)
-        for column in (self.attr.chosen, self.attr.rejected):
-            response = example[column]
-            if self.attr.formatting != "alpaca":
-                roles = (self.attr.assistant_tag, self.attr.function_tag)
-                if not isinstance(response, dict) or response.get(self.attr.role_tag) not in roles:
-                    raise RowError(
-                        f"{row}: column `{column}` must be one message with `{self.attr.role_tag}` "
-                        f"{roles[0]!r}, got {str(response)[:60]!r}."
-                    )
-                response = response.get(self.attr.content_tag)
-            check_text(row, column, response)
-        for column in filter(None, (self.attr.query, self.attr.system)):
+    def check_read(self, row: str, example: dict[str, Any]) -> None:
+        """Refuse what the host's converters would leave out in silence, or crash on."""
+        attr = self.attr
+        if attr.kto_tag and isinstance(example[attr.kto_tag], bool):
+            raise RowError(
+                f"{row}: column `{attr.kto_tag}`, mapped as `kto_tag`, is {example[attr.kto_tag]}, for which the host "
+                "leaves out `chosen` and `rejected`; remove `kto_tag` from `columns` in dataset_info.json."
+            )
+        for column in filter(None, (attr.query, attr.system)):
             if not isinstance(example[column], str | None):
                 raise RowError(f"{row}: column `{column}` must be a string or null, got {str(example[column])[:60]!r}.")
-        history = example[self.attr.history] if self.attr.formatting == "alpaca" and self.attr.history else None
-        for turn in history or []:
+        if attr.tools and holds_null(example[attr.tools]):
+            raise RowError(f"{row}: column `{attr.tools}` {HOLDS_NULL}; give the tools as JSON text.")
+        if attr.formatting != "alpaca":
+            for column in (attr.messages, self.long_column):
+                self.check_messages(row, column, example[column])
+            for column in (attr.chosen, attr.rejected):
+                self.check_response(row, column, example[column])
+            return
+        for column in (attr.prompt, self.long_column, attr.chosen, attr.rejected):
+            check_text(row, column, example[column])
+        history = (example[attr.history] if attr.history else None) or []
+        for turn in history if isinstance(history, list) else [history]:
             if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
                 raise RowError(
-                    f"{row}: column `{self.attr.history}` must be a list of [question, answer], got {str(turn)[:60]!r}."
+                    f"{row}: column `{attr.history}` must be a list of [question, answer], got {str(turn)[:60]!r}."
                 )
+
+    def check_messages(self, row: str, column: str, messages: Any) -> None:
+        """Refuse a conversation that a converter would crash on, or would read only in part."""
+        attr, openai = self.attr, self.attr.formatting == "openai"
+        tags = (attr.user_tag, attr.assistant_tag, attr.observation_tag, attr.function_tag, attr.system_tag)
+        if not isinstance(messages, list) or not messages:
+            raise RowError(f"{row}: column `{column}` must be a list of messages, got {str(messages)[:60]!r}.")
+        for n, message in enumerate(messages, 1):
+            turn = f"turn {n} of column `{column}`"
+            if not isinstance(message, dict) or not {attr.role_tag, attr.content_tag} <= message.keys():
+                raise RowError(
+                    f"{row}: {turn} must have `{attr.role_tag}` and `{attr.content_tag}`, got {str(message)[:60]!r}."
+                )
+            role, content = message[attr.role_tag], message[attr.content_tag]
+            if role is None or role not in tags:
+                known = ", ".join(filter(None, tags))
+                raise RowError(f"{row}: {turn} has `{attr.role_tag}` {role!r}; known are {known}.")
+            turn = f"turn {n} (`{role}`) of column `{column}`"
+            if role == attr.system_tag and not isinstance(content, str | None):
+                raise RowError(
+                    f"{row}: {turn} must be a string or null, got {type(content).__name__} {str(content)[:60]!r}."
+                )
+            if openai and role == attr.observation_tag:
+                check_text(row, column, content, f"turn {n} (`{role}`) of ", blank=True)
+            if calls := message.get("tool_calls"):
+                # the converter calls the turn `function_tag`, and takes what is called `observation_tag` for a result
+                if not openai or role not in (attr.assistant_tag, attr.function_tag) or (
+                    attr.function_tag == attr.observation_tag
+                ):  # fmt: skip
+                    raise RowError(f"{row}: {turn} has `tool_calls`, {IGNORED}")
+                functions = [c.get("function") if isinstance(c, dict) else None for c in calls]
+                if not all(isinstance(f, dict) and f.get("name") and "arguments" in f for f in functions):
+                    raise RowError(
+                        f"{row}: {turn} has `tool_calls` that the host cannot read, {str(calls)[:60]!r}; each needs a "
+                        "`function` with `name` and `arguments`."
+                    )
+                if any(holds_null(f["arguments"]) for f in functions):
+                    raise RowError(f"{row}: {turn} {HOLDS_NULL}; give the call as the JSON text of a `function` turn.")
+        if openai and role == attr.observation_tag:
+            raise RowError(
+                f"{row}: {turn} is the last, and the host's openai converter drops a result without an answer; "
+                "register the rows with `formatting: sharegpt`."
+            )
+
+    def check_response(self, row: str, column: str, response: Any) -> None:
+        """Refuse a response that a converter would crash on, or would read only in part."""
+        attr, roles = self.attr, [*filter(None, (self.attr.assistant_tag, self.attr.function_tag))]
+        if not isinstance(response, dict) or attr.content_tag not in response or (
+            response.get(attr.role_tag) not in roles
+        ):  # fmt: skip
+            raise RowError(
+                f"{row}: column `{column}` must be one message with `{attr.role_tag}` {roles[0]!r} and "
+                f"`{attr.content_tag}`, got {str(response)[:60]!r}."
+            )
+        if response.get("tool_calls"):
+            raise RowError(f"{row}: column `{column}` has `tool_calls`, {IGNORED}")
+
+    def check_turns(self, row: str, column: str, messages: list[dict], prompt: list[dict]) -> None:
+        """Refuse a converted conversation that is not one, and name the message of the file."""
+        attr = self.attr
+        turns = [(n, message[attr.role_tag]) for n, message in enumerate(messages, 1)]
+        if attr.system_tag and turns[0][1] == attr.system_tag:
+            turns = turns[1:]
+        if attr.formatting == "openai":  # results in a row are one turn
+            after = [*turns, (0, None)][1:]
+            turns = [t for t, u in zip(turns, after, strict=True) if not t[1] == u[1] == attr.observation_tag]
+        if len(prompt) % 2 != 1:
+            sides = {attr.user_tag: 0, attr.observation_tag: 0, attr.assistant_tag: 1, attr.function_tag: 1}
+            last = (len(messages), messages[-1][attr.role_tag])
+            n, role = next((turn for i, turn in enumerate(turns) if sides.get(turn[1]) != i % 2), last)
+            raise RowError(
+                f"{row}: column `{column}` must be turns that begin and end with the user's, in turn with the "
+                f"assistant's; turn {n} of {len(messages)} is `{role}`."
+            )
+        for (n, role), turn in zip(turns, prompt, strict=True):
+            check_text(
+                row, column, turn["content"], f"turn {n} (`{role}`) of ", blank=turn["role"] == "observation"
+            )  # fmt: skip
+
+
+def holds_null(value: Any) -> bool:
+    """Whether an object anywhere in a value has a null."""
+    if isinstance(value, dict):
+        return any(item is None or holds_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(holds_null, value))
 
 
 def _aligning(align_dataset, loader):
     def wrapper(dataset, dataset_attr, data_args, training_args):
         if not (dataset_attr.long_prompt or dataset_attr.long_messages):
             return align_dataset(dataset, dataset_attr, data_args, training_args)
+        from datasets import Features, Value
         from llamafactory.data.converter import get_dataset_converter
 
         converter = LongConverter(dataset_attr, data_args, get_dataset_converter)
@@ -195,16 +293,6 @@ def _aligning(align_dataset, loader):
                 f"Dataset `{dataset_attr.entry}` has no rows; with `streaming: true` a local file also needs "
                 "`dataloader_num_workers: 1` or more."
             )
-        columns = list(first)
-        mapped = (dataset_attr.chosen, dataset_attr.rejected, dataset_attr.system, dataset_attr.tools)
-        if dataset_attr.formatting == "alpaca":
-            mapped += (dataset_attr.query, dataset_attr.history)
-        for column in (converter.prompt_column, converter.long_column, *filter(None, mapped)):
-            if column not in columns:
-                raise ValueError(
-                    f"Dataset `{dataset_attr.entry}` has no column `{column}`; it has: {', '.join(columns)}. "
-                    "Correct `columns` in dataset_info.json."
-                )
         kwargs = {}
         if not data_args.streaming:
             kwargs = dict(
@@ -212,7 +300,13 @@ def _aligning(align_dataset, loader):
                 load_from_cache_file=(not data_args.overwrite_cache) or (training_args.local_process_index != 0),
                 desc="Converting format of dataset",
             )
-        return dataset.map(converter, with_indices=True, remove_columns=columns, **kwargs)
+        text = Value("string")
+        turns = [{"role": text, "content": text}]
+        features = Features(  # given, not guessed from the rows, so that they are those of any other data set
+            {"_prompt": turns, "_response": turns, "_system": text, "_tools": text, "_long_prompt": turns,
+             "_long_system": text, "_row": text}
+        )  # fmt: skip
+        return dataset.map(converter, with_indices=True, remove_columns=list(first), features=features, **kwargs)
 
     return wrapper
 
@@ -296,5 +390,9 @@ def report(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
         f"`cutoff_len: {data_args.cutoff_len}`: {n_before - len(rows)}; mean prompt tokens: short {short:.0f}, "
         f"long {long:.0f} (compression rate {short / long:.2f})."
     )
-    if long < short:
+    if all(rows["same"]):
+        logger.warning_rank0(
+            f"All long prompts of the {split} rows equal their short ones: is the long column the right one?"
+        )
+    elif long < short:
         logger.warning_rank0(f"The long prompts of the {split} rows are the shorter ones: are the columns swapped?")
