@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -172,6 +173,13 @@ def use_random_weights(device: str) -> None:
     AutoModelForCausalLM.from_config = seeded
 
 
+def use_rows_as_given() -> None:
+    """The rows are made up token by token: no data set and no template made them, and no record says so."""
+    import solopo_plugin.workflow as workflow
+
+    workflow.recorded = lambda *made_of: nullcontext()
+
+
 def recipe_of(settings: dict, run: dict, folder: Path) -> dict:
     """The recipe that a user would write, on the benchmark's model and rows."""
     stage = "dpo" if run["variant"] == "V0" else "solopo"
@@ -205,6 +213,7 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
 
     use_random_weights(settings["device"])
     use_variant(run["variant"])
+    use_rows_as_given()
     watch, outcome = meter(cuda, limit_gb), "ok"
     try:
         run_exp(recipe_of(settings, run, folder), callbacks=[watch])

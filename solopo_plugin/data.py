@@ -27,6 +27,12 @@ def data_sets(train, evaluated) -> dict[tuple[str, str], object]:
     return {key: split for key, split in sets.items() if split is not None}
 
 
+def expect(good: bool, what: str, needed: str, value: object) -> None:
+    """Refuse a value of a row that is not what is needed; `what` names row, column and turn."""
+    if not good:
+        raise RowError(f"{what} must be {needed}, got {type(value).__name__} {str(value)[:60]!r}.")
+
+
 def check_text(row: str, column: str, value: object, turn: str = "", blank: bool = False) -> None:
     """Refuse a text that is missing, not a string, or blank.
 
@@ -34,10 +40,7 @@ def check_text(row: str, column: str, value: object, turn: str = "", blank: bool
         turn: Begins the message where the column is a conversation: "turn 2 (`human`) of ".
         blank: A blank text is accepted.
     """
-    if not isinstance(value, str):
-        raise RowError(
-            f"{row}: {turn}column `{column}` must be a string, got {type(value).__name__} {str(value)[:60]!r}."
-        )
+    expect(isinstance(value, str), f"{row}: {turn}column `{column}`", "a string", value)
     if not blank and not value.strip():
         raise RowError(f"{row}: {turn}column `{column}` is empty; give it a text or remove the row.")
 

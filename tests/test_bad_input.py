@@ -50,6 +50,17 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "lambda in solopo": ({"solopo_longpo_lambda": 0.1}, "`solopo_longpo_lambda: 0.1` has no effect with `solopo_objective: solopo`; remove it."),
 }  # fmt: skip
 
+USER, BOT = "human", "gpt"
+TALK = {
+    "conversations": [{"from": USER, "value": "Short. Where?"}],
+    "long": [{"from": USER, "value": "Long and more. Where?"}],
+    "chosen": {"from": BOT, "value": "Here."},
+    "rejected": {"from": BOT, "value": "There."},
+}
+TALK_ENTRY = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "conversations", "long_messages": "long", "chosen": "chosen", "rejected": "rejected"},
+}
 GOOD = demo_rows(4)
 ROWS = {  # name: (changes to row 2 of 4, changes to the dataset_info entry, the sentence)
     "empty long prompt": ({"long_prompt": " "}, {}, "rows[2]: column `long_prompt` is empty; give it a text or remove the row."),
@@ -68,29 +79,25 @@ ROWS = {  # name: (changes to row 2 of 4, changes to the dataset_info entry, the
     "history of single turns": ({"history": [["a"]]}, {"columns": SOLO_COLUMNS | {"history": "history"}}, "rows[2]: column `history` must be a list of [question, answer], got"),
     "no such system column": ({}, {"columns": SOLO_COLUMNS | {"system": "sys"}}, "Dataset `rows` has no column `sys`; it has: "),
     "system a number": ({"system": {"a": 1}}, {"columns": SOLO_COLUMNS | {"system": "system"}}, "rows[2]: column `system` must be a string or null, got"),
+    "kto_tag": ({"good": True}, {"columns": SOLO_COLUMNS | {"kto_tag": "good", "response": "chosen"}}, "rows[2]: column `good`, mapped as `kto_tag`, is True, for which the host leaves out `chosen` and `rejected`; remove `kto_tag` from `columns` in dataset_info.json."),
+    "no such kto_tag column": ({}, {"columns": SOLO_COLUMNS | {"kto_tag": "good"}}, "Dataset `rows` has no column `good`; it has: "),
+    "rejected is the chosen column": ({}, {"columns": SOLO_COLUMNS | {"rejected": "chosen"}}, "Dataset `rows` maps `chosen` and `rejected` to one column, `chosen`; correct `columns` in dataset_info.json."),
+    "tools of several rows": ({"tools": [{"name": "a"}, {"name": "b", "description": "c"}]}, {"columns": SOLO_COLUMNS | {"tools": "tools"}}, "rows[2]: column `tools` holds null, which loading fills in for keys of other rows; give the tools as JSON text."),
+    "tools are no JSON": ({"tools": "where(who)"}, {"columns": SOLO_COLUMNS | {"tools": "tools"}}, "rows[2]: the template cannot write `tools`: RuntimeError Invalid JSON format in tool description: ['where(who)'].; a call is a JSON object with `name` and `arguments`, `tools` a JSON list of functions."),
+    "no role tag": ({}, TALK_ENTRY | {"tags": {"content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}}, "Dataset `rows` must map `role_tag` under `tags` in dataset_info.json."),
     "images": ({}, {"columns": SOLO_COLUMNS | {"images": "prompt"}}, "Dataset `rows` maps images, videos or audios; `stage: solopo` is for text only."),
 }  # fmt: skip
 
-USER, BOT = "human", "gpt"
-TALK = {
-    "conversations": [{"from": USER, "value": "Short. Where?"}],
-    "long": [{"from": USER, "value": "Long and more. Where?"}],
-    "chosen": {"from": BOT, "value": "Here."},
-    "rejected": {"from": BOT, "value": "There."},
-}
-TALK_ENTRY = {
-    "formatting": "sharegpt",
-    "columns": {"messages": "conversations", "long_messages": "long", "chosen": "chosen", "rejected": "rejected"},
-}
 TALKS = {  # name: (changes to row 1 of 2, the sentence)
     "ends with the assistant": ({"long": [{"from": USER, "value": "a"}, {"from": BOT, "value": "b"}]}, "talk[1]: column `long` must be turns that begin and end with the user's"),
     "begins with the assistant": ({"conversations": [{"from": BOT, "value": "a"}]}, "talk[1]: column `conversations` must be turns that begin and end with the user's"),
-    "no messages": ({"long": []}, "talk[1]: column `long` must be a list of messages, got '[]'."),
-    "empty message": ({"long": [{"from": USER, "value": ""}]}, "talk[1]: column `long` is empty"),
-    "response by the user": ({"chosen": {"from": USER, "value": "a"}}, "talk[1]: column `chosen` must be one message with `from` 'gpt', got"),
-    "response by nobody": ({"rejected": {"value": "a"}}, "talk[1]: column `rejected` must be one message with `from` 'gpt', got"),
+    "no messages": ({"long": []}, "talk[1]: column `long` must be a list of messages, got list '[]'."),
+    "empty message": ({"long": [{"from": USER, "value": ""}]}, "talk[1]: turn 1 (`human`) of column `long` is empty; give it a text or remove the row."),
+    "response by the user": ({"chosen": {"from": USER, "value": "a"}}, "talk[1]: column `chosen` must be one message with `from` 'gpt' and `value`, got"),
+    "response by nobody": ({"rejected": {"value": "a"}}, "talk[1]: column `rejected` must be one message with `from` 'gpt' and `value`, got"),
     "system in the long one only": ({"long": [{"from": "system", "value": "Be brief."}, *TALK["long"]]}, "talk[1]: only one of `conversations` and `long` has a system prompt."),
-    "unknown role": ({"long": [{"from": "developer", "value": "a"}]}, "talk[1]: column `long` has a message whose `from` is 'developer'; known are human, gpt, "),
+    "unknown role": ({"long": [{"from": "developer", "value": "a"}]}, "talk[1]: turn 1 of column `long` has `from` 'developer'; known are human, gpt, "),
+    "calls no function": ({"long": [*TALK["long"], {"from": "function_call", "value": "where()"}, {"from": "observation", "value": "a"}]}, "talk[1]: the template cannot write turn 2 (function) of the long prompt: RuntimeError Invalid JSON format in function message: ['where()']"),
     "empty response": ({"chosen": {"from": BOT, "value": "  "}}, "talk[1]: column `chosen` is empty"),
 }  # fmt: skip
 
@@ -181,26 +188,126 @@ def test_a_hub_name_without_registration(run, recipe):
     refused(run, recipe(dataset_dir="ONLINE"), "Dataset `demo_solopo` has no long context for `stage: solopo`")
 
 
-def test_rows_tokenised_by_another_stage(run, recipe, tmp_path, monkeypatch):
+def test_a_thought_in_one_response_only(run, recipe, tmp_path):
+    """`enable_thinking: null` ends the prompt of an answer without a thought in an empty one."""
+    folder = write_dataset(tmp_path / "data", [GOOD[0], GOOD[1] | {"chosen": "<think>\nSo.\n</think>\n\nHere."}])
+    args = recipe(dataset="rows", dataset_dir=folder, max_samples=None, template="qwen3") | {"enable_thinking": None}
+    sentence = (
+        "rows[1]: the template writes one short prompt before `chosen` and another before `rejected`, as where only one "
+        "of them has a thought; set `enable_thinking: true`, or give both a thought or none."
+    )
+    refused(run, args, sentence)
+
+
+# ---- rows under `tokenized_path`
+
+
+def reaches_the_model(run, args: dict) -> None:
+    """The rows are accepted: the next thing that a run does is to load a model, which here it may not."""
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run(args)
+
+
+@pytest.fixture
+def tokenised(run, recipe, tmp_path, monkeypatch):
+    """A recipe whose rows have been saved by a run of it; keyword arguments change it."""
+    from llamafactory.data.template import TEMPLATES
+
+    own = TEMPLATES["qwen"].default_system
+    monkeypatch.setattr(TEMPLATES["qwen"], "default_system", own)  # put back what a run of these tests leaves there
+    folder = write_dataset(tmp_path / "data", GOOD)
+    write_dataset(tmp_path / "data", GOOD, "others")
+
+    def make(**changes) -> dict:
+        base = dict(dataset="rows", dataset_dir=folder, max_samples=None, tokenized_path=str(tmp_path / "tokens"))
+        return recipe(**base | changes)
+
+    reaches_the_model(run, make())
+    return make
+
+
+def test_saved_rows_are_used_by_what_made_them(run, tokenised, tmp_path, monkeypatch):
+    """Wherever the data set has gone, and whatever else a run changes."""
+    import llamafactory.data.loader as loader
+
+    (tmp_path / "data").rename(tmp_path / "moved")
+    monkeypatch.setattr(loader, "_get_merged_dataset", None)  # the saved ones, not made once more
+    reaches_the_model(run, tokenised(dataset_dir=str(tmp_path / "moved")))
+    again = dict(solopo_alpha=2, seed=8, learning_rate=1e-5, preprocessing_num_workers=2, streaming=True, max_steps=1)
+    reaches_the_model(run, tokenised(dataset_dir=str(tmp_path / "moved"), **again))
+
+
+OTHERWISE = {  # name: (changes, what the sentence says)
+    "template": ({"template": "default"}, "template (there 'qwen', here 'default')"),
+    "system prompt": ({"default_system": "Be brief."}, "default_system (there None, here 'Be brief.')"),
+    "thinking": ({"enable_thinking": False}, "enable_thinking (there True, here False)"),
+    "cutoff": ({"cutoff_len": 2048}, "cutoff_len (there 1024, here 2048)"),
+    "overlength": ({"solopo_overlength": "drop"}, "solopo_overlength (there 'error', here 'drop')"),
+    "fewer rows": ({"max_samples": 2}, "max_samples (there None, here 2)"),
+    "data set": ({"dataset": "others"}, "dataset (there ['rows'], here ['others'])"),
+    "one more": ({"dataset": "rows,others"}, "dataset (there ['rows'], here ['rows', 'others'])"),
+    "evaluation": ({"eval_dataset": "others"}, "eval_dataset (there None, here ['others'])"),
+    "a part held out": ({"val_size": 0.5}, "val_size (there 0.0, here 0.5)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_saved_rows_of_something_else(run, tokenised, tmp_path, name):
+    changes, said = OTHERWISE[name]
+    refused(run, tokenised(**changes), f"{said}; choose another path, or remove the folder to tokenise anew.")
+    refused(run, tokenised(**changes), f"`tokenized_path: {tmp_path / 'tokens'}` holds rows that were made otherwise: ")
+
+
+def test_saved_rows_of_another_text_column_or_tokenizer(run, tokenised, tmp_path, tiny_model):
+    args = tokenised()
+    refused(run, tokenised(model_name_or_path=tiny_model("llama", bos="<s>")), "content of the tokenizer (there '")
+    file, info = tmp_path / "data" / "rows.jsonl", tmp_path / "data" / "dataset_info.json"
+    text, entries = file.read_text(), info.read_text()
+    file.write_text(text.replace("town", "city"))
+    refused(run, args, "content of rows (there '")
+    file.unlink()
+    refused(run, args, "content of rows (there '")
+    file.write_text(text)
+    info.write_text(entries.replace('"long_prompt": "long_prompt"', '"long_prompt": "prompt"'))
+    refused(run, args, "long_prompt of rows (there 'long_prompt', here 'prompt')")
+    info.write_text(entries)
+    reaches_the_model(run, args)
+
+
+def test_saved_rows_that_were_drawn_belong_to_their_seed(run, tokenised, tmp_path):
+    path = str(tmp_path / "drawn")
+    reaches_the_model(run, tokenised(val_size=0.5, tokenized_path=path))
+    reaches_the_model(run, tokenised(val_size=0.5, tokenized_path=path))
+    refused(run, tokenised(val_size=0.5, tokenized_path=path, seed=8), "seed (there 7, here 8)")
+
+
+@pytest.mark.parametrize("left", ["rows of another stage", "no record", "half a record"])
+def test_saved_rows_of_which_nothing_is_known(run, tokenised, tmp_path, left):
     from datasets import Dataset, DatasetDict
 
-    path = str(tmp_path / "tokens")
-    DatasetDict({"train": Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]})}).save_to_disk(path)
-    sentence = f"`tokenized_path: {path}` holds rows of another stage (columns input_ids, labels); choose another path"
-    refused(run, recipe(tokenized_path=path), sentence)
+    path = tmp_path / "tokens"
+    if left == "rows of another stage":
+        path = tmp_path / "dpo"
+        DatasetDict({"train": Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]})}).save_to_disk(str(path))
+    elif left == "no record":
+        (path / "solopo_made_of.json").unlink()
+    else:
+        (path / "solopo_made_of.json").write_text('{"cutoff_len": 10')
+    sentence = f"`tokenized_path: {path}` does not say what its rows were made of: they are another stage's"
+    refused(run, tokenised(tokenized_path=str(path)), sentence)
 
 
-def test_rows_tokenised_for_a_longer_cutoff(run, recipe, tmp_path, monkeypatch):
-    from datasets import Dataset, DatasetDict
+def test_every_data_argument_of_the_host_changes_the_rows_or_is_said_not_to():
+    """A field that the host adds makes this fail; until then it counts as one that changes the rows."""
+    from llamafactory.hparams import DataArguments
 
-    path = str(tmp_path / "tokens")
-    ids = {
-        f"{part}_ids": [[1] * n]
-        for part, n in (("short_prompt", 5), ("long_prompt", 90), ("chosen", 8), ("rejected", 12))
-    }
-    DatasetDict({"train": Dataset.from_dict({"row": ["rows[0]"], "same": [False], **ids})}).save_to_disk(path)
-    sentence = f"`tokenized_path: {path}` holds rows of up to 102 tokens and `cutoff_len` is 101; raise `cutoff_len`"
-    refused(run, recipe(tokenized_path=path, cutoff_len=101), sentence)
+    from solopo_plugin.host.saved import NO_MATTER
+
+    matter = {
+        "template", "dataset", "eval_dataset", "cutoff_len", "mix_strategy", "interleave_probs", "max_samples",
+        "val_size", "eval_on_each_dataset", "tool_format", "default_system", "enable_thinking", "preserve_thinking",
+    }  # fmt: skip
+    assert matter.isdisjoint(NO_MATTER) and matter | NO_MATTER == set(vars(DataArguments()))
 
 
 def test_the_shipped_sample_is_registered_once_per_use():

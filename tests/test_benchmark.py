@@ -36,6 +36,7 @@ def in_this_process(monkeypatch, tmp_path):
     """Let configurations run here and not in processes of their own, each of which imports the host for seconds."""
     from transformers import AutoModelForCausalLM
 
+    import solopo_plugin.workflow
     from solopo_plugin.trainer import SoloTrainer
 
     def measure(settings, run, folder):
@@ -43,7 +44,8 @@ def in_this_process(monkeypatch, tmp_path):
             benchmark.write_rows(folder, settings, run["length"])
         with monkeypatch.context() as restored:
             for owner, name in ((SoloTrainer, "long_logps"), (SoloTrainer, "concatenated_forward"),
-                                (AutoModelForCausalLM, "from_config")):  # fmt: skip
+                                (AutoModelForCausalLM, "from_config"),
+                                (solopo_plugin.workflow, "recorded")):  # fmt: skip
                 restored.setattr(owner, name, getattr(owner, name))
             seen = benchmark.run_here(settings, run, folder)
         return seen | {"median_s": seen["step_s"][0]}

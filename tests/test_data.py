@@ -207,13 +207,15 @@ QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assista
 @cache
 def host(template: str, bos: str | None = None, **arguments) -> SimpleNamespace:
     """A tokenizer trained on the sample and the host's template for it, a copy: it keeps the arguments given here."""
-    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from make_tiny_model import train_tokenizer
 
     tokenizer = train_tokenizer([str(row) for row in demo_rows()], bos=bos)
     data_args = DataArguments(template=template, cutoff_len=10**9, **arguments)
-    template = copy.copy(get_template_and_fix_tokenizer(tokenizer, data_args))
+    with pytest.MonkeyPatch.context() as restored:
+        restored.setitem(TEMPLATES, template, copy.copy(TEMPLATES[template]))
+        template = get_template_and_fix_tokenizer(tokenizer, data_args)
     return SimpleNamespace(tokenizer=tokenizer, data_args=data_args, template=template)
 
 
@@ -459,7 +461,7 @@ def test_a_malformed_history_is_refused(history):
 
 # ---- what the host's converters and templates make of a row is what is checked
 
-TOOL = {"name": "where", "description": "Tell.", "parameters": {"type": "object", "properties": {"who": {"type": "string"}}}}  # fmt: skip # noqa: E501
+TOOL = {"name": "where", "description": "Tell.", "parameters": {"type": "object", "properties": {"who": {"type": "string"}}}}  # fmt: skip
 CALL = {"name": "where", "arguments": {"who": "Ilmar Holm"}}
 TOOLS = ALPACA | {"tools": "tools"}
 TALK_TOOLS = SHAREGPT | {"tools": "tools"}
@@ -491,7 +493,7 @@ def test_a_call_of_a_tool_trains_as_the_hosts(content, n_calls, tools):
 
 
 @pytest.mark.parametrize("template", ["qwen", "default"])
-@pytest.mark.parametrize("tools", [None, "", "[]", json.dumps([TOOL]), json.dumps([{"type": "function", "function": TOOL}])])
+@pytest.mark.parametrize("tools", [None, "", "[]", json.dumps([TOOL]), json.dumps([{"type": "function", "function": TOOL}])])  # fmt: skip
 def test_tools_and_calls_of_sharegpt_train_as_the_hosts(template, tools):
     called = [
         {"from": "human", "value": "Where is he?"},
@@ -518,7 +520,7 @@ BAD_TOOLS = {
     "no list": ('{"name": "where"}', "the template cannot write `tools`"),
     "a list of words": ('["where"]', "the template cannot write `tools`"),
     "no name": ('[{"parameters": {"properties": {}}}]', "the template cannot write `tools`: KeyError 'name'"),
-    "a number": (3, "column `tools` must be a JSON text, got int '3'"),
+    "a number": (3, "column `tools` must be JSON text, got int '3'"),
     "keys of other rows": ([FILLED], "column `tools` holds null, which loading fills in for keys of other rows"),
 }
 
@@ -568,12 +570,13 @@ CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentenc
     "nothing but a system prompt": ([{"role": "system", "content": "Be brief."}], OPENAI_TAGS, "turn 1 of 1 is `system`"),
     "no role": ([{"role": None, "content": "Where?"}], BARE_TAGS, "turn 1 of column `messages` has `role` None; known are user, assistant, system"),
     "unknown role": ([USER, SAID, SEEN, SAID, USER], BARE_TAGS, "turn 3 of column `messages` has `role` 'tool'; known are user, assistant, system"),
-    "no message": ([USER, "Here.", USER], OPENAI_TAGS, "turn 2 of column `messages` must have `role` and `content`, got 'Here.'"),
-    "no content key": ([USER, {"role": "assistant"}, USER], OPENAI_TAGS, "turn 2 of column `messages` must have `role` and `content`, got"),
+    "no message": ([USER, "Here.", USER], OPENAI_TAGS, "turn 2 of column `messages` must be a message with `role` and `content`, got str 'Here.'"),
+    "no content key": ([USER, {"role": "assistant"}, USER], OPENAI_TAGS, "turn 2 of column `messages` must be a message with `role` and `content`, got dict"),
     "one message": (USER, OPENAI_TAGS, "column `messages` must be a list of messages, got"),
-    "a call without name": ([USER, CALLING | {"tool_calls": [{"function": {"arguments": {}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has `tool_calls` that the host cannot read"),
-    "a call without function": ([USER, CALLING | {"tool_calls": [CALL]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has `tool_calls` that the host cannot read"),
-    "calls as text": ([USER, CALLING | {"tool_calls": json.dumps([CALL])}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has `tool_calls` that the host cannot read"),
+    "a call without name": ([USER, CALLING | {"tool_calls": [{"function": {"arguments": {}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `tool_calls` must be a list of `function` with `name` and `arguments`, got"),
+    "a call without function": ([USER, CALLING | {"tool_calls": [CALL]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `tool_calls` must be a list of `function` with `name` and `arguments`, got"),
+    "a number of calls": ([USER, CALLING | {"tool_calls": 3}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `tool_calls` must be a list of `function` with `name` and `arguments`, got int"),
+    "calls as text": ([USER, CALLING | {"tool_calls": json.dumps([CALL])}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `tool_calls` must be a list of `function` with `name` and `arguments`, got"),
     "arguments of other rows": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": {"who": "a", "city": None}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` holds null, which loading fills in for keys of other rows"),
     "a call of the user's": ([USER | {"tool_calls": [{"function": CALL}]}], OPENAI_TAGS, "turn 1 (`user`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
     "a call without a tag": ([CALLING, SAID, USER], BARE_TAGS, "turn 1 (`assistant`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
@@ -692,7 +695,7 @@ def test_a_response_of_which_nothing_is_left_is_refused(column):
     model = host("qwen3", enable_thinking=False)
     with pytest.raises(RowError, match=rf"^rows\[0\]: nothing is left of `{column}`"):
         processed([GOOD | {column: THOUGHT}], model)
-    assert processed([GOOD | {column: THOUGHT + "Elsewhere."}], model) == processed([GOOD | {column: "Elsewhere."}], model)  # fmt: skip # noqa: E501
+    assert processed([GOOD | {column: THOUGHT + "Elsewhere."}], model) == processed([GOOD | {column: "Elsewhere."}], model)  # fmt: skip
 
 
 def test_tools_with_a_template_inside_are_refused():
@@ -735,12 +738,12 @@ def test_data_sets_of_any_form_stand_beside_each_other(streaming, mix):
     arguments = DataArguments(template="qwen", streaming=streaming, mix_strategy=mix)
     merged = merge_dataset([aligned(rows, attr, streaming) for rows, attr in sets], arguments, seed=0)
     merged, everything = list(merged), [row for rows in alone for row in rows]
-    assert merged == everything[: len(merged)] and (len(merged) == len(sets) or mix != "concat")  # or the first has ended
+    assert merged == everything[: len(merged)] and (len(merged) == len(sets) or mix != "concat")  # or one has ended
     for n, (rows, attr) in enumerate(sets):
         assert [converted(rows, attr, arguments)[name] == [alone[n][0][name]] for name in alone[n][0]]
 
 
-KEYS = ["query", "response", "history", "system", "tools", "kto_tag", "chosen", "rejected", "prompt", "long_prompt", "messages"]  # fmt: skip # noqa: E501
+KEYS = ["query", "response", "history", "system", "tools", "kto_tag", "chosen", "rejected", "prompt", "long_prompt", "messages"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -759,7 +762,8 @@ def test_all_long_prompts_equal_is_noticed():
     def said(rows):
         lines = []
         logger = SimpleNamespace(info_rank0=lambda text: None, warning_rank0=lines.append)
-        report(Dataset.from_list(processed(rows, host("qwen"))), len(rows), SimpleNamespace(cutoff_len=9), False, logger)
+        tokenised = Dataset.from_list(processed(rows, host("qwen")))
+        report(tokenised, len(rows), SimpleNamespace(cutoff_len=9), False, logger)
         return lines
 
     same = GOOD | {"long_prompt": GOOD["prompt"]}

@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
-from ..data import COLUMNS, RowError, build_row, check_text, fits
+from ..data import COLUMNS, RowError, build_row, check_text, expect, fits
 from .template import encode_turn
 from .versions import expect_signature
 
@@ -91,10 +91,13 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
         )
     if attr.ranking is not True:
         raise ValueError(f'Dataset `{name}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
-    prompt = "prompt" if column == "long_prompt" else "messages"
-    for needed in (prompt, "chosen", "rejected"):
+    columns, tags = ("prompt", "chosen", "rejected"), ()
+    if column == "long_messages":
+        columns, tags = ("messages", *columns[1:]), ("role_tag", "content_tag", "user_tag", "assistant_tag")
+    for needed in (*columns, *tags):
         if not getattr(attr, needed):
-            raise ValueError(f"Dataset `{name}` must map `{needed}` under `columns` in dataset_info.json.")
+            where = "columns" if needed in columns else "tags"
+            raise ValueError(f"Dataset `{name}` must map `{needed}` under `{where}` in dataset_info.json.")
     if attr.chosen == attr.rejected:
         raise ValueError(
             f"Dataset `{name}` maps `chosen` and `rejected` to one column, `{attr.chosen}`; correct `columns` in "
@@ -150,10 +153,7 @@ class LongConverter:
         tools = short["_tools"]
         if isinstance(tools, list | dict):
             tools = json.dumps(tools, ensure_ascii=False)  # as the host's openai converter does
-        elif not isinstance(tools, str | None):
-            raise RowError(
-                f"{row}: column `{attr.tools}` must be a JSON text, got {type(tools).__name__} {str(tools)[:60]!r}."
-            )
+        expect(isinstance(tools, str | None), f"{row}: column `{attr.tools}`", "JSON text", tools)
         short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_row": row}
         return {name: value for name, value in short.items() if name not in ("_images", "_videos", "_audios")}
 
@@ -174,8 +174,8 @@ class LongConverter:
                 "leaves out `chosen` and `rejected`; remove `kto_tag` from `columns` in dataset_info.json."
             )
         for column in filter(None, (attr.query, attr.system)):
-            if not isinstance(example[column], str | None):
-                raise RowError(f"{row}: column `{column}` must be a string or null, got {str(example[column])[:60]!r}.")
+            text = example[column]
+            expect(isinstance(text, str | None), f"{row}: column `{column}`", "a string or null", text)
         if attr.tools and holds_null(example[attr.tools]):
             raise RowError(f"{row}: column `{attr.tools}` {HOLDS_NULL}; give the tools as JSON text.")
         if attr.formatting != "alpaca":
@@ -188,66 +188,58 @@ class LongConverter:
             check_text(row, column, example[column])
         history = (example[attr.history] if attr.history else None) or []
         for turn in history if isinstance(history, list) else [history]:
-            if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-                raise RowError(
-                    f"{row}: column `{attr.history}` must be a list of [question, answer], got {str(turn)[:60]!r}."
-                )
+            good = isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+            expect(good, f"{row}: column `{attr.history}`", "a list of [question, answer]", turn)
 
     def check_messages(self, row: str, column: str, messages: Any) -> None:
         """Refuse a conversation that a converter would crash on, or would read only in part."""
         attr, openai = self.attr, self.attr.formatting == "openai"
         tags = (attr.user_tag, attr.assistant_tag, attr.observation_tag, attr.function_tag, attr.system_tag)
-        if not isinstance(messages, list) or not messages:
-            raise RowError(f"{row}: column `{column}` must be a list of messages, got {str(messages)[:60]!r}.")
+        known = [tag for tag in tags if tag]
+        good = isinstance(messages, list) and messages
+        expect(good, f"{row}: column `{column}`", "a list of messages", messages)
         for n, message in enumerate(messages, 1):
-            turn = f"turn {n} of column `{column}`"
-            if not isinstance(message, dict) or not {attr.role_tag, attr.content_tag} <= message.keys():
-                raise RowError(
-                    f"{row}: {turn} must have `{attr.role_tag}` and `{attr.content_tag}`, got {str(message)[:60]!r}."
-                )
+            turn = f"{row}: turn {n} of column `{column}`"
+            good = isinstance(message, dict) and {attr.role_tag, attr.content_tag} <= message.keys()
+            expect(good, turn, f"a message with `{attr.role_tag}` and `{attr.content_tag}`", message)
             role, content = message[attr.role_tag], message[attr.content_tag]
-            if role is None or role not in tags:
-                known = ", ".join(filter(None, tags))
-                raise RowError(f"{row}: {turn} has `{attr.role_tag}` {role!r}; known are {known}.")
-            turn = f"turn {n} (`{role}`) of column `{column}`"
-            if role == attr.system_tag and not isinstance(content, str | None):
-                raise RowError(
-                    f"{row}: {turn} must be a string or null, got {type(content).__name__} {str(content)[:60]!r}."
-                )
-            if openai and role == attr.observation_tag:
-                check_text(row, column, content, f"turn {n} (`{role}`) of ", blank=True)
-            if calls := message.get("tool_calls"):
-                # the converter calls the turn `function_tag`, and takes what is called `observation_tag` for a result
-                if not openai or role not in (attr.assistant_tag, attr.function_tag) or (
-                    attr.function_tag == attr.observation_tag
-                ):  # fmt: skip
-                    raise RowError(f"{row}: {turn} has `tool_calls`, {IGNORED}")
-                functions = [c.get("function") if isinstance(c, dict) else None for c in calls]
-                if not all(isinstance(f, dict) and f.get("name") and "arguments" in f for f in functions):
-                    raise RowError(
-                        f"{row}: {turn} has `tool_calls` that the host cannot read, {str(calls)[:60]!r}; each needs a "
-                        "`function` with `name` and `arguments`."
-                    )
-                if any(holds_null(f["arguments"]) for f in functions):
-                    raise RowError(f"{row}: {turn} {HOLDS_NULL}; give the call as the JSON text of a `function` turn.")
+            if role not in known:
+                raise RowError(f"{turn} has `{attr.role_tag}` {role!r}; known are {', '.join(known)}.")
+            turn = f"{row}: turn {n} (`{role}`) of column `{column}`"
+            if role == attr.system_tag:
+                expect(isinstance(content, str | None), turn, "a string or null", content)
+            elif openai and role == attr.observation_tag:
+                expect(isinstance(content, str), turn, "a string", content)
+            if message.get("tool_calls"):
+                self.check_calls(turn, role, message["tool_calls"])
         if openai and role == attr.observation_tag:
             raise RowError(
-                f"{row}: {turn} is the last, and the host's openai converter drops a result without an answer; "
-                "register the rows with `formatting: sharegpt`."
+                f"{turn} is the last, and the host's openai converter drops a result without an answer; register the "
+                "rows with `formatting: sharegpt`."
             )
+
+    def check_calls(self, turn: str, role: str, calls: Any) -> None:
+        """Refuse calls of tools that a converter would skip or crash on, or that loading has changed."""
+        attr = self.attr
+        reads = attr.formatting == "openai" and role in (attr.assistant_tag, attr.function_tag)
+        if not reads or attr.function_tag == attr.observation_tag:  # which makes the call a result
+            raise RowError(f"{turn} has `tool_calls`, {IGNORED}")
+        entries = calls if isinstance(calls, list) else [None]
+        functions = [entry.get("function") if isinstance(entry, dict) else None for entry in entries]
+        good = all(isinstance(f, dict) and f.get("name") and "arguments" in f for f in functions)
+        expect(good, f"{turn}: `tool_calls`", "a list of `function` with `name` and `arguments`", calls)
+        if any(holds_null(function["arguments"]) for function in functions):
+            raise RowError(f"{turn} {HOLDS_NULL}; give the call as the JSON text of a message of `function_tag`.")
 
     def check_response(self, row: str, column: str, response: Any) -> None:
         """Refuse a response that a converter would crash on, or would read only in part."""
-        attr, roles = self.attr, [*filter(None, (self.attr.assistant_tag, self.attr.function_tag))]
-        if not isinstance(response, dict) or attr.content_tag not in response or (
-            response.get(attr.role_tag) not in roles
-        ):  # fmt: skip
-            raise RowError(
-                f"{row}: column `{column}` must be one message with `{attr.role_tag}` {roles[0]!r} and "
-                f"`{attr.content_tag}`, got {str(response)[:60]!r}."
-            )
+        attr, what = self.attr, f"{row}: column `{column}`"
+        good = isinstance(response, dict) and attr.content_tag in response
+        good = good and response.get(attr.role_tag) in filter(None, (attr.assistant_tag, attr.function_tag))
+        needed = f"one message with `{attr.role_tag}` {attr.assistant_tag!r} and `{attr.content_tag}`"
+        expect(good, what, needed, response)
         if response.get("tool_calls"):
-            raise RowError(f"{row}: column `{column}` has `tool_calls`, {IGNORED}")
+            raise RowError(f"{what} has `tool_calls`, {IGNORED}")
 
     def check_turns(self, row: str, column: str, messages: list[dict], prompt: list[dict]) -> None:
         """Refuse a converted conversation that is not one, and name the message of the file."""
@@ -267,9 +259,8 @@ class LongConverter:
                 f"assistant's; turn {n} of {len(messages)} is `{role}`."
             )
         for (n, role), turn in zip(turns, prompt, strict=True):
-            check_text(
-                row, column, turn["content"], f"turn {n} (`{role}`) of ", blank=turn["role"] == "observation"
-            )  # fmt: skip
+            blank = turn["role"] == "observation"  # a tool may have found nothing
+            check_text(row, column, turn["content"], f"turn {n} (`{role}`) of ", blank)
 
 
 def holds_null(value: Any) -> bool:

@@ -54,9 +54,10 @@ def check(facts: dict, record: Path) -> None:
             f"{where} does not say what its rows were made of: they are another stage's, an earlier release's, or of a "
             f"run that ended while it saved them; {instead}"
         ) from None
-    differ = sorted(name for name in facts.keys() | theirs.keys() if facts.get(name) != theirs.get(name))
+    differ = [name for name in facts.keys() & theirs.keys() if facts[name] != theirs[name]]
+    differ = differ or facts.keys() ^ theirs.keys()  # of another data set not every fact, but its name
     if differ:
-        values = (f"{name} (there {theirs.get(name)!r:.60}, here {facts.get(name)!r:.60})" for name in differ)
+        values = (f"{name} (there {theirs.get(name)!r:.60}, here {facts.get(name)!r:.60})" for name in sorted(differ))
         raise ValueError(f"{where} holds rows that were made otherwise: {', '.join(values)}; {instead}")
 
 
@@ -68,7 +69,8 @@ def made_of(data_args, training_args, tokenizer, template) -> dict:
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = (type(tokenizer).__name__, sorted(tokenizer.special_tokens_map.items()), tokenizer.split_special_tokens)
     facts = {name: value for name, value in vars(data_args).items() if name not in NO_MATTER} | {
-        "versions": {"solopo": __version__, "llamafactory": installed("llamafactory")},
+        "version of solopo": __version__,
+        "version of llamafactory": installed("llamafactory"),
         "content of the template": _hash(repr(template)),
         "content of the tokenizer": _hash(repr((special, vocabulary))),
     }
@@ -78,7 +80,7 @@ def made_of(data_args, training_args, tokenizer, template) -> dict:
         local = attr.load_from in ("file", "script")
         path = Path(data_args.dataset_dir, attr.dataset_name) if local else Path(attr.dataset_name)
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        facts[f"entry of {name}"] = vars(attr)
+        facts |= {f"{key} of {name}": value for key, value in vars(attr).items()}
         facts[f"content of {name}"] = _hash("".join(map(_file_hash, files)))
     if data_args.val_size or data_args.mix_strategy != "concat" or any(attr.num_samples for attr in attrs):
         facts["seed"] = training_args.seed
