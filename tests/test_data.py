@@ -379,6 +379,9 @@ def as_messages(row: dict, prompt: str, role: str, content: str, user: str, assi
     return [{role: who, content: what} for who, what in [*said, (user, prompt)]]
 
 
+OPENAI_NAMES = ("role", "content", "user", "assistant")
+
+
 def reformatted(row: dict, role: str, content: str, user: str, assistant: str) -> dict:
     names = (role, content, user, assistant)
     return {
@@ -404,14 +407,14 @@ def test_sharegpt_rows_are_the_alpaca_rows(template, rows):
 def test_openai_rows_are_the_alpaca_rows(template, rows):
     """The host's openai converter adds `detailed thinking off` to every system prompt that lacks it; these have it."""
     model = host(template, MODELS[template])
-    talks = [reformatted(row, "role", "content", "user", "assistant") for row in rows]
+    talks = [reformatted(row, *OPENAI_NAMES) for row in rows]
     assert processed(talks, model, attributes("openai", tags=OPENAI_TAGS)) == processed(rows, model)
 
 
 def test_openai_system_is_the_hosts_on_both_sides():
     """What the host adds to the system prompt stands in the short and in the long sequence alike."""
     row = dict(prompt="Where?", long_prompt="Where?", chosen="Here.", rejected="There.", system=None, history=[])
-    talk = reformatted(row, "role", "content", "user", "assistant")
+    talk = reformatted(row, *OPENAI_NAMES)
     (result,) = processed([talk], host("qwen"), attributes("openai", tags=OPENAI_TAGS))
     assert result["same"] is True
     assert "system\ndetailed thinking off<|im_end|>" in host("qwen").tokenizer.decode(result["long_prompt_ids"])
@@ -649,6 +652,68 @@ def test_a_prompt_that_the_converter_would_leave_out_is_refused():
         processed([GOOD | {"long_prompt": None, "query": "Where?"}], host("qwen"), attr)
 
 
+ODD = [None, "", " ", 0, 3, True, [], {}, "where()", '{"name": "where"}', ["a"], {"a": None}, *OPENAI_TAGS.values(),
+       "human", "gpt", "observation", "function_call"]  # fmt: skip
+WHOLE = {  # formatting: (a row that has everything, columns, tags)
+    "alpaca": (GOOD | {"history": [["Who?", "He."]], "query": "Where?", "system": "Be brief.", "tools": json.dumps([TOOL]),
+                       "answer": "Elsewhere.", "good": None},
+               TOOLS | {"query": "query", "response": "answer", "kto_tag": "good"}, {}),
+    "sharegpt": (TALK | {"messages": [{"from": "system", "value": "Be brief."}, TALK["messages"][0],
+                                      {"from": "function_call", "value": json.dumps(CALL)},
+                                      {"from": "observation", "value": "Rosvik"}],
+                         "system": "Be long.", "tools": json.dumps([TOOL]), "good": None},
+                 TALK_TOOLS | {"system": "system", "kto_tag": "good"}, {}),
+    "openai": (openai_row([{"role": "system", "content": "Be brief."}, *calling(calls=[CALL] * 2)], tools=[TOOL], good=None),
+               TALK_TOOLS | {"kto_tag": "good"}, {"tags": OPENAI_TAGS}),
+    "openai without tools": (openai_row(reformatted(GOOD | {"history": [["Who?", "He."]]}, *OPENAI_NAMES)["messages"]),
+                             SHAREGPT, {"tags": BARE_TAGS}),
+}  # fmt: skip
+
+
+def places(value, path=()):
+    """Paths to all that a row holds."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+@st.composite
+def broken(draw, row: dict) -> dict:
+    """A row with one or two things in it replaced, left out or doubled."""
+    row = copy.deepcopy(row)
+    for _ in range(draw(st.integers(1, 2))):
+        *path, key = draw(st.sampled_from(list(places(row))))
+        owner = row
+        for step in path:
+            owner = owner[step]
+        how = draw(st.sampled_from(["replace", "leave out", "double"]))
+        if how == "double" and isinstance(owner, list):
+            owner.insert(key, copy.deepcopy(owner[key]))
+        elif how == "leave out":
+            del owner[key]
+        else:
+            owner[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
+    return row
+
+
+@pytest.mark.parametrize("formatting", WHOLE)
+@settings(FUZZ, max_examples=300)
+@given(data=st.data())
+def test_a_broken_row_trains_as_the_hosts_or_is_refused_by_name(formatting, data):
+    """Never another error, never other tokens, whatever is odd about a row."""
+    row, columns, more = WHOLE[formatting]
+    row = data.draw(broken(row))
+    attr = attributes(formatting.split()[0], columns, **more)
+    try:
+        processed([row], host("qwen"), attr)
+    except ValueError as error:
+        assert re.match(r"rows\[0\]: |Dataset `rows` has no column ", str(error)) and "\n" not in str(error)
+        return
+    if isinstance(row.get("tools"), list | dict):  # which only one of the host's converters takes
+        row["tools"] = json.dumps(row["tools"], ensure_ascii=False)
+    assert_pairs_are_the_hosts([row], host("qwen"), attr)
+
+
 # ---- thoughts
 
 THOUGHT = "<think>\nIt says so.\n</think>\n\n"
@@ -696,6 +761,12 @@ def test_a_response_of_which_nothing_is_left_is_refused(column):
     with pytest.raises(RowError, match=rf"^rows\[0\]: nothing is left of `{column}`"):
         processed([GOOD | {column: THOUGHT}], model)
     assert processed([GOOD | {column: THOUGHT + "Elsewhere."}], model) == processed([GOOD | {column: "Elsewhere."}], model)  # fmt: skip
+
+
+def test_a_template_of_another_tokenizer_is_refused():
+    """Its tokens have no number, which the host's tokenizer says in silence."""
+    with pytest.raises(RowError, match=r"^rows\[0\]: the template writes a token that the tokenizer does not have"):
+        processed([GOOD], host("chatglm3"))
 
 
 def test_tools_with_a_template_inside_are_refused():
