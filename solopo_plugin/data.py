@@ -89,7 +89,7 @@ def build_row(
                     "a call is a JSON object with `name` and `arguments`, `tools` a JSON list of functions."
                 ) from error
             if None in prompt_ids or None in response_ids:
-                raise RowError(f"{row}: the template writes a token that the tokenizer does not have; check `template`.")
+                raise RowError(f"{row}: the template writes a token that the tokenizer lacks; check `template`.")
             if ids.setdefault(f"{name}_ids", response_ids) != response_ids:
                 raise RowError(
                     f"{row}: `{name}` tokenises differently behind the short and the long prompt; check `template`."

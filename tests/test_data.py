@@ -765,7 +765,7 @@ def test_a_response_of_which_nothing_is_left_is_refused(column):
 
 def test_a_template_of_another_tokenizer_is_refused():
     """Its tokens have no number, which the host's tokenizer says in silence."""
-    with pytest.raises(RowError, match=r"^rows\[0\]: the template writes a token that the tokenizer does not have"):
+    with pytest.raises(RowError, match=r"^rows\[0\]: the template writes a token that the tokenizer lacks"):
         processed([GOOD], host("chatglm3"))
 
 
