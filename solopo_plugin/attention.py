@@ -22,6 +22,8 @@ from .packing import Plan, Segment
 
 ARGUMENT = "solopo_segments"
 SDPA, FLASH = "solopo_sdpa", "solopo_fa2"
+IN_WORDS = {SDPA: "SDPA, segment by segment", FLASH: "FlashAttention-2, all segments in one call",
+            "sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}  # fmt: skip
 
 # Equal to each sequence alone, in loss and gradients, in tests/test_packing.py. `auto` does not guess about others.
 TESTED = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "phi", "phi3", "olmo2",
@@ -63,6 +65,23 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def packed_attention(implementation: str) -> str:
+    """The function that takes a packed row's segments where the model has this one for plain sequences."""
+    return FLASH if implementation == "flash_attention_2" else SDPA
+
+
+def how_a_step_runs(model: nn.Module, not_packed: str | None) -> str:
+    """A sentence for the log: the form of the step and the attention that runs it.
+
+    Args:
+        not_packed: Why the step has two stages; None where it is packed.
+    """
+    implementation = base_of(model).config._attn_implementation
+    form = f"in two stages, not packed: {not_packed}" if not_packed else "packed"
+    runs = implementation if not_packed else packed_attention(implementation)
+    return f"A step runs {form}; attention: {IN_WORDS.get(runs, runs)}."
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers that gradient checkpointing may run again: every attention and every MLP is in one of them."""
     return [m for m in base_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -93,7 +112,7 @@ class _Switch:
         now = self.config._attn_implementation
         self.before.append(now)
         if now not in (SDPA, FLASH):
-            self.config._attn_implementation = FLASH if now == "flash_attention_2" else SDPA
+            self.config._attn_implementation = packed_attention(now)
         if not isinstance(module, GradientCheckpointingLayer):
             kwargs[ARGUMENT].calls = 0
 

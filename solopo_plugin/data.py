@@ -8,11 +8,14 @@ same behind either prompt), `same` (the long prompt is the short one) and `row`,
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from pyarrow.compute import list_value_length
 
 from .logps import IGNORE
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns that reference.py adds, as the loss has them
+PARTS = ("short_prompt", "long_prompt", "chosen", "rejected")
 COLUMNS = ("row", "same", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -137,6 +140,20 @@ def fits(row: dict, cutoff_len: int, overlength: str) -> bool:
             "raise `cutoff_len`, shorten the row, or set `solopo_overlength: drop`. Rows are never truncated."
         )
     return length <= cutoff_len
+
+
+def part_lengths(dataset) -> dict[str, np.ndarray]:
+    """Tokens of each of the `PARTS`, shape (N rows,), in the order of a data set that may be a share of its table."""
+    rows = slice(None) if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    return {part: list_value_length(dataset.data.column(f"{part}_ids")).to_numpy()[rows] for part in PARTS}
+
+
+def step_lengths(dataset, longpo: bool, both: bool) -> list[int]:
+    """Tokens that a packed step runs of each row: the measure by which `group_by_length` groups, in either form."""
+    n = part_lengths(dataset)
+    short = n["short_prompt"] + n["chosen"] + n["rejected"]
+    long = n["long_prompt"] + n["chosen"] + (n["rejected"] if longpo or both else 0)
+    return (long if longpo else short + np.where(dataset["same"], 0, long)).tolist()
 
 
 def reference_of(features: list[dict]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ Shape suffixes: B samples, T tokens, K kept positions, N scored spans, V vocabul
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -12,11 +13,12 @@ from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from . import attention, losses
 from .args import LENGTH_NORMALISED
 from .collapse import GAP, NLL, REWARD, collapse
-from .data import data_sets
+from .data import data_sets, step_lengths
 from .logps import predicting_positions, response_logps, token_logps
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
@@ -55,6 +57,21 @@ class ExampleMeans:
         """Means in order; `reduce` adds a tensor over ranks."""
         totals = reduce(torch.cat([self.sums_M, self.sums_M.new_tensor([self.count])]))
         return (totals[:-1] / totals[-1]).tolist()
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """The Trainer's sampler, whose order here is drawn from seed and epoch: the same on every rank and after a resume.
+
+    Its own draws from whatever state torch's generator is in.
+    """
+
+    def __init__(self, *args, seed: int, epoch: Callable[[], int], **kwargs):
+        super().__init__(*args, generator=torch.Generator(), **kwargs)
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 class LogProbs(NamedTuple):
@@ -296,6 +313,31 @@ class SoloTrainer(CustomDPOTrainer):
             )
 
     # ---- around the step
+
+    def get_train_dataloader(self):
+        """As the Trainer's, which asks for it at every start, also when `auto_find_batch_size` begins again."""
+        self.train_means = ExampleMeans()
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As the host's; `group_by_length` groups by what a step runs, where the Trainer looks for `input_ids`.
+
+        The rows of one optimizer step, over all ranks, are of about one length, however they are dealt out.
+        """
+        strategy = getattr(self.args, "train_sampling_strategy", None)
+        if strategy != "group_by_length" and not getattr(self.args, "group_by_length", False):  # in older transformers
+            return super()._get_train_sampler(train_dataset)
+        args, dataset = self.finetuning_args, self.train_dataset if train_dataset is None else train_dataset
+        return GroupedByLength(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            lengths=step_lengths(dataset, args.solopo_objective == "longpo", args.solopo_align_on == "both"),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),  # accelerate's `set_epoch` does not reach it on several ranks
+        )
+
+    def _get_eval_sampler(self, eval_dataset):
+        """None, so the rows in order, whatever orders training: with `group_by_length` the Trainer would group here."""
+        return None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the host's, and remember how much one example of this accumulation window weighs.

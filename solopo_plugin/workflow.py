@@ -4,19 +4,19 @@ import signal
 import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
-from pyarrow.compute import list_value_length
-from pyarrow.compute import sum as arrow_sum
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 
 from . import __version__
-from .attention import base_of, prepare, why_not_packed
-from .data import SoloCollator, data_sets
+from .attention import base_of, how_a_step_runs, prepare, why_not_packed
+from .data import PARTS, SoloCollator, data_sets, part_lengths
 from .host.saved import recorded
 from .host.versions import installed
 from .memory import chunk_mlps
@@ -24,13 +24,14 @@ from .packing import PackedCollator
 from .reference import add_reference_logps
 from .trainer import SoloTrainer
 
-PARTS = ("short_prompt", "long_prompt", "chosen", "rejected")
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
 
 def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
     """Train and/or evaluate with SoLoPO; the arguments are the host's, `finetuning_args` with the `solopo_*` keys."""
     logger.info_rank0(f"solopo_plugin {__version__} is active in LLaMA-Factory {installed('llamafactory')}.")
+    if training_args.do_train:
+        check_resume(training_args)
     tokenizer_module = load_tokenizer(model_args)
     if tokenizer_module["processor"] is not None:
         raise ValueError(
@@ -55,9 +56,11 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         else:
             ref_model = create_ref_model(model_args, finetuning_args)
 
-    packed = runs_packed(finetuning_args.solopo_forward, model, ref_model)
+    not_packed = why_two_stages(finetuning_args.solopo_forward, model, ref_model)
+    packed = not_packed is None
+    logger.info_rank0(how_a_step_runs(model, not_packed))
     if not packed:
-        configure_checkpointing(model, model_args, training_args)
+        configure_checkpointing(model, model_args, training_args, finetuning_args)
     longpo, both = finetuning_args.solopo_objective == "longpo", finetuning_args.solopo_align_on == "both"
     if packed:
         collator = PackedCollator(longpo, both, finetuning_args.use_ref_model)
@@ -84,7 +87,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model()
-        if finetuning_args.include_effective_tokens_per_second and not data_args.streaming:  # a stream has no length
+        if finetuning_args.include_effective_tokens_per_second:
             tokens = count_tokens(dataset_module["train_dataset"], longpo or both)
             rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
             result.metrics["effective_tokens_per_sec"] = rate / training_args.world_size
@@ -129,6 +132,31 @@ def _splits(dataset_module: dict):
     return data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
 
 
+def check_resume(training_args) -> None:
+    """Warn of a checkpoint without the optimizer's state, as `save_only_model` leaves it; DeepSpeed cannot resume it.
+
+    The Trainer takes its weights and its step and says nothing: Adam's moments are 0 and the learning rate is the first
+    step's, warm-up included, so that it is not decayed in the end.
+    """
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(training_args.output_dir)
+    if not checkpoint or not Path(checkpoint).is_dir():
+        return  # nothing to resume, or the Trainer's to refuse
+    needed = ("global_step*",) if training_args.deepspeed else ("optimizer*", "scheduler.pt")
+    if all(any(Path(checkpoint).glob(pattern)) for pattern in needed):
+        return
+    if training_args.deepspeed:
+        raise ValueError(
+            f"{checkpoint} has no optimizer state (`save_only_model`?), and DeepSpeed cannot resume without; to start "
+            "from the beginning set `overwrite_output_dir: true`."
+        )
+    logger.warning_rank0(
+        f"{checkpoint} has no optimizer state (`save_only_model`?): weights and step go on from there, the optimizer "
+        "and the learning rate's schedule start anew; to start from the beginning set `overwrite_output_dir: true`."
+    )
+
+
 def configure_streaming(dataset_module: dict, training_args) -> None:
     """Give each rank its share of every stream, and refuse streams whose shares would differ in size.
 
@@ -158,18 +186,18 @@ def load_ref_model(model_args, finetuning_args, packed: bool):
     """A `ref_model` from elsewhere, able to run the step's own forward."""
     ref_model = create_ref_model(model_args, finetuning_args)
     if packed:
-        runs_packed("packed", ref_model)
+        why_two_stages("packed", ref_model)  # raises
         prepare(ref_model)
     return ref_model
 
 
-def runs_packed(solopo_forward: str, *models) -> bool:
-    """Whether the step is packed: as `solopo_forward` says and the policy and the reference allow.
+def why_two_stages(solopo_forward: str, *models) -> str | None:
+    """Why the step has two stages, or None where it is packed: as `solopo_forward` says and the models allow.
 
     FlashAttention-2 has its own path through a packed row, never run so far; `auto` leaves it to who asks for it.
     """
     if solopo_forward == "two_stage":
-        return False
+        return "`solopo_forward: two_stage`"
     models = [model for model in models if model is not None]
     reasons = [reason for model in models if (reason := why_not_packed(model))]
     if solopo_forward == "auto" and any(base_of(m).config._attn_implementation == "flash_attention_2" for m in models):
@@ -178,26 +206,31 @@ def runs_packed(solopo_forward: str, *models) -> bool:
         raise ValueError(
             f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."
         )
-    if reasons:
-        logger.info_rank0(f"`solopo_forward: auto` runs in two stages, not packed, on this model: {reasons[0]}.")
-    return not reasons
+    return reasons[0] if reasons else None
 
 
-def configure_checkpointing(model, model_args, training_args) -> None:
-    """Two forwards before one backward are wrong under reentrant checkpointing, the host's default, on several ranks.
+def configure_checkpointing(model, model_args, training_args, finetuning_args) -> None:
+    """Set what two forwards before one backward need where reentrant checkpointing, the host's default, is wrong.
 
-    A parameter's gradient is then ready twice: DDP and ZeRO-1/2 raise, ZeRO-3 *silently* loses part of the gradient
-    (measured: gradient norm 3.38 for 2.85). Non-reentrant checkpointing gives one process's gradients on all of them.
-    A packed step has one forward before its backward, and either kind is right.
+    A parameter's gradient is then ready twice. On several ranks DDP and ZeRO-1/2 raise, ZeRO-3 *silently* loses part of
+    the gradient (measured: gradient norm 3.38 for 2.85). An optimizer that steps within backward steps twice, from half
+    a gradient each (layer-wise GaLore on a tiny model: 24 of 27 parameters). Non-reentrant checkpointing is right on
+    all of them. A packed step has one forward before its backward, and either kind is right.
     """
-    if training_args.parallel_mode != ParallelMode.DISTRIBUTED or model_args.disable_gradient_checkpointing:
+    distributed = training_args.parallel_mode == ParallelMode.DISTRIBUTED
+    within_backward = finetuning_args.galore_layerwise or finetuning_args.apollo_layerwise
+    within_backward = within_backward or any(kind in training_args.optim for kind in ("layerwise", "lomo"))
+    if not (distributed or within_backward) or model_args.disable_gradient_checkpointing:
         return
+    needed = "on several ranks" if distributed else "by an optimizer that steps within backward"
     if model_args.use_unsloth_gc:
-        raise ValueError("`use_unsloth_gc: True` is reentrant: two forwards a step fail on several ranks; remove it.")
+        raise ValueError(
+            f"`use_unsloth_gc: True` is reentrant: two forwards a step need the other kind {needed}; remove it."
+        )
     if model_args.use_reentrant_gc and base_of(model).is_gradient_checkpointing:
         model_args.use_reentrant_gc = False
         base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        logger.info_rank0("Set `use_reentrant_gc` to False: with two forwards a step it is needed on several ranks.")
+        logger.info_rank0(f"Set `use_reentrant_gc` to False: with two forwards a step it is needed {needed}.")
     # `gradient_checkpointing: true` makes the Trainer enable it once more, and there the host's default is reentrant
     own = training_args.gradient_checkpointing_kwargs or {}
     training_args.gradient_checkpointing_kwargs = {**own, "use_reentrant": False}
@@ -205,6 +238,6 @@ def configure_checkpointing(model, model_args, training_args) -> None:
 
 def count_tokens(dataset, long_pair: bool) -> int:
     """Tokens of one epoch in all sequences that a step scores, a prompt once per response whatever the forward."""
-    n = {part: arrow_sum(list_value_length(dataset.data.column(f"{part}_ids"))).as_py() for part in PARTS}
+    n = {part: int(lengths.sum()) for part, lengths in part_lengths(dataset).items()}
     tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
     return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)

@@ -16,6 +16,37 @@ from omegaconf import OmegaConf
 from .. import args as solo
 from .versions import expect_signature
 
+# Keys of the host that its preference trainer, or ours, never reads: they would be taken and change nothing.
+# Why -> key -> the host's default, or what is off: that may stand in a recipe.
+UNREAD = {
+    "dropout is off in preference training, as in the host's DPO": {"lora_dropout": 0.0, "module_dropout": 0.0},
+    "the stage has `dpo_label_smoothing`": {"label_smoothing_factor": 0.0},
+    "padding never counts": {"ignore_pad_token_for_loss": True},
+    "the router's auxiliary loss is no part of a step": {"moe_aux_loss_coef": 0.0},
+    "the host's preference trainer has no FP8": {
+        "fp8": False, "fp8_backend": "auto", "fp8_enable_fsdp_float8_all_gather": False,
+    },
+    "`train_sampling_strategy: group_by_length` measures the rows": {
+        "length_column_name": "length", "sortish_sampler": False,
+    },
+    "the stage generates nothing": {
+        "do_predict": False, "eval_num_beams": None, "generation_num_beams": None, "generation_config": None,
+        "do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "num_beams": 1, "max_length": 1024,
+        "max_new_tokens": 1024, "repetition_penalty": 1.0, "length_penalty": 1.0, "skip_special_tokens": True,
+    },
+    "it is for `stage: sft`": {
+        "compute_accuracy": False, "use_dft_loss": False, "use_asft_loss": False, "asft_alpha": 0.1,
+        "use_eaft_loss": False, "eaft_alpha": 1.0, "use_hyper_parallel": False, "hyper_parallel_args": None,
+    },
+    "it is for `stage: kto`": {"kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0},
+    "it is for `stage: ppo`": {
+        "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_score_norm": False, "ppo_target": 6.0, "ppo_whiten_rewards": False,
+        "reward_model": None, "reward_model_adapters": None, "reward_model_quantization_bit": None,
+        "reward_model_type": "lora",
+    },
+}  # fmt: skip
+ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
+
 
 def with_solo(host: type) -> type:
     """The host's `FinetuningArguments` with ours; what the host asks of `stage: dpo` is asked of `solopo` too."""
@@ -92,8 +123,8 @@ def _checking_keys(parse_train_args, parser):
     return wrapper
 
 
-def check_recipe(model_args, data_args, finetuning_args) -> None:
-    """Refuse host features that would change or bypass the step, before anything is loaded."""
+def check_recipe(model_args, data_args, training_args, finetuning_args, generating_args) -> None:
+    """Refuse what would change or bypass the step, and what would have no effect on it, before anything is loaded."""
     refused = {
         "use_mca": (finetuning_args.use_mca, "it has its own trainer (unset USE_MCA)"),
         "use_unsloth": (model_args.use_unsloth, "it replaces the model's forward"),
@@ -101,6 +132,11 @@ def check_recipe(model_args, data_args, finetuning_args) -> None:
         "shift_attn": (model_args.shift_attn, "short and long sequences would attend differently"),
         "mixture_of_depths": (model_args.mixture_of_depths, "tokens of the response could skip layers"),
         "packing": (data_args.packing, "rows of pairs cannot be packed by the host"),
+        "neftune_noise_alpha": (
+            training_args.neftune_noise_alpha,
+            "its noise depends on the length of what runs as one row, so the short and the long context get different "
+            "noise and the alignment is trained on the difference",
+        ),
     }
     if data_args.streaming and finetuning_args.solopo_overlength == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
@@ -108,13 +144,37 @@ def check_recipe(model_args, data_args, finetuning_args) -> None:
         if value:
             raise ValueError(f"`{key}: {value}` does not work with `stage: solopo`: {reason}; remove it.")
 
+    strategy = getattr(training_args, "train_sampling_strategy", None)  # `group_by_length: true` in older transformers
+    if strategy not in (None, *ORDERS):
+        raise ValueError(f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}.")
+    unread = dict(UNREAD)
+    if data_args.streaming:
+        unread["the host shuffles a stream by `buffer_size`"] = {
+            "disable_shuffling": False, "train_sampling_strategy": "random",
+        }  # fmt: skip
+        unread["a stream has no length"] = {"include_effective_tokens_per_second": False}
+    if finetuning_args.disable_shuffling and strategy == "group_by_length":
+        unread["`disable_shuffling` already keeps the rows' order"] = {"train_sampling_strategy": "random"}
+    if finetuning_args.pref_loss != "simpo":
+        unread["it is for `pref_loss: simpo`"] = {"simpo_gamma": 0.5}
+    if not finetuning_args.use_ref_model:
+        unread[f"`pref_loss: {finetuning_args.pref_loss}` has no reference"] = {"ref_model": None}
+    if finetuning_args.ref_model is None:
+        unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
+    groups = (model_args, data_args, training_args, finetuning_args, generating_args)
+    for reason, defaults in unread.items():
+        for key, default in defaults.items():
+            value = next((getattr(group, key) for group in groups if hasattr(group, key)), None)
+            if value is not None and value != default:
+                raise ValueError(f"`{key}: {value}` has no effect in `stage: solopo`: {reason}; remove it.")
+
 
 def _checking_recipe(get_train_args):
     @wraps(get_train_args)
     def wrapper(args=None):
-        parsed = model_args, data_args, _, finetuning_args, _ = get_train_args(args)
-        if finetuning_args.stage == "solopo":
-            check_recipe(model_args, data_args, finetuning_args)
+        parsed = get_train_args(args)
+        if parsed[3].stage == "solopo":
+            check_recipe(*parsed)
         return parsed
 
     return wrapper

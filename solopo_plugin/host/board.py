@@ -347,7 +347,8 @@ def refusal(args: dict) -> str:
     known = {n: v for n, v in args.items() if n in fields and fields[n].init and v is not None}
     try:
         check_keys(args)
-        check_recipe(Given(args), Given(args), finetuning_args(**known))
+        given = Given(args)
+        check_recipe(given, given, given, finetuning_args(**known), given)
         info = load_dataset_info(args["dataset_dir"])
         for name in args["dataset"].split(","):
             if name in info:  # else it is a name on a hub, or the host's to refuse
