@@ -16,7 +16,7 @@ from transformers.training_args import ParallelMode
 
 from . import __version__
 from .attention import base_of, how_a_step_runs, prepare, why_not_packed
-from .data import PARTS, SoloCollator, data_sets, part_lengths
+from .data import SoloCollator, data_sets, part_lengths
 from .host.saved import recorded
 from .host.versions import installed
 from .memory import chunk_mlps

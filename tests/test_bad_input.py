@@ -9,6 +9,9 @@ import re
 import pytest
 from conftest import ROOT, SOLO_COLUMNS, demo_rows, write_dataset
 
+from solopo_plugin.host.arguments import UNREAD
+
+STREAM = {"streaming": True, "max_samples": None, "max_steps": 1}
 RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "misspelt key": ({"solopo_alfa": 1}, "Unknown key `solopo_alfa` in the recipe. Did you mean `solopo_alpha`? Allowed: "),
     "unknown key": ({"solopo_zzz": 1}, "Unknown key `solopo_zzz` in the recipe. Allowed: solopo_alpha, "),
@@ -47,6 +50,20 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "stream without workers": ({"streaming": True, "max_samples": None, "max_steps": 1}, "Dataset `demo_solopo` has no rows; with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more."),
     "alpha in longpo": ({"solopo_objective": "longpo", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: longpo`; remove it."),
     "ftx in longpo": ({"solopo_objective": "longpo", "pref_ftx": 1.0}, "`pref_ftx: 1.0` has no effect with `solopo_objective: longpo`; remove it."),
+    "neftune": ({"neftune_noise_alpha": 5}, "`neftune_noise_alpha: 5` does not work with `stage: solopo`: its noise depends on the length of what runs as one row, so the short and the long context get different noise"),
+    "sampling strategy": ({"train_sampling_strategy": "by_length"}, "`train_sampling_strategy` must be one of random, sequential, group_by_length; got 'by_length'."),
+    "grouped and unshuffled": ({"train_sampling_strategy": "group_by_length", "disable_shuffling": True}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: `disable_shuffling` already keeps the rows' order; remove it."),
+    "grouped stream": ({"train_sampling_strategy": "group_by_length", **STREAM}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: the host shuffles a stream by `buffer_size`; remove it."),
+    "unshuffled stream": ({"disable_shuffling": True, **STREAM}, "`disable_shuffling: True` has no effect in `stage: solopo`: the host shuffles a stream by `buffer_size`; remove it."),
+    "rate of a stream": ({"include_effective_tokens_per_second": True, **STREAM}, "`include_effective_tokens_per_second: True` has no effect in `stage: solopo`: a stream has no length; remove it."),
+    "gamma without simpo": ({"simpo_gamma": 0.7}, "`simpo_gamma: 0.7` has no effect in `stage: solopo`: it is for `pref_loss: simpo`; remove it."),
+    "reference without need": ({"ref_model": "a/model", "pref_loss": "orpo"}, "`ref_model: a/model` has no effect in `stage: solopo`: `pref_loss: orpo` has no reference; remove it."),
+    "adapters of no reference": ({"ref_model_adapters": "an/adapter"}, "`ref_model_adapters: an/adapter` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
+    "bits of no reference": ({"ref_model_quantization_bit": 4}, "`ref_model_quantization_bit: 4` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
+    "neat packing": ({"neat_packing": True}, "`neat_packing` cannot be set as True except SFT."),
+    "trained prompts": ({"train_on_prompt": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
+    "masked history": ({"mask_history": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
+    "predictions": ({"predict_with_generate": True}, "`predict_with_generate` cannot be set as True except SFT."),
     "lambda in solopo": ({"solopo_longpo_lambda": 0.1}, "`solopo_longpo_lambda: 0.1` has no effect with `solopo_objective: solopo`; remove it."),
 }  # fmt: skip
 
@@ -131,6 +148,36 @@ def test_the_table_is_long_enough():
 def test_bad_recipe(run, recipe, name):
     changes, sentence = RECIPES[name]
     refused(run, recipe(**changes), sentence)
+
+
+UNREAD_KEYS = {key: (default, reason) for reason, defaults in UNREAD.items() for key, default in defaults.items()}
+OTHER = dict(
+    fp8_backend="te", length_column_name="n", reward_model_type="full", generation_config="a/path", reward_model="a/path",
+    hyper_parallel_args="a/path", reward_model_adapters="a/path", eval_num_beams=2, generation_num_beams=2,
+    reward_model_quantization_bit=4, top_p=0.5, lora_dropout=0.1, module_dropout=0.1, label_smoothing_factor=0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", UNREAD_KEYS)
+def test_a_key_that_would_change_nothing(run, recipe, key):
+    """Refused with the reason; the host's default, which saved recipes spell out, is not."""
+    from llamafactory.hparams import parser
+
+    default, reason = UNREAD_KEYS[key]
+    fields = {name: field for part in parser._TRAIN_ARGS for name, field in part.__dataclass_fields__.items()}
+    assert fields[key].default in (default, None)
+    needs = {"val_size": 4} if key == "do_predict" else {}
+    value = OTHER[key] if key in OTHER else not default if isinstance(default, bool) else default + 1
+    sentence = f"`{key}: {value}` has no effect in `stage: solopo`: {reason}; remove it."
+    refused(run, recipe(**{key: value}, **needs), sentence)
+    parser.get_train_args(recipe(**{key: default}, **needs))
+
+
+def test_every_key_of_generation_is_among_them():
+    """A key that the host adds is found here."""
+    from llamafactory.hparams import GeneratingArguments
+
+    assert set(GeneratingArguments.__dataclass_fields__) <= set(UNREAD_KEYS)
 
 
 ONE_OF_CONVERTER_AND_ONE_OF_PROCESSOR = ("empty long prompt", "templated text")

@@ -841,3 +841,20 @@ def test_all_long_prompts_equal_is_noticed():
     (line,) = said([same, same])
     assert line.startswith("All long prompts of the training rows equal their short ones")
     assert said([same, GOOD]) == []
+@pytest.mark.parametrize("longpo, both", [(False, False), (False, True), (True, False)])
+def test_step_lengths_are_those_of_packed_rows(longpo, both):
+    """Also of a data set that is a shuffled share of its table, and of rows whose prompts are equal."""
+    from datasets import Dataset
+
+    from solopo_plugin.data import step_lengths
+    from solopo_plugin.packing import PackedCollator
+
+    n = dict(
+        short_prompt=[3, 4, 5, 6, 7], long_prompt=[11, 4, 13, 14, 15], chosen=[2, 3, 1, 5, 4], rejected=[1, 2, 6, 1, 3]
+    )
+    columns = {f"{part}_ids": [[1] * length for length in lengths] for part, lengths in n.items()}
+    rows = Dataset.from_dict(columns | {"row": list("abcde"), "same": [False, True, False, False, False]})
+    collator = PackedCollator(longpo, both)
+    for dataset in (rows, rows.select([4, 1, 2]), rows.train_test_split(test_size=2, seed=1)["train"]):
+        lengths = [collator([row])["policy"]["input_ids"].shape[1] for row in dataset]
+        assert step_lengths(dataset, longpo, both) == lengths

@@ -501,10 +501,41 @@ def test_auto_leaves_flash_attention_to_who_asks_for_it(tiny_model):
     """The packed row's path through FlashAttention-2 has never been run, so `auto` does not choose it."""
     from transformers import AutoModelForCausalLM
 
-    from solopo_plugin.workflow import runs_packed
+    from solopo_plugin.workflow import why_two_stages
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
-    assert runs_packed("auto", model, None)
+    assert why_two_stages("auto", model, None) is None
     model.config._attn_implementation = "flash_attention_2"
-    assert not runs_packed("auto", model) and runs_packed("packed", model)
-    assert not runs_packed("two_stage", model)
+    assert "has not been run yet" in why_two_stages("auto", model) and why_two_stages("packed", model) is None
+    assert why_two_stages("two_stage", model) == "`solopo_forward: two_stage`"
+
+
+@pytest.mark.parametrize(
+    "implementation, not_packed, said",
+    [
+        ("sdpa", None, "A step runs packed; attention: SDPA, segment by segment."),
+        ("eager", None, "A step runs packed; attention: SDPA, segment by segment."),
+        ("flash_attention_2", None, "A step runs packed; attention: FlashAttention-2, all segments in one call."),
+        ("sdpa", "a reason", "A step runs in two stages, not packed: a reason; attention: SDPA."),
+        ("eager", "a reason", "A step runs in two stages, not packed: a reason; attention: eager."),
+        (
+            "flash_attention_2",
+            "a reason",
+            "A step runs in two stages, not packed: a reason; attention: FlashAttention-2.",
+        ),
+    ],
+)
+def test_the_log_names_the_attention_that_runs(tiny_model, monkeypatch, implementation, not_packed, said):
+    """What is said of a packed row is what the switch gives the layers for the duration of a call."""
+    from transformers import AutoModelForCausalLM
+
+    from solopo_plugin.attention import FLASH, IN_WORDS, SDPA, _Switch, how_a_step_runs
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    model.config._attn_implementation = implementation
+    assert how_a_step_runs(model, not_packed) == said
+    if not_packed is None:
+        switch = _Switch(model.config, 1)
+        switch.enter(model, (), {"solopo_segments": pack([([1], [[2]])])["plan"]})
+        assert model.config._attn_implementation in (SDPA, FLASH)
+        assert said.endswith(f"attention: {IN_WORDS[model.config._attn_implementation]}.")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +97,8 @@ def test_a_step_is_what_the_paper_writes(run, recipe, tiny_model, pref_loss, opt
 
     policy_path, reference_path = tiny_model(seed=1), tiny_model()
     args = recipe(
-        pref_loss=pref_loss, model_name_or_path=policy_path, ref_model=reference_path, max_samples=2, optim="sgd",
+        pref_loss=pref_loss, model_name_or_path=policy_path, max_samples=2, optim="sgd",
+        ref_model=None if pref_loss in ("simpo", "orpo") else reference_path,
         per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=1, learning_rate=0.1,
         lr_scheduler_type="constant", max_grad_norm=0.0, disable_shuffling=True, solopo_forward=forward, **options,
     )  # fmt: skip
@@ -298,7 +301,11 @@ def test_packed_runs_are_two_stage_runs(run, recipe, tmp_path, host_log, kind):
         run(recipe(solopo_forward=forward, output_dir=str(tmp_path / forward), **extra))
         for forward in ("auto", "two_stage")
     )
-    assert not any("in two stages" in message for message in host_log)
+    forms = [message for message in host_log if message.startswith("A step runs")]
+    assert forms == [
+        "A step runs packed; attention: SDPA, segment by segment.",
+        "A step runs in two stages, not packed: `solopo_forward: two_stage`; attention: SDPA.",
+    ]
     assert len(auto.losses) == 6 and auto.losses != two_stage.losses  # rounding tells them apart: both forms ran
     assert auto.losses == pytest.approx(two_stage.losses, **LOSS_BOUND)
     for name, weight in two_stage.weights.items():
@@ -310,8 +317,7 @@ def test_a_model_that_cannot_be_packed(run, recipe, tiny_model, host_log):
     args = recipe(model_name_or_path=tiny_model("mistral", sliding_window=64), max_steps=1)
     assert len(run(args).losses) == 1
     said = [message for message in host_log if "in two stages" in message]
-    assert said == ["`solopo_forward: auto` runs in two stages, not packed, on this model: its attention has a sliding "
-                    "window (64)."]  # fmt: skip
+    assert said == ["A step runs in two stages, not packed: its attention has a sliding window (64); attention: SDPA."]
     with pytest.raises(
         ValueError, match=r"packed` does not run on this model: its attention has a sliding window \(64\)"
     ):
@@ -327,3 +333,207 @@ def test_evaluation_alone(run, recipe, tmp_path):
     metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert metrics["eval_loss"] > 0 and not any("rewards/" in name for name in metrics)
     assert str(ROOT) not in json.dumps(metrics)
+
+
+# ---- the order of the rows
+
+
+@pytest.fixture
+def rows_seen(monkeypatch):
+    """Names of the rows of every training step's micro-batches, in order."""
+    from solopo_plugin.trainer import SoloTrainer
+
+    seen, compute_loss = [], SoloTrainer.compute_loss
+    monkeypatch.setattr(
+        SoloTrainer, "compute_loss", lambda self, model, inputs, *a, **k: seen.append(inputs["rows"])
+        or compute_loss(self, model, inputs, *a, **k),
+    )  # fmt: skip
+    return seen
+
+
+def grouped(lengths: list[int], size: int, seed: int) -> list[list[str]]:
+    """The order of transformers' own function, drawn from a seed, in batches of one."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    order = get_length_grouped_indices(lengths, size, generator=torch.Generator().manual_seed(seed))
+    return [[f"demo_solopo[{i}]"] for i in order]
+
+
+def test_rows_grouped_by_length_and_resumed_in_their_order(run, recipe, tmp_path, tiny_model, rows_seen):
+    """Each epoch in an order of its own; a run that resumes in the middle of the second is the uninterrupted one."""
+    lengths = []
+    for sequences in encode_rows(tiny_model(), 24):
+        prompts = len(sequences["short", "chosen"][0]) + len(sequences["long", "chosen"][0])
+        chosen, rejected = (len(sequences["short", name][1]) for name in ("chosen", "rejected"))
+        lengths.append(prompts + 2 * chosen + rejected)  # a packed row
+    args = recipe(
+        max_samples=24, train_sampling_strategy="group_by_length", per_device_train_batch_size=1, pref_loss="orpo",
+        gradient_accumulation_steps=2, num_train_epochs=2.0, save_strategy="steps", save_steps=17,
+        val_size=None, eval_dataset="demo_solopo", eval_strategy="epoch",
+    )  # fmt: skip
+    whole = run(args)
+    expected = [grouped(lengths, 2, seed) for seed in (7, 8)]
+    assert rows_seen == expected[0] + expected[1] and expected[0] != expected[1]
+    rows_seen.clear()
+    torch.rand(3)  # whatever the state of torch's generator
+    again = run(args | dict(resume_from_checkpoint=str(whole.dir / "checkpoint-17"), output_dir=str(tmp_path / "b")))
+    assert rows_seen == expected[1][10:]
+    assert again.losses == whole.losses
+    assert all(torch.equal(w, again.weights[name]) for name, w in whole.weights.items())
+
+
+def test_a_step_of_grouped_rows_is_the_same_however_it_is_dealt_out(run, recipe, tmp_path, rows_seen):
+    steps = []
+    for size in (1, 2, 4):
+        run(recipe(
+            train_sampling_strategy="group_by_length", per_device_train_batch_size=size, num_train_epochs=1.0,
+            gradient_accumulation_steps=4 // size, pref_loss="orpo", output_dir=str(tmp_path / str(size)),
+        ))  # fmt: skip
+        rows = [row for batch in rows_seen for row in batch]
+        steps.append([rows[i : i + 4] for i in range(0, len(rows), 4)])
+        rows_seen.clear()
+    assert steps[0] == steps[1] == steps[2]
+    assert sorted(sum(steps[0], [])) == sorted(f"demo_solopo[{i}]" for i in range(12))
+
+
+# ---- what surrounds the step
+
+
+def test_the_effective_rate_counts_the_rows_that_are_trained_on(run, recipe, tiny_model, rows_seen):
+    """Not those of `val_size`: the host's split is a share of one table."""
+    result = run(recipe(max_samples=8, val_size=5, num_train_epochs=1.0, include_effective_tokens_per_second=True))
+    encoded = encode_rows(tiny_model(), 8)
+    trained = {int(row.split("[")[1][:-1]) for rows in rows_seen for row in rows}
+    assert len(trained) == 3
+    keys = (("short", "chosen"), ("short", "rejected"), ("long", "chosen"))
+    tokens = sum(len(prompt) + len(response) for i in trained for prompt, response in (encoded[i][key] for key in keys))
+    metrics = json.loads((result.dir / "train_results.json").read_text())
+    assert metrics["effective_tokens_per_sec"] == pytest.approx(tokens / metrics["train_runtime"], rel=1e-3)
+
+
+def test_a_smaller_batch_after_running_out_of_memory_begins_its_metrics_anew(run, recipe, monkeypatch):
+    from solopo_plugin.trainer import SoloTrainer
+
+    sizes, step = [], SoloTrainer.solopo_step
+
+    def third_fails(self, model, inputs):
+        sizes.append(len(inputs["rows"]))
+        if len(sizes) == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return step(self, model, inputs)
+
+    monkeypatch.setattr(SoloTrainer, "solopo_step", third_fails)
+    result = run(recipe(
+        auto_find_batch_size=True, per_device_train_batch_size=4, gradient_accumulation_steps=1, num_train_epochs=1.0,
+        logging_steps=4, pref_loss="orpo", solopo_alpha=1.0,
+    ))  # fmt: skip
+    assert sizes == [4, 4, 4, 3, 3, 3, 3]
+    entry = result.log[0]
+    assert entry["step"] == 4
+    assert entry["loss"] == pytest.approx(entry["solopo/po_loss"] + entry["solopo/align_loss"], rel=1e-5)
+
+
+def layerwise_sgd(model, training_args, finetuning_args):
+    """An optimizer in the host's layer-wise form: a parameter steps as soon as its gradient is there."""
+    from llamafactory.train.trainer_utils import DummyOptimizer
+
+    optimizers = {p: torch.optim.SGD([p], lr=training_args.learning_rate) for p in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step)
+    return DummyOptimizer(lr=training_args.learning_rate, optimizer_dict=optimizers)
+
+
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_an_optimizer_that_steps_within_backward_steps_once(run, recipe, tmp_path, host_log, monkeypatch, forward):
+    """Layer-wise GaLore and the like: two forwards under reentrant checkpointing would be two half steps.
+
+    Bit for bit the run without checkpointing.
+    """
+    import llamafactory.train.dpo.trainer as host
+
+    monkeypatch.setattr(host, "create_custom_optimizer", layerwise_sgd)
+    args = dict(galore_layerwise=True, gradient_accumulation_steps=1, max_steps=3, learning_rate=0.1, pref_loss="orpo",
+                solopo_forward=forward, lr_scheduler_type="constant")  # fmt: skip
+    off = run(recipe(disable_gradient_checkpointing=True, output_dir=str(tmp_path / "off"), **args))
+    assert not any("use_reentrant_gc" in message for message in host_log)
+    on = run(recipe(output_dir=str(tmp_path / "on"), **args))
+    said = "with two forwards a step it is needed by an optimizer that steps within backward."
+    assert any(message.endswith(said) for message in host_log) == (forward == "two_stage")
+    assert on.losses == off.losses and len(set(on.losses)) == 3
+    assert all(torch.equal(w, on.weights[name]) for name, w in off.weights.items())
+
+
+# ---- a checkpoint without the optimizer
+
+
+def killed_after_step_4(folder):
+    """Take away what a run of 6 steps wrote after its checkpoint of step 4."""
+    (folder / "model.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+
+
+def test_a_resume_without_the_optimizer_says_that_it_starts_anew(run, recipe, host_log):
+    """The same command again on what `save_only_model` left, and on a whole checkpoint, where nothing is to be said.
+
+    What is said of the learning rate is what happens: it begins again at the first step's.
+    """
+    args = recipe(
+        num_train_epochs=2.0, save_strategy="steps", save_steps=4, overwrite_output_dir=None, pref_loss="orpo",
+        learning_rate=1e-3, warmup_steps=2, save_only_model=True,
+    )  # fmt: skip
+    rates = lambda log: [e["learning_rate"] for e in log if "loss" in e]  # noqa: E731
+    whole = run(args)
+    assert not any("no optimizer state" in message for message in host_log)
+    killed_after_step_4(whole.dir)
+    again = run(args)
+    said = [message for message in host_log if "no optimizer state" in message]
+    checkpoint = whole.dir / "checkpoint-4"
+    assert said == [
+        f"{checkpoint} has no optimizer state (`save_only_model`?): weights and step go on from there, the optimizer "
+        "and the learning rate's schedule start anew; to start from the beginning set `overwrite_output_dir: true`."
+    ]
+    assert rates(again.log)[4:] == rates(whole.log)[:2] != rates(whole.log)[4:]
+
+    shutil.rmtree(whole.dir)
+    host_log.clear()
+    run(args | dict(save_only_model=False))
+    killed_after_step_4(whole.dir)
+    again = run(args | dict(save_only_model=False))
+    assert rates(again.log) == rates(whole.log)
+    assert any("Resuming training from" in m for m in host_log) and not any("no optimizer state" in m for m in host_log)
+
+
+@pytest.mark.parametrize(
+    "files, deepspeed, outcome",
+    [
+        (["model.safetensors"], "z3.json", "raises"),
+        (["model.safetensors", "optimizer.pt", "scheduler.pt"], "z3.json", "raises"),
+        (["global_step4/states.pt"], "z3.json", "silent"),
+        (["model.safetensors"], None, "warns"),
+        (["global_step4/states.pt", "scheduler.pt"], None, "warns"),  # DeepSpeed's, resumed without
+        (["optimizer.pt"], None, "warns"),  # the Trainer loads both or neither
+        (["optimizer.pt", "scheduler.pt"], None, "silent"),
+        (["optimizer_0/shard", "scheduler.pt"], None, "silent"),  # FSDP's
+    ],
+)
+@pytest.mark.parametrize("given", ["path", "true"])
+def test_which_checkpoints_lack_the_optimizer(tmp_path, host_log, files, deepspeed, outcome, given):
+    from solopo_plugin.workflow import check_resume
+
+    checkpoint = tmp_path / "checkpoint-4"
+    for file in files:
+        (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / file).touch()
+    resume = True if given == "true" else str(checkpoint)
+    args = SimpleNamespace(resume_from_checkpoint=resume, deepspeed=deepspeed, output_dir=str(tmp_path))
+    if outcome == "raises":
+        with pytest.raises(ValueError, match="checkpoint-4 has no optimizer state .*DeepSpeed cannot resume without"):
+            check_resume(args)
+    else:
+        check_resume(args)
+    assert len(host_log) == (outcome == "warns")

@@ -24,7 +24,7 @@ UNREAD = {
     "padding never counts": {"ignore_pad_token_for_loss": True},
     "the router's auxiliary loss is no part of a step": {"moe_aux_loss_coef": 0.0},
     "the host's preference trainer has no FP8": {
-        "fp8": False, "fp8_backend": "auto", "fp8_enable_fsdp_float8_all_gather": False,
+        "fp8_enable_fsdp_float8_all_gather": False, "fp8": False, "fp8_backend": "auto",
     },
     "`train_sampling_strategy: group_by_length` measures the rows": {
         "length_column_name": "length", "sortish_sampler": False,
