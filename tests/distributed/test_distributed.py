@@ -112,6 +112,29 @@ def test_ddp_with_accumulation_a_partial_window_and_eval(one_and_two):
         assert evals[1][key] == pytest.approx(evals[0][key], rel=1e-4, abs=2e-5), key
 
 
+def test_ddp_with_rows_grouped_by_length(one_and_two):
+    """Ranks agree on the order, in every epoch, and a step has the rows that one process would give it."""
+    common = dict(train_sampling_strategy="group_by_length", disable_shuffling=None, num_train_epochs=2.0)
+    assert_equal(*one_and_two(DDP, pref_loss="orpo", gradient_accumulation_steps=2, **common)[:2])
+
+
+def test_deepspeed_does_not_resume_without_the_optimizer(cli, recipe, tmp_path):
+    """What `save_only_model` left is refused with a sentence, before anything is loaded."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    args = recipe(
+        **zero("z2"), save_only_model=True, save_strategy="steps", save_steps=2, max_steps=3, pref_loss="orpo",
+        overwrite_output_dir=None,
+    )  # fmt: skip
+    path, env = (
+        write_recipe(tmp_path / "r.yaml", args),
+        dict(FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1"),
+    )
+    cli("train", path, DS_ACCELERATOR="cpu", **env)
+    again = cli("train", path, DS_ACCELERATOR="cpu", check=False, **env)
+    sentence = "checkpoint-3 has no optimizer state (`save_only_model`?), and DeepSpeed cannot resume without; to start"
+    assert again.returncode and sentence in again.out and "Loading dataset" not in again.out
+
+
 def test_ddp_lora_with_the_adapter_off_as_reference(one_and_two):
     assert_equal(*one_and_two(DDP, finetuning_type="lora", pref_loss="ipo")[:2])
 
