@@ -51,6 +51,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "alpha in longpo": ({"solopo_objective": "longpo", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: longpo`; remove it."),
     "ftx in longpo": ({"solopo_objective": "longpo", "pref_ftx": 1.0}, "`pref_ftx: 1.0` has no effect with `solopo_objective: longpo`; remove it."),
     "neftune": ({"neftune_noise_alpha": 5}, "`neftune_noise_alpha: 5` does not work with `stage: solopo`: its noise depends on the length of what runs as one row, so the short and the long context get different noise"),
+    "dispatched batches": ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches: True` does not work with `stage: solopo`: one process cannot cut the others' part from a packed row or from rows of different lengths; remove it."),
     "sampling strategy": ({"train_sampling_strategy": "by_length"}, "`train_sampling_strategy` must be one of random, sequential, group_by_length; got 'by_length'."),
     "grouped and unshuffled": ({"train_sampling_strategy": "group_by_length", "disable_shuffling": True}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: `disable_shuffling` already keeps the rows' order; remove it."),
     "grouped stream": ({"train_sampling_strategy": "group_by_length", **STREAM}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: the host shuffles a stream by `buffer_size`; remove it."),

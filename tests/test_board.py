@@ -167,6 +167,9 @@ def test_extra_arguments_win(page):
         ({"packing": True}, {"packing": True}),
         ({"extra_args": '{"solopo_alfa": 1}'}, {"solopo_alfa": 1}),
         ({"extra_args": '{"ld_alpha": 0.5}'}, {"ld_alpha": 0.5}),
+        ({"neftune_alpha": 5.0}, {"neftune_noise_alpha": 5.0}),
+        ({"extra_args": '{"label_smoothing_factor": 0.1}'}, {"label_smoothing_factor": 0.1}),
+        ({"simpo_gamma": 0.7}, {"simpo_gamma": 0.7}),
     ],
 )
 def test_a_wrong_value_gets_the_command_lines_sentence(page, monkeypatch, values, recipe):

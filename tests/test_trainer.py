@@ -399,18 +399,6 @@ def test_a_step_of_grouped_rows_is_the_same_however_it_is_dealt_out(run, recipe,
 # ---- what surrounds the step
 
 
-def test_the_effective_rate_counts_the_rows_that_are_trained_on(run, recipe, tiny_model, rows_seen):
-    """Not those of `val_size`: the host's split is a share of one table."""
-    result = run(recipe(max_samples=8, val_size=5, num_train_epochs=1.0, include_effective_tokens_per_second=True))
-    encoded = encode_rows(tiny_model(), 8)
-    trained = {int(row.split("[")[1][:-1]) for rows in rows_seen for row in rows}
-    assert len(trained) == 3
-    keys = (("short", "chosen"), ("short", "rejected"), ("long", "chosen"))
-    tokens = sum(len(prompt) + len(response) for i in trained for prompt, response in (encoded[i][key] for key in keys))
-    metrics = json.loads((result.dir / "train_results.json").read_text())
-    assert metrics["effective_tokens_per_sec"] == pytest.approx(tokens / metrics["train_runtime"], rel=1e-3)
-
-
 def test_a_smaller_batch_after_running_out_of_memory_begins_its_metrics_anew(run, recipe, monkeypatch):
     from solopo_plugin.trainer import SoloTrainer
 

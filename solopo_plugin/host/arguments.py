@@ -137,6 +137,10 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
             "its noise depends on the length of what runs as one row, so the short and the long context get different "
             "noise and the alignment is trained on the difference",
         ),
+        "dispatch_batches": (
+            getattr(training_args.accelerator_config, "dispatch_batches", None),
+            "one process cannot cut the others' part from a packed row or from rows of different lengths",
+        ),
     }
     if data_args.streaming and finetuning_args.solopo_overlength == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
