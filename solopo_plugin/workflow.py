@@ -143,10 +143,10 @@ def check_resume(training_args) -> None:
         checkpoint = get_last_checkpoint(training_args.output_dir)
     if not checkpoint or not Path(checkpoint).is_dir():
         return  # nothing to resume, or the Trainer's to refuse
-    needed = ("global_step*",) if training_args.deepspeed else ("optimizer*", "scheduler.pt")
+    needed = ("global_step*",) if training_args.deepspeed_plugin else ("optimizer*", "scheduler.pt")
     if all(any(Path(checkpoint).glob(pattern)) for pattern in needed):
         return
-    if training_args.deepspeed:
+    if training_args.deepspeed_plugin:
         raise ValueError(
             f"{checkpoint} has no optimizer state (`save_only_model`?), and DeepSpeed cannot resume without; to start "
             "from the beginning set `overwrite_output_dir: true`."

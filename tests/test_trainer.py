@@ -518,7 +518,7 @@ def test_which_checkpoints_lack_the_optimizer(tmp_path, host_log, files, deepspe
         (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / file).touch()
     resume = True if given == "true" else str(checkpoint)
-    args = SimpleNamespace(resume_from_checkpoint=resume, deepspeed=deepspeed, output_dir=str(tmp_path))
+    args = SimpleNamespace(resume_from_checkpoint=resume, deepspeed_plugin=deepspeed, output_dir=str(tmp_path))
     if outcome == "raises":
         with pytest.raises(ValueError, match="checkpoint-4 has no optimizer state .*DeepSpeed cannot resume without"):
             check_resume(args)
