@@ -273,7 +273,7 @@ def test_a_model_that_was_moved_is_not_asked_again(benchmarks, model, server, tm
     assert ask("moved", "beside") == 20
     shutil.copytree(tmp_path / "moved", tmp_path / "trained")
     (tmp_path / "trained" / "model.safetensors").write_bytes(b"trained on")
-    assert ask("trained") == 20
+    assert ask("trained") == 20 and not list(folder.glob("*.old"))
 
 
 def test_a_backend_that_is_missing_is_found_before_the_questions_are_made(benchmarks, model, server, tmp_path):

@@ -234,8 +234,9 @@ def test_a_bad_row_leaves_the_others(tmp_path):
 
 
 def test_packed_files_that_are_damaged(tmp_path):
-    whole = gzip.compress(os.urandom(100).hex().encode() * 3000)
-    for content in (whole[: len(whole) // 2], whole[:-9] + b"\0" + whole[-8:], whole[:12] + b"\xff\xff" + whole[14:]):
+    """Cut off, with another checksum, with a block of no known type behind the header of 10 bytes."""
+    whole = gzip.compress(LAYOUTS["lines"].encode())
+    for content in (whole[: len(whole) // 2], whole[:-8] + bytes(4) + whole[-4:], whole[:10] + b"\xff" + whole[11:]):
         (tmp_path / "x.jsonl").write_bytes(content)
         with pytest.raises(DataError, match=r"^Cannot read \S+x\.jsonl: [^\n]+(\.|complete\?)$"):
             list(file_rows(tmp_path / "x.jsonl"))
@@ -286,12 +287,12 @@ def test_only_what_is_not_here_goes_to_the_hub(tmp_path, monkeypatch):
 
 def test_a_comma_in_the_name_of_what_is_there_parts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a,b.json", "c", "c, d", "e", "b.json"):
+    for name in ("a,b.json", "c", "c, d", "e", "b.json", "f,g", "f,g,h"):
         Path(name).touch()
     for text, names in {
         "a,b.json": ["a,b.json"], " a,b.json ": ["a,b.json"], "c,a,b.json": ["c", "a,b.json"],
         "a,b.json , e": ["a,b.json", "e"], "c, d": ["c, d"], "c,d": ["c", "d"], "c , e": ["c", "e"], "x,y": ["x", "y"],
-        "x,,y,": ["x", "y"], "": [], " , ": [],
+        "x,,y,": ["x", "y"], "": [], " , ": [], "f,g": ["f,g"], "f,g,h": ["f,g,h"], "f,g,h,f,g": ["f,g,h", "f,g"],
         "x,b.json": ["x", "b.json"], "org/x, a,b.json,c, d": ["org/x", "a,b.json", "c, d"], "x" * 5000: ["x" * 5000],
     }.items():  # fmt: skip
         assert split_names(text) == names
