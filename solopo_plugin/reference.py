@@ -4,9 +4,10 @@ The reference is the policy as it starts (its adapter off), so no second model i
 the step's own forward of the short pair, each rank its share, before the first step. A `ref_model` from elsewhere is
 loaded for that and freed. Either way a step runs no reference.
 
-A folder of scores belongs to one identity: weights, adapters, configuration, dtype, form of the forward, versions. In
-it a score belongs to one row, by a hash of its tokens (which is template, tokenizer and text). So what a killed run had
-scored, another alpha, a sub-set, or other long contexts find their scores, and nothing else ever does.
+A folder of scores belongs to one identity, which says what the reference is: files and how they are combined, what is
+drawn and how, configuration, dtype, form of the forward, versions. In it a score belongs to one row, by a hash of its
+tokens (which is template, tokenizer and text). So what a killed run had scored, another alpha, a sub-set, or other long
+contexts find their scores, and nothing else does: before they are trusted, some are scored again.
 
 Shape suffixes: B samples, N distinct rows, 2 chosen and rejected.
 """
@@ -14,7 +15,9 @@ Shape suffixes: B samples, N distinct rows, 2 chosen and rejected.
 import hashlib
 import json
 import os
+import re
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +31,7 @@ from llamafactory.extras import logging
 from llamafactory.extras.misc import torch_gc
 from torch import Tensor
 from tqdm import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.hub import cached_file
 
 from . import __version__
@@ -38,59 +42,86 @@ from .host.versions import installed
 
 SEEN = ["short_prompt_ids", "chosen_ids", "rejected_ids"]  # columns that the reference is shown
 UNKNOWN = -torch.inf  # no log-prob of a real row: scores that are not finite are refused
+WEIGHTS = (".safetensors", ".bin")
+OF_THE_TRAINER = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # beside a model, no part of it
+PACKAGES = ("llamafactory", "peft", "torch", "transformers")
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
 
 # ---- what a score belongs to
 
+BY_VALUE = (  # of the host's model arguments; tests/test_reference.py says of every other why it is not here
+    "quantization_method", "quantization_bit", "quantization_type", "double_quantization", "rope_scaling",
+    "upcast_layernorm", "upcast_lmhead_output", "enable_liger_kernel", "use_v1_kernels", "trust_remote_code",
+    "train_from_scratch", "resize_vocab", "add_tokens", "add_special_tokens", "init_special_tokens",
+    "use_fast_tokenizer", "split_special_tokens", "low_cpu_mem_usage",
+)  # fmt: skip
+SWITCHED = re.compile(r"\.(lora_|oft_|modules_to_save\.)")  # parameters that an adapter switches on and off
 
-def identity(trainer, model_args, finetuning_args) -> dict:
-    """All that a score depends on beside the row. A model's files count by content, not by path."""
-    config = base_of(trainer.model).config
-    elsewhere = finetuning_args.ref_model is not None
-    quantization = ("quantization_bit", "quantization_method", "quantization_type", "double_quantization")
-    kernels = ("upcast_layernorm", "enable_liger_kernel", "use_v1_kernels", "rope_scaling")
-    adapters = finetuning_args.ref_model_adapters if elsewhere else model_args.adapter_name_or_path
+
+def identity(trainer, reference, model_args, finetuning_args) -> dict:
+    """Say what the reference is: all that a score depends on beside the row. Files count by content, not by path."""
+    base, args, elsewhere = base_of(reference), trainer.args, reference is not trainer.model
+    zero3, arguments = is_deepspeed_zero3_enabled(), {name: getattr(model_args, name) for name in BY_VALUE}
+    if elsewhere:
+        adapters = [path.strip() for path in (finetuning_args.ref_model_adapters or "").split(",") if path]
+        arguments["quantization_bit"] = finetuning_args.ref_model_quantization_bit
+        last = "active" if hasattr(reference, "disable_adapter") else "merged"
+    else:  # the host merges adapters before it puts a new one on, where it can; else it trains on with the last
+        adapters = model_args.adapter_name_or_path or []
+        merges = finetuning_args.create_new_adapter and not zero3 and not getattr(base, "quantization_method", None)
+        last = "merged" if merges else "off"
+    states = ["merged"] * (len(adapters) - 1) + [last]
     facts = {
-        "versions": {"solopo": __version__, **{name: installed(name) for name in ("torch", "transformers")}},
-        "weights": digest(finetuning_args.ref_model if elsewhere else model_args.model_name_or_path, model_args),
-        "adapters": [
-            digest(path, model_args) for path in ([adapters] if isinstance(adapters, str) else adapters or [])
-        ],
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "use_cache")},
-        "arguments": {name: getattr(model_args, name) for name in (*quantization, *kernels)},
-        "ref_model_quantization_bit": finetuning_args.ref_model_quantization_bit,
-        "dtype": {name: str(getattr(trainer.args, name)) for name in ("bf16", "fp16")}
-        | {"weights": str(next(base_of(trainer.model).parameters()).dtype), "compute": str(model_args.compute_dtype)},
-        "deepspeed": trainer.is_deepspeed_enabled,  # it casts the weights, where others cast while computing
-        "device": trainer.args.device.type,
-        "attention": config._attn_implementation,
+        "versions": {"solopo": __version__, **{name: installed(name) for name in PACKAGES}},
+        "weights": digest(base.config._name_or_path, model_args),
+        "adapters": [[s, digest(a, model_args, adapter=True)] for a, s in zip(adapters, states, strict=False)],
+        "arguments": arguments,
+        "config": {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "use_cache")},
+        "dtype": {name: str(getattr(args, name)) for name in ("bf16", "fp16", "tf32")}
+        | {"weights": Counter(str(p.dtype) for name, p in base.named_parameters() if not SWITCHED.search(name))}
+        | {"compute": str(model_args.compute_dtype)},
+        "deepspeed": "zero3" if zero3 else trainer.is_deepspeed_enabled,  # it casts the weights
+        "device": args.device.type,
+        "attention": base.config._attn_implementation,
         "forward": "packed" if trainer.packed else "two_stage",
         "logps": "mean" if finetuning_args.pref_loss in LENGTH_NORMALISED else "sum",
     }
     if model_args.train_from_scratch or model_args.resize_vocab:  # weights that are drawn, not read
-        facts["seed"] = trainer.args.seed
+        facts["drawn"] = {"seed": args.seed, "descriptions": model_args._special_token_descriptions}
     return json.loads(json.dumps(facts, default=str))
 
 
-def digest(path: str, model_args) -> dict[str, str]:
-    """SHA-256 by name of the files that make a model: weights, configuration, code. `path`: a folder or a hub name."""
-    folder = Path(path)
+def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:
+    """SHA-256 by name of the files that make a model or an adapter: weights, configuration, code.
+
+    Args:
+        path: A folder or a hub name. An adapter is looked for where the host looks: in its sub-folder `adapter_folder`.
+
+    Raises:
+        ValueError: No weights are found there, though weights were read.
+    """
+    config, inside = ("adapter_config.json", model_args.adapter_folder or "") if adapter else ("config.json", "")
+    folder = Path(path, inside)
     if not folder.is_dir():
-        options = dict(
-            cache_dir=model_args.cache_dir, revision=model_args.model_revision, token=model_args.hf_hub_token
+        where = dict(cache_dir=model_args.cache_dir, revision=model_args.model_revision, token=model_args.hf_hub_token)
+        folder = Path(cached_file(path, config, subfolder=inside, **where)).parent
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name not in OF_THE_TRAINER]
+    if not any(f.suffix in WEIGHTS for f in files) and (adapter or not model_args.train_from_scratch):
+        raise ValueError(
+            f"{folder} holds no weights ({', '.join(WEIGHTS)}) by which its reference scores could be known; set "
+            "`solopo_reference: online`."
         )
-        names = ("config.json", "adapter_config.json")
-        found = [cached_file(path, n, **options, _raise_exceptions_for_missing_entries=False) for n in names]
-        folder = Path(next(file for file in found if file)).parent
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".py")]
-    files += [f for f in (folder / "config.json", folder / "adapter_config.json") if f.exists()]
-    return {file.name: _file_digest(file) for file in files}
+    tokenizer = (".json", ".model", ".txt") if model_args.resize_vocab else ()  # new tokens are drawn by it
+    kinds = (*WEIGHTS, ".py", *tokenizer)
+    names = (config, "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    return {file.name: _file_digest(file) for file in files if file.suffix in kinds or file.name in names}
 
 
 def _file_digest(file: Path) -> str:
-    if file.is_symlink() and file.resolve().parent.name == "blobs":  # the hub's cache names files by their content
-        return file.resolve().name
+    blob = file.resolve()
+    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return blob.name  # the hub's cache names files by their content
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -179,9 +210,9 @@ def add_reference_logps(trainer, model_args, finetuning_args, load: Callable[[],
     """
     if trainer.is_fsdp_enabled:
         raise ValueError("`solopo_reference: cached` does not run under FSDP; set `online`, or use DeepSpeed ZeRO-3.")
-    store = Store(
-        _from_main(identity(trainer, model_args, finetuning_args) if trainer.args.process_index == 0 else None)
-    )
+    reference = trainer.model if load is None else load()
+    main = trainer.args.process_index == 0
+    store = Store(_from_main(identity(trainer, reference, model_args, finetuning_args) if main else None))
     if trainer.args.local_process_index == 0:
         store.open()
     trainer.accelerator.wait_for_everyone()
@@ -195,13 +226,9 @@ def add_reference_logps(trainer, model_args, finetuning_args, load: Callable[[],
             places.setdefault(key, (name, index))
     known = store.read()
     logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in places], dtype=torch.float32)
-    logps_N2 = _agree(logps_N2.to(trainer.args.device))
-    missing = logps_N2.isinf().any(1).nonzero().squeeze(1).tolist()
-    logger.info_rank0(
-        f"Reference log-probs: {len(places) - len(missing)} rows are in {store.folder}, {len(missing)} to score."
-    )
-    if missing:
-        logps_N2 = _score(trainer, load, store, splits, list(places.items()), logps_N2, missing)
+    logps_N2 = _score(trainer, reference, store, splits, places, _agree(logps_N2.to(trainer.args.device)))
+    del reference
+    torch_gc()
     scores = dict(zip(places, logps_N2.tolist(), strict=True))
     for name, split in splits.items():
         for column, side in zip(REFERENCE, zip(*(scores[key] for key in keys[name]), strict=True), strict=True):
@@ -214,27 +241,71 @@ def add_reference_logps(trainer, model_args, finetuning_args, load: Callable[[],
         trainer.eval_dataset = next(iter(splits.values()), None)
 
 
-def _score(trainer, load, store, splits, rows, logps_N2: Tensor, missing: list[int]) -> Tensor:
-    """Score the missing rows, each rank its share of the batches; equally many on every rank, as ZeRO-3 needs it."""
-    args = trainer.args
+def _score(trainer, reference, store, splits, places, known_N2: Tensor) -> Tensor:
+    """Score the rows that are not known; first some that are, to see that what is on disk is this reference's.
+
+    Each rank has its share of the batches; equally many on every rank, as ZeRO-3 needs it.
+    """
+    args, keys = trainer.args, list(places)
     size, rank, world = args.per_device_eval_batch_size, args.process_index, args.world_size
-    batches = [missing[i : i + size] for i in range(0, len(missing), size)]
-    batches += batches[-1:] * (-len(batches) % world)
-    mine = batches[rank::world]
-    model = trainer.model if load is None else load()
-    with _ready_to_score(trainer, model, own=load is None) as scorer, tqdm(
-        total=len(missing), desc="Scoring the reference", unit="row", disable=args.disable_tqdm or rank > 0
-    ) as bar:  # fmt: skip
-        for batch in mine:
-            features = [splits[name][index] for _, (name, index) in (rows[n] for n in batch)]
+    is_known = known_N2.isfinite().all(1)
+    known, missing = (mask.nonzero().squeeze(1).tolist() for mask in (is_known, ~is_known))
+    again = known[:: -(-len(known) // (size * world)) or 1]  # one batch a rank, spread over all rows
+    logger.info_rank0(f"Reference log-probs: {len(known)} rows are in {store.folder}, {len(missing)} to score.")
+
+    def score(wanted: list[int], bar=None) -> Tensor:
+        batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        batches += batches[-1:] * (-len(batches) % world)
+        logps_N2 = torch.full_like(known_N2, UNKNOWN)
+        for batch in batches[rank::world]:
+            features = [splits[name][index] for name, index in (places[keys[n]] for n in batch)]
             logps_B2 = trainer.score_pair(scorer, features).float()
             _check_finite(logps_B2, features)
-            store.write([rows[n][0] for n in batch], logps_B2)
             logps_N2[batch] = logps_B2.to(logps_N2.device)
-            bar.update(min(len(batch) * world, bar.total - bar.n))
-    del model
-    torch_gc()
-    return _agree(logps_N2)
+            if bar is not None:
+                store.write([keys[n] for n in batch], logps_B2)
+                bar.update(min(len(batch) * world, bar.total - bar.n))
+        return _agree(logps_N2)
+
+    with _ready_to_score(trainer, reference) as scorer, tqdm(
+        total=len(missing), desc="Scoring the reference", unit="row", disable=args.disable_tqdm or rank > 0
+    ) as bar:  # fmt: skip
+        live_N2 = score(again)
+        for n in again:
+            name, index = places[keys[n]]
+            check_known(trainer, reference, store, splits[name][index], known_N2[n].tolist(), live_N2[n].tolist())
+        return known_N2.maximum(score(missing, bar))
+
+
+def check_known(trainer, reference, store, row: dict, known_2: list[float], live_2: list[float]) -> None:
+    """Refuse scores on disk that are further from the live reference's than rounding takes them."""
+    for side, known, live in zip(("chosen", "rejected"), known_2, live_2, strict=True):
+        bound = rounding(trainer, reference, live, len(row[f"{side}_ids"]))
+        if not abs(known - live) <= bound:
+            raise ValueError(
+                f"{store.folder} has {known:.6g} as the reference's log-prob of {row['row']} ({side}), but the "
+                f"reference gives {live:.6g}, and rounding explains {bound:.2g} at most: the scores there are another "
+                "model's. Remove the folder to score anew, or set `solopo_reference: online`."
+            )
+
+
+def rounding(trainer, reference, logp: float, tokens: int) -> float:
+    """How far two scores of one response by one model may be apart, in nats: 16 standard errors (16 is ours).
+
+    Each of the 2 x layers sublayers rounds what it adds, with relative error eps of the dtype that computes, or what
+    fp32 loses in a sum of `hidden_size` terms, if that is more: eps32 * sqrt(hidden_size). Independent errors grow as a
+    root, over sublayers as over tokens. So a sum of log-probs has standard error eps * sqrt(2 * layers * tokens), for
+    logits of order 1, and itself, an fp32 number, eps32 * |logp|. A mean has 1 / tokens of the former. Not in it: a
+    router that, near a tie, chooses another expert. Sizes that a configuration does not name are those of a 7B model.
+    """
+    args, config = trainer.args, base_of(reference).config.get_text_config()
+    dtypes = {p.dtype for p in reference.parameters() if p.is_floating_point()}
+    dtypes |= {dtype for dtype, used in ((torch.bfloat16, args.bf16), (torch.float16, args.fp16)) if used}
+    eps32 = torch.finfo(torch.float32).eps
+    width, layers = getattr(config, "hidden_size", 4096), getattr(config, "num_hidden_layers", 32)
+    eps = max(eps32 * width**0.5, 2**-10 if args.tf32 else 0, *(torch.finfo(d).eps for d in dtypes))
+    share = tokens if trainer.finetuning_args.pref_loss in LENGTH_NORMALISED else 1
+    return 16 * (eps * (2 * layers * tokens) ** 0.5 / share + eps32 * abs(logp))
 
 
 def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
@@ -247,7 +318,7 @@ def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
 
 
 @contextmanager
-def _ready_to_score(trainer, model, own: bool):
+def _ready_to_score(trainer, model):
     """A model that can run forwards without gradients: on its device, sharded as the recipe says, its adapter off.
 
     DeepSpeed: an engine without optimizer, as the host makes one for a reference model, taken off again afterwards.
@@ -259,7 +330,8 @@ def _ready_to_score(trainer, model, own: bool):
         engine = prepare_deepspeed(model, trainer.accelerator)
     elif not hasattr(model, "hf_device_map"):
         model.to(trainer.args.device)
-    as_reference = model.disable_adapter() if own and hasattr(model, "disable_adapter") else nullcontext()
+    own = model is trainer.model and hasattr(model, "disable_adapter")
+    as_reference = model.disable_adapter() if own else nullcontext()
     model.eval()
     try:
         with torch.no_grad(), as_reference, trainer.accelerator.autocast():

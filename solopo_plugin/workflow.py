@@ -3,9 +3,11 @@
 import signal
 import sys
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 
+import torch
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
@@ -44,7 +46,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
-    model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+    with drawn_from(training_args.seed):
+        model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
 
     if finetuning_args.solopo_mlp_chunk:
         chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
@@ -54,7 +57,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         if finetuning_args.ref_model is None and not training_args.do_train:
             ref_model = model  # evaluation of a model against itself
         else:
-            ref_model = create_ref_model(model_args, finetuning_args)
+            ref_model = load_ref_model(model_args, finetuning_args, training_args.seed)
 
     not_packed = why_two_stages(finetuning_args.solopo_forward, model, ref_model)
     packed = not_packed is None
@@ -80,7 +83,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
 
     if cached:
         elsewhere = finetuning_args.ref_model is not None
-        load = partial(load_ref_model, model_args, finetuning_args, packed) if elsewhere else None
+        load = partial(load_ref_model, model_args, finetuning_args, training_args.seed, packed) if elsewhere else None
         with abort_ends_the_process():
             add_reference_logps(trainer, model_args, finetuning_args, load)
 
@@ -182,9 +185,26 @@ def reference_is_cached(data_args, training_args, finetuning_args) -> bool:
     return training_args.do_train or finetuning_args.ref_model is not None
 
 
-def load_ref_model(model_args, finetuning_args, packed: bool):
-    """A `ref_model` from elsewhere, able to run the step's own forward."""
-    ref_model = create_ref_model(model_args, finetuning_args)
+@contextmanager
+def drawn_from(seed: int):
+    """Make weights that are drawn while a model loads depend on the seed alone, and draw nothing from what follows.
+
+    The host draws those of a reference anew, for `train_from_scratch` and for new tokens: without this the reference
+    would not be the policy as it starts, and what is drawn would depend on what was drawn before.
+    """
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def load_ref_model(model_args, finetuning_args, seed: int, packed: bool = False):
+    """The host's reference model; `packed`: able to run a packed row. None where the policy itself is it (LoRA)."""
+    given = copy(model_args)
+    for name in ("add_tokens", "add_special_tokens"):  # the host splits them anew
+        if isinstance(value := getattr(given, name), list):
+            setattr(given, name, ",".join(value))
+    with drawn_from(seed):
+        ref_model = create_ref_model(given, finetuning_args)
     if packed:
         why_two_stages("packed", ref_model)  # raises
         prepare(ref_model)

@@ -38,6 +38,8 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "bco": ({"pref_bco_weight": 0.5}, "`pref_bco_weight: 0.5` is not defined for `stage: solopo`; remove it."),
     "ld_alpha": ({"ld_alpha": 0.5}, "`ld_alpha: 0.5` would weigh the short log-probs and not the long ones; remove it for `stage: solopo`."),
     "packing": ({"packing": True}, "`packing: True` does not work with `stage: solopo`: rows of pairs cannot be packed by the host; remove it."),
+    "quantized for export": ({"export_quantization_bit": 4, "export_quantization_dataset": "x.json"}, "`export_quantization_bit: 4` does not work with `stage: solopo`: it quantizes what is trained; remove it."),
+    "drawn reference": ({"train_from_scratch": True, "ref_model": "REF"}, "`train_from_scratch: true` would draw the weights of `ref_model: REF` too, not read them; remove one of the two."),
     "our key in another stage": ({"stage": "dpo", "dataset": "demo_short_po", "solopo_alpha": 1}, "`solopo_alpha` has no effect in `stage: dpo`; set `stage: solopo` or remove the key."),
     "streaming without steps": ({"streaming": True, "max_samples": None}, "Please specify `max_steps` in streaming mode."),
     "data set of another stage": ({"dataset": "demo_short_po"}, "Dataset `demo_short_po` has no long context for `stage: solopo`: under `columns` in dataset_info.json map `long_prompt` (formatting `alpaca`)"),

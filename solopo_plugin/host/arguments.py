@@ -131,6 +131,7 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
         "use_kt": (model_args.use_kt, "it replaces the model's forward"),
         "shift_attn": (model_args.shift_attn, "short and long sequences would attend differently"),
         "mixture_of_depths": (model_args.mixture_of_depths, "tokens of the response could skip layers"),
+        "export_quantization_bit": (model_args.export_quantization_bit, "it quantizes what is trained"),
         "packing": (data_args.packing, "rows of pairs cannot be packed by the host"),
         "neftune_noise_alpha": (
             training_args.neftune_noise_alpha,
@@ -144,6 +145,11 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
     }
     if data_args.streaming and finetuning_args.solopo_overlength == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
+    if model_args.train_from_scratch and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
+        raise ValueError(
+            f"`train_from_scratch: true` would draw the weights of `ref_model: {finetuning_args.ref_model}` too, not "
+            "read them; remove one of the two."
+        )
     for key, (value, reason) in refused.items():
         if value:
             raise ValueError(f"`{key}: {value}` does not work with `stage: solopo`: {reason}; remove it.")

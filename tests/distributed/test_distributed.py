@@ -173,6 +173,35 @@ def test_zero3_lora(one_and_two):
     assert_equal(*one_and_two(zero("z3"), **common)[:2])
 
 
+def test_zero3_checks_what_is_on_disk(run, recipe, cli, tmp_path, monkeypatch):
+    """5 known rows and 7 to score, one known per rank to check: as many forwards on both ranks. Then wrong ones."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    two = tmp_path / "two"
+    env = dict(FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", SOLOPO_CACHE=str(two))
+    common = dict(per_device_train_batch_size=1, per_device_eval_batch_size=1, max_steps=1)
+    args = recipe(max_samples=12, **common)
+    monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "one"))
+    run(args)
+    path = write_recipe(tmp_path / "r.yaml", args | zero("z3") | dict(output_dir=str(two / "out"), use_cpu=False))
+    whole = scores(tmp_path / "one")
+    cli("train", path, **env)
+    kept = scores(two)
+    assert kept.keys() == whole.keys()
+    assert all(kept[row] == pytest.approx(pair, rel=1e-6) for row, pair in whole.items())
+
+    (folder,) = (two / "reference").iterdir()
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    known, wrong = dict(list(kept.items())[:5]), {row: (a + 0.1, b) for row, (a, b) in kept.items()}
+    for those, code in ((known, 0), (wrong, 1)):
+        text = "".join(json.dumps({"row": row, "chosen": a, "rejected": b}) + "\n" for row, (a, b) in those.items())
+        (folder / "given.jsonl").write_text(text)
+        process = cli("train", path, check=False, **env)
+        assert (process.returncode != 0) == code, process.out[-4000:]
+        assert f"{len(those)} rows are in {folder}, {12 - len(those)} to score." in process.out
+    assert f"ValueError: {folder} has -" in process.out and "the scores there are another model's." in process.out
+
+
 def test_zero3_with_the_reference_in_every_step(one_and_two):
     """The reference as a second model, sharded too."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
