@@ -841,6 +841,8 @@ def test_all_long_prompts_equal_is_noticed():
     (line,) = said([same, same])
     assert line.startswith("All long prompts of the training rows equal their short ones")
     assert said([same, GOOD]) == []
+
+
 @pytest.mark.parametrize("longpo, both", [(False, False), (False, True), (True, False)])
 def test_step_lengths_are_those_of_packed_rows(longpo, both):
     """Also of a data set that is a shuffled share of its table, and of rows whose prompts are equal."""
