@@ -1,4 +1,4 @@
-"""Attention of a packed row, segment by segment: registered with transformers, never a mask of T x T.
+"""Attention of a packed row within its segments: registered with transformers, never a mask of T x T.
 
 The row's `Plan` travels as the keyword argument `solopo_segments` of `model(...)` down to the attention function. Hooks
 on the decoder and on its layers switch the model to that function for the duration of a call that carries a plan, and
@@ -9,21 +9,21 @@ Shape suffixes: H heads, T tokens, D head size.
 """
 
 import inspect
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .packing import Plan, Segment
+from .packing import Layout, Plan
 
 ARGUMENT = "solopo_segments"
-SDPA, FLASH = "solopo_sdpa", "solopo_fa2"
-IN_WORDS = {SDPA: "SDPA, segment by segment", FLASH: "FlashAttention-2, all segments in one call",
-            "sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}  # fmt: skip
+SEGMENTS = "solopo_segments"  # the name of `attend` among transformers' attention functions
+IN_WORDS = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}
 
 # Equal to each sequence alone, in loss and gradients, in tests/test_packing.py. `auto` does not guess about others.
 TESTED = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "phi", "phi3", "olmo2",
@@ -65,21 +65,21 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def packed_attention(implementation: str) -> str:
-    """The function that takes a packed row's segments where the model has this one for plain sequences."""
-    return FLASH if implementation == "flash_attention_2" else SDPA
-
-
-def how_a_step_runs(model: nn.Module, not_packed: str | None) -> str:
-    """A sentence for the log: the form of the step and the attention that runs it.
+def how_a_step_runs(model: nn.Module, not_packed: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Return a sentence for the log: the form of the step and the attention that runs it.
 
     Args:
         not_packed: Why the step has two stages; None where it is packed.
+        device, dtype: Those that attention runs on and in.
     """
-    implementation = base_of(model).config._attn_implementation
-    form = f"in two stages, not packed: {not_packed}" if not_packed else "packed"
-    runs = implementation if not_packed else packed_attention(implementation)
-    return f"A step runs {form}; attention: {IN_WORDS.get(runs, runs)}."
+    config = base_of(model).config
+    if not_packed:
+        runs = config._attn_implementation
+        return f"A step runs in two stages, not packed: {not_packed}; attention: {IN_WORDS.get(runs, runs)}."
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    one_call = runs_varlen(device, dtype, head_size)
+    how = "torch's FlashAttention-2, all segments in one call" if one_call else "SDPA, segment by segment"
+    return f"A step runs packed; attention: {how}."
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -111,8 +111,7 @@ class _Switch:
             return
         now = self.config._attn_implementation
         self.before.append(now)
-        if now not in (SDPA, FLASH):
-            self.config._attn_implementation = packed_attention(now)
+        self.config._attn_implementation = SEGMENTS
         if not isinstance(module, GradientCheckpointingLayer):
             kwargs[ARGUMENT].calls = 0
 
@@ -140,10 +139,10 @@ def _refuse(module, plan: Plan | None, kwargs: dict) -> None:
     plan.calls += 1
 
 
-def sdpa_segments(
+def attend(
     module, query_1HTD, key_1HTD, value_1HTD, attention_mask, scaling=None, dropout=0.0, solopo_segments=None, **kwargs
 ):
-    """`F.scaled_dot_product_attention` per segment; its causal kernels need no mask, wherever a kernel can do without.
+    """Attend within a packed row's segments: in one call of torch's FlashAttention where it runs, else by SDPA.
 
     Args:
         query_1HTD: Shape (1, H, T, D); keys and values with as many or, for grouped queries, fewer heads.
@@ -152,49 +151,68 @@ def sdpa_segments(
         Shape (1, T, H, D), and None for the weights.
     """
     _refuse(module, solopo_segments, kwargs)
-    device = query_1HTD.device.type
-    if torch.is_autocast_enabled(device):  # it casts for plain attention, but not for `causal_lower_right`
-        dtype = torch.get_autocast_dtype(device)
-        query_1HTD, key_1HTD, value_1HTD = (x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD))
-    grouped = query_1HTD.shape[1] != key_1HTD.shape[1]
-    outputs = []
-    for segment in solopo_segments.segments:
-        query, (key, value) = query_1HTD[:, :, slice(*segment.query)], _keys(segment, key_1HTD, value_1HTD)
-        whole = len(segment.keys) == 1
-        outputs.append(F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=grouped, is_causal=whole,
-            attn_mask=None if whole else causal_lower_right(query.shape[2], key.shape[2]),
-        ))  # fmt: skip
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    device, dtype = query_1HTD.device, query_1HTD.dtype
+    if torch.is_autocast_enabled(device.type):  # it casts for plain attention, but not for custom operators
+        dtype = torch.get_autocast_dtype(device.type)
+    states = [x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD)]
+    one_call = not dropout and runs_varlen(device, dtype, query_1HTD.shape[-1])
+    function = varlen_segments if one_call else partial(sdpa_segments, dropout=dropout)
+    return function(*states, solopo_segments.layout(device), scale=scaling), None
 
 
-def _keys(segment: Segment, *tensors_1HTD: Tensor) -> list[Tensor]:
-    """Keys and values that a segment sees; copied only where they are not consecutive."""
-    parts = [[tensor[:, :, slice(*part)] for part in segment.keys] for tensor in tensors_1HTD]
-    return [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts]
+def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Return whether torch's own FlashAttention-2 for variable lengths runs: on a GPU since Ampere, in 16 bits."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_size % 8 == 0
+        and head_size <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
-def flash_segments(
-    module, query_1HTD, key_1HTD, value_1HTD, attention_mask, scaling=None, dropout=0.0, solopo_segments=None, **kwargs
-):
-    """All segments in one call of FlashAttention-2 varlen; its causal mask is bottom-right since 2.1. Never run yet."""
-    from flash_attn import flash_attn_varlen_func
-    from transformers.integrations.flash_attention import get_target_dtype
-
-    _refuse(module, solopo_segments, kwargs)
-    segments = solopo_segments.segments
-    dtype = get_target_dtype(query_1HTD, module) or query_1HTD.dtype  # the kernel takes 16 bits only
-    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD))
-    key, value = (torch.cat([x[slice(*part)] for s in segments for part in s.keys]) for x in (key, value))
-    widths = ([s.query[1] - s.query[0] for s in segments], [sum(b - a for a, b in s.keys) for s in segments])
-    cu_q, cu_k = (F.pad(torch.tensor(w).cumsum(0), (1, 0)).to(query.device, torch.int32) for w in widths)
-    output_THD = flash_attn_varlen_func(
-        query, key, value, cu_q, cu_k, max(widths[0]), max(widths[1]),
-        dropout_p=dropout, softmax_scale=scaling, causal=True,
+@torch.compiler.disable  # lengths are constants to the compiler: it would compile every row anew
+def varlen_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Attend within all segments in one call; the causal mask is aligned to a segment's last query and last key."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
+    order = [i for keys in layout.keys for i in keys]
+    if len(order) > len(layout.pieces):  # a prompt is shared: its keys come once per response
+        key, value = (
+            torch.cat([pieces[i] for i in order]) for pieces in (key.split(layout.pieces), value.split(layout.pieces))
+        )
+    output_THD = varlen_attn(
+        query, key, value, layout.cu_queries, layout.cu_keys, layout.longest_queries, layout.longest_keys,
+        scale=scale, window_size=(-1, 0),
     )  # fmt: skip
-    return output_THD[None], None
+    return output_THD[None]
 
 
-for _name, _function in ((SDPA, sdpa_segments), (FLASH, flash_segments)):
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
+def sdpa_segments(
+    query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, layout: Layout, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attend by `F.scaled_dot_product_attention`, segment by segment; what shares a prompt alone has a mask.
+
+    Queries and keys are split once: a split's backward writes each gradient once, every slice's a whole row of zeros.
+    """
+    grouped, outputs = query_1HTD.shape[1] != key_1HTD.shape[1], []
+    key_pieces, value_pieces = (x.split(layout.pieces, dim=2) for x in (key_1HTD, value_1HTD))
+    for query, keys in zip(query_1HTD.split(layout.queries, dim=2), layout.keys, strict=True):
+        key, value = (
+            pieces[keys[0]] if len(keys) == 1 else torch.cat([pieces[i] for i in keys], dim=2)
+            for pieces in (key_pieces, value_pieces)
+        )
+        shared = query.shape[2] < key.shape[2]
+        outputs.append(F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped, is_causal=not shared,
+            attn_mask=lower_right(query.shape[2], key.shape[2], query.device) if shared else None,
+        ))  # fmt: skip
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return the causal mask in which the last query sees the last key, True where a key is seen."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+AttentionInterface.register(SEGMENTS, attend)
+AttentionMaskInterface.register(SEGMENTS, lambda *args, **kwargs: None)

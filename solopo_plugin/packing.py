@@ -10,6 +10,7 @@ Shape suffixes: B samples, T tokens of the row, K scored tokens, N scored spans 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -31,12 +32,56 @@ class Segment:
     keys: tuple[tuple[int, int], ...]
 
 
-@dataclass
 class Plan:
-    """The segments of a row on their way through the model's keyword arguments; `calls` counts the attentions done."""
+    """The segments of a row on their way through the model's keyword arguments; `calls` counts the attentions done.
 
-    segments: tuple[Segment, ...]
-    calls: int = 0
+    It is no dataclass: FSDP2 copies those for each layer when it casts inputs, and a layer would count on its own copy.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...]):
+        self.segments, self.calls, self._layouts = segments, 0, {}
+
+    def layout(self, device: torch.device) -> "Layout":
+        """Return the segments as kernels take them; made once per row and device, not once per layer."""
+        if device not in self._layouts:
+            self._layouts[device] = Layout.of(self.segments, device)
+        return self._layouts[device]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments as attention kernels take them: lengths, and keys as pieces of the row.
+
+    Attributes:
+        queries: Tokens of each segment; together they are the row, in order.
+        pieces: Lengths of consecutive pieces of the row, from one end to the other, between which keys are parted.
+        keys: Which pieces each segment's keys are; a shared prompt's come once per response.
+        cu_queries, cu_keys: Both lengths added up, from 0. Shape (segments + 1,), int32, on the device.
+        longest_queries, longest_keys: Of one segment.
+    """
+
+    queries: tuple[int, ...]
+    pieces: tuple[int, ...]
+    keys: tuple[tuple[int, ...], ...]
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> "Layout":
+        cuts = sorted({place for segment in segments for part in segment.keys for place in part})
+        pieces = list(zip(cuts, cuts[1:], strict=False))
+        keys = tuple(
+            tuple(i for a, b in segment.keys for i, (c, d) in enumerate(pieces) if a <= c and d <= b)
+            for segment in segments
+        )
+        queries = tuple(b - a for a, b in (segment.query for segment in segments))
+        seen = tuple(sum(b - a for a, b in segment.keys) for segment in segments)
+        cu_queries, cu_keys = (
+            torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(device) for n in (queries, seen)
+        )
+        return cls(queries, tuple(d - c for c, d in pieces), keys, cu_queries, cu_keys, max(queries), max(seen))
 
 
 def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:

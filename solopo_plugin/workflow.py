@@ -61,7 +61,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
 
     not_packed = why_two_stages(finetuning_args.solopo_forward, model, ref_model)
     packed = not_packed is None
-    logger.info_rank0(how_a_step_runs(model, not_packed))
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else base_of(model).dtype
+    logger.info_rank0(how_a_step_runs(model, not_packed, training_args.device, dtype))
     if not packed:
         configure_checkpointing(model, model_args, training_args, finetuning_args)
     longpo, both = finetuning_args.solopo_objective == "longpo", finetuning_args.solopo_align_on == "both"
@@ -212,16 +213,11 @@ def load_ref_model(model_args, finetuning_args, seed: int, packed: bool = False)
 
 
 def why_two_stages(solopo_forward: str, *models) -> str | None:
-    """Why the step has two stages, or None where it is packed: as `solopo_forward` says and the models allow.
-
-    FlashAttention-2 has its own path through a packed row, never run so far; `auto` leaves it to who asks for it.
-    """
+    """Return why the step has two stages, or None where it is packed: as `solopo_forward` says and the models allow."""
     if solopo_forward == "two_stage":
         return "`solopo_forward: two_stage`"
     models = [model for model in models if model is not None]
     reasons = [reason for model in models if (reason := why_not_packed(model))]
-    if solopo_forward == "auto" and any(base_of(m).config._attn_implementation == "flash_attention_2" for m in models):
-        reasons.append("the packed row's path through FlashAttention-2 has not been run yet (`packed` runs it)")
     if reasons and solopo_forward == "packed":
         raise ValueError(
             f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."

@@ -128,8 +128,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "the bottom-right mask is top-left": (
         "attention.py",
-        "causal_lower_right(query.shape[2], key.shape[2])",
-        "causal_lower_right(key.shape[2], key.shape[2])._materialize(key.device)[: query.shape[2]]",
+        "tril(keys - queries)",
+        "tril()",
         "test_packing.py::test_packed_is_two_stage_on_every_architecture[llama-both]",
     ),
     "recomputed layers attend across segments": (

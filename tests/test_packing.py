@@ -243,6 +243,57 @@ def test_chunks_of_log_probs_change_nothing():
     torch.testing.assert_close(chunks, whole, rtol=1e-6, atol=0)  # the order of an fp32 logsumexp
 
 
+# ---- all segments in one call of the GPU's kernel, which is emulated here
+
+
+def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest_keys, *, scale, window_size):
+    """By its documentation what `torch.nn.attention.varlen.varlen_attn` does: sequences are told by `cu_*` alone, the
+    causal mask is aligned to the last query and key, heads of keys are shared. It runs on a GPU only."""
+    assert window_size == (-1, 0) and cu_queries.dtype == cu_keys.dtype == torch.int32
+    assert longest_queries == cu_queries.diff().max() and longest_keys == cu_keys.diff().max()
+    assert query.dim() == 3 and query.shape[0] == cu_queries[-1] and key.shape[0] == value.shape[0] == cu_keys[-1]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    outputs = []
+    for a, b, c, d in zip(cu_queries, cu_queries[1:], cu_keys, cu_keys[1:], strict=False):
+        scores_HQK = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) * scale
+        seen_QK = torch.arange(d - c)[None] <= torch.arange(b - a)[:, None] + (d - c) - (b - a)
+        weights_HQK = scores_HQK.masked_fill(~seen_QK, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights_HQK, value[c:d]))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama, one head of keys", "phi", "olmo2"])
+def test_one_call_is_two_stages(monkeypatch, name):
+    """Losses, metrics and gradients; with both responses shared, so that keys come twice."""
+    calls = []
+    monkeypatch.setattr(attention, "runs_varlen", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **kw: calls.append(1) or loop_varlen(*args, **kw))
+    assert_equal(*both_ways(name, tiny_rows(), pref_loss="sigmoid", solopo_align_on="both"))
+    assert len(calls) == 4  # two layers, policy and reference
+
+
+def test_lengths_are_added_up_once_per_row(monkeypatch):
+    """Not once per layer: on a GPU that would wait for the device."""
+    from solopo_plugin.packing import Layout
+
+    made, of = [], Layout.of
+    monkeypatch.setattr(Layout, "of", lambda *args: made.append(1) or of(*args))
+    step(tiny("llama"), None, tiny_rows(), solopo_forward="packed", **(BASE | dict(pref_loss="simpo")))
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_backward_of_segments_writes_each_gradient_once(samples):
+    """What SDPA's segments allocate in backward, in sizes of the query: as much for four samples as for one."""
+    row = pack([(range(9), [range(5), range(4)]), (range(40), [range(5)])] * samples)
+    shape = row["input_ids"].shape[1]
+    query, key, value = (torch.randn(1, heads, shape, 8, requires_grad=True) for heads in (4, 2, 2))
+    output = attention.sdpa_segments(query, key, value, row["plan"].layout(query.device), 0.3)
+    with Live() as live:
+        output.sum().backward()
+    assert live.made < 8 * query.nbytes  # dq, dk, dv and their parts; slices, a whole row of zeros each, made it 15, 29 and 57
+
+
 # ---- gradient checkpointing runs layers again, after the step
 
 
@@ -312,7 +363,7 @@ def test_attention_is_restored_after_an_exception(where, implementation):
         with pytest.raises(MemoryError):
             step(model, None, tiny_rows(), solopo_forward="packed", **(BASE | dict(pref_loss="simpo")))
         assert model.config._attn_implementation == implementation
-        assert seen == [implementation if where == "lm_head" else attention.SDPA]
+        assert seen == [implementation if where == "lm_head" else attention.SEGMENTS]
     finally:
         handle.remove()
         model.config._attn_implementation = "sdpa"
@@ -334,10 +385,10 @@ def test_a_second_preparation_and_a_copy_change_nothing():
 
 def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
     """The head's output is responses x vocabulary, and what is not causal as a whole is as narrow as a response: there
-    is no mask of row x row. (Where a kernel has no bottom-right causality torch builds that narrow mask, as here.)"""
+    is no mask of row x row."""
     model, rows, heads, narrow = tiny("llama"), tiny_rows(), [], []
-    lower_right = attention.causal_lower_right
-    monkeypatch.setattr(attention, "causal_lower_right", lambda *size: narrow.append(size) or lower_right(*size))
+    lower_right = attention.lower_right
+    monkeypatch.setattr(attention, "lower_right", lambda *size: narrow.append(size[:2]) or lower_right(*size))
     handle = model.lm_head.register_forward_hook(lambda m, a, output: heads.append(tuple(output.shape)))
     try:
         step(model, None, rows, solopo_forward="packed", **(BASE | dict(pref_loss="orpo", solopo_align_on="both")))
@@ -348,8 +399,7 @@ def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
     sizes = [(len(r["rejected_ids"]), len(r[f"{side}_prompt_ids"]) + len(r["rejected_ids"]))
              for r in rows for side in ("short", "long") if side == "short" or not r["same"]]  # fmt: skip
     assert narrow == sizes * 2  # two layers
-    for name in (attention.SDPA, attention.FLASH):
-        assert attention.AttentionMaskInterface()[name]() is None
+    assert attention.AttentionMaskInterface()[attention.SEGMENTS]() is None
 
 
 class Live(TorchDispatchMode):
@@ -357,7 +407,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.known, self.now, self.peak, self.shapes = {}, 0, 0, set()
+        self.known, self.now, self.peak, self.made, self.shapes = {}, 0, 0, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -371,6 +421,7 @@ class Live(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
             self.known[key] = size
+            self.made += size
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.forget, key)
@@ -392,8 +443,6 @@ def watched_step(monkeypatch, vocabulary: int, prompt: int, forward="packed", ch
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192) | shape  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**shape)).train()
     change(model)
-    # torch cannot make its CausalBias under a dispatch mode; on a CPU the kernel gets the mask it stands for anyway
-    monkeypatch.setattr(attention, "causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))
     with Live() as live:
         losses_B, _ = step(model, None, rows_of(prompt), solopo_forward=forward, **(BASE | dict(pref_loss="orpo")))
         losses_B.mean().backward()
@@ -497,45 +546,52 @@ def test_a_model_that_slipped_through_is_stopped(architecture, sentence):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_auto_leaves_flash_attention_to_who_asks_for_it(tiny_model):
-    """The packed row's path through FlashAttention-2 has never been run, so `auto` does not choose it."""
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "eager"])
+def test_auto_packs_under_every_flash_attn(tiny_model, implementation):
+    """The packed row has an attention of its own, whatever the recipe's `flash_attn` gives plain sequences."""
     from transformers import AutoModelForCausalLM
 
     from solopo_plugin.workflow import why_two_stages
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
-    assert why_two_stages("auto", model, None) is None
-    model.config._attn_implementation = "flash_attention_2"
-    assert "has not been run yet" in why_two_stages("auto", model) and why_two_stages("packed", model) is None
+    model.config._attn_implementation = implementation
+    assert why_two_stages("auto", model, None) is None and why_two_stages("packed", model) is None
     assert why_two_stages("two_stage", model) == "`solopo_forward: two_stage`"
 
 
+GPU = torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize(
-    "implementation, not_packed, said",
+    "device, dtype, head_size, capability, runs",
     [
-        ("sdpa", None, "A step runs packed; attention: SDPA, segment by segment."),
-        ("eager", None, "A step runs packed; attention: SDPA, segment by segment."),
-        ("flash_attention_2", None, "A step runs packed; attention: FlashAttention-2, all segments in one call."),
-        ("sdpa", "a reason", "A step runs in two stages, not packed: a reason; attention: SDPA."),
-        ("eager", "a reason", "A step runs in two stages, not packed: a reason; attention: eager."),
-        (
-            "flash_attention_2",
-            "a reason",
-            "A step runs in two stages, not packed: a reason; attention: FlashAttention-2.",
-        ),
+        (GPU, torch.bfloat16, 128, (8, 0), True),
+        (GPU, torch.float16, 80, (9, 0), True),
+        (GPU, torch.float32, 128, (9, 0), False),
+        (GPU, torch.bfloat16, 100, (9, 0), False),
+        (GPU, torch.bfloat16, 512, (9, 0), False),
+        (GPU, torch.bfloat16, 128, (7, 5), False),
+        (torch.device("cpu"), torch.bfloat16, 128, (8, 0), False),
     ],
 )
-def test_the_log_names_the_attention_that_runs(tiny_model, monkeypatch, implementation, not_packed, said):
-    """What is said of a packed row is what the switch gives the layers for the duration of a call."""
+def test_which_attention_a_packed_row_has(tiny_model, monkeypatch, device, dtype, head_size, capability, runs):
+    """And that the log names it."""
     from transformers import AutoModelForCausalLM
 
-    from solopo_plugin.attention import FLASH, IN_WORDS, SDPA, _Switch, how_a_step_runs
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention.runs_varlen(device, dtype, head_size) == runs
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    model.config.head_dim = head_size
+    how = "torch's FlashAttention-2, all segments in one call" if runs else "SDPA, segment by segment"
+    assert attention.how_a_step_runs(model, None, device, dtype) == f"A step runs packed; attention: {how}."
+
+
+@pytest.mark.parametrize("implementation, said", [("sdpa", "SDPA"), ("eager", "eager"),
+                                                  ("flash_attention_2", "FlashAttention-2")])  # fmt: skip
+def test_the_log_names_the_attention_of_two_stages(tiny_model, implementation, said):
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
     model.config._attn_implementation = implementation
-    assert how_a_step_runs(model, not_packed) == said
-    if not_packed is None:
-        switch = _Switch(model.config, 1)
-        switch.enter(model, (), {"solopo_segments": pack([([1], [[2]])])["plan"]})
-        assert model.config._attn_implementation in (SDPA, FLASH)
-        assert said.endswith(f"attention: {IN_WORDS[model.config._attn_implementation]}.")
+    sentence = attention.how_a_step_runs(model, "a reason", torch.device("cpu"), torch.float32)
+    assert sentence == f"A step runs in two stages, not packed: a reason; attention: {said}."

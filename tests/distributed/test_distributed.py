@@ -239,3 +239,15 @@ def test_streaming_on_two_ranks(cli, recipe, tmp_path):
     args = recipe(streaming=True, max_samples=None, max_steps=3, num_train_epochs=None, dataloader_num_workers=1, **DDP)
     cli("train", write_recipe(tmp_path / "r.yaml", args), FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
     assert len(outcome(args["output_dir"]).losses) == 3
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_packed_row_under_fsdp_with_mixed_precision(cli, version):
+    """All layers count on one plan, and log-probs are bf16's: logits near 1, three roundings of 2^-8 each, two ways.
+
+    With the row's segments lost they are off by more than 0.1.
+    """
+    script = str(ROOT / "tests" / "distributed" / "fsdp_packed.py")
+    out = cli("--standalone", "--nproc-per-node=2", script, version, program="torchrun", OMP_NUM_THREADS="1").out
+    distances = [float(found) for found in re.findall(r"log-probs differ by (\S+) nats", out)]
+    assert len(distances) == 2 and max(distances) < 6 * 2**-8
