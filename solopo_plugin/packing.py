@@ -78,9 +78,7 @@ class Layout:
         )
         queries = tuple(b - a for a, b in (segment.query for segment in segments))
         seen = tuple(sum(b - a for a, b in segment.keys) for segment in segments)
-        cu_queries, cu_keys = (
-            torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(device) for n in (queries, seen)
-        )
+        cu_queries, cu_keys = (torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(device) for n in (queries, seen))
         return cls(queries, tuple(d - c for c, d in pieces), keys, cu_queries, cu_keys, max(queries), max(seen))
 
 
