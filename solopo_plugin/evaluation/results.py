@@ -200,8 +200,9 @@ def harness_of(run: str, members: list[str], harness: list[dict]) -> Iterator[di
     for (task, metric), rows in cells.items():
         values = [row["value"] for row in rows]
         sd = stdev(values) if len(values) > 1 else None
-        numbers = {"value": fmean(values), "stderr": None, "n": rows[0]["n"], "cut": sum(r.get("cut", 0) for r in rows)}
-        yield {"model": run, "task": task, "metric": metric} | numbers | {"seeds": len(values), "sd": sd}
+        numbers = {"value": fmean(values), "stderr": None, "n": rows[0]["n"]}
+        cut = {"cut": n} if (n := sum(row.get("cut", 0) for row in rows)) else {}
+        yield {"model": run, "task": task, "metric": metric} | numbers | cut | {"seeds": len(values), "sd": sd}
 
 
 def group_labels(row: dict) -> tuple[str, ...]:

@@ -342,7 +342,8 @@ def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monke
     assert {row["task"]: row["value"] for row in found} == {"scored": 1.0, "written": 1.0}
     assert [row["cut"] for row in found] == [4, 4]
     assert "toy: lm-evaluation-harness cut prompts" in caplog.text and "says so 4 times" in caplog.text
-    assert harness_table({"harness": found}).notes[1:] == [
+    results = {"models": [{"name": "toy"}], "summary": [], "harness": found}
+    assert harness_table(results).notes[1:] == [
         "toy: prompts beyond its window lost their beginning, 4 times by the harness' log."
     ]
 
@@ -359,7 +360,8 @@ def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, tmp_path, monke
     with completions(refuses=True) as server:
         keys = dict(SERVER | IDS, server_urls=f"http://127.0.0.1:{server.server_port}", api_key_env="MY_KEY")
         args = {"include_path": str(tasks), "apply_chat_template": False, "model_args": {"max_retries": 1}, "limit": 1}
-        with pytest.raises(DataError, match="ended with 1 for toy: .*401") as error:
+        # of requests that run together one is refused (401) and others may find the connection closed
+        with pytest.raises(DataError, match="ended with 1 for toy: .*(401|ServerDisconnected)") as error:
             run_harness(model(tiny_model()), recipe(**keys, harness_args=args), tmp_path)
     assert server.bodies
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
