@@ -60,24 +60,40 @@ def why_not_packed(model: nn.Module) -> str | None:
     return None
 
 
+def why_two_stages(solopo_forward: str, *models) -> str | None:
+    """Return why the step has two stages, or None where it is packed: as `solopo_forward` says and the models allow."""
+    if solopo_forward == "two_stage":
+        return "`solopo_forward: two_stage`"
+    models = [model for model in models if model is not None]
+    reasons = [reason for model in models if (reason := why_not_packed(model))]
+    if reasons and solopo_forward == "packed":
+        raise ValueError(
+            f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."
+        )
+    return reasons[0] if reasons else None
+
+
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def how_a_step_runs(model: nn.Module, not_packed: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def how_a_step_runs(
+    model: nn.Module, not_packed: str | None, device: torch.device, dtype: torch.dtype, capability=None
+) -> str:
     """Return a sentence for the log: the form of the step and the attention that runs it.
 
     Args:
         not_packed: Why the step has two stages; None where it is packed.
         device, dtype: Those that attention runs on and in.
+        capability: The compute capability of a GPU that is not here; None asks the device.
     """
     config = base_of(model).config
     if not_packed:
         runs = config._attn_implementation
         return f"A step runs in two stages, not packed: {not_packed}; attention: {IN_WORDS.get(runs, runs)}."
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    one_call = runs_varlen(device, dtype, head_size)
+    one_call = runs_varlen(device, dtype, head_size, capability)
     how = "torch's FlashAttention-2, all segments in one call" if one_call else "SDPA, segment by segment"
     return f"A step runs packed; attention: {how}."
 
@@ -160,14 +176,14 @@ def attend(
     return function(*states, solopo_segments.layout(device), scale=scaling), None
 
 
-def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int, capability=None) -> bool:
     """Return whether torch's own FlashAttention-2 for variable lengths runs: on a GPU since Ampere, in 16 bits."""
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
         and head_size % 8 == 0
         and head_size <= 256
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and (capability or torch.cuda.get_device_capability(device)) >= (8, 0)
     )
 
 

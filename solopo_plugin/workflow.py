@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 
 from . import __version__
-from .attention import base_of, how_a_step_runs, prepare, why_not_packed
+from .attention import base_of, how_a_step_runs, prepare, why_two_stages
 from .data import SoloCollator, data_sets, part_lengths
 from .host.saved import recorded
 from .host.versions import installed
@@ -210,19 +210,6 @@ def load_ref_model(model_args, finetuning_args, seed: int, packed: bool = False)
         why_two_stages("packed", ref_model)  # raises
         prepare(ref_model)
     return ref_model
-
-
-def why_two_stages(solopo_forward: str, *models) -> str | None:
-    """Return why the step has two stages, or None where it is packed: as `solopo_forward` says and the models allow."""
-    if solopo_forward == "two_stage":
-        return "`solopo_forward: two_stage`"
-    models = [model for model in models if model is not None]
-    reasons = [reason for model in models if (reason := why_not_packed(model))]
-    if reasons and solopo_forward == "packed":
-        raise ValueError(
-            f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."
-        )
-    return reasons[0] if reasons else None
 
 
 def configure_checkpointing(model, model_args, training_args, finetuning_args) -> None:

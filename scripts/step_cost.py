@@ -1,0 +1,267 @@
+"""What a training step costs, by formulas: tokens, FLOPs, and memory on a GPU and beside it. plan.py prints them.
+
+They count the multiplications that must be done and the tensors that must exist at the peak; fragmentation, workspaces
+and communication are left out. The accounting is ours; that of FLOPs is the usual one of 2 per multiplication and of
+causal attention at half cost. S, L, R: tokens of the short prompt, the long prompt, a response.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+VARIANTS = {
+    "V0": "the host's `stage: dpo` on the long pair",
+    "S0": "three sequences padded into one batch",
+    "S1": "two stages, logits everywhere (the paper's way)",
+    "S2": "two stages, logits at the responses only",
+    "S3": "one packed row (`solopo_forward: packed`)",
+    "V*": "for comparison, nobody's code: a long pair that shares its prompt, logits at the responses only",
+}
+# What else a recipe may run; shown for such a recipe only.
+OTHERS = {
+    "P2": "two stages as the package has them: all logits of the short pair, those of the long responses",
+    "L3": "LongPO, one packed row: the long pair shares its prompt; logits of the chosen sequence and both responses",
+    "L2": "LongPO, two stages: the padded long pair with all logits",
+    "SFT": "the host's `stage: sft`: prompt and response, all logits",
+}
+RESPONSE_LOGITS = ("S2", "S3", "V*")
+TWO_FORWARDS = ("S1", "S2", "P2")
+HOST_GRADIENT = 4  # bytes per trained parameter beside an offloaded optimizer: DeepSpeed's CPU Adam takes fp32
+# Shapes as published with the models; any other is read from its config.json.
+MODELS = {
+    "qwen2.5-7b": dict(
+        model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768, tie_word_embeddings=False,
+        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "llama3.1-8b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False,
+        rms_norm_eps=1e-5, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}),
+}  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """What the formulas need of a model; widths in elements."""
+
+    layers: int
+    width: int
+    query: int  # heads times head size
+    key: int  # the same of keys and of values; narrower under grouped queries
+    inner: int  # of the MLP
+    vocabulary: int
+    linear: int  # parameters of the layers' matrices
+    parameters: int  # all, a tied head once
+    fans: int  # inputs plus outputs of all those matrices: LoRA parameters per rank for `lora_target: all`
+
+
+def read_config(model: str):
+    """The transformers config of a folder, a config.json, a hub name, or a name in `MODELS`."""
+    from transformers import AutoConfig
+
+    name = str(model).split("/")[-1].lower().replace("llama-3", "llama3").removesuffix("-instruct")
+    if name in MODELS and not Path(model).exists():
+        return AutoConfig.for_model(**MODELS[name])
+    try:
+        if "/" not in model and not Path(model).exists():
+            raise OSError("neither here nor a hub name")
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No model config at {model}: give a folder, a config.json or one of {[*MODELS]}.") from error
+
+
+def window_of(config) -> int:
+    """Tokens that the model's positions reach, prompt and response together, counting YaRN where the config has it."""
+    rope, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", 1 << 24)
+    original = rope.get("original_max_position_embeddings") or window
+    return max(window, int(original * (rope.get("factor") or 1)))
+
+
+def on_meta(config):
+    """The model on torch's meta device, where no weight exists."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def shape_of(config) -> Shape:
+    """Count a model's matrices: exact for every dense architecture."""
+    import torch
+
+    model = on_meta(config)
+    if any(p.dim() > 2 for p in model.parameters()):
+        raise ValueError(f"`{config.model_type}` has experts, of which a token uses some; plan a dense model.")
+    matrices = [m.weight.shape for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        config.num_hidden_layers, config.hidden_size, head * config.num_attention_heads,
+        head * config.num_key_value_heads, config.intermediate_size, config.vocab_size,
+        sum(a * b for a, b in matrices), sum(p.numel() for p in model.parameters()), sum(a + b for a, b in matrices),
+    )  # fmt: skip
+
+
+# ---- one step, per sample
+
+
+def parts_of(variant: str, S: int, R: int, L: int, both: bool = False) -> list[tuple[int, int]]:
+    """The sequences that a variant's forwards run: (new tokens, tokens of another's prompt that they share)."""
+    short, long = (S + R, 0), (L + R, 0)
+    if variant == "SFT":
+        return [long]
+    if variant in ("V0", "V*", "L2", "L3"):
+        return [long, (R, L) if variant in ("V*", "L3") else long]
+    packed = variant == "S3"
+    return [short, (R, S) if packed else short, long, *([(R, L) if packed else long] if both else [])]
+
+
+def counts(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[int, int, int]:
+    """Tokens that run through the layers, padding included; positions with logits, all in fp32 and by chunks."""
+    parts = parts_of(variant, S, R, L, both)
+    tokens = len(parts) * (L + R) if variant == "S0" else sum(new for new, _ in parts)
+    kinds = {
+        "P2": (2 * (S + R), (1 + both) * R),
+        "L2": (0, tokens),
+        "L3": (0, L + R - 1 + 2 * R),  # the NLL is of every token but the first
+        **dict.fromkeys(RESPONSE_LOGITS, (0, len(parts) * R)),
+    }
+    return tokens, *kinds.get(variant, (tokens, 0))
+
+
+def count(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[int, int]:
+    """Tokens that run through the layers, padding included, and positions that get logits."""
+    tokens, wide, narrow = counts(variant, S, R, L, both)
+    return tokens, wide + narrow
+
+
+def forward_flops(shape: Shape, parts: list[tuple[int, int]], tokens: int, logits: int) -> list[float]:
+    """[linear, attention, head] of a forward: 2 N t, the sum of 4 n d q p + 2 n d q^2, and 2 d V h.
+
+    n layers of width d and N parameters, t tokens, h logits; q new tokens see p shared ones and, causally, themselves.
+    Attention among padding is not counted.
+    """
+    attention = sum(2 * shape.layers * shape.query * q * (2 * p + q) for q, p in parts)
+    return [2 * shape.linear * tokens, attention, 2 * shape.width * shape.vocabulary * logits]
+
+
+def step_flops(shape: Shape, variant: str, S: int, R: int, L: int, reference: str | None = None,
+               checkpointing: bool = True, lora: bool = False, both: bool = False) -> dict[str, float]:  # fmt: skip
+    """FLOPs of a training step per sample, by part; their sum is the step.
+
+    Forward, backward and, under checkpointing, forward again: (4, 4.5, 3) times (linear, attention, head), (3, 3.5, 3)
+    without; attention's backward computes its scores anew. Under LoRA frozen matrices need no weight gradient: one less
+    for linear and head. `reference`: `online` adds a forward of the pair, `cached` and None add nothing.
+    """
+    forward = forward_flops(shape, parts_of(variant, S, R, L, both), *count(variant, S, R, L, both))
+    times = (3 + checkpointing - lora, 3.5 + checkpointing, 3 - lora)
+    pair = parts_of({"L3": "S3", "L2": "S2"}.get(variant, variant), S, R, L)[:2]  # LongPO's is on the short prompt
+    tokens = sum(new for new, _ in pair)
+    again = forward_flops(shape, pair, tokens, 2 * R if variant in (*RESPONSE_LOGITS, "L3") else tokens)
+    flops = {name: f * k for name, f, k in zip(("linear", "attention", "head"), forward, times, strict=True)}
+    return flops | {"reference": sum(again) if reference == "online" else 0.0}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run stores things, in bytes per parameter; the defaults are a bf16 model under DeepSpeed."""
+
+    gpus: int = 1
+    zero: int = 0
+    offload_optimizer: bool = False  # gradients leave the GPU with it, as they are made
+    offload_param: bool = False
+    live: float = 1e9  # parameters that ZeRO-3 gathers at a time, `stage3_max_live_parameters`
+    lora_rank: int = 0  # 0: full fine-tuning
+    frozen: float = 2  # the layers' matrices, where they are not trained; less if quantised
+    weights: float = 2  # what is trained
+    gradients: float = 2
+    optimizer: float = 12  # states, and an fp32 copy of the weights where those are bf16
+    element: int = 2  # of activations
+    checkpointing: bool = True
+    chunk: int = 1024  # solopo_logp_chunk
+    mlp_chunk: int = 0  # solopo_mlp_chunk; 0: all tokens at once
+    batch: int = 1
+    both: bool = False
+
+
+def layer_bytes(shape: Shape, element: int) -> int:
+    """What one layer keeps for its backward, per token, read from transformers' Llama and Qwen2 with SDPA.
+
+    Two norms: input (in fp32), normalised, scaled. Queries, keys, values, attention's output. Four MLP tensors.
+    """
+    return 8 * shape.width + element * (4 * shape.width + 2 * shape.query + 2 * shape.key + 4 * shape.inner)
+
+
+def logits_bytes(shape: Shape, wide: int, narrow: int, chunk: int, element: int, online: bool) -> int:
+    """All in fp32, `wide`: the log-softmax and two gradients of it; V0's online reference adds the policy's logits.
+
+    By chunks, `narrow`: logits and their gradient in the model's precision, and three of fp32 for one chunk.
+    """
+    return shape.vocabulary * (wide * (16 if online else 12) + 2 * element * narrow + 12 * min(narrow, chunk))
+
+
+def parameters_of(shape: Shape, setup: Setup) -> tuple[float, float, float]:
+    """Trained parameters, and bytes of those frozen and of a model that is not trained, a reference."""
+    base = shape.linear * setup.frozen + (shape.parameters - shape.linear) * setup.element
+    return (setup.lora_rank * shape.fans, base, base) if setup.lora_rank else (shape.parameters, 0, base)
+
+
+def host_memory(shape: Shape, reference: str | None, setup: Setup) -> dict[str, float]:
+    """Bytes in the nodes' memory of what is offloaded, all GPUs together; 16 and 18 per parameter as DeepSpeed counts.
+
+    Its estimators (`estimate_zero3_model_states_mem_needs`) advise 1.5 times as much, for buffers.
+    """
+    trained, frozen, base = parameters_of(shape, setup)
+    second = base * (reference == "online" and not setup.lora_rank)
+    return {
+        "optimizer": trained * (setup.optimizer + HOST_GRADIENT) * setup.offload_optimizer,
+        "parameters": (frozen + trained * setup.weights + second) * setup.offload_param,
+    }
+
+
+def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: str | None = None,
+                setup: Setup = Setup()) -> dict[str, float]:  # fmt: skip
+    """Bytes per GPU by part; `peak` says what they come to.
+
+    weights, gradients, optimizer: ZeRO's accounting (arXiv:1910.02054); ZeRO-3 gathers `live` parameters at a time, on
+    one GPU as on many. What is offloaded is in `host_memory` instead. reference: a second copy of the model, the host's
+    way in full fine-tuning. checkpoints: the input of every layer, or without checkpointing all that the layers keep.
+    layer: what one layer in backward adds, for the longest forward: what it keeps, if that is recomputed, and three
+    gradients of its MLP; with `solopo_mlp_chunk` the MLP counts for one chunk only (its further forward is not among
+    `step_flops`).
+    """
+    tokens, wide, narrow = (setup.batch * x for x in counts(variant, S, R, L, setup.both))
+    narrow += setup.batch * (L + R) * (variant == "L2")  # the NLL's tokens are picked out of the pair's: a copy
+    forward = setup.batch * max(2 * (S + R), (1 + setup.both) * (L + R)) if variant in TWO_FORWARDS else tokens
+    trained, frozen, base = parameters_of(shape, setup)
+    gathered = min(shape.parameters, setup.live) * setup.element if setup.zero == 3 else 0
+    of_weights, of_gradients, of_optimizer = (setup.gpus if setup.zero >= stage else 1 for stage in (3, 2, 1))
+    here, computed = not setup.offload_param, not setup.offload_optimizer
+    mlp, online = shape.inner * setup.element, reference == "online"
+    kept = layer_bytes(shape, setup.element) - 4 * mlp * (setup.mlp_chunk > 0)  # chunks are computed again
+    chunk = min(forward, setup.mlp_chunk or forward)
+    return {
+        "weights": (frozen + trained * setup.weights) / of_weights * here + gathered,
+        "gradients": trained * setup.gradients / of_gradients * computed,
+        "optimizer": trained * setup.optimizer / of_optimizer * computed,
+        "reference": base / of_weights * here * (online and not setup.lora_rank),
+        "checkpoints": tokens * shape.layers * (shape.width * setup.element if setup.checkpointing else kept),
+        "layer": forward * kept * setup.checkpointing + chunk * mlp * (3 + 4 * (setup.mlp_chunk > 0)),
+        "logits": logits_bytes(shape, wide, narrow, setup.chunk, setup.element, online and variant == "V0"),
+    }
+
+
+def peak(memory: dict[str, float]) -> float:
+    """Bytes at the peak: the logits are gone before the layers run backward, so the larger of those two counts."""
+    return sum(memory.values()) - min(memory["layer"], memory["logits"])
+
+
+def longest(shape: Shape, variant: str, S: int, R: int, reference: str | None, setup: Setup, memory: float) -> int:
+    """Tokens of the longest long prompt whose step needs at most `memory` bytes per GPU; 0 where none does."""
+    low, high = 0, 1 << 24
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = peak(step_memory(shape, variant, S, R, middle, reference, setup)) <= memory
+        low, high = (middle, high) if fits else (low, middle)
+    return low
