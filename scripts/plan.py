@@ -104,20 +104,23 @@ def how_it_runs(config, recipe: dict, setup: Setup) -> tuple[str, str]:
     from solopo_plugin.attention import IN_WORDS, how_a_step_runs, why_two_stages
 
     stage, attention = recipe.get("stage", "solopo"), ATTENTION.get(recipe.get("flash_attn"), "sdpa")
+    forward = recipe.get("solopo_forward", FIELDS["solopo_forward"].default)
     if stage != "solopo":
         form = "the padded pair" if stage == "dpo" else "one padded sequence a row"
-        form = f"A step is the host's `stage: {stage}`: {form}, fp32 logits of every position"
-        return "V0" if stage == "dpo" else "SFT", f"{form}; attention: {IN_WORDS.get(attention, attention)}."
-    model = on_meta(config)
-    model.config._attn_implementation = attention
-    forward = recipe.get("solopo_forward", FIELDS["solopo_forward"].default)
-    why = why_two_stages(forward, model)
-    dtype = torch.bfloat16 if setup.element == 2 else torch.float32
-    sentence = how_a_step_runs(model, why, torch.device("cuda"), dtype, (8, 0))  # a GPU since Ampere
-    if not why:
+        variant, sentence = "V0" if stage == "dpo" else "SFT", f"A step is the host's `stage: {stage}`: {form}, "
+        sentence += f"fp32 logits of every position; attention: {IN_WORDS.get(attention, attention)}."
+    else:
+        model, longpo = on_meta(config), recipe.get("solopo_objective") == "longpo"
+        model.config._attn_implementation = attention
+        why = why_two_stages(forward, model)
+        dtype = torch.bfloat16 if setup.element == 2 else torch.float32
+        sentence = how_a_step_runs(model, why, torch.device("cuda"), dtype, (8, 0))  # a GPU since Ampere
+        variant = ("L2" if longpo else "P2") if why else ("L3" if longpo else "S3")
+    if variant in ("S3", "L3"):
         sentence += f" Packed, since `solopo_forward` is {forward} and {config.model_type} is among the tested models."
-    longpo = recipe.get("solopo_objective") == "longpo"
-    return (("L2" if longpo else "P2") if why else "L3" if longpo else "S3"), sentence
+    elif attention == ATTENTION["fa2"]:
+        sentence += " Without the flash-attn package it is SDPA."
+    return variant, sentence
 
 
 class Measured(NamedTuple):
@@ -203,7 +206,8 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
         return a / b * (seen[other].flops / seen[v].flops if v in seen and other in seen else 1)
 
     def takes(v: str) -> str:
-        return f"takes {gb(need(v))} and reaches {min(longest_of(v), room):,} tokens"
+        most = min(longest_of(v), room)
+        return f"takes {gb(need(v))} and {f'reaches {most:,} tokens' if most else 'fits at no length'}"
 
     room, fits = window - R, longest_of(variant)
     if room < 1:

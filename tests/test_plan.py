@@ -446,7 +446,8 @@ ANSWERS = {
     ),
     "examples/yaml/qwen2.5-7b/dpo_long.yaml --gpus 4": (
         "Fits. A step is the host's `stage: dpo`: the padded pair, fp32 logits of every position; attention: "
-        "FlashAttention-2. It takes 55.9 GB on each of 4 GPUs of 80 GB at a prompt of 9,984 tokens. The "
+        "FlashAttention-2. Without the flash-attn package it is SDPA. "
+        "It takes 55.9 GB on each of 4 GPUs of 80 GB at a prompt of 9,984 tokens. The "
         "longest prompt is 14,551 tokens, by memory; the model's window is 32,768. On the same prompts and "
         "short ones of 1,024 tokens, `stage: solopo` would run packed and be 2.32 times as fast; it takes 8.4"
         " GB and reaches 32,512 tokens.",
@@ -456,7 +457,8 @@ ANSWERS = {
     ),
     "examples/yaml/qwen2.5-7b/sft_long.yaml --gpus 4": (
         "Fits. A step is the host's `stage: sft`: one padded sequence a row, fp32 logits of every position; "
-        "attention: FlashAttention-2. It takes 22.7 GB on each of 4 GPUs of 80 GB at a prompt of 9,984 "
+        "attention: FlashAttention-2. Without the flash-attn package it is SDPA. "
+        "It takes 22.7 GB on each of 4 GPUs of 80 GB at a prompt of 9,984 "
         "tokens. The longest prompt is 32,512 tokens, by the model's window of 32,768; memory allows 38,253. "
         "On the same prompts and short ones of 1,024 tokens, `stage: solopo` would run packed and take 1.08 "
         "times as long; it takes 8.4 GB and reaches 32,512 tokens.",
@@ -503,8 +505,9 @@ def test_the_answer_of_two_stages(monkeypatch, tmp_path, capsys):
     answer = lines_of(monkeypatch, capsys, "--recipe", recipe)[0]
     assert answer.startswith(
         "Does not fit. A step runs in two stages, not packed: `solopo_forward: two_stage`; attention: "
-        "FlashAttention-2. It takes 144.6 GB on the GPU of 80 GB"
+        "FlashAttention-2. Without the flash-attn package it is SDPA. It takes 144.6 GB on the GPU of 80 GB"
     )
+    assert answer.endswith("`stage: dpo` on the same long prompts, which takes 196.8 GB and fits at no length.")
     assert "No prompt fits: one of a single token would take 1" in answer
     recipe = str(write(tmp_path, **keys, solopo_objective="longpo", solopo_forward="two_stage"))
     assert any(line.startswith("L2 ") for line in lines_of(monkeypatch, capsys, "--recipe", recipe))
