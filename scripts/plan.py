@@ -131,48 +131,50 @@ class Measured(NamedTuple):
     memory: float  # measured peak over the predicted one
 
 
-def measurements(document: dict, tuning: str, L: int) -> dict[str, Measured]:
-    """By variant, the measured configuration whose long prompt is nearest to L.
+def measurements(document: dict, tuning: str, L: int, references: dict) -> dict[str, Measured]:
+    """By variant, the measured configuration whose long prompt is nearest to L, of equal ones that with the reference.
 
     Args:
-        document: As benchmark_step.py writes it: `settings`, and `runs` with `variant`, `tuning`, `reference`,
-            `length`, `status`, `median_s` (seconds a step) and `peak` (bytes allocated at most).
+        document: As scripts/gpu and benchmark_step.py write it: `settings`, and `runs` with `variant`, `tuning`,
+            `reference`, `length`, `trial`, `status`, `median_s` (seconds a step) and `peak` (bytes allocated at most).
         tuning: `lora` or `full`; the other's measurements say nothing about it.
+        references: Of every variant, as `references_of` gives them.
     """
     from benchmark_step import setup_of
     from transformers import AutoConfig
 
     settings = document["settings"]
     shape, setup = shape_of(AutoConfig.for_model(**settings["model"])), setup_of(settings, tuning)
-    found = {}
-    for run in document["runs"].values():
-        ran = run["status"] == "ok" and run.get("median_s")  # not so in a trial of `--longest`
-        if not ran or run["tuning"] != tuning or run["variant"] not in VARIANTS | OTHERS:
-            continue
+
+    def measured(run: dict) -> Measured:
         step = shape, run["variant"], settings["short"], settings["response"], run["length"], run["reference"]
         flops = sum(step_flops(*step, setup.checkpointing, tuning == "lora").values())
-        new = Measured(run["length"], flops / run["median_s"], run["peak"] / peak(step_memory(*step, setup)))
-        old = found.get(run["variant"], new)
-        found[run["variant"]] = min(old, new, key=lambda seen: abs(seen.length - L))
-    return found
+        return Measured(run["length"], flops / run["median_s"], run["peak"] / peak(step_memory(*step, setup)))
+
+    wanted = {"tuning": tuning, "status": "ok", "trial": False}  # a trial's only step is a warm-up
+    runs = [r for r in document["runs"].values() if wanted.items() <= r.items() and r["variant"] in references]
+    nearest = {}
+    for run in sorted(runs, key=lambda r: (abs(r["length"] - L), r["reference"] != references[r["variant"]])):
+        nearest.setdefault(run["variant"], run)
+    return {variant: measured(run) for variant, run in nearest.items()}
 
 
-def calibration(tuning: str, L: int) -> tuple[dict[str, Measured], str]:
+def calibration(tuning: str, L: int, references: dict) -> tuple[dict[str, Measured], str]:
     """The measurements of `GPU_JSON`, and a sentence about what the answer rests on."""
     name = GPU_JSON.relative_to(ROOT) if GPU_JSON.is_relative_to(ROOT) else GPU_JSON
     if not GPU_JSON.exists():
         return {}, "Basis: arithmetic; nothing was measured on a GPU. Real peaks lie above it."
     try:
         document = json.loads(GPU_JSON.read_text(encoding="utf-8"))
-        seen = measurements(document, tuning, L)
+        seen = {} if document.get("dry") else measurements(document, tuning, L, references)
         card = f"{document['hardware']['device']}, {document['date']}"
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return {}, f"Basis: arithmetic; {name} cannot be used ({type(error).__name__}: {error})."
     if not seen:
-        return {}, f"Basis: arithmetic; {name} has no measurement of {tuning} fine-tuning."
+        return {}, f"Basis: arithmetic; {name} has no measurement of {tuning} fine-tuning on a GPU."
     each = [
         f"{variant} at {m.length:,} tokens {m.flops / 1e12:.0f} TFLOP/s and {m.memory:.2f} times the predicted peak"
-        for variant, m in seen.items()
+        for variant, m in sorted(seen.items())
     ]
     return seen, f"Basis: arithmetic, calibrated by {name} ({card}) where that has the same: {'; '.join(each)}."
 
@@ -189,7 +191,7 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
     stage, lora = recipe.get("stage", "solopo"), setup.lora_rank > 0
     tuning = "lora" if lora else "full"
     variant, runs = how_it_runs(config, recipe, setup)
-    seen, basis = calibration(tuning, L)
+    seen, basis = calibration(tuning, L, references)
     factor = {v: seen[v].memory if v in seen else 1.0 for v in references}
     window = window_of(config)
 

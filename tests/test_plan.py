@@ -26,6 +26,11 @@ TINY = dict(
 VARIANTS = list(plan.VARIANTS)
 
 
+@pytest.fixture(autouse=True)
+def no_measurements(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "GPU_JSON", tmp_path / "gpu.json")
+
+
 @pytest.fixture(scope="module")
 def qwen() -> Shape:
     return shape_of(read_config("qwen2.5-7b"))
@@ -490,8 +495,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("argv, expected", ANSWERS.items())
-def test_the_answer_of_a_recipe(monkeypatch, tmp_path, capsys, argv, expected):
-    monkeypatch.setattr(plan, "GPU_JSON", tmp_path / "none.json")
+def test_the_answer_of_a_recipe(monkeypatch, capsys, argv, expected):
     recipe, *others = argv.split()
     lines = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / recipe), *others)
     assert tuple(lines[:3]) == expected
@@ -531,25 +535,26 @@ def measured(settings: dict, runs: list[tuple]) -> dict:
         step = shape, variant, settings["short"], settings["response"], length, None
         flops = sum(step_flops(*step, settings["checkpointing"], tuning == "lora").values())
         document["runs"][f"{variant} {tuning} {length}"] = dict(
-            variant=variant, tuning=tuning, reference=None, length=length, status="ok", median_s=flops / rate,
-            peak=peak(step_memory(*step, setup)) * factor,
+            variant=variant, tuning=tuning, reference=None, length=length, trial=False, status="ok",
+            median_s=flops / rate, peak=peak(step_memory(*step, setup)) * factor,
         )  # fmt: skip
-    document["runs"]["oom"] = dict(variant="V0", tuning="lora", reference=None, length=10_000, status="oom")
-    document["runs"]["rival"] = dict(variant="TRL", tuning="lora", length=10_000, status="ok", median_s=1.0)
+    like = dict(tuning="lora", reference=None, length=9984, trial=False, status="ok", median_s=1.0, peak=1)
+    others = [dict(variant="V0", status="oom"), dict(variant="T"), dict(variant="V0", trial=True),
+              dict(variant="V0", length=8192, reference="online")]  # fmt: skip
+    document["runs"] |= {str(i): like | other for i, other in enumerate(others)}  # none of which counts
     return document
 
 
-def test_a_measurement_calibrates_the_answer(monkeypatch, capsys, tmp_path):
+def test_a_measurement_calibrates_the_answer(monkeypatch, capsys):
     """A slower packed step and larger peaks: the nearest length counts, full fine-tuning says nothing of LoRA."""
-    monkeypatch.setattr(plan, "GPU_JSON", tmp_path / "gpu.json")
     settings = PRESETS["qwen2.5-7b"]
     runs = [("V0", "lora", 8192, 400e12, 1.25), ("S3", "lora", 8192, 200e12, 1.5), ("S3", "lora", 32768, 1e12, 9),
             ("S3", "full", 8192, 1e12, 9)]  # fmt: skip
     plan.GPU_JSON.write_text(json.dumps(measured(settings, runs)))
     answer, _, _, basis, *_ = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA))
     assert basis.endswith(
-        "gpu.json (A card, 2026-01-02) where that has the same: V0 at 8,192 tokens 400 TFLOP/s and 1.25 times the "
-        "predicted peak; S3 at 8,192 tokens 200 TFLOP/s and 1.50 times the predicted peak."
+        "gpu.json (A card, 2026-01-02) where that has the same: S3 at 8,192 tokens 200 TFLOP/s and 1.50 times the "
+        "predicted peak; V0 at 8,192 tokens 400 TFLOP/s and 1.25 times the predicted peak."
     )
     assert "It takes 18.8 GB on the GPU of 80 GB" in answer  # 1.5 times 12.52
     assert "It is 0.93 times as fast" in answer and "which takes 59.6 GB" in answer  # half of 1.85; 1.25 times 47.7
@@ -559,18 +564,19 @@ def test_a_measurement_calibrates_the_answer(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [("{}", "KeyError: 'settings'"), ("not json", "JSONDecodeError")])
-def test_measurements_that_cannot_be_used_are_said(monkeypatch, capsys, tmp_path, text, said):
-    monkeypatch.setattr(plan, "GPU_JSON", tmp_path / "gpu.json")
+def test_measurements_that_cannot_be_used_are_said(monkeypatch, capsys, text, said):
     plan.GPU_JSON.write_text(text)
     basis = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA))[3]
     assert basis.startswith("Basis: arithmetic; ") and f"gpu.json cannot be used ({said}" in basis
 
 
-def test_measurements_of_other_fine_tuning_are_not_used(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(plan, "GPU_JSON", tmp_path / "gpu.json")
-    plan.GPU_JSON.write_text(json.dumps(measured(PRESETS["qwen2.5-7b"], [("S3", "full", 8192, 1e12, 9)])))
+@pytest.mark.parametrize("tuning, dry", [("full", False), ("lora", True)])
+def test_other_fine_tuning_and_a_dry_run_are_not_used(monkeypatch, capsys, tuning, dry):
+    document = measured(PRESETS["qwen2.5-7b"], [("S3", tuning, 8192, 1e12, 9)])
+    document["runs"] = {name: run for name, run in document["runs"].items() if name.startswith("S3")}
+    plan.GPU_JSON.write_text(json.dumps(document | {"dry": dry}))
     basis = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA))[3]
-    assert basis.endswith("gpu.json has no measurement of lora fine-tuning.")
+    assert basis.endswith("gpu.json has no measurement of lora fine-tuning on a GPU.")
 
 
 def test_a_model_that_cannot_be_packed_runs_in_two_stages(monkeypatch, capsys, tmp_path):
