@@ -42,8 +42,9 @@ lab-forms: .venv/.installed
 lab-two-hop: .venv/.installed
 	@$(LAB) --task two_hop $(ARGS); status=$$?; $(REPORT); exit $$status
 
+# Files in their order, distributed/ first: its few long tests at the end would keep one of two workers waiting
 test: .venv/.test
-	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/web $(TESTS)
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/web $(TESTS)
 
 # Parity with the host and the packed row once more, as a processor without vector instructions rounds
 test-cpu: .venv/.test
