@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web screenshot chromium recipes benchmark clean
+.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web screenshot chromium recipes benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -74,5 +74,16 @@ recipes: .venv/.installed
 benchmark: .venv/.installed
 	$(BIN)/python scripts/benchmark_step.py $(ARGS)
 
+# With TRL's DPO beside them, from an environment of its own over this one's packages
+.venv-trl/.installed: .venv/.installed
+	rm -rf .venv-trl
+	$(BIN)/pip --disable-pip-version-check download --quiet --no-deps -d .venv-trl/wheels \
+	trl==1.16.0 datasets==4.8.0 dill==0.4.1 multiprocess==0.70.19 fsspec==2026.2.0
+	bash scripts/gpu/install.sh .venv-trl .venv-trl/wheels
+	@touch $@
+
+benchmark-trl: .venv-trl/.installed
+	TRL_PYTHON=.venv-trl/bin/python3 $(BIN)/python scripts/benchmark_step.py $(ARGS)
+
 clean:
-	rm -rf .venv build dist *.egg-info saves .pytest_cache .hypothesis
+	rm -rf .venv .venv-trl build dist *.egg-info saves .pytest_cache .hypothesis

@@ -4,15 +4,18 @@
     python scripts/benchmark_step.py --preset qwen2.5-7b --out docs/benchmarks   # one GPU
     python scripts/benchmark_step.py --preset qwen2.5-7b --longest               # the longest long prompt that fits
 
-Configurations are those of plan.py. Each runs in a process of its own through the host's `run_exp`, on the same model
-(random weights, one seed) and the same tokenised rows (random ids, exact lengths), one row a step. OUT/NAME.json is
-written after every configuration, and a run that was killed continues from it; NAME.md and NAME.png come at the end.
+Configurations are those of plan.py, and T, TRL's DPO on the long pair: the python that TRL_PYTHON names runs it, in an
+environment with trl >= 1.15 (`make benchmark-trl` makes one); without it T is left out. Each runs in a process of its
+own, the others through the host's `run_exp`, on the same model (random weights, one seed) and the same tokenised rows
+(random ids, exact lengths), one row a step. OUT/NAME.json is written after every configuration, and a run that was
+killed continues from it; NAME.md and NAME.png come at the end.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import random
@@ -23,11 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
-from plan import MODELS, OPTIMIZERS, Setup, count, peak, shape_of, step_flops, step_memory
+from plan import MODELS, OPTIMIZERS, VARIANTS, Setup, count, peak, shape_of, step_flops, step_memory
 
 from solopo_plugin.args import LENGTH_NORMALISED
 from solopo_plugin.host.versions import installed
@@ -214,9 +218,17 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
     use_random_weights(settings["device"])
     use_variant(run["variant"])
     use_rows_as_given()
-    watch, outcome = meter(cuda, limit_gb), "ok"
+    watch = meter(cuda, limit_gb)
+    return watched(watch, lambda: run_exp(recipe_of(settings, run, folder), callbacks=[watch]))
+
+
+def watched(watch, train: Callable[[], None]) -> dict:
+    """Train until the meter ends it, and return what it saw."""
+    import torch
+
+    outcome = "ok"
     try:
-        run_exp(recipe_of(settings, run, folder), callbacks=[watch])
+        train()
     except Finished:
         pass
     except (RuntimeError, MemoryError) as error:
@@ -230,7 +242,13 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
 
 def work(job: Path) -> None:
     """A configuration's process: read the job, run it, write the result beside it."""
-    result = run_here(**json.loads(job.read_text()), folder=job.parent)
+    given = json.loads(job.read_text())
+    if given["run"]["variant"] == "T":
+        from gpu.trl_dpo import run_here as run_trl
+
+        result = run_trl(**given, folder=job.parent) | {"trl": installed("trl")}
+    else:
+        result = run_here(**given, folder=job.parent)
     job.with_name("result.json").write_text(json.dumps(result))
     os._exit(0)  # threads of the host may outlive the interpreter
 
@@ -270,12 +288,17 @@ def write_rows(folder: Path, settings: dict, L: int) -> None:
 
 
 def configurations(variants: list[str], losses: list[str], tunings: list[str]) -> list[dict]:
-    """What to run. The host and the paper run a reference in the step; `stage: solopo` also has a cached one."""
+    """What to run. The host and the paper run a reference in the step; `stage: solopo` also has a cached one, and of
+    TRL the faster form is measured, which has it computed beforehand.
+    """
+    fixed = {"V0": ["online"], "S1": ["online"], "T": ["cached"]}
     found = []
     for tuning in tunings:
         for loss in losses:
             for variant in variants:
-                with_reference = ["online"] if variant in ("V0", "S1") else ["cached", "online"]
+                if variant == "T" and loss != "sigmoid":
+                    continue  # what TRL has of the others is experimental
+                with_reference = fixed.get(variant, ["cached", "online"])
                 for reference in [None] if loss in ("orpo", "simpo") else with_reference:
                     found.append(dict(variant=variant, loss=loss, reference=reference, tuning=tuning))
     return found
@@ -288,7 +311,7 @@ def name_of(run: dict) -> str:
 
 def measure(settings: dict, run: dict, folder: Path) -> dict:
     """One configuration in its own process; `status` is ok, oom, or failed with the end of its log."""
-    if not (folder / f"{run['length']}-dpo").exists():
+    if run["variant"] != "T" and not (folder / f"{run['length']}-dpo").exists():
         write_rows(folder, settings, run["length"])
     job, result = folder / "job.json", folder / "result.json"
     job.write_text(json.dumps({"settings": settings, "run": run}))
@@ -299,7 +322,8 @@ def measure(settings: dict, run: dict, folder: Path) -> dict:
     if settings["threads"]:
         environment["OMP_NUM_THREADS"] = str(settings["threads"])
     with (folder / "log").open("w+") as log:
-        command = [sys.executable, __file__, "--worker", str(job)]
+        python = os.environ["TRL_PYTHON"] if run["variant"] == "T" else sys.executable
+        command = [python, __file__, "--worker", str(job)]
         code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         log.seek(0)
         tail = log.read()[-3000:]
@@ -350,16 +374,19 @@ def summarise(settings: dict, runs: dict[str, dict]) -> list[dict]:
 
     rows, shown = [], {name: run for name, run in runs.items() if not run["trial"]}
     for name, run in shown.items():
-        setup = setup_of(settings, run["tuning"])
-        parts = step_memory(shape, run["variant"], S, R, run["length"], run["reference"], setup)
-        row = {"name": name, "status": run["status"], "tokens": count(run["variant"], S, R, run["length"])[0]}
-        row["predicted_peak"] = peak(parts) - parts["weights"] - parts["reference"]
+        setup, planned = setup_of(settings, run["tuning"]), run["variant"] in VARIANTS
+        like_v0 = "V0" if run["variant"] == "T" else run["variant"]
+        row = {"name": name, "status": run["status"], "tokens": count(like_v0, S, R, run["length"])[0]}
+        if planned:
+            parts = step_memory(shape, run["variant"], S, R, run["length"], run["reference"], setup)
+            row["predicted_peak"] = peak(parts) - parts["weights"] - parts["reference"]
         if run["status"] == "ok":
             row |= {"median_s": run["median_s"], "peak": above_idle(run), "reserved": run.get("reserved")}
         for base in ("V0", "S1"):
             like = {"variant": base} | {key: run[key] for key in ("loss", "tuning", "length")}
             for other in (r for r in shown.values() if like.items() <= r.items()):
-                row[f"predicted_speed_{base}"] = flops(other) / flops(run)
+                if planned:
+                    row[f"predicted_speed_{base}"] = flops(other) / flops(run)
                 if other["status"] == run["status"] == "ok":
                     row[f"speed_{base}"] = other["median_s"] / run["median_s"]
                     row[f"cpu_speed_{base}"] = statistics.median(other["cpu_s"]) / statistics.median(run["cpu_s"])
@@ -398,14 +425,15 @@ def as_markdown(document: dict) -> str:
         f"{'on' if settings['checkpointing'] else 'off'}, {settings['optim']}, attention {settings['attention']}, "
         "one row a step.", "",
         f"{document['date']}: {machine['device']}, {machine['memory_gb']} GB, {machine['cores']} cores, threads "
-        f"{settings['threads'] or 'by default'}. {', '.join(' '.join(v) for v in document['versions'].items())}.", "",
+        f"{settings['threads'] or 'by default'}. {', '.join(' '.join(v) for v in document['versions'].items())}."
+        + "".join(sorted({f" T: trl {run['trl']}." for run in runs.values() if "trl" in run})), "",
         f"    {document['command']}", "",
         "Measured, in brackets what `scripts/plan.py` predicts. Speed: times as fast. Peak: above the idle process.",
         "", "| configuration | tokens | step, s: median (least to most) | speed to V0 | speed to S1 "
         "| CPU, s: median (V0's over it) | peak, GB | of V0's |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in document["summary"]:
-        run, memory = runs[row["name"]], f"({row['predicted_peak'] / GB:.2f})"
+        run, memory = runs[row["name"]], f"({row['predicted_peak'] / GB:.2f})" if "predicted_peak" in row else ""
         step, cpu = {"oom": "out of memory"}.get(row["status"], row["status"]), "-"
         if row["status"] == "ok":
             step = f"{row['median_s']:.2f} ({min(run['step_s']):.2f} to {max(run['step_s']):.2f})"
@@ -430,10 +458,10 @@ def draw(document: dict, file) -> None:
 
     rows = [row for row in document["summary"] if row["status"] == "ok"]
     names = [row["name"] for row in rows]
-    compared = [row for row in rows if "speed_V0" in row]
+    compared = [row for row in rows if "speed_V0" in row and "predicted_speed_V0" in row]
     times = [row["median_s"] * row["speed_V0"] / row["predicted_speed_V0"] for row in compared]
     figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.3 * len(rows)), sharey=True, layout="constrained")
-    peaks, expected = ([row[key] / GB for row in rows] for key in ("peak", "predicted_peak"))
+    peaks, expected = ([row.get(key, math.nan) / GB for row in rows] for key in ("peak", "predicted_peak"))
     panels = (
         ("step, s", [row["median_s"] for row in rows], times, [row["name"] for row in compared]),
         ("peak above idle, GB", peaks, expected, names),
@@ -476,7 +504,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("saves/benchmarks"), help="folder (%(default)s)")
     parser.add_argument("--name", help="of the files in it; default: the preset's")
     parser.add_argument("--again", action="store_true", help="forget what the files hold of the chosen configurations")
-    parser.add_argument("--variants", nargs="+", choices=["V0", "S1", "S2", "S3"], default=["V0", "S1", "S2", "S3"])
+    ours = ["V0", "S1", "S2", "S3"]
+    rival = ["T"] if os.environ.get("TRL_PYTHON") else []
+    parser.add_argument("--variants", nargs="+", choices=ours + rival, default=ours + rival)
     parser.add_argument("--losses", nargs="+", choices=["orpo", "simpo", "sigmoid"], default=["orpo", "sigmoid"])
     parser.add_argument("--tunings", nargs="+", choices=["lora", "full"])
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens of the long prompt")

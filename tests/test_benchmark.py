@@ -168,7 +168,31 @@ def test_a_process_without_result(monkeypatch, tmp_path, code, status):
     monkeypatch.setattr(benchmark.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=code))
     (tmp_path / "64-dpo").mkdir()
     settings = {"threads": 1, "device": "cpu"}
-    assert benchmark.measure(settings, {"length": 64}, tmp_path)["status"] == status
+    assert benchmark.measure(settings, {"variant": "S3", "length": 64}, tmp_path)["status"] == status
+
+
+def test_trl_is_measured_by_its_own_python(command, monkeypatch, tmp_path):
+    """DPO alone, in the process of another interpreter; plan.py has no formula for it."""
+    with pytest.raises(SystemExit):
+        command("--variants", "T")
+    monkeypatch.setenv("TRL_PYTHON", "another python")
+    started = []
+
+    def start(argv, **keys):
+        started.append(argv[0])
+        job = benchmark.Path(argv[-1])
+        job.with_name("result.json").write_text(json.dumps(canned(trl="1.16.0")))
+        return SimpleNamespace(returncode=0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(benchmark.subprocess, "run", start)
+        document = command("--variants", "S3", "T", "--lengths", "64")
+    assert started == [sys.executable] * 3 + ["another python"]
+    assert list(document["runs"])[-1] == "T sigmoid cached full L64"
+    row = document["summary"][-1]
+    assert row["tokens"] == 2 * 72 and not any(key.startswith("predicted") for key in row)
+    page = (tmp_path / "out/cpu.md").read_text()
+    assert "| T sigmoid cached full L64 | 144 |" in page and "T: trl 1.16.0." in page
 
 
 # ---- the search

@@ -1,0 +1,433 @@
+"""Check the packed step on one GPU: is it right, which kernels run, how fast is its attention.
+
+    python scripts/gpu/check.py --out OUT --until EPOCH [--dry] [--cli] [--parts PART ...]
+
+Part of `run.sh`; OUT/gpu.json gets every part's result at once. What is compared is in 16 bits on the card, so the
+yardstick is what else runs in 16 bits there: "right" is at most twice its distance to fp32, and 1e-3.
+
+    cli      four steps by `llamafactory-cli train` on a tiny model
+    op       attention of a packed row, forward and gradients, against a masked softmax in fp32
+    model    log-probs and gradients of a small Qwen2, packed both ways and each sequence alone, against fp32
+    trainer  loss and gradients of a step through the real trainer: two stages, packed both ways, checkpointing on and
+             off, LoRA and full, against two stages in fp32; the loss also against one by hand
+    kernels  launches of a forward and backward, by name
+    speed    forward and backward of attention alone, 8K to 64K
+
+`--dry` runs the same on a CPU: small shapes, the kernel of the GPU replaced by a loop.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager
+from copy import deepcopy
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(Path(__file__).parent)]
+import benchmark_step as bs  # noqa: E402
+import record  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from record import tell  # noqa: E402
+
+from solopo_plugin import attention  # noqa: E402
+from solopo_plugin.logps import token_logps  # noqa: E402
+from solopo_plugin.packing import pack  # noqa: E402
+
+PATHS = {"sdpa": attention.sdpa_segments, "varlen": attention.varlen_segments}
+
+
+def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest_keys, *, scale, window_size):
+    """What `torch.nn.attention.varlen.varlen_attn` is documented to do with a window of (-1, 0); for a CPU."""
+    outputs, groups = [], query.shape[1] // key.shape[1]
+    q, k = cu_queries.tolist(), cu_keys.tolist()
+    for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False):
+        keys, values = (x[c:d].float().repeat_interleave(groups, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[a:b].float(), keys) * scale
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
+    return torch.cat(outputs).to(query.dtype)
+
+
+@contextmanager
+def attending(how: str, dry: bool):
+    """Let packed rows attend by `varlen` or by `sdpa`, whatever would be chosen."""
+    before = attention.runs_varlen, attention.varlen_attn
+    if how == "sdpa" or dry:
+        attention.runs_varlen = lambda *args: how == "varlen"
+    if dry:
+        attention.varlen_attn = loop_varlen
+    try:
+        yield
+    finally:
+        attention.runs_varlen, attention.varlen_attn = before
+
+
+def far(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def is_right(error: float, yardstick: float) -> bool:
+    return error <= 2 * yardstick + 1e-3
+
+
+def row_of(shapes, seed=0):
+    """A packed row of (short, long, chosen, rejected) lengths, and its groups."""
+    draw, groups = random.Random(seed), []
+
+    def tokens(n):
+        return draw.choices(range(64), k=n)
+
+    for short, long, chosen, rejected in shapes:
+        response = tokens(chosen)
+        groups += [(tokens(short), [response, tokens(rejected)]), (tokens(long), [response])]
+    return pack(groups), groups
+
+
+def states(T, H, K, D, device, dtype=torch.bfloat16, seed=0):
+    """Queries, keys and values, shape (1, H or K, T, D), in the memory order that a projection leaves: T, H, D."""
+    make = torch.Generator(device).manual_seed(seed)
+    raw = [torch.randn(1, T, h, D, generator=make, device=device).to(dtype).transpose(1, 2) for h in (H, K, K)]
+    return [x.detach().requires_grad_() for x in raw]
+
+
+def masked_softmax(query, key, value, plan, scale):
+    """The whole T x T softmax with a mask made of the plan; shape (1, T, H, D)."""
+    T, groups = query.shape[2], query.shape[1] // key.shape[1]
+    seen = torch.zeros(T, T, dtype=torch.bool, device=query.device)
+    for segment in plan.segments:
+        a, b = segment.query
+        for c, d in segment.keys:
+            seen[a:b, c:d] = True
+    seen &= torch.ones_like(seen).tril()
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+# ---- the parts; each takes dry and device and returns what goes into the JSON
+
+
+def cli(dry: bool, device: str) -> dict:
+    """The real command line: stage, start hook and card."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = Path(folder) / "tiny"
+        subprocess.run([sys.executable, "scripts/make_tiny_model.py", tiny], cwd=ROOT, check=True)
+        recipe = dict(
+            model_name_or_path=tiny, stage="solopo", do_train=True, finetuning_type="lora", pref_loss="sigmoid",
+            dataset="demo_solopo", dataset_dir=ROOT / "data", template="qwen", cutoff_len=1024, max_samples=16,
+            output_dir=Path(folder) / "out", max_steps=4, per_device_train_batch_size=2, logging_steps=1,
+            gradient_accumulation_steps=1, report_to="none", save_strategy="no", preprocessing_num_workers=1,
+            **({"use_cpu": True} if dry else {"bf16": True}),
+        )  # fmt: skip
+        options = [str(x) for key, value in recipe.items() for x in (f"--{key}", value)]
+        command = str(Path(sys.executable).parent / "llamafactory-cli")
+        done = subprocess.run([command, "train", *options], capture_output=True, text=True)
+    print(done.stdout, done.stderr, sep="\n")
+    said = done.stdout + done.stderr
+    losses = [float(x) for x in re.findall(r"'loss': '?(-?[\d.]+(?:e-?\d+)?)", said)]
+    form = re.findall(r"A step runs [^\n]*", said)
+    right = done.returncode == 0 and len(losses) == 4 and "runs packed" in "".join(form)
+    return {"right": right, "exit status": done.returncode, "losses": losses, "log": form[:1]}
+
+
+def op(dry: bool, device: str) -> dict:
+    """Errors of output, dq, dk, dv; the larger of the four counts."""
+    found = {}
+    heads = ((28, 4, 128), (32, 8, 128), (8, 8, 64), (8, 2, 256), (12, 12, 80))
+    rows = {
+        "one": [(70, 300, 33, 21)],
+        "two": [(70, 300, 33, 21), (5, 129, 1, 1)],
+        "edge": [(1, 2, 1, 1), (128, 256, 128, 64)],
+    }
+    for H, K, D in heads[2:4] if dry else heads:
+        for label, shapes in rows.items():
+            row, _ = row_of(shapes)
+            given, layout, scale = states(row["input_ids"].shape[1], H, K, D, device), row["plan"].layout, D**-0.5
+            exact = [x.detach().float().requires_grad_() for x in given]
+            want = masked_softmax(*exact, row["plan"], scale)
+            slope = torch.randn(want.shape, generator=torch.Generator(device).manual_seed(1), device=device)
+            want.backward(slope)
+            for name, function in PATHS.items():
+                x = [t.detach().clone().requires_grad_() for t in given]
+                got = function(*x, layout(torch.device(device)), scale)
+                got.backward(slope.to(got.dtype))
+                errors = [far(got, want), *(far(a.grad, b.grad) for a, b in zip(x, exact, strict=True))]
+                found[f"{H}/{K}x{D} {label} {name}"] = [round(e, 5) for e in errors]
+    worst = {name: max(max(errors) for key, errors in found.items() if key.endswith(name)) for name in PATHS}
+    return {"right": is_right(worst["varlen"], worst["sdpa"]), "worst": worst, "all": found}
+
+
+def small_qwen2(dry: bool, vocabulary: int):
+    """A model whose log-probs differ much from token to token, in fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    width = dict(hidden_size=64, intermediate_size=96) if dry else dict(hidden_size=1024, intermediate_size=2816)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen2", vocab_size=vocabulary, num_hidden_layers=2 if dry else 4, num_attention_heads=4 if dry else 8,
+        num_key_value_heads=2, initializer_range=0.08, pad_token_id=0, bos_token_id=None, eos_token_id=0, **width,
+    ), attn_implementation="sdpa")  # fmt: skip
+
+
+def alone(model, groups, device) -> list[torch.Tensor]:
+    """Log-probs of each response's tokens, one sequence at a time."""
+    found = []
+    for prompt, responses in groups:
+        for response in responses:
+            ids = torch.tensor([[*prompt, *response]], device=device)
+            keep = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=device)
+            logits = model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+            found.append(token_logps(logits[0], ids[0, len(prompt) :]))
+    return found
+
+
+def model(dry: bool, device: str) -> dict:
+    """Every sequence alone in fp32 is the truth; in 16 bits it is the yardstick."""
+    exact = small_qwen2(dry, 64).to(device).train()
+    row, groups = row_of([(20, 60, 5, 7), (9, 30, 1, 2)] if dry else [(200, 1500, 40, 60), (90, 700, 1, 17)])
+    row = {k: v.to(device) if torch.is_tensor(v) else v for k, v in row.items()}
+
+    def packed(m):
+        logits = m(input_ids=row["input_ids"], position_ids=row["position_ids"], logits_to_keep=row["positions_K"],
+                   use_cache=False, solopo_segments=row["plan"]).logits  # fmt: skip
+        return token_logps(logits[0], row["targets_K"]).split(row["counts"])
+
+    def measured(m, forward):
+        m.zero_grad()
+        means = torch.stack([logps.mean() for logps in forward(m)])
+        means.sum().backward()
+        return means.detach(), torch.cat([p.grad.float().flatten() for p in m.parameters()])
+
+    def loop(m):
+        return alone(m, groups, device)
+
+    want, slopes = measured(exact, loop)
+    half = deepcopy(exact).to(torch.bfloat16)
+    attention.prepare(half)
+    found = {}
+    for name, forward in (("alone", loop), ("packed sdpa", packed), ("packed varlen", packed)):
+        with attending("varlen" if name.endswith("varlen") else "sdpa", dry):
+            got, gradients = measured(half, forward)
+        found[name] = {"log-probs": (got - want).abs().mean().item(), "gradients": far(gradients, slopes)}
+    half.gradient_checkpointing_enable({"use_reentrant": False})
+    with attending("varlen", dry):
+        found["checkpointed to not"] = far(measured(half, packed)[1], gradients)
+    attention.prepare(exact)
+    with attending("varlen", dry), torch.autocast(device, dtype=torch.bfloat16):
+        found["autocast"] = {"gradients": far(measured(exact, packed)[1], slopes)}
+    varlen, yardstick = found["packed varlen"], found["alone"]
+    right = all(is_right(varlen[key], yardstick[key]) for key in yardstick)
+    right = right and found["checkpointed to not"] <= yardstick["gradients"]  # a GPU's sums have no fixed order
+    return {"right": right and is_right(found["autocast"]["gradients"], yardstick["gradients"])} | found
+
+
+def catcher():
+    """A callback that keeps the gradients of the first step, before the optimizer, and its loss."""
+    from transformers import TrainerCallback
+
+    class Catcher(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            grads = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+            self.gradients = torch.cat(grads).cpu()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.loss = logs.get("loss", getattr(self, "loss", None))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            raise bs.Finished
+
+    return Catcher()
+
+
+def by_hand(model, rows, device: str) -> float:
+    """SoLo-ORPO's loss with the squared penalty by its definition, one sequence at a time, beta 0.1 and alpha 1."""
+
+    def odds(x):
+        return x - torch.log(1 - torch.exp(x))
+
+    losses = []
+    for row in rows:
+        pair = [row["chosen_ids"], row["rejected_ids"]]
+        w, r, long_w = (x.mean() for x in alone(
+            model, [(row["short_prompt_ids"], pair), (row["long_prompt_ids"], pair[:1])], device
+        ))  # fmt: skip
+        losses.append(-w - 0.1 * F.logsigmoid(odds(w) - odds(r)) + (odds(w) - odds(long_w)) ** 2)
+    return torch.stack(losses).mean().item()
+
+
+def trainer(dry: bool, device: str) -> dict:
+    """The penalty is squared: the absolute one has a kink at 0, where rounding alone turns a gradient round."""
+    from datasets import load_from_disk
+    from llamafactory.train.tuner import run_exp
+    from make_tiny_model import train_tokenizer
+    from steps import put_back
+
+    lengths = dict(short=24, response=8, L=64) if dry else dict(short=200, response=40, L=1500)
+    settings = dict(model={"vocab_size": 512}, device=device, attention="sdpa", optim="sgd", **lengths)
+    forms = {
+        # name: recipe's form, attention of a packed row, 16 bits, checkpointing
+        "two stages, fp32": ("S1", "sdpa", False, True),
+        "two stages": ("P2", "sdpa", True, True),
+        "packed sdpa": ("S3", "sdpa", True, True),
+        "packed varlen": ("S3", "varlen", True, True),
+        "packed varlen, not checkpointed": ("S3", "varlen", True, False),
+    }
+    found, right = {}, True
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        small = small_qwen2(dry, 512)
+        small.save_pretrained(folder / "model")
+        train_tokenizer(["text"], 512).save_pretrained(folder / "model")
+        bs.write_rows(folder, settings, settings["L"])
+        rows = load_from_disk(str(folder / f"{settings['L']}-solopo"))["train"].select(range(2))
+        with torch.no_grad():
+            found["orpo by hand, fp32"] = {"loss": by_hand(small.to(device), rows, device)}
+        del small
+        for tuning, loss in (("full", "orpo"), ("lora", "sigmoid")):
+            seen = {}
+            for name, (variant, how, half, checkpointing) in forms.items():
+                run = dict(variant=variant, tuning=tuning, length=settings["L"], loss=loss, steps=1, reference=None)
+                own = settings | {"dtype": "bfloat16" if half else "float32", "checkpointing": checkpointing}
+                changes = dict(train_from_scratch=False, max_steps=1, per_device_train_batch_size=2, max_grad_norm=0.0,
+                               pref_beta=0.1, solopo_alpha=1.0, solopo_penalty="squared")  # fmt: skip
+                recipe = bs.recipe_of(own, run, folder) | changes
+                if dry and recipe["pure_bf16"]:  # the host has that on a GPU only
+                    recipe |= {"pure_bf16": False, "bf16": True}
+                seen[name] = catcher()
+                with put_back(), attending(how, dry):
+                    bs.use_rows_as_given()
+                    try:
+                        run_exp(recipe, callbacks=[seen[name]])
+                    except bs.Finished:
+                        pass
+            truth, yardstick = seen["two stages, fp32"], seen["two stages"]
+            size, error = abs(yardstick.loss - truth.loss), far(yardstick.gradients, truth.gradients)
+            for name, step in seen.items():
+                gradients = far(step.gradients, truth.gradients)
+                ok = is_right(abs(step.loss - truth.loss), size) and is_right(gradients, error)
+                right = right and (ok or name == "packed sdpa")
+                found[f"{tuning} {loss} {name}"] = {"loss": step.loss, "gradients": gradients}
+            if loss == "orpo":
+                right = right and abs(truth.loss - found["orpo by hand, fp32"]["loss"]) < 1e-3 * abs(truth.loss)
+    return {"right": right} | found
+
+
+def both_ways(function, x, plan, slope):
+    def run():
+        for t in x:
+            t.grad = None
+        function(*x, plan.layout(x[0].device), x[0].shape[-1] ** -0.5).backward(slope)
+
+    return run
+
+
+def at_7b(row, device):
+    """States of Qwen2.5-7B's heads for a row, and a slope for the output."""
+    x = states(row["input_ids"].shape[1], 28, 4, 128, device)
+    return x, torch.ones(1, x[0].shape[2], 28, 128, dtype=torch.bfloat16, device=device)
+
+
+def kernels(dry: bool, device: str) -> dict:
+    from torch.profiler import ProfilerActivity, profile
+
+    found = {}
+    for batch in (1, 4):
+        row, _ = row_of([(16, 64, 8, 8) if dry else (128, 1024, 64, 64)] * batch)
+        x, slope = at_7b(row, device)
+        for name, function in PATHS.items():
+            run = both_ways(function, x, row["plan"], slope)
+            run()
+            with profile(activities=[ProfilerActivity.CPU if dry else ProfilerActivity.CUDA]) as seen:
+                run()
+                if not dry:
+                    torch.cuda.synchronize()
+            names = [e.name for e in seen.events() if dry or "cuda" in str(e.device_type).lower()]
+            attends = Counter(n[:60] for n in names if any(s in n.lower() for s in ("flash", "fmha", "cudnn", "sdp")))
+            found[f"batch {batch}, {name}"] = {"launches": len(names), "attention": dict(attends.most_common(6))}
+    return found
+
+
+def speed(dry: bool, device: str) -> dict:
+    """Causal pairs only are counted: forward 4 FLOP each and head dimension, backward 2.5 times that."""
+    found, times = {}, 3
+    S, R = (16, 8) if dry else (1024, 256)
+    for L in (64,) if dry else (8192, 16384, 32768, 65536):
+        row, _ = row_of([(S, L, R, R)])
+        x, slope = at_7b(row, device)
+        flops = 3.5 * 4 * 28 * 128 * ((S + R) ** 2 / 2 + R * S + R * R / 2 + (L + R) ** 2 / 2)
+        for name, function in PATHS.items():
+            run = both_ways(function, x, row["plan"], slope)
+            for n in (1, times):
+                if not dry:
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+                for _ in range(n):
+                    run()
+                if not dry:
+                    torch.cuda.synchronize()
+            seconds = (time.perf_counter() - began) / times
+            found[f"{L} {name}"] = {"ms": round(1e3 * seconds, 3), "TFLOP/s": round(flops / seconds / 1e12, 2)}
+        del x, slope
+    return found
+
+
+PARTS = {part.__name__: part for part in (op, model, trainer, kernels, speed)}
+
+
+def arguments(argv: list[str] | None = None) -> SimpleNamespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--until", type=float, default=float("inf"), help="seconds since 1970 at which to end")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--cli", action="store_true", help="this part alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> bool:
+    """Run the parts that the JSON lacks; returns whether all that can be right is."""
+    args = arguments(argv)
+    device, all_right = "cpu" if args.dry else "cuda", True
+    if not args.dry and not torch.cuda.is_available():
+        sys.exit("> This needs a GPU and torch sees none; `--dry` runs on a CPU.")
+    document = record.load(args.out, hardware=bs.hardware(device))
+    document |= {"date": date.today().isoformat(), "dry": args.dry}
+    for name, part in {"cli": cli}.items() if args.cli else [(name, PARTS[name]) for name in args.parts]:
+        if document["check"].get(name, {}).get("status") == "ok":
+            continue
+        if time.time() > args.until:
+            tell(f"{name}: skipped, no time left")
+            all_right = False
+            continue
+        began = time.perf_counter()
+        try:
+            with attending("varlen", args.dry):
+                seen = {"status": "ok"} | part(args.dry, device)
+        except Exception as error:  # one part must not take the others with it
+            import traceback
+
+            seen = {"status": "failed", "log": "".join(traceback.format_exception(error))[-3000:]}
+        document["check"][name] = seen | {"whole_s": round(time.perf_counter() - began, 1)}
+        record.save(document, args.out)
+        all_right = all_right and seen["status"] == "ok" and seen.get("right", True)
+        verdict = seen["log"].strip().splitlines()[-1] if seen["status"] == "failed" else json.dumps(seen)[:300]
+        tell(f"{name} ({document['check'][name]['whole_s']} s): {verdict}")
+    return all_right
+
+
+if __name__ == "__main__":
+    code = 0 if main() else 1
+    sys.stdout.flush()
+    os._exit(code)  # threads of the host may outlive the interpreter

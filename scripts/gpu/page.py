@@ -1,0 +1,183 @@
+"""Write the page of a GPU's measurements, gpu.md, beside its gpu.json. Nothing in it is filled in by hand.
+
+    python scripts/gpu/page.py --out OUT
+
+Runs anywhere with this plugin installed. Predictions are those of `plan.py`; what was not measured is said.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(Path(__file__).parent)]
+import benchmark_step as bs  # noqa: E402
+import record  # noqa: E402
+from check import PARTS  # noqa: E402
+from steps import JOBS, LONGEST, reference_of, settings_of  # noqa: E402
+
+GB = 1e9
+MEANS = {
+    "V0": "the host's `stage: dpo` on the long pair",
+    "S1": "the paper's two stages, all logits",
+    "P2": "`solopo_forward: two_stage`",
+    "S3": "`solopo_forward: packed`",
+    "T": "TRL's `DPOTrainer` on the long pair, its fused head, reference computed beforehand",
+}
+
+
+def heading(document: dict) -> list[str]:
+    lines = ["# One GPU: correctness, step time, memory", ""]
+    if document.get("dry", True):
+        lines += ["**A dry run on a CPU at tiny shapes: it shows that the command works, no more.**", ""]
+    machine = document.get("hardware")
+    if machine:
+        lines += [
+            f"{document['date']}: {machine['device']}, {machine['memory_gb']} GB, {machine['cores']} cores. "
+            "`bash scripts/gpu/run.sh` wrote this page and `gpu.json`.", "",
+        ]  # fmt: skip
+    if "settings" not in document:
+        return [*lines, "No step was measured.", ""]
+    settings, model = document["settings"], document["settings"]["model"]
+    lines += [
+        f"{model['model_type']}, {model['num_hidden_layers']} layers, width {model['hidden_size']}, vocabulary "
+        f"{model['vocab_size']}, random weights; short prompt {settings['short']}, responses {settings['response']} "
+        f"tokens, L the long prompt; {settings['dtype']}, gradient checkpointing, {settings['optim']} (no states), "
+        "SDPA where it is not the packed row's own attention, one row a step.", "",
+    ]  # fmt: skip
+    for name in ("versions", "versions of TRL's environment"):
+        if name in document:
+            lines += [f"V{name[1:]}: {', '.join(' '.join(v) for v in document[name].items())}.", ""]
+    return lines
+
+
+def correctness(check: dict) -> list[str]:
+    lines = [
+        "## Is it right", "",
+        "Distances to fp32 of the same in 16 bits; right is at most twice the yardstick's, and 1e-3. The yardstick is "
+        "what else runs in 16 bits: SDPA, each sequence alone, the two stages.", "",
+        "| check | right | seen |", "|---|---|---|",
+    ]  # fmt: skip
+
+    def verdict(part: dict) -> str:
+        return part["status"] if part["status"] != "ok" else "yes" if part.get("right") else "**no**"
+
+    if part := check.get("cli"):
+        seen = f"losses {part['losses']}; {' '.join(part['log'])}" if part["status"] == "ok" else "-"
+        lines.append(f"| four steps by `llamafactory-cli` | {verdict(part)} | {seen} |")
+    if part := check.get("op"):
+        seen = ", ".join(f"{name} {error}" for name, error in part.get("worst", {}).items())
+        lines.append(f"| attention alone, worst of output and gradients | {verdict(part)} | {seen} |")
+    if part := check.get("model"):
+        seen = ", ".join(f"{name} {part[name]['gradients']:.4f}" for name in
+                         ("alone", "packed sdpa", "packed varlen", "autocast") if name in part)  # fmt: skip
+        lines.append(f"| gradients of log-probs (yardstick: alone) | {verdict(part)} | {seen} |")
+    if part := check.get("trainer"):
+        for name, seen in part.items():
+            if isinstance(seen, dict):
+                more = f", gradients {seen['gradients']:.4f}" if "gradients" in seen else ""
+                lines.append(f"| trainer: {name} | {verdict(part)} | loss {seen['loss']:.5f}{more} |")
+        if part["status"] != "ok":
+            lines.append(f"| trainer | {verdict(part)} | - |")
+    return [*lines, ""]
+
+
+def steps(document: dict) -> list[str]:
+    runs = {key: run for key, run in document["runs"].items() if not run["trial"]}
+    rows = {row["name"]: row for row in bs.summarise(document["settings"], runs)}
+    lines = [
+        "## Steps", "",
+        "Measured, in brackets what `scripts/plan.py` predicts. Speed: how many times as fast. Peak: above what "
+        "the idle process holds.", "",
+        "| configuration | step, s: median (least to most) | speed to V0 | to S1 | to T | peak, GB | all, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+
+    def beside(row: dict, name: str) -> str:
+        measured = f"{row[name]:.2f}" if name in row else "-"
+        return f"{measured} ({row[f'predicted_{name}']:.2f})" if f"predicted_{name}" in row else measured
+
+    def to_trl(run: dict) -> str:
+        like = {"variant": "T", "status": "ok"} | {key: run[key] for key in ("loss", "tuning", "length")}
+        other = next((r for r in runs.values() if like.items() <= r.items()), None)
+        return f"{other['median_s'] / run['median_s']:.2f}" if other and run["status"] == "ok" else "-"
+
+    def order(item):
+        return [item[1]["tuning"] == "full", item[1]["loss"], item[1]["length"], list(MEANS).index(item[1]["variant"])]
+
+    for key, run in sorted(runs.items(), key=order):
+        row = rows[key]
+        step = {"oom": "out of memory"}.get(run["status"], run["status"])
+        held, whole = f"({row['predicted_peak'] / GB:.1f})" if "predicted_peak" in row else "", "-"
+        if run["status"] == "ok":
+            step = f"{run['median_s']:.3f} ({min(run['step_s']):.3f} to {max(run['step_s']):.3f})"
+            held, whole = f"{(run['peak'] - run['idle']) / GB:.1f} {held}", f"{run['peak'] / GB:.1f}"
+        speeds = [beside(row, name) for name in ("speed_V0", "speed_S1")]
+        lines.append(f"| {' | '.join([key, step, *speeds, to_trl(run), held.strip() or '-', whole])} |")
+    return [*lines, "", *(f"- {name}: {meaning}" for name, meaning in MEANS.items()), ""]
+
+
+def longest(document: dict) -> list[str]:
+    lines = [
+        "## The longest long prompt", "",
+        "LoRA. Peaks grow with its length; shares of the length that they point to were tried.", "",
+        "| configuration | peaks point to | fits | does not fit |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for variant, there in document.get("longest by peaks", {}).items():
+        loss = "sigmoid" if variant == "T" else "orpo"
+        like = {"variant": variant, "loss": loss, "tuning": "lora"}
+        tried = [run for run in document["runs"].values() if like.items() <= run.items()]
+        fits = max((r["length"] for r in tried if r["status"] == "ok"), default="-")
+        not_fit = min((r["length"] for r in tried if r["status"] == "oom"), default="-")
+        lines.append(f"| {variant} {loss} | {there} | {fits} | {not_fit} |")
+    return [*lines, ""]
+
+
+def attention(check: dict) -> list[str]:
+    part = check.get("speed", {})
+    seen = {name: value for name, value in part.items() if isinstance(value, dict)}
+    if not seen:
+        return []
+    lines = [
+        "## Attention of a packed row, forward and backward", "",
+        "One layer's: 28 heads over 4 of keys, size 128. Visible pairs alone are counted.", "",
+        "| L, kernel | ms | TFLOP/s |", "|---|---|---|",
+    ]  # fmt: skip
+    return [*lines, *(f"| {name} | {value['ms']} | {value['TFLOP/s']} |" for name, value in seen.items()), ""]
+
+
+def missing(document: dict) -> list[str]:
+    """What the command would measure, and this document does not hold."""
+    lengths = settings_of(document.get("dry", True))[1]
+    todo = [f"check `{name}`" for name in ("cli", *PARTS) if document["check"].get(name, {}).get("status") != "ok"]
+    for variant, tuning, length, _, loss in (job for jobs in JOBS.values() for job in jobs):
+        run = dict(variant=variant, loss=loss, reference=reference_of(variant, loss), tuning=tuning)
+        key = f"{bs.name_of(run)} L{lengths[length]}"
+        if document["runs"].get(key, {}).get("status") not in ("ok", "oom"):
+            todo.append(key + (" (failed)" if key in document["runs"] else ""))
+    done = document.get("longest by peaks", {})
+    todo += [f"longest prompt of {variant}" for variant in LONGEST if variant not in done]
+    return ["## Not measured", "", *([f"- {name}" for name in todo] or ["Nothing: all of the command was done."]), ""]
+
+
+def as_markdown(document: dict) -> str:
+    parts = [heading(document), correctness(document["check"])]
+    if "settings" in document:
+        parts += [steps(document), longest(document)]
+    parts += [attention(document["check"]), missing(document)]
+    return "\n".join(line for part in parts for line in part)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json")
+    out = parser.parse_known_args(argv)[0].out
+    file = out / record.NAME
+    if not file.exists():
+        sys.exit(f"> There is no {file}: nothing was measured.")
+    file.with_suffix(".md").write_text(as_markdown(json.loads(file.read_text())))
+
+
+if __name__ == "__main__":
+    main()

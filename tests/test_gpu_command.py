@@ -1,0 +1,211 @@
+"""scripts/gpu: the command for one GPU, dry on a CPU. What it says is right must be able to be wrong."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import LOSS_BOUND, ROOT
+
+sys.path.insert(0, str(ROOT / "scripts" / "gpu"))
+import check  # noqa: E402
+import page  # noqa: E402
+import record  # noqa: E402
+import steps  # noqa: E402
+
+FEW = {
+    "first": [(v, "lora", steps.SMALL, 1, "orpo") for v in ("S3", "V0", "S1", "P2")],
+    "trl": [("T", "lora", steps.SMALL, 1, "sigmoid")],
+    "more": [("S3", "full", steps.SMALL, 1, "sigmoid")],
+}
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """The folder of results; caches go into the test's own."""
+    for name in ("SOLOPO_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, os.environ[name])  # so that what the script sets is put back
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def do(out, tmp_path, monkeypatch):
+    """Run `steps.py` with few configurations in this process; returns the JSON."""
+    monkeypatch.setattr(steps, "JOBS", FEW)
+    monkeypatch.setattr(page, "JOBS", FEW)
+
+    def run(jobs: str, *more: str) -> dict:
+        run.fine = steps.main(["--out", str(out), "--folder", str(tmp_path / "work"), "--jobs", jobs, "--dry", *more])
+        return record.load(out)
+
+    return run
+
+
+def test_checks_pass_and_are_written_down(out):
+    assert check.main(["--out", str(out), "--dry"])
+    seen = record.load(out)["check"]
+    assert list(seen) == list(check.PARTS) and all(part["status"] == "ok" for part in seen.values())
+    assert all(seen[name]["right"] for name in ("op", "model", "trainer"))
+    forms = [name for name in seen["trainer"] if name.startswith(("full", "lora"))]
+    assert len(forms) == 10  # two tunings, five forms
+
+
+@pytest.mark.parametrize("fault", ["other sequences are seen", "the mask begins at the first key"])
+def test_wrong_attention_is_not_right(out, monkeypatch, fault):
+    right = check.loop_varlen
+
+    def wrong(query, key, value, cu_queries, cu_keys, *rest, **keys):
+        if fault == "other sequences are seen":
+            ends = [0, -1]
+            return right(query, key, value, cu_queries[ends], cu_keys[ends], *rest, **keys)
+        outputs, q, k = [], cu_queries.tolist(), cu_keys.tolist()
+        for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False):
+            n = min(b - a, d - c)
+            cu = torch.tensor([0, n], dtype=torch.int32)
+            outputs.append(right(query[a:b], key[c : c + n], value[c : c + n], cu, cu, *rest, **keys))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(check, "loop_varlen", wrong)
+    assert not check.main(["--out", str(out), "--dry", "--parts", "op", "model"])
+    seen = record.load(out)["check"]
+    assert not seen["op"]["right"] and not seen["model"]["right"]
+    assert "**no**" in page.as_markdown(record.load(out))
+
+
+def test_a_part_that_breaks_leaves_the_others(out, monkeypatch):
+    monkeypatch.setitem(check.PARTS, "op", lambda dry, device: 1 / 0)
+    assert not check.main(["--out", str(out), "--dry", "--parts", "op", "speed"])
+    seen = record.load(out)["check"]
+    assert seen["op"]["status"] == "failed" and "ZeroDivisionError" in seen["op"]["log"]
+    assert seen["speed"]["status"] == "ok"
+
+
+def test_steps_longest_and_page(do, out):
+    """The forms of one process compute the same: what one replaces in the trainer is put back for the next."""
+    do("first")
+    runs = do("more")["runs"]
+    assert do.fine and [run["status"] for run in runs.values()] == ["ok"] * 5
+    losses = {key[:2]: run["losses"] for key, run in runs.items() if "orpo" in key}
+    assert losses["S1"] == pytest.approx(losses["S3"], **LOSS_BOUND)
+    assert losses["P2"] == pytest.approx(losses["S3"], **LOSS_BOUND)
+    assert losses["V0"] != pytest.approx(losses["S3"], **LOSS_BOUND)
+    document = do("longest")
+    assert document["longest by peaks"] == {"S3": 128, "V0": 128}
+    tried = [run["length"] for run in document["runs"].values() if run["trial"]]
+    assert tried == [120, 130, 120, 130]
+    page.main(["--out", str(out)])
+    text = (out / "gpu.md").read_text()
+    assert "dry run on a CPU" in text and "| S3 orpo | 128 | 130 | - |" in text
+    assert (
+        "- T sigmoid cached lora L64\n" in text
+        and "- longest prompt of T\n" in text
+        and "S3 orpo lora L64\n" not in text
+    )
+
+
+def test_what_has_no_time_is_skipped_and_what_fails_is_told(do, out, monkeypatch, capsys):
+    assert do("first", "--until", "0")["runs"] == {} and "skipped" in capsys.readouterr().out
+    began = []
+
+    def run_one(settings, run, folder):
+        began.append(run["variant"])
+        if run["variant"] == "V0":
+            raise ValueError("no such thing")
+        return {"status": "oom", "step_s": [], "warm_up_s": []}
+
+    monkeypatch.setattr(steps, "run_one", run_one)
+    runs = do("first")["runs"]
+    assert not do.fine and [run["status"] for run in runs.values()] == ["oom", "failed", "oom", "oom"]
+    assert "V0 orpo lora L64: failed" in capsys.readouterr().out
+    do("first")  # again only what failed, and not even that in a process that goes on after a lack of memory
+    do("first", "--resumed")
+    assert began == ["S3", "V0", "S1", "P2", "V0"]
+    text = page.as_markdown(record.load(out))
+    assert "out of memory" in text and "- V0 orpo lora L64 (failed)" in text
+
+
+def test_other_settings_do_not_mix(do, monkeypatch):
+    do("more", "--until", "0")
+    monkeypatch.setattr(steps.bs, "hardware", lambda device: {"device": "another"})
+    with pytest.raises(SystemExit, match="was measured with other hardware"):
+        do("more", "--until", "0")
+
+
+@pytest.mark.parametrize("lengths, there", [([8192], 48000), ([8192, 16384], 48000)])
+def test_longest_is_where_the_peaks_meet_the_card(do, monkeypatch, lengths, there):
+    """A card of 80 GB; 15 GB held, 1.5625 MB a token of the long prompt."""
+    tried = []
+    session = object.__new__(steps.Session)
+    session.args = steps.arguments(["--out", "x", "--folder", "x", "--jobs", "longest"])
+    run = dict(variant="S3", loss="orpo", tuning="lora", status="ok", trial=False, idle=15e9)
+    session.document = {"runs": {n: run | {"length": n, "peak": 15e9 + n * 62.5e9 / 48000} for n in lengths}}
+    session.cuda, total = True, type("Card", (), {"total_memory": 80e9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: total)
+    session.once = lambda *job, **keys: tried.append(job[2]) or {"status": "ok"}
+    session.longest("S3", "orpo")
+    assert session.document["longest by peaks"] == {"S3": there}
+    assert tried == [44 * 1024, 47 * 1024]
+
+
+# ---- the shell
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """Run `run.sh` with a python3 that only writes down its arguments; it fails where they name FAIL."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python3"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho "> said"\ncase "$*" in *$FAIL*) exit 3;; esac\n')
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+
+    def run(**environment):
+        env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "DRY": "1"}
+        env |= {"FAIL": "nothing", "WHEELS": "", "TRL_PYTHON": ""} | environment
+        done = subprocess.run(["bash", ROOT / "scripts/gpu/run.sh"], env=env, capture_output=True, text=True)
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return done, [call for call in calls if call.startswith("scripts/")]
+
+    return run
+
+
+def test_the_command_runs_its_parts_in_order(stub, tmp_path):
+    done, calls = stub(TRL_PYTHON="python3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    scripts = [call.split()[0].rpartition("/")[2] for call in calls]
+    assert scripts == ["check.py", "check.py", "steps.py", "steps.py", "steps.py", "steps.py", "page.py"]
+    jobs = [call.split("--jobs ")[1].split()[0] for call in calls if "--jobs" in call]
+    assert jobs == ["first", "trl", "longest", "more"]
+    assert all("--dry" in call and f"--out {tmp_path}/out" in call for call in calls)
+    assert done.stdout.count("\nsaid\n") == 7
+
+
+def test_the_command_says_what_was_not_done(stub):
+    done, calls = stub(FAIL="--cli")
+    assert done.returncode == 1 and len(calls) == 6
+    assert "cli: exit status 3" in done.stdout and "not all done or right: cli" in done.stdout
+    assert "trl: not measured" in done.stdout
+
+
+def test_the_command_keeps_to_its_time(stub):
+    done, calls = stub(TOTAL="30")
+    assert [call.split()[0] for call in calls] == ["scripts/gpu/page.py"]
+    assert "steps: exit status none, no time left" in done.stdout and done.returncode == 1
+
+
+def test_without_a_gpu_it_says_so(stub):
+    done, calls = stub(DRY="", FAIL="torch")
+    assert done.returncode == 1 and not calls and "DRY=1 runs the same on a CPU" in done.stdout
+
+
+def test_the_dry_command(tmp_path):
+    """The shell, a process and the page for real; the other parts run above, in this process."""
+    env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OUT": str(tmp_path)}
+    env |= {"DRY": "1", "PARTS": "check page", "WHEELS": "", "TRL_PYTHON": ""}
+    done = subprocess.run(["bash", ROOT / "scripts/gpu/run.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "gpu.json").read_text())["check"]["trainer"]["right"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "No step was measured." in text and "dry run on a CPU" in text and " cores. `bash" in text
