@@ -89,7 +89,7 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
 
 
 def references_of(recipe: dict) -> dict[str, str | None]:
-    """Of every variant: `online`, `cached`, or None where stage or loss has no reference."""
+    """Return each variant's reference: `online`, `cached`, or None where stage or loss has none."""
     plain = recipe.get("stage") == "sft" or recipe.get("pref_loss", "sigmoid") in ("orpo", "simpo")
     ours = recipe.get("solopo_reference", FIELDS["solopo_reference"].default)
     return {
@@ -124,7 +124,7 @@ def how_it_runs(config, recipe: dict, setup: Setup) -> tuple[str, str]:
 
 
 class Measured(NamedTuple):
-    """What a GPU did in one configuration, beside the arithmetic for it."""
+    """Hold what a GPU did in one configuration, beside the arithmetic for it."""
 
     length: int  # tokens of the long prompt
     flops: float  # counted FLOPs per second

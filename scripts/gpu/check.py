@@ -48,7 +48,7 @@ PATHS = {"sdpa": attention.sdpa_segments, "varlen": attention.varlen_segments}
 
 
 def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest_keys, *, scale, window_size):
-    """What `torch.nn.attention.varlen.varlen_attn` is documented to do with a window of (-1, 0); for a CPU."""
+    """Do what `torch.nn.attention.varlen.varlen_attn` is documented to do with a window of (-1, 0), on a CPU."""
     outputs, groups = [], query.shape[1] // key.shape[1]
     q, k = cu_queries.tolist(), cu_keys.tolist()
     for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False):

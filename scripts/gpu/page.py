@@ -148,7 +148,7 @@ def attention(check: dict) -> list[str]:
 
 
 def missing(document: dict) -> list[str]:
-    """What the command would measure, and this document does not hold."""
+    """Return what the command would measure, and this document does not hold."""
     lengths = settings_of(document.get("dry", True))[1]
     todo = [f"check `{name}`" for name in ("cli", *PARTS) if document["check"].get(name, {}).get("status") != "ok"]
     for variant, tuning, length, _, loss in (job for jobs in JOBS.values() for job in jobs):

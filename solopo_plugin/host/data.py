@@ -264,7 +264,7 @@ class LongConverter:
 
 
 def holds_null(value: Any) -> bool:
-    """Whether an object anywhere in a value has a null."""
+    """Return whether an object anywhere in a value has a null."""
     if isinstance(value, dict):
         return any(item is None or holds_null(item) for item in value.values())
     return isinstance(value, list) and any(map(holds_null, value))

@@ -423,7 +423,7 @@ def _without_credentials(address: str) -> str:
 
 
 def is_local(host: str) -> bool:
-    """Whether a host name or IP address means this machine."""
+    """Return whether a host name or IP address means this machine."""
     with suppress(ValueError):
         address = ipaddress.ip_address(host)
         return address.is_loopback or address.is_unspecified
@@ -699,12 +699,12 @@ class _Servers:
 
 
 def _is_final(status: int) -> bool:
-    """Whether a request that ends with this HTTP status would end so again."""
+    """Return whether a request that ends with this HTTP status would end so again."""
     return 300 <= status < 500 and status not in PASSING or status in LASTING
 
 
 def _lasting(error: httpx.HTTPError, again: bool) -> str | None:
-    """What to do about an error that no other try mends; None for one that may pass.
+    """Return what to do about an error that no other try mends; None for one that may pass.
 
     Args:
         again: A few tries failed and none succeeded: before that a name may be new and not yet known.

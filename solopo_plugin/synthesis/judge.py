@@ -40,7 +40,7 @@ def judge(text: str, golds: list[str]) -> dict:
 
 
 def advice(prompt: str | None) -> str:
-    """What to do where most answers lack the marker; `prompt` is the recipe's."""
+    """Return what to do where most answers lack the marker; `prompt` is the recipe's."""
     if prompt is not None and extract_answer(prompt) is None:
         return "`prompt` does not ask for that line: let it say that an answer ends with `The answer is: ...`"
     return (
