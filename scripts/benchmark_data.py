@@ -52,9 +52,9 @@ def main() -> int:
 
     from make_tiny_model import train_tokenizer
 
+    from solopo_plugin.qa.files import read_jsonl
+    from solopo_plugin.qa.generate.calls import load_chat
     from solopo_plugin.synthesis import contexts, read
-    from solopo_plugin.synthesis.backends import load_chat
-    from solopo_plugin.synthesis.files import read_jsonl
     from solopo_plugin.synthesis.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:

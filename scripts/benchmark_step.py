@@ -35,7 +35,7 @@ from plan import MODELS, OPTIMIZERS, VARIANTS, Setup, count, peak, shape_of, ste
 
 from solopo_plugin.args import LENGTH_NORMALISED
 from solopo_plugin.host.versions import installed
-from solopo_plugin.synthesis.files import replacing
+from solopo_plugin.qa.files import replacing
 
 GB = 1e9  # bytes
 WARM_UP = 1  # steps before the timed ones: allocators and optimizer states

@@ -11,8 +11,8 @@ import argparse
 import logging
 import sys
 
-from solopo_plugin.synthesis import TABLE, run_pipeline
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.synthesis.pipeline import TABLE, run_pipeline
 from solopo_plugin.synthesis.recipe import load_recipe
 
 

@@ -15,7 +15,7 @@ import sys
 
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.evaluation.run import evaluate
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.qa.files import DataError
 
 
 def main(words: list[str] | None = None) -> int:

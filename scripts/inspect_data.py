@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from solopo_plugin.synthesis.files import DataError
-from solopo_plugin.synthesis.inspect import CHECKS, inspect
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.synthesis.look import CHECKS, inspect
 
 
 def main(words: list[str] | None = None) -> int:

@@ -12,8 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
-from solopo_plugin.evaluation.inside import read_rows, run
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.probe.inside import read_rows, run
+from solopo_plugin.qa.files import DataError
 
 
 def main(words: list[str] | None = None) -> int:

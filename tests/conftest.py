@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("SOLOPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "synthesis")]  # the latter for its servers and material
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "qa")]  # the latter for its servers and material
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["DISABLE_VERSION_CHECK"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -48,7 +48,7 @@ def test_count():
     assert len(RECIPES) == 16 + 18 + 8 + 6 + 1 == 49
     assert len(ABLATIONS) == 24
     stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(RECIPES) - {DEMO.name} - set(LAB)
-    stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "data").glob("*.yaml")}  # tests/synthesis/test_read.py
+    stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "data").glob("*.yaml")}  # tests/qa/test_questions.py
     stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "eval").glob("*.yaml")}  # tests/evaluation
     assert not stray, f"recipes that no test looks at: {stray}"
 

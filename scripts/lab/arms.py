@@ -12,7 +12,7 @@ import sys
 import yaml
 from recall import ROOT
 
-from solopo_plugin.synthesis.files import replacing
+from solopo_plugin.qa.files import replacing
 
 FOLDER = ROOT / "examples/yaml/lab"
 RATE = 3e-4  # of every arm whose rate is not chosen

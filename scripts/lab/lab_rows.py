@@ -15,7 +15,8 @@ from recall import BASE, CHOOSING, KEY, LONG, MEASURED, QUESTIONS, SHORT, VALUE,
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from solopo_plugin.synthesis.files import file_hash, write_json, write_jsonl
+from solopo_plugin.qa.files import write_json, write_jsonl
+from solopo_plugin.qa.provenance import file_hash
 
 ROWS = 1600  # of each data set: 200 steps of 8
 SAMPLES, TEMPERATURE = 32, 0.85  # the paper's

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from solopo_plugin.synthesis.files import write_json
+from solopo_plugin.qa.files import write_json
 
 BATCH = 64
 COPIED = 0.1  # nats per token below which copying has appeared; it does so within some 100 steps

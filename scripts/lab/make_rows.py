@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recall import LONG, SHORT, rows
 
-from solopo_plugin.synthesis.files import write_json, write_jsonl
+from solopo_plugin.qa.files import write_json, write_jsonl
 
 RESPONSES = {"chosen": "chosen", "rejected": "rejected"}
 ENTRIES = {

@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from two_hop import BASE, FIRST, PROMPT, SECOND, SPECIAL, WORDS, World, measure
 
-from solopo_plugin.synthesis.contexts import lay_out, split_prompt
-from solopo_plugin.synthesis.files import write_json
-from solopo_plugin.synthesis.pool import shown_text
+from solopo_plugin.qa.files import write_json
+from solopo_plugin.qa.prompts import lay_out, shown_text, split_prompt
 
 COPIES, COPY_STEPS = 32, 350  # sequences in a step of copying, steps
 BATCH, STEPS = 16, 110  # contexts in a step of questions, steps

@@ -35,7 +35,7 @@ from scipy import stats
 from two_hop import LENGTHS
 
 from solopo_plugin.collapse import collapse
-from solopo_plugin.synthesis.files import replacing, write_json
+from solopo_plugin.qa.files import replacing, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

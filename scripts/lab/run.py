@@ -30,7 +30,7 @@ import yaml
 from arms import FOLDER, RATE, arms, beyond, methods, rates, sweep_seed
 from recall import ROOT
 
-from solopo_plugin.synthesis.files import write_json
+from solopo_plugin.qa.files import write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
 SEEDS = {"recall": 5, "two_hop": 3}

@@ -12,7 +12,7 @@ from recall import BASE, LONG, SHORT, profile
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from solopo_plugin.synthesis.files import write_json
+from solopo_plugin.qa.files import write_json
 
 
 def table(before: dict[int, float], after: dict[int, float]) -> str:

@@ -19,12 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from solopo_plugin.host.template import template_markers
-from solopo_plugin.synthesis import run_pipeline
-from solopo_plugin.synthesis.backends import load_chat
-from solopo_plugin.synthesis.contexts import Builder
-from solopo_plugin.synthesis.files import file_hash, write_jsonl
+from solopo_plugin.qa.contexts import Builder
+from solopo_plugin.qa.documents import count_tokens, make_pool
+from solopo_plugin.qa.files import write_jsonl
+from solopo_plugin.qa.generate.calls import load_chat
+from solopo_plugin.qa.provenance import file_hash
 from solopo_plugin.synthesis.judge import judge
-from solopo_plugin.synthesis.pool import count_tokens, make_pool
+from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

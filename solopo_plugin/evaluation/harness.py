@@ -20,9 +20,11 @@ from typing import Any
 
 import httpx
 
-from ..synthesis.backends import addresses, api_key, is_local, max_lora_rank, window_of
-from ..synthesis.files import DataError, explained, folder_hash, write_json
-from ..synthesis.recipe import ADAPTER, TOKENIZER, WEIGHTS
+from ..qa.files import DataError, explained, write_json
+from ..qa.generate.local import window_of
+from ..qa.generate.servers import addresses, api_key, is_local
+from ..qa.generate.vllm import max_lora_rank
+from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, folder_hash
 from .models import tokenizer_of
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..synthesis.files import DataError, read_jsonl
+from ..qa.files import DataError, read_jsonl
 
 # benchmark -> metric of its table; the others are reported beside it
 MAIN_METRIC = {

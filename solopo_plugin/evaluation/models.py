@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..synthesis.files import DataError, explained
-from ..synthesis.recipe import TOKENIZER
+from ..qa.files import DataError, explained
+from ..qa.provenance import TOKENIZER
 from .recipe import TITLE, EvalRecipe
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..synthesis.files import DataError, split_names
+from ..qa.files import DataError, split_names
+from ..qa.recipe import build, key, read_values
 from ..synthesis.recipe import FIELDS as DATA
-from ..synthesis.recipe import build, key, read_values
 from .items import MAIN_METRIC
 
 TITLE = "evaluation recipe"

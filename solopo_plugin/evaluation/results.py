@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..host.versions import installed_versions
-from ..synthesis.files import DataError, explained, read_jsonl, write_json
+from ..qa.files import DataError, explained, read_jsonl, write_json
+from .intervals import compare_paired, mean_interval, mean_of_means
 from .items import MAIN_METRIC
-from .statistics import compare_paired, mean_interval, mean_of_means
 
 log = logging.getLogger(__name__)
 PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy", "lm_eval")

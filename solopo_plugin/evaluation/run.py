@@ -19,21 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ..host.template import encode_prompt
-from ..synthesis.backends import Call, Model, check_backend, generate, load_chat
-from ..synthesis.files import (
-    Appender,
-    DataError,
-    alone_in,
-    dump,
-    explained,
-    file_hash,
-    folder_hash,
-    read_jsonl,
-    replacing,
-    write_json,
-    write_jsonl,
-)
-from ..synthesis.recipe import ADAPTER, TOKENIZER, WEIGHTS, settings
+from ..qa.files import Appender, DataError, alone_in, dump, explained, read_jsonl, replacing, write_json, write_jsonl
+from ..qa.generate import check_backend, generate
+from ..qa.generate.calls import Call, Model, load_chat
+from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, file_hash, folder_hash
+from ..qa.recipe import settings
 from .items import Item, read_items
 from .models import ModelRef, find_models, tokenizer_of
 from .recipe import EvalRecipe, sources

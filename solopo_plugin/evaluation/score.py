@@ -1,6 +1,6 @@
 """From stored answers to scores, without a model: items.jsonl and answers/<model>.jsonl give scores/<model>.jsonl.
 
-The scores, 0 to 100 each, by the functions of `solopo_plugin.metrics`:
+The scores, 0 to 100 each, by the functions of `solopo_plugin.qa.answers`:
 
 - qa: `f1` (LongBench v1's), `em` (SQuAD's) and `sub_em` (the data pipeline's judge of samples, after the paper) of the
   prediction, which is what `extract_answer` finds behind `The answer is:`; `string_match` (RULER's) of the whole
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..metrics import (
+from ..qa.answers import (
     behind_thought,
     exact_match,
     extract_answer,
@@ -30,7 +30,7 @@ from ..metrics import (
     longbench_v2_choice_lenient,
     string_match_part,
 )
-from ..synthesis.files import DataError, explained, parse_line, write_jsonl
+from ..qa.files import DataError, explained, parse_line, write_jsonl
 from .items import Item, read_items
 
 log = logging.getLogger(__name__)

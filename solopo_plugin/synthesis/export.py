@@ -16,9 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import DataError, explained, read_jsonl, replacing, write_jsonl
+from ..qa.files import DataError, explained, read_jsonl, replacing, write_jsonl
+from .pairs import SETS
 from .recipe import DataRecipe
-from .select import SETS
 
 SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
 SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..metrics import NO_ANSWER, exact_match, extract_answer, f1_score, gives_answer, judged_form
-from .files import read_jsonl, write_jsonl
+from ..qa.answers import NO_ANSWER, exact_match, extract_answer, f1_score, gives_answer, judged_form
+from ..qa.files import read_jsonl, write_jsonl
 from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)

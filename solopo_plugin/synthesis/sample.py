@@ -15,9 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .backends import Call, generate
-from .files import Appender, DataError, dump, file_hash, parse_line, read_jsonl, write_json, write_jsonl
-from .recipe import DataRecipe, model_files, outside_inputs, settings
+from ..qa.files import Appender, DataError, dump, parse_line, read_jsonl, write_json, write_jsonl
+from ..qa.generate import generate
+from ..qa.generate.calls import Call
+from ..qa.provenance import file_hash
+from ..qa.recipe import settings
+from .recipe import DataRecipe, model_files, outside_inputs
 
 log = logging.getLogger(__name__)
 Found = dict[str, dict[int, int]]  # question -> number of the answer -> where its line begins in the partial file

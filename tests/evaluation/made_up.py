@@ -6,7 +6,7 @@ from pathlib import Path
 from solopo_plugin.evaluation.items import MAIN_METRIC, Item
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.evaluation.score import write_scores
-from solopo_plugin.synthesis.files import write_json, write_jsonl
+from solopo_plugin.qa.files import write_json, write_jsonl
 
 TITLE = "Demonstration: made-up questions and answers, no model was run"
 LENGTHS = (4096, 8192, 16384, 32768)

@@ -19,18 +19,18 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(ROOT / "tests" / "synthesis"))
+sys.path.insert(0, str(ROOT / "tests" / "qa"))
 import material  # noqa: E402
 from material import HOTPOTQA, MUSIQUE, make_questions, paragraph, save_tokenizer  # noqa: E402
 
 from solopo_plugin.evaluation.benchmarks import BENCHMARKS, niah, plain  # noqa: E402
 from solopo_plugin.evaluation.items import MAIN_METRIC  # noqa: E402
 from solopo_plugin.host.template import encode_prompt, load_template  # noqa: E402
-from solopo_plugin.metrics import extract_answer, longbench_v2_choice  # noqa: E402
+from solopo_plugin.qa.answers import extract_answer, longbench_v2_choice  # noqa: E402
+from solopo_plugin.qa.documents import Question  # noqa: E402
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl  # noqa: E402
+from solopo_plugin.qa.prompts import PROMPT  # noqa: E402
 from solopo_plugin.synthesis import contexts, export, read  # noqa: E402
-from solopo_plugin.synthesis.contexts import PROMPT  # noqa: E402
-from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl  # noqa: E402
-from solopo_plugin.synthesis.pool import Question  # noqa: E402
 
 KEYS = dict(
     prompt=None, prompts="ours", seed=42, max_samples=None, max_input_tokens=31500, max_new_tokens=64,

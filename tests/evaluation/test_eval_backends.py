@@ -12,9 +12,10 @@ import torch
 from toy import item, recipe_in
 
 from solopo_plugin.host.template import encode_prompt
-from solopo_plugin.synthesis import backends
-from solopo_plugin.synthesis.backends import Call, Model, generate, load_chat, yarn
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.generate import generate, local
+from solopo_plugin.qa.generate.calls import Call, Model, load_chat
+from solopo_plugin.qa.generate.local import yarn
 
 pytestmark = pytest.mark.timeout(120)
 CALLS = [Call(f"q{i}", (0,), item(i).prompt, None if i else 3) for i in range(3)]
@@ -76,7 +77,7 @@ def test_prompts_beyond_the_window_are_told_once(tiny_model, tmp_path, caplog, w
 
 def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeypatch):
     alive, counts = [], []
-    original = backends.load_network
+    original = local.load_network
 
     def load(*args):
         counts.append(sum(ref() is not None for ref in alive))
@@ -84,7 +85,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeyp
         alive.append(weakref.ref(network))
         return network
 
-    monkeypatch.setattr(backends, "load_network", load)
+    monkeypatch.setattr(local, "load_network", load)
     recipe, adapter = recipe_for(tmp_path, tiny_model()), make_adapter(tiny_model(), tmp_path / "a", 1)
     gc.collect()
     gc.disable()  # whoever frees it must do so on purpose
@@ -101,7 +102,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeyp
 def test_yarn_changes_the_rotary_embedding(tiny_model, tmp_path):
     """High frequencies stay, low ones are divided by the factor, and attention is scaled as in the YaRN paper."""
     base, factor = tiny_model(), 4.0
-    plain, stretched = (backends.load_network(Model(base, rope_factor=f)) for f in (None, factor))
+    plain, stretched = (local.load_network(Model(base, rope_factor=f)) for f in (None, factor))
     window = plain.config.max_position_embeddings
     assert stretched.config.max_position_embeddings == 4 * window
     before, after = (network.model.rotary_emb for network in (plain, stretched))

@@ -17,7 +17,7 @@ from test_eval_backends import make_adapter
 from test_pipeline_e2e import host_api
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
-from solopo_plugin.synthesis.files import read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.files import read_jsonl, write_json, write_jsonl
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -6,7 +6,7 @@ import pytest
 from toy import recipe_in
 
 from solopo_plugin.evaluation.models import ModelRef, find_models, tokenizer_of
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.qa.files import DataError
 
 
 def whole(folder, **files):

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
 from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.qa.files import DataError
 from solopo_plugin.synthesis.recipe import FIELDS as DATA
 
 BASE = dict(models=["a"], template="qwen", benchmarks=["plain"], plain_data="x.jsonl", output_dir="out")

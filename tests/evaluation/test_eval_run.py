@@ -25,8 +25,9 @@ from solopo_plugin.evaluation.items import read_items
 from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.evaluation.run import answer_all, check_asked_so, cut_middle, prepare_items
 from solopo_plugin.host.template import encode_prompt
-from solopo_plugin.synthesis.backends import load_chat
-from solopo_plugin.synthesis.files import DataError, file_hash
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.generate.calls import load_chat
+from solopo_plugin.qa.provenance import file_hash
 
 pytestmark = pytest.mark.timeout(120)
 

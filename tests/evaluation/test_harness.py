@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from solopo_plugin.evaluation.harness import _environment, _without, configuration, kept_rows, read_results, run_harness
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.evaluation.report.tables import harness_table
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.qa.files import DataError
 
 LEADERBOARD = ROOT / "examples/yaml/eval/leaderboard.yaml"
 KEYS = dict(

@@ -16,7 +16,7 @@ from solopo_plugin.evaluation.report import explorer, write_report
 from solopo_plugin.evaluation.report.figures import figures
 from solopo_plugin.evaluation.report.tables import Summary, benchmark_tables
 from solopo_plugin.evaluation.results import make_results
-from solopo_plugin.synthesis.files import DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from solopo_plugin.evaluation.items import MAIN_METRIC, Item
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.evaluation.score import write_scores
-from solopo_plugin.synthesis.files import DataError, write_jsonl
+from solopo_plugin.qa.files import DataError, write_jsonl
 
 MODELS = [
     {"name": "base", "path": "models/base", "adapter": None, "step": None},

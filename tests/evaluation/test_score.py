@@ -7,9 +7,9 @@ import pytest
 
 from solopo_plugin.evaluation.items import MAIN_METRIC, Item
 from solopo_plugin.evaluation.score import score_answer, source_of, write_scores
-from solopo_plugin.metrics import judged_form, longbench_v2_choice_lenient
-from solopo_plugin.synthesis.contexts import PROMPT
-from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.answers import judged_form, longbench_v2_choice_lenient
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.prompts import PROMPT
 
 QA = {"f1", "em", "sub_em", "string_match"}
 CHOICE = {"accuracy", "accuracy_lenient", "parsed"}

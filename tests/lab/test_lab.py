@@ -29,7 +29,7 @@ from make_rows import ENTRIES, make_rows  # noqa: E402
 from recall import BASE, LENGTHS, LONG, SHORT, VALUE, WORDS, accuracy, profile, questions, rows, text  # noqa: E402
 from show_accuracy import main as show_accuracy  # noqa: E402
 
-from solopo_plugin.synthesis.files import write_json  # noqa: E402
+from solopo_plugin.qa.files import write_json  # noqa: E402
 
 
 def load(folder):

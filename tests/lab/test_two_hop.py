@@ -19,8 +19,8 @@ from two_hop import BASE, LONG, PROMPT, RECIPE, SHORT, WORDS, contexts, held_out
 
 from solopo_plugin.evaluation.recipe import load_recipe as load_evaluation  # noqa: E402
 from solopo_plugin.evaluation.run import evaluate  # noqa: E402
+from solopo_plugin.qa.files import read_jsonl, write_jsonl  # noqa: E402
 from solopo_plugin.synthesis.export import ENTRIES  # noqa: E402
-from solopo_plugin.synthesis.files import read_jsonl, write_jsonl  # noqa: E402
 from solopo_plugin.synthesis.recipe import load_recipe  # noqa: E402
 
 QUESTION = re.compile(r"(?:In what town is|To whom does) the (employer|school) of (\w+) (belong )?\?\s+Answer:$")

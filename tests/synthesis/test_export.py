@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_work import TOKENIZER, Template, recipe_for, verdicts, write_work
 
-from solopo_plugin.synthesis import export, select
+from solopo_plugin.qa.files import DataError, read_jsonl
+from solopo_plugin.synthesis import export, pairs
 from solopo_plugin.synthesis.export import ENTRIES, SCHEMA, set_member
-from solopo_plugin.synthesis.files import DataError, read_jsonl
 
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """Eight questions with a pair on both sides."""
-    monkeypatch.setattr(select, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    monkeypatch.setattr(pairs, "load_chat", lambda recipe: (TOKENIZER, Template()))
     folder = tmp_path / "work"
     write_work(folder, [verdicts(i, "10") for i in range(8)], [verdicts(i, "01") for i in range(8)])
     return folder
@@ -26,7 +26,7 @@ def work(tmp_path, monkeypatch):
 
 def run(work: Path, **keys) -> dict:
     recipe = recipe_for(work, **keys)
-    select.run(recipe, work)
+    pairs.run(recipe, work)
     return export.run(recipe, work)
 
 
@@ -55,7 +55,7 @@ def test_rows_say_where_they_come_from(work):
                 assert row[f"{side}_tokens"] == context[side]["tokens"]
             assert row["chosen"].endswith(row["answers"][0]) and row["rejected"].endswith("No answer.")
             assert row["pass_rate_short"] == row["pass_rate_long"] == 0.5
-    solo, long_po, longpo = (list(read_jsonl(folder / f"toy_{name}.jsonl")) for name in select.SETS)
+    solo, long_po, longpo = (list(read_jsonl(folder / f"toy_{name}.jsonl")) for name in pairs.SETS)
     assert all("Thought 0" in row["chosen"] and "Thought 1" in row["rejected"] for row in solo)
     assert all("Thought 1" in row["chosen"] and "Thought 0" in row["rejected"] for row in long_po)
     assert all("Thought 0" in row["chosen"] and "Thought 0" in row["rejected"] for row in longpo)

@@ -12,10 +12,10 @@ import pytest
 from material import HOTPOTQA, MUSIQUE, make_questions, recipe, save_tokenizer
 from scripted_server import serving
 
-from solopo_plugin.synthesis import run_pipeline
-from solopo_plugin.synthesis.files import read_jsonl, write_jsonl
-from solopo_plugin.synthesis.inspect import inspect
+from solopo_plugin.qa.files import read_jsonl, write_jsonl
 from solopo_plugin.synthesis.judge import judge, judge_side
+from solopo_plugin.synthesis.look import inspect
+from solopo_plugin.synthesis.pipeline import run_pipeline
 
 # ---- slow and obvious
 

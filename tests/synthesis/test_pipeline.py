@@ -23,10 +23,11 @@ from material import make_questions, save_tokenizer
 from scripted_server import scripted, serving
 from zygote import started
 
-from solopo_plugin import synthesis
-from solopo_plugin.synthesis import TABLE, run_pipeline, sample
-from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
-from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs, settings
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.recipe import settings
+from solopo_plugin.synthesis import pipeline, sample
+from solopo_plugin.synthesis.pipeline import TABLE, run_pipeline
+from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
 
 N_QUESTIONS, N_SAMPLES, RIGHT, UNMARKED = 60, 6, 0.5, 0.1
 KILLS = 4  # of every stage
@@ -266,7 +267,7 @@ def test_what_a_moved_model_is_known_by(prepare, monkeypatch, tmp_path):
         recipes = [replace(load_recipe("recipe.yaml"), model_name_or_path=name, **keys) for name in (one, two)]
         prints = {sample.fingerprint(made, tmp_path, "short") for made in recipes}
         finished = {"settings": settings(recipes[0], "sample"), "inputs": outside_inputs(recipes[0], "sample")}
-        changed = synthesis._changed_settings(
+        changed = pipeline._changed_settings(
             finished, settings(recipes[1], "sample"), outside_inputs(recipes[1], "sample")
         )
         assert bool(changed) == (len(prints) > 1)
@@ -285,8 +286,8 @@ def test_a_work_folder_from_before_the_models_content_was_known(prepare, monkeyp
     made = load_recipe("recipe.yaml")
     chosen, inputs = settings(made, "select"), outside_inputs(made, "select")
     finished = {"settings": chosen, "inputs": {}, "outputs": {}}
-    assert inputs and synthesis._changes(finished, inputs, chosen, Path("work")) == []
-    other = synthesis._changes(finished, inputs, chosen | {"model_name_or_path": "b"}, Path("work"))
+    assert inputs and pipeline._changes(finished, inputs, chosen, Path("work")) == []
+    other = pipeline._changes(finished, inputs, chosen | {"model_name_or_path": "b"}, Path("work"))
     assert other == [f"`model_name_or_path` was {made.model_name_or_path!r} and is 'b'"]
 
 

@@ -18,10 +18,11 @@ from build_data import main as build_data
 from conftest import BIN, ROOT, SHARED_DATA, outcome, write_recipe
 from scripted_server import free_port, scripted, serving, wait_for
 
-from solopo_plugin.metrics import gives_answer
-from solopo_plugin.synthesis.backends import Call, call_seed, generate
-from solopo_plugin.synthesis.files import read_jsonl
-from solopo_plugin.synthesis.inspect import inspect
+from solopo_plugin.qa.answers import gives_answer
+from solopo_plugin.qa.files import read_jsonl
+from solopo_plugin.qa.generate import generate
+from solopo_plugin.qa.generate.calls import Call, call_seed
+from solopo_plugin.synthesis.look import inspect
 from solopo_plugin.synthesis.recipe import make_recipe
 
 pytestmark = pytest.mark.skipif(

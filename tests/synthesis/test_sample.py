@@ -14,9 +14,10 @@ import pytest
 from conftest import ROOT
 from scripted_server import free_port, scripted, serving
 
-from solopo_plugin.synthesis import backends, sample
-from solopo_plugin.synthesis.backends import Call, call_seed
-from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.generate import BACKENDS, servers
+from solopo_plugin.qa.generate.calls import Call, call_seed
+from solopo_plugin.synthesis import sample
 from solopo_plugin.synthesis.recipe import make_recipe
 
 pytestmark = pytest.mark.timeout(120)
@@ -25,8 +26,8 @@ ANSWERS = {f"Where does person {i} work?": f"Town {i}" for i in range(30)}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(backends, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(backends, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(servers, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(servers, "LONGEST_PAUSE", 0.2)
 
 
 @pytest.fixture
@@ -225,15 +226,15 @@ def test_of_a_call_that_came_back_in_part_only_the_rest_is_asked_for(work, tmp_p
 
 def test_a_hole_is_never_silent(work, monkeypatch):
     """A backend that loses an answer: the stage says so, and the next run asks for it."""
-    original = backends.BACKENDS["openai"]
+    original = BACKENDS["openai"]
     lossy = lambda *given: (r for r in original(*given) if r.id != "q7")  # noqa: E731
     with serving(work.parent / "answers.json") as server:
         recipe = recipe_for(server.url)
-        monkeypatch.setitem(backends.BACKENDS, "openai", lossy)
+        monkeypatch.setitem(BACKENDS, "openai", lossy)
         with pytest.raises(DataError, match="question q7 lacks 6 answers; start the stage again"):
             sample.run(recipe, work)
         assert not (work / "samples.short.jsonl").exists()
-        monkeypatch.setitem(backends.BACKENDS, "openai", original)
+        monkeypatch.setitem(BACKENDS, "openai", original)
         sample.run(recipe, work)
     assert list(read_jsonl(work / "samples.short.jsonl")) == expected(recipe, "short")
 
@@ -259,5 +260,5 @@ def test_a_recipe_asks_in_parts(work, tmp_path):
 if __name__ == "__main__":  # one run of the stage in a process of its own: url, work folder, key=value
     keys = {key: int(value) for key, value in (word.split("=") for word in sys.argv[3:])}
     given = {key: value for key, value in asdict(recipe_for(sys.argv[1])).items() if value is not None}
-    backends.FIRST_PAUSE, backends.LONGEST_PAUSE = 0.02, 0.2
+    servers.FIRST_PAUSE, servers.LONGEST_PAUSE = 0.02, 0.2
     sample.run(make_recipe(given | {"retries": 60} | keys), Path(sys.argv[2]))

@@ -9,7 +9,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 from test_inside import make_row
 
-from solopo_plugin.evaluation import inside
+from solopo_plugin.probe import inside
 
 PLANTED = "</script><b id=planted>why?"
 

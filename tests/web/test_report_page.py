@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 from made_up import item, items, write_folder  # noqa: E402
 
 from solopo_plugin.evaluation.report import write_report  # noqa: E402
-from solopo_plugin.synthesis.files import read_jsonl, write_jsonl  # noqa: E402
+from solopo_plugin.qa.files import read_jsonl, write_jsonl  # noqa: E402
 
 EVIL = "</script><script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\"> <!--"
 LOOKS = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]

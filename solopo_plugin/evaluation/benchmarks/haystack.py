@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...host.template import template_markers
-from ...synthesis.contexts import Asked, Builder, Side
-from ...synthesis.files import DataError
-from ...synthesis.pool import Question, count_tokens, make_pool
-from ...synthesis.read import PARSERS, draw, located, usable
+from ...qa.contexts import Asked, Builder, Side
+from ...qa.documents import Question, count_tokens, make_pool
+from ...qa.files import DataError
+from ...qa.questions import PARSERS, located, usable
+from ...qa.seeded import draw
 from ...synthesis.recipe import DataRecipe
 from .rows import rows_of
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from ...synthesis.files import DataError
-from ...synthesis.read import id_at, texts
+from ...qa.files import DataError
+from ...qa.questions import id_at, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .rows import around, items_of, number_at, rows_of, text_at

@@ -16,8 +16,8 @@ model its own thoughts without the text and asks for the letter, and without tha
 from collections.abc import Iterator
 from functools import partial
 
-from ...synthesis.files import DataError
-from ...synthesis.read import row_id, shown
+from ...qa.files import DataError
+from ...qa.questions import row_id, shown
 from ..items import OFFICIAL_TOKENS, Item
 from ..recipe import EvalRecipe
 from .rows import around, items_of, rows_of, text_at

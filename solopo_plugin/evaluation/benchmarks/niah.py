@@ -26,9 +26,9 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from ...synthesis.files import DataError
-from ...synthesis.pool import Question
-from ...synthesis.read import id_at, texts
+from ...qa.documents import Question
+from ...qa.files import DataError
+from ...qa.questions import id_at, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .haystack import NAME, Haystack, item_fields, wanted_questions

@@ -17,8 +17,8 @@ question belongs to; `questions`, where it is missing.
 from collections.abc import Iterator
 from functools import partial
 
-from ...synthesis.files import DataError, shown
-from ...synthesis.read import id_at, list_at, make_paragraph, texts
+from ...qa.files import DataError, shown
+from ...qa.questions import id_at, list_at, make_paragraph, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .longbench_v2 import LETTERS, PROMPT, with_choices

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from ...host.template import template_markers
-from ...synthesis.contexts import lay_out, split_prompt
-from ...synthesis.files import DataError, split_names
-from ...synthesis.pool import marker_pattern, shown_text
-from ...synthesis.read import draw, got, located
-from ...synthesis.sources import Rows, source_rows
+from ...qa.documents import marker_pattern
+from ...qa.files import DataError, split_names
+from ...qa.prompts import lay_out, shown_text, split_prompt
+from ...qa.questions import got, located
+from ...qa.seeded import draw
+from ...qa.sources import Rows, source_rows
 from ..items import Item
 from ..recipe import EvalRecipe
 

@@ -8,8 +8,8 @@ import html
 import json
 from pathlib import Path
 
-from ...synthesis.files import DataError, explained, read_jsonl, replacing
-from ...synthesis.page import embed, facts_table, fill, image, png
+from ...qa.files import DataError, explained, read_jsonl, replacing
+from ...qa.pages import embed, facts_table, fill, image, png
 from . import explorer
 from .figures import figures
 from .page import PAGE

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from ...synthesis.files import read_jsonl
+from ...qa.files import read_jsonl
 from ..items import MAIN_METRIC
 from ..score import stored_answers
 

@@ -1,6 +1,6 @@
 """The page of a report: one HTML file with its style and script; `{{name}}` is filled in by write_report, escaped."""
 
-from ...synthesis.page import HEAD, SCRIPT
+from ...qa.pages import HEAD, SCRIPT
 
 PAGE = (
     HEAD

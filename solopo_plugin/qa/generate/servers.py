@@ -1,288 +1,34 @@
-"""Answers from a model: vLLM's offline engine, OpenAI-compatible servers, or transformers' `generate`.
-
-Serves the data pipeline and the evaluation, whose recipes have the same keys for it. One function per backend, all of
-the same form: calls go in lazily, replies come out as they finish, in any order.
-Which prompt token ids the model sees: `vllm`, `transformers` and `openai` with `openai_endpoint: completions` (vLLM and
-SGLang take ids) get exactly the trainer's. With `chat` the server applies its own template to the plain user message:
-the same ids from `llamafactory-cli api` with the recipe's template; from another server compare `Reply.prompt_tokens`.
-"""
+"""Answer by OpenAI-compatible servers, several at a time, through restarts and refusals."""
 
 import asyncio
 import base64
-import gc
-import hashlib
 import ipaddress
-import json
 import logging
-import math
 import os
 import random
 import re
 import socket
 import ssl
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from importlib.util import find_spec
-from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import getproxies, proxy_bypass
 
 import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
 
-from ..host.template import encode_prompt, load_template
-from .files import DataError
+from ...host.template import encode_prompt
+from ..files import DataError
+from .calls import Call, Model, Reply, call_seed, load_chat
 
 log = logging.getLogger(__name__)
-VLLM_CHUNK = 64  # prompts per call of the engine, whose answers reach the disk together
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after one failure, and after many in a row
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
 LASTING = (501, 505, 511)  # those from 500 on that none will
 SAME = 8  # answers, each like the first one to its question, after which that is said
-
-
-class Call(NamedTuple):
-    """Ask for the answers `ks` (their numbers, from 0) to the plain user message `prompt` of the question `id`."""
-
-    id: str
-    ks: tuple[int, ...]
-    prompt: str
-    max_new_tokens: int | None = None  # None: the recipe's
-
-
-class Model(NamedTuple):
-    """Which model answers, where the recipe alone does not say it."""
-
-    path: str  # weights: folder or hub name; the tokenizer is always that of the recipe's model_name_or_path
-    adapter: str | None = None  # folder of a LoRA adapter on top of it
-    rope_factor: float | None = None  # YaRN: the window becomes so many times as long
-    window: int = 0  # tokens of prompt and answer at most, which vLLM makes room for
-    names: tuple[str, ...] = ()  # by which a server may know it
-    alone: bool = True  # if a server has a single model, that one is meant, whatever its name
-
-
-class Reply(NamedTuple):
-    """Answers `ks` of a question as (text, finish reason); a call may come back in several replies.
-
-    `prompt_tokens`: what the server says that it was given, None where nothing is said.
-    """
-
-    id: str
-    ks: tuple[int, ...]
-    answers: list[tuple[str, str]]
-    prompt_tokens: int | None
-
-
-def generate(recipe: Any, calls: Iterable[Call], model: Model | None = None) -> Iterator[Reply]:
-    """Answer all calls with the recipe's backend and sampling settings; temperature 0 is greedy.
-
-    Args:
-        recipe: Of data or of an evaluation.
-        model: None: the recipe's model_name_or_path, with room for its long contexts.
-
-    Raises:
-        DataError: The backend is not installed, refuses a call, or does not answer for longer than `retries` allow.
-    """
-    if model is None:
-        name = recipe.model_name_or_path
-        model = Model(name, window=recipe.long_tokens + recipe.max_new_tokens, names=(name,))
-    return BACKENDS[recipe.backend](recipe, calls, model)
-
-
-def check_backend(recipe: Any) -> None:
-    """Refuse a backend that cannot answer, before anything is made that it is to be asked.
-
-    Raises:
-        DataError: vLLM is not installed, or no server is named.
-    """
-    if recipe.backend == "vllm" and "vllm" not in sys.modules and find_spec("vllm") is None:
-        raise DataError("`backend: vllm` is not installed: pip install '.[vllm]', or use `backend: openai`.")
-    if recipe.backend == "openai" and not recipe.server_urls:
-        raise DataError("`backend: openai` needs `server_urls`, for example http://localhost:8000/v1.")
-
-
-def load_chat(recipe: Any) -> tuple:
-    """Tokenizer and chat template of the recipe's model, as in training."""
-    try:
-        return load_template(
-            recipe.model_name_or_path, recipe.template, recipe.default_system, recipe.enable_thinking,
-            recipe.trust_remote_code,
-        )  # fmt: skip
-    except ValueError as error:
-        raise DataError(str(error)) from None
-
-
-def call_seed(recipe: Any, call: Call) -> int:
-    """Seed of a call, from the recipe's seed and what is asked, so that order and restarts change no answer."""
-    text = f"{recipe.seed} {call.id} {call.ks[0]}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1  # 31 bits: some servers want a signed int
-
-
-def transformers_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
-    """`generate` of transformers, one call at a time, for small models. Nothing of generation_config.json is used."""
-    import torch
-    from transformers import GenerationConfig
-
-    tokenizer, template = load_chat(recipe)
-    stop = sorted(template.get_stop_token_ids(tokenizer))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_network(model, recipe.trust_remote_code).to(device).eval()
-    network.generation_config = GenerationConfig()
-    window, warned = window_of(network.config.get_text_config()), False
-    sampling = dict(do_sample=False)
-    if recipe.temperature > 0:
-        sampling = dict(do_sample=True, temperature=recipe.temperature, top_p=recipe.top_p, top_k=0)
-    try:
-        for call in calls:
-            prompt = torch.tensor([encode_prompt(tokenizer, template, call.prompt)], device=device)
-            if not warned and (longest := prompt.shape[1] + (call.max_new_tokens or recipe.max_new_tokens)) > window:
-                warned = True
-                log.warning(
-                    "%s: prompt and answer may have %d tokens, and its window is %d: answers beyond it are not to be "
-                    "relied on; lower `max_input_tokens`, or widen the window by YaRN.",
-                    model.adapter or model.path, longest, window,
-                )  # fmt: skip
-            torch.manual_seed(call_seed(recipe, call))
-            config = GenerationConfig(
-                **sampling, max_new_tokens=call.max_new_tokens or recipe.max_new_tokens, eos_token_id=stop,
-                num_return_sequences=len(call.ks), pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            with torch.inference_mode():
-                output = network.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-            answers = []
-            for ids in output[:, prompt.shape[1] :].tolist():
-                end = next((i for i, token in enumerate(ids) if token in stop), None)
-                text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-                answers.append((text, "length" if end is None else "stop"))
-            yield Reply(call.id, call.ks, answers, prompt.shape[1])
-    finally:  # the next model needs the memory
-        del network
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def load_network(model: Model, trust_remote_code: bool = False):
-    """Weights in the dtype they were saved in, with YaRN and adapter where asked for; the adapter is not merged."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
-    for name, value in yarn(config, model).items():
-        setattr(config, name, value)
-    network = AutoModelForCausalLM.from_pretrained(
-        model.path, config=config, dtype="auto", trust_remote_code=trust_remote_code
-    )
-    if model.adapter:
-        from peft import PeftModel  # the host brings it along
-
-        network = PeftModel.from_pretrained(network, model.adapter)
-    return network
-
-
-def yarn(config, model: Model) -> dict[str, Any]:
-    """Entries of config.json that make the window `rope_factor` times as long by YaRN (arXiv:2309.00071).
-
-    They are those of Qwen2.5's model card; the window that is stretched is config.json's. Empty without a factor.
-
-    Raises:
-        DataError: The model's rotary embedding is a scaled one already, as Llama 3.1's is.
-    """
-    if not model.rope_factor:
-        return {}
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    if rope.get("rope_type", "none") != "default":
-        raise DataError(
-            f"`rope_factor: {model.rope_factor:g}` stretches a plain rotary embedding by YaRN, but that of "
-            f"{model.path} is `{rope.get('rope_type', 'none')}`; leave the key out."
-        )
-    window = config.max_position_embeddings
-    rope |= {"rope_type": "yarn", "factor": model.rope_factor, "original_max_position_embeddings": window}
-    return {"rope_parameters": rope, "max_position_embeddings": int(window * model.rope_factor)}
-
-
-def window_of(config) -> float:
-    """Tokens that a model was made for.
-
-    With YaRN some configurations name the window before it is widened (Qwen2.5's card), others the one after it; of
-    other scalings, such as Llama 3.1's, `max_position_embeddings` is the widened one.
-    """
-    window = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "yarn":
-        return window
-    return max(window, (rope.get("original_max_position_embeddings") or window) * (rope.get("factor") or 1))
-
-
-def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
-    """vLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
-
-    vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
-    reproducible only as far as vLLM's own documentation says.
-    """
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise DataError(
-            f"`backend: vllm` cannot be loaded ({error}): pip install '.[vllm]', or use `backend: openai`."
-        ) from None
-    tokenizer, template = load_chat(recipe)
-    engine = LLM(
-        model=model.path, tokenizer=recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code,
-        seed=recipe.seed % 2**31, tensor_parallel_size=recipe.tensor_parallel_size, max_model_len=model.window,
-        **_vllm_options(recipe, model),
-    )  # fmt: skip
-    lora = {}
-    if model.adapter:
-        from vllm.lora.request import LoRARequest
-
-        lora = {"lora_request": LoRARequest("adapter", 1, model.adapter)}
-    calls = iter(calls)
-    try:
-        while chunk := list(islice(calls, VLLM_CHUNK)):
-            prompts = [{"prompt_token_ids": encode_prompt(tokenizer, template, call.prompt)} for call in chunk]
-            params = [
-                SamplingParams(
-                    n=len(call.ks), temperature=recipe.temperature, top_p=recipe.top_p, seed=call_seed(recipe, call),
-                    max_tokens=call.max_new_tokens or recipe.max_new_tokens,
-                    stop_token_ids=sorted(template.get_stop_token_ids(tokenizer)),
-                )
-                for call in chunk
-            ]  # fmt: skip
-            outputs = engine.generate(prompts, params, use_tqdm=False, **lora)
-            for call, prompt, output in zip(chunk, prompts, outputs, strict=True):
-                answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
-                yield Reply(call.id, call.ks, answers, len(prompt["prompt_token_ids"]))
-    finally:  # the next model needs the memory
-        del engine
-        gc.collect()
-        with suppress(ImportError):  # what vLLM's maintainers name for it
-            from vllm.distributed import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
-
-
-def _vllm_options(recipe: Any, model: Model) -> dict[str, Any]:
-    """Arguments of the engine for YaRN and an adapter."""
-    options = {}
-    if model.rope_factor:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
-        options["hf_overrides"] = yarn(config, model)
-    if model.adapter:
-        options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(model.adapter)}
-    return options
-
-
-def max_lora_rank(adapter: str) -> int:
-    """The least rank that vLLM takes as `max_lora_rank` and that is enough for the LoRA adapter in a folder."""
-    rank = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("r", 8)  # peft's default
-    return next((r for r in LORA_RANKS if r >= rank), rank)
 
 
 def openai_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
@@ -298,9 +44,6 @@ def openai_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator
                 yield reply
         finally:
             runner.run(replies.aclose())
-
-
-BACKENDS = {"vllm": vllm_answers, "openai": openai_answers, "transformers": transformers_answers}
 
 
 async def _replies(recipe: Any, calls: Iterable[Call], model: Model) -> AsyncIterator[Reply]:

@@ -1,6 +1,6 @@
 """Starts a command line quickly and often: everything is imported once, and every run is a fork of this process.
 
-    python tests/synthesis/zygote.py MODULE     # whose `main(words)` is run
+    python tests/qa/zygote.py MODULE     # whose `main(words)` is run
 
 Reads lines of JSON on stdin, {"words": command line, "cwd": folder}, and answers with the run's process id, then, when
 it has ended, with its exit status (negative: the signal that killed it).
@@ -49,8 +49,6 @@ def started(module: str):
 def main() -> None:
     sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "evaluation")]
     import llamafactory.model  # noqa: F401
-
-    from solopo_plugin.synthesis import contexts, export, judge, read, sample, select  # noqa: F401
 
     command = importlib.import_module(sys.argv[1])
     for line in sys.stdin:

@@ -15,12 +15,13 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from ..metrics import gives_answer, holds_answer
+from ..qa.answers import gives_answer, holds_answer
+from ..qa.files import DataError, read_jsonl, replacing
+from ..qa.pages import embed, facts_table, fill, image, png
+from ..qa.prompts import split_documents
 from .export import SCHEMA, Contexts, make_row
-from .files import DataError, read_jsonl, replacing
-from .page import PAGE, embed, facts_table, fill, image, png
-from .pool import BETWEEN, LABEL
-from .select import question_key
+from .look_page import PAGE
+from .pairs import question_key
 
 EXAMPLES = 5  # rows that a failed check names
 CHECKS = {
@@ -209,30 +210,6 @@ def checks_of(row: dict) -> set[str | None]:
         "long_not_longer": row["long_tokens"] <= row["short_tokens"],
     }
     return failed | {name for name, holds in checks.items() if holds}
-
-
-def document_spans(prompt: str, n: int) -> list[tuple[int, int]] | None:
-    """Where in a prompt its `n` documents begin and end, with their labels; None if they are not there.
-
-    The last one ends where our prompt asks the question; with another prompt it runs to the end, which asks the
-    question and names no answer.
-    """
-    spans, at = [], prompt.find(f"{LABEL} 1:")
-    for number in range(1, n + 1):
-        end = prompt.find(f"{BETWEEN}{LABEL} {number + 1}:" if number < n else f"{BETWEEN}Question:", at)
-        if number == n and end < 0:
-            end = len(prompt)
-        if at < 0 or end < 0:
-            return None
-        spans.append((at, end))
-        at = end + len(BETWEEN)
-    return spans
-
-
-def split_documents(prompt: str, n: int) -> list[str] | None:
-    """Title and text of the `n` documents of a prompt, None if they are not there."""
-    spans = document_spans(prompt, n)
-    return spans and [prompt[start:end].partition(":")[2] for start, end in spans]
 
 
 def reader_row(split: str, row: dict) -> dict:

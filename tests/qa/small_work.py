@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
-from solopo_plugin.synthesis.files import write_jsonl
+from solopo_plugin.qa.files import write_jsonl
 from solopo_plugin.synthesis.recipe import make_recipe
 
 TOKENIZER = SimpleNamespace(all_special_tokens=["<|end|>"], added_tokens_decoder={}, eos_token_id=0)

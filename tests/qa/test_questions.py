@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from material import HOTPOTQA, MUSIQUE, make_questions, recipe
 
-from solopo_plugin.metrics import normalize_answer
+from solopo_plugin.qa.answers import normalize_answer
+from solopo_plugin.qa.files import Appender, DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.questions import parse_row
 from solopo_plugin.synthesis import read
-from solopo_plugin.synthesis.files import Appender, DataError, read_jsonl, write_json, write_jsonl
 from solopo_plugin.synthesis.recipe import FIELDS, REQUIRED, STAGES, load_recipe, make_recipe, outside_inputs
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
@@ -427,7 +428,7 @@ def test_whatever_is_read_is_usable(question, answers, evidence, distractors):
     """A row is refused, or it has a question, answers of which something is left, and no paragraph twice."""
     row = {"id": 1, "question": question, "answers": answers, "evidence": evidence, "distractors": distractors}
     try:
-        made = read.parse_row(row, "auto", {})
+        made = parse_row(row, "auto", {})
     except DataError:
         return
     assert made["question"] and made["answers"] and all(map(normalize_answer, made["answers"])) and made["evidence"]

@@ -22,11 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from solopo_plugin.host.template import encode_prompt, load_template, template_markers
-from solopo_plugin.metrics import holds_answer, normalize_answer
+from solopo_plugin.qa.answers import holds_answer, normalize_answer
+from solopo_plugin.qa.contexts import Builder, permutation
+from solopo_plugin.qa.documents import build_pool, count_tokens, rank_by_bm25
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.prompts import split_prompt
 from solopo_plugin.synthesis import contexts, read
-from solopo_plugin.synthesis.contexts import permutation, split_prompt
-from solopo_plugin.synthesis.files import DataError, read_jsonl, write_jsonl
-from solopo_plugin.synthesis.pool import build_pool, count_tokens, rank_by_bm25
 
 SIDES = ("short", "long")
 
@@ -235,7 +236,7 @@ def test_whatever_the_texts_are(model, tmp_path_factory, evidence, distractors, 
         "long_tokens": 2 * target,
         "distractors": data.draw(st.sampled_from(["random", "bm25"])),
     }
-    builder = contexts.Builder(recipe(work, model, Path("-"), **keys), pool, tokenizer, template)
+    builder = Builder(recipe(work, model, Path("-"), **keys), pool, tokenizer, template)
     builder.check_sums(questions)
     made, _ = builder(questions[0])
     if isinstance(made, str):

@@ -7,7 +7,6 @@ renamed. A file that grows (`Appender`) consists of whole lines: a torn last lin
 import errno
 import fcntl
 import gzip
-import hashlib
 import json
 import os
 import time
@@ -108,30 +107,6 @@ def write_json(path: Path | str, value: object) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     with replacing(path) as file:
         file.write(text.encode("utf-8", "replace"))
-
-
-def file_hash(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with explained(path, "read"), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int = 1 << 24) -> str:
-    """SHA-256 over names and contents of the files in `folder` that match a pattern.
-
-    Args:
-        whole: Bytes up to which a file is read whole; of a larger one, such as weights, both ends of half that size.
-    """
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        with explained(path, "read"), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(dump([path.name, size]))
-            digest.update(file.read(whole if size <= whole else whole // 2))
-            if size > whole:
-                file.seek(-(whole // 2), os.SEEK_END)
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT, Page
 from small_work import TOKENIZER, Template, context, recipe_for, verdicts, write_work
 
-from solopo_plugin.synthesis import export, select
-from solopo_plugin.synthesis.files import DataError, read_jsonl, write_json, write_jsonl
-from solopo_plugin.synthesis.inspect import CHECKS, checks_of, inspect, split_documents
-from solopo_plugin.synthesis.page import PAGE
+from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.prompts import split_documents
+from solopo_plugin.synthesis import export, pairs
+from solopo_plugin.synthesis.look import CHECKS, checks_of, inspect
+from solopo_plugin.synthesis.look_page import PAGE
 
 BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
 
@@ -20,11 +21,11 @@ BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """A finished work folder of eight questions, six of them with rows, one for validation; and its data set."""
-    monkeypatch.setattr(select, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    monkeypatch.setattr(pairs, "load_chat", lambda recipe: (TOKENIZER, Template()))
     folder = tmp_path / "work"
     write_work(folder, *[[verdicts(i, bits) for i, bits in enumerate(BITS)]] * 2)
     recipe = recipe_for(folder, val_size=1)
-    counts = {"contexts": {"dropped": {"evidence_longer_than_short": 4}}, "select": select.run(recipe, folder)}
+    counts = {"contexts": {"dropped": {"evidence_longer_than_short": 4}}, "select": pairs.run(recipe, folder)}
     export.run(recipe, folder)
     stages = {name: {"counts": value, "settings": {"seed": 5}} for name, value in counts.items()}
     write_json(folder / "manifest.json", {"stages": stages})

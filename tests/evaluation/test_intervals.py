@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from solopo_plugin.evaluation.statistics import bootstrap_sums, compare_paired, mean_interval, sign_flip_p_value
+from solopo_plugin.evaluation.intervals import bootstrap_sums, compare_paired, mean_interval, sign_flip_p_value
 
 
 def generator(seed: int = 0) -> np.random.Generator:

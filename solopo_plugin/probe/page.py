@@ -5,7 +5,7 @@ import html
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..synthesis.page import HEAD, SCRIPT, embed, fill, image, png
+from ..qa.pages import HEAD, SCRIPT, embed, fill, image, png
 
 __all__ = ["figure", "page", "png"]
 CAPTION = (

@@ -10,12 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..metrics import judged_form
+from .answers import judged_form
 from .files import DataError, read_jsonl
-
-BETWEEN = "\n\n"  # documents
-LABEL = "Document"
-SEAM = BETWEEN + LABEL
+from .prompts import LABEL, SEAM, shown_text
 
 
 @dataclass
@@ -92,11 +89,6 @@ def make_pool(rows: Iterable[dict], corpus: Iterable[dict], markers: set[str]) -
 def marker_pattern(markers: set[str]) -> re.Pattern:
     """What finds one of these texts; nothing where there are none."""
     return re.compile("|".join(map(re.escape, sorted(markers))) or "(?!)")
-
-
-def shown_text(paragraph: dict) -> str:
-    """A paragraph, {"title", "text"}, as it stands behind `Document n:`."""
-    return f" {paragraph['title']}\n{paragraph['text']}" if paragraph["title"] else f"\n{paragraph['text']}"
 
 
 def _add(pool: Pool, paragraph: dict, marker: re.Pattern, seen: dict[bytes, int]) -> int:

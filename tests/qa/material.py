@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import SHARED_DATA
 
-from solopo_plugin.synthesis.files import write_jsonl
+from solopo_plugin.qa.files import write_jsonl
 from solopo_plugin.synthesis.recipe import DataRecipe, make_recipe
 
 WORDS = (
@@ -42,7 +42,7 @@ def save_tokenizer(folder: Path, bos: str | None = None) -> str:
     """A tokenizer that knows the invented words, in a folder that can be `model_name_or_path`; there is no model."""
     from make_tiny_model import train_tokenizer
 
-    from solopo_plugin.synthesis.contexts import PROMPT
+    from solopo_plugin.qa.prompts import PROMPT
 
     texts = [p["text"] for row in make_questions(200, seed=-1) for p in row["evidence"] + row["distractors"]]
     train_tokenizer(texts + [PROMPT] * 50, 1200, bos).save_pretrained(folder)

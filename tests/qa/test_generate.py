@@ -24,9 +24,11 @@ from material import make_questions, save_tokenizer
 from material import recipe as material_recipe
 from scripted_server import free_port, scripted, serving
 
-from solopo_plugin.synthesis import backends, run_pipeline
-from solopo_plugin.synthesis.backends import Call, Reply, call_seed, generate, load_chat, read_answers
-from solopo_plugin.synthesis.files import DataError
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.generate import generate, servers, vllm
+from solopo_plugin.qa.generate.calls import Call, Reply, call_seed, load_chat
+from solopo_plugin.qa.generate.servers import read_answers
+from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import load_recipe, make_recipe
 
 ANSWERS = {f"Where does person {i} work?": f"Town {i}" for i in range(40)}
@@ -45,8 +47,8 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Servers that failed are asked again at once."""
-    monkeypatch.setattr(backends, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(backends, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(servers, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(servers, "LONGEST_PAUSE", 0.2)
 
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -138,13 +140,13 @@ def test_retry_after_is_honoured(answers_file):
         began = time.monotonic()
         got = by_answer(generate(openai(server.url), calls(1)))
         assert len(got) == 4 and time.monotonic() - began >= 1.0
-    server = backends._Server("url")
+    server = servers._Server("url")
     server.failed("busy", 0.0)
     server.failed("busy", 60.0)  # while it rests already
     assert server.failures == 1 and server.free_at - time.monotonic() > 59
     response = httpx.Response(429, headers={"Retry-After": "Wed, 21 Oct 2065 07:28:00 GMT"})
-    assert backends._retry_after(response) > 1e8
-    assert backends._retry_after(httpx.Response(429, headers={"Retry-After": "soon"})) == 0
+    assert servers._retry_after(response) > 1e8
+    assert servers._retry_after(httpx.Response(429, headers={"Retry-After": "soon"})) == 0
 
 
 def test_a_server_that_comes_back_is_waited_for(answers_file, caplog):
@@ -353,7 +355,7 @@ NO_ADDRESSES = {  # `server_urls`: what is shown of it
 
 @pytest.mark.parametrize("given", ADDRESSES)
 def test_addresses_of_servers(given):
-    assert " ".join(" ".join((url, *(auth or ()))) for url, auth in backends.addresses(given)) == ADDRESSES[given]
+    assert " ".join(" ".join((url, *(auth or ()))) for url, auth in servers.addresses(given)) == ADDRESSES[given]
 
 
 @pytest.mark.parametrize("given", NO_ADDRESSES)
@@ -440,21 +442,21 @@ def test_an_unknown_name_is_not_waited_for(code, tries, monkeypatch):
 @pytest.mark.parametrize("host", ["localhost", "a.localhost", "127.0.0.1", "127.3.2.1", "[::1]", "0.0.0.0"])
 def test_this_machine_is_behind_no_proxy(host, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://proxy:1")
-    assert backends._proxy(httpx.URL(f"http://{host}:8000/v1")) is None
+    assert servers._proxy(httpx.URL(f"http://{host}:8000/v1")) is None
 
 
 @pytest.mark.parametrize("host", ["local", "localhost.x", "128.0.0.1", "[::2]", "127.x"])
 def test_others_are_behind_the_proxy_of_their_scheme(host, monkeypatch):
     url = httpx.URL(f"http://{host}:8000/v1")
-    assert backends._proxy(url) is None
+    assert servers._proxy(url) is None
     monkeypatch.setenv("ALL_PROXY", "all:1")
     monkeypatch.setenv("HTTPS_PROXY", "https://secure:1")
-    assert backends._proxy(url) == "http://all:1"
-    assert backends._proxy(url.copy_with(scheme="https")) == "https://secure:1"
+    assert servers._proxy(url) == "http://all:1"
+    assert servers._proxy(url.copy_with(scheme="https")) == "https://secure:1"
     monkeypatch.setenv("HTTP_PROXY", "http://plain:1")
-    assert backends._proxy(url) == "http://plain:1"
+    assert servers._proxy(url) == "http://plain:1"
     monkeypatch.setenv("NO_PROXY", f"x.y,{host}")
-    assert backends._proxy(url) is None
+    assert servers._proxy(url) is None
 
 
 def test_a_server_here_is_asked_straight_and_a_far_one_through_the_proxy(monkeypatch):
@@ -808,7 +810,7 @@ def test_completions_send_the_trainers_ids(tiny_model, answers_file, tmp_path, m
     tokenizer, template = load_chat(recipe)
     for (url, body), call in zip(sent, PROMPTS, strict=True):
         assert url.endswith("/v1/completions")
-        assert body["prompt"] == backends.encode_prompt(tokenizer, template, call.prompt)
+        assert body["prompt"] == vllm.encode_prompt(tokenizer, template, call.prompt)
         assert tokenizer.eos_token_id in body["stop_token_ids"]
 
 
@@ -838,9 +840,9 @@ def test_vllm_gets_ids_seeds_and_chunks(tiny_model, monkeypatch):
     recipe = local(tiny_model(), long_tokens=2048, tensor_parallel_size=2)
     tokenizer, template = load_chat(recipe)  # before the host can find the module that stands in for vLLM
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm(seen))
-    monkeypatch.setattr(backends, "VLLM_CHUNK", 2)
+    monkeypatch.setattr(vllm, "VLLM_CHUNK", 2)
     got = list(generate(recipe, iter(PROMPTS)))
-    ids = [backends.encode_prompt(tokenizer, template, call.prompt) for call in PROMPTS]
+    ids = [vllm.encode_prompt(tokenizer, template, call.prompt) for call in PROMPTS]
     engine, *chunks = seen
     assert chunks == [ids[:2], ids[2:]]
     assert engine["max_model_len"] == 2056 and engine["tensor_parallel_size"] == 2

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(ROOT / "tests" / "synthesis"))
+sys.path.insert(0, str(ROOT / "tests" / "qa"))
 import look_inside
 from small_work import context
 
-from solopo_plugin.evaluation import inside
-from solopo_plugin.evaluation.inside import REGIONS, attend, encode_row, look, token_texts, unit_of_tokens, units_of
 from solopo_plugin.host.template import encode_prompt, load_template
 from solopo_plugin.logps import IGNORE, predicting_positions, response_logps
-from solopo_plugin.synthesis.backends import window_of
+from solopo_plugin.probe import inside
+from solopo_plugin.probe.inside import REGIONS, attend, encode_row, look, token_texts, unit_of_tokens, units_of
+from solopo_plugin.qa.files import DataError, write_jsonl
+from solopo_plugin.qa.generate.local import window_of
 from solopo_plugin.synthesis.export import SCHEMA, write_parquet
-from solopo_plugin.synthesis.files import DataError, write_jsonl
 
 TEMPLATES = {"qwen2": "qwen", "llama": "llama3", "mistral": "qwen", "gemma2": "qwen"}
 SHAPES = {  # what attends in another way: a window shorter than the prompt, a soft cap on the scores

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solopo_plugin.synthesis import sources
-from solopo_plugin.synthesis.files import DataError, split_names
-from solopo_plugin.synthesis.sources import file_rows, source_rows
+from solopo_plugin.qa import sources
+from solopo_plugin.qa.files import DataError, split_names
+from solopo_plugin.qa.sources import file_rows, source_rows
 
 FUZZ = settings(deadline=None, max_examples=150, derandomize=True, database=None)
 ROWS = [{"id": k, "question": f"Where is Åse {k}?", "answers": ["x", "\u2028y"], "share": k / 7} for k in range(3)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from solopo_plugin.metrics import (
+from solopo_plugin.qa.answers import (
     _judged_words,
     behind_thought,
     exact_match,

@@ -19,9 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..host.template import encode_turn, template_markers
-from ..metrics import normalize_answer
-from .backends import load_chat
-from .files import DataError, read_jsonl, write_jsonl
+from ..qa.answers import normalize_answer
+from ..qa.files import DataError, read_jsonl, write_jsonl
+from ..qa.generate.calls import load_chat
 from .judge import advice
 from .recipe import DataRecipe
 

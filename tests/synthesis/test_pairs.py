@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from small_work import TOKENIZER, Template, answer, recipe_for, verdicts, write_work
 
-from solopo_plugin.synthesis import select
-from solopo_plugin.synthesis.files import DataError, read_jsonl
-from solopo_plugin.synthesis.select import draw_pair
+from solopo_plugin.qa.files import DataError, read_jsonl
+from solopo_plugin.synthesis import pairs as pairs_stage
+from solopo_plugin.synthesis.pairs import draw_pair
 
 
 @pytest.fixture(autouse=True)
 def toy_template(monkeypatch):
-    monkeypatch.setattr(select, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    monkeypatch.setattr(pairs_stage, "load_chat", lambda recipe: (TOKENIZER, Template()))
 
 
 def draw(answers: list[dict], room=10_000, seed=0, balance_length=False):
@@ -93,8 +93,8 @@ def test_questions_with_a_pair_on_both_sides_come_first(tmp_path):
     long = ["01", "01", "01", "01", "00", "11", "11", "01", "01", "01", "11"]
     write_work(tmp_path, *[[verdicts(i, bits) for i, bits in enumerate(side)] for side in (short, long)])
     for num_rows, n_solo in ((4, 4), (6, 6), (20, 7)):
-        counts = select.run(recipe_for(tmp_path, num_rows=num_rows), tmp_path)
-        by_set = {name: [r["id"] for r in pairs(tmp_path) if r["set"] == name] for name in select.SETS}
+        counts = pairs_stage.run(recipe_for(tmp_path, num_rows=num_rows), tmp_path)
+        by_set = {name: [r["id"] for r in pairs(tmp_path) if r["set"] == name] for name in pairs_stage.SETS}
         assert len(by_set["solopo"]) == n_solo and set(by_set["solopo"][:4]) == {"q0", "q1", "q2", "q3"}
         assert by_set["solopo"][:4] == by_set["long_po"][:4] == by_set["longpo"][:4]
         assert counts["with_a_pair_on_both"] == 4
@@ -113,7 +113,7 @@ def test_questions_with_a_pair_on_both_sides_come_first(tmp_path):
 def test_chosen_and_rejected_come_from_the_sides_of_the_set(tmp_path):
     """Numbers of the answers tell the side: the short side's right answer is k = 0, the long side's k = 1."""
     write_work(tmp_path, [verdicts(i, "10") for i in range(6)], [verdicts(i, "01") for i in range(6)])
-    select.run(recipe_for(tmp_path), tmp_path)
+    pairs_stage.run(recipe_for(tmp_path), tmp_path)
     ks = {row["set"]: (row["chosen_k"], row["rejected_k"]) for row in pairs(tmp_path)}
     assert ks == {"solopo": (0, 1), "long_po": (1, 0), "longpo": (0, 0)}
     for row in pairs(tmp_path):
@@ -123,7 +123,7 @@ def test_chosen_and_rejected_come_from_the_sides_of_the_set(tmp_path):
 
 def test_without_long_samples(tmp_path):
     write_work(tmp_path, [verdicts(i, "10") for i in range(6)])
-    counts = select.run(recipe_for(tmp_path, sample_long=False), tmp_path)
+    counts = pairs_stage.run(recipe_for(tmp_path, sample_long=False), tmp_path)
     assert {row["set"] for row in pairs(tmp_path)} == {"solopo"} and "long" not in counts
     assert all(row["pass_rate_long"] is None and not row["pair_on_both"] for row in pairs(tmp_path))
 
@@ -131,10 +131,10 @@ def test_without_long_samples(tmp_path):
 def test_not_a_row_and_no_training_row_are_sentences(tmp_path):
     write_work(tmp_path, [verdicts(i, "11") for i in range(3)], [verdicts(i, "11") for i in range(3)])
     with pytest.raises(DataError, match="^0 rows of `num_rows: 10`: 3 questions had a context.*: 3 all correct; for"):
-        select.run(recipe_for(tmp_path), tmp_path)
+        pairs_stage.run(recipe_for(tmp_path), tmp_path)
     write_work(tmp_path, [verdicts(i, "10") for i in range(3)], [verdicts(i, "11") for i in range(3)])
     with pytest.raises(DataError, match="`val_size: 3` leaves no training row of 3"):
-        select.run(recipe_for(tmp_path, val_size=3), tmp_path)
+        pairs_stage.run(recipe_for(tmp_path, val_size=3), tmp_path)
 
 
 UNMARKED = {"answer": None, "text": "I think so.", "correct": False}
@@ -165,7 +165,7 @@ def test_more_questions_are_no_help_where_most_answers_cannot_be_used(tmp_path, 
     changes = changes + [{}] * (4 - len(changes))
     write_work(tmp_path, [[answer(f"q{i}", k, False, **changes[k]) for k in range(4)] for i in range(4)])
     with pytest.raises(DataError) as error:
-        select.run(recipe_for(tmp_path, sample_long=False, prompt=prompt), tmp_path)
+        pairs_stage.run(recipe_for(tmp_path, sample_long=False, prompt=prompt), tmp_path)
     start = "0 rows of `num_rows: 10`: 4 questions had a context, of which dropped on the short one: 4 all wrong"
     assert str(error.value) == start + remedy
 
@@ -173,15 +173,15 @@ def test_more_questions_are_no_help_where_most_answers_cannot_be_used(tmp_path, 
 def test_other_judgements_than_contexts_are_noticed(tmp_path):
     write_work(tmp_path, [verdicts(i, "10") for i in (0, 2, 1)], [verdicts(i, "10") for i in range(3)])
     with pytest.raises(DataError, match="has question 'q2' where contexts.jsonl has 'q1'; run the stage `judge` again"):
-        select.run(recipe_for(tmp_path), tmp_path)
+        pairs_stage.run(recipe_for(tmp_path), tmp_path)
 
 
 def test_a_prompt_that_training_would_refuse(tmp_path):
     write_work(tmp_path, [verdicts(i, "10") for i in range(3)])
     rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
     rows[1]["long"]["prompt"] += "<|end|>"
-    select.write_jsonl(tmp_path / "contexts.jsonl", rows)
-    counts = select.run(recipe_for(tmp_path, sample_long=False), tmp_path)
+    pairs_stage.write_jsonl(tmp_path / "contexts.jsonl", rows)
+    counts = pairs_stage.run(recipe_for(tmp_path, sample_long=False), tmp_path)
     assert counts["short"]["dropped_questions"] == {"template_marker_in_prompt": 1}
     assert {row["id"] for row in pairs(tmp_path)} == {"q0", "q2"}
 
@@ -191,8 +191,8 @@ def test_the_longer_prompt_decides_whether_a_pair_fits(tmp_path):
     longest = max(row["long"]["tokens"] for row in read_jsonl(tmp_path / "contexts.jsonl"))
     recipe = recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 10)
     with pytest.raises(DataError, match="0 rows .*3 no usable chosen"):
-        select.run(recipe, tmp_path)
-    assert select.run(recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 100), tmp_path)["rows"]
+        pairs_stage.run(recipe, tmp_path)
+    assert pairs_stage.run(recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 100), tmp_path)["rows"]
 
 
 def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):
@@ -200,7 +200,7 @@ def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):
     write_work(tmp_path, [verdicts(i, "10") for i in range(12)])
     seen = Counter()
     for seed in range(40):
-        select.run(recipe_for(tmp_path, num_rows=12, val_size=3, sample_long=False, seed=seed), tmp_path)
+        pairs_stage.run(recipe_for(tmp_path, num_rows=12, val_size=3, sample_long=False, seed=seed), tmp_path)
         chosen = [row["id"] for row in pairs(tmp_path) if row["split"] == "val"]
         assert len(chosen) == 3
         seen.update(chosen)
@@ -213,9 +213,9 @@ def test_the_same_question_twice_is_on_one_side(tmp_path):
     rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
     for row, other in zip(rows[10:], rows[:10], strict=True):
         row["question"], row["answers"] = other["question"].upper(), [a.upper() for a in other["answers"]]
-    select.write_jsonl(tmp_path / "contexts.jsonl", rows)
+    pairs_stage.write_jsonl(tmp_path / "contexts.jsonl", rows)
     for seed in range(5):
-        counts = select.run(recipe_for(tmp_path, num_rows=20, val_size=5, sample_long=False, seed=seed), tmp_path)
+        counts = pairs_stage.run(recipe_for(tmp_path, num_rows=20, val_size=5, sample_long=False, seed=seed), tmp_path)
         validation = {int(row["id"][1:]) % 10 for row in pairs(tmp_path) if row["split"] == "val"}
         training = {int(row["id"][1:]) % 10 for row in pairs(tmp_path) if row["split"] == "train"}
         assert not validation & training and counts["rows"]["solopo"]["val"] in (6, 5)
@@ -237,9 +237,9 @@ def test_properties(tmp_path_factory, bits, num_rows, val_size, seed):
     n_rows = min(num_rows, sum(mixed[0]))
     if n_rows == 0:
         with pytest.raises(DataError, match="^0 rows"):
-            select.run(recipe, work)
+            pairs_stage.run(recipe, work)
         return
-    counts = select.run(recipe, work)
+    counts = pairs_stage.run(recipe, work)
     rows = pairs(work)
     solo = [row for row in rows if row["set"] == "solopo"]
     assert len(solo) == n_rows and len({row["id"] for row in solo}) == n_rows
@@ -249,7 +249,7 @@ def test_properties(tmp_path_factory, bits, num_rows, val_size, seed):
     for row in rows:
         i = int(row["id"][1:])
         for part, bit in (("chosen", "1"), ("rejected", "0")):
-            side = select.SETS[row["set"]][part == "rejected"] == "long"
+            side = pairs_stage.SETS[row["set"]][part == "rejected"] == "long"
             assert bits[i][side][row[f"{part}_k"]] == bit
             assert row[part] == sides[side][i][row[f"{part}_k"]]["text"]
     on_both = sum(a and b for a, b in zip(*mixed, strict=True))
@@ -258,11 +258,11 @@ def test_properties(tmp_path_factory, bits, num_rows, val_size, seed):
     assert list(split.values()).count("val") == round(val_size * n_rows)
     assert all(split.get(row["id"], "train") == row["split"] for row in rows)
     before = (work / "pairs.jsonl").read_bytes()
-    select.run(recipe, work)
+    pairs_stage.run(recipe, work)
     assert (work / "pairs.jsonl").read_bytes() == before
     contexts = list(read_jsonl(work / "contexts.jsonl"))
-    select.write_jsonl(work / "contexts.jsonl", contexts[::-1])
+    pairs_stage.write_jsonl(work / "contexts.jsonl", contexts[::-1])
     for name, answers in (("short", sides[0]), ("long", sides[1])):
-        select.write_jsonl(work / f"judged.{name}.jsonl", (row for question in answers[::-1] for row in question))
-    select.run(recipe, work)
+        pairs_stage.write_jsonl(work / f"judged.{name}.jsonl", (row for question in answers[::-1] for row in question))
+    pairs_stage.run(recipe, work)
     assert (work / "pairs.jsonl").read_bytes() == before

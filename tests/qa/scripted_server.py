@@ -1,6 +1,6 @@
 """An OpenAI-compatible server whose answers are known beforehand: right with a given probability, faulty on demand.
 
-    python tests/synthesis/scripted_server.py --port 8000 --answers answers.json --right 0.5 [--busy 0.3 ...]
+    python tests/qa/scripted_server.py --port 8000 --answers answers.json --right 0.5 [--busy 0.3 ...]
 
 `answers.json` is {question: right answer}; the server looks which question stands in the prompt. Whether choice i of a
 request is right, and its text, is a function of (prompt, seed, i) alone: `scripted(...)`, which tests call themselves.

@@ -23,14 +23,15 @@ from transformers import DynamicCache
 
 from ..attention import base_of
 from ..data import RowError, check_text
+from ..evaluation.intervals import mean_interval
 from ..host.template import encode_turn, load_template
 from ..logps import token_logps
-from ..synthesis.backends import Model, load_network, window_of
-from ..synthesis.files import DataError, explained, replacing, write_json
-from ..synthesis.inspect import document_spans, rows_of_file
-from ..synthesis.pool import BETWEEN
-from .inside_page import figure, page, png
-from .statistics import mean_interval
+from ..qa.files import DataError, explained, replacing, write_json
+from ..qa.generate.calls import Model
+from ..qa.generate.local import load_network, window_of
+from ..qa.prompts import BETWEEN, document_spans
+from ..synthesis.look import rows_of_file
+from .page import figure, page, png
 
 # evidence: documents of the row's evidence, label, title and text; question: that and the instruction;
 # template: system prompt and markers of the chat template; response: the tokens of the response up to the query itself

@@ -1,0 +1,84 @@
+"""Answer with vLLM's offline engine."""
+
+import gc
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ...host.template import encode_prompt
+from ..files import DataError
+from .calls import Call, Model, Reply, call_seed, load_chat
+from .local import yarn
+
+VLLM_CHUNK = 64  # prompts per call of the engine, whose answers reach the disk together
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
+
+
+def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
+    """vLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
+
+    vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
+    reproducible only as far as vLLM's own documentation says.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise DataError(
+            f"`backend: vllm` cannot be loaded ({error}): pip install '.[vllm]', or use `backend: openai`."
+        ) from None
+    tokenizer, template = load_chat(recipe)
+    engine = LLM(
+        model=model.path, tokenizer=recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code,
+        seed=recipe.seed % 2**31, tensor_parallel_size=recipe.tensor_parallel_size, max_model_len=model.window,
+        **_vllm_options(recipe, model),
+    )  # fmt: skip
+    lora = {}
+    if model.adapter:
+        from vllm.lora.request import LoRARequest
+
+        lora = {"lora_request": LoRARequest("adapter", 1, model.adapter)}
+    calls = iter(calls)
+    try:
+        while chunk := list(islice(calls, VLLM_CHUNK)):
+            prompts = [{"prompt_token_ids": encode_prompt(tokenizer, template, call.prompt)} for call in chunk]
+            params = [
+                SamplingParams(
+                    n=len(call.ks), temperature=recipe.temperature, top_p=recipe.top_p, seed=call_seed(recipe, call),
+                    max_tokens=call.max_new_tokens or recipe.max_new_tokens,
+                    stop_token_ids=sorted(template.get_stop_token_ids(tokenizer)),
+                )
+                for call in chunk
+            ]  # fmt: skip
+            outputs = engine.generate(prompts, params, use_tqdm=False, **lora)
+            for call, prompt, output in zip(chunk, prompts, outputs, strict=True):
+                answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
+                yield Reply(call.id, call.ks, answers, len(prompt["prompt_token_ids"]))
+    finally:  # the next model needs the memory
+        del engine
+        gc.collect()
+        with suppress(ImportError):  # what vLLM's maintainers name for it
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+
+
+def _vllm_options(recipe: Any, model: Model) -> dict[str, Any]:
+    """Arguments of the engine for YaRN and an adapter."""
+    options = {}
+    if model.rope_factor:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
+        options["hf_overrides"] = yarn(config, model)
+    if model.adapter:
+        options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(model.adapter)}
+    return options
+
+
+def max_lora_rank(adapter: str) -> int:
+    """The least rank that vLLM takes as `max_lora_rank` and that is enough for the LoRA adapter in a folder."""
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("r", 8)  # peft's default
+    return next((r for r in LORA_RANKS if r >= rank), rank)

@@ -1,0 +1,321 @@
+"""Parse questions with their evidence from the formats of MuSiQue, HotpotQA, 2WikiMultihopQA, SQuAD and our plain one.
+
+The plain format is one JSON object a line: `id` (text or number), `question`, `answers` (a text or a list: the gold
+answer, then its aliases), `evidence` and optionally `distractors` (lists of paragraphs), and optionally `hops` (a
+number). A paragraph is a text, {"title", "text"}, or {"id"} of a document of the recipe's `corpus`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from .answers import judged_form, normalize_answer
+from .files import DataError, shown
+from .sources import Rows
+
+Documents = dict[str, dict]  # id -> {"title", "text"}
+
+
+def usable(
+    rows: Rows,
+    form: str,
+    documents: Documents,
+    counts: Counter,
+    bad: Callable[[str, DataError], None],
+) -> Iterator[dict]:
+    """The questions of `rows` that can be asked; unanswerable ones and repeated ids are left out and counted.
+
+    Args:
+        rows: Where a row stands, and a function that parses it, as from `source_rows`.
+        form: A value of `input_format`.
+        bad: What to do with a row that cannot be used, given where it stands and why.
+    """
+    seen = set()
+    for where, load in split_articles(rows):
+        counts["lines"] += 1
+        try:
+            row = load()
+            if unanswerable(row):
+                counts["unanswerable"] += 1
+                continue
+            question = parse_row(row, form, documents)
+        except DataError as error:
+            bad(where, error)
+            continue
+        if question["id"] in seen:
+            counts["same_id"] += 1
+            continue
+        seen.add(question["id"])
+        yield question
+
+
+def unanswerable(row: dict) -> bool:
+    """Tell whether a row says so of itself: in the full MuSiQue, and in SQuAD 2.0 (on the hub: there is no answer)."""
+    for key in ("answerable", "is_impossible"):
+        if not isinstance(row.get(key), bool | None):
+            raise DataError(f"`{key}` must be true or false, got {shown(row[key])}.")
+    hub_squad = "context" in row and isinstance(row.get("answers"), dict) and row["answers"].get("text") == []
+    return row.get("answerable") is False or row.get("is_impossible") is True or hub_squad
+
+
+def split_articles(rows: Rows) -> Rows:
+    """Yield rows as they are, and each question of an article of SQuAD as a row of its own, as the hub has it."""
+    for where, load in rows:
+        try:
+            row = load()
+            parts = [(part, objects(part, "qas")) for part in objects(row, "paragraphs")] if is_article(row) else None
+        except DataError as error:
+            yield where, partial(_refuse, error)
+            continue
+        if parts is None:
+            yield where, lambda row=row: row
+            continue
+        for i, (paragraph, asked) in enumerate(parts):
+            above = {"title": row.get("title"), "context": paragraph.get("context")}
+            for k, question in enumerate(asked):
+                place = f"{where} ({shown(row.get('title'))}: paragraphs[{i}].qas[{k}])"
+                yield place, lambda row=above | question: row
+
+
+def is_article(row: dict) -> bool:
+    """Tell an article of SQuAD from a row of MuSiQue, which has paragraphs, too."""
+    return "paragraphs" in row and not {"question", "answer"} & row.keys()
+
+
+def _refuse(error: DataError) -> dict:
+    raise error
+
+
+def located(where: str, error: DataError) -> str:
+    """What is wrong, with the place, unless it says so itself."""
+    return str(error) if str(error).startswith(where) else f"{where}: {error}"
+
+
+def parse_row(row: dict, form: str, documents: Documents) -> dict:
+    """One row of a known format as a question of questions.jsonl.
+
+    Repeated evidence (same text in normal form) is taken once; answers of which the normal form leaves nothing, empty
+    distractors and distractors that are evidence are left out.
+
+    Args:
+        form: A value of `input_format`.
+
+    Raises:
+        DataError: A key is missing, of the wrong type or empty.
+    """
+    form = _format(row) if form == "auto" else form
+    id, answers, hops, evidence, distractors = PARSERS[form](row, documents)
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise DataError(f"`question` must be a text, {got(row, 'question')}.")
+    usable = [a.strip() for a in dict.fromkeys(answers) if judged_form(a)]
+    if not usable:
+        raise DataError(f"there is no usable answer in {shown(answers)}.")
+    evidence = _distinct(evidence, set())
+    if not evidence:
+        raise DataError("the question has no evidence.")
+    known = {normalize_answer(p["text"]) for p in evidence}
+    return {
+        "id": id,
+        "question": row["question"].strip(),
+        "answers": usable,
+        "hops": len(evidence) if hops is None and form in ("hotpotqa", "2wikimultihopqa") else hops,
+        "evidence": evidence,
+        "distractors": _distinct(distractors, known),
+    }
+
+
+def _format(row: dict) -> str:
+    if "paragraphs" in row:
+        return "musique"
+    if "supporting_facts" in row:
+        return "2wikimultihopqa" if "evidences" in row else "hotpotqa"
+    if "evidence" in row:
+        return "plain"
+    if "context" in row and "answers" in row:
+        return "squad"
+    found = {key: name for key in KEYS if key not in row for name in nearest(row, key)[:1]}
+    near = "; nearest: " + ", ".join(f"`{name}` to `{key}`" for key, name in found.items()) if found else ""
+    raise DataError(
+        f"the format of the row cannot be told from its keys ({keys_of(row)}); musique has `paragraphs`, hotpotqa and "
+        f"2wikimultihopqa `supporting_facts`, squad `context` and `answers`, plain `evidence`{near}."
+    )
+
+
+def _musique(row: dict, documents: Documents) -> tuple:
+    evidence, distractors = [], []
+    for item in list_at(row, "paragraphs"):
+        if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
+            raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {shown(item)}.")
+        text = item.get("paragraph_text", item.get("text"))  # the second in copies and in what imitates the format
+        if not isinstance(text, str):
+            raise DataError(f"`paragraph_text` of each of `paragraphs` must be a text, {got(item, 'paragraph_text')}.")
+        if item["is_supporting"] or text:
+            (evidence if item["is_supporting"] else distractors).append(make_paragraph(item | {"text": text}, {}))
+    hops = row.get("question_decomposition")
+    aliases = texts(row, "answer_aliases") if row.get("answer_aliases") else []
+    answers = [*texts(row, "answer"), *aliases]
+    return id_at(row), answers, len(hops) if isinstance(hops, list) and hops else None, evidence, distractors
+
+
+def _hotpotqa(row: dict, documents: Documents) -> tuple:
+    """HotpotQA and 2WikiMultihopQA: as their authors give them, and as hub copies do (columns, or JSON in a text)."""
+    context, facts = (_pairs(row, key) for key in ("context", "supporting_facts"))
+    titles = {title for title, _ in facts}
+    evidence, distractors = [], []
+    for title, sentences in context:
+        if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+            raise DataError(f"`context` must pair titles with lists of sentences, got {shown(sentences)}.")
+        spaced = any(s[:1].isspace() for s in sentences[1:])  # HotpotQA's sentences bring their spaces along
+        paragraph = {"title": title, "text": ("" if spaced else " ").join(sentences)}
+        if title in titles:
+            evidence.append(make_paragraph(paragraph, {}))
+        elif paragraph["text"].strip():
+            distractors.append(make_paragraph(paragraph, {}))
+    missing = titles - {title for title, _ in context}
+    if missing:
+        raise DataError(f"`supporting_facts` names {shown(min(missing))}, which is not in `context`.")
+    return id_at(row, "_id"), texts(row, "answer"), None, evidence, distractors
+
+
+def _plain(row: dict, documents: Documents) -> tuple:
+    hops = row.get("hops")
+    if hops is not None and (not isinstance(hops, int) or isinstance(hops, bool)):
+        raise DataError(f"`hops` must be a whole number or null, got {shown(hops)}.")
+    evidence = [make_paragraph(item, documents) for item in list_at(row, "evidence")]
+    distractors = (
+        [make_paragraph(item, documents) for item in list_at(row, "distractors")] if row.get("distractors") else []
+    )
+    return id_at(row), texts(row, "answers"), hops, evidence, distractors
+
+
+def _squad(row: dict, documents: Documents) -> tuple:
+    """SQuAD: a question of an official file with its paragraph, or a row of the hub, whose answers are columns."""
+    title, answers, context = row.get("title"), row.get("answers"), row.get("context")
+    title = title.replace("_", " ") if isinstance(title, str) else title
+    if not isinstance(context, str) or not context.strip():
+        raise DataError(f"`context` must be a text that is not empty, {got(row, 'context')}.")
+    if not isinstance(answers, dict):
+        answers = {"text": [text for answer in objects(row, "answers") for text in texts(answer, "text")]}
+    evidence = make_paragraph({"title": title, "text": context}, {})
+    return id_at(row), texts(answers, "text"), None, [evidence], []
+
+
+KEYS = ("evidence", "context", "answers", "paragraphs", "supporting_facts")  # by which a format is told
+PARSERS = {
+    "musique": _musique, "hotpotqa": _hotpotqa, "2wikimultihopqa": _hotpotqa, "squad": _squad, "plain": _plain
+}  # fmt: skip
+
+
+def make_paragraph(item: Any, documents: Documents) -> dict:
+    """A paragraph as {"title", "text"}: from a text, an object, or the id of a document. The text stays verbatim."""
+    if isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, dict):
+        raise DataError(f"a paragraph must be a text or an object, got {shown(item)}.")
+    if "text" not in item and "id" in item and (row_id(item["id"]) in documents or not item.keys() - {"id", "title"}):
+        if row_id(item["id"]) not in documents:
+            raise DataError(f"the recipe's `corpus` has no document with the id {shown(item['id'])}.")
+        return documents[row_id(item["id"])]
+    text, title = item.get("text"), item.get("title")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"the `text` of a paragraph must be a text that is not empty, {got(item, 'text')}.")
+    if not isinstance(title, str | None):
+        raise DataError(f"the title of a paragraph must be a text, got {shown(title)}.")
+    return {"title": " ".join((title or "").split()), "text": text}
+
+
+def _distinct(paragraphs: list[dict], known: set[str]) -> list[dict]:
+    """Paragraphs whose text, in normal form, is neither in `known` nor that of an earlier one."""
+    kept = []
+    for paragraph in paragraphs:
+        form = normalize_answer(paragraph["text"])
+        if form not in known:
+            known.add(form)
+            kept.append(paragraph)
+    return kept
+
+
+def _pairs(row: dict, key: str) -> list[tuple[str, Any]]:
+    """A list of [title, value], also from {"title": [...], ...: [...]} or from JSON in a text."""
+    value = row.get(key)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError(f"`{key}` is a text that is no JSON: {shown(value)}.") from None
+    if isinstance(value, dict) and isinstance(value.get("title"), list):
+        others = [v for k, v in value.items() if k != "title"]
+        if len(others) == 1 and isinstance(others[0], list) and len(others[0]) == len(value["title"]):
+            value = [list(pair) for pair in zip(value["title"], others[0], strict=True)]
+    pairs = value if isinstance(value, list) else []
+    if all(isinstance(pair, dict) and len(pair) == 2 and "title" in pair for pair in pairs):
+        pairs = [[pair["title"], *(v for k, v in pair.items() if k != "title")] for pair in pairs]
+    if not pairs or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
+        raise DataError(f"`{key}` must be a list of pairs that begin with a title, {got(row, key)}.")
+    return [(title, other) for title, other in pairs]
+
+
+def objects(row: dict, key: str) -> list[dict]:
+    """The JSON objects that a row has at `key`.
+
+    Raises:
+        DataError: There is no list of objects.
+    """
+    if odd := [item for item in list_at(row, key) if not isinstance(item, dict)]:
+        raise DataError(f"`{key}` must hold objects, got {shown(odd[0])}.")
+    return row[key]
+
+
+def list_at(row: dict, key: str) -> list:
+    """The list that a row has at `key`."""
+    if not isinstance(row.get(key), list):
+        raise DataError(f"`{key}` must be a list, {got(row, key)}.")
+    return row[key]
+
+
+def texts(row: dict, key: str) -> list[str]:
+    """The text or texts, at least one, that a row has at `key`."""
+    value = row.get(key)
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
+        raise DataError(f"`{key}` must be a text or a list of texts, {got(row, key)}.")
+    return found
+
+
+def id_at(row: dict, key: str = "id") -> str:
+    """Return the id that a row has at `key`, which is `id` or `_id`, or else at the other of the two."""
+    key = next((name for name in (key, "id", "_id") if name in row), key)
+    if key not in row:
+        raise DataError(f"`{key}` must be a text or a whole number, {got(row, key)}.")
+    return row_id(row[key], key)
+
+
+def row_id(value: Any, key: str = "id") -> str:
+    """Return an id, which may be a text or a whole number, as a text."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise DataError(f"`{key}` must be a text or a whole number, got {shown(value)}.")
+    return str(value)
+
+
+def got(row: dict, key: str) -> str:
+    """Say what a row has at `key`; where it has nothing, what it has instead, for a message."""
+    if key in row:
+        return f"got {shown(row[key])}"
+    near = "".join(f"; nearest is `{name}`" for name in nearest(row, key)[:1])
+    return f"and is missing (there is {keys_of(row) or 'nothing'}{near})"
+
+
+def keys_of(row: dict) -> str:
+    """List a row's keys, the first of them where there are many."""
+    return ", ".join([repr(key)[1:-1][:24] for key in row][:10]) + ", ..." * (len(row) > 10)
+
+
+def nearest(row: dict, key: str) -> list[str]:
+    """Return the keys of a row that may mean the same as `key`: one is part of the other, or they are spelled alike."""
+    stem = key.rstrip("s")
+    parts = [name for name in row if (stem in name if len(stem) > 3 else name.endswith(stem))]
+    parts += [name for name in row if len(name) > 3 and name.rstrip("s") in key]
+    return parts + get_close_matches(key, row, n=1, cutoff=0.5)
