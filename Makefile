@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web screenshot chromium recipes benchmark benchmark-trl clean
+.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -66,9 +66,6 @@ test-web: .venv/.test-web chromium
 screenshot: .venv/.test-web chromium
 	SOLOPO_SCREENSHOT=docs/board.png CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/web/test_web.py -k filled
 	SOLOPO_SCREENSHOT=docs/evaluation_report.png $(BIN)/python -m pytest tests/web/test_report_page.py -k picture
-
-recipes: .venv/.installed
-	$(BIN)/python scripts/make_recipes.py
 
 # ARGS="--preset qwen2.5-7b" for one GPU; see docs/benchmarks
 benchmark: .venv/.installed

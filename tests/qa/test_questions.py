@@ -14,6 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from material import HOTPOTQA, MUSIQUE, make_questions, recipe
+from override_table import runs
 
 from solopo_plugin.qa.answers import normalize_answer
 from solopo_plugin.qa.files import Appender, DataError, read_jsonl, write_json, write_jsonl
@@ -563,7 +564,7 @@ DATA_RECIPES = sorted((ROOT / "examples/yaml/data").glob("*.yaml"))
 def test_shipped_recipes():
     """Each loads, says where its numbers come from, and fits the training recipes that use its rows."""
     paper = {"num_samples": 32, "temperature": 0.85, "short_tokens": 1024}
-    assert len(DATA_RECIPES) == 2 * 3 + 2
+    assert len(DATA_RECIPES) == 2 + 2
     for path in DATA_RECIPES:
         text, made = path.read_text(encoding="utf-8"), load_recipe(str(path))
         assert f"build_data.py {path.relative_to(ROOT)}\n" in text and "Hardware:" in text
@@ -575,14 +576,27 @@ def test_shipped_recipes():
         for key, value in paper.items():
             assert values[key] == value and f"{key}: {value}  # paper" in text
         numbers = [line for line in text.splitlines() if re.match(r"\w+: -?[\d.]+\b", line)]
-        assert len(numbers) == 11 and all(re.search(r"  # (paper|ours|the model's)", line) for line in numbers)
-        model = path.stem.split("_")[0]
-        training = yaml.safe_load((ROOT / f"examples/yaml/{model}/solo_orpo.yaml").read_text())
+        assert len(numbers) == 11 and all(re.search(r"  # (paper|ours)", line) for line in numbers)
+        training = yaml.safe_load((ROOT / f"examples/yaml/{path.stem}/solo_orpo.yaml").read_text())
         for key in ("model_name_or_path", "template", "dataset_dir"):
             assert values[key] == training[key]
-        size = path.stem[len(model) :]
-        assert values["dataset_name"] == training["dataset"].removesuffix("_solopo") + size
-        assert size or (values["long_tokens"], values["cutoff_len"]) == (8192, training["cutoff_len"])
+        assert values["dataset_name"] == training["dataset"].removesuffix("_solopo")
+        assert (values["long_tokens"], values["cutoff_len"]) == (8192, training["cutoff_len"])
+
+
+def test_longer_contexts_are_overrides_of_the_shipped_recipes():
+    """The rows of examples/yaml/README.md, read as the command line reads them."""
+    longer = [run for run in runs() if run.recipe.startswith("data/")]
+    for run, size in zip(longer, (16, 32, 16, 32), strict=True):
+        path = ROOT / "examples/yaml" / run.recipe
+        before, made = load_recipe(str(path)), load_recipe(str(path), run.overrides)
+        changed = {key for key in FIELDS if getattr(made, key) != getattr(before, key)}
+        assert changed == {"long_tokens", "cutoff_len", "dataset_name", "work_dir"}
+        assert 1024 * (size - 1) <= made.long_tokens <= 1024 * size and f" {size}K tokens" in run.what
+        assert made.cutoff_len >= made.long_tokens + made.max_new_tokens
+        assert made.dataset_name == f"{before.dataset_name}_{size}k" and made.work_dir.endswith(made.dataset_name)
+        assert run.numbers.startswith("ours")
+    assert [run.recipe for run in longer] == 2 * ["data/qwen2.5-7b.yaml"] + 2 * ["data/llama3.1-8b.yaml"]
 
 
 def test_the_shipped_questions_are_as_generated(tmp_path):
