@@ -110,7 +110,7 @@ def test_stored_answers_are_scored_again_without_a_model(by_transformers, traine
     folder = shutil.copytree(by_transformers[0], tmp_path / "copy")
     before = results(folder / "out")
     recipe = real_recipe(folder, trained, select_by="ruler_qa")
-    monkeypatch.setattr("solopo_plugin.evaluation.run.generate", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr("solopo_plugin.evaluation.ask.generate", lambda *_: pytest.fail("asked again"))
     assert evaluate([recipe]) == 0
     gone = real_recipe(folder, folder / "nowhere", models=["nowhere"], select_by="ruler_qa")
     assert evaluate([gone]) == 1 and "is no folder; give the `output_dir` of a training run" in capsys.readouterr().err

@@ -20,10 +20,12 @@ from scripted_server import serving
 from toy import answers, answers_for, recipe_in
 from zygote import started
 
-from solopo_plugin.evaluation import run
+from solopo_plugin.evaluation import ask, run
+from solopo_plugin.evaluation.ask import cut_middle
 from solopo_plugin.evaluation.items import read_items
 from solopo_plugin.evaluation.models import find_models
-from solopo_plugin.evaluation.run import answer_all, check_asked_so, cut_middle, prepare_items
+from solopo_plugin.evaluation.prepare import prepare_items
+from solopo_plugin.evaluation.run import answer_all, check_asked_so
 from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate.calls import load_chat
@@ -259,22 +261,23 @@ def test_a_model_that_was_moved_is_not_asked_again(benchmarks, model, server, tm
     caplog.set_level(logging.INFO)
     folder = tmp_path / "out" / "answers"
 
-    def ask(*names: str) -> int:
+    def asked_for(*names: str) -> int:
         asked(server)
         recipe = served(tmp_path, [str(tmp_path / name) for name in names], server, served_model="scripted")
         answer_all(recipe, find_models(recipe))
         return len(asked(server))
 
-    assert ask("model") == 20
+    assert asked_for("model") == 20
     Path(model).rename(tmp_path / "moved")
-    assert ask("moved") == 0 and "moved: the same model was asked as model; its answers are taken over." in caplog.text
+    assert asked_for("moved") == 0
+    assert "moved: the same model was asked as model; its answers are taken over." in caplog.text
     assert (folder / "moved.jsonl").read_bytes() == (folder / "model.jsonl").read_bytes()
     shutil.copytree(tmp_path / "moved", tmp_path / "beside")
     (folder / "model.jsonl").write_bytes(b"damaged")
-    assert ask("moved", "beside") == 20
+    assert asked_for("moved", "beside") == 20
     shutil.copytree(tmp_path / "moved", tmp_path / "trained")
     (tmp_path / "trained" / "model.safetensors").write_bytes(b"trained on")
-    assert ask("trained") == 20 and not list(folder.glob("*.old"))
+    assert asked_for("trained") == 20 and not list(folder.glob("*.old"))
 
 
 def test_a_backend_that_is_missing_is_found_before_the_questions_are_made(benchmarks, model, server, tmp_path):
@@ -322,8 +325,8 @@ def test_a_damaged_answer_is_a_sentence(benchmarks, model, server, tmp_path):
 
 def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path, monkeypatch):
     recipe = served(tmp_path, [model], server)
-    original = run.generate
-    monkeypatch.setattr(run, "generate", lambda *given: (r for r in original(*given) if '"q7"' not in r.id))
+    original = ask.generate
+    monkeypatch.setattr(ask, "generate", lambda *given: (r for r in original(*given) if '"q7"' not in r.id))
     with pytest.raises(DataError, match="1 questions got no answer, .*q7.* start again"):
         answer_all(recipe, find_models(recipe))
     monkeypatch.undo()

@@ -1,0 +1,102 @@
+"""The questions of an evaluation, made once: items.jsonl, and items.json, which says what each benchmark was made from.
+
+A benchmark that would be made from the same again is kept.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..qa.files import DataError, dump, replacing, write_json
+from ..qa.generate import check_backend
+from ..qa.generate.calls import load_chat
+from ..qa.provenance import TOKENIZER, file_hash, folder_hash
+from ..qa.recipe import settings
+from .items import Item
+from .models import ModelRef, tokenizer_of
+from .recipe import EvalRecipe, sources
+
+log = logging.getLogger(__name__)
+ITEMS, ITEMS_MANIFEST = "items.jsonl", "items.json"
+Key = tuple[str, str, str]
+
+
+def prepare_items(recipe: EvalRecipe, model: ModelRef, resume: bool = True) -> dict[str, int]:
+    """Write items.jsonl, keeping the benchmarks that are as they would be made; returns questions by benchmark."""
+    from .benchmarks import BENCHMARKS
+
+    folder = Path(recipe.output_dir)
+    path, chat = folder / ITEMS, replace(recipe, model_name_or_path=tokenizer_of(recipe, model))
+    wanted = {name: _made_from(recipe, name, chat.model_name_or_path) for name in recipe.benchmarks}
+    before = _items_manifest(folder) if resume else {}
+    kept = [name for name in wanted if name in before and before[name]["made_from"] == wanted[name]]
+    if set(kept) == set(wanted) == set(before):
+        log.info("questions: made before, kept.")
+        return {name: entry["questions"] for name, entry in before.items()}
+    tokens = ()
+    if set(kept) != set(wanted):
+        check_backend(recipe)
+        tokens = load_chat(chat)
+    entries, seen = {}, set()
+    with replacing(path) as out:
+        for name in wanted:
+            start = out.tell()
+            if name in kept:
+                _copy(path, before[name]["start"], before[name]["end"], out)
+                questions = before[name]["questions"]
+            else:
+                questions = _write_items(name, BENCHMARKS[name](recipe, *tokens), seen, out)
+                log.info(f"{name}: {questions} questions.")
+            entries[name] = {
+                "made_from": wanted[name], "questions": questions, "start": start, "end": out.tell()
+            }  # fmt: skip
+    write_json(folder / ITEMS_MANIFEST, {"hash": file_hash(path), "benchmarks": entries})
+    return {name: entry["questions"] for name, entry in entries.items()}
+
+
+def _made_from(recipe: EvalRecipe, benchmark: str, tokenizer: str) -> dict:
+    """All on which a benchmark's questions depend: keys, files, the tokenizer that measures lengths."""
+    files = {}
+    for path in sources(recipe, benchmark):
+        files[str(path)] = folder_hash(path, ("**/*",)) if path.is_dir() else file_hash(path)
+    is_folder = Path(tokenizer).is_dir()
+    return {
+        "settings": settings(recipe, "items") | settings(recipe, benchmark),
+        "files": files,
+        "tokenizer": folder_hash(Path(tokenizer), TOKENIZER) if is_folder else tokenizer,
+    }
+
+
+def _items_manifest(folder: Path) -> dict:
+    """Benchmarks of items.jsonl, none where it is not as it was written."""
+    try:
+        manifest = json.loads((folder / ITEMS_MANIFEST).read_bytes())
+        return manifest["benchmarks"] if manifest["hash"] == file_hash(folder / ITEMS) else {}
+    except (OSError, DataError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write_items(benchmark: str, items: Iterator[Item], seen: set[Key], out) -> int:
+    count = 0
+    for item in tqdm(items, desc=benchmark, unit=" questions", disable=None):
+        if item.key in seen:
+            raise DataError(f"`{benchmark}` has the question {item.id!r} of {item.task} twice; ids must differ.")
+        seen.add(item.key)
+        out.write(dump(item.as_dict()) + b"\n")
+        count += 1
+    if not count:
+        raise DataError(f"`{benchmark}` has no question; check its files and the keys that begin like it.")
+    return count
+
+
+def _copy(path: Path, start: int, end: int, out) -> None:
+    with open(path, "rb") as file:
+        file.seek(start)
+        while start < end:
+            block = file.read(min(1 << 20, end - start))
+            out.write(block)
+            start += len(block)
