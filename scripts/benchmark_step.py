@@ -111,8 +111,15 @@ def meter(cuda: bool, limit_gb: float | None):
                 torch.cuda.synchronize()
             return time.perf_counter(), time.process_time()
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.memory["idle"] = idle_memory(cuda, limit_gb)
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.memory |= {"idle": idle_memory(cuda, limit_gb), "logits": 0}
+            if head := model and model.get_output_embeddings():
+                head.register_forward_hook(self.see_logits)
+
+        def see_logits(self, head, given, logits):
+            """The largest output of the head in bytes, with the copy in fp32 that log-probs are taken from."""
+            size = logits.nbytes + (4 * logits.numel() if logits.element_size() < 4 else 0)
+            self.memory["logits"] = max(self.memory["logits"], size)
 
         def on_step_begin(self, args, state, control, **kwargs):
             self.began = self.clock()

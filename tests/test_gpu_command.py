@@ -45,10 +45,11 @@ def do(out, tmp_path, monkeypatch):
 
 
 def test_checks_pass_and_are_written_down(out):
-    assert check.main(["--out", str(out), "--dry"])
+    assert check.main(["--out", str(out), "--dry", "--parts", *check.PARTS])
     seen = record.load(out)["check"]
     assert list(seen) == list(check.PARTS) and all(part["status"] == "ok" for part in seen.values())
-    assert all(seen[name]["right"] for name in ("op", "model", "trainer"))
+    assert all(seen[name]["right"] for name in ("op", "model", "trainer", "options"))
+    assert seen["options"]["torch_compile"]["loss"] == pytest.approx(seen["options"]["none of them"]["loss"], rel=1e-3)
     forms = [name for name in seen["trainer"] if name.startswith(("full", "lora"))]
     assert len(forms) == 10  # two tunings, five forms
 
@@ -91,6 +92,9 @@ def test_steps_longest_and_page(do, out):
     losses = {key[:2]: run["losses"] for key, run in runs.items() if "orpo" in key}
     assert losses["S1"] == pytest.approx(losses["S3"], **LOSS_BOUND)
     assert losses["P2"] == pytest.approx(losses["S3"], **LOSS_BOUND)
+    # two stages of every token against three responses of 8 tokens, fp32
+    logits = {key[:2]: run["logits"] for key, run in runs.items() if "orpo" in key}
+    assert logits["S3"] == 3 * 8 * 600 * 4 and logits["V0"] > 5 * logits["S3"]
     assert losses["V0"] != pytest.approx(losses["S3"], **LOSS_BOUND)
     document = do("longest")
     assert document["longest by peaks"] == {"S3": 128, "V0": 128}
@@ -175,16 +179,16 @@ def test_the_command_runs_its_parts_in_order(stub, tmp_path):
     done, calls = stub(TRL_PYTHON="python3")
     assert done.returncode == 0, done.stdout + done.stderr
     scripts = [call.split()[0].rpartition("/")[2] for call in calls]
-    assert scripts == ["check.py", "check.py", "steps.py", "steps.py", "steps.py", "steps.py", "page.py"]
+    assert scripts == ["check.py", "check.py", "steps.py", "steps.py", "steps.py", "steps.py", "check.py", "page.py"]
     jobs = [call.split("--jobs ")[1].split()[0] for call in calls if "--jobs" in call]
     assert jobs == ["first", "trl", "longest", "more"]
     assert all("--dry" in call and f"--out {tmp_path}/out" in call for call in calls)
-    assert done.stdout.count("\nsaid\n") == 7
+    assert done.stdout.count("\nsaid\n") == 8
 
 
 def test_the_command_says_what_was_not_done(stub):
     done, calls = stub(FAIL="--cli")
-    assert done.returncode == 1 and len(calls) == 6
+    assert done.returncode == 1 and len(calls) == 7
     assert "cli: exit status 3" in done.stdout and "not all done or right: cli" in done.stdout
     assert "trl: not measured" in done.stdout
 

@@ -306,7 +306,7 @@ def gradients_of(model, rows, kind: str | None) -> list[torch.Tensor]:
 
     if kind is not None:
         model.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, model)
-        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"}, use_unsloth_gc=kind == "unsloth")
     try:
         losses_B, _ = step(model, None, rows, solopo_forward="packed", **(BASE | dict(pref_loss="orpo")))
         assert model.config._attn_implementation == "sdpa"
@@ -318,10 +318,15 @@ def gradients_of(model, rows, kind: str | None) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "unsloth"])
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3_moe"])
 def test_checkpointing_recomputes_in_segments(name, kind, monkeypatch):
-    """Bit for bit: the same operations on the same numbers. Each layer attends once more, in its segments."""
+    """Bit for bit: the same operations on the same numbers. Each layer attends once more, in its segments.
+
+    The host's `use_unsloth_gc` keeps hidden states on the CPU and brings them back to "cuda", which here is the CPU.
+    """
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: to(x, *["cpu" if d == "cuda" else d for d in a], **k))
     model, rows, calls = tiny(name), tiny_rows(), []
     kept = gradients_of(model, rows, None)
     refuse = attention._refuse

@@ -12,6 +12,7 @@ yardstick is what else runs in 16 bits there: "right" is at most twice its dista
              off, LoRA and full, against two stages in fp32; the loss also against one by hand
     kernels  launches of a forward and backward, by name
     speed    forward and backward of attention alone, 8K to 64K
+    options  the host's `torch_compile`, `use_unsloth_gc` and `enable_liger_kernel`, each beside a step without it
 
 `--dry` runs the same on a CPU: small shapes, the kernel of the GPU replaced by a loop.
 """
@@ -29,6 +30,7 @@ from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,15 +269,48 @@ def by_hand(model, rows, device: str) -> float:
     return torch.stack(losses).mean().item()
 
 
-def trainer(dry: bool, device: str) -> dict:
-    """The penalty is squared: the absolute one has a kink at 0, where rounding alone turns a gradient round."""
-    from datasets import load_from_disk
+@contextmanager
+def small_trainings(dry: bool, device: str):
+    """Give a function that takes one step of a small model through the real trainer, and the folder that it works in.
+
+    The penalty is squared: the absolute one has a kink at 0, where rounding alone turns a gradient round.
+    """
     from llamafactory.train.tuner import run_exp
     from make_tiny_model import train_tokenizer
     from steps import put_back
 
     lengths = dict(short=24, response=8, L=64) if dry else dict(short=200, response=40, L=1500)
     settings = dict(model={"vocab_size": 512}, device=device, attention="sdpa", optim="sgd", **lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        small_qwen2(dry, 512).save_pretrained(folder / "model")
+        train_tokenizer(["text"], 512).save_pretrained(folder / "model")
+        bs.write_rows(folder, settings, settings["L"])
+
+        def take(variant, how, half, checkpointing, tuning, loss, **options):
+            run = dict(variant=variant, tuning=tuning, length=settings["L"], loss=loss, steps=1, reference=None)
+            own = settings | {"dtype": "bfloat16" if half else "float32", "checkpointing": checkpointing}
+            changes = dict(train_from_scratch=False, max_steps=1, per_device_train_batch_size=2, max_grad_norm=0.0,
+                           pref_beta=0.1, solopo_alpha=1.0, solopo_penalty="squared")  # fmt: skip
+            recipe = bs.recipe_of(own, run, folder) | changes | options
+            if dry and recipe["pure_bf16"]:  # the host has that on a GPU only
+                recipe |= {"pure_bf16": False, "bf16": True}
+            seen = catcher()
+            with put_back(), attending(how, dry):
+                bs.use_rows_as_given()
+                try:
+                    run_exp(recipe, callbacks=[seen])
+                except bs.Finished:
+                    pass
+            return seen
+
+        yield take, folder / f"{settings['L']}-solopo"
+
+
+def trainer(dry: bool, device: str) -> dict:
+    """The forms of a step beside two stages in fp32, and that beside a loss by hand."""
+    from datasets import load_from_disk
+
     forms = {
         # name: recipe's form, attention of a packed row, 16 bits, checkpointing
         "two stages, fp32": ("S1", "sdpa", False, True),
@@ -285,33 +320,12 @@ def trainer(dry: bool, device: str) -> dict:
         "packed varlen, not checkpointed": ("S3", "varlen", True, False),
     }
     found, right = {}, True
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        small = small_qwen2(dry, 512)
-        small.save_pretrained(folder / "model")
-        train_tokenizer(["text"], 512).save_pretrained(folder / "model")
-        bs.write_rows(folder, settings, settings["L"])
-        rows = load_from_disk(str(folder / f"{settings['L']}-solopo"))["train"].select(range(2))
+    with small_trainings(dry, device) as (take, rows):
+        two = load_from_disk(str(rows))["train"].select(range(2))
         with torch.no_grad():
-            found["orpo by hand, fp32"] = {"loss": by_hand(small.to(device), rows, device)}
-        del small
+            found["orpo by hand, fp32"] = {"loss": by_hand(small_qwen2(dry, 512).to(device), two, device)}
         for tuning, loss in (("full", "orpo"), ("lora", "sigmoid")):
-            seen = {}
-            for name, (variant, how, half, checkpointing) in forms.items():
-                run = dict(variant=variant, tuning=tuning, length=settings["L"], loss=loss, steps=1, reference=None)
-                own = settings | {"dtype": "bfloat16" if half else "float32", "checkpointing": checkpointing}
-                changes = dict(train_from_scratch=False, max_steps=1, per_device_train_batch_size=2, max_grad_norm=0.0,
-                               pref_beta=0.1, solopo_alpha=1.0, solopo_penalty="squared")  # fmt: skip
-                recipe = bs.recipe_of(own, run, folder) | changes
-                if dry and recipe["pure_bf16"]:  # the host has that on a GPU only
-                    recipe |= {"pure_bf16": False, "bf16": True}
-                seen[name] = catcher()
-                with put_back(), attending(how, dry):
-                    bs.use_rows_as_given()
-                    try:
-                        run_exp(recipe, callbacks=[seen[name]])
-                    except bs.Finished:
-                        pass
+            seen = {name: take(*form, tuning, loss) for name, form in forms.items()}
             truth, yardstick = seen["two stages, fp32"], seen["two stages"]
             size, error = abs(yardstick.loss - truth.loss), far(yardstick.gradients, truth.gradients)
             for name, step in seen.items():
@@ -321,6 +335,30 @@ def trainer(dry: bool, device: str) -> dict:
                 found[f"{tuning} {loss} {name}"] = {"loss": step.loss, "gradients": gradients}
             if loss == "orpo":
                 right = right and abs(truth.loss - found["orpo by hand, fp32"]["loss"]) < 1e-3 * abs(truth.loss)
+    return {"right": right} | found
+
+
+def options(dry: bool, device: str) -> dict:
+    """Keys of the host that change how a model runs, each beside a packed step without it; fp32 is the truth.
+
+    Dry, the compiler is left out (its frontend runs), and what needs a GPU is not run.
+    """
+    keys = {"torch_compile": {"torch_compile": True, "torch_compile_backend": "eager" if dry else "inductor"}}
+    if not dry:
+        keys["use_unsloth_gc"] = {"use_unsloth_gc": True}
+    if not dry and find_spec("liger_kernel"):
+        keys["enable_liger_kernel"] = {"enable_liger_kernel": True}  # the last: it replaces modules for good
+    found, right = {}, True
+    with small_trainings(dry, device) as (take, _):
+        truth = take("S1", "sdpa", False, True, "full", "orpo")
+        plain = take("S3", "varlen", True, True, "full", "orpo")
+        error, size = far(plain.gradients, truth.gradients), abs(plain.loss - truth.loss)
+        found["none of them"] = {"loss": plain.loss, "gradients": error}
+        for name, key in keys.items():
+            step = take("S3", "varlen", True, True, "full", "orpo", **key)
+            gradients = far(step.gradients, truth.gradients)
+            right = right and is_right(abs(step.loss - truth.loss), size) and is_right(gradients, error)
+            found[name] = {"loss": step.loss, "gradients": gradients}
     return {"right": right} | found
 
 
@@ -383,7 +421,8 @@ def speed(dry: bool, device: str) -> dict:
     return found
 
 
-PARTS = {part.__name__: part for part in (op, model, trainer, kernels, speed)}
+PARTS = {part.__name__: part for part in (op, model, trainer, kernels, speed, options)}
+LAST = ("options",)  # of the command: less telling than steps, and a compiler takes its time
 
 
 def arguments(argv: list[str] | None = None) -> SimpleNamespace:
@@ -392,7 +431,7 @@ def arguments(argv: list[str] | None = None) -> SimpleNamespace:
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds since 1970 at which to end")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--cli", action="store_true", help="this part alone")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[n for n in PARTS if n not in LAST])
     return parser.parse_args(argv)
 
 

@@ -73,13 +73,14 @@ def correctness(check: dict) -> list[str]:
         seen = ", ".join(f"{name} {part[name]['gradients']:.4f}" for name in
                          ("alone", "packed sdpa", "packed varlen", "autocast") if name in part)  # fmt: skip
         lines.append(f"| gradients of log-probs (yardstick: alone) | {verdict(part)} | {seen} |")
-    if part := check.get("trainer"):
+    for label in ("trainer", "options"):
+        part = check.get(label, {})
         for name, seen in part.items():
             if isinstance(seen, dict):
                 more = f", gradients {seen['gradients']:.4f}" if "gradients" in seen else ""
-                lines.append(f"| trainer: {name} | {verdict(part)} | loss {seen['loss']:.5f}{more} |")
-        if part["status"] != "ok":
-            lines.append(f"| trainer | {verdict(part)} | - |")
+                lines.append(f"| {label}: {name} | {verdict(part)} | loss {seen['loss']:.5f}{more} |")
+        if part.get("status", "ok") != "ok":
+            lines.append(f"| {label} | {verdict(part)} | - |")
     return [*lines, ""]
 
 
@@ -89,9 +90,9 @@ def steps(document: dict) -> list[str]:
     lines = [
         "## Steps", "",
         "Measured, in brackets what `scripts/plan.py` predicts. Speed: how many times as fast. Peak: above what "
-        "the idle process holds.", "",
-        "| configuration | step, s: median (least to most) | speed to V0 | to S1 | to T | peak, GB | all, GB |",
-        "|---|---|---|---|---|---|---|",
+        "the idle process holds. Logits: the head's largest output and its fp32 copy; TRL's fused head makes none.", "",
+        "| configuration | step, s: median (least to most) | speed to V0 | to S1 | to T | peak, GB | all, GB | logits, GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
 
     def beside(row: dict, name: str) -> str:
@@ -113,8 +114,9 @@ def steps(document: dict) -> list[str]:
         if run["status"] == "ok":
             step = f"{run['median_s']:.3f} ({min(run['step_s']):.3f} to {max(run['step_s']):.3f})"
             held, whole = f"{(run['peak'] - run['idle']) / GB:.1f} {held}", f"{run['peak'] / GB:.1f}"
+        logits = f"{run['logits'] / GB:.2f}" if run.get("logits") else "-"
         speeds = [beside(row, name) for name in ("speed_V0", "speed_S1")]
-        lines.append(f"| {' | '.join([key, step, *speeds, to_trl(run), held.strip() or '-', whole])} |")
+        lines.append(f"| {' | '.join([key, step, *speeds, to_trl(run), held.strip() or '-', whole, logits])} |")
     return [*lines, "", *(f"- {name}: {meaning}" for name, meaning in MEANS.items()), ""]
 
 

@@ -12,7 +12,7 @@
 #   TOTAL       seconds (540). What does not fit is left out, the most telling comes first, and the page says so.
 #   WHEELS      folder of wheels; unset: the python3 on PATH has what is needed
 #   TRL_PYTHON  a python that has trl >= 1.15; unset: made of WHEELS/trl, and without that TRL is not measured
-#   PARTS       which of: cli check steps trl longest more page. Default: all, in this order
+#   PARTS       which of: cli check steps trl longest more options page. Default: all, in this order
 cd "$(dirname "$0")/../.." || exit 1
 began=$(date +%s)
 OUT=${OUT:-saves/gpu} TOTAL=${TOTAL:-540} DRY=${DRY:-} WHEELS=${WHEELS:-} TRL_PYTHON=${TRL_PYTHON:-}
@@ -42,7 +42,7 @@ part() { # NAME SECONDS SCRIPT...: at most so many seconds and never beyond the 
     shift 3
     now=$(date +%s)
     [ "$most" -lt $((until - now)) ] || most=$((until - now))
-    case " ${PARTS:-cli check steps trl longest more page} " in *" $name "*) ;; *) return ;; esac
+    case " ${PARTS:-cli check steps trl longest more options page} " in *" $name "*) ;; *) return ;; esac
     if [ "$most" -ge 10 ]; then
         timeout -k 5 "$most" "$python" "$@" --out "$OUT" --until $((now + most - 5)) ${DRY:+--dry} 2>&1 |
             tee -a "$OUT/log.txt" | grep --line-buffered '^> ' | cut -c3-400
@@ -64,6 +64,7 @@ else
 fi
 part longest 180 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs longest
 part more 300 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs more
+part options 90 python3 scripts/gpu/check.py --parts options
 until=$((began + TOTAL))
 part page 30 python3 scripts/gpu/page.py
 echo "written: $OUT/gpu.json, gpu.md, log.txt${failed:+; not all done or right:$failed}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch what a GPU machine without a network lacks: 16 wheels, 19 MB, into a folder that git ignores.
+# Fetch what a GPU machine without a network lacks: 17 wheels, 19 MB, into a folder that git ignores.
 #
 #     bash scripts/gpu/wheels.sh [FOLDER]          default: .whl in the repository's root
 #
@@ -21,6 +21,6 @@ fetch() { # FOLDER, then packages
 }
 rm -rf "$folder"
 fetch "$folder" llamafactory==0.9.5 transformers==5.6.0 tokenizers==0.22.2 accelerate==1.11.0 peft==0.18.1 trl==0.24.0 \
-    datasets==4.0.0 fsspec==2025.3.0 dill==0.3.8 multiprocess==0.70.16 omegaconf==2.4.0
+    datasets==4.0.0 fsspec==2025.3.0 dill==0.3.8 multiprocess==0.70.16 omegaconf==2.4.0 liger-kernel==0.8.5
 fetch "$folder/trl" trl==1.16.0 datasets==4.8.0 dill==0.4.1 multiprocess==0.70.19 fsspec==2026.2.0
 find "$folder" -name '*.whl' -printf '%P %s\n' | sort | awk '{print; n += $2} END {print n / 1e6, "MB"}'
