@@ -5,7 +5,7 @@
 Beside it, demo_questions.jsonl: questions over two passages each, from which `build_data.py` makes rows.
 
 All text is made up here from the lists below, seeded per row, so the file is reproducible byte for byte. The rows are
-for trying the stage out: they teach nothing about long contexts (see README, "What was reproduced").
+for trying the stage out: they teach nothing about long contexts (see docs/evidence.md).
 """
 
 import json

@@ -1,6 +1,6 @@
 """Every `solopo_*` key of a recipe: its default, where the default comes from, and what is refused.
 
-This is the one definition. The command line's help, the recipes and the README derive from it or are tested
+This is the one definition. The command line's help, the recipes and docs/keys.md derive from it or are tested
 against it. Nothing of LLaMA-Factory is imported here.
 """
 

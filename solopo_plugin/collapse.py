@@ -1,7 +1,7 @@
 """Sees in the trainer's log that the alignment is bought by unlearning the short answer. Nothing of torch is imported.
 
 The alignment term is 0 where both rewards are equal, also where both are low: its gradient through the short side can
-pull the short reward down to the long one (README, "Diagnostics").
+pull the short reward down to the long one (docs/training.md, "Diagnostics").
 """
 
 REWARD, GAP, NLL = "solopo/reward_short", "solopo/reward_gap", "solopo/nll"

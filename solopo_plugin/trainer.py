@@ -23,7 +23,7 @@ from .logps import predicting_positions, response_logps, token_logps
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
-# Always this set in this order, on every rank and step. Defined in the README.
+# Always this set in this order, on every rank and step. Defined in docs/training.md.
 METRICS = (
     "rewards/chosen",
     "rewards/rejected",
@@ -369,7 +369,7 @@ class SoloTrainer(CustomDPOTrainer):
         logger.warning_rank0(
             f"The alignment loss falls because the short answer is being unlearned (steps {start['step']} to "
             f"{now['step']}: {reward}, {gap}, {nll} nats per token): stop and set `solopo_detach_short: true` "
-            "or a smaller `solopo_alpha`; see Diagnostics in the README."
+            "or a smaller `solopo_alpha`; see Diagnostics in docs/training.md."
         )
 
     @torch.no_grad()

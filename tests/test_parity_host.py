@@ -89,7 +89,7 @@ def test_label_smoothing_is_the_hosts(run, recipe, tmp_path):
 
 @pytest.mark.parametrize("pref_loss", ["ipo", "hinge"])
 def test_the_host_alone_still_trains_sigmoid_instead_of(run, recipe, tmp_path, pref_loss):
-    """Documents the host's fault that the README warns of; when this fails, the host was mended: drop the warning."""
+    """Documents a fault of the host of which docs/training.md warns; when this fails, it was mended: drop that."""
     from llamafactory.train.dpo.trainer import CustomDPOTrainer
 
     args = recipe(stage="dpo", dataset="demo_short_po", pref_loss=pref_loss, num_train_epochs=1.0)

@@ -184,7 +184,7 @@ def test_eval_metrics_are_means_over_examples(run, recipe, tmp_path):
 
 
 def test_metrics_fit_together(run, recipe):
-    """Identities that the README states, on a logged step of SoLo-DPO with two micro-batches."""
+    """Identities that docs/training.md states, on a logged step of SoLo-DPO with two micro-batches."""
     entry = run(recipe(solopo_alpha=2.0, max_steps=2)).log[1]
     assert entry["loss"] == pytest.approx(entry["solopo/po_loss"] + 2.0 * entry["solopo/align_loss"], rel=1e-5)
     assert entry["rewards/margins"] == pytest.approx(entry["rewards/chosen"] - entry["rewards/rejected"], abs=1e-6)

@@ -316,7 +316,7 @@ def test_page_is_what_its_runs_give():
         assert (runs.parent / name).is_file(), name
 
 
-# ---- what README and docs/lab.md say in words, by the same runs
+# ---- what docs/training.md and docs/lab.md say in words, by the same runs
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,8 @@ def two_hop():
 
 
 def said(*sentences: str) -> bool:
-    pages = " ".join(f"{(ROOT / 'README.md').read_text('utf-8')} {report.DOCS.read_text('utf-8')}".split())
+    training = (ROOT / "docs" / "training.md").read_text("utf-8")
+    pages = " ".join(f"{training} {report.DOCS.read_text('utf-8')}".split())
     return all(sentence in pages for sentence in sentences)
 
 
@@ -378,7 +379,7 @@ def test_detaching_ended_every_collapse_that_it_was_tried_on(recall, two_hop):
     assert {"solo_orpo", "solo_simpo", "solo_dpo", "solo_dpo_alpha_10", "solo_orpo_alpha_3", "solo_orpo_drop"} == {
         *ended
     }
-    assert said("ended the collapse wherever [the lab](docs/lab.md) tried it")
+    assert said("ended the collapse wherever [the lab](lab.md) tried it")
 
 
 def test_aligning_both_collapses_dpo_and_gains_orpo_nothing(recall):
@@ -546,7 +547,7 @@ def test_solo_repairs_what_short_po_leaves(run, demo, base, one_thread, seed):
 
 
 def test_demo_rows_are_one_epoch(demo):
-    """200 steps: the numbers that README and recipe give belong to them."""
+    """200 steps: the numbers that docs/log.md and recipe give belong to them."""
     made = demo(0, "demo")
     steps = 3200 / (made["per_device_train_batch_size"] * made["gradient_accumulation_steps"])
     assert steps * made["num_train_epochs"] == 200
