@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web screenshot chromium benchmark benchmark-trl clean
+.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -50,6 +50,20 @@ test: .venv/.test
 test-cpu: .venv/.test
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_parity_host.py tests/test_packing.py
+
+.venv/.quality: .venv/.installed
+	$(PIP) -e ".[quality]"
+	@touch $@
+
+# Whether every file is in form, the core's and qa/'s types agree, and an index would take the package
+quality: .venv/.quality
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	rm -rf build/quality && mkdir -p build
+	$(BIN)/python -m build --outdir build/quality . >build/quality.log 2>&1 || { cat build/quality.log; exit 1; }
+	$(BIN)/twine check --strict build/quality/*
 
 .venv/.test-web: .venv/.test
 	$(PIP) -e ".[test-web]"

@@ -12,17 +12,20 @@ from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
 HOOK = "solopo_plugin.pth"
+HOME = None  # address of the public repository, once there is one, with a slash at its end: for the README's links
 
 
 class BuildWithHook(build_py):
     """Wheels: put the hook beside the package."""
 
     def run(self):
+        """Build, then copy the hook to where the package lies."""
         super().run()
         if not self.editable_mode:
             self.copy_file(str(ROOT / HOOK), str(Path(self.build_lib) / HOOK))
 
     def get_outputs(self, include_bytecode=1):
+        """Name the hook among the files of the wheel."""
         own = [] if self.editable_mode else [str(Path(self.build_lib) / HOOK)]
         return [*super().get_outputs(include_bytecode), *own]
 
@@ -31,6 +34,7 @@ class EditableWithHook(editable_wheel):
     """`pip install -e`: setuptools puts no extra files into an editable wheel, so the finished one gets the hook."""
 
     def run(self):
+        """Build the editable wheel, then put the hook and its line of RECORD into it."""
         super().run()
         wheel = max(Path(self.dist_dir).glob("*.whl"), key=lambda p: p.stat().st_mtime)
         with zipfile.ZipFile(wheel) as archive:
@@ -45,16 +49,31 @@ class EditableWithHook(editable_wheel):
                 archive.writestr(name, data)
 
 
+def long_description() -> str:
+    """Return the README with links that work on a package index: where there is no `HOME`, paths in place of links."""
+
+    def absolute(match):
+        picture, text, target = match.groups()
+        if "://" in target:
+            return match[0]
+        if HOME:
+            return f"{picture}[{text}]({HOME}{target})"
+        return "" if picture else f"{text} (`{target}`)"
+
+    return re.sub(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)", absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 setup(
     name="solopo",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "solopo_plugin/__init__.py").read_text()).group(1),
     description="Short-to-long preference optimization (SoLoPO) as a training stage of LLaMA-Factory",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["solopo_plugin", "solopo_plugin.*"]),
+    package_data={"solopo_plugin": ["py.typed"]},  # its annotations are for type checkers of others, too
     install_requires=[
         "llamafactory==0.9.5",  # the host; patches are checked against this version
         # one build of the three: pip alone picks a torch that has no torchaudio, and the host then cannot start
@@ -86,6 +105,8 @@ setup(
             "bm25s>=0.3",
             "lm-eval[api,hf,ifeval,math]>=0.4.13,<0.5",
         ],
+        # `make quality`: lint and format, spelling, types, and whether an index would take the package
+        "quality": ["ruff", "codespell", "mypy", "types-PyYAML", "build", "twine", "pre-commit"],
         # drives Debian's Chromium through LlamaBoard; a page that loads too slowly is given a second try
         "test-web": ["playwright", "pytest-rerunfailures"],
     },

@@ -177,7 +177,7 @@ def test_sdist_holds_every_tracked_file(built):
     with tarfile.open(built.sdist) as archive:
         packed = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
     missing = set(git_files()) - packed
-    assert {m for m in missing if m != ".gitignore" and not m.startswith(".ci/")} == set()
+    assert {m for m in missing if m != ".gitignore" and not m.startswith((".ci/", ".github/"))} == set()
 
 
 def test_requirements_are_the_tested_set(metadata):
@@ -192,7 +192,7 @@ def test_requirements_are_the_tested_set(metadata):
         assert str(needed[name]) == f"=={series}.*" and f'"{name}=={series}.*"' in INSTALL
     for name, specifier in needed.items():
         assert specifier.contains(pins[name]), f"{name}: constraints.txt pins {pins[name]}, setup.py wants {specifier}"
-    extras = {"data", "deepspeed", "eval", "flash-attn", "qlora", "vllm", "test", "test-web"}
+    extras = {"data", "deepspeed", "eval", "flash-attn", "qlora", "quality", "vllm", "test", "test-web"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["Requires-Python"] == ">=3.11" and metadata["Version"] == __version__
 

@@ -81,6 +81,7 @@ def far(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def is_right(error: float, yardstick: float) -> bool:
+    """Return whether an error is at most twice the yardstick's, and 1e-3."""
     return error <= 2 * yardstick + 1e-3
 
 
@@ -363,6 +364,8 @@ def options(dry: bool, device: str) -> dict:
 
 
 def both_ways(function, x, plan, slope):
+    """Return a function without arguments that runs one attention forward and backward."""
+
     def run():
         for t in x:
             t.grad = None
@@ -378,6 +381,7 @@ def at_7b(row, device):
 
 
 def kernels(dry: bool, device: str) -> dict:
+    """Name the kernels that one attention call of a packed row launches."""
     from torch.profiler import ProfilerActivity, profile
 
     found = {}
@@ -426,6 +430,7 @@ LAST = ("options",)  # of the command: less telling than steps, and a compiler t
 
 
 def arguments(argv: list[str] | None = None) -> SimpleNamespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds since 1970 at which to end")

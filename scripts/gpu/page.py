@@ -28,6 +28,7 @@ MEANS = {
 
 
 def heading(document: dict) -> list[str]:
+    """Return the page's head: card, date, versions."""
     lines = ["# One GPU: correctness, step time, memory", ""]
     if document.get("dry", True):
         lines += ["**A dry run on a CPU at tiny shapes: it shows that the command works, no more.**", ""]
@@ -53,6 +54,7 @@ def heading(document: dict) -> list[str]:
 
 
 def correctness(check: dict) -> list[str]:
+    """Return the table of correctness checks."""
     lines = [
         "## Is it right", "",
         "Distances to fp32 of the same in 16 bits; right is at most twice the yardstick's, and 1e-3. The yardstick is "
@@ -85,6 +87,7 @@ def correctness(check: dict) -> list[str]:
 
 
 def steps(document: dict) -> list[str]:
+    """Return the table of step times and peaks, with the predictions in brackets."""
     runs = {key: run for key, run in document["runs"].items() if not run["trial"]}
     rows = {row["name"]: row for row in bs.summarise(document["settings"], runs)}
     lines = [
@@ -121,6 +124,7 @@ def steps(document: dict) -> list[str]:
 
 
 def longest(document: dict) -> list[str]:
+    """Return the table of the longest prompts that fit."""
     lines = [
         "## The longest long prompt", "",
         "LoRA. Peaks grow with its length; shares of the length that they point to were tried.", "",
@@ -137,6 +141,7 @@ def longest(document: dict) -> list[str]:
 
 
 def attention(check: dict) -> list[str]:
+    """Return the table of attention times."""
     part = check.get("speed", {})
     seen = {name: value for name, value in part.items() if isinstance(value, dict)}
     if not seen:
@@ -164,6 +169,7 @@ def missing(document: dict) -> list[str]:
 
 
 def as_markdown(document: dict) -> str:
+    """Return the whole page."""
     parts = [heading(document), correctness(document["check"])]
     if "settings" in document:
         parts += [steps(document), longest(document)]
@@ -172,6 +178,7 @@ def as_markdown(document: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write gpu.md beside the gpu.json of a folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json")
     out = parser.parse_known_args(argv)[0].out

@@ -12,6 +12,7 @@ def load(out: Path, **same) -> dict:
     """Return the document in the folder; stop where it was measured with another value of one of `same`.
 
     Args:
+        out: Folder of gpu.json.
         same: What must not mix in one file, as JSON gives it back: settings, hardware, versions of a library.
     """
     file = out / NAME
@@ -23,6 +24,7 @@ def load(out: Path, **same) -> dict:
 
 
 def save(document: dict, out: Path) -> None:
+    """Replace the folder's document as a whole."""
     out.mkdir(parents=True, exist_ok=True)
     new = out / f"{NAME}.new"
     new.write_text(json.dumps(document, indent=1) + "\n")

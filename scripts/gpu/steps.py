@@ -70,6 +70,7 @@ def settings_of(dry: bool) -> tuple[dict, tuple[int, int, int]]:
 
 
 def reference_of(variant: str, loss: str) -> str | None:
+    """Return when a configuration's reference runs: in every step, beforehand, or never (None)."""
     return None if loss in ("orpo", "simpo") else "online" if variant in ("V0", "S1") else "cached"
 
 
@@ -127,6 +128,7 @@ class Session:
         record.save(self.document, args.out)
 
     def left(self) -> float:
+        """Return the seconds that are left."""
         return self.args.until - time.time()
 
     def guess(self, run: dict) -> float:
@@ -178,6 +180,7 @@ class Session:
                 os.execv(sys.executable, [sys.executable, *sys.argv, "--resumed"])
 
     def jobs(self, name: str) -> None:
+        """Measure every configuration of a named list."""
         for variant, tuning, length, steps, loss in JOBS[name]:
             self.once(variant, tuning, self.lengths[length], steps, loss)
 
@@ -203,6 +206,7 @@ class Session:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds since 1970 at which to end")

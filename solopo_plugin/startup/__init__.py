@@ -26,6 +26,7 @@ class HostFinder:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
+        """Return the module's own spec, with a loader that patches it after loading; None for other modules."""
         if name not in PATCHES or name in cls.searching:
             return None
         cls.searching.add(name)
@@ -52,6 +53,7 @@ class PatchingLoader:
         return getattr(self.loader, name)
 
     def exec_module(self, module):
+        """Load the module as its own loader does, then hand it to its file in `solopo_plugin.host`."""
         from importlib import import_module
 
         from solopo_plugin.host import versions
