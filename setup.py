@@ -106,7 +106,7 @@ setup(
             "lm-eval[api,hf,ifeval,math]>=0.4.13,<0.5",
         ],
         # `make quality`: lint and format, spelling, types, and whether an index would take the package
-        "quality": ["ruff", "codespell", "mypy", "types-PyYAML", "build", "twine", "pre-commit"],
+        "quality": ["ruff", "codespell", "mypy", "types-PyYAML", "types-tqdm", "build", "twine", "pre-commit"],
         # drives Debian's Chromium through LlamaBoard; a page that loads too slowly is given a second try
         "test-web": ["playwright", "pytest-rerunfailures"],
     },
