@@ -295,8 +295,10 @@ def write_rows(folder: Path, settings: dict, L: int) -> None:
 
 
 def configurations(variants: list[str], losses: list[str], tunings: list[str]) -> list[dict]:
-    """What to run. The host and the paper run a reference in the step; `stage: solopo` also has a cached one, and of
-    TRL the faster form is measured, which has it computed beforehand.
+    """List the configurations to run.
+
+    The host and the paper run a reference in the step. `stage: solopo` also has a cached one. Of TRL the faster form is
+    measured, which has it computed beforehand.
     """
     fixed = {"V0": ["online"], "S1": ["online"], "T": ["cached"]}
     found = []
@@ -506,6 +508,7 @@ def hardware(device: str) -> dict:
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--out", type=Path, default=Path("saves/benchmarks"), help="folder (%(default)s)")

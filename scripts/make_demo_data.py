@@ -31,6 +31,7 @@ QUESTION = (
 
 
 def passage(person: str, trade: str, place: str, rng: random.Random) -> str:
+    """Return the passage that says where a person works, with a sentence that says nothing about it."""
     return f"{person} is a {trade} and works in {place}. {person} {rng.choice(HABITS)}."
 
 

@@ -35,8 +35,11 @@ def build(path, texts: list[str], architecture="qwen2", bos: str | None = None, 
     """Save model and tokenizer to `path`.
 
     Args:
+        path: Folder to write.
         texts: What the tokenizer is trained on.
+        architecture: The `model_type` of transformers.
         bos: The begin-of-sequence token, for templates that begin with one.
+        seed: Of the weights.
         tokens: Size of the vocabulary, at most.
         config: Overrides the tiny shape (2 layers, 4 heads of 16).
     """

@@ -138,6 +138,7 @@ def measurements(document: dict, tuning: str, L: int, references: dict) -> dict[
         document: As scripts/gpu and benchmark_step.py write it: `settings`, and `runs` with `variant`, `tuning`,
             `reference`, `length`, `trial`, `status`, `median_s` (seconds a step) and `peak` (bytes allocated at most).
         tuning: `lora` or `full`; the other's measurements say nothing about it.
+        L: Tokens of the long prompt.
         references: Of every variant, as `references_of` gives them.
     """
     from benchmark_step import setup_of

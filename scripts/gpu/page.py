@@ -94,7 +94,8 @@ def steps(document: dict) -> list[str]:
         "## Steps", "",
         "Measured, in brackets what `scripts/plan.py` predicts. Speed: how many times as fast. Peak: above what "
         "the idle process holds. Logits: the head's largest output and its fp32 copy; TRL's fused head makes none.", "",
-        "| configuration | step, s: median (least to most) | speed to V0 | to S1 | to T | peak, GB | all, GB | logits, GB |",
+        "| configuration | step, s: median (least to most) | speed to V0 | to S1 | to T | peak, GB | all, GB "
+        "| logits, GB |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
 

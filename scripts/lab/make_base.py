@@ -45,6 +45,7 @@ def untrained() -> Qwen2ForCausalLM:
 
 
 def update(model, optimizer, loss) -> float:
+    """Make one optimizer step, gradients clipped to norm 1, and return the loss."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -53,6 +54,7 @@ def update(model, optimizer, loss) -> float:
 
 
 def adamw(model, rate: float):
+    """Return the optimizer of both bases."""
     return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
 
 
@@ -104,6 +106,7 @@ def save(model, folder: Path, vocabulary: list[str] = WORDS) -> None:
 
 
 def main(folder: str | Path = BASE, seed: int = 0) -> None:
+    """Train the base of the first task and write it to a folder, with its accuracy by length."""
     start = time.time()
     torch.manual_seed(seed)
     model, generator = untrained(), torch.Generator().manual_seed(seed)

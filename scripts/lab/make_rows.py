@@ -29,6 +29,7 @@ def make_rows(folder: Path, n: int, seed: int) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
+    """Write the rows of the first task and their dataset_info.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=3200, help="how many (default 3200: 200 steps of 16)")

@@ -116,6 +116,7 @@ def learn_to_answer(model, rng: random.Random) -> None:
 
 
 def main(folder: str | Path = BASE, seed: int = 0) -> None:
+    """Train the base of the second task and write it to a folder."""
     start = time.process_time()
     torch.manual_seed(seed)
     model, generator, rng = untrained(), torch.Generator().manual_seed(seed), random.Random(seed)

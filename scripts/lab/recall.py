@@ -48,6 +48,7 @@ def questions(n: int, short: int, long: int, generator: torch.Generator) -> tupl
 
 
 def text(ids: Tensor) -> str:
+    """Return the words of token ids, with spaces between."""
     return " ".join(WORDS[i] for i in ids.reshape(-1).tolist())
 
 

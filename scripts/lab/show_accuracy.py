@@ -45,6 +45,7 @@ def draw(before: dict[int, float], after: dict[int, float], path: Path) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
+    """Print and draw a run's accuracy by length, before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="output_dir of a run")
     parser.add_argument("--before", type=Path, default=BASE, help="the model it began from (default: the shipped base)")
