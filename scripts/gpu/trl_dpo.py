@@ -17,7 +17,11 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    import trl.trainer.utils
     from trl import DPOConfig, DPOTrainer
+
+    # TRL 1.16 scores labelled positions only where Triton runs, and every position elsewhere; here as on a GPU everywhere
+    trl.trainer.utils._use_triton = lambda device: True
 
     class Tokenized(DPOTrainer):
         """Rows are token ids already, as this trainer's own preparation leaves them."""
