@@ -37,17 +37,17 @@ _NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normal form: lower case, no ASCII punctuation, no English articles, single spaces."""
+    """Return SQuAD's normal form: lower case, no ASCII punctuation, no English articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: list[str]) -> bool:
-    """Whether the prediction is one of the answers, in normal form."""
+    """Return whether the prediction is one of the answers, in normal form."""
     return normalize_answer(prediction) in {normalize_answer(answer) for answer in answers}
 
 
 def f1_score(prediction: str, answers: list[str]) -> float:
-    """F1 of the words in normal form, from 0 to 1, best over the answers (LongBench v1 `qa_f1_score`)."""
+    """Return F1 of the words in normal form, from 0 to 1, best over the answers (LongBench v1 `qa_f1_score`)."""
     return max((_f1(normalize_answer(prediction).split(), normalize_answer(a).split()) for a in answers), default=0.0)
 
 
@@ -60,13 +60,13 @@ def _f1(words: list[str], gold: list[str]) -> float:
 
 
 def string_match_part(prediction: str, answers: list[str]) -> float:
-    """RULER's score of question answering, 0 or 100: an answer is in the prediction, case apart, as it stands."""
+    """Return RULER's score, 0 or 100: an answer is in the prediction as it stands, upper and lower case alike."""
     text = _CONTROL.sub("\n", prediction).strip().lower()
     return 100.0 * any(answer.lower() in text for answer in answers)
 
 
 def longbench_v2_choice(response: str) -> str | None:
-    """The letter A to D that LongBench v2's parser finds in a response, or None."""
+    """Return the letter A to D that LongBench v2's parser finds in a response, or None."""
     plain = response.replace("*", "")
     for pattern in _CHOICES:
         if match := pattern.search(plain):
@@ -75,9 +75,9 @@ def longbench_v2_choice(response: str) -> str | None:
 
 
 def longbench_v2_choice_lenient(response: str) -> str | None:
-    """Ours, beside the official parser: the letter that a chain of thought ends with, or None.
+    r"""Return the letter that a chain of thought ends with, or None: ours, beside the official parser.
 
-    What stands behind the last closed thought is read. The last of `answer is C`, `Answer: (c)` and `\\boxed{C}`
+    What stands behind the last closed thought is read. The last of `answer is C`, `Answer: (c)` and `\boxed{C}`
     counts; where there is none, a last line that is nothing but a letter, such as `(C)`. A mere mention does not.
     """
     plain = unicodedata.normalize("NFKC", behind_thought(response)).replace("*", "").strip()
@@ -88,23 +88,23 @@ def longbench_v2_choice_lenient(response: str) -> str | None:
 
 
 def gives_answer(response: str, answers: list[str]) -> bool:
-    """Whether a response gives one of the answers: sub-EM of what `extract_answer` finds; nothing found is wrong."""
+    """Return whether a response gives one of the answers: sub-EM of what `extract_answer` finds; no answer is wrong."""
     found = extract_answer(response)
     return found is not None and holds_answer(found, answers)
 
 
 def behind_thought(response: str) -> str:
-    """The part of a response that is said: behind the last closed thought; nothing if another one is left open."""
+    """Return what a response says behind its last closed thought; nothing if another thought is left open."""
     ends = list(_THOUGHT_END.finditer(response))
     said = response[ends[-1].end() :] if ends else response
     return "" if _THOUGHT.search(said) else said
 
 
 def extract_answer(response: str) -> str | None:
-    """What follows the last `The answer is:` up to the end of its line; None where nothing is marked as the answer.
+    r"""Return what follows the last `The answer is:` on its line; None where nothing is marked as the answer.
 
     The last one counts, because a chain of thought weighs answers before it settles on one, and may quote the prompt.
-    Where there is none, the last `\\boxed{...}` counts; then the last `the answer is` without a colon, which beside a
+    Where there is none, the last `\boxed{...}` counts; then the last `the answer is` without a colon, which beside a
     marked answer is a mere mention: `the answer is stated in document 3`. The answer may stand on the next line;
     markdown around it is taken off. Thoughts are not read, see `behind_thought`.
     """
@@ -115,15 +115,16 @@ def extract_answer(response: str) -> str | None:
     markers = markers or list(_LOOSE_MARKER.finditer(said))
     if not markers:
         return None
-    start = _LEAD.match(said, markers[-1].end()).end()
-    return said[start:].split("\n", 1)[0].strip(" \t\r*")
+    lead = _LEAD.match(said, markers[-1].end())
+    return said[lead.end() if lead else markers[-1].end() :].split("\n", 1)[0].strip(" \t\r*")
 
 
 def holds_answer(text: str, answers: list[str]) -> bool:
-    """Whether one of the answers stands in a text, as whole words, both in `judged_form`; an empty form never does.
+    """Return whether one of the answers stands in a text, as whole words, both in `judged_form`.
 
-    Words end at spaces and at punctuation: `US` is in `U.S.-based` and not in `Russia`. Of `No answer`, what the prompt
-    asks for where the documents do not tell, the words `no` and `answer` are no answers.
+    An answer whose form is empty stands nowhere. Words end at spaces and at punctuation: `US` is in `U.S.-based` and
+    not in `Russia`. Of `No answer`, what the prompt asks for where the documents do not tell, the words `no` and
+    `answer` are no answers.
     """
     words = _judged_words(text)
     form = words.replace("_", "")
@@ -137,18 +138,20 @@ def holds_answer(text: str, answers: list[str]) -> bool:
 
 
 def judged_form(text: str) -> str:
-    """SQuAD's normal form of a text as it is meant: the same for every way to write a sign.
+    r"""Return SQuAD's normal form of a text, the same for every way to write a sign.
 
     Compatibility characters, cases and composed accents are unified (NFKC, case folding). All punctuation goes, not
-    only ASCII's; so do invisible signs, and LaTeX's `\\boxed`, `\\text` and the like. Other symbols (`€`) are words. Of
+    only ASCII's; so do invisible signs, and LaTeX's `\boxed`, `\text` and the like. Other symbols (`€`) are words. Of
     printable ASCII without LaTeX it is `normalize_answer`.
     """
     return normalize_answer(text) if _PLAIN.fullmatch(text) else _judged_words(text).replace("_", "")  # 4 times faster
 
 
 def _judged_words(text: str) -> str:
-    """`judged_form` with `_` where a word ends without a space: where punctuation was, and around signs of scripts that
-    put no spaces between words."""
+    """Return `judged_form` with `_` where a word ends without a space.
+
+    That is where punctuation was, and around signs of scripts that put no spaces between words.
+    """
     text = unicodedata.normalize("NFKC", text.replace("´", "'"))
     text = unicodedata.normalize("NFKC", _LATEX.sub("", text).casefold())
     text = _NUMBER.sub(lambda match: match[0].translate(_PUNCTUATION), text).translate(_SIGNS)

@@ -1,4 +1,4 @@
-"""All paragraphs that a context may show, in flat arrays: 400,000 of them, texts included, take about 0.6 GB."""
+"""Keep all paragraphs that a context may show in flat arrays: 400,000 of them, texts included, take about 0.6 GB."""
 
 import hashlib
 import re
@@ -17,7 +17,7 @@ from .prompts import LABEL, SEAM, shown_text
 
 @dataclass
 class Question:
-    """A question of questions.jsonl; its evidence are indices of the pool."""
+    """Hold a question of questions.jsonl; its evidence are indices of the pool."""
 
     id: str
     question: str
@@ -29,7 +29,10 @@ class Question:
 
 @dataclass
 class Pool:
-    """Paragraph i, UTF-8, is `shown[shown_at[i]:shown_at[i + 1]]`; `normal` holds title and text in `judged_form`."""
+    """Hold the paragraphs of all questions, each once.
+
+    Paragraph i, UTF-8, is `shown[shown_at[i]:shown_at[i + 1]]`; `normal` holds title and text in `judged_form`.
+    """
 
     shown: bytearray = field(default_factory=bytearray)
     shown_at: array = field(default_factory=lambda: array("q", [0]))
@@ -45,34 +48,37 @@ class Pool:
         return len(self.same)
 
     def document(self, i: int) -> str:
-        """Paragraph i as it stands behind `Document n:`, a space and the title, a new line, the text."""
+        """Return paragraph i as it stands behind `Document n:`, a space and the title, a new line, the text."""
         return self.shown[self.shown_at[i] : self.shown_at[i + 1]].decode()
 
     def text(self, i: int) -> str:
-        """The paragraph's own text, verbatim."""
+        """Return the paragraph's own text, verbatim."""
         return self.document(i).split("\n", 1)[1]
 
     def form(self, i: int) -> str:
-        """Title and text in normal form."""
+        """Return title and text in normal form."""
         return self.normal[self.normal_at[i] : self.normal_at[i + 1]].decode()
 
     def holds(self, i: int, form: bytes) -> bool:
-        """Whether paragraph i holds a text, both in normal form."""
+        """Return whether paragraph i holds a text, both in normal form."""
         return self.normal.find(form, self.normal_at[i], self.normal_at[i + 1]) >= 0
 
 
 def build_pool(work: Path, markers: set[str]) -> tuple[Pool, list[Question]]:
-    """The questions of a work folder, and the paragraphs of questions.jsonl and corpus.jsonl.
+    """Return the questions of a work folder, and the paragraphs of questions.jsonl and corpus.jsonl.
 
     Args:
+        work: The folder.
         markers: Texts that only the chat template may write.
     """
     return make_pool(read_jsonl(work / "questions.jsonl"), read_jsonl(work / "corpus.jsonl"), markers)
 
 
 def make_pool(rows: Iterable[dict], corpus: Iterable[dict], markers: set[str]) -> tuple[Pool, list[Question]]:
-    """The same from rows as in questions.jsonl and paragraphs as in corpus.jsonl."""
-    pool, questions, seen = Pool(), [], {}
+    """Return questions and pool of rows as in questions.jsonl and paragraphs as in corpus.jsonl."""
+    pool = Pool()
+    questions: list[Question] = []
+    seen: dict[bytes, int] = {}
     marker = marker_pattern(markers)
     for row in tqdm(rows, desc="paragraphs", unit=" questions", disable=None):
         evidence = [_add(pool, paragraph, marker, seen) for paragraph in row["evidence"]]
@@ -87,12 +93,12 @@ def make_pool(rows: Iterable[dict], corpus: Iterable[dict], markers: set[str]) -
 
 
 def marker_pattern(markers: set[str]) -> re.Pattern:
-    """What finds one of these texts; nothing where there are none."""
+    """Return a pattern that finds one of these texts, and nothing where there are none."""
     return re.compile("|".join(map(re.escape, sorted(markers))) or "(?!)")
 
 
 def _add(pool: Pool, paragraph: dict, marker: re.Pattern, seen: dict[bytes, int]) -> int:
-    """Index of a paragraph, which is added unless the same bytes are there."""
+    """Return the index of a paragraph, which is added unless the same bytes are there."""
     shown = shown_text(paragraph)
     whole = _digest(shown)
     if whole in seen:
@@ -130,7 +136,7 @@ def count_tokens(pool: Pool, tokenizer, batch: int = 512) -> None:
 
 
 def rank_by_bm25(pool: Pool) -> Callable[[str], Iterator[int]]:
-    """A function that gives, for a question, the drawable paragraphs that are most like it first (BM25, Lucene's)."""
+    """Return a function from a question to the drawable paragraphs, those most like it first (BM25, Lucene's)."""
     try:
         import bm25s
         import numpy as np

@@ -13,8 +13,8 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 SYNC_SECONDS = 1.0  # an appended line is in the kernel's hands at once, and on the disk itself within this time
 
@@ -67,8 +67,11 @@ def read_jsonl(path: Path | str) -> Iterator[dict]:
                 yield parse_line(line, path, number)
 
 
+Bytes = BufferedReader | gzip.GzipFile  # a file that is read, as it is or unpacked
+
+
 @contextmanager
-def reading(path: Path | str) -> Iterator[BinaryIO]:
+def reading(path: Path | str) -> Iterator[Bytes]:
     """Open a file to read its bytes; what gzip has packed is unpacked on the way, whatever the file is called.
 
     Raises:

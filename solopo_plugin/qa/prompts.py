@@ -10,7 +10,7 @@ SEAM = BETWEEN + LABEL
 
 
 def shown_text(paragraph: dict) -> str:
-    """A paragraph, {"title", "text"}, as it stands behind `Document n:`."""
+    """Return a paragraph, {"title", "text"}, as it stands behind `Document n:`."""
     return f" {paragraph['title']}\n{paragraph['text']}" if paragraph["title"] else f"\n{paragraph['text']}"
 
 
@@ -28,14 +28,16 @@ end with `The answer is: No answer.`"""
 
 
 def lay_out(before: str, behind: str, question: str, shown: Iterable[str]) -> tuple[str, list[dict]]:
-    """The message, and where in it the text of each document is.
+    """Return the message, and where in it the text of each document is.
 
     Args:
         before: What stands before the documents, from `split_prompt`.
         behind: What stands behind them.
+        question: What is asked.
         shown: The documents as `pool.shown_text` writes them.
     """
-    parts, places = [before.replace("{question}", question)], []
+    parts = [before.replace("{question}", question)]
+    places: list[dict] = []
     at = len(parts[0])
     for number, document in enumerate(shown, 1):
         label = (BETWEEN if places else "") + f"{LABEL} {number}:"
@@ -47,7 +49,7 @@ def lay_out(before: str, behind: str, question: str, shown: Iterable[str]) -> tu
 
 
 def split_prompt(prompt: str | None) -> tuple[str, str]:
-    """What stands before and behind the documents; None: of `PROMPT`.
+    """Return what stands before and behind the documents; None: of `PROMPT`.
 
     Raises:
         DataError: `{documents}` or `{question}` is not there exactly once.
@@ -63,7 +65,7 @@ def split_prompt(prompt: str | None) -> tuple[str, str]:
 
 
 def document_spans(prompt: str, n: int) -> list[tuple[int, int]] | None:
-    """Where in a prompt its `n` documents begin and end, with their labels; None if they are not there.
+    """Return where in a prompt its `n` documents begin and end, with their labels; None if they are not there.
 
     The last one ends where our prompt asks the question; with another prompt it runs to the end, which asks the
     question and names no answer.
@@ -81,6 +83,6 @@ def document_spans(prompt: str, n: int) -> list[tuple[int, int]] | None:
 
 
 def split_documents(prompt: str, n: int) -> list[str] | None:
-    """Title and text of the `n` documents of a prompt, None if they are not there."""
+    """Return title and text of the `n` documents of a prompt, None if they are not there."""
     spans = document_spans(prompt, n)
-    return spans and [prompt[start:end].partition(":")[2] for start, end in spans]
+    return None if spans is None else [prompt[start:end].partition(":")[2] for start, end in spans]

@@ -8,15 +8,17 @@ from .files import dump, explained
 
 
 def file_hash(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return SHA-256 of a file's bytes, in hex."""
     with explained(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int = 1 << 24) -> str:
-    """SHA-256 over names and contents of the files in `folder` that match a pattern.
+    """Return SHA-256 over names and contents of the files in `folder` that match a pattern.
 
     Args:
+        folder: Where the files are; folders within it are not read unless a pattern says so.
+        patterns: As of `Path.glob`.
         whole: Bytes up to which a file is read whole; of a larger one, such as weights, both ends of half that size.
     """
     digest = hashlib.sha256()

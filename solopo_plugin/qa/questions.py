@@ -26,11 +26,13 @@ def usable(
     counts: Counter,
     bad: Callable[[str, DataError], None],
 ) -> Iterator[dict]:
-    """The questions of `rows` that can be asked; unanswerable ones and repeated ids are left out and counted.
+    """Yield the questions of `rows` that can be asked; unanswerable ones and repeated ids are left out and counted.
 
     Args:
         rows: Where a row stands, and a function that parses it, as from `source_rows`.
         form: A value of `input_format`.
+        documents: The recipe's `corpus`, by id.
+        counts: Counts `lines`, `unanswerable` and `same_id`.
         bad: What to do with a row that cannot be used, given where it stands and why.
     """
     seen = set()
@@ -71,13 +73,13 @@ def split_articles(rows: Rows) -> Rows:
             yield where, partial(_refuse, error)
             continue
         if parts is None:
-            yield where, lambda row=row: row
+            yield where, partial(dict, row)
             continue
         for i, (paragraph, asked) in enumerate(parts):
             above = {"title": row.get("title"), "context": paragraph.get("context")}
             for k, question in enumerate(asked):
                 place = f"{where} ({shown(row.get('title'))}: paragraphs[{i}].qas[{k}])"
-                yield place, lambda row=above | question: row
+                yield place, partial(dict, above | question)
 
 
 def is_article(row: dict) -> bool:
@@ -90,18 +92,20 @@ def _refuse(error: DataError) -> dict:
 
 
 def located(where: str, error: DataError) -> str:
-    """What is wrong, with the place, unless it says so itself."""
+    """Return what is wrong, with the place, unless it says so itself."""
     return str(error) if str(error).startswith(where) else f"{where}: {error}"
 
 
 def parse_row(row: dict, form: str, documents: Documents) -> dict:
-    """One row of a known format as a question of questions.jsonl.
+    """Return one row of a known format as a question of questions.jsonl.
 
     Repeated evidence (same text in normal form) is taken once; answers of which the normal form leaves nothing, empty
     distractors and distractors that are evidence are left out.
 
     Args:
+        row: As it stands in its file.
         form: A value of `input_format`.
+        documents: The recipe's `corpus`, by id.
 
     Raises:
         DataError: A key is missing, of the wrong type or empty.
@@ -145,7 +149,8 @@ def _format(row: dict) -> str:
 
 
 def _musique(row: dict, documents: Documents) -> tuple:
-    evidence, distractors = [], []
+    evidence: list[dict] = []
+    distractors: list[dict] = []
     for item in list_at(row, "paragraphs"):
         if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
             raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {shown(item)}.")
@@ -161,7 +166,7 @@ def _musique(row: dict, documents: Documents) -> tuple:
 
 
 def _hotpotqa(row: dict, documents: Documents) -> tuple:
-    """HotpotQA and 2WikiMultihopQA: as their authors give them, and as hub copies do (columns, or JSON in a text)."""
+    """Read HotpotQA and 2WikiMultihopQA as their authors give them, and as hub copies do (columns, or JSON texts)."""
     context, facts = (_pairs(row, key) for key in ("context", "supporting_facts"))
     titles = {title for title, _ in facts}
     evidence, distractors = [], []
@@ -192,7 +197,7 @@ def _plain(row: dict, documents: Documents) -> tuple:
 
 
 def _squad(row: dict, documents: Documents) -> tuple:
-    """SQuAD: a question of an official file with its paragraph, or a row of the hub, whose answers are columns."""
+    """Read SQuAD: a question of an official file with its paragraph, or a row of the hub, whose answers are columns."""
     title, answers, context = row.get("title"), row.get("answers"), row.get("context")
     title = title.replace("_", " ") if isinstance(title, str) else title
     if not isinstance(context, str) or not context.strip():
@@ -210,7 +215,7 @@ PARSERS = {
 
 
 def make_paragraph(item: Any, documents: Documents) -> dict:
-    """A paragraph as {"title", "text"}: from a text, an object, or the id of a document. The text stays verbatim."""
+    """Return a paragraph as {"title", "text"}, its text verbatim; it may be a text, an object, or a document's id."""
     if isinstance(item, str):
         item = {"text": item}
     if not isinstance(item, dict):
@@ -228,7 +233,7 @@ def make_paragraph(item: Any, documents: Documents) -> dict:
 
 
 def _distinct(paragraphs: list[dict], known: set[str]) -> list[dict]:
-    """Paragraphs whose text, in normal form, is neither in `known` nor that of an earlier one."""
+    """Return the paragraphs whose text, in normal form, is neither in `known` nor that of an earlier one."""
     kept = []
     for paragraph in paragraphs:
         form = normalize_answer(paragraph["text"])
@@ -239,7 +244,7 @@ def _distinct(paragraphs: list[dict], known: set[str]) -> list[dict]:
 
 
 def _pairs(row: dict, key: str) -> list[tuple[str, Any]]:
-    """A list of [title, value], also from {"title": [...], ...: [...]} or from JSON in a text."""
+    """Return a list of [title, value], also from {"title": [...], ...: [...]} or from JSON in a text."""
     value = row.get(key)
     if isinstance(value, str):
         try:
@@ -259,7 +264,7 @@ def _pairs(row: dict, key: str) -> list[tuple[str, Any]]:
 
 
 def objects(row: dict, key: str) -> list[dict]:
-    """The JSON objects that a row has at `key`.
+    """Return the JSON objects that a row has at `key`.
 
     Raises:
         DataError: There is no list of objects.
@@ -270,14 +275,14 @@ def objects(row: dict, key: str) -> list[dict]:
 
 
 def list_at(row: dict, key: str) -> list:
-    """The list that a row has at `key`."""
+    """Return the list that a row has at `key`."""
     if not isinstance(row.get(key), list):
         raise DataError(f"`{key}` must be a list, {got(row, key)}.")
     return row[key]
 
 
 def texts(row: dict, key: str) -> list[str]:
-    """The text or texts, at least one, that a row has at `key`."""
+    """Return the text or texts, at least one, that a row has at `key`."""
     value = row.get(key)
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):

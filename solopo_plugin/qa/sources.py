@@ -1,4 +1,4 @@
-"""Rows of a file, a folder or a data set of the hub.
+"""Read rows of a file, a folder or a data set of the hub.
 
 A file is known by its content, not by its name. It is read row by row and may be
 
@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ijson
 
-from .files import DataError, explained, parse_line, reading, shown
+from .files import Bytes, DataError, explained, parse_line, reading, shown
 
 Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it or raises DataError
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -39,6 +39,7 @@ def source_rows(name: str, key: str, subset: str | None, split: str) -> Rows:
     """Yield every row of a file, a folder or a data set of the hub; what exists here is never asked of the hub.
 
     Args:
+        name: A path or a name of the hub.
         key: What the recipe calls it, for messages.
         subset: Configuration of a hub data set.
         split: Split of a hub data set.
@@ -83,7 +84,7 @@ def _lines(path: Path) -> Rows:
 
 
 class Place(NamedTuple):
-    """Where in a file's JSON its rows are."""
+    """Say where in a file's JSON its rows are."""
 
     level: int  # containers around a row: 0 one behind the other, 1 in a list, 2 in a list of an object
     key: str | None = None  # of that list
@@ -98,7 +99,8 @@ def find_rows(path: Path) -> Place | None:
     Raises:
         DataError: It is an object with several lists, so that it does not say which of them is meant.
     """
-    key, line, first, last, lists, keys = None, 0, 0, 0, {}, set()  # lists: key -> whether of objects
+    key, line, first, last, keys = "", 0, 0, 0, set()
+    lists: dict[str, bool] = {}  # key -> whether of objects
     follows = broken = False
     with reading(path) as file:
         try:
@@ -151,10 +153,12 @@ def _streamed(path: Path, place: Place) -> Rows:
                 builder = None
 
 
-def _events(path: Path, file: BinaryIO, several: bool) -> Iterator[tuple[int, int, str, Any]]:
+def _events(path: Path, file: Bytes, several: bool) -> Iterator[tuple[int, int, str, Any]]:
     """Yield (line from 1, containers around it, event, value) of a file's JSON; events are those of ijson.
 
     Args:
+        path: Of the file, for messages.
+        file: The file, open for reading.
         several: Values may stand one behind the other.
 
     Raises:
@@ -209,6 +213,10 @@ def _library_rows(name: str, place: str, key: str, subset: str | None, split: st
     """Yield the rows that the `datasets` library finds in a folder or on the hub.
 
     Args:
+        name: As the recipe has it, for messages.
+        key: What the recipe calls it, for messages.
+        subset: Configuration of a hub data set.
+        split: Split of a hub data set.
         place: For the library; of a folder the absolute path, which it cannot take for a name.
     """
     from datasets import load_dataset
