@@ -1,7 +1,7 @@
-"""Shared tools: tiny models, recipes as dicts, runs in this process and through the real command line.
+"""Shared tools: tiny models, recipes as dicts, runs in this process and through the command line.
 
-Importing the host takes ten seconds or more, so most runs share this process (`run`); what must be proven of the
-command line goes through `cli`. Everything is offline: models and tokenizers are built here.
+Importing the host takes ten seconds or more, so most runs share this process (`run`), and most command lines (`cli`)
+are forks of one that has it imported. Everything is offline: models and tokenizers are built here.
 """
 
 import json
@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from zygote import Zygote
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("SOLOPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -145,27 +147,54 @@ def host_log():
     logging.getLogger("llamafactory").removeHandler(handler)
 
 
-@pytest.fixture
-def cli(tmp_path):
-    """Run `llamafactory-cli` in a new process; returns the finished process with its combined output as `.out`."""
+@pytest.fixture(scope="session")
+def zygote():
+    """A process with the host imported, which forks for every command line; see zygote.py."""
+    running = Zygote()
+    yield running
+    running.end()
 
-    def call(*args: str, program: str = "llamafactory-cli", check: bool = True, **env: str):
-        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, **env}
-        for _ in range(3):
-            process = subprocess.run(
-                [str(BIN / program), *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, timeout=800,
-            )  # fmt: skip
-            if process.returncode == 0 or TORN_DOWN not in process.stdout:
-                break
-            print(f"{program} {' '.join(args)} aborted while its interpreter ended; run again")
-        process.out = process.stdout
+
+def shell_environment(**env: str) -> dict[str, str]:
+    """This environment's programs first, and no GPU."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env}
+
+
+@pytest.fixture
+def cli(request, tmp_path):
+    """Run `llamafactory-cli` in a fork of the zygote; returns the ended process with its combined output as `.out`.
+
+    `fresh`: in a new interpreter, which takes ten seconds more and shows the start itself.
+    """
+
+    def call(*args: str, program: str = "llamafactory-cli", check: bool = True, fresh: bool = False, **env: str):
+        environment = shell_environment(**env)
+        if fresh:
+            process = start_anew([str(BIN / program), *args], environment)
+        else:
+            path = tmp_path / f"log_{time.monotonic_ns()}.txt"
+            program = program if program == "torchrun" else BIN / program
+            process = request.getfixturevalue("zygote").start(program, *args, log=path, env=environment)
+            process.wait()
+            process.out = path.read_text()
         if check and process.returncode:
             raise AssertionError(f"{program} {' '.join(args)} ended with {process.returncode}:\n{process.out[-6000:]}")
         return process
 
     return call
+
+
+def start_anew(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    for _ in range(3):
+        process = subprocess.run(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=800
+        )
+        if process.returncode == 0 or TORN_DOWN not in process.stdout:
+            break
+        print(f"{' '.join(command)} aborted while its interpreter ended; run again")
+    process.out = process.stdout
+    return process
 
 
 def write_recipe(path: Path, args: dict) -> str:

@@ -7,6 +7,7 @@ bring the plugin in. Each start costs about ten seconds of imports, so each show
 import json
 import logging
 import re
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,12 +23,8 @@ ACTIVE = f"solopo_plugin {__version__} is active in LLaMA-Factory {version('llam
 
 @pytest.fixture
 def launch(cli):
-    """`cli` without a GPU, for the host counts them and would start one process for each."""
-
-    def call(*args: str, **kwargs):
-        return cli(*args, **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | kwargs))
-
-    return call
+    """`cli` in a new interpreter."""
+    return partial(cli, fresh=True)
 
 
 @pytest.fixture

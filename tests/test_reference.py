@@ -5,18 +5,16 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import time
 import weakref
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from subprocess import DEVNULL
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BIN, ROOT, demo_rows, write_dataset, write_recipe
+from conftest import BIN, demo_rows, write_dataset, write_recipe
 from safetensors.torch import load_file, save_file
 
 
@@ -553,7 +551,7 @@ def test_the_bound_is_between_rounding_and_another_model(architecture, layers, w
         assert any(abs(a - b) > bound for a, b, bound in zip(logps(other), truth, bounds, strict=True))
 
 
-def test_scoring_killed_and_continued(run, recipe, tmp_path, cache, host_log, monkeypatch):
+def test_scoring_killed_and_continued(zygote, run, recipe, tmp_path, cache, host_log, monkeypatch):
     """kill -9 while it scores, through the command line; then only the rest is scored and the run is the whole one."""
     rows = [row | {"prompt": f"{i}. {row['prompt']}"} for i, row in enumerate(demo_rows() * 10)]
     args = recipe(
@@ -561,11 +559,10 @@ def test_scoring_killed_and_continued(run, recipe, tmp_path, cache, host_log, mo
         per_device_train_batch_size=1, per_device_eval_batch_size=1, num_train_epochs=None,
     )  # fmt: skip
     path = write_recipe(tmp_path / "r.yaml", args)
-    process = subprocess.Popen([BIN / "llamafactory-cli", "train", path], cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL)
+    process = zygote.start(BIN / "llamafactory-cli", "train", path, log=tmp_path / "log.txt")
     while process.poll() is None and sum(f.stat().st_size for f in cache.glob("*/*.jsonl")) < 2000:
         time.sleep(0.001)
     process.kill()
-    process.wait()
     (torn,) = cache.glob("*/*.jsonl")
     text = torn.read_text()
     torn.write_text(text[: text.rindex("}") - 9])  # a writer that dies within a line

@@ -9,7 +9,17 @@ import time
 
 import pytest
 import torch
-from conftest import BIN, ROOT, SHARED_DATA, SOLO_COLUMNS, TORN_DOWN, demo_rows, outcome, write_dataset, write_recipe
+from conftest import (
+    BIN,
+    ROOT,
+    SHARED_DATA,
+    SOLO_COLUMNS,
+    demo_rows,
+    outcome,
+    shell_environment,
+    write_dataset,
+    write_recipe,
+)
 
 
 def first_losses(run, recipe, tmp_path, name: str, **changes) -> list[float]:
@@ -190,32 +200,28 @@ def outcome_weights(folder) -> dict:
     return load_file(folder / "model.safetensors")
 
 
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(recipe, tmp_path):
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(zygote, recipe, tmp_path):
     """kill -9 after the second checkpoint, the same command again: same losses, same weights."""
     args = recipe(
         max_samples=24, num_train_epochs=4.0, save_strategy="steps", save_steps=4, overwrite_output_dir=None,
         dataset_dir=str(ROOT / "data"), pref_loss="sigmoid", solopo_alpha=1.0,
     )  # fmt: skip
-    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
-    def command(folder: str) -> list[str]:
+    def start(folder: str, log: str):
         path = write_recipe(tmp_path / f"{folder}.yaml", args | {"output_dir": str(tmp_path / folder)})
-        return [str(BIN / "llamafactory-cli"), "train", path]
+        return zygote.start(BIN / "llamafactory-cli", "train", path, log=tmp_path / log, env=shell_environment())
 
-    quiet = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    subprocess.run(command("whole"), timeout=300, **quiet)  # what it left is looked at below
-    process = subprocess.Popen(command("killed"), start_new_session=True, **quiet)
+    assert start("whole", "whole.txt").wait() == 0
+    process = start("killed", "killed.txt")
     complete = tmp_path / "killed" / "checkpoint-8" / "trainer_state.json"  # written last
     deadline = time.time() + 200
     while not complete.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert complete.exists() and not (tmp_path / "killed" / "model.safetensors").exists()
-    resumed = subprocess.run(command("killed"), cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
-    ended = resumed.returncode == 0 or TORN_DOWN in resumed.stderr
-    assert ended, resumed.stdout[-3000:] + resumed.stderr[-3000:]
-    assert "Resuming training from" in resumed.stdout
+    status, said = start("killed", "resumed.txt").wait(), (tmp_path / "resumed.txt").read_text()
+    assert status == 0 and "Resuming training from" in said, said[-6000:]
     whole, again = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
     drop = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
     strip = lambda log: [{k: v for k, v in e.items() if k not in drop} for e in log]  # noqa: E731

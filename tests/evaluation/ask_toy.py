@@ -21,3 +21,7 @@ def main(words: list[str]) -> int:
     with run.alone_in(Path(recipe.output_dir), "output_dir"):
         run.answer_all(recipe, find_models(recipe))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
