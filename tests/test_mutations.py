@@ -4,18 +4,17 @@ The package is copied, one line of the copy is changed, and the named test runs 
 own. It must fail there by an assertion (not by an import or a collection error), and pass on the unchanged copy.
 
 Importing the host takes longer than all these tests, so one process imports it, with the plugin off and its modules
-not loaded, and forks a child for each fault.
+not loaded, and forks for each fault; see zygote.py.
 """
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from zygote import Zygote
 
 STEP = "test_losses.py::test_step_is_the_loop_by_hand"
 FAULTS = {  # name: (file, source as it stands there exactly once, what it becomes, the test that must fail)
@@ -179,92 +178,43 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
 }  # fmt: skip
 
-# Imports what is slow, then for each job [folder, tests] forks a child that runs pytest on the tests against the
-# package in the folder, and notes which file was imported, the tests that passed, and the exceptions of the others.
-RUNNER = """
-import json, os, sys
-import hypothesis, pytest, torch, llamafactory.train.dpo.trainer
-from transformers import Qwen2ForCausalLM
-
-class Outcome:
-    def __init__(self):
-        self.passed, self.failed, self.other = [], {}, []
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = yield
-        if report.failed:
-            self.failed[item.nodeid] = [report.when, [c.__name__ for c in call.excinfo.type.__mro__]]
-        elif report.skipped:
-            self.other.append(item.nodeid)
-        elif report.when == "call":
-            self.passed.append(item.nodeid)
-        return report
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.other.append(report.nodeid)
-
-def run(folder, tests):
-    for name in [n for n in sys.modules if n.split(".")[0] == "solopo_plugin"]:
-        del sys.modules[name]  # what the interpreter's start has imported
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1), os.dup2(output, 2)
-    outcome = Outcome()
-    code = pytest.main(["-q", "-p", "no:cacheprovider", *tests], plugins=[outcome])
-    import solopo_plugin.losses
-    with open("outcome.json", "w") as file:
-        json.dump(vars(outcome) | {"file": solopo_plugin.losses.__file__, "code": int(code)}, file)
-    sys.stdout.flush()
-
-for job in json.load(sys.stdin):
-    child = os.fork()
-    if child == 0:
-        try:
-            run(*job)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-"""
-
-
-def changed(fault: str, package: Path) -> bool:
-    """Put the fault into a copy of the package; False where the source is not there exactly once."""
-    file, source, replacement, _ = FAULTS[fault]
-    text = (package / file).read_text(encoding="utf-8")
-    (package / file).write_text(text.replace(source, replacement), encoding="utf-8")
-    return text.count(source) == 1
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str | None, dict]:
-    """What each fault's test did, by name of the fault; under None what all the named tests do without a fault."""
-    folders, jobs = {}, []
-    for fault in (None, *FAULTS):
-        folder = folders[fault] = tmp_path_factory.mktemp("package")
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "solopo_plugin", folder / "solopo_plugin", ignore=ignored)
-        if fault is None or changed(fault, folder / "solopo_plugin"):
-            tests = sorted({test for *_, test in FAULTS.values()}) if fault is None else [FAULTS[fault][-1]]
-            jobs.append([str(folder), [str(ROOT / "tests" / test) for test in tests]])
-    # one thread: a process that has started a pool of them must not fork
-    environment = os.environ | {"SOLOPO_PLUGIN": "off", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    process = subprocess.run([sys.executable, "-c", RUNNER], cwd=folders[None], env=environment, input=json.dumps(jobs),
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)  # fmt: skip
-    assert process.returncode == 0, process.stdout
-    found = {}
-    for fault, folder in folders.items():
-        if (folder / "outcome.json").exists():
-            found[fault] = json.loads((folder / "outcome.json").read_text())
-            found[fault]["output"] = (folder / "output.txt").read_text()
-            # the copy was tested, not the installed package
-            assert Path(found[fault]["file"]) == folder / "solopo_plugin" / "losses.py"
-    return found
+def host_alone():
+    """A zygote without the plugin, so that a run can import the plugin from where it likes."""
+    running = Zygote("hypothesis", "pytest", SOLOPO_PLUGIN="off")
+    yield running
+    running.end()
 
 
-def test_the_named_tests_pass_without_a_fault(outcomes):
-    found = outcomes[None]
+@pytest.fixture
+def outcome(host_alone, tmp_path):
+    """Run tests against a copy of the package, with a fault or without; returns what each of them did."""
+
+    def run(tests: list[str], fault: str | None = None) -> dict:
+        package = tmp_path / "solopo_plugin"
+        shutil.copytree(ROOT / "solopo_plugin", package, ignore=shutil.ignore_patterns("__pycache__"))
+        if fault is not None:
+            file, source, replacement, _ = FAULTS[fault]
+            text = (package / file).read_text(encoding="utf-8")
+            count = text.count(source)
+            assert count == 1, f"{file} has {count} times: {source} -- bring the table of faults up to date"
+            (package / file).write_text(text.replace(source, replacement), encoding="utf-8")
+        environment = os.environ | {"SOLOPO_PLUGIN": "off", "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        paths = [ROOT / "tests" / test for test in tests]
+        script, log = ROOT / "tests" / "run_on_copy.py", tmp_path / "output.txt"
+        status = host_alone.start(script, *paths, log=log, cwd=tmp_path, env=environment).wait()
+        assert status == 0, log.read_text()
+        found = json.loads((tmp_path / "outcome.json").read_text())
+        # the copy was tested, not the installed package
+        assert Path(found["file"]) == package / "losses.py"
+        return found | {"output": log.read_text()}
+
+    return run
+
+
+def test_the_named_tests_pass_without_a_fault(outcome):
+    found = outcome(sorted({test for *_, test in FAULTS.values()}))
     assert found["code"] == 0 and not found["failed"] and not found["other"], found["output"]
     ran = {node.split("tests/")[1] for node in found["passed"]}
     for *_, test in FAULTS.values():  # each was there and ran, at least one case of it
@@ -272,11 +222,8 @@ def test_the_named_tests_pass_without_a_fault(outcomes):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught(outcomes, fault):
-    file, source, _, _ = FAULTS[fault]
-    count = (ROOT / "solopo_plugin" / file).read_text(encoding="utf-8").count(source)
-    assert count == 1, f"{file} has {count} times: {source} -- bring the table of faults up to date"
-    found = outcomes[fault]
+def test_fault_is_caught(outcome, fault):
+    found = outcome([FAULTS[fault][-1]], fault)
     assert found["code"] == 1 and found["failed"] and not found["other"], found["output"]
     for when, exceptions in found["failed"].values():
         assert when == "call" and "AssertionError" in exceptions, found["output"]

@@ -1,6 +1,6 @@
 """Starts command lines quickly: the host is imported once, and every run is a fork of this process.
 
-    python tests/zygote.py     # orders on stdin, answers on stdout; `Zygote` below is the other end
+    python tests/zygote.py [MODULE ...]     # to be imported too; orders on stdin, answers on stdout, see `Zygote`
 
 A run is a process of its own, with its own arguments, folder, environment, output and exit status, and can be killed.
 It executes the script as Python does, under the name `__main__`, and the plugin's hook was active when the host was
@@ -10,6 +10,7 @@ A `torchrun` that a run calls, as the host's command line does for several proce
 """
 
 import argparse
+import importlib
 import json
 import os
 import runpy
@@ -27,12 +28,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Zygote:
-    """A running zygote, which has one run at a time."""
+    """A running zygote, which has one run at a time.
 
-    def __init__(self):
+    Args:
+        modules: To be imported beside the host.
+        env: Environment variables for its start.
+    """
+
+    def __init__(self, *modules: str, **env: str):
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+            [sys.executable, __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **env},
         )  # fmt: skip
         self.last = None
 
@@ -186,6 +192,10 @@ def work(order: dict) -> int:
 def main() -> None:
     import llamafactory.launcher
     import llamafactory.train.tuner  # noqa: F401
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
 
     for line in sys.stdin:
         child = fork(work, json.loads(line))
