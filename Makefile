@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
+.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -42,9 +42,13 @@ lab-forms: .venv/.installed
 lab-two-hop: .venv/.installed
 	@$(LAB) --task two_hop $(ARGS); status=$$?; $(REPORT); exit $$status
 
-# Files in their order, distributed/ first: its few long tests at the end would keep one of two workers waiting
+# The core, in at most five minutes on two cores: what is not marked `slow`. TESTS=tests/test_losses.py: one file
+PYTEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web
 test: .venv/.test
-	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/web $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: .venv/.test
+	$(PYTEST) --durations=20 $(TESTS)
 
 # Parity with the host and the packed row once more, as a processor without vector instructions rounds
 test-cpu: .venv/.test

@@ -45,6 +45,51 @@ def weight_bound(steps: int) -> dict:
     return dict(rtol=0, atol=2e-6 * steps)
 
 
+# ---- what `make test` leaves to `make test-all`: the tests marked `slow`
+
+LONG = 15  # seconds; a test of `make test` that takes longer is named at the end
+left_out, seconds = 0, {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Take the mark off the cases that a sweep keeps, and tell the reports which tests have it."""
+    for item in items:
+        for mark in list(item.iter_markers("slow")):
+            if hasattr(item, "callspec") and item.callspec.id in mark.kwargs.get("keep", ()):
+                item.own_markers.remove(mark)
+        item.user_properties.append(("slow", item.get_closest_marker("slow") is not None))
+
+
+def pytest_deselected(items):
+    global left_out
+    left_out += len(items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    global left_out
+    left_out = getattr(node, "workeroutput", {}).get("left_out", left_out)
+
+
+def pytest_runtest_logreport(report):
+    if not dict(report.user_properties).get("slow"):
+        seconds[report.nodeid] = seconds.get(report.nodeid, 0) + report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    for test, took in seconds.items():
+        if took > LONG:
+            terminalreporter.write_line(f"{test} took {took:.0f} s; should it be marked `slow`?", yellow=True)
+    if left_out:
+        terminalreporter.write_line(f"{left_out} tests were left out; `make test-all` runs them too.")
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict:
     """Scores that the benchmarks' own code gave."""

@@ -386,12 +386,12 @@ def test_a_question_has_its_own_limit_and_greedy_is_temperature_0(benchmarks, mo
 
 
 @pytest.fixture(scope="module")
-def start(zygote):
-    """Runs of ask_toy.py; see zygote.py."""
+def zygote(zygote):
+    """Starts runs of ask_toy.py; see zygote.py."""
     return partial(zygote.run, "tests/evaluation/ask_toy.py")
 
 
-def test_killed_and_resumed_is_uninterrupted(start, tokenizer, tmp_path_factory):
+def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory):
     """kill -9 at six moments; the answers are the same lines, each once, and none is asked for twice over."""
     right = answers_for(tmp_path_factory.mktemp("answers") / "answers.json", N_QUESTIONS)
     log, ends, folders = right.with_name("log"), [], []
@@ -403,8 +403,8 @@ def test_killed_and_resumed_is_uninterrupted(start, tokenizer, tmp_path_factory)
             keys = {name: value for name, value in keys.items() if value is not None}
             (folder / "recipe.yaml").write_text(yaml.safe_dump(keys | {"output_dir": "out"}))
             random.seed(3)
-            ends.append([start(folder, kill_after=0.25 + random.random() / 2) for _ in range(kills)])
-            assert start(folder) == 0, (folder / "log.txt").read_text()
+            ends.append([zygote(folder, kill_after=0.25 + random.random() / 2) for _ in range(kills)])
+            assert zygote(folder) == 0, (folder / "log.txt").read_text()
             folders.append(folder)
             if not kills:
                 assert len(log.read_text().splitlines()) == N_QUESTIONS

@@ -48,8 +48,8 @@ def tokenizer(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def start(zygote):
-    """Runs of build_data.py; see zygote.py."""
+def zygote(zygote):
+    """Starts runs of build_data.py; see zygote.py."""
     return partial(zygote.run, "scripts/build_data.py")
 
 
@@ -74,10 +74,10 @@ def prepare(tmp_path_factory, server, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def finished(prepare, start) -> Path:
+def finished(prepare, zygote) -> Path:
     """A folder with an uninterrupted run."""
     folder = prepare()
-    assert start(folder) == 0, (folder / "log.txt").read_text()
+    assert zygote(folder) == 0, (folder / "log.txt").read_text()
     return folder
 
 
@@ -119,14 +119,14 @@ def rows(folder: Path, part: str = "") -> list[dict]:
     return list(read_jsonl(folder / "data" / f"made_solopo{part}.jsonl"))
 
 
-def test_two_runs_are_byte_equal(finished, prepare, start):
+def test_two_runs_are_byte_equal(finished, prepare, zygote):
     """Also with other workers, another concurrency and answers one by one; the manifest too, but for those."""
     other = prepare(concurrency=3, num_workers=2)
-    assert start(other) == 0
+    assert zygote(other) == 0
     assert results(other) == results(finished)
     before = {name: (other / name).stat().st_mtime_ns for name in results(other) if name.startswith("work/")}
     (other / "work" / "contexts.jsonl.tmp").write_text("half")  # of a run that was killed
-    assert start(other) == 0 and results(other) == results(finished)
+    assert zygote(other) == 0 and results(other) == results(finished)
     assert before == {name: (other / name).stat().st_mtime_ns for name in before if name != "work/manifest.json"} | {
         "work/manifest.json": before["work/manifest.json"]
     }
@@ -134,50 +134,50 @@ def test_two_runs_are_byte_equal(finished, prepare, start):
     assert log.count("finished before, kept.") == len(TABLE) - 1
 
 
-def test_killed_at_random_in_every_stage(finished, prepare, start):
+def test_killed_at_random_in_every_stage(finished, prepare, zygote):
     """`kill -9` again and again: a stage continues, and in the end every file is that of an uninterrupted run."""
     rng, folder, kills = random.Random(5), prepare(concurrency=2), 0
     for stage in TABLE:
-        seconds = duration(stage, finished, prepare, start)
+        seconds = duration(stage, finished, prepare, zygote)
         done, words = 0, ["--stage", stage]
         for _ in range(10 * KILLS):
-            status = start(folder, *words, kill_after=rng.uniform(0, 0.9) * seconds)
+            status = zygote(folder, *words, kill_after=rng.uniform(0, 0.9) * seconds)
             done += status == -signal.SIGKILL
             if done == KILLS:
                 break
             words = ["--stage", stage] + ["--no-resume"] * (status == 0)  # it was too quick: once more
         assert done == KILLS, f"{stage} ended before it could be killed ({seconds:.2f} s)"
-        assert start(folder, "--stage", stage) == 0, (folder / "log.txt").read_text()
+        assert zygote(folder, "--stage", stage) == 0, (folder / "log.txt").read_text()
         kills += done
     assert kills >= 20
-    assert start(folder) == 0, (folder / "log.txt").read_text()
+    assert zygote(folder) == 0, (folder / "log.txt").read_text()
     assert results(folder) == results(finished)
 
 
-def duration(stage: str, finished: Path, prepare, start) -> float:
+def duration(stage: str, finished: Path, prepare, zygote) -> float:
     """Seconds that a stage takes behind the finished ones before it."""
     folder = prepare(concurrency=2)
     shutil.copytree(finished / "work", folder / "work")
     shutil.copytree(finished / "data", folder / "data")
     started = time.monotonic()
-    assert start(folder, "--stage", stage, "--no-resume") == 0, (folder / "log.txt").read_text()
+    assert zygote(folder, "--stage", stage, "--no-resume") == 0, (folder / "log.txt").read_text()
     return time.monotonic() - started
 
 
-def test_killed_anywhere_on_the_whole_way(finished, prepare, start):
+def test_killed_anywhere_on_the_whole_way(finished, prepare, zygote):
     """One command, started again after each kill, as a user or a scheduler does it."""
     rng, folder = random.Random(6), prepare(concurrency=2)
     for _ in range(8):
-        if start(folder, kill_after=rng.uniform(0, 2.5)) == 0:
+        if zygote(folder, kill_after=rng.uniform(0, 2.5)) == 0:
             break
-    assert start(folder) == 0
+    assert zygote(folder) == 0
     assert results(folder) == results(finished)
 
 
 # ---- settings and inputs that change
 
 
-def test_what_depends_on_a_change_is_made_again(finished, prepare, start):
+def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
     """And only that; the log says why."""
     folder = prepare()
     for part in ("work", "data"):
@@ -185,7 +185,7 @@ def test_what_depends_on_a_change_is_made_again(finished, prepare, start):
 
     def again(*words: str) -> tuple[str, set[str]]:
         (folder / "log.txt").unlink(missing_ok=True)
-        assert start(folder, *words) == 0, (folder / "log.txt").read_text()
+        assert zygote(folder, *words) == 0, (folder / "log.txt").read_text()
         log = (folder / "log.txt").read_text()
         return log, {name for name in TABLE if f"{name}: made again, because" in log}
 
@@ -233,22 +233,22 @@ def test_a_model_that_has_changed_in_place(prepare, monkeypatch, tmp_path):
     assert outside_inputs(made, "contexts") != before[1]
 
 
-def test_a_model_that_was_moved_is_the_same_model(finished, prepare, start, tokenizer):
+def test_a_model_that_was_moved_is_the_same_model(finished, prepare, zygote, tokenizer):
     """Nothing is made again, one stage alone runs, and the rows are the same; what is in the folder decides."""
     folder = prepare(model_name_or_path="model")
     shutil.copytree(tokenizer, folder / "model")
-    assert start(folder) == 0, (folder / "log.txt").read_text()
+    assert zygote(folder) == 0, (folder / "log.txt").read_text()
     (folder / "model").rename(folder / "moved")
     (folder / "log.txt").unlink()
-    assert start(folder, "model_name_or_path=moved/") == 0
-    assert start(folder, "model_name_or_path=moved", "--stage", "select") == 0
+    assert zygote(folder, "model_name_or_path=moved/") == 0
+    assert zygote(folder, "model_name_or_path=moved", "--stage", "select") == 0
     log = (folder / "log.txt").read_text()
     assert log.count("finished before, kept.") == len(TABLE) and "made again" not in log and "anew" not in log
     assert {k: v for k, v in results(folder).items() if "manifest" not in k} == {
         k: v for k, v in results(finished).items() if "manifest" not in k
     }
     (folder / "moved" / "vocab.txt").write_text("another")
-    assert start(folder, "model_name_or_path=moved", "--stage", "select") == 1
+    assert zygote(folder, "model_name_or_path=moved", "--stage", "select") == 1
     log = (folder / "log.txt").read_text()
     assert "stage `contexts`, which ran with other settings (the files of `model_name_or_path` have changed);" in log
 
@@ -358,7 +358,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, start):
+def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygote):
     """The disk grows bit by bit: every try ends with one sentence, and the one that has room with the right files."""
     disk, grow = small_disk
     folder = prepare()
@@ -370,7 +370,7 @@ def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, start
     for size in [f"{k}k" for k in (64, 160, 320, 480, 600, 680, 760, 840, 1000, 1200, 1500, 2000)]:
         grow(size)
         (folder / "log.txt").unlink(missing_ok=True)
-        status = start(folder)
+        status = zygote(folder)
         log = (folder / "log.txt").read_text()
         if status == 0:
             break
@@ -384,7 +384,7 @@ def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, start
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the device that is always full")
 @pytest.mark.parametrize("stage", TABLE)
-def test_no_room_for_a_stage(stage, finished, prepare, start):
+def test_no_room_for_a_stage(stage, finished, prepare, zygote):
     """Each file that a stage writes meets a full disk once; the others stay, and the next try succeeds."""
     folder = prepare()
     for part in ("work", "data"):
@@ -398,10 +398,10 @@ def test_no_room_for_a_stage(stage, finished, prepare, start):
         target.symlink_to("/dev/full")
         for output in TABLE[stage].outputs:
             (folder / "work" / output).unlink()
-        assert start(folder, "--stage", stage) == 1
+        assert zygote(folder, "--stage", stage) == 1
         assert "the disk is full" in (folder / "log.txt").read_text().splitlines()[-1]
         assert not target.is_symlink()
-        assert start(folder) == 0
+        assert zygote(folder) == 0
         assert results(folder) == before
 
 
