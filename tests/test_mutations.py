@@ -178,6 +178,7 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
 }  # fmt: skip
 
+
 @pytest.fixture(scope="module")
 def host_alone():
     """A zygote without the plugin, so that a run can import the plugin from where it likes."""

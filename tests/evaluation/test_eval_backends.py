@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from toy import item, recipe_in
+from toy import item, make_adapter, recipe_in
 
 from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.qa.files import DataError
@@ -19,17 +19,6 @@ from solopo_plugin.qa.generate.local import yarn
 
 pytestmark = pytest.mark.timeout(120)
 CALLS = [Call(f"q{i}", (0,), item(i).prompt, None if i else 3) for i in range(3)]
-
-
-def make_adapter(base: str, folder, seed: int) -> str:
-    """A LoRA adapter with random weights, as peft writes it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    config = LoraConfig(r=12, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
-    return str(folder)
 
 
 def recipe_for(folder, model: str, **keys):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, SHARED_DATA, write_recipe
 from evaluate import main as evaluate
+from host_api import host_api
 from material import HOTPOTQA, MUSIQUE, make_questions, save_tokenizer
 from scripted_server import serving
-from test_eval_backends import make_adapter
-from test_pipeline_e2e import host_api
+from toy import make_adapter
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
 from solopo_plugin.qa.files import read_jsonl, write_json, write_jsonl

@@ -44,3 +44,15 @@ def answers(folder: Path, name: str) -> list[dict]:
     """Lines of answers/<name>.jsonl but the first."""
     lines = (folder / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]
+
+
+def make_adapter(base: str, folder, seed: int) -> str:
+    """A LoRA adapter with random weights, as peft writes it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=12, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return str(folder)

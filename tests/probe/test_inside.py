@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(ROOT / "tests" / "qa"))
 import look_inside
-from small_work import context
+from small_work import make_row
 
 from solopo_plugin.host.template import encode_prompt, load_template
 from solopo_plugin.logps import IGNORE, predicting_positions, response_logps
@@ -24,7 +24,7 @@ from solopo_plugin.probe import inside
 from solopo_plugin.probe.inside import REGIONS, attend, encode_row, look, token_texts, unit_of_tokens, units_of
 from solopo_plugin.qa.files import DataError, write_jsonl
 from solopo_plugin.qa.generate.local import window_of
-from solopo_plugin.synthesis.export import SCHEMA, write_parquet
+from solopo_plugin.synthesis.export import write_parquet
 
 TEMPLATES = {"qwen2": "qwen", "llama": "llama3", "mistral": "qwen", "gemma2": "qwen"}
 SHAPES = {  # what attends in another way: a window shorter than the prompt, a soft cap on the scores
@@ -37,17 +37,6 @@ SHAPES = {  # what attends in another way: a window shorter than the prompt, a s
 # and as much again for each of the two layers before them.
 SHARES, LOGPS = 2e-6, 2e-5
 OF_DOCUMENTS, RATIO = "evidence's share of what falls on documents", "attention per token, evidence / distractors"
-
-
-def make_row(i: int, **changes) -> dict:
-    """An exported row of a question with four documents in the short context and twelve in the long one."""
-    made = context(i)
-    row = dict.fromkeys(SCHEMA.names) | {name: made[name] for name in ("id", "question", "answers", "hops")}
-    row |= {"prompt": made["short"]["prompt"], "long_prompt": made["long"]["prompt"], "rejected": "No."}
-    row |= {"chosen": f"Person {i} works for firm {i}, and so on.\n\nThe answer is: Town{i}ville", "short_dropped": []}
-    for side in ("short", "long"):
-        row |= {f"{side}_{what}": made[side][what] for what in ("tokens", "paragraphs", "evidence")}
-    return row | changes
 
 
 @pytest.fixture(scope="module")

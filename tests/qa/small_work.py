@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from solopo_plugin.qa.files import write_jsonl
+from solopo_plugin.synthesis.export import SCHEMA
 from solopo_plugin.synthesis.recipe import make_recipe
 
 TOKENIZER = SimpleNamespace(all_special_tokens=["<|end|>"], added_tokens_decoder={}, eos_token_id=0)
@@ -75,3 +76,14 @@ def write_work(work: Path, short: list[list[dict]], long: list[list[dict]] | Non
 def verdicts(i: int, bits: str) -> list[dict]:
     """Answers of question i: `1` is right, `0` wrong."""
     return [answer(f"q{i}", k, bit == "1") for k, bit in enumerate(bits)]
+
+
+def make_row(i: int, **changes) -> dict:
+    """An exported row of a question with four documents in the short context and twelve in the long one."""
+    made = context(i)
+    row = dict.fromkeys(SCHEMA.names) | {name: made[name] for name in ("id", "question", "answers", "hops")}
+    row |= {"prompt": made["short"]["prompt"], "long_prompt": made["long"]["prompt"], "rejected": "No."}
+    row |= {"chosen": f"Person {i} works for firm {i}, and so on.\n\nThe answer is: Town{i}ville", "short_dropped": []}
+    for side in ("short", "long"):
+        row |= {f"{side}_{what}": made[side][what] for what in ("tokens", "paragraphs", "evidence")}
+    return row | changes

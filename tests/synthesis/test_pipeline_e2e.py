@@ -8,15 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from build_data import main as build_data
-from conftest import BIN, ROOT, SHARED_DATA, outcome, write_recipe
-from scripted_server import free_port, scripted, serving, wait_for
+from conftest import ROOT, SHARED_DATA, outcome, write_recipe
+from host_api import host_api
+from scripted_server import scripted, serving
 
 from solopo_plugin.qa.answers import gives_answer
 from solopo_plugin.qa.files import read_jsonl
@@ -86,23 +86,6 @@ def recipe_in(folder: Path, material: Path, **keys) -> str:
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     return write_recipe(folder / "recipe.yaml", base | keys)
-
-
-@contextmanager
-def host_api(model: Path, log: Path):
-    """`llamafactory-cli api` in a process of its own, on loopback."""
-    port = free_port()
-    args = write_recipe(log.with_suffix(".yaml"), dict(model_name_or_path=str(model), template="qwen"))
-    environment = os.environ | {"API_PORT": str(port), "API_HOST": "127.0.0.1", "API_VERBOSE": "0"}
-    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(BIN / "llamafactory-cli"), "api", args]
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
-    try:
-        yield f"http://127.0.0.1:{port}/v1", lambda: wait_for(port, 120)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def manifest(folder: Path) -> dict:

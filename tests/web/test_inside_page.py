@@ -1,13 +1,8 @@
 """The page of looking inside, in headless Chromium: texts whole, models and rows changed, no error, nothing run."""
 
-import sys
-
 import pytest
 from browser import SIZES, browser
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
-from test_inside import make_row
+from small_work import make_row
 
 from solopo_plugin.probe import inside
 
