@@ -95,6 +95,19 @@ setup(
         "pyyaml",  # recipes
         "httpx",  # sampling from OpenAI-compatible servers; the host brings it along
         "ijson>=3.2",  # questions in large JSON files, row by row; no dependency of its own, wheels for all platforms
+        # imported here, too; the host brings them along and its bounds hold
+        *(
+            "accelerate",
+            "datasets",
+            "gradio",
+            "huggingface_hub",
+            "matplotlib",
+            "numpy",
+            "omegaconf",
+            "peft",
+            "pyarrow",
+            "tqdm",
+        ),
     ],
     extras_require={
         # builds from source: DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"

@@ -6,6 +6,7 @@ needed, a fake one of a few stub functions stands in, so that versions and broke
 here can be shown; the real host is started in `test_launch.py`.
 """
 
+import ast
 import base64
 import csv
 import hashlib
@@ -195,6 +196,21 @@ def test_requirements_are_the_tested_set(metadata):
     extras = {"data", "deepspeed", "eval", "flash-attn", "qlora", "quality", "vllm", "test", "test-web"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["Requires-Python"] == ">=3.11" and metadata["Version"] == __version__
+
+
+def test_every_package_that_is_imported_is_a_requirement(metadata):
+    """A package that only another one brings along is missing on the day on which that one drops it."""
+    declared = {re.sub("[-_.]+", "-", Requirement(text).name.lower()) for text in metadata.get_all("Requires-Dist")}
+    for path in (ROOT / "solopo_plugin").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            else:
+                continue
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"solopo_plugin"}:
+                assert {"yaml": "pyyaml"}.get(name, name.replace("_", "-")) in declared, f"{path}: {name}"
 
 
 def test_this_environment_is_the_pinned_one():
