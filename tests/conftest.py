@@ -4,6 +4,7 @@ Importing the host takes ten seconds or more, so most runs share this process (`
 are forks of one that has it imported. Everything is offline: models and tokenizers are built here.
 """
 
+import gc
 import json
 import logging
 import os
@@ -168,14 +169,22 @@ def outcome(output_dir: str | Path) -> SimpleNamespace:
     return SimpleNamespace(dir=output_dir, log=log, losses=[e["loss"] for e in log if "loss" in e], weights=weights)
 
 
+@pytest.fixture(scope="session")
+def host():
+    """Import the host. A run collects garbage several times, and need not look at what imports made."""
+    import llamafactory.train.tuner
+
+    gc.collect()
+    gc.freeze()
+    return llamafactory.train.tuner
+
+
 @pytest.fixture
-def run():
+def run(host):
     """Train from a recipe dict in this process, as `run_exp()` called from Python."""
 
     def train(args: dict) -> SimpleNamespace:
-        from llamafactory.train.tuner import run_exp
-
-        run_exp(dict(args))
+        host.run_exp(dict(args))
         return outcome(args["output_dir"])
 
     return train

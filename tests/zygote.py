@@ -10,6 +10,7 @@ A `torchrun` that a run calls, as the host's command line does for several proce
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -197,6 +198,8 @@ def main() -> None:
     for name in sys.argv[1:]:
         importlib.import_module(name)
 
+    gc.collect()
+    gc.freeze()  # a run need not look at what the imports have made
     for line in sys.stdin:
         child = fork(work, json.loads(line))
         print(child, flush=True)
