@@ -33,6 +33,7 @@ from solopo_plugin import __version__
 from solopo_plugin.host.versions import INSTALL, TESTED, WORKING_SET
 from solopo_plugin.startup import PATCHES
 
+pytestmark = pytest.mark.slow
 HOOK = "solopo_plugin.pth"
 WAYS = ("wheel", "sdist", "directory", "editable")
 START_UP_MS = 5.0  # what an unrelated program may pay at most

@@ -1,6 +1,6 @@
 """Launching: the stage starts every way the host starts its own, and the host's own stages do not notice the plugin.
 
-Every test but the last two starts the real command line in a new process, where only the interpreter-start hook can
+What is tried by `launch` starts the real command line in a new interpreter, where only the interpreter-start hook can
 bring the plugin in. Each start costs about ten seconds of imports, so each shows several things.
 """
 
@@ -60,20 +60,23 @@ def test_yaml_with_overrides(launch, small, tmp_path):
     assert_trained(out, tmp_path / "out", alpha=2, steps=1)
 
 
-def test_lmf_and_json_with_overrides(launch, small, tmp_path):
+@pytest.mark.slow
+def test_lmf_and_json_with_overrides(cli, small, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(small(solopo_alpha=1.0)))
-    out = launch("train", str(recipe), "solopo_alpha=0.5", program="lmf").out
+    out = cli("train", str(recipe), "solopo_alpha=0.5", program="lmf").out
     assert_trained(out, tmp_path / "out", alpha=0.5, steps=2)
 
 
-def test_arguments_without_a_file(launch, small, tmp_path):
+@pytest.mark.slow
+def test_arguments_without_a_file(cli, small, tmp_path):
     arguments = [text for key, value in small(solopo_alpha=3).items() for text in (f"--{key}", str(value))]
     assert arguments[arguments.index("--stage") + 1] == "solopo"
-    out = launch("train", *arguments).out
+    out = cli("train", *arguments).out
     assert_trained(out, tmp_path / "out", alpha=3, steps=2)
 
 
+@pytest.mark.slow
 def test_torchrun_workers(launch, small, tmp_path):
     """Two ranks, each a new interpreter that torchrun starts; only the first says that the plugin is active."""
     recipe = small(ddp_backend="gloo", per_device_train_batch_size=1, solopo_alpha=2)
@@ -85,8 +88,9 @@ def test_torchrun_workers(launch, small, tmp_path):
     assert_trained(out, tmp_path / "out", alpha=2, steps=2)
 
 
-def test_help_shows_our_arguments(launch):
-    out = launch("train", "-h").out
+@pytest.mark.slow
+def test_help_shows_our_arguments(cli):
+    out = cli("train", "-h").out
     options = dict(re.findall(r"^  --(\w+)(.*?)(?=^  -|^\w|\Z)", out, re.M | re.S))
     assert set(FIELDS) <= set(options)
     for name, field in FIELDS.items():
@@ -96,13 +100,15 @@ def test_help_shows_our_arguments(launch):
     assert "solopo" in re.search(r"\{pt,sft,.*?\}", options["stage"]).group()
 
 
-def test_version(launch):
-    assert f"version {version('llamafactory')}" in launch("version").out
+@pytest.mark.slow
+def test_version(cli):
+    assert f"version {version('llamafactory')}" in cli("version").out
 
 
 # ---- the ways not in
 
 
+@pytest.mark.slow
 def test_switched_off(launch, small, tmp_path):
     """The host alone: it knows neither our keys nor the stage, in its own words."""
     recipes = [small(solopo_alpha=2.0), small()]
@@ -129,6 +135,7 @@ def fake_metadata(folder: Path, package: str, number: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
 
 
+@pytest.mark.slow
 def test_another_version_of_the_host(launch, small, tmp_path):
     """One line says what to install; then the host speaks for itself, as it would without us."""
     fake_metadata(tmp_path / "path", "llamafactory", "0.9.6")
@@ -140,6 +147,7 @@ def test_another_version_of_the_host(launch, small, tmp_path):
     assert done.out.strip().endswith("not used by the HfArgumentParser: ['solopo_alpha']")
 
 
+@pytest.mark.slow
 def test_torchaudio_of_another_torch(launch, small, tmp_path):
     """What a plain `pip install llamafactory` leads to: torchaudio does not load, and the host cannot start."""
     (tmp_path / "path" / "torchaudio").mkdir(parents=True)
@@ -181,6 +189,7 @@ def written(folder: Path) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, dataset, log",
     [("dpo", "demo_short_po", "rewards/margins"), ("sft", "demo_sft_expand_long", "loss")],

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 from zygote import Zygote
 
+pytestmark = pytest.mark.slow
 STEP = "test_losses.py::test_step_is_the_loop_by_hand"
 FAULTS = {  # name: (file, source as it stands there exactly once, what it becomes, the test that must fail)
     # the sign of the alignment
