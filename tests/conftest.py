@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fnmatch import fnmatchcase
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,13 +54,20 @@ left_out, seconds = 0, {}
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Take the mark off the cases that a sweep keeps, and tell the reports which tests have it."""
+    wanted, found = set(), set()
     for item in items:
-        for mark in list(item.iter_markers("slow")):
-            if hasattr(item, "callspec") and item.callspec.id in mark.kwargs.get("keep", ()):
+        for mark in [m for m in item.own_markers if m.name == "slow" and m.kwargs]:
+            kept = [pattern for pattern in mark.kwargs["keep"] if fnmatchcase(item.callspec.id, pattern)]
+            if kept:
                 item.own_markers.remove(mark)
+            name = item.nodeid.partition("[")[0]
+            wanted.update((name, pattern) for pattern in mark.kwargs["keep"])
+            found.update((name, pattern) for pattern in kept)
         item.user_properties.append(("slow", item.get_closest_marker("slow") is not None))
+    if wanted - found and not any("::" in word for word in config.invocation_params.args):
+        raise pytest.UsageError(f"no case is what `slow` keeps: {sorted(wanted - found)}")
 
 
 def pytest_deselected(items):

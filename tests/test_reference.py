@@ -36,6 +36,7 @@ KINDS = {
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow(keep=["full-*", "lora-packed"])
 def test_cached_is_online(run, recipe, tmp_path, kind, forward):
     """One row at a time both score the same forward of the same weights: bit for bit, in training and evaluation."""
     common = KINDS[kind] | dict(
@@ -89,6 +90,7 @@ def test_who_may_reuse_scores_does(run, recipe, tmp_path, cache, host_log, monke
     assert batches == [6, 6, 6, 5, 6] and writers(cache) == before
 
 
+@pytest.mark.slow
 def test_who_may_not_reuse_scores_does_not(run, recipe, tiny_model, tmp_path, cache, host_log):
     """Changed weights under the same path, another dtype, form, length normalisation or template."""
     model = shutil.copytree(tiny_model(), tmp_path / "model")
@@ -199,10 +201,12 @@ def check_on_one_cache(run, recipe, tmp_path, adapters, online, names) -> None:
 
 
 @pytest.mark.parametrize("order", itertools.permutations(("switched off", "merged", "elsewhere")), ids=", ".join)
+@pytest.mark.slow(keep=["switched off, merged, elsewhere"])
 def test_an_adapter_that_is_off_merged_or_elsewhere(run, recipe, tmp_path, adapters, online, order):
     check_on_one_cache(run, recipe, tmp_path, adapters, online, order)
 
 
+@pytest.mark.slow
 def test_two_adapters(run, recipe, tmp_path, adapters, online):
     check_on_one_cache(run, recipe, tmp_path, adapters, online, adapters)
 
@@ -230,6 +234,7 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.slow
 def test_drawn_weights(run, recipe, tmp_path, cache, host_log, drawn, kind):
     """Whatever was scored before, and whoever draws, policy or reference: both start as the same model."""
     if kind == "lora":
@@ -285,6 +290,7 @@ def hub(root: Path, name: str, files: dict[str, Path]) -> str:
     return str(root)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_sub_folder(run, recipe, sft, tmp_path, host_log):
     """Of a hub repository or of a folder, found where the host finds it; another sub-folder is another reference."""
     from solopo_plugin.reference import digest
@@ -482,6 +488,7 @@ def test_weights_that_a_file_lacks(run, recipe, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 @pytest.mark.parametrize("kind", ["own", "elsewhere", "sub-set"])
+@pytest.mark.slow(keep=["own-chosen"])
 def test_scores_of_another_model_under_this_ones_name(run, recipe, tiny_model, cache, kind, side):
     """What no key can know, say a library that computes otherwise: the live reference is asked before any training."""
     args = recipe(max_steps=1, ref_model=tiny_model(seed=1) if kind == "elsewhere" else None)
@@ -509,6 +516,7 @@ ROUNDED.remove(("qwen2_moe", 4, 64, 8, "float16"))  # a router that chooses anot
 
 
 @pytest.mark.parametrize("architecture, layers, width, sharp, dtype", ROUNDED)
+@pytest.mark.slow(keep=["qwen2-2-64-10-*"])
 def test_the_bound_is_between_rounding_and_another_model(architecture, layers, width, sharp, dtype):
     """Rounding: off from float64 by half of the bound at most, as two scores may be off in opposite directions.
 
@@ -551,6 +559,7 @@ def test_the_bound_is_between_rounding_and_another_model(architecture, layers, w
         assert any(abs(a - b) > bound for a, b, bound in zip(logps(other), truth, bounds, strict=True))
 
 
+@pytest.mark.slow
 def test_scoring_killed_and_continued(zygote, run, recipe, tmp_path, cache, host_log, monkeypatch):
     """kill -9 while it scores, through the command line; then only the rest is scored and the run is the whole one."""
     rows = [row | {"prompt": f"{i}. {row['prompt']}"} for i, row in enumerate(demo_rows() * 10)]

@@ -200,6 +200,7 @@ def outcome_weights(folder) -> dict:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(zygote, recipe, tmp_path):
     """kill -9 after the second checkpoint, the same command again: same losses, same weights."""
     args = recipe(
@@ -230,6 +231,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(zygote, recipe, tmp_pat
     assert all(torch.equal(w, again.weights[name]) for name, w in whole.weights.items())
 
 
+@pytest.mark.slow
 def test_export_and_chat_with_the_result(cli, run, recipe, tmp_path, tiny_model):
     """A LoRA adapter is merged by `llamafactory-cli export` and the merged model answers in `chat`."""
     run(recipe(finetuning_type="lora", max_steps=2))
@@ -248,6 +250,7 @@ def test_export_and_chat_with_the_result(cli, run, recipe, tmp_path, tiny_model)
     assert len(answers) == 2 and "Traceback" not in process.stderr, process.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_real_questions_train_for_an_epoch(cli, tmp_path, recipe):
     """Rows from MuSiQue (CC BY 4.0), through the command line; the alignment loss falls.
 

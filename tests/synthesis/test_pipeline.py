@@ -134,6 +134,7 @@ def test_two_runs_are_byte_equal(finished, prepare, zygote):
     assert log.count("finished before, kept.") == len(TABLE) - 1
 
 
+@pytest.mark.slow
 def test_killed_at_random_in_every_stage(finished, prepare, zygote):
     """`kill -9` again and again: a stage continues, and in the end every file is that of an uninterrupted run."""
     rng, folder, kills = random.Random(5), prepare(concurrency=2), 0
@@ -164,6 +165,7 @@ def duration(stage: str, finished: Path, prepare, zygote) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_killed_anywhere_on_the_whole_way(finished, prepare, zygote):
     """One command, started again after each kill, as a user or a scheduler does it."""
     rng, folder = random.Random(6), prepare(concurrency=2)
@@ -177,6 +179,7 @@ def test_killed_anywhere_on_the_whole_way(finished, prepare, zygote):
 # ---- settings and inputs that change
 
 
+@pytest.mark.slow
 def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
     """And only that; the log says why."""
     folder = prepare()
@@ -358,6 +361,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygote):
     """The disk grows bit by bit: every try ends with one sentence, and the one that has room with the right files."""
     disk, grow = small_disk
@@ -384,6 +388,7 @@ def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygot
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the device that is always full")
 @pytest.mark.parametrize("stage", TABLE)
+@pytest.mark.slow(keep=["read"])
 def test_no_room_for_a_stage(stage, finished, prepare, zygote):
     """Each file that a stage writes meets a full disk once; the others stay, and the next try succeeds."""
     folder = prepare()

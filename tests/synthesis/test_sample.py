@@ -113,6 +113,7 @@ def test_a_finished_side_is_not_sampled_again_and_a_changed_one_is(work, tmp_pat
         assert len(log.read_text().splitlines()) == 180
 
 
+@pytest.mark.slow
 def test_server_killed_and_restarted_mid_run_twice(work):
     """Slow, malformed, empty, 429 and 5xx on top: the run ends complete, no doubles, no holes."""
     faults = dict(busy=0.2, broken=0.2, malformed=0.2, slow=0.01, retry_after=0.05, empty=0.1)
@@ -135,6 +136,7 @@ def environment() -> dict:
 
 
 @pytest.mark.parametrize("max_n", [1 << 30, 1], ids=["n is honoured", "n is ignored"])
+@pytest.mark.slow
 def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, max_n):
     rng = random.Random(max_n)
     with serving(work.parent / "answers.json", slow=0.01, max_n=max_n) as server:
