@@ -54,6 +54,7 @@ def main() -> int:
 
     from solopo_plugin.qa.files import read_jsonl
     from solopo_plugin.qa.generate.calls import load_chat
+    from solopo_plugin.qa.recipe import Chat, pick
     from solopo_plugin.synthesis import contexts, read
     from solopo_plugin.synthesis.recipe import load_recipe
 
@@ -71,7 +72,7 @@ def main() -> int:
             (work / "config.json").write_text('{"model_type": "qwen2"}')
         simulate(work, questions, args.pairs, args.paragraphs)
         del questions
-        load_chat(recipe)  # imports are not what is measured
+        load_chat(recipe.model_name_or_path, pick(recipe, Chat))  # imports are not what is measured
         started, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         counts = contexts.run(recipe, work)
         seconds = time.perf_counter() - started

@@ -24,9 +24,10 @@ from solopo_plugin.qa.documents import count_tokens, make_pool
 from solopo_plugin.qa.files import write_jsonl
 from solopo_plugin.qa.generate.calls import load_chat
 from solopo_plugin.qa.provenance import file_hash
+from solopo_plugin.qa.recipe import Chat, Contexts
 from solopo_plugin.synthesis.judge import judge
 from solopo_plugin.synthesis.pipeline import run_pipeline
-from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
+from solopo_plugin.synthesis.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "data/lab/two_hop_base"
@@ -113,15 +114,14 @@ def contexts(asked: list[dict], tokens: int) -> list[str]:
 
     Distractors are paragraphs of the other questions: some 80 questions are needed for 640 tokens.
     """
-    recipe = DataRecipe(model_name_or_path=str(BASE), template="empty", prompt=PROMPT)
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = load_chat(str(BASE), Chat(template="empty"))
     rows = [
         one | {"evidence": [{"title": "", "text": text} for text in one["evidence"]], "distractors": []}
         for one in asked
     ]
     pool, found = make_pool(rows, [], template_markers(tokenizer, template))
     count_tokens(pool, tokenizer)
-    builder = Builder(recipe, pool, tokenizer, template)
+    builder = Builder(Contexts(prompt=PROMPT), pool, tokenizer, template)
     return [builder.context(builder.asked(question), tokens, "long").row["prompt"] for question in found]
 
 

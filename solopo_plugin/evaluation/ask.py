@@ -21,9 +21,8 @@ from ..qa.files import Appender, DataError, dump, read_jsonl, replacing, write_j
 from ..qa.generate import generate
 from ..qa.generate.calls import Call, Model, load_chat
 from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, folder_hash
-from ..qa.recipe import settings
+from ..qa.recipe import Chat, Sampling, pick, settings
 from .items import read_items
-from .models import ModelRef, tokenizer_of
 from .prepare import ITEMS, Key, _copy
 from .recipe import EvalRecipe
 from .score import answer_field, stored_answers
@@ -31,32 +30,22 @@ from .score import answer_field, stored_answers
 log = logging.getLogger(__name__)
 
 
-def ask(
-    recipe: EvalRecipe, model: ModelRef, hashes: dict[Key, str], window: int, alone: bool = True, resume: bool = True
-) -> None:
+def ask(recipe: EvalRecipe, model: Model, hashes: dict[Key, str], window: int, resume: bool = True) -> None:
     """Have one model answer what it has not yet.
 
     Args:
         hashes: Prompt hash of every question.
         window: Tokens that the longest prompt and answer may have together.
-        alone: It is the only model, so that a server with a single one must mean it.
     """
     path = Path(recipe.output_dir) / "answers" / f"{model.name}.jsonl"
     have = _tidy(path, fingerprint(recipe, model), hashes, resume)
     if missing := len(hashes) - len(have):
         log.info(f"{model.name}: {missing} of {len(hashes)} questions to be asked.")
-        chat = replace(
-            recipe,
-            model_name_or_path=tokenizer_of(recipe, model),
-            server_urls=_of(recipe.server_urls, model, "server_urls"),
-            served_model=_of(recipe.served_model, model, "served_model"),
-        )
-        names = tuple(dict.fromkeys((model.name, model.place)))
-        loaded = Model(model.path, model.adapter, recipe.rope_factor, window, names, alone)
+        model = replace(model, window=window)
         pending: dict[str, dict] = {}
         bar = tqdm(total=len(hashes), initial=len(have), unit=" answers", desc=model.name)
         with Appender(path) as file, bar:
-            for reply in generate(chat, _calls(chat, have, pending), loaded):
+            for reply in generate(pick(recipe, Sampling), model, _calls(recipe, model, have, pending)):
                 row = pending.pop(reply.id)
                 _compare_tokens(recipe, row, reply.prompt_tokens)
                 text, finish_reason = reply.answers[0]
@@ -67,12 +56,11 @@ def ask(
     _report_cuts(path, model, recipe)
 
 
-def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
+def fingerprint(recipe: EvalRecipe, model: Model) -> dict[str, Any]:
     """All on which a model's answers depend but the prompts: keys that matter, and its files or its name."""
     chosen = asked_with(recipe, model)
     patterns = {"model": TOKENIZER + WEIGHTS, "adapter": ADAPTER, "tokenizer": TOKENIZER}
-    tokenizer = tokenizer_of(recipe, model)
-    apart = tokenizer if tokenizer != model.path else None  # where it is not the model's own
+    apart = model.tokenizer if model.tokenizer != model.path else None  # where it is not the model's own
     for what, place in (("model", model.path), ("adapter", model.adapter), ("tokenizer", apart)):
         if place and Path(place).is_dir():
             chosen[f"files of the {what}"] = folder_hash(Path(place), patterns[what])
@@ -81,21 +69,12 @@ def fingerprint(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
     return chosen
 
 
-def asked_with(recipe: EvalRecipe, model: ModelRef) -> dict[str, Any]:
+def asked_with(recipe: EvalRecipe, model: Model) -> dict[str, Any]:
     """The keys on which a model's answers depend."""
     chosen = settings(recipe, "answers")
     for name in ("model_name_or_path", *(("top_p", "seed") if recipe.temperature == 0 else ())):
         del chosen[name]
-    return chosen | {"served_model": _of(recipe.served_model, model, "served_model")}
-
-
-def _of(value: str | dict | None, model: ModelRef, key: str) -> str | None:
-    """A key's value for a model, where it may have one for each."""
-    if not isinstance(value, dict):
-        return value
-    if not isinstance(value.get(model.name), str):
-        raise DataError(f"`{key}` says nothing of the model {model.name}, only of {', '.join(map(str, value))}.")
-    return value[model.name]
+    return chosen | {"served_model": model.served_model}
 
 
 def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set[Key]:
@@ -136,7 +115,7 @@ def _tidy(path: Path, chosen: dict, hashes: dict[Key, str], resume: bool) -> set
     return have & hashes.keys()
 
 
-def _take_over(folder: Path, name: str, chosen: dict, models: list[ModelRef]) -> None:
+def _take_over(folder: Path, name: str, chosen: dict, models: list[Model]) -> None:
     """Copy the answers of a model that is there under another name than it was, known by the same fingerprint.
 
     Args:
@@ -193,9 +172,9 @@ def _changes(old: dict | None, new: dict) -> str:
     return ", ".join(phrases)
 
 
-def _calls(recipe: EvalRecipe, have: set[Key], pending: dict[str, dict]) -> Iterator[Call]:
+def _calls(recipe: EvalRecipe, model: Model, have: set[Key], pending: dict[str, dict]) -> Iterator[Call]:
     """The questions that are not answered, cut to `max_input_tokens`; `pending` gets the first half of their rows."""
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = load_chat(model.tokenizer, pick(recipe, Chat))
     for item in read_items(Path(recipe.output_dir) / ITEMS):
         if item.key in have:
             continue
@@ -259,7 +238,7 @@ def _compare_tokens(recipe: EvalRecipe, row: dict, counted: int | None) -> None:
         )
 
 
-def _report_cuts(path: Path, model: ModelRef, recipe: EvalRecipe) -> None:
+def _report_cuts(path: Path, model: Model, recipe: EvalRecipe) -> None:
     asked, cut = Counter(), Counter()
     for row in read_jsonl(path):
         if row.get("benchmark") in recipe.benchmarks:

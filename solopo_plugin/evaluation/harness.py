@@ -25,7 +25,6 @@ from ..qa.generate.local import window_of
 from ..qa.generate.servers import addresses, api_key, is_local
 from ..qa.generate.vllm import max_lora_rank
 from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, folder_hash
-from .models import tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     the tokenizer's own chat template; `harness_args: {apply_chat_template: false}` for a base model.
 
     Args:
-        model: A ModelRef.
+        model: One of `find_models`.
         recipe: An EvalRecipe.
 
     Returns:
@@ -132,10 +131,9 @@ def _vllm(model: Any, recipe: Any) -> tuple[str, dict]:
 
 def _server(model: Any, recipe: Any) -> tuple[str, dict]:
     """One server: the first address. A chat gives no log-probs of given answers, which multiple choice needs."""
-    urls, served = (v.get(model.name) if isinstance(v, dict) else v for v in (recipe.server_urls, recipe.served_model))
-    if not urls:
+    if not model.server_urls:
         raise DataError(f"`backend: openai` needs `server_urls` for {model.name}, such as http://localhost:8000/v1.")
-    place = addresses(urls)[0]
+    place = addresses(model.server_urls)[0]
     if place.auth:
         raise DataError(
             f"`server_urls` has a password for {place.url}, which lm-evaluation-harness would write to files; leave "
@@ -143,11 +141,12 @@ def _server(model: Any, recipe: Any) -> tuple[str, dict]:
         )
     chat = recipe.openai_endpoint == "chat"
     kind, path = ("local-chat-completions", "chat/completions") if chat else ("local-completions", "completions")
-    found = {"model": served or model.path, "base_url": f"{place.url}/{path}", "num_concurrent": recipe.concurrency}
+    found = {"model": model.served_model or model.path, "base_url": f"{place.url}/{path}"}
+    found["num_concurrent"] = recipe.concurrency
     if chat:  # whose prompts it leaves to the server
         return kind, found
-    tokenizer = tokenizer_of(recipe, model)
-    found |= {"tokenizer": tokenizer, "tokenizer_backend": "huggingface", "max_length": _window(tokenizer, recipe)}
+    window = _window(model.tokenizer, recipe)
+    found |= {"tokenizer": model.tokenizer, "tokenizer_backend": "huggingface", "max_length": window}
     return kind, found
 
 
@@ -176,7 +175,7 @@ def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:
     """Run it; its progress bars go to our standard error and, with all else that it says, into the log."""
     module = f"{__package__}.harness_process"
     command = [sys.executable, "-m", module, "run", "--config", str(folder / "config.json")]
-    key = api_key(recipe) if server else ""
+    key = api_key(recipe.api_key_env) if server else ""
     path, tail = folder / LOG, b""
     with explained(path, "write"), open(path, "ab") as file:  # a run that goes on adds to it
         process = subprocess.Popen(command, env=_environment(server, key), stdout=file, stderr=subprocess.PIPE)

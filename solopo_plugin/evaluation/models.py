@@ -3,31 +3,20 @@
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..qa.files import DataError, explained
+from ..qa.generate.calls import Model
 from ..qa.provenance import TOKENIZER
 from .recipe import TITLE, EvalRecipe
 
 
-@dataclass(frozen=True)
-class ModelRef:
-    """One model that is asked. `name` is unique and part of the names of its files."""
+def find_models(recipe: EvalRecipe) -> list[Model]:
+    """Find the recipe's models in its order, then the checkpoints, those of each folder by step.
 
-    name: str
-    path: str  # folder or hub name; of an adapter the model below it
-    adapter: str | None = None  # folder of a LoRA adapter
-    step: int | None = None  # of a checkpoint
-
-    @property
-    def place(self) -> str:
-        """What the user would load: the adapter's folder, or the model's."""
-        return self.adapter or self.path
-
-
-def find_models(recipe: EvalRecipe) -> list[ModelRef]:
-    """The recipe's models in its order, then the checkpoints, those of each folder by step.
+    The name of each is unique.
 
     Raises:
         DataError: A folder without a model or checkpoint, a half-written one, an adapter whose model is missing.
@@ -39,51 +28,95 @@ def find_models(recipe: EvalRecipe) -> list[ModelRef]:
             raise DataError(f"`models` must name a folder or a model of the hub, got {path!r} for {name!r}.")
     found = [(name, _model(path, recipe)) for name, path in pairs]
     for folder in recipe.checkpoints or []:
-        refs = _checkpoints(Path(folder), recipe)
+        checkpoints = _checkpoints(Path(folder), recipe)
         if recipe.with_base:
-            found.append((None, _base(refs[0], folder, recipe)))
-        found += [(None, ref) for ref in refs]
-    refs = [ref for _, ref in found]
-    for place, n in Counter(ref.place for ref in refs).items():
+            found.append((None, _base(checkpoints[0], folder, recipe)))
+        found += [(None, model) for model in checkpoints]
+    for place, n in Counter(model.place for _, model in found).items():
         if n > 1:
             raise DataError(f"{place} is named {n} times in the {TITLE}; once is enough.")
-    names = _names([(str(name) if name is not None else None, ref.place) for name, ref in found])
-    return [ModelRef(name, ref.path, ref.adapter, ref.step) for name, ref in zip(names, refs, strict=True)]
+    names = _names([(str(name) if name is not None else None, model.place) for name, model in found])
+    return [complete(model, name, recipe, len(found) == 1) for name, (_, model) in zip(names, found, strict=True)]
 
 
-def tokenizer_of(recipe: EvalRecipe, model: ModelRef) -> str:
-    """Where a model's tokenizer is: beside its weights, else at the recipe's model_name_or_path.
+def complete(model: Model, name: str, recipe: EvalRecipe, alone: bool = True) -> Model:
+    """Return a model with all that the recipe says of it.
+
+    Raises:
+        DataError: `server_urls` or `served_model` is there by model, and not for this one.
+    """
+    return replace(
+        model, name=name, tokenizer=_tokenizer(recipe, model.path), rope_factor=recipe.rope_factor, alone=alone,
+        server_urls=_of(recipe.server_urls, name, "server_urls"),
+        served_model=_of(recipe.served_model, name, "served_model"),
+    )  # fmt: skip
+
+
+def as_row(model: Model) -> dict[str, Any]:
+    """Return what files of an evaluation say of a model."""
+    return {name: getattr(model, name) for name in ("name", "path", "adapter", "step")}
+
+
+def stored_models(recipe: EvalRecipe, path: Path) -> list[Model]:
+    """Read the models of the last run, whose files may be gone.
+
+    Args:
+        path: Of a JSON list of `as_row`.
+
+    Raises:
+        DataError: There is no such file, or it is another one.
+    """
+    with explained(path, "read"):
+        text = path.read_bytes()
+    try:
+        models = [Model(**row) for row in json.loads(text)]
+    except (ValueError, TypeError):
+        raise DataError(f"{path} is no list of models of ours; evaluate without `--rescore`.") from None
+    return [replace(model, served_model=_of(recipe.served_model, model.name, "served_model")) for model in models]
+
+
+def _of(value: str | dict | None, name: str, key: str) -> str | None:
+    """Return a key's value for the model `name`, where it may have one for each."""
+    if not isinstance(value, dict):
+        return value
+    if not isinstance(value.get(name), str):
+        raise DataError(f"`{key}` says nothing of the model {name}, only of {', '.join(map(str, value))}.")
+    return value[name]
+
+
+def _tokenizer(recipe: EvalRecipe, path: str) -> str:
+    """Return where a model's tokenizer is: beside its weights, else at the recipe's model_name_or_path.
 
     A name that only a server knows has none of its own.
     """
-    folder = Path(model.path)
+    folder = Path(path)
     own = recipe.backend != "openai"
     if folder.is_dir():
-        own = any(path for pattern in TOKENIZER for path in folder.glob(pattern))
-    return model.path if own or not recipe.model_name_or_path else recipe.model_name_or_path
+        own = any(found for pattern in TOKENIZER for found in folder.glob(pattern))
+    return path if own or not recipe.model_name_or_path else recipe.model_name_or_path
 
 
-def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> ModelRef:
-    """What is at a path; the name is not yet chosen."""
+def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
+    """Return what is at a path; the name is not yet chosen."""
     folder = Path(path)
     if folder.is_file():
         raise DataError(f"{path}, which the {TITLE} names as a model, is a file; give the folder that it is in.")
     if not folder.is_dir():
         if path.startswith(("/", ".", "~")) or path.strip("/").count("/") > 1:
             raise DataError(f"There is no folder {path}, which the {TITLE} names as a model; check the path.")
-        return ModelRef("", path)
+        return Model(path)
     if (folder / "adapter_config.json").exists():
         _check_weights(folder, "adapter_model.safetensors", "adapter_model.bin")
-        return ModelRef("", _below(folder, recipe), str(folder), step)
+        return Model(_below(folder, recipe), str(folder), step=step)
     if (folder / "config.json").exists():
         _check_weights(folder, "*.safetensors", "pytorch_model*.bin")
-        return ModelRef("", str(folder), None, step)
+        return Model(str(folder), step=step)
     if step is None and any(folder.glob("checkpoint-*")):
         raise DataError(f"{folder} holds checkpoints and no model of its own; write `checkpoints: {folder}`.")
     raise DataError(f"{folder} holds no model: neither config.json nor adapter_config.json is there.")
 
 
-def _checkpoints(folder: Path, recipe: EvalRecipe) -> list[ModelRef]:
+def _checkpoints(folder: Path, recipe: EvalRecipe) -> list[Model]:
     steps = {}
     if folder.is_dir():
         for path in folder.iterdir():
@@ -130,9 +163,9 @@ def _below(adapter: Path, recipe: EvalRecipe) -> str:
     return base
 
 
-def _base(ref: ModelRef, folder: str, recipe: EvalRecipe) -> ModelRef:
-    """What a training run began from."""
-    base = ref.path if ref.adapter else recipe.model_name_or_path
+def _base(checkpoint: Model, folder: str, recipe: EvalRecipe) -> Model:
+    """Return what a training run began from."""
+    base = checkpoint.path if checkpoint.adapter else recipe.model_name_or_path
     if not base:
         raise DataError(f"`with_base` does not know what {folder} was trained from; give it as `model_name_or_path`.")
     return _model(base, recipe)

@@ -6,18 +6,16 @@ A benchmark that would be made from the same again is kept.
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..qa.files import DataError, dump, replacing, write_json
 from ..qa.generate import check_backend
-from ..qa.generate.calls import load_chat
+from ..qa.generate.calls import Model, load_chat
 from ..qa.provenance import TOKENIZER, file_hash, folder_hash
-from ..qa.recipe import settings
+from ..qa.recipe import Chat, pick, settings
 from .items import Item
-from .models import ModelRef, tokenizer_of
 from .recipe import EvalRecipe, sources
 
 log = logging.getLogger(__name__)
@@ -25,13 +23,13 @@ ITEMS, ITEMS_MANIFEST = "items.jsonl", "items.json"
 Key = tuple[str, str, str]
 
 
-def prepare_items(recipe: EvalRecipe, model: ModelRef, resume: bool = True) -> dict[str, int]:
+def prepare_items(recipe: EvalRecipe, model: Model, resume: bool = True) -> dict[str, int]:
     """Write items.jsonl, keeping the benchmarks that are as they would be made; returns questions by benchmark."""
     from .benchmarks import BENCHMARKS
 
     folder = Path(recipe.output_dir)
-    path, chat = folder / ITEMS, replace(recipe, model_name_or_path=tokenizer_of(recipe, model))
-    wanted = {name: _made_from(recipe, name, chat.model_name_or_path) for name in recipe.benchmarks}
+    path = folder / ITEMS
+    wanted = {name: _made_from(recipe, name, model.tokenizer) for name in recipe.benchmarks}
     before = _items_manifest(folder) if resume else {}
     kept = [name for name in wanted if name in before and before[name]["made_from"] == wanted[name]]
     if set(kept) == set(wanted) == set(before):
@@ -39,8 +37,8 @@ def prepare_items(recipe: EvalRecipe, model: ModelRef, resume: bool = True) -> d
         return {name: entry["questions"] for name, entry in before.items()}
     tokens = ()
     if set(kept) != set(wanted):
-        check_backend(recipe)
-        tokens = load_chat(chat)
+        check_backend(recipe.backend, recipe.server_urls)
+        tokens = load_chat(model.tokenizer, pick(recipe, Chat))
     entries, seen = {}, set()
     with replacing(path) as out:
         for name in wanted:

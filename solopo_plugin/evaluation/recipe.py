@@ -1,6 +1,6 @@
 """Every key of an evaluation recipe: its default, where the default comes from, what depends on it, what is refused.
 
-Keys of the model and of the backend are those of the data recipe, with its types, defaults and help. `stages` of a key:
+Keys of the model and of the backend are those of the data recipe, too (qa/recipe.py). `stages` of a key:
 `items` (the prompts of every benchmark), the name of a benchmark (its prompts), `answers`, `results`. A key that names
 none changes how fast an evaluation runs, never what comes out.
 """
@@ -12,17 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..qa.files import DataError, split_names
-from ..qa.recipe import build, key, read_values
-from ..synthesis.recipe import FIELDS as DATA
+from ..qa.recipe import Backend, Endpoint, build, key, read_values, shared
 from .items import MAIN_METRIC
 
 TITLE = "evaluation recipe"
-
-
-def _same(name: str, stages: str, default: Any = None, help: str | None = None):
-    """A key of the data recipe. `default`, `help`: where an evaluation has another one."""
-    spec = DATA[name]
-    return key(spec.default if default is None else default, stages, help or spec.metadata["help"])
 
 
 @dataclass
@@ -40,14 +33,14 @@ class EvalRecipe:
     model_name_or_path: str | None = key(
         None, "answers", "Model below LoRA adapters, in place of the one they name; the tokenizer where there is none."
     )
-    template: DATA["template"].type = _same("template", "items answers")
-    default_system: DATA["default_system"].type = _same("default_system", "items answers")
-    enable_thinking: DATA["enable_thinking"].type = _same("enable_thinking", "items answers")
-    trust_remote_code: DATA["trust_remote_code"].type = _same("trust_remote_code", "")
+    template: str = shared("template", "items answers")
+    default_system: str | None = shared("default_system", "items answers")
+    enable_thinking: bool = shared("enable_thinking", "items answers")
+    trust_remote_code: bool = shared("trust_remote_code", "")
 
     # benchmarks
     benchmarks: list[str] = key(list, "results", f"What is asked: {', '.join(MAIN_METRIC)}.")
-    prompt: DATA["prompt"].type = _same("prompt", "items")
+    prompt: str | None = shared("prompt", "items")
     prompts: Literal["ours", "official"] = key(
         "ours", "longbench_v2", "`official`: LongBench v2 in its authors' words, without chain of thought; else ours."
     )
@@ -90,28 +83,34 @@ class EvalRecipe:
         "answers ruler_qa niah_plus",
         "Longer prompts lose their middle, counted. LongBench's value for windows of 32K.",
     )
-    max_new_tokens: int = _same(
+    max_new_tokens: int = shared(
         "max_new_tokens", "answers", help="Tokens of an answer where the benchmark has no number of its own. Ours."
     )
-    temperature: float = _same("temperature", "answers", 0.0, "0 is greedy, as in the paper (LongBench v2: 0.1).")
-    top_p: float = _same("top_p", "answers")
+    temperature: float = shared("temperature", "answers", 0.0, "0 is greedy, as in the paper (LongBench v2: 0.1).")
+    top_p: float = shared("top_p", "answers")
     rope_factor: float | None = key(
         None, "answers", "YaRN: a window so many times as long; 4.0 for Qwen2.5 beyond 32K. A server has its own."
     )
-    backend: DATA["backend"].type = _same("backend", "answers")
-    server_urls: str | dict | None = _same(
-        "server_urls", "", help=DATA["server_urls"].metadata["help"] + " {name of the model: addresses} for several."
+    backend: Backend = shared("backend", "answers")
+    server_urls: str | dict | None = key(
+        None,
+        "",
+        "`openai`: addresses such as http://localhost:8000/v1; several with commas share the load. "
+        "{name of the model: addresses} for several.",
     )
-    api_key_env: str = _same("api_key_env", "")
-    served_model: str | dict | None = _same(
-        "served_model", "answers", help=DATA["served_model"].metadata["help"] + " {name of the model: its name there}."
+    api_key_env: str = shared("api_key_env", "")
+    served_model: str | dict | None = key(
+        None,
+        "answers",
+        "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has. "
+        "{name of the model: its name there}.",
     )
-    openai_endpoint: DATA["openai_endpoint"].type = _same("openai_endpoint", "answers")
-    extra_body: dict | None = _same("extra_body", "answers")
-    concurrency: int = _same("concurrency", "")
-    timeout: float = _same("timeout", "")
-    retries: int = _same("retries", "")
-    tensor_parallel_size: int = _same("tensor_parallel_size", "")
+    openai_endpoint: Endpoint = shared("openai_endpoint", "answers")
+    extra_body: dict | None = shared("extra_body", "answers")
+    concurrency: int = shared("concurrency", "")
+    timeout: float = shared("timeout", "")
+    retries: int = shared("retries", "")
+    tensor_parallel_size: int = shared("tensor_parallel_size", "")
 
     # results
     select_by: str | None = key(
@@ -131,7 +130,7 @@ class EvalRecipe:
 
     # all
     output_dir: str = key("", "", "Folder of questions, answers, scores and report; a run continues from it. Required.")
-    seed: int = _same("seed", "items answers results")
+    seed: int = shared("seed", "items answers results")
 
 
 FIELDS = {f.name: f for f in fields(EvalRecipe)}

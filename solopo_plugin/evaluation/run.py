@@ -1,16 +1,16 @@
 """An evaluation from recipe to report: questions, answers of each model, scores. It can be killed and continues."""
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, alone_in, explained, read_jsonl, write_json
+from ..qa.files import DataError, alone_in, read_jsonl, write_json
+from ..qa.generate.calls import Model
 from ..qa.recipe import settings
 from .ask import _changes, _take_over, ask, asked_with, fingerprint
 from .items import read_items
-from .models import ModelRef, find_models
+from .models import as_row, find_models, stored_models
 from .prepare import ITEMS, _items_manifest, prepare_items
 from .recipe import EvalRecipe
 
@@ -35,11 +35,11 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         from .results import make_results, pairs_of, rows_of
         from .score import write_scores
 
-        models = stored_models(folder) if rescore else find_models(recipe)
+        models = stored_models(recipe, folder / MODELS) if rescore else find_models(recipe)
         # a wrong name is better told now than at the end
         pairs_of(recipe.compare, rows_of(recipe.runs, [model.name for model in models]))
         if not rescore:
-            write_json(folder / MODELS, [asdict(model) for model in models])
+            write_json(folder / MODELS, list(map(as_row, models)))
             if recipe.benchmarks:
                 answer_all(recipe, models, resume)
         else:
@@ -50,14 +50,14 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             write_scores(folder, model.name)
         harness = [row for model in models for row in harness_rows(recipe, model, rescore)]
         results = make_results(
-            folder, [asdict(model) for model in models], public_settings(recipe), recipe.select_by, recipe.compare,
+            folder, list(map(as_row, models)), public_settings(recipe), recipe.select_by, recipe.compare,
             recipe.bootstrap_samples, recipe.seed, harness, recipe.runs,
         )  # fmt: skip
         write_report(folder)
     return results
 
 
-def answer_all(recipe: EvalRecipe, models: list[ModelRef], resume: bool = True) -> None:
+def answer_all(recipe: EvalRecipe, models: list[Model], resume: bool = True) -> None:
     """Make the questions, with the first model's tokenizer where lengths matter, and ask every model."""
     prepare_items(recipe, models[0], resume)
     hashes, longest = {}, 0
@@ -67,10 +67,10 @@ def answer_all(recipe: EvalRecipe, models: list[ModelRef], resume: bool = True) 
     for model in models:
         if resume:
             _take_over(Path(recipe.output_dir, "answers"), model.name, fingerprint(recipe, model), models)
-        ask(recipe, model, hashes, recipe.max_input_tokens + longest, len(models) == 1, resume)
+        ask(recipe, model, hashes, recipe.max_input_tokens + longest, resume)
 
 
-def harness_rows(recipe: EvalRecipe, model: ModelRef, rescore: bool) -> list[dict]:
+def harness_rows(recipe: EvalRecipe, model: Model, rescore: bool) -> list[dict]:
     """Results of lm-evaluation-harness for a model; with `rescore` those that are there."""
     if not recipe.harness_tasks:
         return []
@@ -80,18 +80,7 @@ def harness_rows(recipe: EvalRecipe, model: ModelRef, rescore: bool) -> list[dic
     return kept_rows(model, folder) if rescore else run_harness(model, recipe, folder)
 
 
-def stored_models(folder: Path) -> list[ModelRef]:
-    """The models of the last run in an evaluation's folder."""
-    path = folder / MODELS
-    with explained(path, "read"):
-        text = path.read_bytes()
-    try:
-        return [ModelRef(**row) for row in json.loads(text)]
-    except (ValueError, TypeError):
-        raise DataError(f"{path} is no list of models of ours; evaluate without `--rescore`.") from None
-
-
-def check_asked_so(recipe: EvalRecipe, models: list[ModelRef]) -> None:
+def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:
     """Refuse to report stored answers under settings that they were not asked with.
 
     Raises:

@@ -30,7 +30,7 @@ from ..qa.files import DataError, explained, replacing, write_json
 from ..qa.generate.calls import Model
 from ..qa.generate.local import load_network, window_of
 from ..qa.prompts import BETWEEN, document_spans
-from ..synthesis.look import rows_of_file
+from ..qa.rows import rows_of_file
 from .page import figure, page, png
 
 # evidence: documents of the row's evidence, label, title and text; question: that and the instruction;

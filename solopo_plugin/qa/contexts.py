@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..host.template import encode_prompt
-from ..synthesis.recipe import DataRecipe
 from .answers import holds_answer, judged_form
 from .documents import Pool, Question, rank_by_bm25
 from .prompts import BETWEEN, LABEL, SEAM, lay_out, split_prompt
+from .recipe import Contexts
 
 log = logging.getLogger(__name__)
 PASSED_OVER = 20  # paragraphs that do not fit any more before a context counts as full; ours
@@ -43,32 +43,14 @@ class Asked:
 class Builder:
     """What the contexts of all questions share, and how one question's are built."""
 
-    def __init__(self, recipe: DataRecipe, pool: Pool, tokenizer, template):
-        self.recipe, self.pool, self.tokenizer, self.template = recipe, pool, tokenizer, template
-        self.before, self.behind = split_prompt(recipe.prompt)
+    def __init__(self, keys: Contexts, pool: Pool, tokenizer, template):
+        self.keys, self.pool, self.tokenizer, self.template = keys, pool, tokenizer, template
+        self.before, self.behind = split_prompt(keys.prompt)
         self.smallest = min((pool.tokens[i] for i in pool.drawable), default=0)
-        self.ranked = rank_by_bm25(pool) if recipe.distractors == "bm25" else None
+        self.ranked = rank_by_bm25(pool) if keys.distractors == "bm25" else None
         self.numbers = [0]  # [n]: tokens that the labels of documents 1 to n have more than n times that of the first
         self.one = self._alone(f"{SEAM} 1: A\nB.{SEAM}") - self._alone(SEAM)  # tokens of a document `A\nB.`
         self.sums = self.before.endswith(BETWEEN) and self.behind.startswith(BETWEEN)
-
-    def __call__(self, question: Question) -> tuple[dict | str, Counter]:
-        """The row of a question, or why it is dropped; and how many distractors were left out for what reason."""
-        recipe, asked = self.recipe, self.asked(question)
-        if isinstance(asked, str):
-            return asked, Counter()
-        rng = self._rng(question, "lossy")
-        lost = [rng.randrange(len(question.evidence))] if rng.random() < recipe.lossy_short else []
-        sides, drawn = {}, None
-        for name in ("long", "short"):
-            dropped = lost if name == "short" else []
-            side = self.context(asked, getattr(recipe, f"{name}_tokens"), name, dropped, drawn)
-            if isinstance(side, str):
-                return f"{side}_{name}", asked.leaks.looked_at
-            sides[name] = side.row
-            drawn = side.distractors if recipe.short_subset_of_long else None
-        fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
-        return {**fields, "short": sides["short"], "long": sides["long"]}, asked.leaks.looked_at
 
     def asked(self, question: Question) -> Asked | str:
         """What all contexts of a question share, or why it can have none."""
@@ -78,11 +60,12 @@ class Builder:
         forms = [judged_form(pool.text(i)) for i in question.evidence]
         if any(a in b for k, a in enumerate(forms) for j, b in enumerate(forms) if j != k):
             return "evidence_within_evidence"
-        answers = [] if self.recipe.allow_answer_in_distractors else question.answers
+        answers = [] if self.keys.allow_answer_in_distractors else question.answers
         return Asked(question, self._rest(question), Leaks(answers, forms, pool, Counter()))
 
-    def _rng(self, question: Question, what: str) -> random.Random:
-        return random.Random(f"{self.recipe.seed}/{question.id}/{what}")
+    def rng(self, question: Question, what: str) -> random.Random:
+        """Return the random numbers of a question for one purpose."""
+        return random.Random(f"{self.keys.seed}/{question.id}/{what}")
 
     def context(
         self,
@@ -105,7 +88,7 @@ class Builder:
         evidence = [i for k, i in enumerate(question.evidence) if k not in dropped]
         room, best = target - rest, None
         for _ in range(ROUNDS):
-            rng = self._rng(question, name)
+            rng = self.rng(question, name)
             order = drawn if drawn is not None else leaks.without(question.evidence, self._draw(question, rng))
             distractors, full = self._fill(evidence, room, order)
             documents = arranged(evidence, distractors) if arranged else [*evidence, *distractors]
@@ -175,12 +158,16 @@ class Builder:
             self.numbers.append(self.numbers[-1] + more)
         return self.numbers[n]
 
-    def check_sums(self, questions: list[Question]) -> None:
-        """Compare the sums of some prompts with their tokens; from a difference on, every prompt is tokenised."""
-        for question in questions[:: -(-len(questions) // CHECKED)]:
-            row, _ = self(question)
-            for side in () if isinstance(row, str) else (row["short"], row["long"]):
-                if len(self._encode(side["prompt"])) != side["tokens"]:
+    def check_sums(self, questions: list[Question], targets: dict[str, int]) -> None:
+        """Compare the sums of some prompts with their tokens; from a difference on, every prompt is tokenised.
+
+        Args:
+            targets: By name, as `context` takes both.
+        """
+        for asked in map(self.asked, questions[:: -(-len(questions) // CHECKED)]):
+            for name, target in () if isinstance(asked, str) else targets.items():
+                side = self.context(asked, target, name)
+                if not isinstance(side, str) and len(self._encode(side.row["prompt"])) != side.row["tokens"]:
                     log.warning("Tokens do not add up with this tokenizer: every prompt is tokenised, which is slower.")
                     self.sums = False
                     return

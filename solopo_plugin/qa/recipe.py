@@ -1,9 +1,12 @@
-"""Read recipes: dataclasses of keys, from YAML and `key=value` words, each key checked by its type and range."""
+"""Read recipes: dataclasses of keys, from YAML and `key=value` words, each key checked by its type and range.
+
+The keys that recipes of data and of evaluations share are declared here, in groups: what needs them gets its group.
+"""
 
 import math
 import re
 import types
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,6 +22,80 @@ def key(default: Any, stages: str, help: str):
     """
     default = {"default_factory": default} if callable(default) else {"default": default}
     return field(**default, metadata={"stages": tuple(stages.split()), "help": help})
+
+
+Backend = Literal["vllm", "openai", "transformers"]
+Endpoint = Literal["chat", "completions"]
+Distractors = Literal["random", "bm25"]
+
+
+@dataclass
+class Seeded:
+    """The seed of all that is drawn."""
+
+    seed: int = key(42, "", "Of everything drawn; 42 is the host's default.")
+
+
+@dataclass
+class Chat:
+    """What makes a message the tokens of training."""
+
+    template: str = key("", "", "The host's chat template, as in training. Required.")
+    default_system: str | None = key(None, "", "The host's key; the same as in training.")
+    enable_thinking: bool = key(True, "", "The host's key and default; as in training.")
+    trust_remote_code: bool = key(False, "", "The host's key and default.")
+
+
+@dataclass
+class Sampling(Chat, Seeded):
+    """How answers are drawn, by what, and how fast; which model gives them says `generate.Model`."""
+
+    max_new_tokens: int = key(1024, "", "Tokens of an answer at most. Ours; the paper's is not known.")
+    temperature: float = key(0.85, "", "The paper's T.")
+    top_p: float = key(1.0, "", "Nucleus of sampling; 1 is ours, the paper gives none.")
+    backend: Backend = key(
+        "vllm", "", "What generates: vLLM in this process, OpenAI-compatible servers, or transformers."
+    )
+    api_key_env: str = key("OPENAI_API_KEY", "", "`openai`: the environment variable that holds the key, if any.")
+    openai_endpoint: Endpoint = key(
+        "chat", "", "`openai`: `chat` (the server's chat template) or `completions` (the trainer's token ids)."
+    )
+    extra_body: dict | None = key(
+        None, "", "`openai`: more keys for each request, such as vLLM's {top_k: -1, repetition_penalty: 1.0}."
+    )
+    concurrency: int = key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
+    timeout: float = key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
+    retries: int = key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours.")
+    tensor_parallel_size: int = key(1, "", "`vllm`: GPUs that hold one model.")
+
+
+@dataclass
+class Contexts(Seeded):
+    """How contexts are built around the evidence of a question."""
+
+    prompt: str | None = key(
+        None, "", "Prompt with {documents} and {question}; null: ours. The paper's wording is not known."
+    )
+    distractors: Distractors = key(
+        "random", "", "`random` (paper), or `bm25`: those most like the question, which are harder."
+    )
+    allow_answer_in_distractors: bool = key(
+        False, "", "Keep distractors that contain an answer or alias; by default they are left out and counted."
+    )
+
+
+SHARED = {f.name: f for group in (Sampling, Contexts) for f in fields(group)}
+
+
+def shared(name: str, stages: str, default: Any = None, help: str | None = None) -> Any:
+    """A key of a group, in a recipe. `default`, `help`: where the recipe has another one."""
+    spec = SHARED[name]
+    return key(spec.default if default is None else default, stages, help or spec.metadata["help"])
+
+
+def pick(recipe: Any, group: type) -> Any:
+    """Return the keys of a group, with a recipe's values."""
+    return group(**{f.name: getattr(recipe, f.name) for f in fields(group)})
 
 
 def settings(recipe: Any, stage: str) -> dict[str, Any]:

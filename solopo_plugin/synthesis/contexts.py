@@ -14,8 +14,9 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from ..qa.contexts import Builder
 from ..qa.documents import Question, build_pool, count_tokens
 from ..qa.files import DataError, write_jsonl
 from ..qa.generate.calls import load_chat
+from ..qa.recipe import Chat, Contexts, pick
 from .recipe import DataRecipe
 
 
@@ -34,15 +36,15 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     Raises:
         DataError: No template or tokenizer, a prompt without its places, or no question of which both contexts exist.
     """
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
     pool, questions = build_pool(work, template_markers(tokenizer, template))
     count_tokens(pool, tokenizer)
-    builder = Builder(recipe, pool, tokenizer, template)
-    builder.check_sums(questions)
+    builder = Builder(pick(recipe, Contexts), pool, tokenizer, template)
+    builder.check_sums(questions, {"long": recipe.long_tokens, "short": recipe.short_tokens})
     dropped, left_out, lengths = Counter(), Counter(), {"short": [], "long": []}
 
     def rows() -> Iterator[dict]:
-        results = _map(builder, questions, recipe.num_workers)
+        results = _map(partial(make_row, builder, recipe), questions, recipe.num_workers)
         for row, looked_at in tqdm(results, total=len(questions), desc="contexts", unit=" questions", disable=None):
             left_out.update(looked_at)
             if isinstance(row, str):
@@ -73,23 +75,42 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     }
 
 
-_builder: Builder | None = None  # of the worker processes, which inherit it
+def make_row(builder: Builder, recipe: DataRecipe, question: Question) -> tuple[dict | str, Counter]:
+    """Return the row of a question, or why it is dropped; and how many distractors were left out for what reason."""
+    asked = builder.asked(question)
+    if isinstance(asked, str):
+        return asked, Counter()
+    rng = builder.rng(question, "lossy")
+    lost = [rng.randrange(len(question.evidence))] if rng.random() < recipe.lossy_short else []
+    sides, drawn = {}, None
+    for name, target, dropped in (("long", recipe.long_tokens, []), ("short", recipe.short_tokens, lost)):
+        side = builder.context(asked, target, name, dropped, drawn)
+        if isinstance(side, str):
+            return f"{side}_{name}", asked.leaks.looked_at
+        sides[name] = side.row
+        drawn = side.distractors if recipe.short_subset_of_long else None
+    fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
+    return {**fields, "short": sides["short"], "long": sides["long"]}, asked.leaks.looked_at
 
 
-def _map(builder: Builder, questions: list[Question], num_workers: int) -> Iterator[tuple[dict | str, Counter]]:
+Make = Callable[[Question], tuple[dict | str, Counter]]
+_make: Make | None = None  # of the worker processes, which inherit it
+
+
+def _map(make: Make, questions: list[Question], num_workers: int) -> Iterator[tuple[dict | str, Counter]]:
     """Build in order, in this process or in others; the results are the same."""
-    global _builder
+    global _make
     if num_workers == 1:
-        yield from map(builder, questions)
+        yield from map(make, questions)
         return
-    _builder = builder
+    _make = make
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
     with multiprocessing.get_context("fork").Pool(num_workers, _die_with_parent) as processes:
         yield from processes.imap(_build, questions, chunksize=16)
 
 
 def _build(question: Question) -> tuple[dict | str, Counter]:
-    return _builder(question)
+    return _make(question)
 
 
 def _die_with_parent() -> None:

@@ -8,19 +8,17 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..qa.files import DataError, explained, read_jsonl, replacing, write_jsonl
+from ..qa.rows import SCHEMA, SOLO, write_parquet
 from .pairs import SETS
 from .recipe import DataRecipe
 
-SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
 SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 LONG_PO = {"prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
 SHORT_SFT = {"prompt": "prompt", "response": "chosen"}
@@ -37,16 +35,6 @@ ENTRIES = {
     "sft_long": ("long_po", LONG_SFT),
     "sft_expand_long": ("solopo", LONG_SFT),
 }
-_EVIDENCE = pa.list_(pa.struct([("paragraph", pa.int64()), ("start", pa.int64()), ("end", pa.int64())]))
-SCHEMA = pa.schema(
-    [(name, pa.string()) for name in SOLO]
-    + [("id", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())), ("hops", pa.int64())]
-    + [(f"{part}_tokens", pa.int64()) for part in ("short", "long", "chosen", "rejected")]
-    + [(f"{side}_paragraphs", pa.int64()) for side in ("short", "long")]
-    + [(f"{side}_evidence", _EVIDENCE) for side in ("short", "long")]  # offsets are characters of the prompt
-    + [("short_dropped", pa.list_(pa.int64()))]  # evidence that a lossy short context lacks, from 0
-    + [(f"pass_rate_{side}", pa.float64()) for side in ("short", "long")]
-)
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
@@ -110,14 +98,6 @@ def make_row(pair: dict, context: dict) -> dict:
     for side in ("short", "long"):
         row |= {f"{side}_{what}": context[side][what] for what in ("tokens", "paragraphs", "evidence", "dropped")}
     return {name: row[name] for name in SCHEMA.names}
-
-
-def write_parquet(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows as a parquet file, atomically."""
-    rows = iter(rows)
-    with replacing(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-        while part := list(islice(rows, 256)):
-            writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
 
 
 @contextmanager

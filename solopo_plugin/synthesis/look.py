@@ -12,14 +12,14 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from ..qa.answers import gives_answer, holds_answer
 from ..qa.files import DataError, read_jsonl, replacing
 from ..qa.pages import embed, facts_table, fill, image, png
 from ..qa.prompts import split_documents
-from .export import SCHEMA, Contexts, make_row
+from ..qa.rows import SCHEMA, rows_of_file
+from .export import Contexts, make_row
 from .look_page import PAGE
 from .pairs import question_key
 
@@ -139,19 +139,6 @@ def _rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
         for name, answers in groupby(read_jsonl(work / f"judged.{side}.jsonl"), key=lambda answer: answer["id"]):
             right = [answer["correct"] for answer in answers]
             yield hops[name], side, sum(right) / len(right)
-
-
-def rows_of_file(path: Path) -> Iterator[dict]:
-    """Rows of an exported data file, .jsonl or .parquet, with all columns of `SCHEMA`."""
-    if path.suffix == ".parquet":
-        parts = (part.to_pylist() for part in pq.ParquetFile(path).iter_batches(256))
-        rows = (row for part in parts for row in part)
-    else:
-        rows = read_jsonl(path)
-    for row in rows:
-        if lacking := [name for name in SCHEMA.names if name not in row]:
-            raise DataError(f"{path} lacks the column `{lacking[0]}`; only exports of build_data.py can be inspected.")
-        yield row
 
 
 def gather(source: Source) -> Statistics:

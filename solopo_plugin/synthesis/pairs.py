@@ -22,6 +22,7 @@ from ..host.template import encode_turn, template_markers
 from ..qa.answers import normalize_answer
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import load_chat
+from ..qa.recipe import Chat, pick
 from .judge import advice
 from .recipe import DataRecipe
 
@@ -201,7 +202,7 @@ def _questions(
     recipe: DataRecipe, work: Path, dropped: dict[str, Counter], n_answers: Counter
 ) -> Iterator[Question]:  # fmt: skip
     """All questions with what was drawn for them, in the order of the contexts; `n_answers` counts them by side."""
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
     markers = template_markers(tokenizer, template)
 
     def encode(text: str) -> list[int]:

@@ -116,7 +116,7 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
             del manifest["stages"][name]
             _save(manifest, work)
     if name == "contexts" and then_sample:
-        check_backend(recipe)
+        check_backend(recipe.backend, recipe.server_urls)
     log.info("%s ...", name)
     counts = TABLE[name].run(recipe, work)
     outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}

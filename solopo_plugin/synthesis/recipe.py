@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from ..qa.answers import RULE
 from ..qa.files import DataError, split_names
+from ..qa.generate.calls import Model
 from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash
-from ..qa.recipe import build, key, read_values, settings
+from ..qa.recipe import Backend, Distractors, Endpoint, build, key, read_values, settings, shared
 
 STAGES = ("read", "contexts", "sample", "judge", "select", "export")
 
@@ -27,10 +28,10 @@ class DataRecipe:
     model_name_or_path: str = key(
         "", "contexts sample select", "The instruct model that is to be trained; it samples its own pairs. Required."
     )
-    template: str = key("", "contexts sample select", "The host's chat template, as in training. Required.")
-    default_system: str | None = key(None, "contexts sample select", "The host's key; the same as in training.")
-    enable_thinking: bool = key(True, "contexts sample select", "The host's key and default; as in training.")
-    trust_remote_code: bool = key(False, "", "The host's key and default.")
+    template: str = shared("template", "contexts sample select")
+    default_system: str | None = shared("default_system", "contexts sample select")
+    enable_thinking: bool = shared("enable_thinking", "contexts sample select")
+    trust_remote_code: bool = shared("trust_remote_code", "")
 
     # read
     input: str = key(
@@ -50,17 +51,11 @@ class DataRecipe:
     )
 
     # contexts
-    prompt: str | None = key(
-        None, "contexts", "Prompt with {documents} and {question}; null: ours. The paper's wording is not known."
-    )
+    prompt: str | None = shared("prompt", "contexts")
     short_tokens: int = key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
     long_tokens: int = key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
-    distractors: Literal["random", "bm25"] = key(
-        "random", "contexts", "`random` (paper), or `bm25`: those most like the question, which are harder."
-    )
-    allow_answer_in_distractors: bool = key(
-        False, "contexts", "Keep distractors that contain an answer or alias; by default they are left out and counted."
-    )
+    distractors: Distractors = shared("distractors", "contexts")
+    allow_answer_in_distractors: bool = shared("allow_answer_in_distractors", "contexts")
     short_subset_of_long: bool = key(
         False, "contexts", "Short distractors are some of the long ones. False is our reading of the paper."
     )
@@ -71,33 +66,27 @@ class DataRecipe:
 
     # sample
     num_samples: int = key(32, "sample", "Answers per prompt. The paper's N.")
-    temperature: float = key(0.85, "sample", "The paper's T.")
-    top_p: float = key(1.0, "sample", "Nucleus of sampling; 1 is ours, the paper gives none.")
-    max_new_tokens: int = key(1024, "sample select", "Tokens of an answer at most. Ours; the paper's is not known.")
+    temperature: float = shared("temperature", "sample")
+    top_p: float = shared("top_p", "sample")
+    max_new_tokens: int = shared("max_new_tokens", "sample select")
     sample_long: bool = key(True, "sample", "Also sample on the long contexts: for D_long, and to prefer questions.")
-    backend: Literal["vllm", "openai", "transformers"] = key(
-        "vllm", "sample", "What generates: vLLM in this process, OpenAI-compatible servers, or transformers."
-    )
+    backend: Backend = shared("backend", "sample")
     server_urls: str | None = key(
         None, "", "`openai`: addresses such as http://localhost:8000/v1; several with commas share the load."
     )
-    api_key_env: str = key("OPENAI_API_KEY", "", "`openai`: the environment variable that holds the key, if any.")
+    api_key_env: str = shared("api_key_env", "")
     served_model: str | None = key(
         None, "sample", "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has."
     )
-    openai_endpoint: Literal["chat", "completions"] = key(
-        "chat", "sample", "`openai`: `chat` (the server's chat template) or `completions` (the trainer's token ids)."
-    )
-    extra_body: dict | None = key(
-        None, "sample", "`openai`: more keys for each request, such as vLLM's {top_k: -1, repetition_penalty: 1.0}."
-    )
+    openai_endpoint: Endpoint = shared("openai_endpoint", "sample")
+    extra_body: dict | None = shared("extra_body", "sample")
     answers_per_call: int | None = key(
         None, "sample", "Answers asked for in one call; null: num_samples, and 8 with `transformers`."
     )
-    concurrency: int = key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
-    timeout: float = key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
-    retries: int = key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours.")
-    tensor_parallel_size: int = key(1, "", "`vllm`: GPUs that hold one model.")
+    concurrency: int = shared("concurrency", "")
+    timeout: float = shared("timeout", "")
+    retries: int = shared("retries", "")
+    tensor_parallel_size: int = shared("tensor_parallel_size", "")
 
     # select
     num_rows: int = key(5000, "select", "Rows of the finished set, validation included. The paper's 5,000.")
@@ -116,7 +105,15 @@ class DataRecipe:
 
     # all
     work_dir: str = key("", "", "Folder of intermediate files and the manifest; a run continues from it. Required.")
-    seed: int = key(42, "read contexts sample select", "Of everything drawn; 42 is the host's default.")
+    seed: int = shared("seed", "read contexts sample select")
+
+    @property
+    def model(self) -> Model:
+        """Return the model that answers, with room for the long contexts."""
+        window = self.long_tokens + self.max_new_tokens
+        return Model(
+            self.model_name_or_path, server_urls=self.server_urls, served_model=self.served_model, window=window
+        )
 
 
 FIELDS = {f.name: f for f in fields(DataRecipe)}

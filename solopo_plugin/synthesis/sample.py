@@ -19,7 +19,7 @@ from ..qa.files import Appender, DataError, dump, parse_line, read_jsonl, write_
 from ..qa.generate import generate
 from ..qa.generate.calls import Call
 from ..qa.provenance import file_hash
-from ..qa.recipe import settings
+from ..qa.recipe import Sampling, pick, settings
 from .recipe import DataRecipe, model_files, outside_inputs
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _collect(recipe: DataRecipe, work: Path, side: str, file: Appender, found: F
     tokens = {context["id"]: context[side]["tokens"] for context in read_jsonl(work / "contexts.jsonl")}
     warned = False
     with tqdm(total=total, initial=have, unit=" answers", desc=f"sample {side}") as bar:
-        for reply in generate(recipe, missing_calls(recipe, work, side, found)):
+        for reply in generate(pick(recipe, Sampling), recipe.model, missing_calls(recipe, work, side, found)):
             file.append(reply._asdict())
             bar.update(len(reply.ks))
             if not warned and reply.prompt_tokens not in (None, tokens[reply.id]):

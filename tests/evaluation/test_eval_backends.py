@@ -16,6 +16,7 @@ from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate import generate, local
 from solopo_plugin.qa.generate.calls import Call, Model, load_chat
 from solopo_plugin.qa.generate.local import yarn
+from solopo_plugin.qa.recipe import Sampling, pick
 
 pytestmark = pytest.mark.timeout(120)
 CALLS = [Call(f"q{i}", (0,), item(i).prompt, None if i else 3) for i in range(3)]
@@ -26,12 +27,12 @@ def recipe_for(folder, model: str, **keys):
 
 
 def answer(recipe, model: Model) -> dict[str, str]:
-    return {reply.id: reply.answers[0][0] for reply in generate(recipe, CALLS, model)}
+    return {reply.id: reply.answers[0][0] for reply in generate(pick(recipe, Sampling), model, CALLS)}
 
 
 def greedy_by_hand(network, recipe) -> dict[str, str]:
     """The likeliest token, again and again, without a cache."""
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = load_chat(recipe.model_name_or_path, recipe)
     texts = {}
     for call in CALLS:
         prompt = encode_prompt(tokenizer, template, call.prompt)
@@ -80,7 +81,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(tiny_model, tmp_path, monkeyp
     gc.disable()  # whoever frees it must do so on purpose
     try:
         for model in (Model(tiny_model()), Model(tiny_model(), adapter), Model(tiny_model())):
-            replies = generate(recipe, CALLS, model)
+            replies = generate(pick(recipe, Sampling), model, CALLS)
             next(replies)
             replies.close()  # also when it is left half way
         assert counts == [0, 0, 0]
@@ -147,7 +148,7 @@ def test_vllm_gets_window_adapter_and_yarn(tiny_model, tmp_path, monkeypatch):
 
     seen, base = [], tiny_model()
     recipe, adapter = recipe_for(tmp_path, base, backend="vllm"), make_adapter(base, tmp_path / "adapter", 1)
-    load_chat(recipe)
+    load_chat(recipe.model_name_or_path, recipe)
     for name, module in fake_vllm(seen).items():
         monkeypatch.setitem(sys.modules, name, module)
     for model in (Model(base, window=500), Model(base, adapter, rope_factor=4.0, window=900)):

@@ -5,8 +5,9 @@ import json
 import pytest
 from toy import recipe_in
 
-from solopo_plugin.evaluation.models import ModelRef, find_models, tokenizer_of
+from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.generate.calls import Model
 
 
 def whole(folder, **files):
@@ -24,7 +25,7 @@ def lora(folder, base, weights="adapter_model.safetensors", **config):
     return folder
 
 
-def found(tmp_path, models, **keys) -> list[ModelRef]:
+def found(tmp_path, models, **keys) -> list[Model]:
     return find_models(recipe_in(tmp_path, models, **keys))
 
 
@@ -32,9 +33,9 @@ def test_a_list_of_names_and_folders(tmp_path):
     base, run_b = whole(tmp_path / "base"), lora(tmp_path / "b" / "final", "org/Big-7B")
     got = found(tmp_path, ["org/Big-7B", str(base), str(run_b)])
     assert got == [
-        ModelRef("Big-7B", "org/Big-7B"),
-        ModelRef("base", str(base)),
-        ModelRef("final", "org/Big-7B", str(run_b)),
+        Model("org/Big-7B", name="Big-7B", alone=False),
+        Model(str(base), name="base", alone=False),
+        Model("org/Big-7B", str(run_b), name="final", alone=False),
     ]
     (only,) = found(tmp_path, "org/Big-7B")
     assert (only.name, only.place) == ("Big-7B", "org/Big-7B") and got[2].place == str(run_b)
@@ -78,9 +79,9 @@ def test_checkpoints_of_an_adapter(tmp_path):
         lora(run / f"checkpoint-{step}", str(base))
     got = found(tmp_path, None, checkpoints=[str(run)], with_base=True)
     assert got == [
-        ModelRef("base", str(base)),
-        ModelRef("checkpoint-5", str(base), str(run / "checkpoint-5"), 5),
-        ModelRef("checkpoint-10", str(base), str(run / "checkpoint-10"), 10),
+        Model(str(base), name="base", alone=False),
+        Model(str(base), str(run / "checkpoint-5"), "checkpoint-5", 5, alone=False),
+        Model(str(base), str(run / "checkpoint-10"), "checkpoint-10", 10, alone=False),
     ]
     moved = found(tmp_path, None, checkpoints=[str(run)], model_name_or_path="org/moved")
     assert [ref.path for ref in moved] == ["org/moved"] * 2
@@ -161,7 +162,7 @@ def test_where_the_tokenizer_is(tmp_path):
     bare, full = whole(tmp_path / "bare"), whole(tmp_path / "full", **{"tokenizer.json": "{}"})
 
     def place(path, **keys):
-        return tokenizer_of(recipe_in(tmp_path, [str(path)], **keys), ModelRef("m", str(path)))
+        return found(tmp_path, [str(path)], **keys)[0].tokenizer
 
     assert place(full, model_name_or_path="org/x") == str(full)
     assert place(bare, model_name_or_path="org/x") == "org/x"

@@ -122,7 +122,7 @@ def test_questions_that_cannot_be(benchmarks, model, tmp_path):
 def chat(tokenizer, tmp_path_factory):
     """Tokenizer and the ids of a message's templated prompt."""
     recipe = recipe_in(tmp_path_factory.mktemp("chat"), [tokenizer], model_name_or_path=tokenizer)
-    loaded, template = load_chat(recipe)
+    loaded, template = load_chat(tokenizer, recipe)
     return loaded, lambda text: encode_prompt(loaded, template, text)
 
 
@@ -200,7 +200,7 @@ def test_long_prompts_are_cut_counted_and_told(benchmarks, model, server, tmp_pa
     rows = {row["id"]: row for row in answers(tmp_path / "out", "model")}
     items = {item.id: item for item in read_items(Path(recipe.output_dir) / "items.jsonl")}
     assert len(rows) == 12 and "model: plain: 12 answers; 7 prompts were longer than 250 tokens" in caplog.text
-    tokenizer, template = load_chat(recipe_in(tmp_path, [model], model_name_or_path=model))
+    tokenizer, template = load_chat(model, recipe_in(tmp_path, [model]))
     for i in range(12):
         row, item = rows[f"q{i}"], items[f"q{i}"]
         whole = len(encode_prompt(tokenizer, template, item.prompt))

@@ -18,16 +18,18 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from solopo_plugin.evaluation.harness import _environment, _without, configuration, kept_rows, read_results, run_harness
+from solopo_plugin.evaluation.models import complete
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.evaluation.report.tables import harness_table
 from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.generate.calls import Model
 
 LEADERBOARD = ROOT / "examples/yaml/eval/leaderboard.yaml"
 KEYS = dict(
     harness_tasks=["toy_colours"], harness_args=None, backend="transformers", trust_remote_code=False,
-    default_system=None, enable_thinking=True, api_key_env="NO_KEY", server_urls=None, served_model=None,
-    openai_endpoint="chat", concurrency=4, tensor_parallel_size=1, model_name_or_path=None, max_input_tokens=31500,
-    max_new_tokens=1024,
+    default_system=None, enable_thinking=True, rope_factor=None, api_key_env="NO_KEY", server_urls=None,
+    served_model=None, openai_endpoint="chat", concurrency=4, tensor_parallel_size=1, model_name_or_path=None,
+    max_input_tokens=31500, max_new_tokens=1024,
 )  # fmt: skip
 COLOURS = ["red", "green", "blue"]
 
@@ -36,8 +38,9 @@ def recipe(**changes) -> SimpleNamespace:
     return SimpleNamespace(**KEYS | changes)
 
 
-def model(path="m", adapter=None, name="toy") -> SimpleNamespace:
-    return SimpleNamespace(name=name, path=str(path), adapter=adapter and str(adapter), step=None)
+def model(path="m", adapter=None, name="toy", **changes) -> Model:
+    """A model with what a recipe says of it."""
+    return complete(Model(str(path), adapter and str(adapter)), name, recipe(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +196,7 @@ def taken(kind: str) -> set[str]:
 def test_what_the_harness_is_told(case):
     """And the harness' own class of that type takes each argument by its name."""
     changes, adapter, kind, args = CONFIGURATIONS[case]
-    found = configuration(model(adapter=adapter), recipe(**changes))
+    found = configuration(model(adapter=adapter, **changes), recipe(**changes))
     assert found["model"] == kind and found["tasks"] == ["toy_colours"] and found["apply_chat_template"] is True
     assert args.items() <= found["model_args"].items()
     assert found["model_args"].keys() <= taken(kind)
@@ -224,10 +227,10 @@ def test_a_server_with_completions_gets_the_models_window(case, tmp_path):
     config, window = WINDOWS[case]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"} | config))
     keys = SERVER | dict(openai_endpoint="completions")
-    assert configuration(model(tmp_path), recipe(**keys))["model_args"]["max_length"] == window
+    assert configuration(model(tmp_path, **keys), recipe(**keys))["model_args"]["max_length"] == window
     own = recipe(**keys, harness_args={"model_args": {"max_length": 99}})
-    assert configuration(model(tmp_path), own)["model_args"]["max_length"] == 99
-    assert "max_length" not in configuration(model(tmp_path), recipe(**SERVER))["model_args"]
+    assert configuration(model(tmp_path, **keys), own)["model_args"]["max_length"] == 99
+    assert "max_length" not in configuration(model(tmp_path, **SERVER), recipe(**SERVER))["model_args"]
 
 
 BAD = {
@@ -242,7 +245,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_settings_are_one_sentence(case):
     with pytest.raises(DataError) as error:
-        configuration(model(), recipe(**BAD[case][0]))
+        configuration(model(**BAD[case][0]), recipe(**BAD[case][0]))
     assert str(error.value).startswith(BAD[case][1]) and "SECRET" not in str(error.value)
 
 
@@ -335,7 +338,7 @@ def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monke
         url = f"http://127.0.0.1:{server.server_port}/v1"
         keys = dict(SERVER | IDS, server_urls=url, harness_tasks=["scored", "written"])
         args = {"include_path": str(folder), "apply_chat_template": False}
-        found = run_harness(model(place), recipe(**keys, harness_args=args), tmp_path / "out")
+        found = run_harness(model(place, **keys), recipe(**keys, harness_args=args), tmp_path / "out")
     lengths = [len(ids) for body in server.bodies for ids in body["prompt"]]
     assert sorted(n for n in lengths if n > 3500) == [4095 - 50, 4095, 4095, 4095]
     assert sum(3000 <= n < 3100 for n in lengths) == 4
@@ -362,7 +365,7 @@ def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, tmp_path, monke
         args = {"include_path": str(tasks), "apply_chat_template": False, "model_args": {"max_retries": 1}, "limit": 1}
         # of requests that run together one is refused (401) and others may find the connection closed
         with pytest.raises(DataError, match="ended with 1 for toy: .*(401|ServerDisconnected)") as error:
-            run_harness(model(tiny_model()), recipe(**keys, harness_args=args), tmp_path)
+            run_harness(model(tiny_model(), **keys), recipe(**keys, harness_args=args), tmp_path)
     assert server.bodies
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.json", "made_from.json", "log.txt"} <= {path.name for path in files}

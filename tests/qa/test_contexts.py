@@ -27,6 +27,7 @@ from solopo_plugin.qa.contexts import Builder, permutation
 from solopo_plugin.qa.documents import build_pool, count_tokens, rank_by_bm25
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.prompts import split_prompt
+from solopo_plugin.qa.recipe import Contexts, pick
 from solopo_plugin.synthesis import contexts, read
 
 SIDES = ("short", "long")
@@ -236,9 +237,10 @@ def test_whatever_the_texts_are(model, tmp_path_factory, evidence, distractors, 
         "long_tokens": 2 * target,
         "distractors": data.draw(st.sampled_from(["random", "bm25"])),
     }
-    builder = Builder(recipe(work, model, Path("-"), **keys), pool, tokenizer, template)
-    builder.check_sums(questions)
-    made, _ = builder(questions[0])
+    asked = recipe(work, model, Path("-"), **keys)
+    builder = Builder(pick(asked, Contexts), pool, tokenizer, template)
+    builder.check_sums(questions, {"long": 2 * target, "short": target})
+    made, _ = contexts.make_row(builder, asked, questions[0])
     if isinstance(made, str):
         shortest = min(len(normalize_answer(p["text"])) for p in evidence)
         known = ["evidence_longer_than_short", "evidence_longer_than_long", "evidence_within_evidence"]

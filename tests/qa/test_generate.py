@@ -25,9 +25,11 @@ from material import recipe as material_recipe
 from scripted_server import free_port, scripted, serving
 
 from solopo_plugin.qa.files import DataError
-from solopo_plugin.qa.generate import generate, servers, vllm
+from solopo_plugin.qa.generate import generate as generate_with
+from solopo_plugin.qa.generate import servers, vllm
 from solopo_plugin.qa.generate.calls import Call, Reply, call_seed, load_chat
 from solopo_plugin.qa.generate.servers import read_answers
+from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import load_recipe, make_recipe
 
@@ -66,6 +68,14 @@ def openai(urls: str, **keys):
     return make_recipe(base | dict(backend="openai", server_urls=urls, num_samples=4, seed=3) | keys)
 
 
+def generate(recipe, calls):
+    return generate_with(pick(recipe, Sampling), recipe.model, calls)
+
+
+def chat_of(recipe) -> tuple:
+    return load_chat(recipe.model.tokenizer, recipe)
+
+
 def calls(n: int = 40, ks=(0, 1, 2, 3)) -> list[Call]:
     return [Call(f"q{i}", tuple(ks), f"Some documents.\n\n{question}") for i, question in enumerate(list(ANSWERS)[:n])]
 
@@ -84,7 +94,7 @@ def by_answer(replies) -> dict[tuple[str, int], str]:
 def expected(recipe, asked: list[Call]) -> dict[tuple[str, int], str]:
     """What the scripted server says when each call comes back whole."""
     return {
-        (call.id, k): scripted(call.prompt, call_seed(recipe, call), i, ANSWERS)[0]
+        (call.id, k): scripted(call.prompt, call_seed(recipe.seed, call), i, ANSWERS)[0]
         for call in asked
         for i, k in enumerate(call.ks)
     }
@@ -517,7 +527,7 @@ def test_a_server_that_cannot_give_several_answers_is_asked_one_by_one(status, c
         recipe = openai(server.url, served_model="m", concurrency=2, retries=0)
         got = by_answer(generate(recipe, calls(3)))
     singles = one_by_one(calls(3), 0)
-    assert got == {(call.id, call.ks[0]): f"Answer by {call_seed(recipe, call)}." for call in singles}
+    assert got == {(call.id, call.ks[0]): f"Answer by {call_seed(recipe.seed, call)}." for call in singles}
     assert sum(request.body["n"] > 1 for request in server.requests) <= 2
     assert caplog.text.count("asked for one by one") == 1 and f"HTTP {status} where n = 4" in caplog.text
 
@@ -537,7 +547,7 @@ def test_an_error_of_a_server_that_gave_several_answers_passes():
         recipe = openai(server.url, served_model="m", concurrency=1)
         got = by_answer(generate(recipe, calls(3)))
     assert len(met) == 1 and len(server.requests) == 4
-    assert got == {(call.id, k): f"{k} by {call_seed(recipe, call)}" for call in calls(3) for k in call.ks}
+    assert got == {(call.id, k): f"{k} by {call_seed(recipe.seed, call)}" for call in calls(3) for k in call.ks}
 
 
 def alike(request) -> tuple[int, dict]:
@@ -766,7 +776,7 @@ def test_transformers_sees_the_trainers_ids(tiny_model, run, recipe, tmp_path, m
 
     model = str(tmp_path / "model")
     AutoModelForCausalLM.from_pretrained(tiny_model()).save_pretrained(model)
-    load_chat(local(tiny_model()))[0].save_pretrained(model)
+    chat_of(local(tiny_model()))[0].save_pretrained(model)
     GenerationConfig(repetition_penalty=5.0, top_k=1, do_sample=True, max_length=4).save_pretrained(model)
     seen = []
     original = AutoModelForCausalLM.from_pretrained(model).__class__.generate
@@ -781,10 +791,10 @@ def test_transformers_sees_the_trainers_ids(tiny_model, run, recipe, tmp_path, m
     assert seen == trained_on(settings, tmp_path, run, recipe)
     assert [reply.prompt_tokens for reply in got] == list(map(len, seen))
     texts = by_answer(got)
-    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_chat(settings)[0]
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), chat_of(settings)[0]
     with torch.no_grad():
         for call, prompt, reply in zip(PROMPTS, seen, got, strict=True):
-            by_hand = sampled_by_hand(loaded, tokenizer, prompt, 4, 8, 0.85, call_seed(settings, call))
+            by_hand = sampled_by_hand(loaded, tokenizer, prompt, 4, 8, 0.85, call_seed(settings.seed, call))
             assert [(text, "length") for text in by_hand] == reply.answers
     again = by_answer(generate(settings, reversed(PROMPTS)))
     assert again == texts
@@ -807,7 +817,7 @@ def test_completions_send_the_trainers_ids(tiny_model, answers_file, tmp_path, m
             server.url, model_name_or_path=tiny_model(), openai_endpoint="completions", concurrency=1, served_model="m"
         )
         assert len(by_answer(generate(recipe, PROMPTS))) == 12
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = chat_of(recipe)
     for (url, body), call in zip(sent, PROMPTS, strict=True):
         assert url.endswith("/v1/completions")
         assert body["prompt"] == vllm.encode_prompt(tokenizer, template, call.prompt)
@@ -838,7 +848,7 @@ def fake_vllm(seen: list) -> ModuleType:
 def test_vllm_gets_ids_seeds_and_chunks(tiny_model, monkeypatch):
     seen = []
     recipe = local(tiny_model(), long_tokens=2048, tensor_parallel_size=2)
-    tokenizer, template = load_chat(recipe)  # before the host can find the module that stands in for vLLM
+    tokenizer, template = chat_of(recipe)  # before the host can find the module that stands in for vLLM
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm(seen))
     monkeypatch.setattr(vllm, "VLLM_CHUNK", 2)
     got = list(generate(recipe, iter(PROMPTS)))
@@ -847,7 +857,7 @@ def test_vllm_gets_ids_seeds_and_chunks(tiny_model, monkeypatch):
     assert chunks == [ids[:2], ids[2:]]
     assert engine["max_model_len"] == 2056 and engine["tensor_parallel_size"] == 2
     for reply, call, prompt in zip(got, PROMPTS, ids, strict=True):
-        seed = call_seed(recipe, call)
+        seed = call_seed(recipe.seed, call)
         assert reply == Reply(call.id, call.ks, [(str(seed + i), "stop") for i in range(4)], len(prompt))
 
 

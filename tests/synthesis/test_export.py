@@ -18,7 +18,7 @@ from solopo_plugin.synthesis.export import ENTRIES, SCHEMA, set_member
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """Eight questions with a pair on both sides."""
-    monkeypatch.setattr(pairs, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    monkeypatch.setattr(pairs, "load_chat", lambda *_: (TOKENIZER, Template()))
     folder = tmp_path / "work"
     write_work(folder, [verdicts(i, "10") for i in range(8)], [verdicts(i, "01") for i in range(8)])
     return folder

@@ -21,7 +21,7 @@ BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """A finished work folder of eight questions, six of them with rows, one for validation; and its data set."""
-    monkeypatch.setattr(pairs, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    monkeypatch.setattr(pairs, "load_chat", lambda *_: (TOKENIZER, Template()))
     folder = tmp_path / "work"
     write_work(folder, *[[verdicts(i, bits) for i, bits in enumerate(BITS)]] * 2)
     recipe = recipe_for(folder, val_size=1)

@@ -17,7 +17,7 @@ from solopo_plugin.synthesis.pairs import draw_pair
 
 @pytest.fixture(autouse=True)
 def toy_template(monkeypatch):
-    monkeypatch.setattr(pairs_stage, "load_chat", lambda recipe: (TOKENIZER, Template()))
+    monkeypatch.setattr(pairs_stage, "load_chat", lambda *_: (TOKENIZER, Template()))
 
 
 def draw(answers: list[dict], room=10_000, seed=0, balance_length=False):

@@ -22,6 +22,7 @@ from solopo_plugin.qa.answers import gives_answer
 from solopo_plugin.qa.files import read_jsonl
 from solopo_plugin.qa.generate import generate
 from solopo_plugin.qa.generate.calls import Call, call_seed
+from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis.look import inspect
 from solopo_plugin.synthesis.recipe import make_recipe
 
@@ -128,11 +129,11 @@ def by_both(material, tmp_path_factory):
         greedy = dict(temperature=0.0, num_samples=1, max_new_tokens=12, server_urls=url)
         texts = {}
         for backend in ("transformers", "openai"):
-            keys = load(folder / backend / "recipe.yaml") | greedy | {"backend": backend}
+            made = make_recipe(load(folder / backend / "recipe.yaml") | greedy | {"backend": backend})
             contexts = read_jsonl(folder / backend / "work" / "contexts.jsonl")
             calls = (Call(c["id"], (0,), c[side]["prompt"]) for c in contexts for side in ("short", "long"))
             texts[backend] = sorted(
-                (r.id, r.prompt_tokens, r.answers[0][0]) for r in generate(make_recipe(keys), calls)
+                (r.id, r.prompt_tokens, r.answers[0][0]) for r in generate(pick(made, Sampling), made.model, calls)
             )
     return folder, done.stderr, texts
 
@@ -232,7 +233,7 @@ def test_the_judge_counts_what_the_server_said(material, tmp_path):
         for context in read_jsonl(tmp_path / "work" / "contexts.jsonl"):
             call = Call(context["id"], tuple(range(N_SAMPLES)), context[side]["prompt"])
             for k in call.ks:
-                said[call.id, k] = scripted(call.prompt, call_seed(settings, call), k, answers, **script)
+                said[call.id, k] = scripted(call.prompt, call_seed(settings.seed, call), k, answers, **script)
         judged = list(read_jsonl(tmp_path / "work" / f"judged.{side}.jsonl"))
         assert {(row["id"], row["k"]): (row["text"], row["correct"]) for row in judged} == said and len(judged) == len(
             said

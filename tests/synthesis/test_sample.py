@@ -59,7 +59,7 @@ def expected(recipe, side: str, **script) -> list[dict]:
     rows = []
     for i in range(len(ANSWERS)):
         call = Call(f"q{i}", tuple(range(6)), context(i)[side]["prompt"])
-        texts = [scripted(call.prompt, call_seed(recipe, call), k, ANSWERS, **script)[0] for k in range(6)]
+        texts = [scripted(call.prompt, call_seed(recipe.seed, call), k, ANSWERS, **script)[0] for k in range(6)]
         rows += [{"id": call.id, "k": k, "text": text, "finish_reason": "stop"} for k, text in enumerate(texts)]
     return rows
 
@@ -222,7 +222,7 @@ def test_of_a_call_that_came_back_in_part_only_the_rest_is_asked_for(work, tmp_p
     assert sorted(sent) == [1] * 4 + [6] * 29
     texts = [row["text"] for row in read_jsonl(work / "samples.short.jsonl") if row["id"] == "q4"]
     prompt = context(4)["short"]["prompt"]
-    alone = {k: scripted(prompt, call_seed(recipe, Call("q4", (k,), prompt)), 0, ANSWERS)[0] for k in (1, 3, 4, 5)}
+    alone = {k: scripted(prompt, call_seed(recipe.seed, Call("q4", (k,), prompt)), 0, ANSWERS)[0] for k in (1, 3, 4, 5)}
     assert texts == [alone.get(k, "kept") for k in range(6)]
 
 

@@ -9,8 +9,8 @@ from ...qa.contexts import Asked, Builder, Side
 from ...qa.documents import Question, count_tokens, make_pool
 from ...qa.files import DataError
 from ...qa.questions import PARSERS, located, usable
+from ...qa.recipe import Contexts
 from ...qa.seeded import draw
-from ...synthesis.recipe import DataRecipe
 from .rows import rows_of
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,9 @@ class Haystack:
         self.questions.sort(key=lambda question: draw(recipe.seed, question.id))
         count_tokens(self.pool, tokenizer)
         self.whole = sum(self.pool.tokens[i] + NUMBER for i in self.pool.drawable)
-        checked = min(lengths), max((n for n in lengths if n <= 8192), default=min(lengths))
-        data = DataRecipe(prompt=recipe.prompt, seed=recipe.seed, short_tokens=checked[0], long_tokens=checked[1])
-        self.builder = Builder(data, self.pool, tokenizer, template)
-        self.builder.check_sums(self.questions)
+        self.builder = Builder(Contexts(recipe.seed, recipe.prompt), self.pool, tokenizer, template)
+        checked = {"long": max((n for n in lengths if n <= 8192), default=min(lengths)), "short": min(lengths)}
+        self.builder.check_sums(self.questions, checked)
 
     def fitting(self, wanted: int) -> Iterator[tuple[Asked, dict[int, Side]]]:
         """So many questions with a context of every length, the same questions at each; the others are counted.

@@ -1,10 +1,12 @@
 """Say what is asked of a model and what comes back, the same for every backend."""
 
 import hashlib
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...host.template import load_template
 from ..files import DataError
+from ..recipe import Chat
 
 
 class Call(NamedTuple):
@@ -13,18 +15,32 @@ class Call(NamedTuple):
     id: str
     ks: tuple[int, ...]
     prompt: str
-    max_new_tokens: int | None = None  # None: the recipe's
+    max_new_tokens: int | None = None  # None: that of `Sampling`
 
 
-class Model(NamedTuple):
-    """Which model answers, where the recipe alone does not say it."""
+@dataclass(frozen=True)
+class Model:
+    """Name a model that answers: its weights and tokenizer, and where servers have it."""
 
-    path: str  # weights: folder or hub name; the tokenizer is always that of the recipe's model_name_or_path
-    adapter: str | None = None  # folder of a LoRA adapter on top of it
+    path: str  # weights: folder or hub name; of an adapter those of the model below it
+    adapter: str | None = None  # folder of a LoRA adapter
+    name: str = ""  # part of the names of its files, and perhaps what a server calls it; "": its `place`
+    step: int | None = None  # of a checkpoint
+    tokenizer: str = ""  # folder or hub name; "": that of the weights
     rope_factor: float | None = None  # YaRN: the window becomes so many times as long
+    server_urls: str | None = None  # several with commas
+    served_model: str | None = None  # what the servers call it; None: they are asked
     window: int = 0  # tokens of prompt and answer at most, which vLLM makes room for
-    names: tuple[str, ...] = ()  # by which a server may know it
     alone: bool = True  # if a server has a single model, that one is meant, whatever its name
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", self.name or self.place)
+        object.__setattr__(self, "tokenizer", self.tokenizer or self.path)
+
+    @property
+    def place(self) -> str:
+        """Return what the user would load: the adapter's folder, or the model's."""
+        return self.adapter or self.path
 
 
 class Reply(NamedTuple):
@@ -39,18 +55,24 @@ class Reply(NamedTuple):
     prompt_tokens: int | None
 
 
-def load_chat(recipe: Any) -> tuple:
-    """Tokenizer and chat template of the recipe's model, as in training."""
+def load_chat(tokenizer: str, chat: Chat) -> tuple:
+    """Load a tokenizer and the chat template, as in training.
+
+    Args:
+        tokenizer: Folder or hub name.
+
+    Raises:
+        DataError: There is no such template or tokenizer.
+    """
     try:
         return load_template(
-            recipe.model_name_or_path, recipe.template, recipe.default_system, recipe.enable_thinking,
-            recipe.trust_remote_code,
-        )  # fmt: skip
+            tokenizer, chat.template, chat.default_system, chat.enable_thinking, chat.trust_remote_code
+        )
     except ValueError as error:
         raise DataError(str(error)) from None
 
 
-def call_seed(recipe: Any, call: Call) -> int:
-    """Seed of a call, from the recipe's seed and what is asked, so that order and restarts change no answer."""
-    text = f"{recipe.seed} {call.id} {call.ks[0]}"
+def call_seed(seed: int, call: Call) -> int:
+    """Return the seed of a call, from the recipe's and what is asked, so that order and restarts change no answer."""
+    text = f"{seed} {call.id} {call.ks[0]}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1  # 31 bits: some servers want a signed int

@@ -8,38 +8,39 @@ from typing import Any
 
 from ...host.template import encode_prompt
 from ..files import DataError
+from ..recipe import Sampling
 from .calls import Call, Model, Reply, call_seed, load_chat
 
 log = logging.getLogger(__name__)
 
 
-def transformers_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
+def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
     """`generate` of transformers, one call at a time, for small models. Nothing of generation_config.json is used."""
     import torch
     from transformers import GenerationConfig
 
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = load_chat(model.tokenizer, sampling)
     stop = sorted(template.get_stop_token_ids(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_network(model, recipe.trust_remote_code).to(device).eval()
+    network = load_network(model, sampling.trust_remote_code).to(device).eval()
     network.generation_config = GenerationConfig()
     window, warned = window_of(network.config.get_text_config()), False
-    sampling = dict(do_sample=False)
-    if recipe.temperature > 0:
-        sampling = dict(do_sample=True, temperature=recipe.temperature, top_p=recipe.top_p, top_k=0)
+    draw = dict(do_sample=False)
+    if sampling.temperature > 0:
+        draw = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
     try:
         for call in calls:
             prompt = torch.tensor([encode_prompt(tokenizer, template, call.prompt)], device=device)
-            if not warned and (longest := prompt.shape[1] + (call.max_new_tokens or recipe.max_new_tokens)) > window:
+            if not warned and (longest := prompt.shape[1] + (call.max_new_tokens or sampling.max_new_tokens)) > window:
                 warned = True
                 log.warning(
                     "%s: prompt and answer may have %d tokens, and its window is %d: answers beyond it are not to be "
                     "relied on; lower `max_input_tokens`, or widen the window by YaRN.",
                     model.adapter or model.path, longest, window,
                 )  # fmt: skip
-            torch.manual_seed(call_seed(recipe, call))
+            torch.manual_seed(call_seed(sampling.seed, call))
             config = GenerationConfig(
-                **sampling, max_new_tokens=call.max_new_tokens or recipe.max_new_tokens, eos_token_id=stop,
+                **draw, max_new_tokens=call.max_new_tokens or sampling.max_new_tokens, eos_token_id=stop,
                 num_return_sequences=len(call.ks), pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             with torch.inference_mode():

@@ -15,13 +15,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.request import getproxies, proxy_bypass
 
 import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
 
 from ...host.template import encode_prompt
 from ..files import DataError
+from ..recipe import Sampling
 from .calls import Call, Model, Reply, call_seed, load_chat
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,9 @@ LASTING = (501, 505, 511)  # those from 500 on that none will
 SAME = 8  # answers, each like the first one to its question, after which that is said
 
 
-def openai_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
+def openai_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
     """OpenAI-compatible servers, `concurrency` requests at a time over all of them."""
-    replies = _replies(recipe, calls, model)
+    replies = _replies(sampling, model, calls)
 
     async def following() -> Reply | None:
         return await anext(replies, None)
@@ -46,20 +47,20 @@ def openai_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator
             runner.run(replies.aclose())
 
 
-async def _replies(recipe: Any, calls: Iterable[Call], model: Model) -> AsyncIterator[Reply]:
+async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> AsyncIterator[Reply]:
     """Keep `concurrency` requests under way; what a server leaves unanswered of a call is asked for one by one."""
     calls, rest, running = iter(calls), deque(), set()
-    timeout = httpx.Timeout(recipe.timeout, connect=10.0, pool=None)
-    key, places = api_key(recipe), addresses(recipe.server_urls)
+    timeout = httpx.Timeout(sampling.timeout, connect=10.0, pool=None)
+    key, places = api_key(sampling.api_key_env), addresses(model.server_urls)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    direct, by_proxy = _transports(places, recipe.concurrency)
-    sameness = _Sameness(recipe.temperature)
+    direct, by_proxy = _transports(places, sampling.concurrency)
+    sameness = _Sameness(sampling.temperature)
     async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=direct, mounts=by_proxy) as client:
-        servers = _Servers(recipe, client, places, key)
-        ask = await _asker(recipe, servers, model)
+        servers = _Servers(sampling, client, places, key)
+        ask = await _asker(sampling, model, servers)
         try:
             while True:
-                while len(running) < recipe.concurrency and (call := rest.popleft() if rest else next(calls, None)):
+                while len(running) < sampling.concurrency and (call := rest.popleft() if rest else next(calls, None)):
                     running.add(asyncio.create_task(ask(call)))
                 if not running:
                     sameness.tell()
@@ -102,21 +103,21 @@ class _Sameness:
         self.over = True
 
 
-def api_key(recipe: Any) -> str:
-    """The key of the environment variable `api_key_env` without white space around it, empty where there is none.
+def api_key(api_key_env: str) -> str:
+    """Return the key in an environment variable without white space around it; empty where there is none.
 
     Raises:
         DataError: It has characters that no HTTP header can carry, or stands in place of the variable's name.
     """
-    if recipe.api_key_env not in os.environ and not re.fullmatch("[A-Z_][A-Z0-9_]*", recipe.api_key_env):
+    if api_key_env not in os.environ and not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_env):
         raise DataError(
             "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY, and not the key "
             "itself; there is none of the name that is given."
         )
-    key = os.environ.get(recipe.api_key_env, "").strip()
+    key = os.environ.get(api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise DataError(
-            f"The environment variable {recipe.api_key_env} holds no key: it has characters (such as a new line, or a "
+            f"The environment variable {api_key_env} holds no key: it has characters (such as a new line, or a "
             "letter beyond ASCII) that no header can carry; set it to the key alone."
         )
     return key
@@ -215,14 +216,14 @@ def _transports(places: list[Address], concurrency: int) -> tuple[httpx.AsyncHTT
     return httpx.AsyncHTTPTransport(verify=context, limits=limits), by_proxy
 
 
-async def _asker(recipe: Any, servers: "_Servers", model: Model):
+async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
     """The function that answers one call: (call, reply), the reply with as many answers as the server gave."""
-    chat = recipe.openai_endpoint == "chat"
-    common = dict(model=await _model_name(recipe, servers, model), temperature=recipe.temperature, top_p=recipe.top_p)
+    chat = sampling.openai_endpoint == "chat"
+    common = dict(model=await _model_name(model, servers), temperature=sampling.temperature, top_p=sampling.top_p)
     if not chat:
-        tokenizer, template = load_chat(recipe)
+        tokenizer, template = load_chat(model.tokenizer, sampling)
         common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
-    system = [{"role": "system", "content": recipe.default_system}] if recipe.default_system else []
+    system = [{"role": "system", "content": sampling.default_system}] if sampling.default_system else []
     takes_n, gave_n = True, False
 
     async def ask(call: Call) -> tuple[Call, Reply]:
@@ -233,9 +234,9 @@ async def _asker(recipe: Any, servers: "_Servers", model: Model):
             prompt = {"messages": [*system, {"role": "user", "content": call.prompt}]}
         else:
             prompt = {"prompt": encode_prompt(tokenizer, template, call.prompt)}
-        own = {"n": len(call.ks), "seed": call_seed(recipe, call)}
-        own["max_tokens"] = call.max_new_tokens or recipe.max_new_tokens
-        body = common | prompt | own | (recipe.extra_body or {})
+        own = {"n": len(call.ks), "seed": call_seed(sampling.seed, call)}
+        own["max_tokens"] = call.max_new_tokens or sampling.max_new_tokens
+        body = common | prompt | own | (sampling.extra_body or {})
         path = "/chat/completions" if chat else "/completions"
         final = () if gave_n or len(call.ks) == 1 else (500,)
         try:
@@ -256,26 +257,26 @@ async def _asker(recipe: Any, servers: "_Servers", model: Model):
     return ask
 
 
-async def _model_name(recipe: Any, servers: "_Servers", model: Model) -> str:
-    """`served_model`, else the first of the model's names that the server has, else the only one that it has."""
-    if recipe.served_model:
-        return recipe.served_model
+async def _model_name(model: Model, servers: "_Servers") -> str:
+    """Return `served_model`, else the model's name or place if the server has it, else the only one that it has."""
+    if model.served_model:
+        return model.served_model
 
     def names(data: dict) -> list[str]:
         return [str(served["id"]) for served in data["data"]]
 
-    served = await servers.request("GET", "/models", None, names)
-    if found := [name for name in model.names if name in served]:
+    served, own = await servers.request("GET", "/models", None, names), list(dict.fromkeys((model.name, model.place)))
+    if found := [name for name in own if name in served]:
         return found[0]
     if not served:
-        return model.names[0]
+        return model.name
     if len(served) == 1 and model.alone:
         return served[0]
     raise DataError(
         f"The server has several models ({', '.join(served)}); name one as `served_model`."
         if model.alone
-        else f"The server has {', '.join(served)}, none of which is called {' or '.join(model.names)}; say which it is "
-        f"with `served_model: {{{model.names[0]}: ...}}`."
+        else f"The server has {', '.join(served)}, none of which is called {' or '.join(own)}; say which it is "
+        f"with `served_model: {{{model.name}: ...}}`."
     )
 
 
@@ -347,8 +348,8 @@ class _Server:
 class _Servers:
     """Several servers as one: the least busy one that did not just fail, tried again and again."""
 
-    def __init__(self, recipe: Any, client: httpx.AsyncClient, places: list[Address], key: str):
-        self.client, self.retries, self.api_key_env = client, recipe.retries, recipe.api_key_env
+    def __init__(self, sampling: Sampling, client: httpx.AsyncClient, places: list[Address], key: str):
+        self.client, self.retries, self.api_key_env = client, sampling.retries, sampling.api_key_env
         self.servers, self.secrets = [], {key}
         for url, auth in places:
             proxy = _proxy(httpx.URL(url))

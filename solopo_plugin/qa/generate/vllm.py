@@ -10,6 +10,7 @@ from typing import Any
 
 from ...host.template import encode_prompt
 from ..files import DataError
+from ..recipe import Sampling
 from .calls import Call, Model, Reply, call_seed, load_chat
 from .local import yarn
 
@@ -17,7 +18,7 @@ VLLM_CHUNK = 64  # prompts per call of the engine, whose answers reach the disk 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 
 
-def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[Reply]:
+def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
     """vLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
 
     vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
@@ -29,11 +30,11 @@ def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[R
         raise DataError(
             f"`backend: vllm` cannot be loaded ({error}): pip install '.[vllm]', or use `backend: openai`."
         ) from None
-    tokenizer, template = load_chat(recipe)
+    tokenizer, template = load_chat(model.tokenizer, sampling)
     engine = LLM(
-        model=model.path, tokenizer=recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code,
-        seed=recipe.seed % 2**31, tensor_parallel_size=recipe.tensor_parallel_size, max_model_len=model.window,
-        **_vllm_options(recipe, model),
+        model=model.path, tokenizer=model.tokenizer, trust_remote_code=sampling.trust_remote_code,
+        seed=sampling.seed % 2**31, tensor_parallel_size=sampling.tensor_parallel_size, max_model_len=model.window,
+        **_vllm_options(model, sampling.trust_remote_code),
     )  # fmt: skip
     lora = {}
     if model.adapter:
@@ -46,8 +47,8 @@ def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[R
             prompts = [{"prompt_token_ids": encode_prompt(tokenizer, template, call.prompt)} for call in chunk]
             params = [
                 SamplingParams(
-                    n=len(call.ks), temperature=recipe.temperature, top_p=recipe.top_p, seed=call_seed(recipe, call),
-                    max_tokens=call.max_new_tokens or recipe.max_new_tokens,
+                    n=len(call.ks), temperature=sampling.temperature, top_p=sampling.top_p,
+                    seed=call_seed(sampling.seed, call), max_tokens=call.max_new_tokens or sampling.max_new_tokens,
                     stop_token_ids=sorted(template.get_stop_token_ids(tokenizer)),
                 )
                 for call in chunk
@@ -65,13 +66,13 @@ def vllm_answers(recipe: Any, calls: Iterable[Call], model: Model) -> Iterator[R
             cleanup_dist_env_and_memory()
 
 
-def _vllm_options(recipe: Any, model: Model) -> dict[str, Any]:
+def _vllm_options(model: Model, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments of the engine for YaRN and an adapter."""
     options = {}
     if model.rope_factor:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=recipe.trust_remote_code)
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         options["hf_overrides"] = yarn(config, model)
     if model.adapter:
         options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(model.adapter)}
