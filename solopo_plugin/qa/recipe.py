@@ -1,58 +1,109 @@
 """Read recipes: dataclasses of keys, from YAML and `key=value` words, each key checked by its type and range.
 
-The keys that recipes of data and of evaluations share are declared here, in groups: what needs them gets its group.
+The types are pydantic's, in its strict mode: neither "1" nor true nor 5.0 is a whole number. The keys that recipes of
+data and of evaluations share are declared here, in groups: what needs them gets its group.
 """
 
-import math
 import re
-import types
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from .files import DataError, split_names
 
-
-def key(default: Any, stages: str, help: str):
-    """A key of the recipe.
-
-    Args:
-        default: A value, or a function that makes one, such as a list.
-        stages: Those whose results change with it, separated by spaces; what comes after them follows by itself.
-    """
-    default = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**default, metadata={"stages": tuple(stages.split()), "help": help})
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the dataclass of a recipe
+SECRET = re.compile(
+    r"(.*[_-])?(api[_-]?key|authorization|password|secret|(auth|access|bearer|hf)[_-]?token)|(.*[_-])?headers?|token",
+    re.IGNORECASE,
+)
 
 
+def _masked(text: str) -> str:
+    """A text without the user and password of the addresses in it."""
+    return re.sub(r"(?<=//)[^\s'\"]*@", "", text)
+
+
+def _secret_in(value: Any, name: str = "") -> str | None:
+    """Name of a part that by its name is a secret, or whose value is an address with a password; None: no part is."""
+    if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://\S*@", value)):
+        return name
+    parts = value.items() if isinstance(value, dict) else [("", v) for v in value] if isinstance(value, list) else ()
+    return next((found for key, part in parts if (found := _secret_in(part, str(key) or name))), None)
+
+
+def _list_of(value: Any) -> list:
+    """Return a list as it is, the names of `a,b`, or a single value as the only one."""
+    parts = split_names(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    return [part for part in parts if part != ""]
+
+
+def _without_secret(value: dict, info: ValidationInfo) -> dict:
+    if secret := _secret_in(value):
+        raise DataError(
+            f"`{info.field_name}` cannot hold `{secret}`: what stands there is written to files; put a key into the "
+            "environment variable that `api_key_env` names, a token of the hub into HF_TOKEN."
+        )
+    return value
+
+
+# Types of keys. The text of a number's is what a sentence calls those in its range.
+Needed = Annotated[str, Field(pattern=r"\S")]  # more than blanks
+Count = Annotated[int, Field(ge=1), "a whole number > 0"]
+Whole = Annotated[int, Field(ge=0), "a whole number >= 0"]
+Seed = Annotated[int, Field(ge=0, lt=2**63), f"a whole number from 0 to {2**63 - 1}"]
+Positive = Annotated[float, Field(gt=0), "a number > 0"]
+NotNegative = Annotated[float, Field(ge=0), "a number >= 0"]
+Factor = Annotated[float, Field(ge=1), "a number >= 1"]
+Share = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
+Nucleus = Annotated[float, Field(ge=1e-6, le=1), "a number from 1e-06 to 1"]
+Percent = Annotated[float, Field(ge=0, le=100), "a number from 0 to 100"]
+Names = Annotated[list[str], BeforeValidator(_list_of)]
+Counts = Annotated[list[Count], BeforeValidator(_list_of)]
+Percents = Annotated[list[Percent], BeforeValidator(_list_of)]
+Written = Annotated[dict, AfterValidator(_without_secret)]  # parts are the user's own, and stand in files of a run
 Backend = Literal["vllm", "openai", "transformers"]
 Endpoint = Literal["chat", "completions"]
 Distractors = Literal["random", "bm25"]
 
 
-@dataclass
+def key(default: Any, stages: str, help: str) -> Any:
+    """Declare a key of a recipe.
+
+    Args:
+        default: A value, a function that makes one, such as `list`, or `...` where the recipe must have the key.
+        stages: Those whose results change with it, separated by spaces; what comes after them follows by itself.
+    """
+    default = {} if default is ... else {"default_factory": default} if callable(default) else {"default": default}
+    return field(**default, metadata={"stages": tuple(stages.split()), "help": help})
+
+
+@dataclass(kw_only=True)
 class Seeded:
-    """The seed of all that is drawn."""
+    """Keep the seed of all that is drawn."""
 
-    seed: int = key(42, "", "Of everything drawn; 42 is the host's default.")
+    seed: Seed = key(42, "", "Of everything drawn; 42 is the host's default.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Chat:
-    """What makes a message the tokens of training."""
+    """Keep what makes a message the tokens of training."""
 
-    template: str = key("", "", "The host's chat template, as in training. Required.")
+    template: Needed = key(..., "", "The host's chat template, as in training. Required.")
     default_system: str | None = key(None, "", "The host's key; the same as in training.")
     enable_thinking: bool = key(True, "", "The host's key and default; as in training.")
     trust_remote_code: bool = key(False, "", "The host's key and default.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sampling(Chat, Seeded):
-    """How answers are drawn, by what, and how fast; which model gives them says `generate.Model`."""
+    """Keep how answers are drawn, by what, and how fast; `Model` says which model gives them."""
 
-    max_new_tokens: int = key(1024, "", "Tokens of an answer at most. Ours; the paper's is not known.")
-    temperature: float = key(0.85, "", "The paper's T.")
-    top_p: float = key(1.0, "", "Nucleus of sampling; 1 is ours, the paper gives none.")
+    max_new_tokens: Count = key(1024, "", "Tokens of an answer at most. Ours; the paper's is not known.")
+    temperature: NotNegative = key(0.85, "", "The paper's T.")
+    top_p: Nucleus = key(1.0, "", "Nucleus of sampling; 1 is ours, the paper gives none.")
     backend: Backend = key(
         "vllm", "", "What generates: vLLM in this process, OpenAI-compatible servers, or transformers."
     )
@@ -60,18 +111,18 @@ class Sampling(Chat, Seeded):
     openai_endpoint: Endpoint = key(
         "chat", "", "`openai`: `chat` (the server's chat template) or `completions` (the trainer's token ids)."
     )
-    extra_body: dict | None = key(
+    extra_body: Written | None = key(
         None, "", "`openai`: more keys for each request, such as vLLM's {top_k: -1, repetition_penalty: 1.0}."
     )
-    concurrency: int = key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
-    timeout: float = key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
-    retries: int = key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours.")
-    tensor_parallel_size: int = key(1, "", "`vllm`: GPUs that hold one model.")
+    concurrency: Count = key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
+    timeout: Positive = key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
+    retries: Whole = key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours.")
+    tensor_parallel_size: Count = key(1, "", "`vllm`: GPUs that hold one model.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Contexts(Seeded):
-    """How contexts are built around the evidence of a question."""
+    """Keep how contexts are built around the evidence of a question."""
 
     prompt: str | None = key(
         None, "", "Prompt with {documents} and {question}; null: ours. The paper's wording is not known."
@@ -88,9 +139,11 @@ SHARED = {f.name: f for group in (Sampling, Contexts) for f in fields(group)}
 
 
 def shared(name: str, stages: str, default: Any = None, help: str | None = None) -> Any:
-    """A key of a group, in a recipe. `default`, `help`: where the recipe has another one."""
+    """Declare a key of a group in a recipe. `default`, `help`: where the recipe has another one."""
     spec = SHARED[name]
-    return key(spec.default if default is None else default, stages, help or spec.metadata["help"])
+    if default is None:
+        default = ... if spec.default is MISSING else spec.default
+    return key(default, stages, help or spec.metadata["help"])
 
 
 def pick(recipe: Any, group: type) -> Any:
@@ -99,12 +152,16 @@ def pick(recipe: Any, group: type) -> Any:
 
 
 def settings(recipe: Any, stage: str) -> dict[str, Any]:
-    """The keys of a recipe on which a stage's results depend, with their values."""
+    """Return the keys on which a stage's results depend, with the recipe's values."""
     return {f.name: getattr(recipe, f.name) for f in fields(recipe) if stage in f.metadata["stages"]}
 
 
 def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
-    """The keys of a YAML file and of `key=value` words, not yet checked."""
+    """Read the keys of a YAML file and of `key=value` words that override them; they are not yet checked.
+
+    Raises:
+        DataError: No such file, no YAML, or a word without `=`.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -125,90 +182,45 @@ def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
     return values
 
 
-def build(cls: type, title: str, values: dict[str, Any], required: tuple[str, ...], ranges: dict[str, tuple]) -> Any:
-    """A recipe of the dataclass `cls`, each key checked by its type and range.
+def build(cls: type, title: str, values: dict[str, Any]) -> Any:
+    """Make a recipe of the dataclass `cls`, each key checked by its type and range.
 
     Args:
         title: What sentences call this kind of recipe.
-        required: Keys that must not be empty.
-        ranges: (smallest, largest) by key, also for the parts of a list; other numbers must be above 0.
+
+    Raises:
+        DataError: An unknown key, with the nearest one; a value of the wrong type or out of range; a missing key.
     """
-    known = {f.name: f for f in fields(cls)}
-    for key in values:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0.6)
-            hint = f"Did you mean `{near[0]}`? " if near else ""
-            raise DataError(f"Unknown key `{key}` in the {title}. {hint}Allowed: {', '.join(known)}.")
-    recipe = cls(**{name: _checked(name, known[name].type, value, ranges) for name, value in values.items()})
-    for name in required:
-        value = getattr(recipe, name)
-        if not (value.strip() if isinstance(value, str) else value):
-            raise DataError(f"The {title} lacks `{name}`: {known[name].metadata['help']}")
-    return recipe
+    try:
+        return cls(**{str(name): value for name, value in values.items()})
+    except ValidationError as error:
+        raise DataError(_sentence(cls, title, error.errors(include_url=False))) from None
 
 
-def _checked(name: str, kind: Any, value: Any, ranges: dict[str, tuple]) -> Any:
-    """The value in the key's type; `a,b` and a single value become a list where a list is wanted."""
-    kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)  # `x | None`, `list[str] | dict`
-    if value is None and types.NoneType in kinds:
-        return None
-    if dict in kinds and (isinstance(value, dict) or kinds[0] is dict):
-        kind = dict
-    else:
-        kind = kinds[0]
-    if kind is list:
-        return value if isinstance(value, list) else [value]
-    if get_origin(kind) is list:
-        parts = split_names(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
-        parts = [part.strip() if isinstance(part, str) else part for part in parts]
-        return [_scalar(name, get_args(kind)[0], part, ranges) for part in parts if part != ""]
-    return _scalar(name, kind, value, ranges)
+def _sentence(cls: type, title: str, errors: list) -> str:
+    """Say what is wrong with the first key that is unknown, else has a wrong value, else lacks one."""
+    rank = {"unexpected_keyword_argument": 0, "missing": 2, "string_pattern_mismatch": 2}
+    error = min(errors, key=lambda error: rank.get(error["type"], 1))
+    name, kind, value, known = str(error["loc"][0]), error["type"], error["input"], {f.name: f for f in fields(cls)}
+    if kind == "unexpected_keyword_argument":
+        near = get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"Did you mean `{near[0]}`? " if near else ""
+        return f"Unknown key `{name}` in the {title}. {hint}Allowed: {', '.join(known)}."
+    if rank.get(kind):
+        return f"The {title} lacks `{name}`: {known[name].metadata['help']}"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "literal_error":
+        return f"`{name}` must be one of {', '.join(get_args(known[name].type))}; got {value!r}."
+    if kind == "string_type":
+        return f"`{name}` must be a text, got {_masked(repr(value))}; put it in quotes."
+    if kind == "dict_type":
+        return f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value!r}."
+    words = "true or false" if kind == "bool_type" else _range(known[name].type)
+    return f"`{name}` must be {words}, got {value!r}."
 
 
-def _scalar(name: str, kind: Any, value: Any, ranges: dict[str, tuple]) -> Any:
-    """The value in the key's type; whole numbers become floats where a float is wanted."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise DataError(f"`{name}` must be one of {', '.join(get_args(kind))}; got {value!r}.")
-    elif kind is bool:
-        if not isinstance(value, bool):
-            raise DataError(f"`{name}` must be true or false, got {value!r}.")
-    elif kind in (int, float):
-        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        low, high = ranges.get(name, (1, math.inf) if kind is int else (math.ulp(0), math.inf))
-        if not number or not low <= value <= high or value == math.inf:
-            what = "a whole number" if kind is int else "a number"
-            limits = f"from {low} to {high}" if name in ranges and high != math.inf else f">= {low}"
-            raise DataError(f"`{name}` must be {what} {limits if name in ranges else '> 0'}, got {value!r}.")
-        value = kind(value)
-    elif kind is dict:
-        if not isinstance(value, dict):
-            raise DataError(f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value!r}.")
-        if name in WRITTEN and (secret := _secret_in(value)):
-            raise DataError(
-                f"`{name}` cannot hold `{secret}`: what stands there is written to files; put a key into the "
-                "environment variable that `api_key_env` names, a token of the hub into HF_TOKEN."
-            )
-    elif not isinstance(value, str):
-        raise DataError(f"`{name}` must be a text, got {_masked(repr(value))}; put it in quotes.")
-    return value
-
-
-WRITTEN = ("extra_body", "harness_args")  # keys whose parts are the user's own, and stand in files of a run
-SECRET = re.compile(
-    r"(.*[_-])?(api[_-]?key|authorization|password|secret|(auth|access|bearer|hf)[_-]?token)|(.*[_-])?headers?|token",
-    re.IGNORECASE,
-)
-
-
-def _masked(text: str) -> str:
-    """A text without the user and password of the addresses in it."""
-    return re.sub(r"(?<=//)[^\s'\"]*@", "", text)
-
-
-def _secret_in(value: Any, name: str = "") -> str | None:
-    """Name of a part that by its name is a secret, or whose value is an address with a password; None: no part is."""
-    if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://\S*@", value)):
-        return name
-    parts = value.items() if isinstance(value, dict) else [("", v) for v in value] if isinstance(value, list) else ()
-    return next((found for key, part in parts if (found := _secret_in(part, str(key) or name))), None)
+def _range(kind: Any) -> str | None:
+    """Return what the type of a number, or of some, says of its range."""
+    said = [words for words in getattr(kind, "__metadata__", ()) if isinstance(words, str)]
+    return said[0] if said else next(filter(None, map(_range, get_args(kind))), None)

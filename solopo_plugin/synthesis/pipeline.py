@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from ..host.versions import installed_versions
@@ -16,7 +17,7 @@ from ..qa.generate import check_backend
 from ..qa.provenance import file_hash
 from ..qa.recipe import settings
 from . import contexts, export, judge, pairs, read, sample
-from .recipe import STAGES, DataRecipe, model_files, outside_inputs
+from .recipe import DataRecipe, model_files, outside_inputs
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -44,7 +45,6 @@ TABLE = {
         export.run, ("contexts.jsonl", "pairs.jsonl"), ()
     ),  # its outputs are in dataset_dir, which others write to
 }
-assert tuple(TABLE) == STAGES
 
 
 def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = True) -> dict:
@@ -85,7 +85,7 @@ def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
 
 def _check_before(stage: str, recipe: DataRecipe, manifest: dict) -> None:
     """Refuse a single stage whose predecessors are not finished, or with other settings."""
-    for name in STAGES[: STAGES.index(stage)]:
+    for name in takewhile(stage.__ne__, TABLE):
         entry = manifest["stages"].get(name)
         if entry is None:
             raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")

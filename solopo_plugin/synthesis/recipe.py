@@ -4,38 +4,56 @@ This is the one definition: recipes, the manifest's settings and the documentati
 it. A key that names no stage changes how fast rows are made, never which.
 """
 
-import math
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
 
 from ..qa.answers import RULE
 from ..qa.files import DataError, split_names
 from ..qa.generate.calls import Model
 from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash
-from ..qa.recipe import Backend, Distractors, Endpoint, build, key, read_values, settings, shared
+from ..qa.recipe import (
+    STRICT,
+    Backend,
+    Count,
+    Distractors,
+    Endpoint,
+    Needed,
+    NotNegative,
+    Nucleus,
+    Positive,
+    Seed,
+    Share,
+    Whole,
+    Written,
+    build,
+    key,
+    read_values,
+    settings,
+    shared,
+)  # fmt: skip
 
-STAGES = ("read", "contexts", "sample", "judge", "select", "export")
 
-
-@dataclass
+@dataclass(config=STRICT, kw_only=True)
 class DataRecipe:
     """Keys of a recipe under examples/yaml/data/. Token counts are of the templated prompt, in the model's tokens."""
 
     # model
-    model_name_or_path: str = key(
-        "", "contexts sample select", "The instruct model that is to be trained; it samples its own pairs. Required."
+    model_name_or_path: Needed = key(
+        ..., "contexts sample select", "The instruct model that is to be trained; it samples its own pairs. Required."
     )
-    template: str = shared("template", "contexts sample select")
+    template: Needed = shared("template", "contexts sample select")
     default_system: str | None = shared("default_system", "contexts sample select")
     enable_thinking: bool = shared("enable_thinking", "contexts sample select")
     trust_remote_code: bool = shared("trust_remote_code", "")
 
     # read
-    input: str = key(
-        "", "read", "Questions: a file of JSON or parquet, a folder, or a hub name; several with commas. Required."
+    input: Needed = key(
+        ..., "read", "Questions: a file of JSON or parquet, a folder, or a hub name; several with commas. Required."
     )
     input_format: Literal["auto", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
         "auto", "read", "What the rows of `input` look like; `auto` tells by their keys."
@@ -46,29 +64,29 @@ class DataRecipe:
         None, "read", "A file of documents (id, title, text): further distractors, and what evidence may name."
     )
     skip_bad: bool = key(False, "read", "Count and skip bad lines instead of stopping at the first.")
-    max_questions: int | None = key(
+    max_questions: Count | None = key(
         None, "read", "Use a seeded random choice of so many questions; null: all. Each costs 2 x num_samples answers."
     )
 
     # contexts
     prompt: str | None = shared("prompt", "contexts")
-    short_tokens: int = key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
-    long_tokens: int = key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
+    short_tokens: Count = key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
+    long_tokens: Count = key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
     distractors: Distractors = shared("distractors", "contexts")
     allow_answer_in_distractors: bool = shared("allow_answer_in_distractors", "contexts")
     short_subset_of_long: bool = key(
         False, "contexts", "Short distractors are some of the long ones. False is our reading of the paper."
     )
-    lossy_short: float = key(
+    lossy_short: Share = key(
         0.0, "contexts", "Probability that the short context lacks one paragraph of the evidence. 0 in the paper."
     )
-    num_workers: int = key(1, "", "Processes that build contexts.")
+    num_workers: Count = key(1, "", "Processes that build contexts.")
 
     # sample
-    num_samples: int = key(32, "sample", "Answers per prompt. The paper's N.")
-    temperature: float = shared("temperature", "sample")
-    top_p: float = shared("top_p", "sample")
-    max_new_tokens: int = shared("max_new_tokens", "sample select")
+    num_samples: Count = key(32, "sample", "Answers per prompt. The paper's N.")
+    temperature: NotNegative = shared("temperature", "sample")
+    top_p: Nucleus = shared("top_p", "sample")
+    max_new_tokens: Count = shared("max_new_tokens", "sample select")
     sample_long: bool = key(True, "sample", "Also sample on the long contexts: for D_long, and to prefer questions.")
     backend: Backend = shared("backend", "sample")
     server_urls: str | None = key(
@@ -79,33 +97,35 @@ class DataRecipe:
         None, "sample", "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has."
     )
     openai_endpoint: Endpoint = shared("openai_endpoint", "sample")
-    extra_body: dict | None = shared("extra_body", "sample")
-    answers_per_call: int | None = key(
+    extra_body: Written | None = shared("extra_body", "sample")
+    answers_per_call: Count | None = key(
         None, "sample", "Answers asked for in one call; null: num_samples, and 8 with `transformers`."
     )
-    concurrency: int = shared("concurrency", "")
-    timeout: float = shared("timeout", "")
-    retries: int = shared("retries", "")
-    tensor_parallel_size: int = shared("tensor_parallel_size", "")
+    concurrency: Count = shared("concurrency", "")
+    timeout: Positive = shared("timeout", "")
+    retries: Whole = shared("retries", "")
+    tensor_parallel_size: Count = shared("tensor_parallel_size", "")
 
     # select
-    num_rows: int = key(5000, "select", "Rows of the finished set, validation included. The paper's 5,000.")
-    val_size: float = key(
+    num_rows: Count = key(5000, "select", "Rows of the finished set, validation included. The paper's 5,000.")
+    val_size: NotNegative = key(
         0.0, "select", "Validation rows: a share below 1, or a number of rows; by question. 0 is the host's default."
     )
     balance_length: bool = key(False, "select", "Choose pairs so that chosen and rejected are alike in length.")
-    cutoff_len: int = key(
+    cutoff_len: Count = key(
         10240, "select", "Prompt + response at most, as in training; longer ones are dropped. That of our recipes."
     )
 
     # export
     dataset_dir: str = key("data", "export", "Folder of dataset_info.json. The host's key and default.")
-    dataset_name: str = key("", "export", "Entries are called <dataset_name>_solopo, _short_po and so on. Required.")
+    dataset_name: Needed = key(
+        ..., "export", "Entries are called <dataset_name>_solopo, _short_po and so on. Required."
+    )
     export_format: Literal["jsonl", "parquet"] = key("jsonl", "export", "File format of the rows.")
 
     # all
-    work_dir: str = key("", "", "Folder of intermediate files and the manifest; a run continues from it. Required.")
-    seed: int = shared("seed", "read contexts sample select")
+    work_dir: Needed = key(..., "", "Folder of intermediate files and the manifest; a run continues from it. Required.")
+    seed: Seed = shared("seed", "read contexts sample select")
 
     @property
     def model(self) -> Model:
@@ -117,17 +137,7 @@ class DataRecipe:
 
 
 FIELDS = {f.name: f for f in fields(DataRecipe)}
-REQUIRED = ("model_name_or_path", "template", "input", "dataset_name", "work_dir")
 ENTRY_NAME = re.compile(r"(?!\s)[^/\\,\x00-\x1f\x7f]+(?<!\s)")
-# (smallest, largest); the rest of the numbers must be above 0
-RANGES = {
-    "lossy_short": (0, 1),
-    "temperature": (0, math.inf),
-    "top_p": (1e-6, 1),
-    "retries": (0, math.inf),
-    "val_size": (0, math.inf),
-    "seed": (0, 2**63 - 1),
-}
 
 
 def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
@@ -177,7 +187,7 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
     Raises:
         DataError: An unknown key (with the nearest one), a missing one, or a value of the wrong type or out of range.
     """
-    recipe = build(DataRecipe, "data recipe", values, REQUIRED, RANGES)
+    recipe = build(DataRecipe, "data recipe", values)
     if recipe.short_tokens >= recipe.long_tokens:
         raise DataError(
             f"`short_tokens: {recipe.short_tokens}` must be below `long_tokens: {recipe.long_tokens}`; "

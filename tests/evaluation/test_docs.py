@@ -26,7 +26,7 @@ def rows(head: str) -> list[list[str]]:
 def key_line(spec) -> str:
     """A key as a line of the table."""
     default = spec.default if spec.default_factory is MISSING else spec.default_factory()
-    shown = "" if spec.name in recipe.REQUIRED else f"`{json.dumps(default).strip(chr(34))}`"
+    shown = "" if spec.default is MISSING is spec.default_factory else f"`{json.dumps(default).strip(chr(34))}`"
     return f"| `{spec.name}` | {shown} | {' '.join(spec.metadata['stages'])} | {spec.metadata['help']} |"
 
 

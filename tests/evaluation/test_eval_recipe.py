@@ -9,6 +9,7 @@ from conftest import ROOT
 from solopo_plugin.evaluation.items import MAIN_METRIC
 from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
 from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.recipe import SHARED as KEYS
 from solopo_plugin.synthesis.recipe import FIELDS as DATA
 
 BASE = dict(models=["a"], template="qwen", benchmarks=["plain"], plain_data="x.jsonl", output_dir="out")
@@ -84,9 +85,12 @@ OWN = {"temperature", "server_urls", "served_model", "model_name_or_path"}  # wi
 
 
 def test_shared_keys_are_those_of_the_data_recipe():
+    """And of the groups that both take them from, whose keys each recipe declares again with its stages."""
     assert set(FIELDS) & set(DATA) == set(SHARED) | OWN
     for name in SHARED:
         assert (FIELDS[name].type, FIELDS[name].default) == (DATA[name].type, DATA[name].default), name
+    for name, spec in KEYS.items():
+        assert spec.type == DATA[name].type == FIELDS.get(name, spec).type and spec.default == DATA[name].default, name
 
 
 def test_every_key_is_explained_and_names_known_stages():

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections import Counter
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from solopo_plugin.qa.answers import normalize_answer
 from solopo_plugin.qa.files import Appender, DataError, read_jsonl, write_json, write_jsonl
 from solopo_plugin.qa.questions import parse_row
 from solopo_plugin.synthesis import read
-from solopo_plugin.synthesis.recipe import FIELDS, REQUIRED, STAGES, load_recipe, make_recipe, outside_inputs
+from solopo_plugin.synthesis.pipeline import TABLE
+from solopo_plugin.synthesis.recipe import FIELDS, load_recipe, make_recipe, outside_inputs
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
 
@@ -507,6 +509,11 @@ def test_recipes_are_checked(tmp_path):
         ): "Unknown key `num_row` in the data recipe. Did you mean `num_rows`? Allowed: model_name_or_path",
         ("num_rows", 0): "`num_rows` must be a whole number > 0, got 0.",
         ("num_rows", 2.5): "`num_rows` must be a whole number > 0, got 2.5.",
+        ("num_rows", 5.0): "`num_rows` must be a whole number > 0, got 5.0.",  # nothing is taken for what it is not
+        ("num_rows", "1"): "`num_rows` must be a whole number > 0, got '1'.",
+        ("num_rows", True): "`num_rows` must be a whole number > 0, got True.",
+        ("temperature", "1"): "`temperature` must be a number >= 0, got '1'.",
+        ("seed", 2**63): "`seed` must be a whole number from 0 to 9223372036854775807, got 9223372036854775808.",
         ("temperature", -1): "`temperature` must be a number >= 0, got -1.",
         ("temperature", float("nan")): "`temperature` must be a number >= 0, got nan.",
         ("top_p", 2): "`top_p` must be a number from 1e-06 to 1, got 2.",
@@ -619,7 +626,7 @@ def test_the_documented_keys_are_those_of_the_recipe():
     lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
     start = lines.index("| key | default | stages | meaning |") + 2
     for line, (name, spec) in zip(lines[start:], FIELDS.items(), strict=False):
-        default = "" if name in REQUIRED else f"`{json.dumps(spec.default).strip(chr(34))}`"
+        default = "" if spec.default is MISSING else f"`{json.dumps(spec.default).strip(chr(34))}`"
         stages = " ".join(spec.metadata["stages"])
         assert line == f"| `{name}` | {default} | {stages} | {spec.metadata['help']} |"
     assert lines[start + len(FIELDS)] == ""
@@ -627,4 +634,4 @@ def test_the_documented_keys_are_those_of_the_recipe():
 
 def test_every_key_names_known_stages():
     for name, field in FIELDS.items():
-        assert set(field.metadata["stages"]) <= set(STAGES) and len(field.metadata["help"]) > 10, name
+        assert set(field.metadata["stages"]) <= set(TABLE) and len(field.metadata["help"]) > 10, name
