@@ -106,6 +106,7 @@ setup(
             "omegaconf",
             "peft",
             "pyarrow",
+            "pydantic",
             "tqdm",
         ),
     ],

@@ -1,0 +1,56 @@
+"""Which parts of the package know which, read from their source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "solopo_plugin"
+WINGS = {"synthesis", "evaluation", "probe"}
+FORBIDDEN = {  # part of the package ("": the files at its root) -> parts that it must not know
+    "": WINGS,
+    "host": WINGS,
+    "startup": WINGS | {"qa"},
+    "qa": WINGS,
+    "synthesis": {"evaluation", "probe"},
+    "evaluation": {"synthesis"},
+    "probe": {"synthesis"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found, here = set(), ["solopo_plugin", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = {str(path.relative_to(PACKAGE)): imported(path) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def part_of(file: str) -> str:
+    return file.partition("/")[0] if "/" in file else ""
+
+
+def test_every_part_is_looked_at():
+    assert {part_of(file) for file in FILES} == set(FORBIDDEN)
+    assert {"solopo_plugin.qa.files", "solopo_plugin.qa.files.DataError"} <= FILES["synthesis/read.py"]
+    assert "solopo_plugin.host.template" in FILES["qa/generate/local.py"]
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_parts_that_must_not_know_each_other(part):
+    known = {
+        (file, name)
+        for file, names in FILES.items()
+        for name in names
+        if part_of(file) == part and set(name.split(".")[1:2]) & FORBIDDEN[part] and name.startswith("solopo_plugin.")
+    }
+    assert not known
