@@ -14,13 +14,13 @@ import torch
 
 def run_here(settings: dict, run: dict, folder: Path) -> dict:
     """Run one configuration in this process, with the result of `benchmark_step.run_here`."""
+    import trl.trainer.utils
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    import trl.trainer.utils
     from trl import DPOConfig, DPOTrainer
 
-    # TRL 1.16 scores labelled positions only where Triton runs, and every position elsewhere; here as on a GPU everywhere
+    # TRL 1.16 scores labelled positions alone where Triton runs, and every position elsewhere; here as on a GPU
     trl.trainer.utils._use_triton = lambda device: True
 
     class Tokenized(DPOTrainer):
