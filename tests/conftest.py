@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_deselected(items):
     global left_out
-    left_out += len(items)
+    left_out += sum(item.get_closest_marker("slow") is not None for item in items)
 
 
 def pytest_sessionfinish(session):
