@@ -178,7 +178,7 @@ def outcome(output_dir: str | Path) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def host():
+def tuner():
     """Import the host. A run collects garbage several times, and need not look at what imports made."""
     import llamafactory.train.tuner
 
@@ -188,11 +188,11 @@ def host():
 
 
 @pytest.fixture
-def run(host):
+def run(tuner):
     """Train from a recipe dict in this process, as `run_exp()` called from Python."""
 
     def train(args: dict) -> SimpleNamespace:
-        host.run_exp(dict(args))
+        tuner.run_exp(dict(args))
         return outcome(args["output_dir"])
 
     return train

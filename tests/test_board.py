@@ -272,6 +272,7 @@ def in_new_process(code: str, folder, *args: str, **env: str) -> subprocess.Comp
     return done
 
 
+@pytest.mark.slow
 def test_the_other_stages_are_as_without_the_plugin(tmp_path):
     """Commands, saved configurations, data sets, texts and the page itself, with the plugin and with it off."""
     folder = write_dataset(tmp_path / "data", [], "pairs", columns={"prompt": "prompt", "chosen": "chosen"})
@@ -317,6 +318,7 @@ assert "SoLoPO" in constants.TRAINING_STAGES
 """
 
 
+@pytest.mark.slow
 def test_a_board_of_another_structure_starts_without_the_section(tmp_path):
     """For each change one line in the log, and the host's own page; when all is as it was, the section is back."""
     lines = in_new_process(BROKEN, tmp_path).stderr.splitlines()

@@ -85,6 +85,7 @@ NAMES = ["base", "lora-checkpoint-2", "lora-checkpoint-10", "whole-checkpoint-2"
 
 
 @needs_data
+@pytest.mark.slow
 def test_every_checkpoint_is_asked_and_the_best_is_named(by_transformers, trained):
     folder, done = by_transformers
     found = results(folder / "out")
@@ -105,6 +106,7 @@ def test_every_checkpoint_is_asked_and_the_best_is_named(by_transformers, traine
 
 
 @needs_data
+@pytest.mark.slow
 def test_stored_answers_are_scored_again_without_a_model(by_transformers, trained, tmp_path, monkeypatch, capsys):
     """Also: another run asks nothing, and the numbers are the same."""
     folder = shutil.copytree(by_transformers[0], tmp_path / "copy")
@@ -131,6 +133,7 @@ def test_stored_answers_are_scored_again_without_a_model(by_transformers, traine
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_hosts_server_answers_as_the_local_model(by_transformers, trained, tmp_path):
     """Greedy, the same prompts of the same length: same tokens, same answers."""
     with host_api(trained / "base", tmp_path / "api.log") as (url, ready):

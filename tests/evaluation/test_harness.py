@@ -78,6 +78,7 @@ def likeliest(path: str, questions: list[str]) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_it_runs_once_and_its_result_comes_back(tiny_model, tasks, tmp_path):
     """Really run; a second time what is there is read; a wrong task is one sentence and takes nothing away."""
     chosen = likeliest(tiny_model(), [f"Colour of thing {i}?" for i in range(10)])
@@ -303,6 +304,7 @@ def completions(refuses: bool = False):
         server.server_close()
 
 
+@pytest.mark.slow
 def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monkeypatch, caplog):
     """Really run, past a proxy that is dead: 3,000 tokens arrive whole in a window of 4,096, 5,000 do not.
 
@@ -354,6 +356,7 @@ def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monke
 KEY = "sk-SENTINEL-0123456789"
 
 
+@pytest.mark.slow
 def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, tmp_path, monkeypatch, capfd, caplog):
     """Really run against a server that refuses and repeats the key; command line, files, log and sentence lack it."""
     started = []

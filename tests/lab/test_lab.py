@@ -532,6 +532,7 @@ SHORT_PO = dict(stage="dpo", dataset="recall_short_po", solopo_alpha=None)  # th
 
 
 @pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.slow
 def test_solo_repairs_what_short_po_leaves(run, demo, base, one_thread, seed):
     """Same rows, steps, batch, rate and loss: with the alignment 100 pairs are answered, without it they are not.
 

@@ -26,10 +26,13 @@ from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis.look import inspect
 from solopo_plugin.synthesis.recipe import make_recipe
 
-pytestmark = pytest.mark.skipif(
-    not (SHARED_DATA / "musique_ans_dev_150.jsonl").exists(),
-    reason=f"no MuSiQue sample in {SHARED_DATA}; set SOLOPO_SHARED_DATA",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (SHARED_DATA / "musique_ans_dev_150.jsonl").exists(),
+        reason=f"no MuSiQue sample in {SHARED_DATA}; set SOLOPO_SHARED_DATA",
+    ),
+]
 N_QUESTIONS = 6
 N_SAMPLES = 16
 LINE = "The documents tell it. The answer is: {}"
