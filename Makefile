@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-forms lab-two-hop test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
+.PHONY: install demo lab lab-rates lab-two-hop test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -26,8 +26,8 @@ demo: .venv/.installed
 	@$(BIN)/python scripts/show_run.py saves/demo/solo_orpo
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/show_accuracy.py saves/demo/solo_orpo
 
-# docs/lab.md: every arm, five seeds; the sweep of learning rates; forms that the plugin does not have; the second task.
-# Each continues where it was killed. ARGS="--arms solo_orpo dpo_long --seeds 0"
+# docs/lab.md: every arm, five seeds; the sweep of learning rates; the second task. Each continues where it was killed.
+# ARGS="--arms solo_orpo dpo_long --seeds 0"; ARGS=--beyond: arms beyond the paper's comparison
 LAB = CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/run.py
 REPORT = $(BIN)/python scripts/lab/report.py
 lab: .venv/.installed
@@ -35,9 +35,6 @@ lab: .venv/.installed
 
 lab-rates: .venv/.installed
 	@$(LAB) --sweep $(ARGS); status=$$?; $(REPORT); exit $$status
-
-lab-forms: .venv/.installed
-	@$(LAB) --forms $(ARGS); status=$$?; $(REPORT); exit $$status
 
 lab-two-hop: .venv/.installed
 	@$(LAB) --task two_hop $(ARGS); status=$$?; $(REPORT); exit $$status

@@ -22,6 +22,10 @@ from solopo_plugin.evaluation.published import PUBLISHED
 from solopo_plugin.synthesis.export import ENTRIES
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts" / "lab"))
+from arms import arms  # noqa: E402
+from arms import recipe as lab_recipe  # noqa: E402
+
 DEMO = YAML / "demo_solo_orpo.yaml"
 FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora")
 FILES = sorted(p.relative_to(YAML).as_posix() for f in FOLDERS for p in (YAML / f).rglob("*.yaml"))
@@ -32,7 +36,7 @@ RUNS: dict[str, Run] = {  # output_dir below saves/ -> the row of the README's t
 }
 RECIPES = [*FILES, *RUNS]
 ABLATIONS = [name for name in RUNS if "/solo_" in name]
-LAB = sorted(p.relative_to(YAML).as_posix() for p in (YAML / "lab").rglob("*.yaml"))  # also tests/lab
+LAB = {f"lab/{task}/{name}": lab_recipe(task, name) for task in ("recall", "two_hop") for name in arms(task)}
 PARSED = [*RECIPES, DEMO.name, *LAB]
 ORIGIN = re.compile(r"  # (paper|host default|ours|LongPO README)(; .+)?$")
 
@@ -43,6 +47,8 @@ def lines(name: str) -> list[str]:
 
 def keys(name: str) -> dict:
     """A file's keys, or those of a run: its recipe's with the overrides in their place, merged as the host does."""
+    if name in LAB:
+        return LAB[name]
     run = RUNS.get(name, Run(name, [], "", ""))
     return OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(YAML / run.recipe), OmegaConf.from_cli(run.overrides)))
 
@@ -342,7 +348,7 @@ def parse_all() -> dict:
     for name in PARSED:
         recipe, run = keys(name), RUNS.get(name, Run(name, [], "", ""))
         sys.argv = ["llamafactory-cli", str(YAML / run.recipe), *run.overrides, "use_cpu=true"]
-        groups = get_train_args()
+        groups = get_train_args(recipe | {"use_cpu": True} if name in LAB else None)
         held = {k: plain(getattr(next(g for g in groups if hasattr(g, k)), k)) for k in recipe if k != "use_cpu"}
         train = groups[2]
         held |= {"warmup of 79": train.get_warmup_steps(79), "bf16": train.bf16}

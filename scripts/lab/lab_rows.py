@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from arms import COMPRESSED, SWEEP_SEED
+from arms import table
 from make_rows import RESPONSES, make_rows
 from recall import BASE, CHOOSING, KEY, LONG, MEASURED, QUESTIONS, SHORT, VALUE, N, as_rows, profile, questions
 from torch import Tensor
@@ -19,6 +19,8 @@ from solopo_plugin.qa.files import write_json, write_jsonl
 from solopo_plugin.qa.provenance import file_hash
 
 ROWS = 1600  # of each data set: 200 steps of 8
+COMPRESSED = (4, 25, 50, 100)  # pairs in the short context of `recall_solopo_N`, beside 8
+SWEEP_SEED = table("recall")["sweep"]["seed"]
 SAMPLES, TEMPERATURE = 32, 0.85  # the paper's
 LOST = 0.25  # share of short contexts without the evidence in `recall_lost`
 ASKED, ASKED_BY_STEP = 256, 128  # questions per length, of a finished model and of a checkpoint

@@ -3,7 +3,7 @@
     python scripts/lab/report.py                # saves/lab/report: tables.md, runs.json and the pictures
     python scripts/lab/report.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
 
-A method stands with the learning rate that arms.py chose from the sweep, everything else with the rate of all.
+A method stands with the learning rate that was chosen from the sweep, everything else with the rate of all.
 """
 
 import argparse
@@ -14,23 +14,10 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from arms import (
-    ALPHAS,
-    COMPRESSED,
-    DETACHED_ALPHAS,
-    PAPER_ALPHA,
-    RATE,
-    SWEEP_SEED,
-    arms,
-    beyond,
-    chosen_rate,
-    methods,
-    rates,
-    sweep_seed,
-)
-from forms import arms_of_forms, form_of
+from arms import arms, chosen_rate, recipe, table
+from lab_rows import COMPRESSED, SWEEP_SEED
 from recall import LONG, MEASURED, ROOT, SHORT
-from run import TASKS, base_of, done, key_of, recipe_of
+from run import TASKS, base_of, done, key_of
 from scipy import stats
 from two_hop import LENGTHS
 
@@ -41,6 +28,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 DOCS = ROOT / "docs/lab.md"
+RUNS = DOCS.with_suffix("") / "runs.json"
+RATE = table("recall")["base"]["learning_rate"]  # of all arms but those for which the sweep chose another
 DRAWN = ("dpo_short", "dpo_long", "dpo_expand_long", "solo_dpo", "solo_dpo_detached", "orpo_short", "orpo_long",
          "orpo_expand_long", "solo_orpo", "solo_orpo_alpha_0.3", "solo_orpo_detached", "longpo")  # fmt: skip
 DIFFERENCES = (  # first, second: what the paper or the question behind it says of first against second
@@ -78,14 +67,6 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_orpo_lost_drop_detached", "solo_orpo_drop_detached", "the same, one-sided and detached"),
     ("orpo_short_lost", "orpo_short", "the same, ORPO on the short pair"),
     ("solo_dpo_ftx", "solo_dpo", "with NLL of the short chosen response against without"),
-    ("warmup_solo_orpo", "solo_orpo_detached", "rising alpha against detached"),
-    ("auto_solo_orpo", "solo_orpo_detached", "automatic alpha against detached"),
-    ("auto_solo_orpo_detached", "solo_orpo_detached", "automatic alpha, both detached"),
-    ("auto_solo_dpo_alpha_1", "solo_dpo_alpha_1", "automatic alpha against fixed"),
-    ("skip_solo_dpo_detached", "solo_dpo_detached", "long passes left out against none, both detached"),
-    ("skip_solo_orpo_detached", "solo_orpo_detached", "the same"),
-    ("tokens_solo_orpo", "solo_orpo", "per token against per sequence"),
-    ("tokens_solo_orpo_detached", "solo_orpo_detached", "the same, detached"),
 )
 SHIPPED = ("arm", "rate", "seed", "accuracy", "cpu_seconds")  # of a result, in runs.json
 WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart. Seeds differ by more
@@ -111,10 +92,9 @@ def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
         ]
     else:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(source.glob("*.json"))]
-        settings, known = TASKS[task].settings(), {*arms(task), *arms_of_forms(task)}
-        fresh, stale = [], []
+        settings, fresh, stale = TASKS[task].settings(), [], []
         for run in runs:
-            current = run["arm"] in known and run["key"] == key_now(run, task, settings)
+            current = run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)
             (fresh if current else stale).append(run)
         if stale:
             names = sorted({run["arm"] for run in stale})
@@ -138,18 +118,17 @@ def base_accuracy(source: Path, task: str) -> dict[int, float]:
 
 
 def key_now(run: dict, task: str, settings: dict) -> str:
-    form, arm = form_of(run["arm"])
-    return key_of(settings, recipe_of(task, arm) | {"learning_rate": run["rate"], "seed": run["seed"]}, form)
+    """Return the key that a run would have today."""
+    return key_of(settings, recipe(task, run["arm"]) | {"learning_rate": run["rate"], "seed": run["seed"]})
 
 
 def short_form(run: dict, task: str) -> dict:
-    """What tables need, and the log for the plots."""
-    recipe, skipped = run["recipe"], [entry["skipped"] for entry in run["log"] if "skipped" in entry]
-    aligned = recipe.get("solopo_objective") != "longpo" and recipe["stage"] == "solopo"
-    return {"task": task} | {key: run[key] for key in (*SHIPPED, "by_step", "log")} | {
-        "warned": aligned and not recipe.get("solopo_detach_short", False) and warned(run["log"]),
-        "skipped": round(skipped[-1], 3) if skipped else None,
-    }  # fmt: skip
+    """Keep what tables need, and the log for the plots."""
+    keys = run["recipe"]
+    aligned = keys.get("solopo_objective") != "longpo" and keys["stage"] == "solopo"
+    watched = aligned and not keys.get("solopo_detach_short", False)
+    kept = {key: run[key] for key in (*SHIPPED, "by_step", "log")}
+    return {"task": task, **kept, "warned": watched and warned(run["log"])}
 
 
 def warned(log: list[dict]) -> bool:
@@ -161,12 +140,12 @@ class Results:
     """Runs of a task by arm, at the rate that stands for it, without those of the sweep's seed."""
 
     def __init__(self, source: Path, task: str = "recall"):
-        self.all, self.task, self.forms = read(source, task), task, arms_of_forms(task)
+        self.all, self.task = read(source, task), task
         self.base = base_accuracy(source, task)
         self.unit = "pairs" if task == "recall" else "tokens"
         self.lengths = MEASURED if task == "recall" else LENGTHS
         self.ends = (SHORT, LONG) if task == "recall" else (self.lengths[0], self.lengths[-1])
-        self.names = [name for name in [*arms(task), *self.forms] if self.runs(name)]
+        self.names = [name for name in arms(task) if self.runs(name)]
 
     def runs(self, name: str, rate: float | None = None) -> dict[int, dict]:
         runs = self.all.get((name, rate or chosen_rate(name, self.task)), {})
@@ -176,7 +155,7 @@ class Results:
         """What tables are made of, for runs.json."""
         base = [{"task": self.task, "arm": "base", "accuracy": self.base}] if self.base else []
         runs = [run for runs in self.all.values() for run in runs.values()]
-        return base + [{key: run[key] for key in ("task", *SHIPPED, "warned", "skipped")} for run in runs]
+        return base + [{key: run[key] for key in ("task", *SHIPPED, "warned")} for run in runs]
 
     def accuracy(self, name: str, length: int, rate: float | None = None) -> tuple[float, float]:
         return interval([run["accuracy"][str(length)] for run in self.runs(name, rate).values()])
@@ -186,7 +165,7 @@ def cell(mean: float, half: float) -> str:
     return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
 
 
-def table(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
     """Markdown."""
     rows = [head, ["---"] * len(head), *lines]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
@@ -202,7 +181,8 @@ def accuracies(results: Results, names: list[str], rate: float | None = None) ->
             cells = [cell(*results.accuracy(name, length, rate)) for length in results.lengths]
             told = sum(run["warned"] for run in runs)
             lines.append([name, *cells, f"{runs[0]['rate']:g}", str(len(runs)), f"{cost:.0f}", str(told or "")])
-    return table(["arm", *(f"{n} {results.unit}" for n in results.lengths), "rate", "runs", "CPU s", "warned"], lines)
+    columns = [f"{n} {results.unit}" for n in results.lengths]
+    return markdown(["arm", *columns, "rate", "runs", "CPU s", "warned"], lines)
 
 
 def best_rate(by_rate: dict[float, dict], ends: tuple[int, int] = (SHORT, LONG)) -> float:
@@ -214,18 +194,18 @@ def best_rate(by_rate: dict[float, dict], ends: tuple[int, int] = (SHORT, LONG))
 
 def sweep(results: Results) -> str:
     """Accuracy at both ends by learning rate; the chosen rate in bold."""
-    task, ends, seed = results.task, results.ends, sweep_seed(results.task)
-    columns, lines = sorted({rate for name in methods(task) for rate in rates(name, task)}), []
-    for name in methods(task):
-        found = {rate: results.all.get((name, rate), {}).get(seed) for rate in rates(name, task)}
+    task, ends, of_sweep = results.task, results.ends, table(results.task)["sweep"]
+    columns, lines = sorted({rate for rates in of_sweep["rates"].values() for rate in rates}), []
+    for name, rates in of_sweep["rates"].items():
+        found = {rate: results.all.get((name, rate), {}).get(of_sweep["seed"]) for rate in rates}
         by_rate = {rate: run for rate, run in found.items() if run}
         chosen = chosen_rate(name, task)
         if len(by_rate) == len(found) and (best := best_rate(by_rate, ends)) != chosen:
-            print(f"{task}, {name}: the sweep gives {best:g}, arms.CHOSEN has {chosen:g}", file=sys.stderr)
+            print(f"{task}, {name}: the sweep gives {best:g}, the table of arms has {chosen:g}", file=sys.stderr)
         cells = {rate: " / ".join(f"{run['accuracy'][str(n)]:.3f}" for n in ends) for rate, run in by_rate.items()}
         marked = {rate: f"**{text}**" if rate == chosen else text for rate, text in cells.items()}
         lines.append([name, *(marked.get(rate, "") for rate in columns)])
-    return table(["method", *(f"{rate:g}" for rate in columns)], lines)
+    return markdown(["method", *(f"{rate:g}" for rate in columns)], lines)
 
 
 def differences(results: Results) -> str:
@@ -241,28 +221,20 @@ def differences(results: Results) -> str:
                 for n in results.ends
             ]
             lines.append([f"{first} - {second}", what, *gains])
-    return table(["difference", "what", *(f"{n} {results.unit}" for n in results.ends)], lines)
-
-
-def skipped(results: Results) -> str:
-    """Share of long passes that the arms which leave some out would have saved."""
-    shares = {name: [run["skipped"] for run in results.runs(name).values()] for name in results.forms}
-    lines = [[name, cell(*interval(values))] for name, values in shares.items() if values and None not in values]
-    return table(["arm", "long passes left out"], lines)
+    return markdown(["difference", "what", *(f"{n} {results.unit}" for n in results.ends)], lines)
 
 
 def tables(recall: Results, two_hop: Results) -> dict[str, str]:
     """Name of the marker in docs/lab.md -> Markdown."""
+    solos = [name for name in table("recall")["arms"] if name.startswith("solo_")]
     return {
         "sweep": sweep(recall),
-        "methods": accuracies(recall, methods()),
-        "ablations": accuracies(recall, [n for n in arms() if n.startswith("solo_") and n not in beyond()], RATE),
-        "beyond": accuracies(recall, ["orpo_short_lost", *beyond(), *recall.forms], RATE),
-        "skipped": skipped(recall),
+        "methods": accuracies(recall, list(table("recall")["sweep"]["rates"])),
+        "ablations": accuracies(recall, solos, RATE),
+        "beyond": accuracies(recall, ["orpo_short_lost", *table("recall")["beyond"]], RATE),
         "differences": differences(recall),
         "two_hop_sweep": sweep(two_hop),
         "two_hop": accuracies(two_hop, list(arms("two_hop"))),
-        "two_hop_forms": accuracies(two_hop, two_hop.forms),
         "two_hop_differences": differences(two_hop),
     }
 
@@ -310,15 +282,19 @@ def against(place, results: Results, arms_by_x: dict[float, str], label: str, **
                        label=f"{label}, {pairs} pairs", **style)  # fmt: skip
 
 
+def alphas(loss: str, ending: str = "") -> dict[float, str]:
+    """Map alpha to the arm of SoLo with this loss that has it; `ending`: of another form than the paper's."""
+    named = re.compile(rf"solo_{loss}(_alpha_[\d.]+)?{ending}")
+    return dict(sorted((keys["solopo_alpha"], name) for name, keys in arms().items() if named.fullmatch(name)))
+
+
 def alpha_curve(results: Results, path: Path) -> None:
+    """Draw accuracy by alpha, of the paper's form and detached."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for (loss, alphas), color in zip(ALPHAS.items(), ("tab:orange", "tab:blue", "tab:green"), strict=True):
-        by_alpha = {a: f"solo_{loss}" + ("" if a == PAPER_ALPHA[loss] else f"_alpha_{a:g}") for a in alphas}
-        against(axes, results, by_alpha, f"SoLo-{loss.upper()}", color=color)
+    for loss, color in (("orpo", "tab:orange"), ("dpo", "tab:blue"), ("simpo", "tab:green")):
+        against(axes, results, alphas(loss), f"SoLo-{loss.upper()}", color=color)
         if loss in ("dpo", "orpo"):
-            others = {alpha: f"solo_{loss}_alpha_{alpha:g}_detached" for of, alpha in DETACHED_ALPHAS if of == loss}
-            by_alpha = dict(sorted(({PAPER_ALPHA[loss]: f"solo_{loss}_detached"} | others).items()))
-            against(axes, results, by_alpha, f"SoLo-{loss.upper()} detached", color=color, alpha=0.4)
+            against(axes, results, alphas(loss, "_detached"), f"SoLo-{loss.upper()} detached", color=color, alpha=0.4)
     axes.set(xscale="log", xlabel="alpha", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes.legend(fontsize="small")
     save(figure, path)
@@ -378,6 +354,11 @@ def filled(page: str, parts: dict[str, str]) -> str:
     return page
 
 
+def retired() -> list[dict]:
+    """Return the shipped runs of what the lab no longer has, which nobody can run again."""
+    return [run for run in json.loads(RUNS.read_text("utf-8")) if run["arm"] not in {"base", *arms(run["task"])}]
+
+
 def write(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode())
@@ -393,13 +374,14 @@ def main(words: list[str] | None = None) -> int:
     if not recall.all and not two_hop.all:
         sys.exit(f"{args.results} holds no results; run scripts/lab/run.py first.")
     parts = tables(recall, two_hop)
-    for folder in (args.output, *([DOCS.with_suffix("")] if args.docs else [])):
+    runs = recall.shipped() + two_hop.shipped()
+    for folder, more in ((args.output, []), *([(RUNS.parent, retired())] if args.docs else [])):
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in PLOTS.items():
             draw(recall, folder / f"{name}.png")
             if name in OF_BOTH and two_hop.names:
                 draw(two_hop, folder / f"two_hop_{name}.png")
-        write_json(folder / "runs.json", [shipped for results in (recall, two_hop) for shipped in results.shipped()])
+        write_json(folder / "runs.json", runs + more)
     write(args.output / "tables.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
     if args.docs:
         write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))

@@ -2,16 +2,16 @@
 
     python scripts/lab/run.py                               # what is missing under saves/lab/results
     python scripts/lab/run.py --arms solo_orpo dpo_long     # of these arms
-    python scripts/lab/run.py --sweep                       # the learning rates among which arms.py chose
-    python scripts/lab/run.py --forms                       # arms beyond the paper's comparison, and of forms.py
-    python scripts/lab/run.py --task two_hop                # the second task, under saves/lab/two_hop
+    python scripts/lab/run.py --beyond                      # of the arms beyond the paper's comparison
+    python scripts/lab/run.py --sweep                       # of the learning rates among which the tables' are chosen
+    python scripts/lab/run.py --task two_hop                # of the second task, under saves/lab/two_hop
 
-A result is one JSON file per arm, rate and seed: accuracy by length of the finished model and of its checkpoints, the
-trainer's log and the recipe. What has another recipe, form, base, rows or questions now is run again; nothing else is.
+Arms, seeds and rates are in examples/yaml/lab. A result is one JSON file per arm, rate and seed: accuracy by length of
+the finished model and of its checkpoints, the trainer's log and the recipe. What has another recipe, base, rows or
+questions now is run again; nothing else is.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -23,55 +23,57 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import forms
 import lab_rows
 import two_hop
-import yaml
-from arms import FOLDER, RATE, arms, beyond, methods, rates, sweep_seed
+from arms import arms, recipe, table
 from recall import ROOT
 
 from solopo_plugin.qa.files import write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
-SEEDS = {"recall": 5, "two_hop": 3}
 PLACES = ("model_name_or_path", "dataset_dir", "output_dir")
 
 
-@functools.cache
-def recipe_of(task: str, arm: str) -> dict:
-    return yaml.safe_load((FOLDER / task / f"{arm}.yaml").read_text(encoding="utf-8"))
+def key_of(settings: dict, recipe: dict) -> str:
+    """Hash everything a result depends on except the code: what rows and questions are made by, and the recipe.
 
-
-def key_of(settings: dict, recipe: dict, form: str | None) -> str:
-    """By what a result is known: what its rows and questions, its recipe and its form are set to; not the code."""
-    what = [settings, {k: v for k, v in recipe.items() if k not in PLACES}, forms.settings(form)]
+    The empty list is where an earlier lab had forms of its own: with it the results of then are still known.
+    """
+    what = [settings, {k: v for k, v in recipe.items() if k not in PLACES}, []]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def jobs(names: list[str], seeds: list[int], wanted: list[float] | None, out: Path, task: str = "recall") -> list[dict]:
-    """The runs of these arms, with the paths of their rows, run and result; seeds outermost, so that arms grow evenly.
+def jobs(names: list[str], seeds: list[int], rates: list[float] | None, out: Path, task: str = "recall") -> list[dict]:
+    """List the runs of these arms, with the paths of their rows, run and result; seeds outermost: arms grow evenly.
 
     Args:
-        wanted: Learning rates; none: the recipe's, and for the forms of SoLo also the rate at which they are compared,
-            which is the only one of an arm of forms.py.
+        names: Arms of the task.
+        seeds: Of rows and training.
+        rates: Learning rates; none: the recipe's, and for the forms of SoLo also the rate at which they are compared.
+        out: The task's folder.
+        task: A key of `TASKS`.
     """
-    settings, found = TASKS[task].settings(), []
+    settings, shared_rate, found = TASKS[task].settings(), table(task)["base"]["learning_rate"], []
     for seed in seeds:
         for name in names:
-            form, arm = forms.form_of(name)
-            recipe = recipe_of(task, arm)
-            own = [recipe["learning_rate"]]
-            if task == "recall" and arm.startswith("solo_") and own != [RATE]:
-                own = [RATE] if form else [*own, RATE]
-            for rate in wanted or own:
+            own = [recipe(task, name)["learning_rate"]]
+            if task == "recall" and name.startswith("solo_") and own != [shared_rate]:
+                own = [*own, shared_rate]
+            for rate in rates or own:
                 tag = f"{name}_{rate:g}_{seed}"
-                recipe = recipe | {"learning_rate": rate, "seed": seed}
-                job = dict(task=task, arm=name, form=form, rate=rate, seed=seed)
-                job["key"] = key_of(settings, recipe, form)
+                keys = recipe(task, name) | {"learning_rate": rate, "seed": seed}
+                job = dict(task=task, arm=name, rate=rate, seed=seed, key=key_of(settings, keys))
                 job["result"] = str(out / "results" / f"{tag}.json")
                 places = str(TASKS[task].BASE), str(out / f"rows_{seed}"), str(out / "runs" / tag)
-                found.append(job | {"recipe": recipe | dict(zip(PLACES, places, strict=True))})
+                found.append(job | {"recipe": keys | dict(zip(PLACES, places, strict=True))})
     return found
+
+
+def sweep_jobs(names: list[str], seeds: list[int] | None, rates: list[float] | None, out: Path, task: str):
+    """List the runs of the learning-rate sweep, arm by arm."""
+    sweep = table(task)["sweep"]
+    seeds = seeds or [sweep["seed"]]
+    return [job for name in names for job in jobs([name], seeds, rates or sweep["rates"][name], out, task)]
 
 
 def done(job: dict) -> bool:
@@ -114,8 +116,7 @@ def train(job: dict) -> None:
     from llamafactory.train.tuner import run_exp
 
     recipe, folder, start = job["recipe"], Path(job["recipe"]["output_dir"]), time.process_time()
-    with forms.applied(job["form"]):
-        run_exp(recipe | {"disable_tqdm": True})
+    run_exp(recipe | {"disable_tqdm": True})
     seconds, measured = time.process_time() - start, TASKS[job["task"]].measured
     *earlier, last = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
     result = {
@@ -143,7 +144,7 @@ def prepare(task: str, folder: Path, seed: int) -> None:
 
 def base_of(task: str, out: Path) -> dict:
     """The base on the arms' questions, which are others than those of its profile.json."""
-    return dict(task=task, result=str(out / "base.json"), key=key_of(TASKS[task].settings(), {}, None))
+    return dict(task=task, result=str(out / "base.json"), key=key_of(TASKS[task].settings(), {}))
 
 
 def measure_base(job: dict) -> None:
@@ -164,28 +165,24 @@ def in_parallel(pool, calls: dict, what: str) -> list[str]:
 
 
 def wanted_arms(args, parser) -> list[str]:
-    known = [*arms(args.task), *forms.arms_of_forms(args.task)]
-    if args.forms and (args.sweep or args.task != "recall"):
-        parser.error("--forms is of the first task, and not of --sweep.")
-    if args.arms and args.forms:
-        parser.error("--arms and --forms: give one of them.")
-    if unknown := [name for name in args.arms or () if name not in known]:
-        parser.error(f"--arms: {unknown[0]} is none of {', '.join(known)}.")
-    if args.arms:
-        return args.arms
+    """Return the arms that the command line asks for."""
+    if args.beyond and (args.sweep or args.arms or args.task != "recall"):
+        parser.error("--beyond is of the first task, and not with --sweep or --arms.")
+    if unknown := [name for name in args.arms or () if name not in arms(args.task)]:
+        parser.error(f"--arms: {unknown[0]} is none of {', '.join(arms(args.task))}.")
     if args.sweep:
-        return methods(args.task)
-    extra, tried = beyond(args.task), forms.arms_of_forms(args.task)
-    if args.task == "two_hop":  # of which there are few
-        return [*arms(args.task), *tried]
-    return [*extra, *tried] if args.forms else [name for name in arms(args.task) if name not in extra]
+        swept = table(args.task)["sweep"]["rates"]
+        if unswept := [name for name in args.arms or () if name not in swept and not args.rates]:
+            parser.error(f"--sweep: {unswept[0]} is none of {', '.join(swept)}; give it --rates.")
+        return args.arms or list(swept)
+    return args.arms or list(table(args.task)["beyond" if args.beyond else "arms"])
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="recall", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: those of the paper's comparison")
-    parser.add_argument("--forms", action="store_true", help="the arms beyond it, and those of forms.py")
+    parser.add_argument("--beyond", action="store_true", help="the arms beyond it")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, of the second task 0 to 2")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each recipe's learning rate")
     parser.add_argument("--sweep", action="store_true", help="of learning rates, one seed")
@@ -195,12 +192,9 @@ def main(words: list[str] | None = None) -> int:
     out = (args.output or ROOT / "saves/lab" / ("" if args.task == "recall" else args.task)).resolve()
     names = wanted_arms(args, parser)
     if args.sweep:
-        seeds, wanted = args.seeds or [sweep_seed(args.task)], []
-        for name in names:
-            wanted += jobs([name], seeds, args.rates or rates(name, args.task), out, args.task)
+        wanted = sweep_jobs(names, args.seeds, args.rates, out, args.task)
     else:
-        seeds = args.seeds or list(range(SEEDS[args.task]))
-        wanted = jobs(names, seeds, args.rates, out, args.task)
+        wanted = jobs(names, args.seeds or table(args.task)["seeds"], args.rates, out, args.task)
     missing = [job for job in wanted if not done(job)]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them there already")
     failed = []

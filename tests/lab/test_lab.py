@@ -4,6 +4,7 @@
 the real trainer on the shipped base.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -20,7 +21,6 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts" / "lab"))
 import arms  # noqa: E402
-import forms  # noqa: E402
 import lab_rows  # noqa: E402
 import report  # noqa: E402
 import run as run_lab  # noqa: E402
@@ -120,22 +120,56 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 # ---- the comparison's recipes and rows
 
 
-def test_recipes_are_what_the_table_gives(capsys):
-    assert arms.main(["--check"]) == 0, capsys.readouterr().out
-    assert len(arms.arms()) == 53 and len(arms.beyond()) == 10 and len(arms.methods()) == 19
-    for name, (_, keys) in arms.arms().items():
+def test_table_of_arms():
+    table = arms.table("recall")
+    assert len(arms.arms()) == 53 and len(table["beyond"]) == 10 and len(table["sweep"]["rates"]) == 19
+    assert len(arms.arms("two_hop")) == 13 and len(arms.table("two_hop")["sweep"]["rates"]) == 7
+    for name, keys in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
-    for task in arms.COMMON:
-        for name in forms.arms_of_forms(task):
-            assert forms.form_of(name)[1] in arms.arms(task), name
+    for task in run_lab.TASKS:
+        for name, rates in arms.table(task)["sweep"]["rates"].items():
+            assert arms.chosen_rate(name, task) in rates == sorted(rates), name
 
 
 @pytest.mark.parametrize("task", ["recall", "two_hop"])
 def test_recipes_keep_what_their_arm_changes(task):
     """A key that all arms share must not undo an arm's own."""
-    for name, (_, keys) in arms.arms(task).items():
-        recipe = run_lab.recipe_of(task, name)
-        assert {key: recipe[key] for key in keys} == keys, name
+    recipes = {name: arms.recipe(task, name) for name in arms.arms(task)}
+    for name, keys in arms.arms(task).items():
+        assert {key: recipes[name][key] for key in keys} == keys, name
+        assert recipes[name].keys() >= arms.table(task)["base"].keys()
+    contents = [{k: v for k, v in recipe.items() if k != "output_dir"} for recipe in recipes.values()]
+    assert all(contents.count(recipe) == 1 for recipe in contents), "two arms are one"
+
+
+def test_an_arm_is_printed_as_a_recipe(capsys):
+    arms.main(["solo_orpo", "--task", "two_hop"])
+    assert yaml.safe_load(capsys.readouterr().out) == arms.recipe("two_hop", "solo_orpo")
+    with pytest.raises(SystemExit):
+        arms.main(["solo_ipo", "--task", "two_hop"])
+    assert "solo_ipo is none of sft_short, sft_long" in capsys.readouterr().err
+
+
+def test_results_of_before_are_known(tmp_path):
+    """The keys by which finished results are recognised are those with which the shipped runs were made.
+
+    The digest is of their keys. It changes with bases, rows, questions and recipes, and with nothing else.
+    """
+    wanted = {
+        task: run_lab.jobs(list(arms.arms(task)), arms.table(task)["seeds"], None, tmp_path, task)
+        + run_lab.sweep_jobs(list(arms.table(task)["sweep"]["rates"]), None, None, tmp_path, task)
+        for task in run_lab.TASKS
+    }
+    keys = [[task, job["arm"], job["rate"], job["seed"], job["key"]] for task, jobs in wanted.items() for job in jobs]
+    keys += [[task, run_lab.base_of(task, tmp_path)["key"]] for task in wanted]
+    assert len(keys) == 275 + 67 + 39 + 21 + 2
+    assert hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16] == "8453ff89cf26e292"
+    shipped = {
+        (run["task"], run["arm"], run.get("rate"), run.get("seed")) for run in json.loads(report.RUNS.read_text())
+    }
+    assert {tuple(key[:4]) for key in keys[:-2]} < shipped
+    dropped = [run for run in report.retired() if re.match("(warmup|auto|skip|tokens)_solo_", run["arm"])]
+    assert dropped == report.retired() and len(dropped) == 9 * 5 + 2 * 3
 
 
 def test_sampled_pairs_are_the_bases(base):
@@ -210,10 +244,11 @@ def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
     assert job(out=tmp_path / "elsewhere")["key"] == first["key"], "where it is made is nothing to a result"
     faster = job(rates=[1e-3])
     assert faster["result"] != first["result"] and faster["recipe"]["learning_rate"] == 1e-3
-    other = job("warmup_solo_orpo")
-    assert other["form"] == "warmup" and other["key"] != first["key"] and other["result"] != first["result"]
-    monkeypatch.setattr(forms, "WARMUP", 0.25)
-    assert job("warmup_solo_orpo")["key"] != other["key"] and run_lab.done(job())
+    other = job("solo_orpo_detached")
+    assert other["key"] != first["key"] and other["result"] != first["result"]
+    monkeypatch.setitem(arms.table("recall")["arms"]["solo_orpo_detached"], "solopo_alpha", 2.0)
+    assert job("solo_orpo_detached")["key"] != other["key"] and run_lab.done(job())
+    monkeypatch.undo()
     for name, value in (("ROWS", 3200), ("ASKED", 512), ("LOST", 0.5)):
         monkeypatch.setattr(lab_rows, name, value)
         assert not run_lab.done(job()), name
@@ -237,9 +272,10 @@ def test_rows_are_made_again_if_they_would_be_others(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--forms", "--task", "two_hop"], "--forms is of the first task, and not of --sweep"),
-        (["--forms", "--sweep"], "--forms is of the first task, and not of --sweep"),
-        (["--forms", "--arms", "solo_orpo"], "--arms and --forms: give one of them"),
+        (["--beyond", "--task", "two_hop"], "--beyond is of the first task, and not with --sweep or --arms"),
+        (["--beyond", "--sweep"], "--beyond is of the first task, and not with --sweep or --arms"),
+        (["--beyond", "--arms", "solo_orpo"], "--beyond is of the first task, and not with --sweep or --arms"),
+        (["--sweep", "--arms", "solo_orpo_kl"], "--sweep: solo_orpo_kl is none of sft_short"),
         (["--arms", "solo_orpo", "solo_opro"], "--arms: solo_opro is none of sft_short"),
     ],
 )
@@ -258,12 +294,17 @@ def test_report_leaves_out_what_is_stale(tmp_path, capsys):
 
 
 def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch):
-    monkeypatch.setitem(arms.CHOSEN["recall"], "orpo_long", 6e-4)
+    monkeypatch.setitem(arms.table("recall")["arms"]["orpo_long"], "learning_rate", 6e-4)
     leave(tmp_path, "orpo_long", 3e-4, {0: 0.9, 1: 0.9})
-    leave(tmp_path, "orpo_long", 6e-4, {0: 0.6, 1: 0.8, arms.SWEEP_SEED: 0.1})
+    leave(tmp_path, "orpo_long", 6e-4, {0: 0.6, 1: 0.8, lab_rows.SWEEP_SEED: 0.1})
     for rate, share in ((1.5e-4, 0.3), (3e-4, 0.2)):
-        leave(tmp_path, "orpo_long", rate, {arms.SWEEP_SEED: share})
-    report.main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "out")])
+        leave(tmp_path, "orpo_long", rate, {lab_rows.SWEEP_SEED: share})
+    shutil.copytree(report.RUNS.parent, tmp_path / "docs/lab")
+    shutil.copy(report.DOCS, tmp_path / "docs")
+    monkeypatch.setattr(report, "DOCS", tmp_path / "docs/lab.md")
+    monkeypatch.setattr(report, "RUNS", tmp_path / "docs/lab/runs.json")
+    retired = report.retired()
+    report.main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "out"), "--docs"])
     written = (tmp_path / "out/tables.md").read_text()
     # mean 0.7, standard deviation 0.1414, t 12.706 for one degree of freedom: 12.706 * 0.1414 / sqrt(2) = 1.271
     assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in written
@@ -272,6 +313,9 @@ def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch)
         "tables.md", "runs.json", "accuracy_by_length.png", "methods.png", "alpha.png", "compression.png",
         "dynamics.png",
     }  # fmt: skip
+    made = json.loads((tmp_path / "out/runs.json").read_text())
+    assert len(made) == 7 and json.loads(report.RUNS.read_text()) == made + retired, "what nobody can run again is kept"
+    assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in report.DOCS.read_text()
     with pytest.raises(SystemExit, match="holds no results; run scripts/lab/run.py first"):
         report.main(["--results", str(tmp_path / "nothing")])
 
@@ -311,9 +355,38 @@ def test_page_is_what_its_runs_give():
     runs, page = report.DOCS.with_suffix("") / "runs.json", report.DOCS.read_text(encoding="utf-8")
     parts = report.tables(report.Results(runs), report.Results(runs, "two_hop"))
     assert report.filled(page, parts) == page
-    assert parts["methods"].count("\n") == len(arms.methods()) + 3
+    assert parts["methods"].count("\n") == len(arms.table("recall")["sweep"]["rates"]) + 3
     for name in re.findall(r"\(lab/(.*?)\)", page):
         assert (runs.parent / name).is_file(), name
+
+
+DROPPED = (  # as docs/lab.md has them: first, second, what
+    ("warmup_solo_orpo", "solo_orpo_detached", "rising alpha against detached"),
+    ("auto_solo_orpo", "solo_orpo_detached", "automatic alpha against detached"),
+    ("auto_solo_orpo_detached", "solo_orpo_detached", "automatic alpha, both detached"),
+    ("auto_solo_dpo_alpha_1", "solo_dpo_alpha_1", "automatic alpha against fixed"),
+    ("skip_solo_dpo_detached", "solo_dpo_detached", "long passes left out against none, both detached"),
+    ("skip_solo_orpo_detached", "solo_orpo_detached", "the same"),
+    ("tokens_solo_orpo", "solo_orpo", "per token against per sequence"),
+    ("tokens_solo_orpo_detached", "solo_orpo_detached", "the same, detached"),
+)
+
+
+def test_tables_of_what_was_dropped_are_what_their_runs_give(recall, two_hop, monkeypatch):
+    """Forms that nobody can run again: their tables are kept by hand, beside their runs."""
+    page = report.DOCS.read_text(encoding="utf-8").split("## Tried and dropped")[1]
+    monkeypatch.setattr(report, "DIFFERENCES", DROPPED)
+    arms_of = {  # of each task, in the table's order
+        results: sorted({n for n, _ in results.all} - {*arms.arms(results.task)}, key=page.index)
+        for results in (recall, two_hop)
+    }
+    assert [len(names) for names in arms_of.values()] == [9, 2]
+    for results, names in arms_of.items():
+        assert report.accuracies(results, names) in page
+        assert report.differences(results) in page
+    skipped = [(n, [run["skipped"] for run in recall.runs(n).values()]) for n in arms_of[recall] if "skip_" in n]
+    lines = [[name, report.cell(*report.interval(shares))] for name, shares in skipped]
+    assert report.markdown(["arm", "long passes left out"], lines) in page
 
 
 # ---- what docs/training.md and docs/lab.md say in words, by the same runs
@@ -330,9 +403,8 @@ def two_hop():
 
 
 def said(*sentences: str) -> bool:
-    training = (ROOT / "docs" / "training.md").read_text("utf-8")
-    pages = " ".join(f"{training} {report.DOCS.read_text('utf-8')}".split())
-    return all(sentence in pages for sentence in sentences)
+    pages = " ".join(page.read_text("utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))
+    return all(sentence in " ".join(pages.split()) for sentence in sentences)
 
 
 def shares(results, name: str, end: int, rate: float | None = report.RATE) -> list[float]:
@@ -440,66 +512,6 @@ def test_the_warnings_counts(recall, two_hop):
     counts = [runs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
     assert counts == [75, 1, 5, 137]
     assert said("it came in 75 of 76 that collapsed and in 5 of 142 that did not", "watches 218 of them")
-
-
-# ---- forms that the plugin does not have
-
-
-def steps_of(demo, run, name: str, form: str | None, **changes) -> list[dict]:
-    with forms.applied(form):
-        done = run(demo(5, name, max_steps=3, logging_steps=1, plot_loss=False, **changes))
-    return [entry for entry in done.log if "loss" in entry]
-
-
-def losses_of(steps: list[dict]) -> list[float]:
-    return [entry["loss"] for entry in steps]
-
-
-def test_forms_do_what_they_say(run, demo, one_thread, monkeypatch):
-    plain = steps_of(demo, run, "plain", None)
-    assert losses_of(steps_of(demo, run, "tokens", "tokens")) == losses_of(plain), "an answer of one token has one gap"
-    risen = steps_of(demo, run, "warmup", "warmup")
-    for step, (entry, before) in enumerate(zip(risen, plain, strict=True)):  # of 3 steps 1.5 are the rise
-        weight = min(1, (step + 1) / 1.5) * 0.3
-        assert entry["loss"] == pytest.approx(entry["solopo/po_loss"] + weight * entry["solopo/align_loss"], rel=1e-5)
-        assert step > 0 or entry["solopo/align_loss"] == before["solopo/align_loss"]
-    scaled = steps_of(demo, run, "auto", "auto")
-    gaps = [entry["solopo/reward_gap"] for entry in scaled]
-    weights = [0.3, 0.3 / gaps[0], 0.3 / (0.9 * gaps[0] + 0.1 * gaps[1])]
-    for entry, weight in zip(scaled, weights, strict=True):
-        assert entry["loss"] == pytest.approx(entry["solopo/po_loss"] + weight * entry["solopo/align_loss"], rel=1e-5)
-    assert losses_of(steps_of(demo, run, "skip", "skip")) == losses_of(plain), "no gap is small yet"
-    monkeypatch.setattr(forms, "SMALL", 1e9)
-    skipped = steps_of(demo, run, "skip all", "skip")
-    assert 0.5 < skipped[-1]["skipped"] < 0.95 and skipped[0]["solopo/align_loss"] < plain[0]["solopo/align_loss"]
-    assert losses_of(steps_of(demo, run, "again", None)) == losses_of(plain), "the trainer is as it was"
-
-
-def test_tokens_are_penalised_one_by_one(monkeypatch):
-    """Two answers of three and one words; gaps of either sign do not cancel within an answer."""
-    logps_K = torch.tensor([-1.0, -2.0, -3.0, -0.5, -2.0, -1.0, -5.0, -1.5])  # chosen, chosen, long, long
-    spans = {"chosen": torch.tensor([0, 1]), "long_chosen": torch.tensor([2, 3])}
-    inputs = {"policy": {"counts": [3, 1, 3, 1], "spans": spans}}
-    monkeypatch.setattr(forms.trainer, "token_logps", lambda: logps_K)
-    monkeypatch.setattr(forms.SoloTrainer, "packed_logps", lambda self, model, inputs: forms.trainer.token_logps())
-    with forms.applied("tokens"):
-        forms.SoloTrainer.packed_logps(None, None, inputs)
-        sums_B = forms.losses.alignment(None, None, "sigmoid", 0.1)
-        means_B = forms.losses.alignment(None, None, "simpo", 2.0)
-    # the spans are 3, 1, 3 and 1 long: [-1, -2, -3], [-0.5], [-2, -1, -5], [-1.5]; gaps |1|, |-1|, |2| and |1|
-    assert sums_B.tolist() == pytest.approx([0.1 * 4, 0.1])
-    assert means_B.tolist() == pytest.approx([2 * 4 / 3, 2.0])
-
-
-def test_alpha_follows_the_gap():
-    trainer = SimpleNamespace(finetuning_args=SimpleNamespace(solopo_alpha=2.0))
-    assert forms.auto(trainer) == 1
-    for gap, expected in ((4.0, 4.0), (2.0, 3.8)):
-        forms.running_gap(trainer, gap)
-        assert trainer.gap == pytest.approx(expected) and forms.auto(trainer) == pytest.approx(1 / expected)
-    assert trainer.first_gap == 4.0
-    trainer.gap = 0.01
-    assert forms.auto(trainer) == 1 / forms.LEAST_GAP
 
 
 # ---- the demo and the method

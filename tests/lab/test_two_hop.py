@@ -197,8 +197,8 @@ def test_recipe_and_arms_fit():
     recipe = load_recipe(str(RECIPE))
     assert recipe.prompt == PROMPT and (recipe.short_tokens, recipe.long_tokens) == (SHORT, LONG)
     assert recipe.max_new_tokens == two_hop.NEW_TOKENS and ROOT / recipe.model_name_or_path == BASE
-    common = arms.COMMON["two_hop"]
+    common = arms.table("two_hop")["base"]
     assert common["cutoff_len"] == recipe.cutoff_len >= LONG + two_hop.NEW_TOKENS
     assert common["template"] == recipe.template and ROOT / common["model_name_or_path"] == BASE
-    for name, (_, keys) in arms.arms("two_hop").items():
+    for name, keys in arms.arms("two_hop").items():
         assert keys["dataset"].removeprefix(f"{recipe.dataset_name}_") in ENTRIES, name
