@@ -1,4 +1,4 @@
-"""Time and peak memory of building contexts, on one core.
+"""Measure time and peak memory of building contexts, on one core.
 
     python scripts/benchmark_data.py QUESTIONS                         # a file that `input` takes, such as MuSiQue
     python scripts/benchmark_data.py QUESTIONS --paragraphs 400000     # the size of MuSiQue's training file
@@ -38,6 +38,7 @@ def simulate(work: Path, questions: list[dict], pairs: int, paragraphs: int) -> 
 
 
 def main() -> int:
+    """Build the contexts and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions")
     parser.add_argument("--pairs", type=int, default=5000, help="short and long contexts to build (default 5000)")

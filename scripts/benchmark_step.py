@@ -66,17 +66,17 @@ PRESETS = {
 
 
 class Finished(Exception):
-    """Raised behind the last step: nothing is to be saved."""
+    """End the training behind its last step: nothing is to be saved."""
 
 
 def status(name: str) -> int:
-    """A field of Linux's /proc/self/status, in bytes."""
+    """Read a field of Linux's /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
 
 def idle_memory(cuda: bool, limit_gb: float | None) -> int:
-    """What the process holds with model and trainer built, in bytes; from here on the peak is counted.
+    """Return what the process holds with model and trainer built, in bytes; from here on the peak is counted.
 
     CPU: resident memory (VmRSS), after glibc has given back what it keeps of freed memory; the peak (VmHWM) is reset.
     With a limit, the process gets no more than that on top. GPU: torch's allocated memory.
@@ -98,7 +98,7 @@ def idle_memory(cuda: bool, limit_gb: float | None) -> int:
 
 
 def meter(cuda: bool, limit_gb: float | None):
-    """A callback of the Trainer that times each step, from before the forward to behind the optimizer."""
+    """Make a callback of the Trainer that times each step, from before the forward to behind the optimizer."""
     import torch
     from transformers import TrainerCallback
 
@@ -117,7 +117,7 @@ def meter(cuda: bool, limit_gb: float | None):
                 head.register_forward_hook(self.see_logits)
 
         def see_logits(self, head, given, logits):
-            """The largest output of the head in bytes, with the copy in fp32 that log-probs are taken from."""
+            """Record the head's largest output in bytes, with the copy in fp32 that log-probs are taken from."""
             size = logits.nbytes + (4 * logits.numel() if logits.element_size() < 4 else 0)
             self.memory["logits"] = max(self.memory["logits"], size)
 
@@ -170,7 +170,7 @@ def use_variant(variant: str) -> None:
 
 
 def use_random_weights(device: str) -> None:
-    """Models of the host's `train_from_scratch` are made on the device itself, policy and reference alike."""
+    """Make models of the host's `train_from_scratch` on the device itself, policy and reference alike."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -185,14 +185,14 @@ def use_random_weights(device: str) -> None:
 
 
 def use_rows_as_given() -> None:
-    """The rows are made up token by token: no data set and no template made them, and no record says so."""
+    """Take made-up rows: no data set and no template made them, and no record says so."""
     import solopo_plugin.workflow as workflow
 
     workflow.recorded = lambda *made_of: nullcontext()
 
 
 def recipe_of(settings: dict, run: dict, folder: Path) -> dict:
-    """The recipe that a user would write, on the benchmark's model and rows."""
+    """Write the recipe that a user would, on the benchmark's model and rows."""
     stage = "dpo" if run["variant"] == "V0" else "solopo"
     half = settings["dtype"] == "bfloat16"
     recipe = dict(
@@ -248,7 +248,7 @@ def watched(watch, train: Callable[[], None]) -> dict:
 
 
 def work(job: Path) -> None:
-    """A configuration's process: read the job, run it, write the result beside it."""
+    """Be a configuration's process: read the job, run it, write the result beside it."""
     given = json.loads(job.read_text())
     if given["run"]["variant"] == "T":
         from gpu.trl_dpo import run_here as run_trl
@@ -264,7 +264,7 @@ def work(job: Path) -> None:
 
 
 def write_model(folder: Path, settings: dict) -> None:
-    """A configuration and some tokenizer; the weights are made where the model is loaded."""
+    """Write a configuration and some tokenizer; the weights are made where the model is loaded."""
     from make_tiny_model import train_tokenizer
     from transformers import AutoConfig
 
@@ -275,7 +275,7 @@ def write_model(folder: Path, settings: dict) -> None:
 
 
 def write_rows(folder: Path, settings: dict, L: int) -> None:
-    """The same rows for both stages, as each finds them under `tokenized_path`."""
+    """Write the same rows for both stages, as each finds them under `tokenized_path`."""
     from datasets import Dataset, DatasetDict, disable_progress_bars
 
     disable_progress_bars()
@@ -314,12 +314,12 @@ def configurations(variants: list[str], losses: list[str], tunings: list[str]) -
 
 
 def name_of(run: dict) -> str:
-    """The name under which a configuration is recorded."""
+    """Return the name under which a configuration is recorded."""
     return " ".join(run[key] for key in ("variant", "loss", "reference", "tuning") if run[key])
 
 
 def measure(settings: dict, run: dict, folder: Path) -> dict:
-    """One configuration in its own process; `status` is ok, oom, or failed with the end of its log."""
+    """Run one configuration in its own process; `status` is ok, oom, or failed with the end of its log."""
     if run["variant"] != "T" and not (folder / f"{run['length']}-dpo").exists():
         write_rows(folder, settings, run["length"])
     job, result = folder / "job.json", folder / "result.json"
@@ -358,7 +358,7 @@ def find_longest(start: int, grain: int, fits) -> None:
 
 
 def setup_of(settings: dict, tuning: str) -> Setup:
-    """How the run stores things, for plan.py: adapters in fp32, full fine-tuning in the model's precision."""
+    """Say how the run stores things, for plan.py: adapters in fp32, full fine-tuning in the model's precision."""
     element = 2 if settings["dtype"] == "bfloat16" else 4
     trained = element if tuning == "full" else 4
     return Setup(
@@ -368,7 +368,7 @@ def setup_of(settings: dict, tuning: str) -> Setup:
 
 
 def summarise(settings: dict, runs: dict[str, dict]) -> list[dict]:
-    """A row per configuration: its median, its ratios to V0 and S1 of the same loss, and what plan.py predicts."""
+    """Return a row per configuration: its median, ratios to V0 and S1 of the same loss, and plan.py's predictions."""
     from transformers import AutoConfig
 
     S, R, shape = settings["short"], settings["response"], shape_of(AutoConfig.for_model(**settings["model"]))
@@ -405,7 +405,7 @@ def summarise(settings: dict, runs: dict[str, dict]) -> list[dict]:
 
 
 def longest_of(runs: dict[str, dict]) -> dict[str, dict]:
-    """Of each configuration that was searched: the longest long prompt that fitted, and the shortest that did not."""
+    """Return of each searched configuration the longest long prompt that fitted and the shortest that did not."""
     found = {}
     for run in runs.values():
         if any(r["trial"] and name_of(r) == name_of(run) for r in runs.values()):
@@ -418,7 +418,7 @@ def longest_of(runs: dict[str, dict]) -> dict[str, dict]:
 
 
 def as_markdown(document: dict) -> str:
-    """The document as a page."""
+    """Write the document as a page."""
     settings, machine = document["settings"], document["hardware"]
     model, runs = settings["model"], document["runs"]
 
@@ -459,7 +459,7 @@ def as_markdown(document: dict) -> str:
 
 
 def draw(document: dict, file) -> None:
-    """Step times and peaks as bars; a tick is what plan.py predicts (of a time: V0's over the predicted ratio)."""
+    """Draw step times and peaks; a tick is what plan.py predicts (of a time: V0's over the predicted ratio)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -487,7 +487,7 @@ def draw(document: dict, file) -> None:
 
 
 def write(document: dict, folder: Path, page: bool) -> None:
-    """The JSON and, for `page`, Markdown and plot; each file is replaced whole."""
+    """Write the JSON and, for `page`, Markdown and plot; each file is replaced whole."""
     made = {"json": lambda file: file.write(json.dumps(document, indent=1).encode())}
     if page:
         made["md"] = lambda file: file.write(as_markdown(document).encode())
@@ -498,7 +498,7 @@ def write(document: dict, folder: Path, page: bool) -> None:
 
 
 def hardware(device: str) -> dict:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     name, memory = (names or [platform.machine()])[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device == "cuda":  # asked elsewhere, so that this process takes nothing of the card
@@ -536,7 +536,7 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace) -> dict:
-    """The preset with what the command line changes."""
+    """Return the preset with what the command line changes."""
     preset = PRESETS[args.preset] | {"attention": args.attention, "memory": args.memory}
     for name in ("lengths", "tunings", "short", "response", "threads", "device", "dtype"):
         preset[name] = getattr(args, name) or preset[name]
@@ -549,7 +549,7 @@ def chosen(args: argparse.Namespace) -> dict:
 
 
 def open_document(args: argparse.Namespace, settings: dict) -> dict:
-    """What earlier runs left under this name, if they measured the same thing on the same machine; else a new one."""
+    """Read what earlier runs left under this name, if they measured the same on the same machine; else begin."""
     name = args.name or args.preset
     file = args.out / f"{name}.json"
     document = {
@@ -591,7 +591,7 @@ def main() -> None:
         write_model(Path(folder), settings)
 
         def once(configuration: dict, length: int, trial: bool = False) -> bool:
-            """Whether it fits; measured and recorded unless that was done before."""
+            """Tell whether it fits; measured and recorded unless that was done before."""
             timed = 1 if trial else slow if configuration["variant"] == "V0" else steps
             run = configuration | {"length": length, "steps": timed, "trial": trial}
             key, began = f"{name_of(run)} L{length}", time.perf_counter()

@@ -19,6 +19,7 @@ from solopo_plugin.qa.files import DataError
 
 
 def main(words: list[str] | None = None) -> int:
+    """Run the evaluation; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that override the recipe's")

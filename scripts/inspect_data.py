@@ -15,6 +15,7 @@ from solopo_plugin.synthesis.look import CHECKS, inspect
 
 
 def main(words: list[str] | None = None) -> int:
+    """Write the page; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a work folder of build_data.py, or a .jsonl or .parquet file")
     parser.add_argument("--output", type=Path, help="folder to write to; default: `inspection` beside the data")

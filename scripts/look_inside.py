@@ -17,6 +17,7 @@ from solopo_plugin.qa.files import DataError
 
 
 def main(words: list[str] | None = None) -> int:
+    """Write the page; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="hub name, folder, or folder of a LoRA adapter")
     parser.add_argument("--template", required=True, help="the host's chat template, as in training")

@@ -36,7 +36,7 @@ def passage(person: str, trade: str, place: str, rng: random.Random) -> str:
 
 
 def make_row(index: int, n_short: int = 2, n_long: int = 10) -> dict:
-    """One question with its passage and `n_short` - 1 or `n_long` - 1 others, in random order."""
+    """Make a row: one question with its passage and `n_short` - 1 or `n_long` - 1 others, in random order."""
     rng = random.Random(f"demo {index}")
     people = [f"{a} {b}" for a in NAMES for b in SURNAMES]
     chosen = rng.sample(people, n_long)
@@ -60,7 +60,7 @@ def make_row(index: int, n_short: int = 2, n_long: int = 10) -> dict:
 
 
 def make_question(index: int, n_distractors: int = 4) -> dict:
-    """A question that needs two passages, in the plain format of `build_data.py`; no person is in two questions."""
+    """Make a question that needs two passages, in the plain format of `build_data.py`; no person is in two of them."""
     rng = random.Random(f"question {index}")
     people = random.Random("people").sample([f"{a} {b}" for a in NAMES for b in SURNAMES], len(NAMES) * len(SURNAMES))
     first, second, *others = people[3 * index : 3 * index + 3]

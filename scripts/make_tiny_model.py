@@ -19,7 +19,7 @@ MARKERS = QWEN + LLAMA3
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024, bos: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every string has an encoding, and decoding gives it back."""
+    """Train a byte-level BPE: every string has an encoding, and decoding gives it back."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

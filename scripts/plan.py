@@ -49,7 +49,7 @@ ATTENTION = {"fa2": "flash_attention_2", "disabled": "eager"}  # the host's `fla
 
 
 def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
-    """A recipe's keys, and what they mean for memory by the host's rules for precision.
+    """Read a recipe's keys, and what they mean for memory by the host's rules for precision.
 
     Under DeepSpeed and with `pure_bf16` the weights are bf16; otherwise the host keeps what is trained in fp32, and
     autocast adds a bf16 copy. ZeRO stage and offload are read from the file that `deepspeed` names; several GPUs
@@ -98,7 +98,7 @@ def references_of(recipe: dict) -> dict[str, str | None]:
 
 
 def how_it_runs(config, recipe: dict, setup: Setup) -> tuple[str, str]:
-    """The variant that a recipe runs, and a sentence: its form, why, and the kernel of its attention."""
+    """Return the variant that a recipe runs, and a sentence: its form, why, and the kernel of its attention."""
     import torch
 
     from solopo_plugin.attention import IN_WORDS, how_a_step_runs, why_two_stages
@@ -132,7 +132,7 @@ class Measured(NamedTuple):
 
 
 def measurements(document: dict, tuning: str, L: int, references: dict) -> dict[str, Measured]:
-    """By variant, the measured configuration whose long prompt is nearest to L, of equal ones that with the reference.
+    """Pick for each variant the configuration measured nearest to L tokens; of equals, the one with a reference.
 
     Args:
         document: As scripts/gpu and benchmark_step.py write it: `settings`, and `runs` with `variant`, `tuning`,
@@ -161,7 +161,7 @@ def measurements(document: dict, tuning: str, L: int, references: dict) -> dict[
 
 
 def calibration(tuning: str, L: int, references: dict) -> tuple[dict[str, Measured], str]:
-    """The measurements of `GPU_JSON`, and a sentence about what the answer rests on."""
+    """Read the measurements of `GPU_JSON`, and say in a sentence what the answer rests on."""
     name = GPU_JSON.relative_to(ROOT) if GPU_JSON.is_relative_to(ROOT) else GPU_JSON
     if not GPU_JSON.exists():
         return {}, "Basis: arithmetic; nothing was measured on a GPU. Real peaks lie above it."
@@ -181,13 +181,13 @@ def calibration(tuning: str, L: int, references: dict) -> tuple[dict[str, Measur
 
 
 def gb(size: float) -> str:
-    """Bytes in words."""
+    """Write bytes in words."""
     return f"{size / 1e9:.1f} GB"
 
 
 def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int, int, int], references: dict,
            memory: float, nodes: int) -> tuple[str, list[str]]:  # fmt: skip
-    """The variant that runs, and sentences: the answer, then host memory, the number of GPUs, the basis, the setup."""
+    """Return the variant that runs, and sentences: the answer, host memory, how many GPUs, the basis, the setup."""
     S, R, L = lengths
     stage, lora = recipe.get("stage", "solopo"), setup.lora_rank > 0
     tuning = "lora" if lora else "full"
@@ -203,7 +203,7 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
         return longest(shape, v, S, R, references[v], setup, memory / factor[v])
 
     def times(v: str, other: str) -> float:
-        """Duration of a step of `v` over that of `other`: at measured rates where both have one, else FLOPs alone."""
+        """Return a step's time of `v` over that of `other`: at measured rates if both have one, else by FLOPs."""
         keys = dict(checkpointing=setup.checkpointing, lora=lora, both=setup.both)
         a, b = (sum(step_flops(shape, x, S, R, L, references[x], **keys).values()) for x in (v, other))
         return a / b * (seen[other].flops / seen[v].flops if v in seen and other in seen else 1)
@@ -269,7 +269,7 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
 
 def tables(shape: Shape, S: int, R: int, L: int, references: dict, setup: Setup, memory: float,
            window: int, shown: dict) -> tuple[str, str]:  # fmt: skip
-    """TFLOP per sample and GB per GPU, by part, by arithmetic alone; a line per configuration."""
+    """Table TFLOP per sample and GB per GPU, by part, by arithmetic alone; a line per configuration."""
     keys = dict(checkpointing=setup.checkpointing, lora=setup.lora_rank > 0, both=setup.both)
     flops = {v: step_flops(shape, v, S, R, L, references[v], **keys) for v in shown}
     parts = {v: step_memory(shape, v, S, R, L, references[v], setup) for v in shown}

@@ -1,4 +1,4 @@
-"""What a training step costs, by formulas: tokens, FLOPs, and memory on a GPU and beside it. plan.py prints them.
+"""Compute what a training step costs: tokens, FLOPs, and memory on a GPU and beside it. plan.py prints it.
 
 They count the multiplications that must be done and the tensors that must exist at the peak; fragmentation, workspaces
 and communication are left out. The accounting is ours; that of FLOPs is the usual one of 2 per multiplication and of
@@ -43,7 +43,7 @@ MODELS = {
 
 
 class Shape(NamedTuple):
-    """What the formulas need of a model; widths in elements."""
+    """Hold what the formulas need of a model; widths in elements."""
 
     layers: int
     width: int
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
 
 
 def read_config(model: str):
-    """The transformers config of a folder, a config.json, a hub name, or a name in `MODELS`."""
+    """Read the transformers config of a folder, a config.json, a hub name, or a name in `MODELS`."""
     from transformers import AutoConfig
 
     name = str(model).split("/")[-1].lower().replace("llama-3", "llama3").removesuffix("-instruct")
@@ -72,14 +72,14 @@ def read_config(model: str):
 
 
 def window_of(config) -> int:
-    """Tokens that the model's positions reach, prompt and response together, counting YaRN where the config has it."""
+    """Return the tokens that the model's positions reach, prompt and response together, with the config's YaRN."""
     rope, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", 1 << 24)
     original = rope.get("original_max_position_embeddings") or window
     return max(window, int(original * (rope.get("factor") or 1)))
 
 
 def on_meta(config):
-    """The model on torch's meta device, where no weight exists."""
+    """Build the model on torch's meta device, where no weight exists."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +107,7 @@ def shape_of(config) -> Shape:
 
 
 def parts_of(variant: str, S: int, R: int, L: int, both: bool = False) -> list[tuple[int, int]]:
-    """The sequences that a variant's forwards run: (new tokens, tokens of another's prompt that they share)."""
+    """List the sequences that a variant's forwards run: (new tokens, tokens of another's prompt that they share)."""
     short, long = (S + R, 0), (L + R, 0)
     if variant == "SFT":
         return [long]
@@ -118,7 +118,7 @@ def parts_of(variant: str, S: int, R: int, L: int, both: bool = False) -> list[t
 
 
 def counts(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[int, int, int]:
-    """Tokens that run through the layers, padding included; positions with logits, all in fp32 and by chunks."""
+    """Count tokens through the layers, padding included, and positions with logits, all in fp32 and by chunks."""
     parts = parts_of(variant, S, R, L, both)
     tokens = len(parts) * (L + R) if variant == "S0" else sum(new for new, _ in parts)
     kinds = {
@@ -131,13 +131,13 @@ def counts(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[in
 
 
 def count(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[int, int]:
-    """Tokens that run through the layers, padding included, and positions that get logits."""
+    """Count tokens that run through the layers, padding included, and positions that get logits."""
     tokens, wide, narrow = counts(variant, S, R, L, both)
     return tokens, wide + narrow
 
 
 def forward_flops(shape: Shape, parts: list[tuple[int, int]], tokens: int, logits: int) -> list[float]:
-    """[linear, attention, head] of a forward: 2 N t, the sum of 4 n d q p + 2 n d q^2, and 2 d V h.
+    """Return [linear, attention, head] of a forward: 2 N t, the sum of 4 n d q p + 2 n d q^2, and 2 d V h.
 
     n layers of width d and N parameters, t tokens, h logits; q new tokens see p shared ones and, causally, themselves.
     Attention among padding is not counted.
@@ -148,7 +148,7 @@ def forward_flops(shape: Shape, parts: list[tuple[int, int]], tokens: int, logit
 
 def step_flops(shape: Shape, variant: str, S: int, R: int, L: int, reference: str | None = None,
                checkpointing: bool = True, lora: bool = False, both: bool = False) -> dict[str, float]:  # fmt: skip
-    """FLOPs of a training step per sample, by part; their sum is the step.
+    """Return the FLOPs of a training step per sample, by part; their sum is the step.
 
     Forward, backward and, under checkpointing, forward again: (4, 4.5, 3) times (linear, attention, head), (3, 3.5, 3)
     without; attention's backward computes its scores anew. Under LoRA frozen matrices need no weight gradient: one less
@@ -165,7 +165,7 @@ def step_flops(shape: Shape, variant: str, S: int, R: int, L: int, reference: st
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run stores things, in bytes per parameter; the defaults are a bf16 model under DeepSpeed."""
+    """Say how a run stores things, in bytes per parameter; the defaults are a bf16 model under DeepSpeed."""
 
     gpus: int = 1
     zero: int = 0
@@ -186,7 +186,7 @@ class Setup:
 
 
 def layer_bytes(shape: Shape, element: int) -> int:
-    """What one layer keeps for its backward, per token, read from transformers' Llama and Qwen2 with SDPA.
+    """Return what one layer keeps for its backward, per token, read from transformers' Llama and Qwen2 with SDPA.
 
     Two norms: input (in fp32), normalised, scaled. Queries, keys, values, attention's output. Four MLP tensors.
     """
@@ -194,7 +194,7 @@ def layer_bytes(shape: Shape, element: int) -> int:
 
 
 def logits_bytes(shape: Shape, wide: int, narrow: int, chunk: int, element: int, online: bool) -> int:
-    """All in fp32, `wide`: the log-softmax and two gradients of it; V0's online reference adds the policy's logits.
+    """Return the logits' bytes, all in fp32; `wide`: log-softmax and two gradients; V0's online reference adds its own.
 
     By chunks, `narrow`: logits and their gradient in the model's precision, and three of fp32 for one chunk.
     """
@@ -202,13 +202,13 @@ def logits_bytes(shape: Shape, wide: int, narrow: int, chunk: int, element: int,
 
 
 def parameters_of(shape: Shape, setup: Setup) -> tuple[float, float, float]:
-    """Trained parameters, and bytes of those frozen and of a model that is not trained, a reference."""
+    """Return trained parameters, and bytes of those frozen and of a model that is not trained, a reference."""
     base = shape.linear * setup.frozen + (shape.parameters - shape.linear) * setup.element
     return (setup.lora_rank * shape.fans, base, base) if setup.lora_rank else (shape.parameters, 0, base)
 
 
 def host_memory(shape: Shape, reference: str | None, setup: Setup) -> dict[str, float]:
-    """Bytes in the nodes' memory of what is offloaded, all GPUs together; 16 and 18 per parameter as DeepSpeed counts.
+    """Return bytes in the nodes' memory of what is offloaded, for all GPUs; 16 and 18 a parameter as DeepSpeed counts.
 
     Its estimators (`estimate_zero3_model_states_mem_needs`) advise 1.5 times as much, for buffers.
     """
@@ -222,7 +222,7 @@ def host_memory(shape: Shape, reference: str | None, setup: Setup) -> dict[str, 
 
 def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: str | None = None,
                 setup: Setup = Setup()) -> dict[str, float]:  # fmt: skip
-    """Bytes per GPU by part; `peak` says what they come to.
+    """Return bytes per GPU by part; `peak` says what they come to.
 
     weights, gradients, optimizer: ZeRO's accounting (arXiv:1910.02054); ZeRO-3 gathers `live` parameters at a time, on
     one GPU as on many. What is offloaded is in `host_memory` instead. reference: a second copy of the model, the host's
@@ -253,12 +253,12 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
 
 
 def peak(memory: dict[str, float]) -> float:
-    """Bytes at the peak: the logits are gone before the layers run backward, so the larger of those two counts."""
+    """Return bytes at the peak: logits are gone before the layers run backward, so the larger of those two counts."""
     return sum(memory.values()) - min(memory["layer"], memory["logits"])
 
 
 def longest(shape: Shape, variant: str, S: int, R: int, reference: str | None, setup: Setup, memory: float) -> int:
-    """Tokens of the longest long prompt whose step needs at most `memory` bytes per GPU; 0 where none does."""
+    """Return tokens of the longest long prompt whose step needs at most `memory` bytes per GPU; 0 where none does."""
     low, high = 0, 1 << 24
     while high - low > 1:
         middle = (low + high) // 2

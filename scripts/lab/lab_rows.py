@@ -1,4 +1,4 @@
-"""All data sets of one seed of the lab's first task: those of `make_rows`, sampled pairs, other lengths, lost evidence.
+"""Make all data sets of a seed of the first task: those of `make_rows`, sampled pairs, other lengths, lost evidence.
 
 Rows of `recall_long_po` and the rejected responses of `recall_longpo` are sampled from the base on the long context, 32
 answers at temperature 0.85 as in the paper: a question whose answers are all right or all wrong is left out, and others
@@ -40,7 +40,7 @@ ENTRIES = {  # name -> file, columns
 
 @torch.inference_mode()
 def sampled(model, long_BT: Tensor, right_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Answers of the model on the long context, judged.
+    """Sample the model's answers on the long context and judge them.
 
     Returns:
         Whether any of `SAMPLES` answers is right (B,), whether any is wrong (B,), and a wrong one (B,).
@@ -55,7 +55,7 @@ def sampled(model, long_BT: Tensor, right_B: Tensor, generator: torch.Generator)
 
 
 def sampled_rows(model, n: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """`n` rows of vanilla long PO, both responses sampled on the long context, and `n` of LongPO, the rejected one."""
+    """Draw `n` rows of vanilla long PO, both responses sampled on long contexts, and `n` of LongPO, the rejected."""
     generator = torch.Generator().manual_seed(seed)
     both, rejected = [], []
     while len(both) < n:
@@ -68,13 +68,13 @@ def sampled_rows(model, n: int, seed: int) -> tuple[list[dict], list[dict]]:
 
 
 def spare(long_BT: Tensor, first: int, generator: torch.Generator) -> Tensor:
-    """A word of each row's kind (keys or values, from id `first`) that its long prompt does not have, shape (B,)."""
+    """Draw a word for each row, a key or value (ids from `first` on), that its long prompt does not have: (B,)."""
     free_BN = ~(long_BT[:, :, None] == first + torch.arange(N)).any(1)
     return first + torch.multinomial(free_BN.float(), 1, generator=generator)[:, 0]
 
 
 def without_evidence(drawn: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """In a share `LOST` of the short prompts the asked pair gives way to one that the long prompt does not have."""
+    """Take the asked pair out of a share `LOST` of the short prompts; one that is not in the long takes its place."""
     short_BT, long_BT, right_B, wrong_B = drawn
     pair_BT = torch.roll(short_BT == long_BT[:, -1:], 1, 1) | (short_BT == long_BT[:, -1:])
     pair_BT[:, -1] = False  # the question itself
@@ -111,14 +111,14 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def settings() -> dict:
-    """What rows and measured accuracies depend on, beside the seed."""
+    """Return what rows and measured accuracies depend on, beside the seed."""
     weights = file_hash(BASE / "model.safetensors")
     return dict(base=weights, rows=ROWS, pairs=[SHORT, LONG, *COMPRESSED], samples=SAMPLES, temperature=TEMPERATURE,
                 lost=LOST, measured=MEASURED, asked=[ASKED, ASKED_BY_STEP])  # fmt: skip
 
 
 def measured(model: Path, seed: int, ends: bool = False) -> dict[int, float]:
-    """Accuracy by number of pairs; `ends`: of the short and the long context alone, over fewer questions."""
+    """Measure accuracy by number of pairs; `ends`: of the short and the long context alone, over fewer questions."""
     lengths, n = ((SHORT, LONG), ASKED_BY_STEP) if ends else (MEASURED, ASKED)
     chosen_by = CHOOSING if seed == SWEEP_SEED else QUESTIONS
     return profile(AutoModelForCausalLM.from_pretrained(model), lengths, n, chosen_by)

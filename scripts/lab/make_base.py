@@ -28,7 +28,7 @@ CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # wh
 
 
 def tokenizer(vocabulary: list[str] = WORDS) -> PreTrainedTokenizerFast:
-    """A word is a token; words are separated by white space."""
+    """Return a tokenizer to which a word is a token; words are separated by white space."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("eos_token", "pad_token", "unk_token"), SPECIAL, strict=False))
@@ -36,7 +36,7 @@ def tokenizer(vocabulary: list[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def untrained() -> Qwen2ForCausalLM:
-    """Qwen2 of 492,000 parameters."""
+    """Return a Qwen2 of 492,000 parameters, its weights drawn."""
     shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4)
     ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=False)
     return Qwen2ForCausalLM(
@@ -94,7 +94,7 @@ def learn_to_answer(model, generator: torch.Generator, steps: int = 100) -> None
 
 
 def save(model, folder: Path, vocabulary: list[str] = WORDS) -> None:
-    """Weights in fp16, half the size; the configuration says fp32, in which they are loaded again."""
+    """Save weights in fp16, half the size; the configuration says fp32, in which they are loaded again."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer(vocabulary).save_pretrained(folder)
     model.config.architectures = [type(model).__name__]

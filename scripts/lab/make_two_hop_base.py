@@ -35,7 +35,7 @@ IDS = {word: i for i, word in enumerate(WORDS)}
 
 
 def untrained() -> Qwen2ForCausalLM:
-    """Qwen2 of two layers and 580,000 parameters."""
+    """Return a Qwen2 of two layers and 580,000 parameters, its weights drawn but for `look_back`."""
     shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2)
     heads = dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096)
     ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
@@ -46,7 +46,7 @@ def untrained() -> Qwen2ForCausalLM:
 
 @torch.no_grad()
 def look_back(model) -> None:
-    """Head h of the first layer looks h + 1 words back.
+    """Let head h of the first layer look h + 1 words back.
 
     RoPE turns queries and keys by their place; a constant key, turned by h + 1 places beforehand, agrees best with a
     constant query where it stands h + 1 places before it.
@@ -62,7 +62,7 @@ def look_back(model) -> None:
 
 
 def loss_at(model, ids_BT: Tensor, learnt_BT: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the tokens `learnt_BT`."""
+    """Return the mean negative log-likelihood of the tokens `learnt_BT`."""
     hidden_BTD = model.model(ids_BT).last_hidden_state[:, :-1]
     learnt_BT = learnt_BT[:, 1:]
     return F.cross_entropy(model.lm_head(hidden_BTD[learnt_BT]), ids_BT[:, 1:][learnt_BT])
@@ -83,7 +83,7 @@ def learn_to_copy(model, generator: torch.Generator) -> None:
 
 
 def lesson(n_documents: int, rng: random.Random) -> tuple[list[int], list[bool]]:
-    """Token ids of a context with `ASKED` questions and answers behind it, and which of them are answers."""
+    """Draw a context with `ASKED` questions and answers: its token ids, and for each whether it is an answer's."""
     world = World(n_documents, rng)
     people = rng.sample(list(world.people), min(ASKED, n_documents // 2))
     asked = [world.ask(person, rng.choice(list(FIRST)), rng.choice(list(SECOND))) for person in people]

@@ -1,4 +1,4 @@
-"""The lab's task: a context of pairs `key value key value ...`, then `? key`; the answer is that key's value.
+"""Draw the lab's first task: pairs `key value key value ...`, then `? key`; the answer is that key's value.
 
 A short context holds the asked pair among a few others, a long one the same pairs scattered among many more. A word is
 a token: keys are syllables, values numbers, each of 126. Text and token ids say the same, and with the host's template
@@ -56,12 +56,12 @@ COLUMNS = ("prompt", "long_prompt", "chosen", "rejected")
 
 
 def as_rows(*drawn: Tensor) -> list[dict]:
-    """Short prompts, long prompts, chosen and rejected values as rows of text."""
+    """Write short prompts, long prompts, chosen and rejected values out as rows of text."""
     return [dict(zip(COLUMNS, map(text, row), strict=True)) for row in zip(*drawn, strict=True)]
 
 
 def rows(n: int, seed: int, short: int = SHORT, long: int = LONG) -> list[dict]:
-    """`n` preference rows of the experiments, in the columns of `stage: solopo`."""
+    """Draw `n` preference rows of the experiments, in the columns of `stage: solopo`."""
     return as_rows(*questions(n, short, long, torch.Generator().manual_seed(seed)))
 
 
@@ -71,7 +71,7 @@ CHOOSING = 2**21  # of those by which settings are chosen
 
 @torch.inference_mode()
 def accuracy(model, pairs: int, n: int = 512, seed: int = QUESTIONS) -> float:
-    """Share of `n` questions over `pairs` pairs whose right value is the model's first choice among all words.
+    """Measure the share of `n` questions over `pairs` pairs whose right value is the model's first choice of all words.
 
     The questions of a length and seed are the same for every model.
     """
@@ -82,5 +82,5 @@ def accuracy(model, pairs: int, n: int = 512, seed: int = QUESTIONS) -> float:
 
 
 def profile(model, lengths=LENGTHS, n: int = 512, seed: int = QUESTIONS) -> dict[int, float]:
-    """Accuracy by number of pairs."""
+    """Measure accuracy by number of pairs."""
     return {pairs: round(accuracy(model, pairs, n, seed), 4) for pairs in lengths}

@@ -1,4 +1,4 @@
-"""Tables and plots of the lab's results, with 95 % intervals over seeds (Student's t).
+"""Make tables and plots of the lab's results, with 95 % intervals over seeds (Student's t).
 
     python scripts/lab/report.py                # saves/lab/report: tables.md, runs.json and the pictures
     python scripts/lab/report.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
@@ -73,14 +73,14 @@ WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart.
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval; nan for a single value, which has none."""
+    """Return the mean and half the width of its 95 % interval; nan for a single value, which has none."""
     n = len(values)
     half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
     return statistics.mean(values), float(half)
 
 
 def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
-    """(arm, rate) -> seed -> result; from a folder of results, or from runs.json, which has no logs.
+    """Read results, (arm, rate) -> seed -> result, from a folder of them or from runs.json, which has no logs.
 
     A result of another recipe, base, rows or questions than those of today is left out and named.
     """
@@ -107,7 +107,7 @@ def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
 
 
 def base_accuracy(source: Path, task: str) -> dict[int, float]:
-    """Of the base on the arms' questions; from beside a folder of results, or from runs.json."""
+    """Read the base's accuracy on the arms' questions, from beside a folder of results or from runs.json."""
     if source.suffix == ".json":
         bases = json.loads(source.read_text(encoding="utf-8"))
         found = next((run for run in bases if (run["task"], run["arm"]) == (task, "base")), None)
@@ -132,12 +132,12 @@ def short_form(run: dict, task: str) -> dict:
 
 
 def warned(log: list[dict]) -> bool:
-    """Whether the trainer, which looks after every log, has warned at any."""
+    """Tell whether the trainer, which looks after every log, has warned at any."""
     return any(collapse(log[: i + 1]) is not None for i in range(len(log)))
 
 
 class Results:
-    """Runs of a task by arm, at the rate that stands for it, without those of the sweep's seed."""
+    """Hold a task's runs by arm and rate; what the tables show is at an arm's own rate and not of the sweep's seed."""
 
     def __init__(self, source: Path, task: str = "recall"):
         self.all, self.task = read(source, task), task
@@ -148,31 +148,34 @@ class Results:
         self.names = [name for name in arms(task) if self.runs(name)]
 
     def runs(self, name: str, rate: float | None = None) -> dict[int, dict]:
+        """Return an arm's runs by seed, at this rate or at the arm's own."""
         runs = self.all.get((name, rate or chosen_rate(name, self.task)), {})
         return {seed: run for seed, run in runs.items() if seed != SWEEP_SEED}
 
     def shipped(self) -> list[dict]:
-        """What tables are made of, for runs.json."""
+        """Return what tables are made of, for runs.json."""
         base = [{"task": self.task, "arm": "base", "accuracy": self.base}] if self.base else []
         runs = [run for runs in self.all.values() for run in runs.values()]
         return base + [{key: run[key] for key in ("task", *SHIPPED, "warned")} for run in runs]
 
     def accuracy(self, name: str, length: int, rate: float | None = None) -> tuple[float, float]:
+        """Return an arm's mean accuracy at a length, and its interval."""
         return interval([run["accuracy"][str(length)] for run in self.runs(name, rate).values()])
 
 
 def cell(mean: float, half: float) -> str:
+    """Write a mean with its interval, where it has one."""
     return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """Markdown."""
+    """Return a table as Markdown."""
     rows = [head, ["---"] * len(head), *lines]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def accuracies(results: Results, names: list[str], rate: float | None = None) -> str:
-    """Accuracy by length: mean over seeds and half width of its interval; in how many runs the trainer warned."""
+    """Table accuracy by length, its mean over seeds with an interval, and in how many runs the trainer warned."""
     base = ["base", *(f"{share:.3f}" for share in results.base.values()), "", "", "", ""]
     lines = [base] if results.base else []
     for name in names:
@@ -186,14 +189,14 @@ def accuracies(results: Results, names: list[str], rate: float | None = None) ->
 
 
 def best_rate(by_rate: dict[float, dict], ends: tuple[int, int] = (SHORT, LONG)) -> float:
-    """That with the best mean accuracy at both ends; RATE where it is within WITHIN of the best."""
+    """Return the rate with the best mean accuracy at both ends; RATE where it is within WITHIN of the best."""
     means = {rate: sum(run["accuracy"][str(n)] for n in ends) / 2 for rate, run in by_rate.items()}
     best = max(means, key=means.get)
     return RATE if means[best] - means.get(RATE, -1) <= WITHIN else best
 
 
 def sweep(results: Results) -> str:
-    """Accuracy at both ends by learning rate; the chosen rate in bold."""
+    """Table accuracy at both ends by learning rate, the chosen rate in bold."""
     task, ends, of_sweep = results.task, results.ends, table(results.task)["sweep"]
     columns, lines = sorted({rate for rates in of_sweep["rates"].values() for rate in rates}), []
     for name, rates in of_sweep["rates"].items():
@@ -209,7 +212,7 @@ def sweep(results: Results) -> str:
 
 
 def differences(results: Results) -> str:
-    """Seed by seed, since arms of one data set share its rows; forms of SoLo at one rate, methods each at its own."""
+    """Table differences by seed, since arms share its rows; forms of SoLo at one rate, methods each at its own."""
     lines = []
     for first, second, what in DIFFERENCES:
         rate = RATE if results.task == "recall" and all(name.startswith("solo_") for name in (first, second)) else None
@@ -225,7 +228,7 @@ def differences(results: Results) -> str:
 
 
 def tables(recall: Results, two_hop: Results) -> dict[str, str]:
-    """Name of the marker in docs/lab.md -> Markdown."""
+    """Return all tables: name of the marker in docs/lab.md -> Markdown."""
     solos = [name for name in table("recall")["arms"] if name.startswith("solo_")]
     return {
         "sweep": sweep(recall),
@@ -243,11 +246,13 @@ def tables(recall: Results, two_hop: Results) -> dict[str, str]:
 
 
 def save(figure, path: Path) -> None:
+    """Write a figure as PNG and close it."""
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def by_length(results: Results, path: Path) -> None:
+    """Draw accuracy by length, a panel for DPO's and one for ORPO's arms."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
     for place, loss in zip(axes, ("dpo", "orpo"), strict=True):
         place.plot(results.base.keys(), results.base.values(), "k--", label="base")
@@ -260,6 +265,7 @@ def by_length(results: Results, path: Path) -> None:
 
 
 def bars(results: Results, path: Path) -> None:
+    """Draw every arm's accuracy at both ends."""
     names = results.names
     figure, axes = plt.subplots(figsize=(9, 0.27 * len(names) + 1.2), layout="constrained")
     for offset, (length, color) in enumerate(zip(results.ends, ("tab:gray", "tab:blue"), strict=True)):
@@ -275,6 +281,7 @@ def bars(results: Results, path: Path) -> None:
 
 
 def against(place, results: Results, arms_by_x: dict[float, str], label: str, **style) -> None:
+    """Draw accuracy at both ends of the arms that have been run, against what they differ in."""
     there = {x: name for x, name in arms_by_x.items() if results.runs(name, RATE)}
     for pairs, line in ((SHORT, ":"), (LONG, "-")):
         points = [results.accuracy(name, pairs, RATE) for name in there.values()]
@@ -301,6 +308,7 @@ def alpha_curve(results: Results, path: Path) -> None:
 
 
 def compression(results: Results, path: Path) -> None:
+    """Draw accuracy by the short context's share of the long one."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     by_pairs = {n: f"solo_orpo_short_{n}" for n in COMPRESSED} | {SHORT: "solo_orpo_alpha_0.3"}
     against(axes, results, {100 * n / LONG: by_pairs[n] for n in sorted(by_pairs)}, "SoLo-ORPO, alpha 0.3")
@@ -310,13 +318,13 @@ def compression(results: Results, path: Path) -> None:
 
 
 def curve(runs: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps and means over seeds of a logged value; empty where the arm does not log it."""
+    """Return steps and means over seeds of a logged value; empty where the arm does not log it."""
     logged = [{entry["step"]: entry[key] for entry in run["log"] if key in entry} for run in runs]
     return list(logged[0]), [statistics.mean(log[step] for log in logged) for step in logged[0]]
 
 
 def dynamics(results: Results, path: Path) -> None:
-    """A loss in a row: margin, log-prob of the rejected response, reward gap, short reward, accuracy at both ends."""
+    """Draw training, one row a loss: margin, rejected log-prob, reward gap, short reward, accuracy at both ends."""
     logged = ("rewards/margins", "logps/rejected", "solopo/reward_gap", "solopo/reward_short")
     titles = (*logged, *(f"accuracy, {length} {results.unit}" for length in results.ends))
     figure, axes = plt.subplots(2, 6, figsize=(24, 7.5), layout="constrained")
@@ -345,7 +353,7 @@ OF_BOTH = ("accuracy_by_length", "methods", "dynamics")  # drawn of the second t
 
 
 def filled(page: str, parts: dict[str, str]) -> str:
-    """The page with each part between `<!-- NAME -->` and `<!-- /NAME -->`."""
+    """Return the page with each part between `<!-- NAME -->` and `<!-- /NAME -->`."""
     for name, text in parts.items():
         mark = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not mark.search(page):
@@ -360,11 +368,13 @@ def retired() -> list[dict]:
 
 
 def write(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def main(words: list[str] | None = None) -> int:
+    """Write tables, runs.json and plots; with --docs also into docs/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "saves/lab/results")
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab/report")

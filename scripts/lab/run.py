@@ -77,18 +77,19 @@ def sweep_jobs(names: list[str], seeds: list[int] | None, rates: list[float] | N
 
 
 def done(job: dict) -> bool:
+    """Tell whether a job's result is there, of today's key."""
     path = Path(job["result"])
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["key"] == job["key"]
 
 
 def environment(out: Path) -> None:
-    """Of the workers, which inherit it: one thread each, no GPU, and the caches in the lab's folder."""
+    """Set the environment that workers inherit: one thread each, no GPU, and the caches in the lab's folder."""
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     os.environ.update(SOLOPO_CACHE=str(out / "cache"), HF_DATASETS_CACHE=str(out / "cache/datasets"))
 
 
 def begin() -> None:
-    """A worker: one run after another, one thread each."""
+    """Begin a worker, which makes one run after another with one thread."""
     import torch
 
     torch.set_num_threads(1)
@@ -96,7 +97,7 @@ def begin() -> None:
 
 
 def end_with_the_parent() -> None:
-    """A worker whose runner was killed would go on with its run, beside that of the next runner."""
+    """End this worker when its runner is killed: it would go on, beside the next runner's."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -112,7 +113,7 @@ def run_quietly(work, log: Path, *args):
 
 
 def train(job: dict) -> None:
-    """One run: train by the recipe, measure, write the result, remove the run."""
+    """Make one run: train by the recipe, measure, write the result, remove the run."""
     from llamafactory.train.tuner import run_exp
 
     recipe, folder, start = job["recipe"], Path(job["recipe"]["output_dir"]), time.process_time()
@@ -133,7 +134,7 @@ def train(job: dict) -> None:
 
 
 def prepare(task: str, folder: Path, seed: int) -> None:
-    """The rows of a seed, made again if what they depend on is another; the mark comes last."""
+    """Make the rows of a seed, again if what they depend on is another; the mark comes last."""
     mark, settings = folder / "made.json", json.loads(json.dumps(TASKS[task].settings()))
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings:
         return
@@ -143,11 +144,12 @@ def prepare(task: str, folder: Path, seed: int) -> None:
 
 
 def base_of(task: str, out: Path) -> dict:
-    """The base on the arms' questions, which are others than those of its profile.json."""
+    """Return the job that measures the base on the arms' questions, which are not those of its profile.json."""
     return dict(task=task, result=str(out / "base.json"), key=key_of(TASKS[task].settings(), {}))
 
 
 def measure_base(job: dict) -> None:
+    """Measure the base and write the result."""
     task = TASKS[job["task"]]
     write_json(Path(job["result"]), {"key": job["key"], "accuracy": task.measured(task.BASE, 0)})
 
@@ -179,6 +181,7 @@ def wanted_arms(args, parser) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> int:
+    """Make rows and runs that are missing; returns 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="recall", choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: those of the paper's comparison")

@@ -1,4 +1,4 @@
-"""Accuracy against context length, before and after training: a table, and a picture.
+"""Show accuracy against context length, before and after training: a table, and a picture.
 
 python scripts/lab/show_accuracy.py MODEL_FOLDER [--before data/lab/base] [--output MODEL_FOLDER/../accuracy.png]
 """
@@ -16,7 +16,7 @@ from solopo_plugin.qa.files import write_json
 
 
 def table(before: dict[int, float], after: dict[int, float]) -> str:
-    """One line per length, with a bar for what came of it."""
+    """Return a line per length, with a bar for what came of it."""
     lines = ["pairs in the context     before      after"]
     for pairs, share in after.items():
         note = {SHORT: "  <- trained on", LONG: "  <- aligned to it"}.get(pairs, "")
@@ -25,7 +25,7 @@ def table(before: dict[int, float], after: dict[int, float]) -> str:
 
 
 def draw(before: dict[int, float], after: dict[int, float], path: Path) -> None:
-    """The two curves, with the lengths of the rows marked."""
+    """Draw the two curves, with the lengths of the rows marked."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The lab's second task: two hops in templated English over invented names, answered by a chain of thought.
+"""Make the lab's second task: two hops in templated English over invented names, answered by a chain of thought.
 
 A paragraph says two things of a person or of a firm: `Gabda works for Rudco . Gabda studied at Milmond .` A question
 needs a paragraph of each kind, and one of the two things in each: `In what town is the employer of Gabda ?`. Its answer
@@ -66,7 +66,7 @@ ASKED, ASKED_BY_STEP = 128, 64  # of those, of a run's finished model and of a c
 
 
 class World:
-    """People with an employer and a school, no one else's, firms with a town and an owner; a paragraph of each."""
+    """Draw people with an employer and a school of their own, firms with a town and an owner; a paragraph of each."""
 
     def __init__(self, n_people: int, rng: random.Random):
         people, firms = rng.sample(NAMES["person"], n_people), rng.sample(NAMES["firm"], 2 * n_people)
@@ -80,7 +80,7 @@ class World:
                 self.paragraphs[name] = " ".join(rng.sample(facts, 2))
 
     def ask(self, person: str, noun: str, kind: str) -> dict:
-        """A question over two hops: its text, its answer's last word, the names of its evidence, the answer in full."""
+        """Ask over two hops: the question, its answer's last word, the names of its evidence, the answer in full."""
         firm = self.people[person][noun]
         value = self.firms[firm][kind]
         chain = f"{FACT.format(person, FIRST[noun], firm)} {FACT.format(firm, SECOND[kind], value)} {MARKER} {value}"
@@ -88,7 +88,7 @@ class World:
 
 
 def questions(n: int, seed: int) -> list[dict]:
-    """`n` questions of one world in the plain format of docs/data.md; each person is asked of four times."""
+    """Draw `n` questions of one world in the plain format of docs/data.md; each person is asked of four times."""
     if n > QUESTIONS_ASKED:
         raise ValueError(f"{n} questions: the names are enough for {QUESTIONS_ASKED}.")
     rng = random.Random(f"two hops {seed}")
@@ -110,7 +110,7 @@ def questions(n: int, seed: int) -> list[dict]:
 
 
 def contexts(asked: list[dict], tokens: int) -> list[str]:
-    """The prompt of each question with a context of at most `tokens` tokens, from the pipeline's own builder.
+    """Build each question's prompt of at most `tokens` tokens with the pipeline's own builder.
 
     Distractors are paragraphs of the other questions: some 80 questions are needed for 640 tokens.
     """
@@ -127,7 +127,7 @@ def contexts(asked: list[dict], tokens: int) -> list[str]:
 
 @torch.inference_mode()
 def answers(model, tokenizer, prompts: list[str], batch: int = 64) -> list[str]:
-    """Greedy answers; prompts are padded on the left, which RoPE does not see."""
+    """Answer prompts greedily; they are padded on the left, which RoPE does not see."""
     found = []
     for start in range(0, len(prompts), batch):
         given = tokenizer(prompts[start : start + batch], padding=True, padding_side="left", return_tensors="pt")
@@ -140,7 +140,7 @@ def answers(model, tokenizer, prompts: list[str], batch: int = 64) -> list[str]:
 
 @functools.cache
 def held_out(n: int, tokens: int) -> list[dict]:
-    """The first `n` of `MEASURED` questions, always the same ones, as {"prompt", "answers"}."""
+    """Return the first `n` of `MEASURED` questions, always the same ones, as {"prompt", "answers"}."""
     asked = questions(MEASURED, HELD_OUT)
     rows = [
         {"prompt": prompt, "answers": one["answers"]}
@@ -151,7 +151,7 @@ def held_out(n: int, tokens: int) -> list[dict]:
 
 
 def measure(model_folder: Path, n: int = MEASURED, lengths: tuple[int, ...] = LENGTHS) -> dict[int, float]:
-    """Share of `n` held-out questions answered right by sub-EM behind the marker, by tokens of the prompt at most."""
+    """Measure the share of `n` held-out questions answered right, by sub-EM behind the marker, for each length."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     tokenizer, shares = AutoTokenizer.from_pretrained(BASE), {}
     for tokens in lengths:
@@ -166,9 +166,11 @@ def measure(model_folder: Path, n: int = MEASURED, lengths: tuple[int, ...] = LE
 
 
 def prepare(folder: Path, seed: int = 0, n: int = QUESTIONS_ASKED, **keys) -> None:
-    """Questions of a seed, then the pipeline; `folder/dataset_info.json` registers the rows. Can be killed, continues.
+    """Make the rows of a seed by the pipeline, registered in `folder/dataset_info.json`. Can be killed and continues.
 
     Args:
+        folder: Where questions, rows and the pipeline's work go.
+        seed: Of the questions and all that is drawn.
         n: Questions; the larger part gives a pair on the short context.
         keys: Of the recipe, instead of its own.
     """
@@ -180,17 +182,18 @@ def prepare(folder: Path, seed: int = 0, n: int = QUESTIONS_ASKED, **keys) -> No
 
 
 def settings() -> dict:
-    """What rows and measured accuracies depend on, beside the seed."""
+    """Return what rows and measured accuracies depend on, beside the seed."""
     files = dict(base=file_hash(BASE / "model.safetensors"), recipe=file_hash(RECIPE))
     return files | dict(questions=QUESTIONS_ASKED, measured=LENGTHS, asked=[ASKED, ASKED_BY_STEP])
 
 
 def measured(model: Path, seed: int, ends: bool = False) -> dict[int, float]:
-    """Accuracy by tokens of the prompt; `ends`: of the short and the long context alone, over fewer questions."""
+    """Measure accuracy by tokens of the prompt; `ends`: of the short and long context alone, over fewer questions."""
     return measure(model, ASKED_BY_STEP, (SHORT, LONG)) if ends else measure(model, ASKED)
 
 
 def main(words: list[str] | None = None) -> None:
+    """Write the rows of one seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where dataset_info.json and the rows are to be")
     parser.add_argument("--seed", type=int, default=0, help="of the questions and all that is drawn (default 0)")
