@@ -88,6 +88,14 @@ def test_the_recipe_of_the_readme_is_taken_by_the_host():
     assert finetuning_args.stage == "solopo" and finetuning_args.solopo_detach_short
 
 
+def test_the_page_of_training_defines_every_metric_and_no_other():
+    from solopo_plugin.trainer import METRICS
+
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = page[page.index("| metric | definition |") :].partition("\n\n")[0]
+    assert {name for row in table.splitlines()[2:] for name in named(row.split(" | ")[0], r"`([^`]+)`")} == set(METRICS)
+
+
 def named(text: str, pattern: str) -> set[str]:
     return set(re.findall(pattern, text))
 
