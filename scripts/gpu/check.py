@@ -76,7 +76,7 @@ def attending(how: str, dry: bool):
 
 
 def far(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Return the norm of the difference over the norm."""
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
@@ -86,7 +86,7 @@ def is_right(error: float, yardstick: float) -> bool:
 
 
 def row_of(shapes, seed=0):
-    """A packed row of (short, long, chosen, rejected) lengths, and its groups."""
+    """Make a packed row of (short, long, chosen, rejected) lengths, and its groups."""
     draw, groups = random.Random(seed), []
 
     def tokens(n):
@@ -99,14 +99,14 @@ def row_of(shapes, seed=0):
 
 
 def states(T, H, K, D, device, dtype=torch.bfloat16, seed=0):
-    """Queries, keys and values, shape (1, H or K, T, D), in the memory order that a projection leaves: T, H, D."""
+    """Draw queries, keys and values, shape (1, H or K, T, D), in the memory order that a projection leaves: T, H, D."""
     make = torch.Generator(device).manual_seed(seed)
     raw = [torch.randn(1, T, h, D, generator=make, device=device).to(dtype).transpose(1, 2) for h in (H, K, K)]
     return [x.detach().requires_grad_() for x in raw]
 
 
 def masked_softmax(query, key, value, plan, scale):
-    """The whole T x T softmax with a mask made of the plan; shape (1, T, H, D)."""
+    """Return attention by the whole T x T softmax, with a mask made of the plan; shape (1, T, H, D)."""
     T, groups = query.shape[2], query.shape[1] // key.shape[1]
     seen = torch.zeros(T, T, dtype=torch.bool, device=query.device)
     for segment in plan.segments:
@@ -123,7 +123,7 @@ def masked_softmax(query, key, value, plan, scale):
 
 
 def cli(dry: bool, device: str) -> dict:
-    """The real command line: stage, start hook and card."""
+    """Train through the real command line: stage, start hook and card."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = Path(folder) / "tiny"
         subprocess.run([sys.executable, "scripts/make_tiny_model.py", tiny], cwd=ROOT, check=True)
@@ -146,7 +146,7 @@ def cli(dry: bool, device: str) -> dict:
 
 
 def op(dry: bool, device: str) -> dict:
-    """Errors of output, dq, dk, dv; the larger of the four counts."""
+    """Return the errors of output, dq, dk, dv; the larger of the four counts."""
     found = {}
     heads = ((28, 4, 128), (32, 8, 128), (8, 8, 64), (8, 2, 256), (12, 12, 80))
     rows = {
@@ -173,7 +173,7 @@ def op(dry: bool, device: str) -> dict:
 
 
 def small_qwen2(dry: bool, vocabulary: int):
-    """A model whose log-probs differ much from token to token, in fp32."""
+    """Make a model whose log-probs differ much from token to token, in fp32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     width = dict(hidden_size=64, intermediate_size=96) if dry else dict(hidden_size=1024, intermediate_size=2816)
@@ -185,7 +185,7 @@ def small_qwen2(dry: bool, vocabulary: int):
 
 
 def alone(model, groups, device) -> list[torch.Tensor]:
-    """Log-probs of each response's tokens, one sequence at a time."""
+    """Return log-probs of each response's tokens, one sequence at a time."""
     found = []
     for prompt, responses in groups:
         for response in responses:
@@ -197,7 +197,7 @@ def alone(model, groups, device) -> list[torch.Tensor]:
 
 
 def model(dry: bool, device: str) -> dict:
-    """Every sequence alone in fp32 is the truth; in 16 bits it is the yardstick."""
+    """Compare forms of a packed row. Every sequence alone in fp32 is the truth; in 16 bits it is the yardstick."""
     exact = small_qwen2(dry, 64).to(device).train()
     row, groups = row_of([(20, 60, 5, 7), (9, 30, 1, 2)] if dry else [(200, 1500, 40, 60), (90, 700, 1, 17)])
     row = {k: v.to(device) if torch.is_tensor(v) else v for k, v in row.items()}
@@ -237,7 +237,7 @@ def model(dry: bool, device: str) -> dict:
 
 
 def catcher():
-    """A callback that keeps the gradients of the first step, before the optimizer, and its loss."""
+    """Make a callback that keeps the gradients of the first step, before the optimizer, and its loss."""
     from transformers import TrainerCallback
 
     class Catcher(TrainerCallback):
@@ -255,7 +255,7 @@ def catcher():
 
 
 def by_hand(model, rows, device: str) -> float:
-    """SoLo-ORPO's loss with the squared penalty by its definition, one sequence at a time, beta 0.1 and alpha 1."""
+    """Return SoLo-ORPO's loss with the squared penalty by definition, one sequence at a time; beta 0.1, alpha 1."""
 
     def odds(x):
         return x - torch.log(1 - torch.exp(x))
@@ -309,7 +309,7 @@ def small_trainings(dry: bool, device: str):
 
 
 def trainer(dry: bool, device: str) -> dict:
-    """The forms of a step beside two stages in fp32, and that beside a loss by hand."""
+    """Compare the forms of a step with two stages in fp32, and that with a loss by hand."""
     from datasets import load_from_disk
 
     forms = {
@@ -340,7 +340,7 @@ def trainer(dry: bool, device: str) -> dict:
 
 
 def options(dry: bool, device: str) -> dict:
-    """Keys of the host that change how a model runs, each beside a packed step without it; fp32 is the truth.
+    """Compare a packed step under keys of the host that change how a model runs with one without; fp32 is the truth.
 
     Dry, the compiler is left out (its frontend runs), and what needs a GPU is not run.
     """
@@ -375,7 +375,7 @@ def both_ways(function, x, plan, slope):
 
 
 def at_7b(row, device):
-    """States of Qwen2.5-7B's heads for a row, and a slope for the output."""
+    """Draw states of Qwen2.5-7B's heads for a row, and a slope for the output."""
     x = states(row["input_ids"].shape[1], 28, 4, 128, device)
     return x, torch.ones(1, x[0].shape[2], 28, 128, dtype=torch.bfloat16, device=device)
 
@@ -402,7 +402,10 @@ def kernels(dry: bool, device: str) -> dict:
 
 
 def speed(dry: bool, device: str) -> dict:
-    """Causal pairs only are counted: forward 4 FLOP each and head dimension, backward 2.5 times that."""
+    """Time attention of a packed row.
+
+    Causal pairs only are counted: forward 4 FLOP each and head dimension, backward 2.5 times that.
+    """
     found, times = {}, 3
     S, R = (16, 8) if dry else (1024, 256)
     for L in (64,) if dry else (8192, 16384, 32768, 65536):

@@ -1,4 +1,4 @@
-"""OUT/gpu.json: what the one-GPU command has found so far. Every part reads it, adds to it and replaces it whole."""
+"""Keep OUT/gpu.json, what the one-GPU command has found so far: every part reads it, adds to it, replaces it whole."""
 
 import json
 import os

@@ -106,7 +106,7 @@ def run_one(settings: dict, run: dict, folder: Path) -> dict:
 
 
 class Session:
-    """The jobs of one process."""
+    """Run the jobs of one process."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, args.folder
@@ -132,7 +132,7 @@ class Session:
         return self.args.until - time.time()
 
     def guess(self, run: dict) -> float:
-        """Seconds that a configuration may take, made of its FLOPs; those of what TRL runs beforehand among them."""
+        """Return seconds that a configuration may take, by its FLOPs and those that TRL runs beforehand."""
         if self.args.dry:
             return 1.0
         S, R, like = self.settings["short"], self.settings["response"], LIKE.get(run["variant"], run["variant"])

@@ -1,4 +1,4 @@
-"""TRL's DPO on the long pair, as `steps.py` measures it: whole optimizer steps of `trl.DPOTrainer`. Needs trl >= 1.15.
+"""Measure TRL's DPO on the long pair: whole optimizer steps of `trl.DPOTrainer`, for `steps.py`. Needs trl >= 1.15.
 
 As TRL has it by default: a fused head that gives log-probs at the response only, gradient checkpointing, an adapter in
 fp32 over a model in bf16; SDPA. The reference is computed beforehand (`precompute_ref_log_probs`), its fastest form.

@@ -118,7 +118,7 @@ def check(interface) -> None:
 
 
 def texts_names() -> set[str]:
-    """Names of our elements, which are also those of their texts."""
+    """Return the names of our elements, which are also those of their texts."""
     return {"solopo_tab", *WIDGETS}
 
 
@@ -128,7 +128,7 @@ def without_section(error: Exception) -> None:
 
 
 def _falling_back(create_ui, undo):
-    """A page that cannot be built with the section is built again without it."""
+    """Build a page that cannot be built with the section again without it."""
 
     @wraps(create_ui)
     def wrapper(demo_mode=False):
@@ -146,7 +146,7 @@ def _falling_back(create_ui, undo):
 
 
 def widget(name: str):
-    """The host's kind of widget for a key, at the key's default; numbers that have no upper limit are typed as text."""
+    """Return the host's kind of widget for a key, at its default; numbers without an upper limit are typed as text."""
     import gradio as gr
 
     if name == "simpo_gamma":
@@ -162,7 +162,10 @@ def widget(name: str):
 
 
 def _adding_section(create_train_tab):
-    """The host's tab takes its inputs from `get_base_elems`; ours are made first, then moved below the RLHF section."""
+    """Add the section to the Train tab, below the RLHF section.
+
+    The host's tab takes its inputs from `get_base_elems`; ours are made first, then moved.
+    """
 
     @wraps(create_train_tab)
     def wrapper(engine):
@@ -200,7 +203,7 @@ def check_dataset(name: str, entry: dict, stage: str) -> None:
 
 
 def _filtering(list_datasets):
-    """Of the data sets that the host would list, those that the stage does not refuse."""
+    """List those of the host's data sets that the stage does not refuse."""
 
     @wraps(list_datasets)
     def wrapper(dataset_dir=None, training_stage=None):
@@ -224,9 +227,10 @@ def _filtering(list_datasets):
 
 
 def _keeping_choice(change_stage):
-    """The host empties the chosen data sets when the stage changes, also when saved arguments or a running job did it.
+    """Keep the chosen data sets when the stage becomes ours; one that is wrong is refused with its sentence.
 
-    So a loaded configuration would lose them. For our stage they stay; one that is wrong is refused with its sentence.
+    The host empties them when the stage changes, also when saved arguments or a running job did it, so that a loaded
+    configuration would lose them.
     """
 
     @wraps(change_stage)
@@ -240,7 +244,7 @@ def _keeping_choice(change_stage):
 
 
 class Rows(list):
-    """Rows for the preview, which are sent as JSON: gradio 5.50 sends text, `root=[...]` (its pull request 12343)."""
+    """Hold rows of the preview, to be sent as JSON: gradio 5.50 sends text, `root=[...]` (its pull request 12343)."""
 
 
 def _showing_rows(postprocess):
@@ -253,7 +257,7 @@ def _showing_rows(postprocess):
 
 
 def _previewing(get_preview):
-    """Rows of a data set with a long column: short and long prompt, chosen, rejected, and no endless text."""
+    """Preview rows of a data set with a long column: short and long prompt, chosen, rejected, and no endless text."""
 
     @wraps(get_preview)
     def wrapper(dataset_dir, dataset, page_index):
@@ -269,14 +273,14 @@ def _previewing(get_preview):
 
 
 def row_shown(row: dict, columns: dict[str, str]) -> dict:
-    """A row by what its columns mean: short and long prompt first, then the responses, then what else is mapped."""
+    """Return a row by what its columns mean: short prompt, long prompt, the responses, then what else is mapped."""
     first = ("prompt", "messages", "query", *dict.fromkeys(LONG_COLUMN.values()), "chosen", "rejected")
     roles = [*(r for r in first if r in columns), *(r for r in columns if r not in first)]
     return {role: clipped(row.get(columns[role])) for role in roles}
 
 
 def clipped(value):
-    """A text, or the texts of messages, without the middle of what is longer than `SHOWN` characters."""
+    """Return a text, or the texts of messages, without the middle of what is longer than `SHOWN` characters."""
     if isinstance(value, list):
         return [clipped(item) for item in value]
     if isinstance(value, dict):
@@ -290,7 +294,7 @@ def clipped(value):
 
 
 def number(text):
-    """What was typed, as a recipe would hold it: a whole number, another number, or the text, to be refused later."""
+    """Return what was typed as a recipe would hold it: a whole number, another number, or the text, refused later."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -300,7 +304,7 @@ def number(text):
 
 
 def _parsing(parse_train_args):
-    """The command's arguments; the host adds the RLHF section's only for the stages that it knows."""
+    """Return the command's arguments with ours; the host adds the RLHF section's only for the stages that it knows."""
 
     @wraps(parse_train_args)
     def wrapper(self, data):
@@ -315,7 +319,7 @@ def _parsing(parse_train_args):
 
 
 def _refusing(initialize):
-    """What the command line would refuse is refused before the preview, in the same sentence, shown as a warning."""
+    """Refuse before the preview what the command line would refuse, in the same sentence, shown as a warning."""
 
     @wraps(initialize)
     def wrapper(self, data, do_train, from_preview):
@@ -328,7 +332,7 @@ def _refusing(initialize):
 
 
 class Given:
-    """Arguments as attributes; one that is not given is None."""
+    """Hold arguments as attributes; one that is not given is None."""
 
     def __init__(self, args: dict):
         self.__dict__.update(args)
@@ -338,7 +342,7 @@ class Given:
 
 
 def refusal(args: dict) -> str:
-    """The sentence with which the command line refuses these arguments, or an empty one."""
+    """Return the sentence with which the command line refuses these arguments, or an empty one."""
     from llamafactory.hparams import parser
     from llamafactory.webui.common import load_dataset_info
 
@@ -359,7 +363,7 @@ def refusal(args: dict) -> str:
 
 
 def _saving(build_config_dict):
-    """Saved configurations of the other stages stay without our keys."""
+    """Save our keys for our stage alone."""
 
     @wraps(build_config_dict)
     def wrapper(self, data):
@@ -397,7 +401,7 @@ def log_alignment(callback) -> None:
 
 
 def _plotting(gen_loss_plot):
-    """Below the host's loss curve, alignment loss and reward gap, where the log has them."""
+    """Draw alignment loss and reward gap below the host's loss curve, where the log has them."""
 
     @wraps(gen_loss_plot)
     def wrapper(trainer_log):
