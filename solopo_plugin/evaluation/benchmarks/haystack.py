@@ -43,7 +43,7 @@ class Haystack:
         self.questions.sort(key=lambda question: draw(recipe.seed, question.id))
         count_tokens(self.pool, tokenizer)
         self.whole = sum(self.pool.tokens[i] + NUMBER for i in self.pool.drawable)
-        self.builder = Builder(Contexts(recipe.seed, recipe.prompt), self.pool, tokenizer, template)
+        self.builder = Builder(Contexts(seed=recipe.seed, prompt=recipe.prompt), self.pool, tokenizer, template)
         checked = {"long": max((n for n in lengths if n <= 8192), default=min(lengths)), "short": min(lengths)}
         self.builder.check_sums(self.questions, checked)
 
