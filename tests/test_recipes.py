@@ -185,6 +185,18 @@ def test_header(name):
         assert ("ds_z3_offload.json" in header) == name.endswith("/longpo.yaml")
 
 
+EXTRAS = {"backend: vllm": "vllm", "quantization_bit:": "qlora", "harness_tasks:": "eval", "deepspeed:": "deepspeed"}
+
+
+@pytest.mark.parametrize("path", sorted(YAML.rglob("*.yaml")), ids=lambda path: path.relative_to(YAML).as_posix())
+def test_a_header_names_the_extras_that_its_keys_need(path):
+    """As in the brackets of `pip install ".[vllm]"`."""
+    text = path.read_text(encoding="utf-8")
+    header = text[: text.index("\n\n")]
+    for key, extra in EXTRAS.items():
+        assert not re.search(f"^{key}", text, re.M) or f'".[{extra}]"' in header, extra
+
+
 def test_alphas_of_the_paper():
     main = {n: keys(n)["solopo_alpha"] for n in FILES if re.search(r"/solo_[a-z]+\.yaml$", n)}
     assert main == {
