@@ -17,7 +17,7 @@ def _token_logps(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def token_logps(logits_NV: Tensor, targets_N: Tensor, chunk: int = CHUNK) -> Tensor:
-    """log softmax(logits)[target] in fp32, nats, shape (N,); fp32 copies are made per chunk and again in backward."""
+    """Log softmax(logits)[target] in fp32, nats, shape (N,); fp32 copies are made per chunk and again in backward."""
     if len(targets_N) <= chunk:
         return _token_logps(logits_NV, targets_N)
     parts = zip(logits_NV.split(chunk), targets_N.split(chunk), strict=True)

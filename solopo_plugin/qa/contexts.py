@@ -15,6 +15,7 @@ from .answers import holds_answer, judged_form
 from .documents import Pool, Question, rank_by_bm25
 from .prompts import BETWEEN, LABEL, SEAM, lay_out, split_prompt
 from .recipe import Contexts
+from .seeded import generator
 
 log = logging.getLogger(__name__)
 PASSED_OVER = 20  # paragraphs that do not fit any more before a context counts as full; ours
@@ -65,7 +66,7 @@ class Builder:
 
     def rng(self, question: Question, what: str) -> random.Random:
         """Return the random numbers of a question for one purpose."""
-        return random.Random(f"{self.keys.seed}/{question.id}/{what}")
+        return generator(f"{self.keys.seed}/{question.id}/{what}")
 
     def context(
         self,

@@ -23,6 +23,7 @@ from ..qa.answers import normalize_answer
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.recipe import Chat, pick
+from ..qa.seeded import generator
 from .judge import advice
 from .recipe import DataRecipe
 
@@ -97,7 +98,7 @@ def choose(questions: list[Question], name: str, recipe: DataRecipe) -> list[Que
     """`num_rows` questions with a pair for the set, in seeded order, those with a pair on both sides first."""
 
     def rank(question: Question) -> tuple:
-        return not _on_both(question), _draw(recipe, "order", question.id), question.id
+        return not _on_both(question), generator(recipe.seed, "order", question.id).random(), question.id
 
     return sorted((q for q in questions if q.pair(name)), key=rank)[: recipe.num_rows]
 
@@ -112,7 +113,11 @@ def split(questions: list[Question], recipe: DataRecipe) -> set[str]:
         raise DataError(
             f"`val_size: {recipe.val_size:g}` leaves no training row of {len(questions)}; lower it, or make more rows."
         )
-    return set(sorted((q.key for q in questions), key=lambda key: (_draw(recipe, "val", key), key))[:n_val])
+
+    def rank(key: str) -> tuple:
+        return generator(recipe.seed, "val", key).random(), key
+
+    return set(sorted((q.key for q in questions), key=rank)[:n_val])
 
 
 def statement(counts: dict, recipe: DataRecipe) -> str:
@@ -222,7 +227,7 @@ def _questions(
                     f"{work}/judged.{side}.jsonl has question {name!r} where contexts.jsonl has {context['id']!r}; "
                     "run the stage `judge` again."
                 )
-            rng = random.Random(f"{recipe.seed} pair {side} {name}")
+            rng = generator(recipe.seed, "pair", side, name)
             answers = list(answers)
             n_answers[side] += len(answers)
             drawn[side] = draw_pair(answers, room, encode, markers, rng, recipe.balance_length, dropped[side])
@@ -238,10 +243,6 @@ def question_key(row: dict) -> str:
 
 def _on_both(question: Question) -> bool:
     return all(question.pair(name) for name in ("solopo", "long_po"))
-
-
-def _draw(recipe: DataRecipe, what: str, name: str) -> float:
-    return random.Random(f"{recipe.seed} {what} {name}").random()
 
 
 def _row(name: str, question: Question, validation: bool) -> dict:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..qa.files import DataError, split_names, write_jsonl
 from ..qa.questions import Documents, id_at, located, make_paragraph, usable
-from ..qa.seeded import draw
+from ..qa.seeded import digest
 from ..qa.sources import Rows, file_rows, source_rows
 from .recipe import DataRecipe
 
@@ -37,7 +37,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     chosen = None
     if recipe.max_questions is not None:
         ids = (question["id"] for question in questions(recipe, documents, Counter()))
-        chosen = set(heapq.nsmallest(recipe.max_questions, ids, key=lambda id: draw(recipe.seed, id)))
+        chosen = set(heapq.nsmallest(recipe.max_questions, ids, key=lambda id: digest(recipe.seed, id)))
     corpus = list(documents.values())
 
     def kept() -> Iterator[dict]:

@@ -10,7 +10,7 @@ from ...qa.documents import Question, count_tokens, make_pool
 from ...qa.files import DataError
 from ...qa.questions import PARSERS, located, usable
 from ...qa.recipe import Contexts
-from ...qa.seeded import draw
+from ...qa.seeded import digest
 from .rows import rows_of
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Haystack:
         self.pool, self.questions = make_pool(questions, (), template_markers(tokenizer, template))
         if not self.questions:
             raise DataError(f"{self.what} has no question that can be asked ({dict(self.read)}).")
-        self.questions.sort(key=lambda question: draw(recipe.seed, question.id))
+        self.questions.sort(key=lambda question: digest(recipe.seed, question.id))
         count_tokens(self.pool, tokenizer)
         self.whole = sum(self.pool.tokens[i] + NUMBER for i in self.pool.drawable)
         self.builder = Builder(Contexts(seed=recipe.seed, prompt=recipe.prompt), self.pool, tokenizer, template)

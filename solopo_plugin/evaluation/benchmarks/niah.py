@@ -19,7 +19,6 @@ of 0, 33, 66 and 100 %; and they replace entities of the answer by invented ones
 `max_samples` caps the questions of a task, each of which is asked in every cell.
 """
 
-import random
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +28,7 @@ from pathlib import Path
 from ...qa.documents import Question
 from ...qa.files import DataError
 from ...qa.questions import id_at, texts
+from ...qa.seeded import generator
 from ..items import Item
 from ..recipe import EvalRecipe
 from .haystack import NAME, Haystack, item_fields, wanted_questions
@@ -95,7 +95,7 @@ def _grid(hay: Haystack, task: str, recipe) -> Iterator[Item]:
 
 def needle_shares(seed: int, question: Question) -> list[float]:
     """Of each paragraph of evidence, how far behind the depth it stands: 0 for one of them, else up to 1, the end."""
-    rng = random.Random(f"{seed}/{question.id}/needles")
+    rng = generator(f"{seed}/{question.id}/needles")
     shares = [0.0, *(rng.random() for _ in question.evidence[1:])]
     rng.shuffle(shares)
     return shares

@@ -13,7 +13,7 @@ from ...qa.documents import marker_pattern
 from ...qa.files import DataError, split_names
 from ...qa.prompts import lay_out, shown_text, split_prompt
 from ...qa.questions import got, located
-from ...qa.seeded import draw
+from ...qa.seeded import digest
 from ...qa.sources import Rows, source_rows
 from ..items import Item
 from ..recipe import EvalRecipe
@@ -55,7 +55,7 @@ def items_of(
         chosen = {
             (task, id)
             for task, all_ids in ids.items()
-            for id in heapq.nsmallest(recipe.max_samples, all_ids, key=lambda id: draw(recipe.seed, id))
+            for id in heapq.nsmallest(recipe.max_samples, all_ids, key=lambda id: digest(recipe.seed, id))
         }
     marker, asked, marked = marker_pattern(template_markers(tokenizer, template)), 0, 0
     for item in _made(rows(), make):

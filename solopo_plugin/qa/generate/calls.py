@@ -1,12 +1,12 @@
 """Say what is asked of a model and what comes back, the same for every backend."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...host.template import load_template
 from ..files import DataError
 from ..recipe import Chat
+from ..seeded import digest
 
 
 class Call(NamedTuple):
@@ -74,5 +74,4 @@ def load_chat(tokenizer: str, chat: Chat) -> tuple:
 
 def call_seed(seed: int, call: Call) -> int:
     """Return the seed of a call, from the recipe's and what is asked, so that order and restarts change no answer."""
-    text = f"{seed} {call.id} {call.ks[0]}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1  # 31 bits: some servers want a signed int
+    return int.from_bytes(digest(seed, call.id, call.ks[0])[:4]) >> 1  # 31 bits: some servers want a signed int

@@ -19,7 +19,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora
 
 
 def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
-    """vLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
+    """VLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
 
     vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
     reproducible only as far as vLLM's own documentation says.
