@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from two_hop import BASE, FIRST, PROMPT, SECOND, SPECIAL, WORDS, World, measure
 
 from solopo_plugin.qa.files import write_json
-from solopo_plugin.qa.prompts import lay_out, shown_text, split_prompt
+from solopo_plugin.qa.prompts import document_text, lay_out, split_prompt
 
 COPIES, COPY_STEPS = 32, 350  # sequences in a step of copying, steps
 BATCH, STEPS = 16, 110  # contexts in a step of questions, steps
@@ -92,7 +92,7 @@ def lesson(n_documents: int, rng: random.Random) -> tuple[list[int], list[bool]]
     rng.shuffle(shown)
     texts = [one["text"] for one in asked]
     before, behind = split_prompt(PROMPT)
-    documents = [shown_text({"title": "", "text": world.paragraphs[name]}) for name in shown]
+    documents = [document_text({"title": "", "text": world.paragraphs[name]}) for name in shown]
     first, _ = lay_out(before, behind, texts[0], documents)
     prompts = [first, *(behind.replace("{question}", text) for text in texts[1:])]
     answers = [f"{one['chain']} {SPECIAL[0]}" for one in asked]

@@ -122,7 +122,7 @@ def contexts(asked: list[dict], tokens: int) -> list[str]:
     pool, found = make_pool(rows, [], template_markers(tokenizer, template))
     count_tokens(pool, tokenizer)
     builder = Builder(Contexts(prompt=PROMPT), pool, tokenizer, template)
-    return [builder.context(builder.asked(question), tokens, "long").row["prompt"] for question in found]
+    return [builder.context(builder.prepare(question), tokens, "long").row["prompt"] for question in found]
 
 
 @torch.inference_mode()

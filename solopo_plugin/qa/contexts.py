@@ -23,9 +23,59 @@ CHECKED = 32  # questions of which the sum of tokens is compared with the tokeni
 ROUNDS = 6  # attempts at a length where tokens do not add up; ours
 
 
+class TokenBudget:
+    """Count the tokens of a prompt from those of its parts, which are tokenised once.
+
+    The prompt of a question with the documents d_1 to d_n has
+
+        overhead + tokens(d_1) + ... + tokens(d_n) + extra_label_tokens(n)
+
+    tokens. tokens(d) is that of the document behind the label `Document 1:` with the blank line before it, from
+    `count_tokens`. A later label can be longer, `Document 10:` by a digit: extra_label_tokens(n) is how many tokens the
+    labels 1 to n have more than n times the first. The overhead is what remains of a prompt without its documents; it
+    is measured on a prompt with a single small document, whose own tokens are known, so that the text before and
+    behind meets a document as it always does. The sum holds where no token reaches over the end of a document: where
+    blank lines part the documents from the text around them, and `Pool.ends_apart` of all of them.
+    """
+
+    def __init__(self, pool: Pool, tokenizer, template, before: str, behind: str):
+        self.pool, self.tokenizer, self.template, self.before, self.behind = pool, tokenizer, template, before, behind
+        self.smallest = min((pool.tokens[i] for i in pool.drawable), default=0)  # of a distractor
+        self.adds_up = before.endswith(BETWEEN) and behind.startswith(BETWEEN)
+        self.small_document = self._count(f"{SEAM} 1: A\nB.{SEAM}") - self._count(SEAM)
+        self.extra = [0]
+
+    def of_prompt(self, prompt: str) -> int:
+        """Tokenise a whole prompt and return its number of tokens."""
+        return len(encode_prompt(self.tokenizer, self.template, prompt))
+
+    def overhead(self, question: str) -> int:
+        """Return the tokens of a question's prompt without documents."""
+        before, behind = (part.replace("{question}", question) for part in (self.before, self.behind))
+        return self.of_prompt(f"{before}{LABEL} 1: A\nB.{behind}") - self.small_document
+
+    def of_documents(self, documents: Sequence[int]) -> int:
+        """Return the tokens of documents with their labels, which are numbered from 1."""
+        return sum(self.pool.tokens[i] for i in documents) + self.extra_label_tokens(len(documents))
+
+    def of_next(self, i: int, n: int) -> int:
+        """Return the tokens that document `i` adds as the `n`-th of a prompt, from 1."""
+        return self.pool.tokens[i] + self.extra_label_tokens(n) - self.extra_label_tokens(n - 1)
+
+    def extra_label_tokens(self, n: int) -> int:
+        """Return how many tokens the labels of documents 1 to `n` have more than `n` times that of the first."""
+        while len(self.extra) <= n:
+            more = self._count(f"{SEAM} {len(self.extra)}: A") - self._count(f"{SEAM} 1: A")
+            self.extra.append(self.extra[-1] + more)
+        return self.extra[n]
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+
 @dataclass
-class Side:
-    """One context: its distractors in the order drawn, whether it is full, and what is written of it."""
+class BuiltContext:
+    """Keep one context: its distractors in the order drawn, whether it is full, and what is written of it."""
 
     distractors: list[int]
     full: bool
@@ -33,36 +83,34 @@ class Side:
 
 
 @dataclass
-class Asked:
-    """A question, the tokens of its prompt without documents, and which paragraphs it must not meet."""
+class PreparedQuestion:
+    """Keep what all contexts of a question share."""
 
     question: Question
-    rest: int
+    overhead: int  # tokens of its prompt without documents
     leaks: "Leaks"
 
 
 class Builder:
-    """What the contexts of all questions share, and how one question's are built."""
+    """Build the contexts of questions, one by one, from one pool of paragraphs."""
 
     def __init__(self, keys: Contexts, pool: Pool, tokenizer, template):
-        self.keys, self.pool, self.tokenizer, self.template = keys, pool, tokenizer, template
+        self.keys, self.pool = keys, pool
         self.before, self.behind = split_prompt(keys.prompt)
-        self.smallest = min((pool.tokens[i] for i in pool.drawable), default=0)
+        self.budget = TokenBudget(pool, tokenizer, template, self.before, self.behind)
         self.ranked = rank_by_bm25(pool) if keys.distractors == "bm25" else None
-        self.numbers = [0]  # [n]: tokens that the labels of documents 1 to n have more than n times that of the first
-        self.one = self._alone(f"{SEAM} 1: A\nB.{SEAM}") - self._alone(SEAM)  # tokens of a document `A\nB.`
-        self.sums = self.before.endswith(BETWEEN) and self.behind.startswith(BETWEEN)
 
-    def asked(self, question: Question) -> Asked | str:
-        """What all contexts of a question share, or why it can have none."""
+    def prepare(self, question: Question) -> PreparedQuestion | str:
+        """Return what all contexts of a question share, or why it can have none."""
         pool = self.pool
-        if question.marked or any(pool.marked[i] for i in question.evidence):
+        if question.has_marker or any(pool.has_marker[i] for i in question.evidence):
             return "special_tokens"
         forms = [judged_form(pool.text(i)) for i in question.evidence]
         if any(a in b for k, a in enumerate(forms) for j, b in enumerate(forms) if j != k):
             return "evidence_within_evidence"
         answers = [] if self.keys.allow_answer_in_distractors else question.answers
-        return Asked(question, self._rest(question), Leaks(answers, forms, pool, Counter()))
+        leaks = Leaks(answers, forms, pool, Counter())
+        return PreparedQuestion(question, self.budget.overhead(question.question), leaks)
 
     def rng(self, question: Question, what: str) -> random.Random:
         """Return the random numbers of a question for one purpose."""
@@ -70,45 +118,47 @@ class Builder:
 
     def context(
         self,
-        asked: Asked,
+        prepared: PreparedQuestion,
         target: int,
         name: str,
         dropped: Sequence[int] = (),
-        drawn: list[int] | None = None,
-        arranged: Callable[[list[int], list[int]], list[int]] | None = None,
-    ) -> Side | str:
-        """A context of at most `target` tokens, or why not: `evidence_longer_than` or `too_few_distractors_for` it.
+        only: list[int] | None = None,
+        arrange: Callable[[list[int], list[int]], list[int]] | None = None,
+    ) -> BuiltContext | str:
+        """Build a context, or say why not: `evidence_longer_than` or `too_few_distractors_for` the target.
 
         Args:
+            prepared: The question, from `prepare`.
+            target: Tokens of the templated prompt at most.
             name: Of the random numbers: two contexts of a question that share it draw distractors in the same order.
             dropped: Evidence to leave out, by its place in the question.
-            drawn: The only distractors to draw from, in this order; None: the pool.
-            arranged: The order of documents, from evidence and distractors as drawn; None: shuffled.
+            only: The only distractors to take, in this order; None: those of the pool, as drawn.
+            arrange: The order of documents, from evidence and distractors as drawn; None: shuffled.
         """
-        question, rest, leaks = asked.question, asked.rest, asked.leaks
+        question, budget = prepared.question, self.budget
         evidence = [i for k, i in enumerate(question.evidence) if k not in dropped]
-        room, best = target - rest, None
+        room, best = target - prepared.overhead, None
         for _ in range(ROUNDS):
             rng = self.rng(question, name)
-            order = drawn if drawn is not None else leaks.without(question.evidence, self._draw(question, rng))
+            order = only if only is not None else prepared.leaks.without(question.evidence, self._draw(question, rng))
             distractors, full = self._fill(evidence, room, order)
-            documents = arranged(evidence, distractors) if arranged else [*evidence, *distractors]
-            if arranged is None:
+            documents = arrange(evidence, distractors) if arrange else [*evidence, *distractors]
+            if arrange is None:
                 rng.shuffle(documents)
-            shown = map(self.pool.document, documents)
-            prompt, places = lay_out(self.before, self.behind, question.question, shown)
-            adds_up = self.sums and all(self.pool.sums[i] for i in documents)
-            tokens = rest + self._tokens(documents) if adds_up else len(self._encode(prompt))
-            leaks.looked_at["tokenised_whole"] += not adds_up
+            texts = map(self.pool.document, documents)
+            prompt, places = lay_out(self.before, self.behind, question.question, texts)
+            adds_up = budget.adds_up and all(self.pool.ends_apart[i] for i in documents)
+            tokens = prepared.overhead + budget.of_documents(documents) if adds_up else budget.of_prompt(prompt)
+            prepared.leaks.counts["tokenised_whole"] += not adds_up
             if tokens <= target and (best is None or tokens > best.row["tokens"]):
                 found = [places[documents.index(i)] for i in evidence]
-                best = Side(distractors, full, {
+                best = BuiltContext(distractors, full, {
                     "prompt": prompt, "tokens": tokens, "paragraphs": len(documents), "evidence": found,
                     "dropped": list(dropped),
                 })  # fmt: skip
-            if adds_up or 0 <= target - tokens < self.smallest:
+            if adds_up or 0 <= target - tokens < budget.smallest:
                 break
-            room += target - tokens - (tokens > target) * self.smallest
+            room += target - tokens - (budget.smallest if tokens > target else 0)
         if best is None:
             return "evidence_longer_than"
         return best if best.full else "too_few_distractors_for"
@@ -120,85 +170,67 @@ class Builder:
         return (drawable[k] for k in permutation(len(drawable), rng))
 
     def _fill(self, evidence: list[int], room: int, order: Iterable[int]) -> tuple[list[int], bool]:
-        """Distractors that fit into `room` tokens beside the evidence, and whether it is full.
+        """Return distractors that fit into `room` tokens beside the evidence, and whether it is full.
 
         A paragraph that does not fit is passed over, so what stays free is less than any of those that were.
         """
         chosen, passed = [], 0
-        free = room - self._tokens(evidence)
+        free = room - self.budget.of_documents(evidence)
         for i in order:
-            n = len(evidence) + len(chosen) + 1
-            cost = self.pool.tokens[i] + self._number(n) - self._number(n - 1)
+            cost = self.budget.of_next(i, len(evidence) + len(chosen) + 1)
             if cost <= free:
                 chosen.append(i)
                 free -= cost
             else:
                 passed += 1
-            if passed == PASSED_OVER or free < self.smallest:
+            if passed == PASSED_OVER or free < self.budget.smallest:
                 break
-        return chosen, passed > 0 or free < self.smallest
-
-    def _encode(self, prompt: str) -> list[int]:
-        return encode_prompt(self.tokenizer, self.template, prompt)
-
-    def _rest(self, question: Question) -> int:
-        """Tokens of the prompt without documents, as the rest of one with a document of known length."""
-        before, behind = (part.replace("{question}", question.question) for part in (self.before, self.behind))
-        return len(self._encode(f"{before}{LABEL} 1: A\nB.{behind}")) - self.one
-
-    def _alone(self, text: str) -> int:
-        return len(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _tokens(self, documents: list[int]) -> int:
-        """Tokens of documents: the sum of theirs, and what the labels of later ones have more than the first's."""
-        return sum(self.pool.tokens[i] for i in documents) + self._number(len(documents))
-
-    def _number(self, n: int) -> int:
-        while len(self.numbers) <= n:
-            more = self._alone(f"{SEAM} {len(self.numbers)}: A") - self._alone(f"{SEAM} 1: A")
-            self.numbers.append(self.numbers[-1] + more)
-        return self.numbers[n]
+        return chosen, passed > 0 or free < self.budget.smallest
 
     def check_sums(self, questions: list[Question], targets: dict[str, int]) -> None:
         """Compare the sums of some prompts with their tokens; from a difference on, every prompt is tokenised.
 
         Args:
-            targets: By name, as `context` takes both.
+            questions: Those that contexts will be built for.
+            targets: Tokens by the name of the random numbers, as `context` takes both.
         """
-        for asked in map(self.asked, questions[:: -(-len(questions) // CHECKED)]):
-            for name, target in () if isinstance(asked, str) else targets.items():
-                side = self.context(asked, target, name)
-                if not isinstance(side, str) and len(self._encode(side.row["prompt"])) != side.row["tokens"]:
+        for prepared in map(self.prepare, questions[:: -(-len(questions) // CHECKED)]):
+            for name, target in () if isinstance(prepared, str) else targets.items():
+                built = self.context(prepared, target, name)
+                if not isinstance(built, str) and self.budget.of_prompt(built.row["prompt"]) != built.row["tokens"]:
                     log.warning("Tokens do not add up with this tokenizer: every prompt is tokenised, which is slower.")
-                    self.sums = False
+                    self.budget.adds_up = False
                     return
 
 
 class Leaks:
-    """Which paragraphs must not be distractors of a question: those with an answer, and those with its evidence."""
+    """Tell which paragraphs must not be distractors of a question: those with an answer, and those with its evidence.
 
-    def __init__(self, answers: list[str], evidence_forms: list[str], pool: Pool, looked_at: Counter):
+    `counts` says how many were left out for what reason.
+    """
+
+    def __init__(self, answers: list[str], evidence_forms: list[str], pool: Pool, counts: Counter):
         self.answers = [(answer, judged_form(answer).encode()) for answer in answers]
         self.evidence = [form.encode() for form in evidence_forms]
-        self.pool, self.looked_at = pool, looked_at
+        self.pool, self.counts = pool, counts
 
     def without(self, evidence: list[int], order: Iterable[int]) -> Iterator[int]:
-        """The paragraphs of `order` that may be shown; those that may not are counted."""
-        pool, same = self.pool, {self.pool.same[i] for i in evidence}
+        """Yield the paragraphs of `order` that may be shown; those that may not are counted."""
+        pool, evidence_texts = self.pool, {self.pool.first_like[i] for i in evidence}
         for i in order:
-            if i in same:
+            if i in evidence_texts:
                 continue
             near = [answer for answer, form in self.answers if pool.holds(i, form)]  # few paragraphs need a closer look
             if near and holds_answer(pool.document(i), near):
-                self.looked_at["with_answer"] += 1
+                self.counts["with_answer"] += 1
             elif any(pool.holds(i, form) for form in self.evidence):
-                self.looked_at["with_evidence"] += 1
+                self.counts["with_evidence"] += 1
             else:
                 yield i
 
 
 def permutation(n: int, rng: random.Random) -> Iterator[int]:
-    """The numbers 0 to n - 1 in random order, each drawn when it is asked for (Fisher and Yates)."""
+    """Yield the numbers 0 to n - 1 in random order, each drawn when it is asked for (Fisher and Yates)."""
     moved: dict[int, int] = {}
     for k in range(n):
         j = rng.randrange(k, n)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .answers import judged_form
 from .files import DataError, read_jsonl
-from .prompts import LABEL, SEAM, shown_text
+from .prompts import LABEL, SEAM, document_text
 
 
 @dataclass
@@ -24,32 +24,33 @@ class Question:
     answers: list[str]
     hops: int | None
     evidence: list[int]
-    marked: bool  # the question holds a text that only the chat template may write
+    has_marker: bool  # the question holds a text that only the chat template may write
 
 
 @dataclass
 class Pool:
     """Hold the paragraphs of all questions, each once.
 
-    Paragraph i, UTF-8, is `shown[shown_at[i]:shown_at[i + 1]]`; `normal` holds title and text in `judged_form`.
+    Paragraph i is `documents[documents_at[i]:documents_at[i + 1]]`, in UTF-8; in the same way `normal` holds its title
+    and text in `judged_form`.
     """
 
-    shown: bytearray = field(default_factory=bytearray)
-    shown_at: array = field(default_factory=lambda: array("q", [0]))
+    documents: bytearray = field(default_factory=bytearray)
+    documents_at: array = field(default_factory=lambda: array("q", [0]))
     normal: bytearray = field(default_factory=bytearray)
     normal_at: array = field(default_factory=lambda: array("q", [0]))
-    same: array = field(default_factory=lambda: array("i"))  # the first paragraph with the same text in normal form
-    marked: bytearray = field(default_factory=bytearray)  # 1: holds a text that only the chat template may write
+    first_like: array = field(default_factory=lambda: array("i"))  # the first paragraph with this text in normal form
+    has_marker: bytearray = field(default_factory=bytearray)  # 1: holds a text that only the chat template may write
     drawable: array = field(default_factory=lambda: array("i"))  # distractors: one of each normal form, not marked
     tokens: array = field(default_factory=lambda: array("i"))  # of the document, its label and the blank line behind
-    sums: bytearray = field(default_factory=bytearray)  # 1: its tokens end where the document ends, so they add up
+    ends_apart: bytearray = field(default_factory=bytearray)  # 1: no token reaches over the document's ends
 
     def __len__(self) -> int:
-        return len(self.same)
+        return len(self.first_like)
 
     def document(self, i: int) -> str:
         """Return paragraph i as it stands behind `Document n:`, a space and the title, a new line, the text."""
-        return self.shown[self.shown_at[i] : self.shown_at[i + 1]].decode()
+        return self.documents[self.documents_at[i] : self.documents_at[i + 1]].decode()
 
     def text(self, i: int) -> str:
         """Return the paragraph's own text, verbatim."""
@@ -84,11 +85,11 @@ def make_pool(rows: Iterable[dict], corpus: Iterable[dict], markers: set[str]) -
         evidence = [_add(pool, paragraph, marker, seen) for paragraph in row["evidence"]]
         for paragraph in row["distractors"]:
             _add(pool, paragraph, marker, seen)
-        marked = bool(marker.search(row["question"]))
-        questions.append(Question(row["id"], row["question"], row["answers"], row["hops"], evidence, marked))
+        has_marker = bool(marker.search(row["question"]))
+        questions.append(Question(row["id"], row["question"], row["answers"], row["hops"], evidence, has_marker))
     for paragraph in corpus:
         _add(pool, paragraph, marker, seen)
-    pool.drawable.extend(i for i in range(len(pool)) if pool.same[i] == i and not pool.marked[i])
+    pool.drawable.extend(i for i in range(len(pool)) if pool.first_like[i] == i and not pool.has_marker[i])
     return pool, questions
 
 
@@ -99,16 +100,16 @@ def marker_pattern(markers: set[str]) -> re.Pattern:
 
 def _add(pool: Pool, paragraph: dict, marker: re.Pattern, seen: dict[bytes, int]) -> int:
     """Return the index of a paragraph, which is added unless the same bytes are there."""
-    shown = shown_text(paragraph)
-    whole = _digest(shown)
+    document = document_text(paragraph)
+    whole = _digest(document)
     if whole in seen:
         return seen[whole]
     form = judged_form(paragraph["text"]) or paragraph["text"]
     index = seen[whole] = len(pool)
-    pool.same.append(seen.setdefault(_digest(form), index))
-    pool.marked.append(bool(marker.search(shown)))
-    pool.shown += shown.encode()
-    pool.shown_at.append(len(pool.shown))
+    pool.first_like.append(seen.setdefault(_digest(form), index))
+    pool.has_marker.append(bool(marker.search(document)))
+    pool.documents += document.encode()
+    pool.documents_at.append(len(pool.documents))
     pool.normal += f"{judged_form(paragraph['title'])} {form}".encode()
     pool.normal_at.append(len(pool.normal))
     return index
@@ -122,7 +123,7 @@ def count_tokens(pool: Pool, tokenizer, batch: int = 512) -> None:
     """Tokenise each paragraph once, between the label of its own document and that of the next.
 
     Where the tokens of both labels come out as they do alone, no token reaches over the document's ends, and the tokens
-    of a prompt are the sum of its parts'.
+    of a prompt are the sum of its parts', see `contexts.TokenBudget`.
     """
     edge = tokenizer.encode(SEAM, add_special_tokens=False)
     label = next((edge[k:] for k in reversed(range(len(edge))) if tokenizer.decode(edge[k:]).strip() == LABEL), None)
@@ -131,7 +132,7 @@ def count_tokens(pool: Pool, tokenizer, batch: int = 512) -> None:
         while chunk := list(islice(texts, batch)):
             for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
                 pool.tokens.append(len(ids) - len(edge))
-                pool.sums.append(label is not None and ids[: len(edge)] == edge and ids[-len(label) :] == label)
+                pool.ends_apart.append(label is not None and ids[: len(edge)] == edge and ids[-len(label) :] == label)
             bar.update(len(chunk))
 
 

@@ -9,7 +9,7 @@ LABEL = "Document"
 SEAM = BETWEEN + LABEL
 
 
-def shown_text(paragraph: dict) -> str:
+def document_text(paragraph: dict) -> str:
     """Return a paragraph, {"title", "text"}, as it stands behind `Document n:`."""
     return f" {paragraph['title']}\n{paragraph['text']}" if paragraph["title"] else f"\n{paragraph['text']}"
 
@@ -27,19 +27,19 @@ with one line, `The answer is: ...`, that gives the answer in as few words as po
 end with `The answer is: No answer.`"""
 
 
-def lay_out(before: str, behind: str, question: str, shown: Iterable[str]) -> tuple[str, list[dict]]:
+def lay_out(before: str, behind: str, question: str, documents: Iterable[str]) -> tuple[str, list[dict]]:
     """Return the message, and where in it the text of each document is.
 
     Args:
         before: What stands before the documents, from `split_prompt`.
         behind: What stands behind them.
         question: What is asked.
-        shown: The documents as `pool.shown_text` writes them.
+        documents: As `document_text` writes them.
     """
     parts = [before.replace("{question}", question)]
     places: list[dict] = []
     at = len(parts[0])
-    for number, document in enumerate(shown, 1):
+    for number, document in enumerate(documents, 1):
         label = (BETWEEN if places else "") + f"{LABEL} {number}:"
         start, end = at + len(label) + document.index("\n") + 1, at + len(label) + len(document)
         places.append({"paragraph": number, "start": start, "end": end})

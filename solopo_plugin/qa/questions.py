@@ -19,7 +19,7 @@ from .sources import Rows
 Documents = dict[str, dict]  # id -> {"title", "text"}
 
 
-def usable(
+def read_questions(
     rows: Rows,
     form: str,
     documents: Documents,
@@ -91,7 +91,7 @@ def _refuse(error: DataError) -> dict:
     raise error
 
 
-def located(where: str, error: DataError) -> str:
+def with_place(where: str, error: DataError) -> str:
     """Return what is wrong, with the place, unless it says so itself."""
     return str(error) if str(error).startswith(where) else f"{where}: {error}"
 

@@ -77,20 +77,20 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 
 def make_row(builder: Builder, recipe: DataRecipe, question: Question) -> tuple[dict | str, Counter]:
     """Return the row of a question, or why it is dropped; and how many distractors were left out for what reason."""
-    asked = builder.asked(question)
-    if isinstance(asked, str):
-        return asked, Counter()
+    prepared = builder.prepare(question)
+    if isinstance(prepared, str):
+        return prepared, Counter()
     rng = builder.rng(question, "lossy")
     lost = [rng.randrange(len(question.evidence))] if rng.random() < recipe.lossy_short else []
-    sides, drawn = {}, None
+    sides, only = {}, None
     for name, target, dropped in (("long", recipe.long_tokens, []), ("short", recipe.short_tokens, lost)):
-        side = builder.context(asked, target, name, dropped, drawn)
-        if isinstance(side, str):
-            return f"{side}_{name}", asked.leaks.looked_at
-        sides[name] = side.row
-        drawn = side.distractors if recipe.short_subset_of_long else None
+        built = builder.context(prepared, target, name, dropped, only)
+        if isinstance(built, str):
+            return f"{built}_{name}", prepared.leaks.counts
+        sides[name] = built.row
+        only = built.distractors if recipe.short_subset_of_long else None
     fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
-    return {**fields, "short": sides["short"], "long": sides["long"]}, asked.leaks.looked_at
+    return {**fields, "short": sides["short"], "long": sides["long"]}, prepared.leaks.counts
 
 
 Make = Callable[[Question], tuple[dict | str, Counter]]

@@ -33,7 +33,7 @@ SETS = {"solopo": ("short", "short"), "long_po": ("long", "long"), "longpo": ("s
 
 
 @dataclass
-class Drawn:
+class DrawnPair:
     """One side of a question: an answer that may be chosen and one that may be rejected, None where there is none."""
 
     chosen: dict | None
@@ -43,10 +43,10 @@ class Drawn:
 
 
 @dataclass
-class Question:
+class DrawnQuestion:
     id: str
     key: str  # see `question_key`
-    sides: dict[str, Drawn]
+    sides: dict[str, DrawnPair]
 
     def pair(self, name: str) -> tuple[dict, dict] | None:
         """The pair for a set, if there is one."""
@@ -94,16 +94,16 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     return counts
 
 
-def choose(questions: list[Question], name: str, recipe: DataRecipe) -> list[Question]:
+def choose(questions: list[DrawnQuestion], name: str, recipe: DataRecipe) -> list[DrawnQuestion]:
     """`num_rows` questions with a pair for the set, in seeded order, those with a pair on both sides first."""
 
-    def rank(question: Question) -> tuple:
+    def rank(question: DrawnQuestion) -> tuple:
         return not _on_both(question), generator(recipe.seed, "order", question.id).random(), question.id
 
     return sorted((q for q in questions if q.pair(name)), key=rank)[: recipe.num_rows]
 
 
-def split(questions: list[Question], recipe: DataRecipe) -> set[str]:
+def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
     """Keys of the validation questions: `val_size` of the rows, in a seeded order.
 
     The same question asked twice with the same answers is on one side only, which may add a row.
@@ -150,7 +150,7 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
 def draw_pair(
     answers: list[dict], room: int, encode: Callable[[str], list[int]], markers: set[str], rng: random.Random,
     balance_length: bool, dropped: Counter,
-) -> Drawn:  # fmt: skip
+) -> DrawnPair:  # fmt: skip
     """A random right and a random wrong answer among the usable ones.
 
     Not usable, and counted in `dropped` under the first reason that holds: `empty`; `cut`, at max_new_tokens, since
@@ -200,12 +200,12 @@ def draw_pair(
         reason = "all_correct" if n_right else "all_wrong"
     elif not (chosen and rejected):
         reason = "no_usable_rejected" if chosen else "no_usable_chosen"
-    return Drawn(chosen, rejected, n_right / len(answers), reason)
+    return DrawnPair(chosen, rejected, n_right / len(answers), reason)
 
 
 def _questions(
     recipe: DataRecipe, work: Path, dropped: dict[str, Counter], n_answers: Counter
-) -> Iterator[Question]:  # fmt: skip
+) -> Iterator[DrawnQuestion]:  # fmt: skip
     """All questions with what was drawn for them, in the order of the contexts; `n_answers` counts them by side."""
     tokenizer, template = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
     markers = template_markers(tokenizer, template)
@@ -232,8 +232,8 @@ def _questions(
             n_answers[side] += len(answers)
             drawn[side] = draw_pair(answers, room, encode, markers, rng, recipe.balance_length, dropped[side])
             if marked:
-                drawn[side] = Drawn(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
-        yield Question(context["id"], question_key(context), drawn)
+                drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
+        yield DrawnQuestion(context["id"], question_key(context), drawn)
 
 
 def question_key(row: dict) -> str:
@@ -241,11 +241,11 @@ def question_key(row: dict) -> str:
     return " | ".join(map(normalize_answer, [row["question"], *sorted(row["answers"])]))
 
 
-def _on_both(question: Question) -> bool:
+def _on_both(question: DrawnQuestion) -> bool:
     return all(question.pair(name) for name in ("solopo", "long_po"))
 
 
-def _row(name: str, question: Question, validation: bool) -> dict:
+def _row(name: str, question: DrawnQuestion, validation: bool) -> dict:
     chosen, rejected = question.pair(name)
     rates = {f"pass_rate_{side}": question.sides[side].pass_rate for side in question.sides}
     return {

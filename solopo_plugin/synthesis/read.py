@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..qa.files import DataError, split_names, write_jsonl
-from ..qa.questions import Documents, id_at, located, make_paragraph, usable
+from ..qa.questions import Documents, id_at, make_paragraph, read_questions, with_place
 from ..qa.seeded import digest
 from ..qa.sources import Rows, file_rows, source_rows
 from .recipe import DataRecipe
@@ -62,7 +62,7 @@ def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iter
         _skip(where, error, recipe, counts, "bad")
 
     rows = tqdm(lines(recipe), desc="read", unit=" lines", disable=None)
-    yield from usable(rows, recipe.input_format, documents, counts, bad)
+    yield from read_questions(rows, recipe.input_format, documents, counts, bad)
 
 
 def lines(recipe: DataRecipe) -> Rows:
@@ -90,7 +90,7 @@ def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
 
 def _skip(where: str, error: DataError, recipe: DataRecipe, counts: Counter, name: str) -> None:
     """Count a bad line, and show the first ones; or, without `skip_bad`, stop at it."""
-    message = located(where, error)
+    message = with_place(where, error)
     if not recipe.skip_bad:
         raise DataError(f"{message} Correct the line, or set `skip_bad: true`.") from None
     counts[name] += 1

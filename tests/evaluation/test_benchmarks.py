@@ -655,7 +655,7 @@ def test_special_tokens_stay_and_are_counted(tmp_path, ask, caplog):
 def test_items_come_one_by_one(tmp_path, ask, monkeypatch):
     """The second row is not made before the first item is taken."""
     made = []
-    monkeypatch.setattr(plain, "around", lambda *args: made.append(args) or "prompt")
+    monkeypatch.setattr(plain, "prompt_with_context", lambda *args: made.append(args) or "prompt")
     write_jsonl(tmp_path / "p.jsonl", [{"id": k, "question": "?", "context": "c", "answers": "x"} for k in range(9)])
     items = BENCHMARKS["plain"](SimpleNamespace(**(KEYS | {"plain_data": str(tmp_path / "p.jsonl")})), *ask.chat)
     next(items)

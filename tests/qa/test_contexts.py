@@ -197,7 +197,7 @@ def test_tokens_that_do_not_add_up(tmp_path, kind):
     assert counts["tokenised_whole"] >= 2 * len(rows) > 30
     pool, _ = build_pool(tmp_path / "made" / "work", set())
     count_tokens(pool, load_template(model, "qwen")[0])
-    assert len(pool.sums) == len(pool) and not any(pool.sums)
+    assert len(pool.ends_apart) == len(pool) and not any(pool.ends_apart)
     check(rows, questions, recipe(tmp_path / "made", model, questions, **keys))
     assert all(600 - 60 < r["short"]["tokens"] and 1500 - 60 < r["long"]["tokens"] for r in rows)
 

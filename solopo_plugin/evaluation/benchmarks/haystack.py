@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...host.template import template_markers
-from ...qa.contexts import Asked, Builder, Side
+from ...qa.contexts import Builder, BuiltContext, PreparedQuestion
 from ...qa.documents import Question, count_tokens, make_pool
 from ...qa.files import DataError
-from ...qa.questions import PARSERS, located, usable
+from ...qa.questions import PARSERS, read_questions, with_place
 from ...qa.recipe import Contexts
 from ...qa.seeded import digest
 from .rows import rows_of
@@ -36,7 +36,7 @@ class Haystack:
         self.what, self.lengths = f"`{key}`, {task} ({name})", {n: _target(n, recipe.max_input_tokens) for n in lengths}
         self.read = Counter(lines=0, unanswerable=0, same_id=0)
         rows = rows_of(name, key, HUB_SUBSETS.get(task), "validation")
-        questions = usable(rows, task if task in PARSERS else "auto", {}, self.read, _refuse)
+        questions = read_questions(rows, task if task in PARSERS else "auto", {}, self.read, _refuse)
         self.pool, self.questions = make_pool(questions, (), template_markers(tokenizer, template))
         if not self.questions:
             raise DataError(f"{self.what} has no question that can be asked ({dict(self.read)}).")
@@ -47,7 +47,7 @@ class Haystack:
         checked = {"long": max((n for n in lengths if n <= 8192), default=min(lengths)), "short": min(lengths)}
         self.builder.check_sums(self.questions, checked)
 
-    def fitting(self, wanted: int) -> Iterator[tuple[Asked, dict[int, Side]]]:
+    def fitting(self, wanted: int) -> Iterator[tuple[PreparedQuestion, dict[int, BuiltContext]]]:
         """So many questions with a context of every length, the same questions at each; the others are counted.
 
         Raises:
@@ -57,13 +57,13 @@ class Haystack:
         for question in self.questions[: TRIES * wanted]:
             if built == wanted:
                 break
-            asked = self.builder.asked(question)
-            sides = asked if isinstance(asked, str) else self._sides(asked)
-            if isinstance(sides, str):
-                dropped[sides] += 1
+            prepared = self.builder.prepare(question)
+            contexts = prepared if isinstance(prepared, str) else self._contexts(prepared)
+            if isinstance(contexts, str):
+                dropped[contexts] += 1
                 continue
             built += 1
-            yield asked, sides
+            yield prepared, contexts
         lengths = ", ".join(map(str, self.lengths))
         if not built:
             raise DataError(
@@ -76,23 +76,24 @@ class Haystack:
             self.what, wanted, built, lengths, dict(dropped), dict(self.read),
         )  # fmt: skip
 
-    def _sides(self, asked: Asked) -> dict[int, Side] | str:
-        sides = {}
+    def _contexts(self, prepared: PreparedQuestion) -> dict[int, BuiltContext] | str:
+        contexts = {}
         for length, target in self.lengths.items():
-            if target - asked.rest > self.whole + sum(self.pool.tokens[i] for i in asked.question.evidence):
+            needed = self.whole + sum(self.pool.tokens[i] for i in prepared.question.evidence)
+            if target - prepared.overhead > needed:
                 return f"too_few_distractors_for_{length}"  # known without drawing them all
-            side = self.builder.context(asked, target, NAME)
-            if isinstance(side, str):
-                return f"{side}_{length}"
-            sides[length] = side
-        return sides
+            built = self.builder.context(prepared, target, NAME)
+            if isinstance(built, str):
+                return f"{built}_{length}"
+            contexts[length] = built
+        return contexts
 
 
-def item_fields(question: Question, side: Side) -> dict:
-    """What an item takes over from a question and one of its contexts."""
+def item_fields(question: Question, context: BuiltContext) -> dict:
+    """Return what an item takes over from a question and one of its contexts."""
     return {
-        "prompt": side.row["prompt"], "question": question.question, "answers": question.answers,
-        "evidence": side.row["evidence"], "groups": {} if question.hops is None else {"hops": str(question.hops)},
+        "prompt": context.row["prompt"], "question": question.question, "answers": question.answers,
+        "evidence": context.row["evidence"], "groups": {} if question.hops is None else {"hops": str(question.hops)},
     }  # fmt: skip
 
 
@@ -107,4 +108,4 @@ def _target(length: int, window: int) -> int:
 
 
 def _refuse(where: str, error: DataError) -> None:
-    raise DataError(located(where, error)) from None
+    raise DataError(with_place(where, error)) from None

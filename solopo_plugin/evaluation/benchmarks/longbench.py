@@ -20,7 +20,7 @@ from ...qa.files import DataError
 from ...qa.questions import id_at, texts
 from ..items import Item
 from ..recipe import EvalRecipe
-from .rows import around, items_of, number_at, rows_of, text_at
+from .rows import items_of, number_at, prompt_with_context, rows_of, text_at
 
 TASKS = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique")  # those of the paper
 INTERVALS = ((4000, "0-4k"), (8000, "4-8k"), (float("inf"), "8k+"))  # of `length`, in words: LongBench-E's
@@ -62,6 +62,6 @@ def _item(recipe, task: str, row: dict) -> Iterator[Item]:
     words = number_at(row, "length", -1)
     interval = next(name for limit, name in INTERVALS if words < limit)
     yield Item(
-        "longbench_qa", task, id_at(row, "_id"), around(recipe.prompt, context, question), question, answers,
-        groups={"length": interval} if words >= 0 else {},
+        "longbench_qa", task, id_at(row, "_id"), prompt_with_context(recipe.prompt, context, question), question,
+        answers, groups={"length": interval} if words >= 0 else {},
     )  # fmt: skip

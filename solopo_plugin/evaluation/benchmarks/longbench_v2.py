@@ -20,7 +20,7 @@ from ...qa.files import DataError
 from ...qa.questions import row_id, shown
 from ..items import OFFICIAL_TOKENS, Item
 from ..recipe import EvalRecipe
-from .rows import around, items_of, rows_of, text_at
+from .rows import items_of, prompt_with_context, rows_of, text_at
 
 PROMPT = """\
 Here is a text, and a question about it with several answers to choose from. One of them is right.
@@ -85,7 +85,7 @@ def _item(official: bool, row: dict) -> Iterator[Item]:
         if value not in CLASSES[key]:
             raise DataError(f"`{key}` must be one of {', '.join(CLASSES[key])}; got {shown(value)}.")
     context = text_at(row, "context")
-    prompt = official_prompt(row) if official else around(PROMPT, context, with_choices(question, choices))
+    prompt = official_prompt(row) if official else prompt_with_context(PROMPT, context, with_choices(question, choices))
     yield Item(
         "longbench_v2", "all", row_id(row.get("_id")), prompt, question, [letter], "choice",
         max_new_tokens=OFFICIAL_TOKENS["longbench_v2"] if official else None, groups=groups,

@@ -32,7 +32,7 @@ from ...qa.seeded import generator
 from ..items import Item
 from ..recipe import EvalRecipe
 from .haystack import NAME, Haystack, item_fields, wanted_questions
-from .rows import around, items_of, number_at, rows_of, text_at
+from .rows import items_of, number_at, prompt_with_context, rows_of, text_at
 
 ENDS = (".jsonl", ".jsonl.gz")  # of its files' names in a folder
 
@@ -61,7 +61,7 @@ def _item(recipe, row: dict) -> Iterator[Item]:
     name = f"{depth:g}+{number_at(row, 'depth_percent2'):g}" if pair else f"{depth:g}"
     yield Item(
         "niah_plus", text_at(row, "dataset"), f"{id_at(row)}/{length}/{name}",
-        around(recipe.prompt, context, question), question, answers, length=length, depth=depth,
+        prompt_with_context(recipe.prompt, context, question), question, answers, length=length, depth=depth,
         groups={"depths": name} if pair else {},
     )  # fmt: skip
 
@@ -75,21 +75,20 @@ def _named(needles: dict[str, str] | list[str]) -> dict[str, str]:
 
 def _grid(hay: Haystack, task: str, recipe) -> Iterator[Item]:
     """Each question that fits, at all lengths and depths."""
-    for asked, sides in hay.fitting(wanted_questions(recipe.niah_questions, recipe.max_samples)):
-        question = asked.question
+    for prepared, contexts in hay.fitting(wanted_questions(recipe.niah_questions, recipe.max_samples)):
+        question = prepared.question
         shares = needle_shares(recipe.seed, question)
-        for length in sides:
+        for length in contexts:
             for depth in dict.fromkeys(recipe.niah_depths):
                 at = [depth / 100 + (1 - depth / 100) * share for share in shares]
-                side = hay.builder.context(
-                    asked, hay.lengths[length], NAME, arranged=partial(placed, hay.pool.tokens, at)
-                )
-                if isinstance(side, str):  # only where tokens do not add up, so that an order can be too long
-                    hay.read[f"{side}_{length}"] += 1
+                arrange = partial(placed, hay.pool.tokens, at)
+                context = hay.builder.context(prepared, hay.lengths[length], NAME, arrange=arrange)
+                if isinstance(context, str):  # only where tokens do not add up, so that an order can be too long
+                    hay.read[f"{context}_{length}"] += 1
                     continue
                 yield Item(
                     "niah_plus", task, f"{question.id}/{length}/{depth:g}", length=length, depth=float(depth),
-                    **item_fields(question, side),
+                    **item_fields(question, context),
                 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ...qa.questions import id_at, list_at, make_paragraph, texts
 from ..items import Item
 from ..recipe import EvalRecipe
 from .longbench_v2 import LETTERS, PROMPT, with_choices
-from .rows import around, around_documents, items_of, rows_of, text_at
+from .rows import items_of, prompt_with_context, prompt_with_documents, rows_of, text_at
 
 FORMS = ("prompt", "context", "documents", "evidence")
 
@@ -56,14 +56,14 @@ def _prompt(form: str, prompt: str | None, asked: str, row: dict) -> tuple[str, 
     if form == "prompt":
         return text_at(row, "prompt"), []
     if form == "context":
-        return around(prompt, text_at(row, "context"), asked), []
+        return prompt_with_context(prompt, text_at(row, "context"), asked), []
     paragraphs = [make_paragraph(item, {}) for item in list_at(row, form)]
     if not paragraphs:
         raise DataError(f"`{form}` is empty.")
     if form == "documents":
-        return around_documents(prompt, paragraphs, asked)[0], []
+        return prompt_with_documents(prompt, paragraphs, asked)[0], []
     distractors = list_at(row, "distractors") if row.get("distractors") is not None else []
-    made, places = around_documents(prompt, [*paragraphs, *(make_paragraph(d, {}) for d in distractors)], asked)
+    made, places = prompt_with_documents(prompt, [*paragraphs, *(make_paragraph(d, {}) for d in distractors)], asked)
     return made, places[: len(paragraphs)]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from ...host.template import template_markers
 from ...qa.documents import marker_pattern
 from ...qa.files import DataError, split_names
-from ...qa.prompts import lay_out, shown_text, split_prompt
-from ...qa.questions import got, located
+from ...qa.prompts import document_text, lay_out, split_prompt
+from ...qa.questions import got, with_place
 from ...qa.seeded import digest
 from ...qa.sources import Rows, source_rows
 from ..items import Item
@@ -75,22 +75,22 @@ def _made(rows: Rows, make: Callable[[dict], Iterable[Item]]) -> Iterator[Item]:
         try:
             found = list(make(load()))
         except DataError as error:
-            raise DataError(located(where, error)) from None
+            raise DataError(with_place(where, error)) from None
         for item in found:
             seen[item.task, item.id] += 1
             number = seen[item.task, item.id]
             yield item if number == 1 else replace(item, id=f"{item.id}#{number}")
 
 
-def around(prompt: str | None, context: str, question: str) -> str:
+def prompt_with_context(prompt: str | None, context: str, question: str) -> str:
     """A prompt with a context as it stands; None: the data pipeline's prompt."""
     before, behind = (part.replace("{question}", question) for part in split_prompt(prompt))
     return before + context + behind
 
 
-def around_documents(prompt: str | None, paragraphs: list[dict], question: str) -> tuple[str, list[dict]]:
+def prompt_with_documents(prompt: str | None, paragraphs: list[dict], question: str) -> tuple[str, list[dict]]:
     """A prompt with paragraphs as the data pipeline lays them out, and where in it each one's text is."""
-    return lay_out(*split_prompt(prompt), question, map(shown_text, paragraphs))
+    return lay_out(*split_prompt(prompt), question, map(document_text, paragraphs))
 
 
 def text_at(row: dict, key: str) -> str:

@@ -28,7 +28,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     wanted = wanted_questions(recipe.ruler_questions, recipe.max_samples)
     for task, name in recipe.ruler_data.items():
         hay = Haystack(name, task, "ruler_data", recipe.ruler_lengths, recipe, tokenizer, template)
-        for asked, sides in hay.fitting(wanted):
-            for length, side in sides.items():
-                fields = item_fields(asked.question, side)
-                yield Item("ruler_qa", task, f"{asked.question.id}/{length}", length=length, **fields)
+        for prepared, contexts in hay.fitting(wanted):
+            for length, context in contexts.items():
+                fields = item_fields(prepared.question, context)
+                yield Item("ruler_qa", task, f"{prepared.question.id}/{length}", length=length, **fields)
