@@ -61,6 +61,7 @@ def stored_models(recipe: EvalRecipe, path: Path) -> list[Model]:
     """Read the models of the last run, whose files may be gone.
 
     Args:
+        recipe: It may name a model otherwise at its servers.
         path: Of a JSON list of `as_row`.
 
     Raises:
@@ -145,7 +146,7 @@ def _check_weights(folder: Path, *patterns: str) -> None:
 
 
 def _below(adapter: Path, recipe: EvalRecipe) -> str:
-    """The model below an adapter."""
+    """Return the model below an adapter."""
     if recipe.model_name_or_path:
         return recipe.model_name_or_path
     path = adapter / "adapter_config.json"
@@ -172,7 +173,7 @@ def _base(checkpoint: Model, folder: str, recipe: EvalRecipe) -> Model:
 
 
 def _names(found: list[tuple[str | None, str]]) -> list[str]:
-    """Names given, or the last parts of the paths, as many as it takes to tell them apart.
+    """Return the names given, or the last parts of the paths, as many as it takes to tell them apart.
 
     Raises:
         DataError: Two given names are the same as names of files.

@@ -43,7 +43,10 @@ Pairs = Annotated[list, BeforeValidator(lambda value: value if isinstance(value,
 
 @dataclass(config=STRICT, kw_only=True)
 class EvalRecipe:
-    """Keys of a recipe under examples/yaml/eval/. Token counts are of the templated prompt, in the model's tokens."""
+    """Hold the keys of a recipe under examples/yaml/eval/.
+
+    Token counts are of the templated prompt, in the model's tokens.
+    """
 
     # models
     models: Names | dict | None = key(
@@ -173,9 +176,11 @@ SOURCES = {
 
 
 def load_recipe(path: str, overrides: list[str] | None = None, select: str | None = None) -> EvalRecipe:
-    """A recipe from a YAML file and `key=value` words that override it.
+    """Read a recipe from a YAML file and `key=value` words that override it.
 
     Args:
+        path: Of the YAML file.
+        overrides: Such as `seed=1`.
         select: A `select_by` that overrides the recipe's; "" is the recipe's, or else the validation rows.
 
     Raises:
@@ -188,7 +193,7 @@ def load_recipe(path: str, overrides: list[str] | None = None, select: str | Non
 
 
 def make_recipe(values: dict[str, Any]) -> EvalRecipe:
-    """A recipe from a dict, checked.
+    """Make a recipe from a dict, checked.
 
     Raises:
         DataError: An unknown key (with the nearest one), a missing one, or a value that cannot be.
@@ -220,7 +225,7 @@ def make_recipe(values: dict[str, Any]) -> EvalRecipe:
 
 
 def sources(recipe: EvalRecipe, benchmark: str) -> list[Path]:
-    """Files and folders on this machine of which a benchmark's questions are made."""
+    """List the files and folders on this machine of which a benchmark's questions are made."""
     found = []
     for name, spec in FIELDS.items():
         if benchmark in spec.metadata["stages"]:

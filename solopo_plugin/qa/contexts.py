@@ -39,6 +39,7 @@ class TokenBudget:
     """
 
     def __init__(self, pool: Pool, tokenizer, template, before: str, behind: str):
+        """Take a pool with its tokens counted, and the prompt's text before and behind its documents."""
         self.pool, self.tokenizer, self.template, self.before, self.behind = pool, tokenizer, template, before, behind
         self.smallest = min((pool.tokens[i] for i in pool.drawable), default=0)  # of a distractor
         self.adds_up = before.endswith(BETWEEN) and behind.startswith(BETWEEN)
@@ -95,6 +96,7 @@ class Builder:
     """Build the contexts of questions, one by one, from one pool of paragraphs."""
 
     def __init__(self, keys: Contexts, pool: Pool, tokenizer, template):
+        """Take a pool with its tokens counted by this tokenizer, and the chat template as `load_chat` has it."""
         self.keys, self.pool = keys, pool
         self.before, self.behind = split_prompt(keys.prompt)
         self.budget = TokenBudget(pool, tokenizer, template, self.before, self.behind)
@@ -210,6 +212,7 @@ class Leaks:
     """
 
     def __init__(self, answers: list[str], evidence_forms: list[str], pool: Pool, counts: Counter):
+        """Take answers that no distractor may hold, the evidence in normal form, and where to count."""
         self.answers = [(answer, judged_form(answer).encode()) for answer in answers]
         self.evidence = [form.encode() for form in evidence_forms]
         self.pool, self.counts = pool, counts

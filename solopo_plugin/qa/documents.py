@@ -46,6 +46,7 @@ class Pool:
     ends_apart: bytearray = field(default_factory=bytearray)  # 1: no token reaches over the document's ends
 
     def __len__(self) -> int:
+        """Return the number of paragraphs."""
         return len(self.first_like)
 
     def document(self, i: int) -> str:

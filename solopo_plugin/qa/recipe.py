@@ -21,12 +21,12 @@ SECRET = re.compile(
 
 
 def _masked(text: str) -> str:
-    """A text without the user and password of the addresses in it."""
+    """Return a text without the user and password of the addresses in it."""
     return re.sub(r"(?<=//)[^\s'\"]*@", "", text)
 
 
 def _secret_in(value: Any, name: str = "") -> str | None:
-    """Name of a part that by its name is a secret, or whose value is an address with a password; None: no part is."""
+    """Return the name of a part that is a secret by its name, or by its value an address with a password."""
     if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://\S*@", value)):
         return name
     parts = value.items() if isinstance(value, dict) else [("", v) for v in value] if isinstance(value, list) else ()
@@ -75,6 +75,7 @@ def key(default: Any, stages: str, help: str) -> Any:
     Args:
         default: A value, a function that makes one, such as `list`, or `...` where the recipe must have the key.
         stages: Those whose results change with it, separated by spaces; what comes after them follows by itself.
+        help: A sentence that says what it is and where its default comes from.
     """
     default = {} if default is ... else {"default_factory": default} if callable(default) else {"default": default}
     return field(**default, metadata={"stages": tuple(stages.split()), "help": help})
@@ -186,7 +187,9 @@ def build(cls: type, title: str, values: dict[str, Any]) -> Any:
     """Make a recipe of the dataclass `cls`, each key checked by its type and range.
 
     Args:
+        cls: With the configuration `STRICT`, its fields from `key` and `shared`.
         title: What sentences call this kind of recipe.
+        values: By name, as `read_values` returns them.
 
     Raises:
         DataError: An unknown key, with the nearest one; a value of the wrong type or out of range; a missing key.

@@ -114,6 +114,6 @@ def _build(question: Question) -> tuple[dict | str, Counter]:
 
 
 def _die_with_parent() -> None:
-    """Linux: end with the parent, also where that was killed."""
+    """End with the parent, also where that was killed; on Linux alone."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -63,7 +63,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 
 
 def write_files(recipe: DataRecipe, work: Path) -> dict[str, int]:
-    """One file per set and split that has rows; returns the number of rows by file name."""
+    """Write one file per set and split that has rows; returns the number of rows by file name."""
     parts: dict[str, list[dict]] = {}
     for pair in read_jsonl(work / "pairs.jsonl"):
         val = "_val" * (pair["split"] == "val")
@@ -76,9 +76,10 @@ def write_files(recipe: DataRecipe, work: Path) -> dict[str, int]:
 
 
 class Contexts:
-    """contexts.jsonl by question; only the places of the lines are kept in memory."""
+    """Read contexts.jsonl by question; only the places of the lines are kept in memory."""
 
     def __init__(self, path: Path):
+        """Note where each question's line begins."""
         self.path, self.places, place = path, {}, 0
         with explained(path, "read"), open(path, "rb") as file:
             for line in file:
@@ -86,13 +87,14 @@ class Contexts:
                 place += len(line)
 
     def get(self, name: str) -> dict:
+        """Read the contexts of the question `name`."""
         with open(self.path, "rb") as file:
             file.seek(self.places[name])
             return json.loads(file.readline())
 
 
 def make_row(pair: dict, context: dict) -> dict:
-    """A row of the data set, with the names and in the order of `SCHEMA`."""
+    """Return a row of the data set, with the names and in the order of `SCHEMA`."""
     row = {"prompt": context["short"]["prompt"], "long_prompt": context["long"]["prompt"]}
     row |= pair | {name: context[name] for name in ("id", "question", "answers", "hops")}
     for side in ("short", "long"):
@@ -114,7 +116,7 @@ def _alone_in(folder: Path):
 
 
 def read_info(folder: Path) -> tuple[Path, str]:
-    """Path and text of dataset_info.json; an empty object if there is none."""
+    """Return path and text of dataset_info.json; an empty object if there is none."""
     info = folder / "dataset_info.json"
     if not info.exists():
         return info, "{}\n"
@@ -153,7 +155,7 @@ def _has_our_columns(path: Path) -> bool:
 
 
 def set_member(text: str, name: str, value: dict | None) -> str:
-    """The text of a JSON object with one member added, replaced or (None) removed, and not a byte changed beside it."""
+    """Add, replace or (None) remove one member of a JSON object's text, and change not a byte beside it."""
     spans, end = _members(text)
     names = [member for member, *_ in spans]
     inner = re.match(r"\{(\s*)", text[text.index("{") :]).group(1)
@@ -181,7 +183,7 @@ def set_member(text: str, name: str, value: dict | None) -> str:
 
 
 def _members(text: str) -> tuple[list[tuple[str, int, int, int]], int]:
-    """Members of a JSON object as (name, start, start of the value, end of the value); where its `}` stands."""
+    """Return the members of a JSON object as (name, start, start of the value, its end), and where its `}` stands."""
     decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
     place = blank.match(text, text.index("{") + 1).end()
     spans = []

@@ -34,7 +34,7 @@ SETS = {"solopo": ("short", "short"), "long_po": ("long", "long"), "longpo": ("s
 
 @dataclass
 class DrawnPair:
-    """One side of a question: an answer that may be chosen and one that may be rejected, None where there is none."""
+    """Hold what one side of a question gave: an answer to choose and one to reject, None where there is none."""
 
     chosen: dict | None
     rejected: dict | None
@@ -44,12 +44,14 @@ class DrawnPair:
 
 @dataclass
 class DrawnQuestion:
+    """Hold a question and what was drawn for it on each side."""
+
     id: str
     key: str  # see `question_key`
     sides: dict[str, DrawnPair]
 
     def pair(self, name: str) -> tuple[dict, dict] | None:
-        """The pair for a set, if there is one."""
+        """Return the pair for a set, if there is one."""
         side, other = SETS[name]
         if other not in self.sides:
             return None
@@ -95,7 +97,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 
 
 def choose(questions: list[DrawnQuestion], name: str, recipe: DataRecipe) -> list[DrawnQuestion]:
-    """`num_rows` questions with a pair for the set, in seeded order, those with a pair on both sides first."""
+    """Return `num_rows` questions with a pair for the set, in seeded order, those with a pair on both sides first."""
 
     def rank(question: DrawnQuestion) -> tuple:
         return not _on_both(question), generator(recipe.seed, "order", question.id).random(), question.id
@@ -104,7 +106,7 @@ def choose(questions: list[DrawnQuestion], name: str, recipe: DataRecipe) -> lis
 
 
 def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
-    """Keys of the validation questions: `val_size` of the rows, in a seeded order.
+    """Return keys of the validation questions: `val_size` of the rows, in a seeded order.
 
     The same question asked twice with the same answers is on one side only, which may add a row.
     """
@@ -121,7 +123,7 @@ def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
 
 
 def statement(counts: dict, recipe: DataRecipe) -> str:
-    """One sentence: how many rows there are and, if they are too few, why and what to do."""
+    """Return one sentence: how many rows there are and, if they are too few, why and what to do."""
     n_rows, num_rows = counts["short"]["with_a_pair"], recipe.num_rows
     if n_rows >= num_rows:
         return f"{num_rows} rows, as asked for, of {n_rows} questions that give a pair."
@@ -134,7 +136,7 @@ def statement(counts: dict, recipe: DataRecipe) -> str:
 
 
 def _remedy(counts: dict, recipe: DataRecipe) -> str:
-    """How to get more rows: of answers that most cannot be used, more questions are no help."""
+    """Say how to get more rows: of answers that most cannot be used, more questions are no help."""
     n = counts["answers"]
     reasons = {
         "no_marker": f"lack `The answer is:` and count as wrong: {advice(recipe.prompt)}",
@@ -151,7 +153,7 @@ def draw_pair(
     answers: list[dict], room: int, encode: Callable[[str], list[int]], markers: set[str], rng: random.Random,
     balance_length: bool, dropped: Counter,
 ) -> DrawnPair:  # fmt: skip
-    """A random right and a random wrong answer among the usable ones.
+    """Draw a random right and a random wrong answer among the usable ones.
 
     Not usable, and counted in `dropped` under the first reason that holds: `empty`; `cut`, at max_new_tokens, since
     training ends every response with the stop token; `no_marker`, no `The answer is:`; `template_marker`, a token that
@@ -161,6 +163,9 @@ def draw_pair(
         answers: All judged answers of one side of a question.
         room: Tokens that `cutoff_len` leaves for a response behind the longer prompt.
         encode: Text -> ids of the response as in training, its stop token included.
+        markers: Texts that only the chat template may write.
+        rng: The random numbers of this question and side.
+        dropped: Counts the answers that are not usable, by reason.
         balance_length: Take the wrong answer whose length is nearest to the chosen one's, instead of any.
     """
     right, wrong = [], []
@@ -206,7 +211,7 @@ def draw_pair(
 def _questions(
     recipe: DataRecipe, work: Path, dropped: dict[str, Counter], n_answers: Counter
 ) -> Iterator[DrawnQuestion]:  # fmt: skip
-    """All questions with what was drawn for them, in the order of the contexts; `n_answers` counts them by side."""
+    """Yield all questions with what was drawn for them, in the contexts' order; `n_answers` counts by side."""
     tokenizer, template = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
     markers = template_markers(tokenizer, template)
 
@@ -237,7 +242,7 @@ def _questions(
 
 
 def question_key(row: dict) -> str:
-    """What must not be in both splits: question and answers in normal form."""
+    """Return what must not be in both splits: question and answers in normal form."""
     return " | ".join(map(normalize_answer, [row["question"], *sorted(row["answers"])]))
 
 

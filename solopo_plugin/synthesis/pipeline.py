@@ -27,7 +27,7 @@ PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "nump
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's function, (recipe, work folder) -> counts, and the files of the work folder that it deals with."""
+    """Hold a stage's function, (recipe, work folder) -> counts, and the files of the work folder that it deals with."""
 
     run: Callable[[DataRecipe, Path], dict]
     inputs: tuple[str, ...]
@@ -51,6 +51,7 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     """Run what is not finished, all stages or one; returns the manifest.
 
     Args:
+        recipe: Of data.
         stage: Only this stage; those before it must be finished.
         resume: False: the stages that are to run forget what they had finished.
 
@@ -100,8 +101,7 @@ def _check_before(stage: str, recipe: DataRecipe, manifest: dict) -> None:
 def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_sample: bool) -> None:
     """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest.
 
-    Args:
-        then_sample: Contexts are made to be sampled on at once, so that the backend must be there.
+    With `then_sample` contexts are made to be sampled on at once, so that the backend must be there.
     """
     inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | outside_inputs(recipe, name)
     chosen = settings(recipe, name)
@@ -129,7 +129,7 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
 
 
 def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str]:
-    """Why a finished stage is not up to date, one phrase each."""
+    """Say why a finished stage is not up to date, one phrase each."""
     phrases = _changed_settings(finished, chosen, inputs)
     old, models = finished["inputs"], {str(Path(s.get(MODEL) or "")) for s in (finished["settings"], chosen)}
     phrases += [
@@ -160,7 +160,7 @@ def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
 
 
 def read_manifest(work: Path) -> dict:
-    """The manifest of a work folder, empty if there is none yet.
+    """Read the manifest of a work folder, empty if there is none yet.
 
     Raises:
         DataError: The file is no manifest.

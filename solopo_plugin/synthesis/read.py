@@ -56,7 +56,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 
 
 def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iterator[dict]:
-    """The usable questions of `input`, in its order; what is left out is counted in `counts`."""
+    """Yield the usable questions of `input`, in its order; what is left out is counted in `counts`."""
 
     def bad(where: str, error: DataError) -> None:
         _skip(where, error, recipe, counts, "bad")
@@ -72,7 +72,7 @@ def lines(recipe: DataRecipe) -> Rows:
 
 
 def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
-    """The documents of `corpus`, by id (those without one by their line)."""
+    """Read the documents of `corpus`, by id (those without one by their line)."""
     documents: Documents = {}
     if recipe.corpus is None:
         return documents

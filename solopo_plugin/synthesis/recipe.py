@@ -40,7 +40,10 @@ from ..qa.recipe import (
 
 @dataclass(config=STRICT, kw_only=True)
 class DataRecipe:
-    """Keys of a recipe under examples/yaml/data/. Token counts are of the templated prompt, in the model's tokens."""
+    """Hold the keys of a recipe under examples/yaml/data/.
+
+    Token counts are of the templated prompt, in the model's tokens.
+    """
 
     # model
     model_name_or_path: Needed = key(
@@ -141,7 +144,7 @@ ENTRY_NAME = re.compile(r"(?!\s)[^/\\,\x00-\x1f\x7f]+(?<!\s)")
 
 
 def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
-    """Hashes of what a stage reads from outside the work folder: files of questions, and a model that is a folder.
+    """Return hashes of what a stage reads from outside the work folder: questions, and a model that is a folder.
 
     The judge's rule is one, too: verdicts that another version of this project gave are given again.
     What lies on a hub is known by its name alone; so is what is behind a server, unless nothing is said of its name
@@ -173,7 +176,7 @@ def model_files(made_from: dict[str, Any], inputs: dict[str, str]) -> str | None
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> DataRecipe:
-    """A recipe from a YAML file and `key=value` words that override it, as `llamafactory-cli` reads both.
+    """Read a recipe from a YAML file and `key=value` words that override it, as `llamafactory-cli` reads both.
 
     Raises:
         DataError: No such file, no YAML, an unknown key, or a value of the wrong type or out of range.
@@ -182,7 +185,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> DataRecipe:
 
 
 def make_recipe(values: dict[str, Any]) -> DataRecipe:
-    """A recipe from a dict, checked.
+    """Make a recipe from a dict, checked.
 
     Raises:
         DataError: An unknown key (with the nearest one), a missing one, or a value of the wrong type or out of range.

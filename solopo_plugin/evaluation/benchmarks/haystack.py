@@ -22,16 +22,19 @@ HUB_SUBSETS = {"hotpotqa": "distractor"}
 
 
 class Haystack:
-    """The paragraphs of a file as a pool, and its questions in the order of a seeded draw."""
+    """Hold the paragraphs of a file as a pool, and its questions in the order of a seeded draw."""
 
     def __init__(self, name: str, task: str, key: str, lengths: list[int], recipe, tokenizer, template):
-        """Read, tokenise.
+        """Read the questions and tokenise their paragraphs.
 
         Args:
             name: File, folder or hub name of the questions; several with commas.
             task: Its name; also that of its format, if there is one of that name.
             key: What the recipe calls the file, for messages.
             lengths: Those that contexts will be asked for.
+            recipe: Of the evaluation.
+            tokenizer: Of the model whose tokens count.
+            template: Its chat template.
         """
         self.what, self.lengths = f"`{key}`, {task} ({name})", {n: _target(n, recipe.max_input_tokens) for n in lengths}
         self.read = Counter(lines=0, unanswerable=0, same_id=0)
@@ -48,7 +51,7 @@ class Haystack:
         self.builder.check_sums(self.questions, checked)
 
     def fitting(self, wanted: int) -> Iterator[tuple[PreparedQuestion, dict[int, BuiltContext]]]:
-        """So many questions with a context of every length, the same questions at each; the others are counted.
+        """Yield so many questions with a context of every length, the same questions at each; the others are counted.
 
         Raises:
             DataError: There is none.
@@ -98,12 +101,12 @@ def item_fields(question: Question, context: BuiltContext) -> dict:
 
 
 def wanted_questions(questions: int, max_samples: int | None) -> int:
-    """Questions of a task: as many as its key says, and no more than `max_samples`."""
+    """Return the number of questions of a task: as many as its key says, and no more than `max_samples`."""
     return questions if max_samples is None else min(questions, max_samples)
 
 
 def _target(length: int, window: int) -> int:
-    """Tokens that the prompt of a length may have: a window that is a little shorter, so that nothing is cut."""
+    """Return the tokens that the prompt of a length may have: those of a window a little shorter, so that nothing is cut."""
     return window if NEARLY * length <= window < length else length
 
 

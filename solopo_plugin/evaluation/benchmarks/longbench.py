@@ -27,7 +27,7 @@ INTERVALS = ((4000, "0-4k"), (8000, "4-8k"), (float("inf"), "8k+"))  # of `lengt
 
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
-    """Its questions, task by task; groups: LongBench-E's intervals of length.
+    """Yield its questions, task by task; groups: LongBench-E's intervals of length.
 
     Raises:
         DataError: An unknown task, a missing file, or a row that is not of the format.
@@ -40,7 +40,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
 
 
 def _source(data: str, task: str) -> str:
-    """The file of a task, or the name on the hub."""
+    """Return the file of a task, or the name on the hub."""
     if task.removesuffix("_e") not in TASKS:
         raise DataError(f"`longbench_tasks`: {task!r} is none of the question answering tasks {', '.join(TASKS)}.")
     if Path(data).is_file():

@@ -52,7 +52,7 @@ CLASSES = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")
 
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
-    """Its questions; groups: difficulty and class of length; the task is `all`.
+    """Yield its questions; groups: difficulty and class of length; the task is `all`.
 
     Raises:
         DataError: A row that is not of the format.
@@ -63,12 +63,12 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
 
 
 def with_choices(question: str, choices: list[str]) -> str:
-    """A question and its choices, as the prompt shows them."""
+    """Return a question and its choices, as the prompt shows them."""
     return "\n\n".join([question, "\n".join(f"({x}) {text}" for x, text in zip(LETTERS, choices, strict=False))])
 
 
 def official_prompt(row: dict) -> str:
-    """The authors' message for a row: texts stripped and put in one after the other, as their pred.py does."""
+    """Return the authors' message for a row: texts stripped and put in one after the other, as their pred.py does."""
     prompt = OFFICIAL
     for name, key in {"DOC": "context", "Q": "question", **{f"C_{x}": f"choice_{x}" for x in LETTERS}}.items():
         prompt = prompt.replace(f"${name}$", row[key].strip())

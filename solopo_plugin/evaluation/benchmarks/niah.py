@@ -38,7 +38,7 @@ ENDS = (".jsonl", ".jsonl.gz")  # of its files' names in a folder
 
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
-    """The questions of the files, then those of the contexts that are built.
+    """Yield the questions of the files, then those of the contexts that are built.
 
     Raises:
         DataError: A row that is not of its format, or a task of which nothing can be built.
@@ -74,7 +74,7 @@ def _named(needles: dict[str, str] | list[str]) -> dict[str, str]:
 
 
 def _grid(hay: Haystack, task: str, recipe) -> Iterator[Item]:
-    """Each question that fits, at all lengths and depths."""
+    """Yield each question that fits, at all lengths and depths."""
     for prepared, contexts in hay.fitting(wanted_questions(recipe.niah_questions, recipe.max_samples)):
         question = prepared.question
         shares = needle_shares(recipe.seed, question)
@@ -93,7 +93,7 @@ def _grid(hay: Haystack, task: str, recipe) -> Iterator[Item]:
 
 
 def needle_shares(seed: int, question: Question) -> list[float]:
-    """Of each paragraph of evidence, how far behind the depth it stands: 0 for one of them, else up to 1, the end."""
+    """Draw how far behind the depth each paragraph of evidence stands: 0 for one of them, else up to 1, the end."""
     rng = generator(f"{seed}/{question.id}/needles")
     shares = [0.0, *(rng.random() for _ in question.evidence[1:])]
     rng.shuffle(shares)
@@ -101,11 +101,13 @@ def needle_shares(seed: int, question: Question) -> list[float]:
 
 
 def placed(tokens, at: list[float], evidence: list[int], distractors: list[int]) -> list[int]:
-    """Distractors in their order, with each paragraph of evidence where the tokens before it come nearest to its share.
+    """Put each paragraph of evidence between distractors, where the tokens before it come nearest to its share.
 
     Args:
         tokens: Of each paragraph of the pool.
         at: For each of `evidence` the share of the distractors' tokens that stands before it, 0 to 1.
+        evidence: Indices of the pool.
+        distractors: Indices of the pool, in the order that they keep.
     """
     before = [0, *accumulate(tokens[i] for i in distractors)]  # [k]: tokens before the k-th distractor
     spots = []

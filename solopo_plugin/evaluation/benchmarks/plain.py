@@ -28,7 +28,7 @@ FORMS = ("prompt", "context", "documents", "evidence")
 
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
-    """The questions of the user's files.
+    """Yield the questions of the user's files.
 
     Raises:
         DataError: A row that is of none of the forms.
@@ -52,7 +52,7 @@ def _item(prompt: str | None, row: dict) -> Iterator[Item]:
 
 
 def _prompt(form: str, prompt: str | None, asked: str, row: dict) -> tuple[str, list[dict]]:
-    """The message, and the places of the evidence, where the row says what is evidence."""
+    """Return the message, and the places of the evidence, where the row says what is evidence."""
     if form == "prompt":
         return text_at(row, "prompt"), []
     if form == "context":
@@ -68,7 +68,7 @@ def _prompt(form: str, prompt: str | None, asked: str, row: dict) -> tuple[str, 
 
 
 def _letter(choices: list[str], answers: list[str]) -> str:
-    """The letter of the right choice, from the letter or from its text."""
+    """Return the letter of the right choice, from the letter or from its text."""
     letters = LETTERS[: len(choices)]
     if not 2 <= len(choices) <= len(LETTERS):
         raise DataError(f"`choices` must be two to four texts, got {len(choices)}.")

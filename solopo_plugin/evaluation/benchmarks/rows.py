@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def rows_of(names: str, key: str, subset: str | None = None, split: str = "test") -> Rows:
-    """The rows of one or, with commas, several files, folders or data sets of the hub; arguments of `source_rows`."""
+    """Yield the rows of one or, with commas, several files, folders or data sets of the hub, see `source_rows`."""
     for name in split_names(names):
         yield from source_rows(name, key, subset, split)
 
@@ -35,7 +35,7 @@ def items_of(
     tokenizer,
     template,
 ) -> Iterator[Item]:
-    """The items of rows; with `max_samples`, so many of each task, chosen by seed and id whatever their order.
+    """Yield the items of rows; with `max_samples`, so many of each task, chosen by seed and id whatever their order.
 
     A second item with the same id gets `#2` behind it, and so on.
 
@@ -43,6 +43,9 @@ def items_of(
         rows: Begins to read anew with each call; with `max_samples` everything is read twice and never held.
         make: The items of one row.
         what: Key and value of the recipe, for messages.
+        recipe: Of the evaluation.
+        tokenizer: Of the model, whose special tokens are told of.
+        template: Its chat template.
 
     Raises:
         DataError: A row cannot be used, with its place; or there is none.
@@ -83,18 +86,18 @@ def _made(rows: Rows, make: Callable[[dict], Iterable[Item]]) -> Iterator[Item]:
 
 
 def prompt_with_context(prompt: str | None, context: str, question: str) -> str:
-    """A prompt with a context as it stands; None: the data pipeline's prompt."""
+    """Return a prompt with a context as it stands; None: the data pipeline's prompt."""
     before, behind = (part.replace("{question}", question) for part in split_prompt(prompt))
     return before + context + behind
 
 
 def prompt_with_documents(prompt: str | None, paragraphs: list[dict], question: str) -> tuple[str, list[dict]]:
-    """A prompt with paragraphs as the data pipeline lays them out, and where in it each one's text is."""
+    """Lay paragraphs out in a prompt as the data pipeline does; return it, and where in it each one's text is."""
     return lay_out(*split_prompt(prompt), question, map(document_text, paragraphs))
 
 
 def text_at(row: dict, key: str) -> str:
-    """The text that a row has at `key`, as it stands.
+    """Return the text that a row has at `key`, as it stands.
 
     Raises:
         DataError: It is none, or empty.
@@ -105,7 +108,7 @@ def text_at(row: dict, key: str) -> str:
 
 
 def number_at(row: dict, key: str, default: Any = None) -> float:
-    """The finite number that a row has at `key`, also as a text.
+    """Return the finite number that a row has at `key`, also as a text.
 
     Raises:
         DataError: It is none, and there is no default.

@@ -20,7 +20,7 @@ from .haystack import Haystack, item_fields, wanted_questions
 
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
-    """Its questions, task by task, each at all lengths in turn.
+    """Yield its questions, task by task, each at all lengths in turn.
 
     Raises:
         DataError: A row that is not of its format, or a task of which nothing can be built.

@@ -16,7 +16,7 @@ from .rows import items_of, rows_of, text_at
 
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
-    """Both questions of each row; `max_samples` chooses the same rows for both.
+    """Yield both questions of each row; `max_samples` chooses the same rows for both.
 
     Raises:
         DataError: There is no such file, or a row lacks what an export has.

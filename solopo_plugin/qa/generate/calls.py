@@ -34,6 +34,7 @@ class Model:
     alone: bool = True  # if a server has a single model, that one is meant, whatever its name
 
     def __post_init__(self):
+        """Fill in the name and the tokenizer where they are not given."""
         object.__setattr__(self, "name", self.name or self.place)
         object.__setattr__(self, "tokenizer", self.tokenizer or self.path)
 
@@ -44,7 +45,7 @@ class Model:
 
 
 class Reply(NamedTuple):
-    """Answers `ks` of a question as (text, finish reason); a call may come back in several replies.
+    """Hold answers `ks` of a question as (text, finish reason); a call may come back in several replies.
 
     `prompt_tokens`: what the server says that it was given, None where nothing is said.
     """
@@ -60,6 +61,7 @@ def load_chat(tokenizer: str, chat: Chat) -> tuple:
 
     Args:
         tokenizer: Folder or hub name.
+        chat: The template and its keys.
 
     Raises:
         DataError: There is no such template or tokenizer.

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
-    """`generate` of transformers, one call at a time, for small models. Nothing of generation_config.json is used."""
+    """Answer by transformers' `generate`, one call at a time. Nothing of generation_config.json is used."""
     import torch
     from transformers import GenerationConfig
 
@@ -58,7 +58,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
 
 
 def load_network(model: Model, trust_remote_code: bool = False):
-    """Weights in the dtype they were saved in, with YaRN and adapter where asked for; the adapter is not merged."""
+    """Load weights in the dtype they were saved in, with YaRN and adapter where asked for; it is not merged."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
@@ -75,7 +75,7 @@ def load_network(model: Model, trust_remote_code: bool = False):
 
 
 def yarn(config, model: Model) -> dict[str, Any]:
-    """Entries of config.json that make the window `rope_factor` times as long by YaRN (arXiv:2309.00071).
+    """Return the entries of config.json that make the window `rope_factor` times as long by YaRN (arXiv:2309.00071).
 
     They are those of Qwen2.5's model card; the window that is stretched is config.json's. Empty without a factor.
 
@@ -96,7 +96,7 @@ def yarn(config, model: Model) -> dict[str, Any]:
 
 
 def window_of(config) -> float:
-    """Tokens that a model was made for.
+    """Return the tokens that a model was made for.
 
     With YaRN some configurations name the window before it is widened (Qwen2.5's card), others the one after it; of
     other scalings, such as Llama 3.1's, `max_position_embeddings` is the widened one.

@@ -33,7 +33,7 @@ SAME = 8  # answers, each like the first one to its question, after which that i
 
 
 def openai_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
-    """OpenAI-compatible servers, `concurrency` requests at a time over all of them."""
+    """Answer by OpenAI-compatible servers, `concurrency` requests at a time over all of them."""
     replies = _replies(sampling, model, calls)
 
     async def following() -> Reply | None:
@@ -79,7 +79,7 @@ async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> A
 
 
 class _Sameness:
-    """Says once if answers are drawn and still all answers to a question are one text."""
+    """Say once if answers are drawn and still all answers to a question are one text."""
 
     def __init__(self, temperature: float):
         self.temperature, self.count = temperature, 0
@@ -124,14 +124,14 @@ def api_key(api_key_env: str) -> str:
 
 
 class Address(NamedTuple):
-    """A server: `url` without credentials and up to its /v1, and (user, password) where the address has them."""
+    """Hold a server: `url` without credentials and up to its /v1, and (user, password) where the address has them."""
 
     url: str
     auth: tuple[str, str] | None
 
 
 def addresses(server_urls: str | None) -> list[Address]:
-    """The servers that `server_urls` names, checked.
+    """Return the servers that `server_urls` names, checked.
 
     Raises:
         DataError: None, or one that can be no server's; what may be a password is not shown.
@@ -162,7 +162,7 @@ def addresses(server_urls: str | None) -> list[Address]:
 
 
 def _without_credentials(address: str) -> str:
-    """An address as a message may show it, well formed or not: no user, no password, no query."""
+    """Return an address as a message may show it, well formed or not: no user, no password, no query."""
     return re.sub(r"^(\w+://)?.*@", r"\1", address, flags=re.DOTALL).split("?")[0].split("#")[0]
 
 
@@ -175,7 +175,7 @@ def is_local(host: str) -> bool:
 
 
 def _proxy(url: httpx.URL) -> str | None:
-    """The proxy that the environment names for a server, with its credentials; none for one on this machine."""
+    """Return the proxy that the environment names for a server, with its credentials; none for one on this machine."""
     if is_local(url.host) or proxy_bypass(url.netloc.decode("ascii")):
         return None
     proxies = getproxies()
@@ -184,7 +184,7 @@ def _proxy(url: httpx.URL) -> str | None:
 
 
 def _transports(places: list[Address], concurrency: int) -> tuple[httpx.AsyncHTTPTransport, dict]:
-    """What carries requests straight to servers, and by address those that go through a proxy.
+    """Return what carries requests straight to servers, and by address those that go through a proxy.
 
     Raises:
         DataError: The environment names certificates that cannot be loaded, or a proxy that cannot be used.
@@ -217,7 +217,7 @@ def _transports(places: list[Address], concurrency: int) -> tuple[httpx.AsyncHTT
 
 
 async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
-    """The function that answers one call: (call, reply), the reply with as many answers as the server gave."""
+    """Return a function from a call to (call, reply), the reply with as many answers as the server gave."""
     chat = sampling.openai_endpoint == "chat"
     common = dict(model=await _model_name(model, servers), temperature=sampling.temperature, top_p=sampling.top_p)
     if not chat:
@@ -281,7 +281,7 @@ async def _model_name(model: Model, servers: "_Servers") -> str:
 
 
 def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | None]:
-    """Answers and the server's count of prompt tokens from the body of a completion.
+    """Return answers and the server's count of prompt tokens from the body of a completion.
 
     Raises:
         DataError: An answer is no text, which another try will not change.
@@ -303,7 +303,7 @@ def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | N
 
 
 class _Refused(DataError):
-    """A request that no repetition will make right; `status`: of HTTP, 0 where the server was not reached."""
+    """Tell of a request that no repetition will make right; `status`: of HTTP, 0 where the server was not reached."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -311,7 +311,7 @@ class _Refused(DataError):
 
 
 class _Passing(Exception):
-    """A request that failed and may succeed later, not before `retry_after` seconds."""
+    """Tell of a request that failed and may succeed later, not before `retry_after` seconds."""
 
     def __init__(self, problem: str, retry_after: float = 0.0):
         super().__init__(problem)
@@ -346,7 +346,7 @@ class _Server:
 
 
 class _Servers:
-    """Several servers as one: the least busy one that did not just fail, tried again and again."""
+    """Use several servers as one: the least busy one that did not just fail, tried again and again."""
 
     def __init__(self, sampling: Sampling, client: httpx.AsyncClient, places: list[Address], key: str):
         self.client, self.retries, self.api_key_env = client, sampling.retries, sampling.api_key_env
@@ -362,6 +362,10 @@ class _Servers:
         """Send until an answer comes that `read` can read.
 
         Args:
+            method: Of HTTP.
+            path: Behind the server's address.
+            body: JSON to send, if any.
+            read: Function of the answer's JSON; what it raises makes the answer malformed.
             final: More statuses that count as a refusal.
 
         Raises:
@@ -387,7 +391,7 @@ class _Servers:
         )
 
     async def _once(self, server: _Server, method: str, path: str, body: dict | None, read, final: tuple[int, ...]):
-        """One try; whatever goes wrong leaves as `_Passing` or, where no other try helps, as `_Refused`."""
+        """Try once; whatever goes wrong leaves as `_Passing` or, where no other try helps, as `_Refused`."""
         place = f"{server.url}{path}{server.via}"
         try:
             response = await self.client.request(method, server.url + path, json=body, auth=server.auth)
@@ -414,7 +418,7 @@ class _Servers:
         raise _Passing(f"HTTP {status} {said}", _retry_after(response))
 
     async def _free(self) -> _Server:
-        """The least busy server, once one may be asked; one that failed is tried with a single request at first."""
+        """Return the least busy server, once one may be asked; one that failed gets a single request at first."""
         while True:
             now = time.monotonic()
             free = [server for server in self.servers if server.free_at <= now]
@@ -432,7 +436,7 @@ class _Servers:
         return "correct the recipe"
 
     def _excerpt(self, text: str) -> str:
-        """The beginning of what a server or library says, without keys and passwords that it may repeat."""
+        """Return the beginning of what a server or library says, without keys and passwords that it may repeat."""
         for secret in self.secrets:
             if len(secret) > 3:  # a shorter one keeps nobody out, and would tear words apart
                 text = text.replace(secret, "***")
@@ -451,6 +455,7 @@ def _lasting(error: httpx.HTTPError, again: bool) -> str | None:
     """Return what to do about an error that no other try mends; None for one that may pass.
 
     Args:
+        error: What httpx raised.
         again: A few tries failed and none succeeded: before that a name may be new and not yet known.
     """
     if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
@@ -470,7 +475,7 @@ def _lasting(error: httpx.HTTPError, again: bool) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds to wait, given by the server as a number or a date; 0 if it gives none."""
+    """Return the seconds to wait, given by the server as a number or a date; 0 if it gives none."""
     value = response.headers.get("retry-after", "")
     try:
         return float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()

@@ -19,7 +19,9 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora
 
 
 def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
-    """VLLM's offline engine, `VLLM_CHUNK` prompts at a time. Written for its public interface; has not been run.
+    """Answer by vLLM's offline engine, `VLLM_CHUNK` prompts at a time.
+
+    Written for its public interface; has not been run.
 
     vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
     reproducible only as far as vLLM's own documentation says.
@@ -67,7 +69,7 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
 
 
 def _vllm_options(model: Model, trust_remote_code: bool) -> dict[str, Any]:
-    """Arguments of the engine for YaRN and an adapter."""
+    """Return the arguments of the engine for YaRN and an adapter."""
     options = {}
     if model.rope_factor:
         from transformers import AutoConfig
@@ -80,6 +82,6 @@ def _vllm_options(model: Model, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def max_lora_rank(adapter: str) -> int:
-    """The least rank that vLLM takes as `max_lora_rank` and that is enough for the LoRA adapter in a folder."""
+    """Return the least rank that vLLM takes as `max_lora_rank` and that is enough for the LoRA adapter in a folder."""
     rank = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("r", 8)  # peft's default
     return next((r for r in LORA_RANKS if r >= rank), rank)
