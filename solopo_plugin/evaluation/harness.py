@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 
 from ..qa.files import DataError, explained, write_json
+from ..qa.generate.addresses import addresses, api_key, is_local
 from ..qa.generate.local import window_of
-from ..qa.generate.servers import addresses, api_key, is_local
 from ..qa.generate.vllm import max_lora_rank
 from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, folder_hash
 

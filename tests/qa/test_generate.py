@@ -25,8 +25,8 @@ from material import recipe as material_recipe
 from scripted_server import free_port, scripted, serving
 
 from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.generate import addresses, servers, vllm
 from solopo_plugin.qa.generate import generate as generate_with
-from solopo_plugin.qa.generate import servers, vllm
 from solopo_plugin.qa.generate.calls import Call, Reply, call_seed, load_chat
 from solopo_plugin.qa.generate.servers import read_answers
 from solopo_plugin.qa.recipe import Sampling, pick
@@ -365,7 +365,7 @@ NO_ADDRESSES = {  # `server_urls`: what is shown of it
 
 @pytest.mark.parametrize("given", ADDRESSES)
 def test_addresses_of_servers(given):
-    assert " ".join(" ".join((url, *(auth or ()))) for url, auth in servers.addresses(given)) == ADDRESSES[given]
+    assert " ".join(" ".join((url, *(auth or ()))) for url, auth in addresses.addresses(given)) == ADDRESSES[given]
 
 
 @pytest.mark.parametrize("given", NO_ADDRESSES)
@@ -452,21 +452,21 @@ def test_an_unknown_name_is_not_waited_for(code, tries, monkeypatch):
 @pytest.mark.parametrize("host", ["localhost", "a.localhost", "127.0.0.1", "127.3.2.1", "[::1]", "0.0.0.0"])
 def test_this_machine_is_behind_no_proxy(host, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://proxy:1")
-    assert servers._proxy(httpx.URL(f"http://{host}:8000/v1")) is None
+    assert addresses.proxy_of(httpx.URL(f"http://{host}:8000/v1")) is None
 
 
 @pytest.mark.parametrize("host", ["local", "localhost.x", "128.0.0.1", "[::2]", "127.x"])
 def test_others_are_behind_the_proxy_of_their_scheme(host, monkeypatch):
     url = httpx.URL(f"http://{host}:8000/v1")
-    assert servers._proxy(url) is None
+    assert addresses.proxy_of(url) is None
     monkeypatch.setenv("ALL_PROXY", "all:1")
     monkeypatch.setenv("HTTPS_PROXY", "https://secure:1")
-    assert servers._proxy(url) == "http://all:1"
-    assert servers._proxy(url.copy_with(scheme="https")) == "https://secure:1"
+    assert addresses.proxy_of(url) == "http://all:1"
+    assert addresses.proxy_of(url.copy_with(scheme="https")) == "https://secure:1"
     monkeypatch.setenv("HTTP_PROXY", "http://plain:1")
-    assert servers._proxy(url) == "http://plain:1"
+    assert addresses.proxy_of(url) == "http://plain:1"
     monkeypatch.setenv("NO_PROXY", f"x.y,{host}")
-    assert servers._proxy(url) is None
+    assert addresses.proxy_of(url) is None
 
 
 def test_a_server_here_is_asked_straight_and_a_far_one_through_the_proxy(monkeypatch):

@@ -106,7 +106,7 @@ def wanted_questions(questions: int, max_samples: int | None) -> int:
 
 
 def _target(length: int, window: int) -> int:
-    """Return the tokens that the prompt of a length may have: those of a window a little shorter, so that nothing is cut."""
+    """Return the tokens that the prompt of a length may have: a window a little shorter is taken, so nothing is cut."""
     return window if NEARLY * length <= window < length else length
 
 

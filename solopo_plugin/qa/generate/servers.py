@@ -1,10 +1,7 @@
 """Answer by OpenAI-compatible servers, several at a time, through restarts and refusals."""
 
 import asyncio
-import base64
-import ipaddress
 import logging
-import os
 import random
 import re
 import socket
@@ -12,17 +9,15 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import NamedTuple
-from urllib.request import getproxies, proxy_bypass
 
 import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
 
 from ...host.template import encode_prompt
 from ..files import DataError
 from ..recipe import Sampling
+from .addresses import Address, addresses, api_key, transports
 from .calls import Call, Model, Reply, call_seed, load_chat
 
 log = logging.getLogger(__name__)
@@ -53,7 +48,7 @@ async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> A
     timeout = httpx.Timeout(sampling.timeout, connect=10.0, pool=None)
     key, places = api_key(sampling.api_key_env), addresses(model.server_urls)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    direct, by_proxy = _transports(places, sampling.concurrency)
+    direct, by_proxy = transports(places, sampling.concurrency)
     sameness = _Sameness(sampling.temperature)
     async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=direct, mounts=by_proxy) as client:
         servers = _Servers(sampling, client, places, key)
@@ -101,119 +96,6 @@ class _Sameness:
                 "cache."
             )
         self.over = True
-
-
-def api_key(api_key_env: str) -> str:
-    """Return the key in an environment variable without white space around it; empty where there is none.
-
-    Raises:
-        DataError: It has characters that no HTTP header can carry, or stands in place of the variable's name.
-    """
-    if api_key_env not in os.environ and not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_env):
-        raise DataError(
-            "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY, and not the key "
-            "itself; there is none of the name that is given."
-        )
-    key = os.environ.get(api_key_env, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise DataError(
-            f"The environment variable {api_key_env} holds no key: it has characters (such as a new line, or a "
-            "letter beyond ASCII) that no header can carry; set it to the key alone."
-        )
-    return key
-
-
-class Address(NamedTuple):
-    """Hold a server: `url` without credentials and up to its /v1, and (user, password) where the address has them."""
-
-    url: str
-    auth: tuple[str, str] | None
-
-
-def addresses(server_urls: str | None) -> list[Address]:
-    """Return the servers that `server_urls` names, checked.
-
-    Raises:
-        DataError: None, or one that can be no server's; what may be a password is not shown.
-    """
-    found = []
-    for text in re.split(r",(?=\s*\w+://)", server_urls or ""):  # a password may hold commas
-        if not (text := text.strip(" \t\r\n,")):
-            continue
-        shown = _without_credentials(text)
-        if not re.match("https?://", text, re.IGNORECASE):
-            raise DataError(f"`server_urls` must begin with http:// or https://, got {shown!r}.")
-        with suppress(httpx.InvalidURL):
-            url = httpx.URL(text)
-            named = ":" in url.host or re.fullmatch(r"[\w.-]+", url.host)
-            port = 80 if url.port is None else url.port
-            if named and 0 < port < 2**16 and not url.query and not url.fragment:
-                plain = str(url.copy_with(userinfo=b"")).rstrip("/")
-                auth = (url.username, url.password) if url.userinfo else None
-                found.append(Address(plain if url.path.strip("/") else f"{plain}/v1", auth))
-                continue
-        raise DataError(
-            f"`server_urls` has {shown!r}, which is no address of a server; write it like http://localhost:8000/v1 or "
-            "http://[::1]:8000/v1, with nothing behind the path."
-        )
-    if not found:
-        raise DataError("`backend: openai` needs `server_urls`, for example http://localhost:8000/v1.")
-    return found
-
-
-def _without_credentials(address: str) -> str:
-    """Return an address as a message may show it, well formed or not: no user, no password, no query."""
-    return re.sub(r"^(\w+://)?.*@", r"\1", address, flags=re.DOTALL).split("?")[0].split("#")[0]
-
-
-def is_local(host: str) -> bool:
-    """Return whether a host name or IP address means this machine."""
-    with suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_unspecified
-    return host == "localhost" or host.endswith(".localhost")
-
-
-def _proxy(url: httpx.URL) -> str | None:
-    """Return the proxy that the environment names for a server, with its credentials; none for one on this machine."""
-    if is_local(url.host) or proxy_bypass(url.netloc.decode("ascii")):
-        return None
-    proxies = getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
-
-
-def _transports(places: list[Address], concurrency: int) -> tuple[httpx.AsyncHTTPTransport, dict]:
-    """Return what carries requests straight to servers, and by address those that go through a proxy.
-
-    Raises:
-        DataError: The environment names certificates that cannot be loaded, or a proxy that cannot be used.
-    """
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    try:
-        context = httpx.create_ssl_context()
-    except OSError as error:
-        raise DataError(
-            "The certificates that the environment variable SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded "
-            f"({error.strerror or error}); correct or unset it."
-        ) from None
-    by_proxy = {}
-    for place in places:
-        if proxy := _proxy(httpx.URL(place.url)):
-            shown = _without_credentials(proxy)
-            try:
-                by_proxy[place.url] = httpx.AsyncHTTPTransport(proxy=proxy, verify=context, limits=limits)
-            except ImportError:
-                raise DataError(
-                    f"{place.url} is to be asked through the proxy {shown} of the environment, which needs the package "
-                    "socksio: pip install 'httpx[socks]', or name the server in NO_PROXY."
-                ) from None
-            except (ValueError, httpx.InvalidURL):
-                raise DataError(
-                    f"The environment names {shown!r} as the proxy for {place.url}, which is no address of one; "
-                    "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name the server in NO_PROXY."
-                ) from None
-    return httpx.AsyncHTTPTransport(verify=context, limits=limits), by_proxy
 
 
 async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
@@ -350,13 +232,8 @@ class _Servers:
 
     def __init__(self, sampling: Sampling, client: httpx.AsyncClient, places: list[Address], key: str):
         self.client, self.retries, self.api_key_env = client, sampling.retries, sampling.api_key_env
-        self.servers, self.secrets = [], {key}
-        for url, auth in places:
-            proxy = _proxy(httpx.URL(url))
-            via = f" (through the proxy {_without_credentials(proxy)} of the environment)" if proxy else ""
-            self.servers.append(_Server(url, auth, via))
-            if auth:
-                self.secrets |= {auth[1] or auth[0], base64.b64encode(":".join(auth).encode()).decode()}
+        self.servers = [_Server(place.url, place.auth, place.via) for place in places]
+        self.secrets = {key, *(secret for place in places for secret in place.secrets)}
 
     async def request(self, method: str, path: str, body: dict | None, read, final: tuple[int, ...] = ()):
         """Send until an answer comes that `read` can read.
