@@ -1,4 +1,4 @@
-"""Stage 4: which answers are right, by `metrics.gives_answer`: what follows `The answer is:` holds a gold answer.
+"""Stage 4: which answers are right, by `answers.gives_answer`: what follows `The answer is:` holds a gold answer.
 
 Reads contexts.jsonl and samples.<side>.jsonl; writes judged.<side>.jsonl, a line per answer in the same order: the
 sample's {"id", "k", "text", "finish_reason"} and {"answer": what follows the marker, or null, "correct", "em", "f1"}.
