@@ -176,7 +176,8 @@ class Builder:
 
         A paragraph that does not fit is passed over, so what stays free is less than any of those that were.
         """
-        chosen, passed = [], 0
+        chosen: list[int] = []
+        passed = 0
         free = room - self.budget.of_documents(evidence)
         for i in order:
             cost = self.budget.of_next(i, len(evidence) + len(chosen) + 1)
@@ -197,7 +198,9 @@ class Builder:
             targets: Tokens by the name of the random numbers, as `context` takes both.
         """
         for prepared in map(self.prepare, questions[:: -(-len(questions) // CHECKED)]):
-            for name, target in () if isinstance(prepared, str) else targets.items():
+            if isinstance(prepared, str):
+                continue
+            for name, target in targets.items():
                 built = self.context(prepared, target, name)
                 if not isinstance(built, str) and self.budget.of_prompt(built.row["prompt"]) != built.row["tokens"]:
                     log.warning("Tokens do not add up with this tokenizer: every prompt is tokenised, which is slower.")

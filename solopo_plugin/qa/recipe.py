@@ -180,7 +180,7 @@ def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
         raise DataError(f"{path}: the recipe is no YAML of `key: value`: {reason}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: a recipe is a list of `key: value`, got {type(values).__name__}.")
-    return values
+    return {str(name): value for name, value in values.items()}
 
 
 def build(cls: type, title: str, values: dict[str, Any]) -> Any:
@@ -195,7 +195,7 @@ def build(cls: type, title: str, values: dict[str, Any]) -> Any:
         DataError: An unknown key, with the nearest one; a value of the wrong type or out of range; a missing key.
     """
     try:
-        return cls(**{str(name): value for name, value in values.items()})
+        return cls(**values)
     except ValidationError as error:
         raise DataError(_sentence(cls, title, error.errors(include_url=False))) from None
 

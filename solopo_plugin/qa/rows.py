@@ -24,11 +24,9 @@ SCHEMA = pa.schema(
 
 def rows_of_file(path: Path) -> Iterator[dict]:
     """Yield the rows of an exported file, .jsonl or .parquet, with all columns of `SCHEMA`."""
+    rows = read_jsonl(path)
     if path.suffix == ".parquet":
-        parts = (part.to_pylist() for part in pq.ParquetFile(path).iter_batches(256))
-        rows = (row for part in parts for row in part)
-    else:
-        rows = read_jsonl(path)
+        rows = (row for part in pq.ParquetFile(path).iter_batches(256) for row in part.to_pylist())
     for row in rows:
         if lacking := [name for name in SCHEMA.names if name not in row]:
             raise DataError(f"{path} lacks the column `{lacking[0]}`; only exports of build_data.py can be inspected.")

@@ -25,7 +25,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
     network = load_network(model, sampling.trust_remote_code).to(device).eval()
     network.generation_config = GenerationConfig()
     window, warned = window_of(network.config.get_text_config()), False
-    draw = dict(do_sample=False)
+    draw: dict[str, Any] = dict(do_sample=False)
     if sampling.temperature > 0:
         draw = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
     try:
@@ -70,7 +70,7 @@ def load_network(model: Model, trust_remote_code: bool = False):
     if model.adapter:
         from peft import PeftModel  # the host brings it along
 
-        network = PeftModel.from_pretrained(network, model.adapter)
+        return PeftModel.from_pretrained(network, model.adapter)
     return network
 
 

@@ -8,7 +8,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -42,9 +42,9 @@ def openai_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> I
             runner.run(replies.aclose())
 
 
-async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> AsyncIterator[Reply]:
+async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> AsyncGenerator[Reply, None]:
     """Keep `concurrency` requests under way; what a server leaves unanswered of a call is asked for one by one."""
-    calls, rest, running = iter(calls), deque(), set()
+    calls, rest, running = iter(calls), deque[Call](), set[asyncio.Task]()
     timeout = httpx.Timeout(sampling.timeout, connect=10.0, pool=None)
     key, places = api_key(sampling.api_key_env), addresses(model.server_urls)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -112,10 +112,8 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
         nonlocal takes_n, gave_n
         if len(call.ks) > 1 and not takes_n:
             return call, Reply(call.id, (), [], None)
-        if chat:
-            prompt = {"messages": [*system, {"role": "user", "content": call.prompt}]}
-        else:
-            prompt = {"prompt": encode_prompt(tokenizer, template, call.prompt)}
+        user = {"role": "user", "content": call.prompt}
+        prompt = {"messages": [*system, user]} if chat else {"prompt": encode_prompt(tokenizer, template, call.prompt)}
         own = {"n": len(call.ks), "seed": call_seed(sampling.seed, call)}
         own["max_tokens"] = call.max_new_tokens or sampling.max_new_tokens
         body = common | prompt | own | (sampling.extra_body or {})
@@ -340,8 +338,9 @@ def _lasting(error: httpx.HTTPError, again: bool) -> str | None:
     if isinstance(error, httpx.ProxyError) and (status := re.match(r"\d{3}\b", str(error))):
         if _is_final(int(status[0])):
             return "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name the server in NO_PROXY"
-    cause: BaseException | None = error
-    while isinstance(error, httpx.ConnectError) and (cause := cause.__cause__ or cause.__context__):
+    cause: BaseException = error
+    while isinstance(error, httpx.ConnectError) and (below := cause.__cause__ or cause.__context__):
+        cause = below
         if isinstance(cause, ssl.SSLCertVerificationError):
             return "if it is to be trusted, name the file of its certificate in the environment variable SSL_CERT_FILE"
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):

@@ -70,7 +70,7 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
 
 def _vllm_options(model: Model, trust_remote_code: bool) -> dict[str, Any]:
     """Return the arguments of the engine for YaRN and an adapter."""
-    options = {}
+    options: dict[str, Any] = {}
     if model.rope_factor:
         from transformers import AutoConfig
 
