@@ -8,40 +8,19 @@ none changes how fast an evaluation runs, never what comes out.
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from ..qa import kinds
 from ..qa.files import DataError, split_names
-from ..qa.recipe import (
-    STRICT,
-    Backend,
-    Count,
-    Counts,
-    Endpoint,
-    Factor,
-    Names,
-    Needed,
-    NotNegative,
-    Nucleus,
-    Percents,
-    Positive,
-    Seed,
-    Whole,
-    Written,
-    build,
-    key,
-    read_values,
-    shared,
-)  # fmt: skip
+from ..qa.recipe import build, key, read_values, shared
 from .items import MAIN_METRIC
 
 TITLE = "evaluation recipe"
-Pairs = Annotated[list, BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 
 
-@dataclass(config=STRICT, kw_only=True)
+@dataclass(config=kinds.STRICT, kw_only=True)
 class EvalRecipe:
     """Hold the keys of a recipe under examples/yaml/eval/.
 
@@ -49,32 +28,32 @@ class EvalRecipe:
     """
 
     # models
-    models: Names | dict | None = key(
+    models: kinds.Names | dict | None = key(
         None, "results", "Hub names or folders, of whole models or LoRA adapters; {name: path} names them."
     )
-    checkpoints: Names | None = key(
+    checkpoints: kinds.Names | None = key(
         None, "results", "Output folder of a training run: each checkpoint-* in it, whole or LoRA, in order of steps."
     )
     with_base: bool = key(False, "results", "`checkpoints`: evaluate the model they began from as well, first.")
     model_name_or_path: str | None = key(
         None, "answers", "Model below LoRA adapters, in place of the one they name; the tokenizer where there is none."
     )
-    template: Needed = shared("template", "items answers")
+    template: kinds.Needed = shared("template", "items answers")
     default_system: str | None = shared("default_system", "items answers")
     enable_thinking: bool = shared("enable_thinking", "items answers")
     trust_remote_code: bool = shared("trust_remote_code", "")
 
     # benchmarks
-    benchmarks: Names = key(list, "results", f"What is asked: {', '.join(MAIN_METRIC)}.")
+    benchmarks: kinds.Names = key(list, "results", f"What is asked: {', '.join(MAIN_METRIC)}.")
     prompt: str | None = shared("prompt", "items")
     prompts: Literal["ours", "official"] = key(
         "ours", "longbench_v2", "`official`: LongBench v2 in its authors' words, without chain of thought; else ours."
     )
-    max_samples: Count | None = key(None, "items", "Seeded choice of so many questions of each task; null: all.")
+    max_samples: kinds.Count | None = key(None, "items", "Seeded choice of so many questions of each task; null: all.")
     longbench_data: str = key(
         "THUDM/LongBench", "longbench_qa", "LongBench v1: hub name, or folder of its .jsonl files."
     )
-    longbench_tasks: Names = key(
+    longbench_tasks: kinds.Names = key(
         lambda: ["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"],
         "longbench_qa",
         "Tasks of LongBench v1; these six are the paper's.",
@@ -82,23 +61,23 @@ class EvalRecipe:
     ruler_data: dict | None = key(
         None, "ruler_qa", "Questions of each task, {squad: FILE, hotpotqa: FILE, musique: FILE}, in official formats."
     )
-    ruler_lengths: Counts = key(
+    ruler_lengths: kinds.Counts = key(
         lambda: [4096, 8192, 16384, 32768], "ruler_qa", "Lengths of the contexts, in tokens. The paper's."
     )
-    ruler_questions: Count = key(
+    ruler_questions: kinds.Count = key(
         500, "ruler_qa", "Questions of each task and length. RULER's; the paper's is not known."
     )
     niah_data: str | None = key(None, "niah_plus", "NIAH-Plus in its official format: a file or folder.")
-    niah_needles: Names | dict | None = key(
+    niah_needles: kinds.Names | dict | None = key(
         None, "niah_plus", "Needles, to build contexts of our own: files of questions in SQuAD's or HotpotQA's format."
     )
-    niah_depths: Percents = key(
+    niah_depths: kinds.Percents = key(
         lambda: [float(depth) for depth in range(0, 101, 10)], "niah_plus", "Where it is hidden, percent. Ours."
     )
-    niah_lengths: Counts = key(
+    niah_lengths: kinds.Counts = key(
         lambda: [4096, 8192, 16384, 32768], "niah_plus", "Lengths of those contexts, in tokens. Ours."
     )
-    niah_questions: Count = key(10, "niah_plus", "Questions of each depth and length. Ours.")
+    niah_questions: kinds.Count = key(10, "niah_plus", "Questions of each depth and length. Ours.")
     longbench_v2_data: str = key("THUDM/LongBench-v2", "longbench_v2", "LongBench v2: hub name, or its data.json.")
     plain_data: str | None = key(None, "plain", "Your own questions: a .json or .jsonl file.")
     validation_data: str | None = key(
@@ -106,22 +85,22 @@ class EvalRecipe:
     )
 
     # answers
-    max_input_tokens: Count = key(
+    max_input_tokens: kinds.Count = key(
         31500,
         "answers ruler_qa niah_plus",
         "Longer prompts lose their middle, counted. LongBench's value for windows of 32K.",
     )
-    max_new_tokens: Count = shared(
+    max_new_tokens: kinds.Count = shared(
         "max_new_tokens", "answers", help="Tokens of an answer where the benchmark has no number of its own. Ours."
     )
-    temperature: NotNegative = shared(
+    temperature: kinds.NotNegative = shared(
         "temperature", "answers", 0.0, "0 is greedy, as in the paper (LongBench v2: 0.1)."
     )
-    top_p: Nucleus = shared("top_p", "answers")
-    rope_factor: Factor | None = key(
+    top_p: kinds.Nucleus = shared("top_p", "answers")
+    rope_factor: kinds.Factor | None = key(
         None, "answers", "YaRN: a window so many times as long; 4.0 for Qwen2.5 beyond 32K. A server has its own."
     )
-    backend: Backend = shared("backend", "answers")
+    backend: kinds.Backend = shared("backend", "answers")
     server_urls: str | dict | None = key(
         None,
         "",
@@ -135,34 +114,34 @@ class EvalRecipe:
         "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has. "
         "{name of the model: its name there}.",
     )
-    openai_endpoint: Endpoint = shared("openai_endpoint", "answers")
-    extra_body: Written | None = shared("extra_body", "answers")
-    concurrency: Count = shared("concurrency", "")
-    timeout: Positive = shared("timeout", "")
-    retries: Whole = shared("retries", "")
-    tensor_parallel_size: Count = shared("tensor_parallel_size", "")
+    openai_endpoint: kinds.Endpoint = shared("openai_endpoint", "answers")
+    extra_body: kinds.Written | None = shared("extra_body", "answers")
+    concurrency: kinds.Count = shared("concurrency", "")
+    timeout: kinds.Positive = shared("timeout", "")
+    retries: kinds.Whole = shared("retries", "")
+    tensor_parallel_size: kinds.Count = shared("tensor_parallel_size", "")
 
     # results
     select_by: str | None = key(
         None, "results", "Benchmark that names the best model; `validation` is held out, others are reported, too."
     )
-    compare: Pairs | None = key(
+    compare: kinds.Pairs | None = key(
         None, "results", "Pairs of models or `runs`, [`a, b`, ...]: b against a; null: each with the first."
     )
     runs: dict | None = key(
         None, "results", "Models that differ by training seed alone, {row of the report: [their names]}: mean and sd."
     )
-    bootstrap_samples: Count = key(10000, "results", "Resamples of the questions for 95 % intervals. Ours.")
-    harness_tasks: Names | None = key(
+    bootstrap_samples: kinds.Count = key(10000, "results", "Resamples of the questions for 95 % intervals. Ours.")
+    harness_tasks: kinds.Names | None = key(
         None, "", "Tasks of lm-evaluation-harness, run on each model: leaderboard is the Open LLM Leaderboard."
     )
-    harness_args: Written | None = key(None, "", "More arguments for lm-evaluation-harness.")
+    harness_args: kinds.Written | None = key(None, "", "More arguments for lm-evaluation-harness.")
 
     # all
-    output_dir: Needed = key(
+    output_dir: kinds.Needed = key(
         ..., "", "Folder of questions, answers, scores and report; a run continues from it. Required."
     )
-    seed: Seed = shared("seed", "items answers results")
+    seed: kinds.Seed = shared("seed", "items answers results")
 
 
 FIELDS = {f.name: f for f in fields(EvalRecipe)}

@@ -1,72 +1,17 @@
 """Read recipes: dataclasses of keys, from YAML and `key=value` words, each key checked by its type and range.
 
-The types are pydantic's, in its strict mode: neither "1" nor true nor 5.0 is a whole number. The keys that recipes of
-data and of evaluations share are declared here, in groups: what needs them gets its group.
+The keys that recipes of data and of evaluations share are declared here, in groups: what needs them gets its group.
 """
 
-import re
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import ValidationError
 
-from .files import DataError, split_names
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the dataclass of a recipe
-SECRET = re.compile(
-    r"(.*[_-])?(api[_-]?key|authorization|password|secret|(auth|access|bearer|hf)[_-]?token)|(.*[_-])?headers?|token",
-    re.IGNORECASE,
-)
-
-
-def _masked(text: str) -> str:
-    """Return a text without the user and password of the addresses in it."""
-    return re.sub(r"(?<=//)[^\s'\"]*@", "", text)
-
-
-def _secret_in(value: Any, name: str = "") -> str | None:
-    """Return the name of a part that is a secret by its name, or by its value an address with a password."""
-    if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://\S*@", value)):
-        return name
-    parts = value.items() if isinstance(value, dict) else [("", v) for v in value] if isinstance(value, list) else ()
-    return next((found for key, part in parts if (found := _secret_in(part, str(key) or name))), None)
-
-
-def _list_of(value: Any) -> list:
-    """Return a list as it is, the names of `a,b`, or a single value as the only one."""
-    parts = split_names(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
-    parts = [part.strip() if isinstance(part, str) else part for part in parts]
-    return [part for part in parts if part != ""]
-
-
-def _without_secret(value: dict, info: ValidationInfo) -> dict:
-    if secret := _secret_in(value):
-        raise DataError(
-            f"`{info.field_name}` cannot hold `{secret}`: what stands there is written to files; put a key into the "
-            "environment variable that `api_key_env` names, a token of the hub into HF_TOKEN."
-        )
-    return value
-
-
-# Types of keys. The text of a number's is what a sentence calls those in its range.
-Needed = Annotated[str, Field(pattern=r"\S")]  # more than blanks
-Count = Annotated[int, Field(ge=1), "a whole number > 0"]
-Whole = Annotated[int, Field(ge=0), "a whole number >= 0"]
-Seed = Annotated[int, Field(ge=0, lt=2**63), f"a whole number from 0 to {2**63 - 1}"]
-Positive = Annotated[float, Field(gt=0), "a number > 0"]
-NotNegative = Annotated[float, Field(ge=0), "a number >= 0"]
-Factor = Annotated[float, Field(ge=1), "a number >= 1"]
-Share = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
-Nucleus = Annotated[float, Field(ge=1e-6, le=1), "a number from 1e-06 to 1"]
-Percent = Annotated[float, Field(ge=0, le=100), "a number from 0 to 100"]
-Names = Annotated[list[str], BeforeValidator(_list_of)]
-Counts = Annotated[list[Count], BeforeValidator(_list_of)]
-Percents = Annotated[list[Percent], BeforeValidator(_list_of)]
-Written = Annotated[dict, AfterValidator(_without_secret)]  # parts are the user's own, and stand in files of a run
-Backend = Literal["vllm", "openai", "transformers"]
-Endpoint = Literal["chat", "completions"]
-Distractors = Literal["random", "bm25"]
+from . import kinds
+from .files import DataError
+from .kinds import masked
 
 
 def key(default: Any, stages: str, help: str) -> Any:
@@ -85,14 +30,14 @@ def key(default: Any, stages: str, help: str) -> Any:
 class Seeded:
     """Keep the seed of all that is drawn."""
 
-    seed: Seed = key(42, "", "Of everything drawn; 42 is the host's default.")
+    seed: kinds.Seed = key(42, "", "Of everything drawn; 42 is the host's default.")
 
 
 @dataclass(kw_only=True)
 class Chat:
     """Keep what makes a message the tokens of training."""
 
-    template: Needed = key(..., "", "The host's chat template, as in training. Required.")
+    template: kinds.Needed = key(..., "", "The host's chat template, as in training. Required.")
     default_system: str | None = key(None, "", "The host's key; the same as in training.")
     enable_thinking: bool = key(True, "", "The host's key and default; as in training.")
     trust_remote_code: bool = key(False, "", "The host's key and default.")
@@ -102,23 +47,25 @@ class Chat:
 class Sampling(Chat, Seeded):
     """Keep how answers are drawn, by what, and how fast; `Model` says which model gives them."""
 
-    max_new_tokens: Count = key(1024, "", "Tokens of an answer at most. Ours; the paper's is not known.")
-    temperature: NotNegative = key(0.85, "", "The paper's T.")
-    top_p: Nucleus = key(1.0, "", "Nucleus of sampling; 1 is ours, the paper gives none.")
-    backend: Backend = key(
+    max_new_tokens: kinds.Count = key(1024, "", "Tokens of an answer at most. Ours; the paper's is not known.")
+    temperature: kinds.NotNegative = key(0.85, "", "The paper's T.")
+    top_p: kinds.Nucleus = key(1.0, "", "Nucleus of sampling; 1 is ours, the paper gives none.")
+    backend: kinds.Backend = key(
         "vllm", "", "What generates: vLLM in this process, OpenAI-compatible servers, or transformers."
     )
     api_key_env: str = key("OPENAI_API_KEY", "", "`openai`: the environment variable that holds the key, if any.")
-    openai_endpoint: Endpoint = key(
+    openai_endpoint: kinds.Endpoint = key(
         "chat", "", "`openai`: `chat` (the server's chat template) or `completions` (the trainer's token ids)."
     )
-    extra_body: Written | None = key(
+    extra_body: kinds.Written | None = key(
         None, "", "`openai`: more keys for each request, such as vLLM's {top_k: -1, repetition_penalty: 1.0}."
     )
-    concurrency: Count = key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
-    timeout: Positive = key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
-    retries: Whole = key(12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours.")
-    tensor_parallel_size: Count = key(1, "", "`vllm`: GPUs that hold one model.")
+    concurrency: kinds.Count = key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
+    timeout: kinds.Positive = key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
+    retries: kinds.Whole = key(
+        12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours."
+    )
+    tensor_parallel_size: kinds.Count = key(1, "", "`vllm`: GPUs that hold one model.")
 
 
 @dataclass(kw_only=True)
@@ -128,7 +75,7 @@ class Contexts(Seeded):
     prompt: str | None = key(
         None, "", "Prompt with {documents} and {question}; null: ours. The paper's wording is not known."
     )
-    distractors: Distractors = key(
+    distractors: kinds.Distractors = key(
         "random", "", "`random` (paper), or `bm25`: those most like the question, which are harder."
     )
     allow_answer_in_distractors: bool = key(
@@ -169,14 +116,14 @@ def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
 
     for word in overrides or []:
         if "=" not in word:
-            raise DataError(f"`{_masked(word)}` is no `key=value`; write for example `seed=1`.")
+            raise DataError(f"`{masked(word)}` is no `key=value`; write for example `seed=1`.")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides or []))
         values = OmegaConf.to_container(merged, resolve=True)
     except OSError as error:
         raise DataError(f"Cannot read the recipe {path}: {error.strerror or error}.") from None
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = _masked(" ".join(str(error).split()))
+        reason = masked(" ".join(str(error).split()))
         raise DataError(f"{path}: the recipe is no YAML of `key: value`: {reason}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: a recipe is a list of `key: value`, got {type(values).__name__}.")
@@ -187,7 +134,7 @@ def build(cls: type, title: str, values: dict[str, Any]) -> Any:
     """Make a recipe of the dataclass `cls`, each key checked by its type and range.
 
     Args:
-        cls: With the configuration `STRICT`, its fields from `key` and `shared`.
+        cls: With the configuration `kinds.STRICT`, its fields from `key` and `shared`.
         title: What sentences call this kind of recipe.
         values: By name, as `read_values` returns them.
 
@@ -216,7 +163,7 @@ def _sentence(cls: type, title: str, errors: list) -> str:
     if kind == "literal_error":
         return f"`{name}` must be one of {', '.join(get_args(known[name].type))}; got {value!r}."
     if kind == "string_type":
-        return f"`{name}` must be a text, got {_masked(repr(value))}; put it in quotes."
+        return f"`{name}` must be a text, got {masked(repr(value))}; put it in quotes."
     if kind == "dict_type":
         return f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value!r}."
     words = "true or false" if kind == "bool_type" else _range(known[name].type)

@@ -12,33 +12,15 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from ..qa import kinds
 from ..qa.answers import RULE
 from ..qa.files import DataError, split_names
 from ..qa.generate.calls import Model
 from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash
-from ..qa.recipe import (
-    STRICT,
-    Backend,
-    Count,
-    Distractors,
-    Endpoint,
-    Needed,
-    NotNegative,
-    Nucleus,
-    Positive,
-    Seed,
-    Share,
-    Whole,
-    Written,
-    build,
-    key,
-    read_values,
-    settings,
-    shared,
-)  # fmt: skip
+from ..qa.recipe import build, key, read_values, settings, shared
 
 
-@dataclass(config=STRICT, kw_only=True)
+@dataclass(config=kinds.STRICT, kw_only=True)
 class DataRecipe:
     """Hold the keys of a recipe under examples/yaml/data/.
 
@@ -46,16 +28,16 @@ class DataRecipe:
     """
 
     # model
-    model_name_or_path: Needed = key(
+    model_name_or_path: kinds.Needed = key(
         ..., "contexts sample select", "The instruct model that is to be trained; it samples its own pairs. Required."
     )
-    template: Needed = shared("template", "contexts sample select")
+    template: kinds.Needed = shared("template", "contexts sample select")
     default_system: str | None = shared("default_system", "contexts sample select")
     enable_thinking: bool = shared("enable_thinking", "contexts sample select")
     trust_remote_code: bool = shared("trust_remote_code", "")
 
     # read
-    input: Needed = key(
+    input: kinds.Needed = key(
         ..., "read", "Questions: a file of JSON or parquet, a folder, or a hub name; several with commas. Required."
     )
     input_format: Literal["auto", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
@@ -67,31 +49,31 @@ class DataRecipe:
         None, "read", "A file of documents (id, title, text): further distractors, and what evidence may name."
     )
     skip_bad: bool = key(False, "read", "Count and skip bad lines instead of stopping at the first.")
-    max_questions: Count | None = key(
+    max_questions: kinds.Count | None = key(
         None, "read", "Use a seeded random choice of so many questions; null: all. Each costs 2 x num_samples answers."
     )
 
     # contexts
     prompt: str | None = shared("prompt", "contexts")
-    short_tokens: Count = key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
-    long_tokens: Count = key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
-    distractors: Distractors = shared("distractors", "contexts")
+    short_tokens: kinds.Count = key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
+    long_tokens: kinds.Count = key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
+    distractors: kinds.Distractors = shared("distractors", "contexts")
     allow_answer_in_distractors: bool = shared("allow_answer_in_distractors", "contexts")
     short_subset_of_long: bool = key(
         False, "contexts", "Short distractors are some of the long ones. False is our reading of the paper."
     )
-    lossy_short: Share = key(
+    lossy_short: kinds.Share = key(
         0.0, "contexts", "Probability that the short context lacks one paragraph of the evidence. 0 in the paper."
     )
-    num_workers: Count = key(1, "", "Processes that build contexts.")
+    num_workers: kinds.Count = key(1, "", "Processes that build contexts.")
 
     # sample
-    num_samples: Count = key(32, "sample", "Answers per prompt. The paper's N.")
-    temperature: NotNegative = shared("temperature", "sample")
-    top_p: Nucleus = shared("top_p", "sample")
-    max_new_tokens: Count = shared("max_new_tokens", "sample select")
+    num_samples: kinds.Count = key(32, "sample", "Answers per prompt. The paper's N.")
+    temperature: kinds.NotNegative = shared("temperature", "sample")
+    top_p: kinds.Nucleus = shared("top_p", "sample")
+    max_new_tokens: kinds.Count = shared("max_new_tokens", "sample select")
     sample_long: bool = key(True, "sample", "Also sample on the long contexts: for D_long, and to prefer questions.")
-    backend: Backend = shared("backend", "sample")
+    backend: kinds.Backend = shared("backend", "sample")
     server_urls: str | None = key(
         None, "", "`openai`: addresses such as http://localhost:8000/v1; several with commas share the load."
     )
@@ -99,36 +81,38 @@ class DataRecipe:
     served_model: str | None = key(
         None, "sample", "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has."
     )
-    openai_endpoint: Endpoint = shared("openai_endpoint", "sample")
-    extra_body: Written | None = shared("extra_body", "sample")
-    answers_per_call: Count | None = key(
+    openai_endpoint: kinds.Endpoint = shared("openai_endpoint", "sample")
+    extra_body: kinds.Written | None = shared("extra_body", "sample")
+    answers_per_call: kinds.Count | None = key(
         None, "sample", "Answers asked for in one call; null: num_samples, and 8 with `transformers`."
     )
-    concurrency: Count = shared("concurrency", "")
-    timeout: Positive = shared("timeout", "")
-    retries: Whole = shared("retries", "")
-    tensor_parallel_size: Count = shared("tensor_parallel_size", "")
+    concurrency: kinds.Count = shared("concurrency", "")
+    timeout: kinds.Positive = shared("timeout", "")
+    retries: kinds.Whole = shared("retries", "")
+    tensor_parallel_size: kinds.Count = shared("tensor_parallel_size", "")
 
     # select
-    num_rows: Count = key(5000, "select", "Rows of the finished set, validation included. The paper's 5,000.")
-    val_size: NotNegative = key(
+    num_rows: kinds.Count = key(5000, "select", "Rows of the finished set, validation included. The paper's 5,000.")
+    val_size: kinds.NotNegative = key(
         0.0, "select", "Validation rows: a share below 1, or a number of rows; by question. 0 is the host's default."
     )
     balance_length: bool = key(False, "select", "Choose pairs so that chosen and rejected are alike in length.")
-    cutoff_len: Count = key(
+    cutoff_len: kinds.Count = key(
         10240, "select", "Prompt + response at most, as in training; longer ones are dropped. That of our recipes."
     )
 
     # export
     dataset_dir: str = key("data", "export", "Folder of dataset_info.json. The host's key and default.")
-    dataset_name: Needed = key(
+    dataset_name: kinds.Needed = key(
         ..., "export", "Entries are called <dataset_name>_solopo, _short_po and so on. Required."
     )
     export_format: Literal["jsonl", "parquet"] = key("jsonl", "export", "File format of the rows.")
 
     # all
-    work_dir: Needed = key(..., "", "Folder of intermediate files and the manifest; a run continues from it. Required.")
-    seed: Seed = shared("seed", "read contexts sample select")
+    work_dir: kinds.Needed = key(
+        ..., "", "Folder of intermediate files and the manifest; a run continues from it. Required."
+    )
+    seed: kinds.Seed = shared("seed", "read contexts sample select")
 
     @property
     def model(self) -> Model:
