@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 
 from .files import DataError, split_names
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the dataclass of a recipe
+# of the dataclass of a recipe; an input may be a password
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 SECRET = re.compile(
     r"(.*[_-])?(api[_-]?key|authorization|password|secret|(auth|access|bearer|hf)[_-]?token)|(.*[_-])?headers?|token",
     re.IGNORECASE,

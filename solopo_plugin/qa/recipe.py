@@ -144,7 +144,8 @@ def build(cls: type, title: str, values: dict[str, Any]) -> Any:
     try:
         return cls(**values)
     except ValidationError as error:
-        raise DataError(_sentence(cls, title, error.errors(include_url=False))) from None
+        sentence = _sentence(cls, title, error.errors(include_url=False))
+    raise DataError(sentence)  # not within: pydantic's error shows the value, which may be a password
 
 
 def _sentence(cls: type, title: str, errors: list) -> str:
