@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from solopo_plugin import __version__
 from solopo_plugin.host import arguments, board, data, stage
 
 README = ROOT / "README.md"
@@ -100,11 +101,30 @@ def named(text: str, pattern: str) -> set[str]:
     return set(re.findall(pattern, text))
 
 
+def targets() -> set[str]:
+    """Everything that the Makefile can make."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return {name for line in re.findall(r"^([\w .-]+):(?!=)", makefile, re.M) for name in line.split()}
+
+
+def test_the_workflow_makes_what_ci_makes():
+    file = ROOT / ".github" / "workflows" / "ci.yml"
+    if not file.exists():
+        pytest.skip("an sdist has no files of CI")
+    workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+    quick, full = (set(workflow["jobs"][job]["strategy"]["matrix"]["target"]) for job in ("quick", "full"))
+    assert full == set(re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M))
+    assert quick | full <= targets()
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+
+
 def test_commands_name_what_exists():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md")
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = {name for line in re.findall(r"^([\w .-]+):(?!=)", makefile, re.M) for name in line.split()}
-    assert named(text, r"(?m)(?:^|`)make ([a-z][\w-]*)") - {"story"} <= targets
+    assert named(text, r"(?m)(?:^|`)make ([a-z][\w-]*)") - {"story"} <= targets()
     text = re.sub(r"`git log -- [^`]+`", "", text)  # what only the history has
     files = named(text, r"(?<![\w/])((?:scripts|tests|solopo_plugin|examples/yaml)/[\w./-]+\.(?:py|sh|ya?ml|json))\b")
     assert {file for file in files if not (ROOT / file).exists()} == set()
