@@ -24,7 +24,7 @@ from solopo_plugin.qa.documents import count_tokens, make_pool
 from solopo_plugin.qa.files import write_jsonl
 from solopo_plugin.qa.generate.calls import load_chat
 from solopo_plugin.qa.provenance import file_hash
-from solopo_plugin.qa.recipe import Chat, Contexts
+from solopo_plugin.qa.recipe import Chat, ContextKeys
 from solopo_plugin.synthesis.judge import judge
 from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import load_recipe
@@ -121,7 +121,7 @@ def contexts(asked: list[dict], tokens: int) -> list[str]:
     ]
     pool, found = make_pool(rows, [], template_markers(tokenizer, template))
     count_tokens(pool, tokenizer)
-    builder = Builder(Contexts(prompt=PROMPT), pool, tokenizer, template)
+    builder = Builder(ContextKeys(prompt=PROMPT), pool, tokenizer, template)
     return [builder.context(builder.prepare(question), tokens, "long").row["prompt"] for question in found]
 
 

@@ -1,4 +1,4 @@
-"""Find the models that an evaluation asks: whole ones and LoRA adapters, one by one or all checkpoints of a training run."""
+"""Find the models that an evaluation asks: whole ones and LoRA adapters, one by one or all checkpoints of a run."""
 
 import json
 import re

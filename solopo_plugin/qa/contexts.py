@@ -14,7 +14,7 @@ from ..host.template import encode_prompt
 from .answers import holds_answer, judged_form
 from .documents import Pool, Question, rank_by_bm25
 from .prompts import BETWEEN, LABEL, SEAM, lay_out, split_prompt
-from .recipe import Contexts
+from .recipe import ContextKeys
 from .seeded import generator
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class PreparedQuestion:
 class Builder:
     """Build the contexts of questions, one by one, from one pool of paragraphs."""
 
-    def __init__(self, keys: Contexts, pool: Pool, tokenizer, template):
+    def __init__(self, keys: ContextKeys, pool: Pool, tokenizer, template):
         """Take a pool with its tokens counted by this tokenizer, and the chat template as `load_chat` has it."""
         self.keys, self.pool = keys, pool
         self.before, self.behind = split_prompt(keys.prompt)

@@ -69,7 +69,7 @@ class Sampling(Chat, Seeded):
 
 
 @dataclass(kw_only=True)
-class Contexts(Seeded):
+class ContextKeys(Seeded):
     """Keep how contexts are built around the evidence of a question."""
 
     prompt: str | None = key(
@@ -83,7 +83,7 @@ class Contexts(Seeded):
     )
 
 
-SHARED = {f.name: f for group in (Sampling, Contexts) for f in fields(group)}
+SHARED = {f.name: f for group in (Sampling, ContextKeys) for f in fields(group)}
 
 
 def shared(name: str, stages: str, default: Any = None, help: str | None = None) -> Any:

@@ -26,7 +26,7 @@ from ..qa.contexts import Builder
 from ..qa.documents import Question, build_pool, count_tokens
 from ..qa.files import DataError, write_jsonl
 from ..qa.generate.calls import load_chat
-from ..qa.recipe import Chat, Contexts, pick
+from ..qa.recipe import Chat, ContextKeys, pick
 from .recipe import DataRecipe
 
 
@@ -39,7 +39,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     tokenizer, template = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
     pool, questions = build_pool(work, template_markers(tokenizer, template))
     count_tokens(pool, tokenizer)
-    builder = Builder(pick(recipe, Contexts), pool, tokenizer, template)
+    builder = Builder(pick(recipe, ContextKeys), pool, tokenizer, template)
     builder.check_sums(questions, {"long": recipe.long_tokens, "short": recipe.short_tokens})
     dropped, left_out, lengths = Counter(), Counter(), {"short": [], "long": []}
 

@@ -27,7 +27,7 @@ from solopo_plugin.qa.contexts import Builder, permutation
 from solopo_plugin.qa.documents import build_pool, count_tokens, rank_by_bm25
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.prompts import split_prompt
-from solopo_plugin.qa.recipe import Contexts, pick
+from solopo_plugin.qa.recipe import ContextKeys, pick
 from solopo_plugin.synthesis import contexts, read
 
 SIDES = ("short", "long")
@@ -238,7 +238,7 @@ def test_whatever_the_texts_are(model, tmp_path_factory, evidence, distractors, 
         "distractors": data.draw(st.sampled_from(["random", "bm25"])),
     }
     asked = recipe(work, model, Path("-"), **keys)
-    builder = Builder(pick(asked, Contexts), pool, tokenizer, template)
+    builder = Builder(pick(asked, ContextKeys), pool, tokenizer, template)
     builder.check_sums(questions, {"long": 2 * target, "short": target})
     made, _ = contexts.make_row(builder, asked, questions[0])
     if isinstance(made, str):

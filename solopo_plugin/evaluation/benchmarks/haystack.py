@@ -9,7 +9,7 @@ from ...qa.contexts import Builder, BuiltContext, PreparedQuestion
 from ...qa.documents import Question, count_tokens, make_pool
 from ...qa.files import DataError
 from ...qa.questions import PARSERS, read_questions, with_place
-from ...qa.recipe import Contexts
+from ...qa.recipe import ContextKeys
 from ...qa.seeded import digest
 from .rows import rows_of
 
@@ -46,7 +46,7 @@ class Haystack:
         self.questions.sort(key=lambda question: digest(recipe.seed, question.id))
         count_tokens(self.pool, tokenizer)
         self.whole = sum(self.pool.tokens[i] + NUMBER for i in self.pool.drawable)
-        self.builder = Builder(Contexts(seed=recipe.seed, prompt=recipe.prompt), self.pool, tokenizer, template)
+        self.builder = Builder(ContextKeys(seed=recipe.seed, prompt=recipe.prompt), self.pool, tokenizer, template)
         checked = {"long": max((n for n in lengths if n <= 8192), default=min(lengths)), "short": min(lengths)}
         self.builder.check_sums(self.questions, checked)
 
