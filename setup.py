@@ -83,7 +83,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["solopo_plugin", "solopo_plugin.*"]),
-    package_data={"solopo_plugin": ["py.typed"]},  # its annotations are for type checkers of others, too
+    # annotations are for type checkers of others, too; templates are the pages' HTML, style sheets and scripts
+    package_data={"solopo_plugin": ["py.typed", "**/templates/*"]},
     install_requires=[
         "llamafactory==0.9.5",  # the host; patches are checked against this version
         # one build of the three: pip alone picks a torch that has no torchaudio, and the host then cannot start
@@ -101,9 +102,11 @@ setup(
             "datasets",
             "gradio",
             "huggingface_hub",
+            "jinja2",
             "matplotlib",
             "numpy",
             "omegaconf",
+            "pandas",
             "peft",
             "pyarrow",
             "pydantic",

@@ -166,11 +166,12 @@ def test_editable_wheel_has_the_hook_in_its_record(source, index, tmp_path, monk
     assert "solopo_plugin" not in names, "not an editable wheel: it holds the package itself"
 
 
-def test_wheel_holds_every_module(built, source):
-    modules = {str(p.relative_to(source)) for p in (source / "solopo_plugin").rglob("*.py")}
+def test_wheel_holds_every_file_of_the_package(built, source):
+    """Modules, and the templates, style sheets and scripts of the pages."""
+    files = {str(p.relative_to(source)) for p in (source / "solopo_plugin").rglob("*") if p.is_file()}
     with zipfile.ZipFile(built.wheel) as archive:
         packed = {n for n in archive.namelist() if n.startswith("solopo_plugin/")}
-    assert modules - packed == set()
+    assert files - packed == set() and {Path(name).suffix for name in files} >= {".py", ".j2", ".css", ".js"}
     assert "solopo_plugin/startup/__init__.py" in packed
 
 

@@ -29,9 +29,10 @@ from ..logps import token_logps
 from ..qa.files import DataError, explained, replacing, write_json
 from ..qa.generate.calls import Model
 from ..qa.generate.local import load_network, window_of
+from ..qa.pages import png
 from ..qa.prompts import BETWEEN, document_spans
 from ..qa.rows import rows_of_file
-from .page import figure, page, png
+from .page import figure, page
 
 # evidence: documents of the row's evidence, label, title and text; question: that and the instruction;
 # template: system prompt and markers of the chat template; response: the tokens of the response up to the query itself

@@ -3,24 +3,21 @@
 The page needs nothing but itself and loads nothing; whatever stands in the data is shown as text, never run.
 """
 
-import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
 from ..qa.answers import gives_answer, holds_answer
 from ..qa.files import DataError, read_jsonl, replacing
-from ..qa.pages import embed, facts_table, fill, image, png
+from ..qa.pages import png, render
 from ..qa.prompts import split_documents
 from ..qa.rows import SCHEMA, rows_of_file
 from .export import Contexts, make_row
-from .look_page import PAGE
 from .pairs import question_key
 
 EXAMPLES = 5  # rows that a failed check names
@@ -90,13 +87,18 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
     ]
     if missing := set(names) - {row["id"] for row in shown}:
         raise DataError(f"{path} has no row of question {min(missing)!r}.")
-    pictures = {}
+    pictures = []
     for name, (figure, caption) in figures(statistics, source).items():
-        pictures[name] = (png(figure), caption)
+        pictures.append((png(figure), caption))
         with replacing(output / f"{name}.png") as file:
-            file.write(pictures[name][0])
+            file.write(pictures[-1][0])
+    page = render(
+        "synthesis/templates/look", title=source.title, summary=summary(source, statistics), pictures=pictures,
+        checks=[(meaning, statistics.failed[name]) for name, meaning in CHECKS.items()], examples=EXAMPLES,
+        unparsed=statistics.unparsed, rows=shown, total=total,
+    )  # fmt: skip
     with replacing(output / "index.html") as file:
-        file.write(page(source, statistics, pictures, shown).encode("utf-8", "replace"))
+        file.write(page.encode("utf-8", "replace"))
     return statistics
 
 
@@ -292,19 +294,6 @@ def _bars(counts: dict[str, int]) -> Figure:
     return figure
 
 
-def page(source: Source, statistics: Statistics, pictures: dict[str, tuple[bytes, str]], shown: list[dict]) -> str:
-    """The HTML page; everything that comes from the data is escaped."""
-    parts = {
-        "title": html.escape(source.title),
-        "summary": facts_table(summary(source, statistics)),
-        "pictures": "\n".join(image(picture, caption) for picture, caption in pictures.values()),
-        "checks": _checks_table(statistics),
-        "n_shown": f"{len(shown)} of {statistics.splits.total()} rows",
-        "rows": embed(shown),
-    }
-    return fill(PAGE, parts)
-
-
 def summary(source: Source, statistics: Statistics) -> dict[str, str]:
     """The most important numbers, by name."""
 
@@ -319,21 +308,3 @@ def summary(source: Source, statistics: Statistics) -> dict[str, str]:
     if select := source.stages.get("select"):
         facts["selection"] = select["counts"]["statement"]
     return facts
-
-
-def _checks_table(statistics: Statistics) -> str:
-    lines = []
-    for name, meaning in CHECKS.items():
-        ids = statistics.failed[name]
-        links = ", ".join(f'<a href="#row={quote(i, safe="")}">{html.escape(i)}</a>' for i in ids[:EXAMPLES])
-        state = "fails" if ids else "holds"
-        lines.append(
-            f"<tr class={state}><td>{html.escape(meaning)}</td><td>{len(ids)}</td><td>{links or '-'}</td></tr>"
-        )
-    if statistics.unparsed:
-        lines.append(
-            f"<tr class=fails><td>The documents of the prompt cannot be told apart; distractors were not checked.</td>"
-            f"<td>{statistics.unparsed}</td><td>-</td></tr>"
-        )
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("what would be a leak or a fault", "rows", "for example"))
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"

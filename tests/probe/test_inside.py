@@ -274,7 +274,7 @@ def test_base_and_adapter_side_by_side(rows_file, tiny_model, adapter, tmp_path,
 def test_rows_by_name_and_nothing_of_them_is_run(rows_file, tiny_model, tmp_path):
     assert command(rows_file, tmp_path, tiny_model(), "--row", "q5", "--row", "q1") == 0
     text = (tmp_path / "index.html").read_text()
-    assert "</script><b" not in text and "\\u003c/script>\\u003cb id=bad>why?" in text
+    assert "</script><b" not in text and "\\u003c/script\\u003e\\u003cb id=bad\\u003ewhy?" in text
     assert html.escape(tiny_model()) in text and "default-src 'none'" in text and "{{" not in text
     assert [row["id"] for row in json.loads((tmp_path / "look.json").read_text())["rows"][Path(tiny_model()).name]] == [
         "q1",

@@ -13,7 +13,6 @@ from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_json
 from solopo_plugin.qa.prompts import split_documents
 from solopo_plugin.synthesis import export, pairs
 from solopo_plugin.synthesis.look import CHECKS, checks_of, inspect
-from solopo_plugin.synthesis.look_page import PAGE
 
 BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
 
@@ -201,7 +200,7 @@ def test_nothing_in_the_data_runs_or_loads(work, tmp_path):
     shown = json.loads(page.scripts[0])[0]
     assert "".join(text for text, _ in shown["short"]) == rows[0]["prompt"] and shown["chosen"] == rows[0]["chosen"]
     for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-        assert sink not in PAGE
+        assert sink not in page.scripts[1]
 
 
 READER = """

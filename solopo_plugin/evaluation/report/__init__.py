@@ -4,21 +4,19 @@ Everything is read from results.json, scores/, answers/ and items.jsonl (as a st
 a report can be written again at any time without a model.
 """
 
-import html
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from ...qa.files import DataError, explained, read_jsonl, replacing
-from ...qa.pages import embed, facts_table, fill, image, png
+from ...qa.pages import png, render
 from . import explorer
 from .figures import figures
-from .page import PAGE
 from .tables import (
     METRICS,
     TITLES,
     Summary,
     as_csv,
-    as_html,
     as_markdown,
     benchmark_tables,
     harness_table,
@@ -113,33 +111,18 @@ def _about(results: dict) -> list[str]:
     return about
 
 
-def _page(results: dict, scores: dict, pictures: dict, shown: list[dict], total: int) -> str:
-    e = html.escape
-    sections = _sections(results, scores)
-
-    def figures_of(benchmark: str) -> str:
-        return "".join(image(picture, caption) for picture, caption, place in pictures.values() if place == benchmark)
-
+def _page(results: dict, scores: dict, pictures: dict, shown: list[dict], n_questions: int) -> str:
+    sections, figures = _sections(results, scores), defaultdict(list)
+    for picture, caption, anchor in pictures.values():
+        figures[anchor].append((picture, caption))
     settings = {f"`{k}`": json.dumps(v, ensure_ascii=False) for k, v in results["settings"].items()}
-    settings |= {f"version of {name}": str(value) for name, value in results["versions"].items()}
-    body = f'<h2 id="overview">Overview</h2>{figures_of("")}' * bool(pictures)
-    for anchor, heading, tables, notes in sections:
-        lines = "".join(f"<p class=note>{e(note)}</p>" for note in notes)
-        body += f'<h2 id="{e(anchor)}">{e(heading)}</h2>{lines}{figures_of(anchor)}{"".join(map(as_html, tables))}'
-    body += f'<h2 id="settings">Settings</h2><details><summary>All of them</summary>{facts_table(settings)}</details>'
-    head = [f"<p>{e(text)}</p>" for text in (str(results["date"]), *_about(results))]
-    head += [f"<p class=warning>{e(text)}</p>" for text in _selection(results)]
-    links = [("overview", "Overview")] * bool(pictures) + [(anchor, heading) for anchor, heading, _, _ in sections]
-    chosen = ", a seeded choice, as many of each task" if len(shown) < total else ""
-    parts = {
-        "title": e(results["title"]),
-        "head": "".join(head),
-        "links": " · ".join(f'<a href="#{e(a)}">{e(text)}</a>' for a, text in [*links, ("questions", "Questions")]),
-        "sections": body,
-        "n_shown": f"{len(shown)} of {total} questions are here{chosen}.",
-        "rows": embed({"models": list(scores), "rows": shown}),
-    }
-    return fill(PAGE, parts)
+    links = [*([("overview", "Overview")] if figures[""] else []), *(section[:2] for section in sections)]
+    return render(
+        "evaluation/report/templates/report", title=results["title"], about=[str(results["date"]), *_about(results)],
+        selection=_selection(results), links=[*links, ("questions", "Questions")], sections=sections, figures=figures,
+        settings=settings | {f"version of {name}": value for name, value in results["versions"].items()},
+        rows={"models": list(scores), "rows": shown}, n_shown=len(shown), n_questions=n_questions,
+    )  # fmt: skip
 
 
 def _markdown(results: dict, scores: dict, pictures: dict) -> str:

@@ -1,7 +1,6 @@
 """The tables of a report, in the paper's layout where it has one: described once, written as HTML, Markdown and CSV."""
 
 import csv
-import html
 import io
 import re
 from dataclasses import dataclass, field
@@ -62,6 +61,16 @@ class Table:
     blocks: list[tuple[str, list[tuple[str, list[Cell]]]]]
     notes: list[str] = field(default_factory=list)
     open: bool = True  # otherwise folded away on the page, and left to the CSV in Markdown
+
+    @property
+    def heading(self) -> str:
+        return self.title[:1].upper() + self.title[1:]
+
+    @property
+    def bands(self) -> list[tuple[str, int]]:
+        """Headings over neighbouring columns and how many those are; empty where no column has one."""
+        bands = [(band, len(list(own))) for band, own in groupby(band for band, _ in self.columns)]
+        return bands if any(band for band, _ in bands) else []
 
 
 class Summary:
@@ -348,33 +357,6 @@ def _is_float(value: object) -> bool:
 # ---- from tables to text
 
 
-def as_html(table: Table) -> str:
-    """With headings of columns, bands and blocks marked as such; it scrolls by itself where it is too wide."""
-    e = html.escape
-    width = len(table.columns) + 1
-    bands = [(band, len(list(own))) for band, own in groupby(band for band, _ in table.columns)]
-    over = "".join(f'<th scope=colgroup colspan="{n}">{e(band)}</th>' for band, n in bands)
-    head = f"<tr><td></td>{over}</tr>" if any(band for band, _ in bands) else ""
-    head += f"<tr><td></td>{''.join(f'<th scope=col>{e(name)}</th>' for _, name in table.columns)}</tr>"
-    body = ""
-    for title, rows in table.blocks:
-        kind = " class=published" if title.startswith("Published") else ""
-        heading = f'<tr><th scope=rowgroup colspan="{width}">{e(title)}</th></tr>' if title else ""
-        lines = (
-            f"<tr><th scope=row>{e(name)}</th>"
-            + "".join(f"<td>{e(text)}{f'<small>{e(small)}</small>' if small else ''}</td>" for text, small in cells)
-            + "</tr>"
-            for name, cells in rows
-        )
-        body += f"<tbody{kind}>{heading}{''.join(lines)}</tbody>"
-    title = e(table.title[:1].upper() + table.title[1:])
-    inner = f'<div class=wide tabindex=0 role=region aria-label="{title}"><table><thead>{head}</thead>{body}</table>'
-    notes = "</div>" + "".join(f"<p class=note>{e(note)}</p>" for note in table.notes)
-    if table.open:
-        return f"<h3>{title}</h3>{inner}{notes}" if title else inner + notes
-    return f"<details><summary>{title}</summary>{inner}{notes}</details>"
-
-
 def as_markdown(table: Table) -> str:
     columns = [f"{band}: {name}" if band else name for band, name in table.columns]
     lines = [_line(["", *columns]), "|" + "---|" * (len(columns) + 1)]
@@ -382,7 +364,7 @@ def as_markdown(table: Table) -> str:
         lines += [_line([f"**{plain(title)}**"] + [""] * len(columns), False)] * bool(title)
         for name, cells in rows:
             lines.append(_line([name, *(f"{text} ({small})" if small else text for text, small in cells)]))
-    title = [f"### {plain(table.title[:1].upper() + table.title[1:])}"] * bool(table.title)
+    title = [f"### {plain(table.heading)}"] * bool(table.title)
     return "\n\n".join([*title, "\n".join(lines), *map(plain, table.notes)])
 
 

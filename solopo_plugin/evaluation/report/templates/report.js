@@ -1,66 +1,4 @@
-"""The page of a report: one HTML file with its style and script; `{{name}}` is filled in by write_report, escaped."""
-
-from ...qa.pages import HEAD, SCRIPT
-
-PAGE = (
-    HEAD
-    + r"""h2 { margin-top: 2rem; border-bottom: 2px solid #8888; } h1, h2, h3, p { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } small { display: block; opacity: .8; white-space: nowrap; } .note { opacity: .85; }
-.wide td { overflow-wrap: normal; min-width: 4rem; } .wide th[scope=row] { min-width: 8rem; max-width: 18rem; }
-.wide thead th { vertical-align: bottom; } th[scope=rowgroup] { padding-top: .6rem; font-style: italic; }
-.published { background: #8882; font-style: italic; } .published [scope=row] { font-weight: normal; }
-.warning { border-left: 4px solid #c06000; padding: .2rem .6rem; font-weight: 600; }
-#filters { display: flex; flex-wrap: wrap; gap: .4rem 1rem; } #filters select, #filters input { max-width: 15rem; }
-#explorer { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1rem; margin-top: .6rem; }
-#list { width: 100%; align-self: start; position: sticky; top: .5rem; } #answers small { white-space: normal; }
-#bar { position: relative; height: 1.2rem; border: 1px solid #8888; background: #8883; }
-#bar i { position: absolute; top: 0; bottom: 0; min-width: 3px; background: #d55e00; }
-#passages pre, #answers pre { max-height: 14rem; margin: .2rem 0 .6rem; }
-.ends { display: flex; justify-content: space-between; }
-figure { max-width: min(56rem, 100%); overflow-x: auto; margin: .5rem 0; }
-@media (max-width: 50rem) {
-  figure img { max-width: 42rem; }
-  #explorer { grid-template-columns: minmax(0, 1fr); } #list { height: 12rem; position: static; }
-}
-</style>
-</head>
-<body>
-<h1>{{title}}</h1>
-{{head}}
-<nav aria-label="Sections"><p>{{links}}</p></nav>
-{{sections}}
-<h2 id="questions">Questions</h2>
-<noscript><p>The reader needs JavaScript; tables and figures do not.</p></noscript>
-<p>{{n_shown}} Long texts are shortened; the prompt itself is in <code>items.jsonl</code>, the whole answer in
-<code>answers/</code>. Scores are of the benchmark's main metric.
-Keys: <kbd>&larr;</kbd> <kbd>&rarr;</kbd> question before and after, <kbd>w</kbd> <kbd>l</kbd> wins and losses of the
-second model, <kbd>a</kbd> all, <kbd>/</kbd> search.</p>
-<div id="filters">
-<label>Benchmark <select id="benchmark"></select></label>
-<label>Task <select id="task"></select></label>
-<label>Model <select id="model"></select></label>
-<label>against <select id="other"></select></label>
-<label>Result <select id="result"></select></label>
-<label>Search <input id="search" type="search" placeholder="id, question or answer"></label>
-</div>
-<p><button id="before" type="button">Previous</button> <button id="after" type="button">Next</button>
-<output id="place" aria-live="polite"></output> <output id="tally"></output></p>
-<div id="explorer">
-<select id="list" size="24" aria-label="Questions, with the scores of both models"></select>
-<article aria-label="Question">
-<h3 id="question"></h3>
-<table id="facts"></table>
-<div id="where"><h4>Where the evidence stands in the prompt</h4>
-<div id="bar" role="img"></div><div class="ends"><small>start of the uncut prompt</small><small>end</small></div></div>
-<div id="passages"></div>
-<div id="answers"></div>
-</article>
-</div>
-<script type="application/json" id="rows">{{rows}}</script>
-<script>
-"""
-    + SCRIPT
-    + r"""const {models, rows} = JSON.parse(get("rows").textContent);
+const {models, rows} = JSON.parse(get("rows").textContent);
 let found = rows;
 
 function offer(id, names, labels = names) {
@@ -162,8 +100,3 @@ get("after").addEventListener("click", () => step(1));
 onKeys({ArrowLeft: () => step(-1), ArrowRight: () => step(1), w: () => only("won"), l: () => only("lost"),
   a: () => only("all"), "/": () => get("search").focus()});
 refresh();
-</script>
-</body>
-</html>
-"""
-)
