@@ -17,6 +17,19 @@ MAIN_METRIC = {
     "plain": "f1",
     "validation": "sub_em",  # what the data pipeline judged its samples by
 }
+# LongBench v1's question answering in English: the paper's tasks in its order, with their names, and whether an answer
+# stands in a single document or in several
+LONGBENCH = {
+    "narrativeqa": ("NarrativeQA", "S-Doc"),
+    "qasper": ("Qasper", "S-Doc"),
+    "multifieldqa_en": ("MultiFieldQA-en", "S-Doc"),
+    "hotpotqa": ("HotpotQA", "M-Doc"),
+    "2wikimqa": ("2WikiMQA", "M-Doc"),
+    "musique": ("MuSiQue", "M-Doc"),
+}
+# properties by which questions are grouped: columns of results.json and of the report's tables. `length` (tokens) and
+# `depth` (percent) are what was asked for, `length_class` is LongBench's (words); `depths` are of a pair of needles
+GROUPS = ("length", "depth", "length_class", "difficulty", "hops", "depths")
 # benchmark with `prompts: official` -> tokens of an answer that its authors allow
 OFFICIAL_TOKENS = {"longbench_v2": 128}  # pred.py of github.com/THUDM/LongBench
 

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from ..qa import kinds
 from ..qa.files import DataError, split_names
 from ..qa.recipe import build, key, read_values, shared
-from .items import MAIN_METRIC
+from .items import LONGBENCH, MAIN_METRIC
 
 TITLE = "evaluation recipe"
 
@@ -54,7 +54,7 @@ class EvalRecipe:
         "THUDM/LongBench", "longbench_qa", "LongBench v1: hub name, or folder of its .jsonl files."
     )
     longbench_tasks: kinds.Names = key(
-        lambda: ["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"],
+        lambda: list(LONGBENCH),
         "longbench_qa",
         "Tasks of LongBench v1; these six are the paper's.",
     )

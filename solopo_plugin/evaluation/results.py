@@ -1,60 +1,57 @@
 """From scores to results.json: means with intervals, comparisons of models, and the choice of a checkpoint.
 
 Every value is from 0 to 100, with its 95 % bootstrap interval. Task "" is the mean over the benchmark's tasks, each
-with the same weight, as in the paper's tables. Groups are `length=16384`, `depth=50`, `length=16384,depth=50`, and what
-a question carries beside these, such as `difficulty=hard`; "" is all questions.
+with the same weight, as in the paper's tables. A row is of the questions that share the properties in its columns of
+`GROUPS` (`"length": 16384, "depth": null`); null is no restriction, and where all are null the row is of all questions.
 
 A row of the report is a model, or a run: several that differ by training seed alone (`runs` of the recipe). A run is
 treated as one model, whose score of a question is the mean over the seeds, so that its intervals and p-values are over
 questions; `sd` is the sample standard deviation (n - 1) of the seeds' own means.
+
+Scores are data frames here, a line per question and metric: `KEY`, `source`, `GROUPS`, `value` and of a run `seed 1`,
+`seed 2` and so on, its models' own.
 """
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from ..host.versions import installed_versions
 from ..qa.files import DataError, explained, read_jsonl, write_json
 from .intervals import compare_paired, mean_interval, mean_of_means
-from .items import MAIN_METRIC
+from .items import GROUPS, MAIN_METRIC
 
 log = logging.getLogger(__name__)
+FORMAT = 2  # of results.json; 1 had the columns of `GROUPS` as one text, `length=16384,depth=50`
 PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy", "lm_eval")
 SIGNIFICANT = 0.05  # p-value below which two models are said to differ; the field's habit
 HELD_OUT = "validation"  # the benchmark that is there to choose by; all others are there to be reported
+KEY = ["benchmark", "task", "id", "metric"]  # of a score
+BY_ONE = [[], *([name] for name in GROUPS)]  # properties that questions are grouped by: none, or one at a time
+BY_CELL = [*BY_ONE, ["length", "depth"]]
 
-# (benchmark, task) -> id -> {"source", "groups", "scores", and of several seeds "seeds": metric -> each one's score}
-Scores = dict[tuple[str, str], dict[str, dict]]
 Rows = dict[str, list[str]]  # row of the report -> the models behind it
 
 
-def make_results(
-    output_dir: Path | str,
-    models: list[dict],
-    settings: dict,
-    select_by: str | None,
-    compare: list | None,
-    bootstrap_samples: int,
-    seed: int,
-    harness: list[dict],
-    runs: dict | None = None,
-) -> dict:
+def make_results(output_dir: Path | str, models: list[dict], settings: dict, harness: list[dict] = ()) -> dict:
     """Sum up scores/<model>.jsonl into results.json, and selection.json if a checkpoint is to be chosen.
 
     Args:
+        output_dir: Folder of the evaluation.
         models: {"name", "path", "adapter", "step"} each; the first is the one that others are compared with.
-        settings: The recipe's, kept in the file as they are.
-        select_by: Benchmark whose main metric, averaged over tasks, chooses the best model; None: no choice.
-        compare: Pairs of names, (a, b) or "a, b", of models or runs; None: each row of the report with the first.
-        bootstrap_samples: Resamples of each interval and of each p-value.
+        settings: The recipe's keys, kept in the file as they are. Used are `bootstrap_samples` and `seed`, and where
+            they are given `runs` (name -> models that differ by training seed alone), `compare` (pairs of names of
+            models or runs, (a, b) or "a, b"; otherwise each row of the report is compared with the first) and
+            `select_by` (the benchmark whose main metric, averaged over tasks, chooses the best model).
         harness: Rows of lm-evaluation-harness, {"model", "task", "metric", "value", "stderr", "n"}.
-        runs: Name -> models that differ by training seed alone; None: every model is a row of its own.
 
     Returns:
         What results.json says.
@@ -62,28 +59,30 @@ def make_results(
     Raises:
         DataError: Scores are missing or damaged, or a name is not one of the models' or benchmarks'.
     """
-    folder, names = Path(output_dir), [model["name"] for model in models]
-    rows, asked = rows_of(runs, names), _count_lines(folder / "items.jsonl")
-    pairs, several = pairs_of(compare, rows), {name: models for name, models in rows.items() if len(models) > 1}
+    folder, names, select_by = Path(output_dir), [model["name"] for model in models], settings.get("select_by")
+    rows, asked = rows_of(settings.get("runs"), names), _count_lines(folder / "items.jsonl")
+    pairs = pairs_of(settings.get("compare"), rows)
+    runs = {name: members for name, members in rows.items() if len(members) > 1}
     if select_by is not None and select_by not in MAIN_METRIC:
         raise DataError(f"`select_by` must be one of {', '.join(MAIN_METRIC)}; got {select_by!r}.")
     scores, counted = {}, []
     for model in models:
         scores[model["name"]], counts = load_scores(folder / "scores" / f"{model['name']}.jsonl", asked)
         counted.append({key: model.get(key) for key in ("name", "path", "adapter", "step")} | {"counts": counts})
-    scores |= {run: of_seeds(run, {name: scores[name] for name in members}) for run, members in several.items()}
-    draws = bootstrap_samples, seed
+    scores |= {run: of_seeds(run, {name: scores[name] for name in members}) for run, members in runs.items()}
+    draws = settings["bootstrap_samples"], settings["seed"]
     results = {
+        "format": FORMAT,
         "title": folder.resolve().name,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "settings": settings,
         "versions": installed_versions(PACKAGES),
         "models": counted,
-        "runs": several,
+        "runs": runs,
         "summary": [row for name in scores for row in summarise(name, scores[name], *draws)],
         "comparisons": [row for a, b in pairs for row in compare_models(a, b, scores[a], scores[b], *draws)],
         "selection": select(select_by, counted, scores, *draws) if select_by is not None else None,
-        "harness": [*harness, *(row for run, members in several.items() for row in harness_of(run, members, harness))],
+        "harness": [*harness, *(row for run, members in runs.items() for row in harness_of(run, members, harness))],
     }
     write_json(folder / "results.json", results)
     if select_by is not None:
@@ -96,10 +95,11 @@ def make_results(
 
 
 def rows_of(runs: dict | None, names: list[str]) -> Rows:
-    """Rows of the report in the order of the models: each model for itself, those of a run together.
+    """Return the rows of the report in the order of the models: each model for itself, those of a run together.
 
     Args:
         runs: Name of a row -> the names of its models; None: none.
+        names: Of all models.
 
     Raises:
         DataError: A run that is no list of two models or more, of one that is not there or stands in another run, or
@@ -125,7 +125,7 @@ def rows_of(runs: dict | None, names: list[str]) -> Rows:
 
 
 def pairs_of(pairs: list | None, rows: Rows) -> list[tuple[str, str]]:
-    """Who is compared with whom: (a, b) for b - a.
+    """Return who is compared with whom: (a, b) for b - a.
 
     Raises:
         DataError: What is no pair of two of the rows or of their models.
@@ -144,28 +144,44 @@ def pairs_of(pairs: list | None, rows: Rows) -> list[tuple[str, str]]:
     return found
 
 
-def load_scores(path: Path, asked: int) -> tuple[Scores, dict]:
-    """What of a model's scores the statistics need, and counts of how it answered.
+def load_scores(path: Path, asked: int) -> tuple[pd.DataFrame, dict]:
+    """Read a model's scores, and count how it answered.
 
     Args:
+        path: Of scores/<model>.jsonl.
         asked: Questions of items.jsonl; without any, no file of scores is needed.
+
+    Returns:
+        Scores, task by task as the tasks first come, and counts by name.
     """
-    scores, counts = defaultdict(dict), Counter(asked=asked, missing=asked)
+    lines, counts = defaultdict(list), Counter(asked=asked, missing=asked)
     for row in read_jsonl(path) if asked else ():
         counts.update(
             missing=-1, cut=bool(row["cut_tokens"]), no_marker=not row["marker"], empty=row["empty"],
             stopped_by_length=row["finish_reason"] == "length",
         )  # fmt: skip
-        kept = {"source": row["source"], "groups": group_labels(row), "scores": row["scores"]}
-        scores[row["benchmark"], row["task"]][row["id"]] = kept
+        question = {name: row[name] for name in ("benchmark", "task", "id", "source")} | groups_of(row)
+        own = [question | {"metric": metric, "value": value} for metric, value in row["scores"].items()]
+        lines[row["benchmark"], row["task"]] += own
     if counts["missing"]:
         log.warning("%s: %d of %d questions are missing; means are over the others.", path, counts["missing"], asked)
     names = ("asked", "missing", "cut", "no_marker", "empty", "stopped_by_length")
-    return scores, {name: counts[name] for name in names}
+    # of objects, so that whole numbers stay whole beside None
+    scores = pd.DataFrame([*chain(*lines.values())], columns=[*KEY, "source", *GROUPS, "value"], dtype=object)
+    return scores.astype({"value": float}), {name: counts[name] for name in names}
 
 
-def of_seeds(run: str, seeds: dict[str, Scores]) -> Scores:
-    """Scores of models that differ by training seed as of one: each question's mean, and beside it each seed's score.
+def groups_of(row: dict) -> dict:
+    """Return the properties of a question by column of `GROUPS`.
+
+    Among an item's own groups a class of length is called `length`, as in LongBench's files; here that is in tokens.
+    """
+    own = {"length_class" if name == "length" else name: value for name, value in row["groups"].items()}
+    return {"length": row["length"], "depth": row["depth"]} | own
+
+
+def of_seeds(run: str, seeds: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Join the scores of models that differ by training seed: each question's mean, and beside it each seed's score.
 
     Args:
         run: Name of their row, for messages.
@@ -174,25 +190,20 @@ def of_seeds(run: str, seeds: dict[str, Scores]) -> Scores:
     Raises:
         DataError: Questions were answered, but none by all.
     """
-    found, left_out = {}, 0
-    for key in dict.fromkeys(key for scores in seeds.values() for key in scores):
-        sides = [scores.get(key, {}) for scores in seeds.values()]
-        common = set.intersection(*map(set, sides))
-        left_out += len(set.union(*map(set, sides))) - len(common)
-        found[key] = {}
-        for id in filter(common.__contains__, sides[0]):
-            each = {metric: [side[id]["scores"][metric] for side in sides] for metric in sides[0][id]["scores"]}
-            means = {metric: fmean(values) for metric, values in each.items()}  # rounded once, whatever the order
-            found[key][id] = sides[0][id] | {"scores": means, "seeds": each}
+    frames = [scores.set_index(KEY) for scores in seeds.values()]
+    each = pd.DataFrame({f"seed {i}": scores["value"] for i, scores in enumerate(frames, 1)})
+    found = frames[0].join(each.dropna(), how="inner")
+    left_out = _questions(each[each.isna().any(axis=1)].index)
     if left_out:
         log.warning("%s: %d questions that not all of %s answered are left out.", run, left_out, ", ".join(seeds))
-    if left_out and not any(found.values()):
+    if left_out and found.empty:
         raise DataError(f"`runs: {run}`: no question was answered by all of {', '.join(seeds)}; ask again.")
-    return found
+    found["value"] = [fmean(values) for values in found[each.columns].to_numpy()]  # rounded once, whatever the order
+    return found.reset_index()
 
 
 def harness_of(run: str, members: list[str], harness: list[dict]) -> Iterator[dict]:
-    """Rows of lm-evaluation-harness of a run: mean of the seeds that have the number, and their sample deviation."""
+    """Yield rows of lm-evaluation-harness of a run: mean over the seeds that have the number, and their deviation."""
     cells = defaultdict(list)
     for row in harness:
         if row["model"] in members:
@@ -205,63 +216,71 @@ def harness_of(run: str, members: list[str], harness: list[dict]) -> Iterator[di
         yield {"model": run, "task": task, "metric": metric} | numbers | cut | {"seeds": len(values), "sd": sd}
 
 
-def group_labels(row: dict) -> tuple[str, ...]:
-    """The groups that a question belongs to; "" is all."""
-    where = [f"{name}={row[name]:.12g}" for name in ("length", "depth") if row[name] is not None]
-    both = [",".join(where)] if len(where) > 1 else []
-    return ("", *where, *both, *(f"{name}={value}" for name, value in row["groups"].items()))
+def cells_of(scores: pd.DataFrame, groupings: list[list[str]]) -> Iterator[tuple[dict, list[pd.DataFrame]]]:
+    """Yield what each number is of, and the scores of its tasks: one task, or with task "" all, for their mean.
+
+    A task that has no question of a group is not in that group's mean.
+    """
+    for names in groupings:
+        keys, grouped = ["benchmark", *names, "metric"], scores.dropna(subset=names) if names else scores
+        for _, lines in grouped.groupby(keys, sort=False):
+            where = dict.fromkeys(("benchmark", "task", *GROUPS, "metric")) | lines[keys].iloc[0].to_dict()
+            tasks = dict([*lines.groupby("task", sort=False)])
+            for task, parts in [*((task, [part]) for task, part in tasks.items()), ("", [*tasks.values()])]:
+                yield where | {"task": task}, parts
 
 
-def summarise(model: str, scores: Scores, samples: int, seed: int) -> Iterator[dict]:
-    """Rows of a model or run: each benchmark, group and metric, for every task and for their mean (task "").
+def _columns(parts: list[pd.DataFrame], name: str) -> list[np.ndarray]:
+    return [part[name].to_numpy(str if name == "source" else float) for part in parts]
+
+
+def _questions(index: pd.MultiIndex) -> int:
+    """How many questions stand behind scores."""
+    return len(index.droplevel("metric").unique())
+
+
+def summarise(model: str, scores: pd.DataFrame, samples: int, seed: int) -> Iterator[dict]:
+    """Yield rows of a model or run: each benchmark, group and metric, for every task and for their mean (task "").
 
     A run's rows also have "seeds", how many there are, and "sd", the sample standard deviation of their means.
     """
-    cells = defaultdict(lambda: defaultdict(list))  # (benchmark, group, metric) -> task -> (value, source, each seed's)
-    for (benchmark, task), questions in scores.items():
-        for question in questions.values():
-            for group in question["groups"]:
-                for metric, value in question["scores"].items():
-                    each = question.get("seeds", {}).get(metric, ())
-                    cells[benchmark, group, metric][task].append((value, question["source"], *each))
-    for (benchmark, group, metric), tasks in tqdm(cells.items(), desc=f"intervals {model}", disable=None):
-        for task, columns in _and_mean({task: list(zip(*pairs, strict=True)) for task, pairs in tasks.items()}):
-            values, sources, *seeds = ([np.array(column) for column in side] for side in zip(*columns, strict=True))
-            value, low, high = mean_interval(values, samples, np.random.default_rng(seed), sources)
-            n = sum(map(len, values))
-            where = {"model": model, "benchmark": benchmark, "task": task, "group": group, "metric": metric}
-            spread = {"seeds": len(seeds), "sd": stdev(map(mean_of_means, seeds))} if seeds else {}
-            yield where | {"n": n, "value": value, "low": low, "high": high} | spread
+    seeds = [name for name in scores if name.startswith("seed ")]
+    for where, parts in tqdm(cells_of(scores, BY_CELL), f"intervals {model}", unit="", disable=None):
+        sources = _columns(parts, "source")
+        value, low, high = mean_interval(_columns(parts, "value"), samples, np.random.default_rng(seed), sources)
+        means = [mean_of_means(_columns(parts, name)) for name in seeds]
+        spread = {"seeds": len(means), "sd": stdev(means)} if means else {}
+        numbers = {"n": sum(map(len, parts)), "value": value, "low": low, "high": high}
+        yield {"model": model} | where | numbers | spread
 
 
-def compare_models(a: str, b: str, of_a: Scores, of_b: Scores, samples: int, seed: int) -> Iterator[dict]:
-    """Rows of b against a, on the questions that both answered; `left_out` counts those that only one did.
+def compare_models(a: str, b: str, of_a: pd.DataFrame, of_b: pd.DataFrame, samples: int, seed: int) -> Iterator[dict]:
+    """Yield rows of b against a, on the questions that both answered; `left_out` counts those that only one did.
 
     Compared are each task and their mean (task ""), each on all questions and by one property of theirs, such as the
     length; not by length and depth at once, since the few questions of such a cell tell nothing.
     """
-    cells, left_out = defaultdict(dict), Counter()
-    for benchmark, task in of_a | of_b:
-        sides = [scores.get((benchmark, task), {}) for scores in (of_a, of_b)]
-        groups = dict.fromkeys(group for side in sides for question in side.values() for group in question["groups"])
-        for group in (group for group in groups if ",depth=" not in group):
-            own = [{id: q for id, q in side.items() if group in q["groups"]} for side in sides]
-            left_out[benchmark, task, group] = len(own[0].keys() ^ own[1].keys())
-            left_out[benchmark, "", group] += left_out[benchmark, task, group]
-            for metric, columns in _aligned(own).items():
-                cells[benchmark, group, metric][task] = columns
-    for (benchmark, group, metric), tasks in tqdm(cells.items(), desc=f"{b} against {a}", disable=None):
-        for task, columns in _and_mean(tasks):
-            sources, *values = zip(*columns, strict=True)
-            found = compare_paired(*values, samples, np.random.default_rng(seed), sources)
-            where = {"a": a, "b": b, "benchmark": benchmark, "task": task, "group": group, "metric": metric}
-            yield where | found | {"left_out": left_out[benchmark, task, group]}
-    if total := sum(count for (_, task, group), count in left_out.items() if task and not group):
+    both = _side_by_side(of_a, of_b)
+    for where, parts in tqdm(cells_of(both, BY_ONE), f"{b} against {a}", unit="", disable=None):
+        common = [found for part in parts if len(found := part.dropna(subset=["a", "b"]))]
+        if common:
+            of_b, of_a, sources = (_columns(common, name) for name in ("b", "a", "source"))
+            found = compare_paired(of_a, of_b, samples, np.random.default_rng(seed), sources)
+            yield {"a": a, "b": b} | where | found | {"left_out": sum(map(len, parts)) - found["n"]}
+    if total := _questions(both[both[["a", "b"]].isna().any(axis=1)].set_index(KEY).index):
         log.warning("%s against %s: %d questions that only one of them answered are left out.", b, a, total)
 
 
-def select(benchmark: str, models: list[dict], scores: dict[str, Scores], samples: int, seed: int) -> dict:
-    """The best model by a benchmark's main metric, averaged over tasks, on the questions that all models answered.
+def _side_by_side(of_a: pd.DataFrame, of_b: pd.DataFrame) -> pd.DataFrame:
+    """All scores that either has, with columns `a` and `b`, task by task and by id."""
+    of_a, of_b = of_a.set_index(KEY), of_b.set_index(KEY)
+    both = pd.concat([of_a, of_b[~of_b.index.isin(of_a.index)]]).assign(a=of_a["value"], b=of_b["value"]).reset_index()
+    order = both.groupby(["benchmark", "task"], sort=False).ngroup()
+    return both.assign(order=order).sort_values(["order", "id"])
+
+
+def select(benchmark: str, models: list[dict], scores: dict[str, pd.DataFrame], samples: int, seed: int) -> dict:
+    """Return the best model by a benchmark's main metric, averaged over tasks, on the questions that all answered.
 
     Of equal models the first of the list is taken. Every other one is compared with the best, question by question.
 
@@ -273,22 +292,23 @@ def select(benchmark: str, models: list[dict], scores: dict[str, Scores], sample
     Raises:
         DataError: A model has no answers to the benchmark.
     """
-    metric, names = MAIN_METRIC[benchmark], [model["name"] for model in models]
-    tasks = {key for name in names for key in scores[name] if key[0] == benchmark}
-    for name in names:
-        if not any(key[0] == benchmark for key in scores[name]):
+    metric, by_name, own = MAIN_METRIC[benchmark], {model["name"]: model for model in models}, {}
+    for name in by_name:
+        asked = scores[name][(scores[name]["benchmark"] == benchmark) & (scores[name]["metric"] == metric)]
+        if asked.empty:
             raise DataError(
                 f"`select_by: {benchmark}` has nothing to choose `{name}` by: it has no scores there; add it to "
                 "`benchmarks`, or leave the model out."
             )
-    aligned = [_aligned([scores[name].get(key, {}) for name in names]).get(metric) for key in sorted(tasks)]
-    aligned = [columns for columns in aligned if columns]
-    if not aligned:
-        raise DataError(f"`select_by: {benchmark}`: no question was answered by all of {', '.join(names)}; ask again.")
-    sources, *sides = zip(*aligned, strict=True)
-    columns = dict(zip(names, sides, strict=True))
-    by_name = {model["name"]: model for model in models}
-    order = sorted(names, key=lambda name: -mean_of_means(columns[name]))
+        own[name] = asked.set_index(["task", "id"])
+    answered = pd.DataFrame({name: asked["value"] for name, asked in own.items()}).sort_index()
+    common = answered.dropna()
+    if common.empty:
+        raise DataError(f"`select_by: {benchmark}`: no question was answered by all of {', '.join(own)}; ask again.")
+    tasks = [part for _, part in common.groupby("task")]
+    sources = [own[models[0]["name"]]["source"].loc[part.index].to_numpy(str) for part in tasks]
+    columns = {name: [part[name].to_numpy() for part in tasks] for name in own}
+    order = sorted(own, key=lambda name: -mean_of_means(columns[name]))
     ranking = []
     for name in order:
         value, low, high = mean_interval(columns[name], samples, np.random.default_rng(seed), sources)
@@ -300,10 +320,7 @@ def select(benchmark: str, models: list[dict], scores: dict[str, Scores], sample
              "difference_high": against["high"], **{key: against[key] for key in keys}}
         )  # fmt: skip
     tied = [row["model"] for row in ranking[1:] if row["p_value"] >= SIGNIFICANT]
-    best = by_name[order[0]]
-    answered = {(key, id) for name in names for key in tasks for id in scores[name].get(key, {})}
-    n = sum(map(len, sources))
-    left_out = len(answered) - n
+    best, n, left_out = by_name[order[0]], len(common), len(answered) - len(common)
     return {
         "benchmark": benchmark, "metric": metric, "best": order[0], "path": best["path"], "adapter": best["adapter"],
         "step": best["step"], "folder": best["adapter"] or best["path"], "n": n, "left_out": left_out,
@@ -338,20 +355,6 @@ def _warning(benchmark: str) -> str | None:
         f"The checkpoint is chosen by {benchmark}, which is also among the reported benchmarks: the chosen one's score "
         f"there is too high on average (selection on the test set{paper}). {HELD_OUT} is held out for this."
     )
-
-
-def _aligned(sides: list[dict[str, dict]]) -> dict[str, list[np.ndarray]]:
-    """Per metric, of the questions of one task that all sides answered: their sources, then the values of each side."""
-    found = defaultdict(list)
-    for id in sorted(set.intersection(*map(set, sides))):
-        for metric in sides[0][id]["scores"]:
-            found[metric].append((sides[0][id]["source"], *(side[id]["scores"][metric] for side in sides)))
-    return {metric: list(map(np.array, zip(*rows, strict=True))) for metric, rows in found.items()}
-
-
-def _and_mean(tasks: dict[str, object]) -> Iterable[tuple[str, list]]:
-    """Each task alone, then all of them under the name "", whose values are averaged over tasks."""
-    return [*((task, [values]) for task, values in tasks.items()), ("", list(tasks.values()))]
 
 
 def _count_lines(path: Path) -> int:

@@ -49,10 +49,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         for model in models if recipe.benchmarks else ():
             write_scores(folder, model.name)
         harness = [row for model in models for row in harness_rows(recipe, model, rescore)]
-        results = make_results(
-            folder, list(map(as_row, models)), public_settings(recipe), recipe.select_by, recipe.compare,
-            recipe.bootstrap_samples, recipe.seed, harness, recipe.runs,
-        )  # fmt: skip
+        results = make_results(folder, list(map(as_row, models)), public_settings(recipe), harness)
         write_report(folder)
     return results
 

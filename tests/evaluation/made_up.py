@@ -96,7 +96,8 @@ def write_folder(
     chosen_by = "validation" if any(it.benchmark == "validation" for it in questions) else None
     refs = [{"name": model, "path": f"saves/{model}", "adapter": None, "step": None} for model in models]
     harness = [row for row in rows if row["model"] in models]
-    results = make_results(folder, refs, {"seed": 3, "max_samples": None}, chosen_by, None, 300, 3, harness, runs)
+    settings = {"seed": 3, "bootstrap_samples": 300, "select_by": chosen_by, "runs": runs}
+    results = make_results(folder, refs, settings, harness)
     results |= {"title": TITLE, "date": "2026-01-01", "versions": {"solopo": "0"}} | changes
     write_json(folder / "results.json", results)
     return results

@@ -10,10 +10,10 @@ import pytest
 from conftest import Page
 from made_up import CHANCES, HARNESS, LENGTHS, LONGBENCH, TITLE, item, items, write_folder
 
-from solopo_plugin.evaluation.items import MAIN_METRIC
+from solopo_plugin.evaluation.items import GROUPS, MAIN_METRIC
 from solopo_plugin.evaluation.published import PUBLISHED, matches
 from solopo_plugin.evaluation.report import explorer, write_report
-from solopo_plugin.evaluation.report.figures import figures
+from solopo_plugin.evaluation.report.figures import draw_figures
 from solopo_plugin.evaluation.report.tables import Summary, benchmark_tables
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
@@ -41,10 +41,16 @@ def markdown_table(folder, section: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table if not line.startswith("|---")]
 
 
-def shown(results: dict, model: str, benchmark: str, task: str, group: str = "", metric: str | None = None) -> str:
+def row_of(rows: list[dict], **where) -> dict:
+    """The only row with these values that is grouped by nothing else."""
+    (one,) = [row for row in rows if all(row[k] == v for k, v in (dict.fromkeys(GROUPS) | where).items())]
+    return one
+
+
+def shown(results: dict, model: str, benchmark: str, task: str, metric: str | None = None, **group) -> str:
     """A value as a table must show it."""
-    key = (model, benchmark, task, group, metric or MAIN_METRIC[benchmark])
-    row = Summary(results).rows[key]
+    metric = metric or MAIN_METRIC[benchmark]
+    row = row_of(results["summary"], model=model, benchmark=benchmark, task=task, metric=metric, **group)
     return f"{row['value']:.1f} ({row['low']:.1f} to {row['high']:.1f}, n={row['n']})"
 
 
@@ -82,21 +88,26 @@ def test_ruler_by_task_and_length_with_its_own_metric_beside(made):
         assert blocks == [f"**Measured here: {name}**" for name in tasks]
         for i, task in enumerate(tasks.values()):
             for j, model in enumerate(CHANCES):
-                groups = [*(f"length={length}" for length in LENGTHS), ""]
-                cells = [shown(results, model, "ruler_qa", task, group, metric) for group in groups]
+                groups = [*({"length": length} for length in LENGTHS), {}]
+                cells = [shown(results, model, "ruler_qa", task, metric, **group) for group in groups]
                 assert lines[i * (1 + len(CHANCES)) + 1 + j] == [model, *cells]
         assert any("Published" in line[0] for line in lines) == (metric == "f1"), "the paper's numbers are F1"
+
+
+EASY_TO_LONG = [{"difficulty": name} for name in ("easy", "hard")]
+EASY_TO_LONG += [{"length_class": name} for name in ("short", "medium", "long")]
 
 
 def test_longbench_v2_and_validation(made):
     folder, results = made
     lenient = "Accuracy, lenient: the last letter, not the official parser's first"
-    groups = ["difficulty=easy", "difficulty=hard", "length=short", "length=medium", "length=long"]
     for title, metric in (("Accuracy", "accuracy"), (lenient, "accuracy_lenient")):  # both open, the official one first
         head, _, *lines = markdown_table(folder, "LongBench v2", title)
-        assert head == ["", "all questions", *(group.replace("=", ": ") for group in groups)]
+        classes = [f"length: {name}" for name in ("short", "medium", "long")]
+        assert head == ["", "all questions", "difficulty: easy", "difficulty: hard", *classes]
         for model, line in zip(CHANCES, lines, strict=True):
-            assert line == [model, *(shown(results, model, "longbench_v2", "all", g, metric) for g in ("", *groups))]
+            wanted = [shown(results, model, "longbench_v2", "all", metric, **group) for group in ({}, *EASY_TO_LONG)]
+            assert line == [model, *wanted]
     head, _, *lines = markdown_table(folder, "Validation split, short and long prompt", "Sub-EM")
     assert head[1:3] == ["short", "long"] and lines[0][2] == shown(results, "made-up-a", "validation", "long")
 
@@ -128,11 +139,9 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
         assert line in text
 
 
-def difference(results: dict, benchmark: str, task: str, group: str, metric: str) -> str:
+def difference(results: dict, benchmark: str, task: str, metric: str, **group) -> str:
     """The comparison of made-up-b with made-up-a as a cell must show it."""
-    names = ("b", "benchmark", "task", "group", "metric")
-    key = ["made-up-b", benchmark, task, group, metric]
-    (row,) = [row for row in results["comparisons"] if [row[name] for name in names] == key]
+    row = row_of(results["comparisons"], b="made-up-b", benchmark=benchmark, task=task, metric=metric, **group)
     interval = f"{row['low']:+.1f} to {row['high']:+.1f}, n={row['n']}"
     return f"{row['difference']:+.1f}, p={row['p_value']:.2g} ({interval})"
 
@@ -145,15 +154,15 @@ def test_short_contexts_have_a_comparison_of_their_own(made):
         assert [name.split(": ")[-1] for name in head] == ["", "4k", "8k", "16k", "32k", "all lengths"]
         assert [line[0] for line in lines[::3]] == ["**SQuAD**", "**HotpotQA**", "**MuSiQue**", "**mean of tasks**"]
         for line, task in zip(lines[1::3], ("squad", "hotpotqa", "musique", ""), strict=True):
-            groups = [*(f"length={length}" for length in LENGTHS), ""]
-            wanted = [difference(results, "ruler_qa", task, group, metric) for group in groups]
+            groups = [*({"length": length} for length in LENGTHS), {}]
+            wanted = [difference(results, "ruler_qa", task, metric, **group) for group in groups]
             assert line == ["made-up-b against made-up-a", *wanted]
     head, first, *_ = markdown_table(folder, "LongBench v2", "Paired comparison by task and length, accuracy")
-    groups = ["difficulty=easy", "difficulty=hard", "length=short", "length=medium", "length=long"]
-    assert first[1:] == [difference(results, "longbench_v2", "all", group, "accuracy") for group in ("", *groups)]
+    groups = ({}, *EASY_TO_LONG)
+    assert first[1:] == [difference(results, "longbench_v2", "all", "accuracy", **group) for group in groups]
     title = "Paired comparison by task and length, sub-EM"
     _, first, *_ = markdown_table(folder, "Validation split, short and long prompt", title)
-    assert first[1:] == [difference(results, "validation", task, "", "sub_em") for task in ("short", "long", "")]
+    assert first[1:] == [difference(results, "validation", task, "sub_em") for task in ("short", "long", "")]
     assert all("by task" not in table.title for table in benchmark_tables(results, "plain")), "one task, no lengths"
 
 
@@ -166,11 +175,11 @@ def test_longbench_by_its_classes_of_length_and_the_papers_averages_in_their_col
     write_report(tmp_path)
     head, _, first, *lines = markdown_table(tmp_path, "LongBench v1 QA", "F1")
     assert head[7:] == ["mean of tasks", *(f"length: {name}" for name in classes)]
-    assert first[8] == shown(results, "made-up-a", "longbench_qa", "", "length=0-4k")
+    assert first[8] == shown(results, "made-up-a", "longbench_qa", "", length_class="0-4k")
     published = lines[[line[0].startswith("**Published") for line in lines].index(True) + 1 :]
     assert all(not any(line[1:7] + line[8:]) and re.match(r"\d\d\.\d", line[7]) for line in published)
     _, first, *_ = markdown_table(tmp_path, "LongBench v1 QA", "Paired comparison by task and length, F1")
-    assert first[8] == difference(results, "longbench_qa", "", "length=0-4k", "f1")
+    assert first[8] == difference(results, "longbench_qa", "", "f1", length_class="0-4k")
 
 
 def test_of_many_pairs_the_comparison_by_length_is_folded_away(tmp_path):
@@ -196,11 +205,12 @@ def test_runs_of_several_seeds_are_one_row_and_single_seeds_stay_available(tmp_p
     _, block, *lines = markdown_table(tmp_path, "RULER QA", "F1")
     assert block[0] == "**Measured here: SQuAD**"
     assert [line[0] for line in lines[:3]] == ["base", "SoLo (n=3 seeds)", "other"]
-    row = found.rows["SoLo", "ruler_qa", "squad", "length=4096", "f1"]
+    where = dict(benchmark="ruler_qa", task="squad", metric="f1", length=4096)
+    row = row_of(results["summary"], model="SoLo", **where)
     assert lines[1][1] == f"{row['value']:.1f} ± {row['sd']:.1f} ({row['low']:.1f} to {row['high']:.1f}, n={row['n']})"
     single = next(t for t in benchmark_tables(results, "ruler_qa") if t.title == "F1, single seeds")
     assert not single.open and [name for name, _ in single.blocks[0][1]] == found.single
-    assert single.blocks[0][1][0][1][0][0] == f"{found.rows['seed-0', *row_key(row)]['value']:.1f}"
+    assert single.blocks[0][1][0][1][0][0] == f"{row_of(results['summary'], model='seed-0', **where)['value']:.1f}"
     pairs = ["SoLo against base", "other against base"]
     _, *lines = markdown_table(
         tmp_path, "Validation split, short and long prompt", "Paired comparison on the same questions"
@@ -214,15 +224,11 @@ def test_runs_of_several_seeds_are_one_row_and_single_seeds_stay_available(tmp_p
         csv_rows = [line for line in csv.DictReader(file) if line["model"] in ("SoLo", "seed-1")]
     own = [r for r in csv_rows if r["kind"] == "measured" and (r["benchmark"], r["task"]) == ("plain", "own")]
     assert {(r["model"], r["seeds"], bool(r["sd"])) for r in own} == {("SoLo", "3", True), ("seed-1", "", False)}
-    drawn = figures(results)
+    drawn = draw_figures(results)
     assert [t.get_text() for t in drawn["overview"][0].axes[0].get_yticklabels()] == found.models
     names = {"niah_1", "niah_2", "niah_3", "niah_2_less_1", "niah_3_less_1"}
     assert names == {name for name in drawn if name.startswith("niah")}
     assert "Drawn are" not in drawn["differences"][1] and results["selection"]["best"] in SEEDS
-
-
-def row_key(row: dict) -> tuple[str, ...]:
-    return row["benchmark"], row["task"], row["group"], row["metric"]
 
 
 def test_a_selected_seed_is_drawn_within_its_run(tmp_path):
@@ -231,9 +237,9 @@ def test_a_selected_seed_is_drawn_within_its_run(tmp_path):
     questions = [it for it in few("niah_plus", "validation") if it.length in (None, 4096, 8192) and not it.depth]
     results = write_folder(tmp_path, questions, models, runs={"A": ["m9", "m10", "m11"]})
     results["selection"]["best"] = "m10"
-    assert "Drawn are 8 of 10 models" in figures(results)["length_niah_plus"][1]
+    assert "Drawn are 8 of 10 models" in draw_figures(results)["length_niah_plus"][1]
     results["comparisons"] += [row | {"a": "m9", "b": "m10"} for row in results["comparisons"] if row["b"] == "A"]
-    assert figures(results)
+    assert draw_figures(results)
     names = [name for name, _ in benchmark_tables(results, "validation")[1].blocks]
     assert "m10 against m9" in names and "A against m0" in names
 
@@ -260,7 +266,8 @@ def test_the_report_says_which_number_used_which_prompt(tmp_path, used, wanted):
 def test_a_choice_by_a_benchmark_that_is_reported_is_labelled(tmp_path):
     write_folder(tmp_path, few("longbench_qa"))
     refs = [{"name": model, "path": model, "adapter": None, "step": None} for model in CHANCES]
-    chosen = make_results(tmp_path, refs, {}, "longbench_qa", None, 100, 3, [])["selection"]
+    settings = {"select_by": "longbench_qa", "bootstrap_samples": 100, "seed": 3}
+    chosen = make_results(tmp_path, refs, settings)["selection"]
     write_report(tmp_path)
     for said in (
         (tmp_path / "report" / "report.md").read_text().replace("\\", ""),
@@ -319,7 +326,7 @@ def test_of_many_comparisons_those_of_single_tasks_stand_apart(tmp_path):
         table, apart = benchmark_tables(results, benchmark)[1:3]
         assert [(pair, [name for name, _ in lines]) for pair, lines in table.blocks] == [(p, [name]) for p in pairs]
         assert columns == 0 or (len(apart.columns), [pair for pair, _ in apart.blocks[0][1]]) == (columns, pairs)
-    drawn = figures(results)
+    drawn = draw_figures(results)
     names = [label.get_text() for label in drawn["differences"][0].axes[0].get_yticklabels()]
     assert names == [
         "LongBench v1 QA: mean of tasks", "Own questions: own", "Validation split, short and long prompt: short",
@@ -340,7 +347,8 @@ def test_csv_holds_every_number_with_all_digits(made):
     kinds = {kind: [line for line in lines if line["kind"] == kind] for kind in {line["kind"] for line in lines}}
     assert set(kinds) == {"measured", "comparison", "harness", "count", "published"}
     for line, row in zip(kinds["measured"], results["summary"], strict=True):
-        assert all(line[name] == row[name] for name in ("model", "benchmark", "task", "group", "metric"))
+        names = ("model", "benchmark", "task", "metric", *GROUPS)
+        assert all(line[name] == ("" if row[name] is None else str(row[name])) for name in names)
         assert all(float(line[name]) == row[name] for name in ("n", "value", "low", "high")) and not line["source"]
     for line, row in zip(kinds["comparison"], results["comparisons"], strict=True):
         assert (line["model"], line["against"], float(line["value"])) == (row["b"], row["a"], row["difference"])
@@ -356,20 +364,22 @@ def test_csv_holds_every_number_with_all_digits(made):
 
 def test_figures_draw_the_numbers_of_the_summary(made):
     folder, results = made
-    found, drawn = Summary(results), figures(results)
+    drawn = draw_figures(results)
     names = {"overview", "differences", "length_ruler_qa", "length_niah_plus", "niah_1", "niah_2", "niah_3"}
     assert set(drawn) == names | {"niah_2_less_1", "niah_3_less_1"}
     assert {path.stem for path in (folder / "report").glob("*.png")} == set(drawn)
     maps = {name: drawn[name][0].axes[0].images[0].get_array().data for name in drawn if name.startswith("niah")}
     depths = range(0, 101, 10)
     for i, model in enumerate(CHANCES, 1):
-        key = [[(model, "niah_plus", "multi", f"length={n},depth={d}", "sub_em") for n in LENGTHS] for d in depths]
-        assert np.array_equal(maps[f"niah_{i}"], [[found.rows[k]["value"] for k in line] for line in key])
+        where = dict(model=model, benchmark="niah_plus", task="multi", metric="sub_em")
+        cells = [[row_of(results["summary"], **where, length=n, depth=d)["value"] for n in LENGTHS] for d in depths]
+        assert np.array_equal(maps[f"niah_{i}"], cells)
     assert np.array_equal(maps["niah_3_less_1"], maps["niah_3"] - maps["niah_1"])
     last = drawn["length_ruler_qa"][0].axes[-1]
     for line, model in zip([c.lines[0] for c in last.containers], CHANCES, strict=True):
         assert list(line.get_ydata()) == [
-            found.get(model, "ruler_qa", "", f"length={n}", "f1")["value"] for n in LENGTHS
+            row_of(results["summary"], model=model, benchmark="ruler_qa", task="", metric="f1", length=n)["value"]
+            for n in LENGTHS
         ]
         assert np.allclose(np.log2(line.get_xdata().astype(float) / LENGTHS), 0, atol=0.1)
     for figure, caption, benchmark in drawn.values():
@@ -380,7 +390,7 @@ def test_figures_draw_the_numbers_of_the_summary(made):
 def test_a_cell_without_questions_and_names_with_dollars(tmp_path):
     questions = [it for it in few("niah_plus") if it.length < 9000 and (it.length, it.depth) != (8192, 50.0)]
     results = write_folder(tmp_path, questions, ("$a_b$", "x" * 60))
-    values = figures(results)["niah_1"][0].axes[0].images[0].get_array()
+    values = draw_figures(results)["niah_1"][0].axes[0].images[0].get_array()
     assert np.isnan(values.data[5][1]) and np.isnan(values.data).sum() == 1
     write_report(tmp_path)
 

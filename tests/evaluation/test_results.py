@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from solopo_plugin.evaluation.items import MAIN_METRIC, Item
+from solopo_plugin.evaluation.items import GROUPS, MAIN_METRIC, Item
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.evaluation.score import write_scores
 from solopo_plugin.qa.files import DataError, write_jsonl
@@ -49,14 +49,24 @@ def make_folder(folder, tasks, models=MODELS):
         write_scores(folder, name)
 
 
+ALL = dict.fromkeys(GROUPS)  # columns of a row of all questions
+
+
 def make(folder, models=MODELS, select_by=None, compare=None, harness=(), samples=1000, seed=42, runs=None) -> dict:
-    found = make_results(folder, models, {"seed": seed}, select_by, compare, samples, seed, list(harness), runs)
+    given = {"select_by": select_by, "compare": compare, "runs": runs}
+    settings = {"seed": seed, "bootstrap_samples": samples} | {k: v for k, v in given.items() if v is not None}
+    found = make_results(folder, models, settings, list(harness))
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == found
     return found
 
 
 def rows(found: list[dict], **where) -> list[dict]:
     return [row for row in found if all(row[key] == value for key, value in where.items())]
+
+
+def group_of(row: dict) -> str:
+    """The properties that a row's questions share, as a text; "" is all questions."""
+    return ",".join(f"{name}={row[name]}".removesuffix(".0") for name in GROUPS if row[name] is not None)
 
 
 def row(found: list[dict], **where) -> dict:
@@ -74,7 +84,7 @@ QA_TASKS = {
 def test_means_of_tasks_and_their_mean(tmp_path):
     make_folder(tmp_path, QA_TASKS)
     found = make(tmp_path)
-    f1 = rows(found["summary"], model="step-10", metric="f1", group="")
+    f1 = rows(found["summary"], model="step-10", metric="f1", **ALL)
     assert [(r["benchmark"], r["task"], r["n"]) for r in f1] == [
         ("longbench_qa", "musique", 4), ("longbench_qa", "qasper", 2), ("longbench_qa", "", 6),
     ]  # fmt: skip
@@ -100,12 +110,12 @@ def test_groups(tmp_path):
     }
     make_folder(tmp_path, tasks, MODELS[:1])
     summary = make(tmp_path, MODELS[:1])["summary"]
-    assert {r["group"]: r["value"] for r in rows(summary, task="single", metric="f1")} == pytest.approx({
+    assert {group_of(r): r["value"] for r in rows(summary, task="single", metric="f1")} == pytest.approx({
         "": (200 + 200 / 3) / 4, "length=4096": 50, "length=131072": (100 + 200 / 3) / 2, "depth=0": 100,
         "depth=33.3": 100 / 3, "length=4096,depth=0": 100, "length=4096,depth=33.3": 0, "length=131072,depth=0": 100,
         "length=131072,depth=33.3": 200 / 3, "hops=2": (200 + 200 / 3) / 4,
     })  # fmt: skip
-    assert {r["group"]: (r["value"], r["n"]) for r in rows(summary, task="", metric="em")} == {
+    assert {group_of(r): (r["value"], r["n"]) for r in rows(summary, task="", metric="em")} == {
         "": (25, 6), "length=4096": (25, 4), "length=131072": (50, 2), "depth=0": (100, 2), "depth=33.3": (0, 2),
         "length=4096,depth=0": (100, 1), "length=4096,depth=33.3": (0, 1), "length=131072,depth=0": (100, 1),
         "length=131072,depth=33.3": (0, 1), "hops=2": (50, 4),
@@ -123,7 +133,7 @@ def test_counts(tmp_path, caplog):
         }}
     ]  # fmt: skip
     assert row(found["summary"], task="t", metric="em") | {"low": 0, "high": 0} == {
-        "model": "base", "benchmark": "plain", "task": "t", "group": "", "metric": "em", "n": 7, "value": 200 / 7,
+        "model": "base", "benchmark": "plain", "task": "t", **ALL, "metric": "em", "n": 7, "value": 200 / 7,
         "low": 0, "high": 0,
     }  # fmt: skip
     assert "1 of 8 questions are missing; means are over the others." in caplog.text
@@ -136,7 +146,7 @@ def test_comparisons(tmp_path):
     assert {(r["a"], r["b"]) for r in found["comparisons"]} == {("base", "step-10"), ("base", "step-20")}
     one = row(found["comparisons"], b="step-20", task="musique", metric="em")
     assert one | {"low": 0, "high": 0} == {
-        "a": "base", "b": "step-20", "benchmark": "longbench_qa", "task": "musique", "group": "", "metric": "em",
+        "a": "base", "b": "step-20", "benchmark": "longbench_qa", "task": "musique", **ALL, "metric": "em",
         "n": 4, "difference": 75, "low": 0, "high": 0, "p_value": 0.25, "wins": 3, "losses": 0, "ties": 1,
         "left_out": 0,
     }  # fmt: skip
@@ -193,8 +203,8 @@ def test_models_are_compared_by_length_and_task_as_they_are_pooled(tmp_path):
     make_folder(tmp_path / "all", tasks)
     found = make(tmp_path / "all")["comparisons"]
     groups = {"", "length=4096", "length=131072", "depth=0", "depth=50"}
-    assert {r["group"] for r in found} == groups and {r["task"] for r in found} == {"single", "multi", ""}
-    assert not rows(found, task="multi", group="length=131072"), "it has no such question"
+    assert {group_of(r) for r in found} == groups and {r["task"] for r in found} == {"single", "multi", ""}
+    assert not rows(found, task="multi", length=131072), "it has no such question"
 
     def blank(letter: str, keep: bool) -> str:
         return letter if keep else " "
@@ -206,9 +216,9 @@ def test_models_are_compared_by_length_and_task_as_they_are_pooled(tmp_path):
             own = [field[name] == float(value) for field in asked]
             part[key] = asked, {m: "".join(map(blank, word, own)) for m, word in letters.items()}
         make_folder(tmp_path / group, part)
-        alone = [r for r in make(tmp_path / group)["comparisons"] if r["group"] == ""]
-        assert [r | {"group": ""} for r in found if r["group"] == group] == alone and alone
-    one = row(found, b="step-20", task="single", group="length=131072", metric="em")
+        alone = [r for r in make(tmp_path / group)["comparisons"] if group_of(r) == ""]
+        assert [r | ALL for r in found if group_of(r) == group] == alone and alone
+    one = row(found, b="step-20", task="single", metric="em", **ALL | {"length": 131072})
     assert (one["n"], one["left_out"], one["wins"], one["losses"], one["ties"]) == (3, 1, 1, 1, 1)
 
 
@@ -242,19 +252,19 @@ def test_seeds_of_one_run_are_a_row_with_mean_and_sample_deviation(tmp_path):
     assert found["models"] == single["models"]
     means = {"squad": (75, 50, 100), "musique": (50, 0, 50), "": (62.5, 25, 75)}
     for task, values in means.items():
-        one = row(found["summary"], model="Solo", task=task, group="", metric="em")
+        one = row(found["summary"], model="Solo", task=task, metric="em", **ALL)
         assert one["value"] == pytest.approx(sum(values) / 3) and one["seeds"] == 3
         assert one["sd"] == pytest.approx((sum((v - sum(values) / 3) ** 2 for v in values) / 2) ** 0.5)
         assert one["low"] <= one["value"] <= one["high"] and one["n"] == {"squad": 4, "musique": 2, "": 6}[task]
     for r in rows(found["summary"], model="Solo"):
         own = [
-            row(found["summary"], model=m, **{k: r[k] for k in ("task", "group", "metric")})["value"]
+            row(found["summary"], model=m, **{k: r[k] for k in ("task", *GROUPS, "metric")})["value"]
             for m in ("s1", "s2", "s3")
         ]
         assert (r["value"], r["sd"]) == pytest.approx((statistics.mean(own), statistics.stdev(own)), abs=1e-9)
     # compared are the rows, each with the first; and what is asked for, single seeds as well
     assert list(dict.fromkeys((r["a"], r["b"]) for r in found["comparisons"])) == [("base", "Solo"), ("base", "other")]
-    one = row(found["comparisons"], b="Solo", task="squad", group="", metric="em")
+    one = row(found["comparisons"], b="Solo", task="squad", metric="em", **ALL)
     # by question 100, 66.7, 100, 33.3 against 100, 0, 0, 0: of the 8 sign patterns two are as far from 0
     assert one["difference"] == pytest.approx(50) and (one["wins"], one["ties"], one["p_value"]) == (3, 1, 2 / 8)
     asked = make(tmp_path, SEEDS, compare=["Solo, other", "s1, s2"], runs={"Solo": ["s1", "s2", "s3"]})["comparisons"]
@@ -330,7 +340,7 @@ def test_select(tmp_path, caplog):
         f"{-second['difference_low']:.1f}, p = 0.0078)."
     )
     stored = json.loads((tmp_path / "selection.json").read_text(encoding="utf-8"))
-    assert stored == found | {"settings": {"seed": 42}}
+    assert stored == found | {"settings": {"seed": 42, "bootstrap_samples": 1000, "select_by": "validation"}}
     assert "Best by validation: step-10 (saves/run/checkpoint-10). " in caplog.text
 
 
@@ -356,9 +366,9 @@ def test_questions_behind_the_answers_count(tmp_path):
         write_jsonl(tmp_path / f"answers/{name}.jsonl", answers)
         write_scores(tmp_path, name)
     found = make(tmp_path, MODELS[:2])
-    one = row(found["summary"], model="base", task="squad", group="", metric="em")
+    one = row(found["summary"], model="base", task="squad", metric="em", **ALL)
     assert (one["n"], one["low"], one["value"], one["high"]) == (6, 0, 50, 100)  # P(0 of 2) = P(2 of 2) = 1 / 4
-    one = row(found["comparisons"], task="squad", group="", metric="em")
+    one = row(found["comparisons"], task="squad", metric="em", **ALL)
     assert one["p_value"] == 1  # one question tells nothing
 
 
@@ -417,7 +427,7 @@ def test_only_the_harness(tmp_path):
     harness = [{"model": "base", "task": "ifeval", "metric": "acc", "value": 50.0, "stderr": 1.0, "n": 10}]
     found = make(tmp_path, harness=harness)
     assert found["harness"] == harness and found["summary"] == found["comparisons"] == []
-    assert found["title"] == tmp_path.name and found["settings"] == {"seed": 42}
+    assert found["title"] == tmp_path.name and found["settings"] == {"seed": 42, "bootstrap_samples": 1000}
     assert {"python", "solopo", "numpy", "torch"} <= set(found["versions"])
 
 

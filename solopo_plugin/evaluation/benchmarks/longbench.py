@@ -18,11 +18,10 @@ from pathlib import Path
 
 from ...qa.files import DataError
 from ...qa.questions import id_at, texts
-from ..items import Item
+from ..items import LONGBENCH, Item
 from ..recipe import EvalRecipe
 from .rows import items_of, number_at, prompt_with_context, rows_of, text_at
 
-TASKS = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique")  # those of the paper
 INTERVALS = ((4000, "0-4k"), (8000, "4-8k"), (float("inf"), "8k+"))  # of `length`, in words: LongBench-E's
 
 
@@ -32,7 +31,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     Raises:
         DataError: An unknown task, a missing file, or a row that is not of the format.
     """
-    tasks = recipe.longbench_tasks or TASKS
+    tasks = recipe.longbench_tasks or LONGBENCH
     sources = {task: _source(recipe.longbench_data, task) for task in tasks}
     for task, source in sources.items():
         what, make = f"`longbench_data: {recipe.longbench_data}` ({task})", partial(_item, recipe, task)
@@ -41,8 +40,8 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
 
 def _source(data: str, task: str) -> str:
     """Return the file of a task, or the name on the hub."""
-    if task.removesuffix("_e") not in TASKS:
-        raise DataError(f"`longbench_tasks`: {task!r} is none of the question answering tasks {', '.join(TASKS)}.")
+    if task.removesuffix("_e") not in LONGBENCH:
+        raise DataError(f"`longbench_tasks`: {task!r} is none of the question answering tasks {', '.join(LONGBENCH)}.")
     if Path(data).is_file():
         raise DataError(f"`longbench_data: {data}` is a file; give the folder in which LongBench's files are.")
     if not Path(data).is_dir():

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from ...qa.files import DataError, explained, read_jsonl, replacing
 from ...qa.pages import png, render
+from ..results import FORMAT
 from . import explorer
-from .figures import figures
+from .figures import draw_figures
 from .tables import (
     METRICS,
     TITLES,
     Summary,
+    Table,
     as_csv,
     as_markdown,
     benchmark_tables,
@@ -42,10 +44,11 @@ def write_report(output_dir: Path | str) -> Path:
     models = [model["name"] for model in results["models"] if model["name"] in asked]
     scores = {model: list(read_jsonl(folder / "scores" / f"{model}.jsonl")) for model in models}
     shown, total = explorer.rows(folder, scores, results["settings"].get("seed", 0)) if models else ([], 0)
-    pictures = {name: (png(figure), *facts) for name, (figure, *facts) in figures(results).items()}
+    pictures = {name: (png(figure), *facts) for name, (figure, *facts) in draw_figures(results).items()}
+    sections = _sections(results, scores)
     texts = {
-        "index.html": _page(results, scores, pictures, shown, total),
-        "report.md": _markdown(results, scores, pictures),
+        "index.html": _html(results, sections, pictures, {"models": list(scores), "rows": shown}, total),
+        "report.md": _markdown(results, sections, pictures),
         "tables.csv": as_csv(results),
     }
     report = folder / "report"
@@ -64,12 +67,18 @@ def _read(path: Path) -> dict:
     with explained(path, "read"):
         text = path.read_bytes()
     try:
-        return json.loads(text)
+        results = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); run scripts/evaluate.py again, answers are kept.") from None
+    if results.get("format") != FORMAT:
+        raise DataError(
+            f"{path} is of format {results.get('format', 1)} and not {FORMAT}, an older or newer release's; "
+            "`scripts/evaluate.py RECIPE --rescore` writes it again from the stored answers."
+        )
+    return results
 
 
-def _sections(results: dict, scores: dict[str, list[dict]]) -> list[tuple[str, str, list, list[str]]]:
+def _sections(results: dict, scores: dict[str, list[dict]]) -> list[tuple[str, str, list[Table], list[str]]]:
     """Anchor, heading, tables and notes of each part of the report."""
     asked = Summary(results).benchmarks
     made = [("models", "Models", [models_table(results), *([prompts_table(results)] if asked else [])], [])]
@@ -111,8 +120,8 @@ def _about(results: dict) -> list[str]:
     return about
 
 
-def _page(results: dict, scores: dict, pictures: dict, shown: list[dict], n_questions: int) -> str:
-    sections, figures = _sections(results, scores), defaultdict(list)
+def _html(results: dict, sections: list[tuple], pictures: dict, reader: dict, n_questions: int) -> str:
+    figures = defaultdict(list)
     for picture, caption, anchor in pictures.values():
         figures[anchor].append((picture, caption))
     settings = {f"`{k}`": json.dumps(v, ensure_ascii=False) for k, v in results["settings"].items()}
@@ -121,14 +130,14 @@ def _page(results: dict, scores: dict, pictures: dict, shown: list[dict], n_ques
         "evaluation/report/templates/report", title=results["title"], about=[str(results["date"]), *_about(results)],
         selection=_selection(results), links=[*links, ("questions", "Questions")], sections=sections, figures=figures,
         settings=settings | {f"version of {name}": value for name, value in results["versions"].items()},
-        rows={"models": list(scores), "rows": shown}, n_shown=len(shown), n_questions=n_questions,
+        rows=reader, n_questions=n_questions,
     )  # fmt: skip
 
 
-def _markdown(results: dict, scores: dict, pictures: dict) -> str:
+def _markdown(results: dict, sections: list[tuple], pictures: dict) -> str:
     parts = [f"# {plain(results['title'])}", plain(str(results["date"])), *map(plain, _about(results))]
     parts += [f"> {plain(text)}" for text in _selection(results)]
-    for _, heading, tables, notes in _sections(results, scores):
+    for _, heading, tables, notes in sections:
         parts += [f"## {plain(heading)}", *map(plain, notes), *(as_markdown(table) for table in tables if table.open)]
     parts += ["Further metrics and groups are in `tables.csv`.", "## Figures"]
     parts += [f"![{plain(caption)}]({name}.png)\n\n{plain(caption)}" for name, (_, caption, _) in pictures.items()]

@@ -3,21 +3,22 @@
 import math
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..items import MAIN_METRIC
-from .tables import COMPARISONS, METRICS, TITLES, Summary, label_length, label_task, values_of
+from .tables import COMPARISONS, METRICS, TITLES, Summary, label_length, label_task, only
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":")
 DRAWN = 8  # models that one figure can tell apart; of more, so many evenly along the list, and the selected one
-Pictures = dict[str, tuple[Figure, str, str]]  # file name -> figure, what it shows, its benchmark or ""
+Figures = dict[str, tuple[Figure, str, str]]  # file name -> figure, what it shows, its benchmark or ""
 
 
-def figures(results: dict) -> Pictures:
-    """All figures for which there are numbers."""
+def draw_figures(results: dict) -> Figures:
+    """Draw all figures for which there are numbers."""
     with rc_context({"text.parse_math": False}):  # a name may hold dollar signs
         found, made = Summary(results), {}
         if found.benchmarks:
@@ -27,9 +28,8 @@ def figures(results: dict) -> Pictures:
                 "overlap although the models differ on the same questions; that is what the paired comparison is for.",
                 "",
             )
-        fewer = few_models(results)
-        drawn = Summary(fewer)
-        made |= _of_few(drawn, fewer)
+        drawn = Summary(few_models(results))
+        made |= _of_few(drawn)
     if len(drawn.models) == len(found.models):
         return made
     note = f" Drawn are {len(drawn.models)} of {len(found.models)} models; all numbers are in tables.csv."
@@ -37,7 +37,7 @@ def figures(results: dict) -> Pictures:
 
 
 def few_models(results: dict) -> dict:
-    """The results of at most `DRAWN` models (runs count as one) and the selected one."""
+    """Return the results of at most `DRAWN` models (runs count as one) and the selected one."""
     found = Summary(results)
     last, best = len(found.models) - 1, found.row_of.get((results.get("selection") or {}).get("best"))
     places = {round(i * last / (DRAWN - 1)) for i in range(DRAWN)} if last >= DRAWN else range(last + 1)
@@ -47,9 +47,9 @@ def few_models(results: dict) -> dict:
     return results | {"models": models, "comparisons": pairs}
 
 
-def _of_few(found: Summary, results: dict) -> Pictures:
+def _of_few(found: Summary) -> Figures:
     made = {}
-    if rows := compared(found, results):
+    if rows := compared(found):
         made["differences"] = (
             differences(rows),
             "Paired comparison on the same questions: score of the first named model less that of the second, with "
@@ -58,28 +58,25 @@ def _of_few(found: Summary, results: dict) -> Pictures:
         )
     for benchmark in found.benchmarks:
         metric = MAIN_METRIC.get(benchmark)
-        if any(len(found.lengths(benchmark, task)) > 1 for task in found.tasks(benchmark)):
+        if any(len(found.values(benchmark, "length", task=task)) > 1 for task in found.tasks(benchmark)):
             made[f"length_{benchmark}"] = (
                 by_length(found, benchmark, metric),
                 f"{TITLES.get(benchmark, benchmark)}: score against the length of the prompt, with 95 % intervals. "
                 "Points of several models at one length stand side by side.",
                 benchmark,
             )
-    return made | heat_maps(found, results)
+    return made | heat_maps(found)
 
 
-def compared(found: Summary, results: dict) -> list[dict]:
-    """Comparisons on all lengths by each benchmark's main metric.
+def compared(found: Summary) -> list[dict]:
+    """Return comparisons on all lengths by each benchmark's main metric.
 
     Where they are many, only those of the mean of tasks, and of the short and the long prompt of validation.
     """
-    rows = [
-        row
-        for benchmark in found.benchmarks
-        for task in found.tasks(benchmark)
-        for row in results["comparisons"]
-        if (row["benchmark"], row["task"], row["group"], row["metric"]) == (benchmark, task, "", MAIN_METRIC[benchmark])
-    ]
+    rows = []
+    for benchmark in found.benchmarks:
+        own = only(found.comparisons, benchmark=benchmark, metric=MAIN_METRIC[benchmark])
+        rows += [row for task in found.tasks(benchmark) for row in own[own["task"] == task].to_dict("records")]
     if len(rows) <= COMPARISONS:
         return rows
     means = {name for name in found.benchmarks if "" in found.tasks(name) and name != "validation"}
@@ -113,23 +110,23 @@ def _short(name: str, limit: int = 28) -> str:
     return name if len(name) <= limit else f"...{name[3 - limit :]}"
 
 
-def _errors(rows: list[dict]) -> np.ndarray:
+def _errors(rows: pd.DataFrame, value: str = "value") -> np.ndarray:
     """Lengths of the error bars below and above, shape (2, n)."""
-    pairs = [(row["value"] - row["low"], row["high"] - row["value"]) for row in rows]
-    return np.maximum(0, np.array(pairs).T)
+    return np.maximum(0, np.array([rows[value] - rows["low"], rows["high"] - rows[value]], dtype=float))
 
 
 def overview(found: Summary) -> Figure:
-    """A panel per benchmark, a line per model."""
+    """Draw a panel per benchmark, a line per model."""
     height = 1.1 + 0.32 * len(found.models)
     figure, panels = _panels(len(found.benchmarks), 4.2, height, 2, sharey=True)
     styles = _lines(found.models)
     for axes, benchmark in zip(panels, found.benchmarks, strict=True):
         metric = MAIN_METRIC.get(benchmark)
+        rows = only(found.rows, benchmark=benchmark, task=found.tasks(benchmark)[-1], metric=metric)
         for y, model in enumerate(found.models):
-            row = found.get(model, benchmark, found.tasks(benchmark)[-1], "", metric)
-            if row:
-                axes.errorbar(row["value"], y, xerr=_errors([row]), capsize=3, **styles[model])
+            own = rows[rows["model"] == model]
+            if len(own):
+                axes.errorbar(own["value"], [y], xerr=_errors(own), capsize=3, **styles[model])
         axes.set(title=TITLES.get(benchmark, benchmark), xlabel=f"{METRICS.get(metric, metric)} (0 to 100)")
         axes.set(xlim=(-2, 102), yticks=range(len(found.models)), yticklabels=map(_short, found.models))
         axes.set_ylim(len(found.models) - 0.5, -0.5)
@@ -138,20 +135,18 @@ def overview(found: Summary) -> Figure:
 
 
 def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
-    """A panel per task, the mean of tasks last; a line per model."""
+    """Draw a panel per task, the mean of tasks last; a line per model."""
     tasks = found.tasks(benchmark)
     figure, panels = _panels(len(tasks), 4.2, 3.1, 2, sharey=True)
     styles, n = _lines(found.models), len(found.models)
     for axes, task in zip(panels, tasks, strict=True):
-        groups = found.lengths(benchmark, task)
+        ticks = found.values(benchmark, "length", task=task)
+        rows = pd.concat([only(found.rows, benchmark=benchmark, task=task, metric=metric, length=x) for x in ticks])
         for i, model in enumerate(found.models):
-            places = {g: row for g in groups if (row := found.get(model, benchmark, task, g, metric))}
-            if places:
-                x = [float(values_of(g)["length"]) * 2 ** (0.16 * (i - (n - 1) / 2) / n) for g in places]
-                rows = list(places.values())
-                values = [row["value"] for row in rows]
-                axes.errorbar(x, values, _errors(rows), capsize=3, label=_short(model), **styles[model])
-        ticks = [float(values_of(g)["length"]) for g in groups]
+            own = rows[rows["model"] == model]
+            if len(own):
+                x = own["length"].astype(float) * 2 ** (0.16 * (i - (n - 1) / 2) / n)
+                axes.errorbar(x, own["value"], _errors(own), capsize=3, label=_short(model), **styles[model])
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, map(label_length, ticks))
         axes.set(title=label_task(task), xlabel="length of the prompt, tokens", ylim=(0, 103))
@@ -163,7 +158,7 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
 
 
 def differences(rows: list[dict]) -> Figure:
-    """One line per comparison, a panel per pair of models; filled where the interval leaves 0 out."""
+    """Draw a line per comparison, a panel per pair of models; filled where the interval leaves 0 out."""
     pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows))
     by_pair = [[row for row in rows if (row["a"], row["b"]) == pair] for pair in pairs]
     heights = [len(own) + 2 for own in by_pair]
@@ -174,7 +169,7 @@ def differences(rows: list[dict]) -> Figure:
             shown = row["low"] > 0 or row["high"] < 0
             color = COLORS[0] if row["difference"] >= 0 else COLORS[1]
             style = {"fmt": "o" if row["difference"] >= 0 else "s", "mfc": color if shown else "white"}
-            errors = _errors([row | {"value": row["difference"]}])
+            errors = _errors(pd.DataFrame([row]), "difference")
             axes.errorbar(row["difference"], y, xerr=errors, color=color, capsize=3, **style)
         names = [(TITLES.get(r["benchmark"], r["benchmark"]), label_task(r["task"])) for r in own]
         axes.set_yticks(range(len(own)), map(": ".join, names))
@@ -186,55 +181,50 @@ def differences(rows: list[dict]) -> Figure:
     return figure
 
 
-def heat_maps(found: Summary, results: dict, benchmark: str = "niah_plus") -> Pictures:
-    """Depth by length: one figure per model and one per pair that is compared; panels are tasks."""
-    tasks = [task for task in found.tasks(benchmark) if found.groups(benchmark, task, "length", "depth")]
+def heat_maps(found: Summary, benchmark: str = "niah_plus") -> Figures:
+    """Draw depth by length: one figure per model and one per pair that is compared; panels are tasks."""
+    metric, rows = MAIN_METRIC[benchmark], found.rows
+    cells = rows[(rows["benchmark"] == benchmark) & (rows["length"] != "") & (rows["depth"] != "")]
+    tasks = [task for task in found.tasks(benchmark) if task in set(cells["task"])]
     if not tasks:
         return {}
-    metric = MAIN_METRIC[benchmark]
-    grids = {model: [_grid(found, model, benchmark, task, metric) for task in tasks] for model in found.models}
+    grids = {model: [_grid(cells[cells["task"] == task], model, metric) for task in tasks] for model in found.models}
     made = {}
     for i, (model, maps) in enumerate(grids.items(), 1):
         caption = f"NIAH-Plus, {model}: {METRICS[metric]} by depth of the needle and length of the prompt."
         made[f"niah_{i}"] = (_maps(maps, tasks, _short(model), "cividis", 0, 100), caption, benchmark)
-    pairs = dict.fromkeys((r["a"], r["b"]) for r in results["comparisons"] if r["benchmark"] == benchmark)
-    for a, b in pairs:
-        both = zip(grids[a], grids[b], strict=True)
-        maps = [(lengths, depths, other - values) for (lengths, depths, values), (_, _, other) in both]
-        limit = max(10, *(np.nanmax(np.abs(m[2]), initial=0) for m in maps))
+    pairs = found.comparisons[found.comparisons["benchmark"] == benchmark][["a", "b"]].drop_duplicates()
+    for a, b in pairs.itertuples(index=False):
+        maps = [of_b - of_a for of_a, of_b in zip(grids[a], grids[b], strict=True)]
+        limit = max(10, *(np.nanmax(np.abs(values), initial=0) for values in maps))
         name = f"niah_{found.models.index(b) + 1}_less_{found.models.index(a) + 1}"
         caption = f"NIAH-Plus, {b} less {a}, in points; the few questions of one cell show no difference by themselves."
         made[name] = (_maps(maps, tasks, f"{_short(b)} less {_short(a)}", "PuOr", -limit, limit), caption, benchmark)
     return made
 
 
-def _grid(found: Summary, model: str, benchmark: str, task: str, metric: str) -> tuple[list, list, np.ndarray]:
-    """Lengths, depths and the values, shape (depths, lengths); NaN where there is none."""
-    groups = [(values_of(g), g) for g in found.groups(benchmark, task, "length", "depth")]
-    lengths = sorted({float(place["length"]) for place, _ in groups})
-    depths = sorted({float(place["depth"]) for place, _ in groups})
-    values = np.full((len(depths), len(lengths)), np.nan)
-    for place, group in groups:
-        if row := found.get(model, benchmark, task, group, metric):
-            values[depths.index(float(place["depth"])), lengths.index(float(place["length"]))] = row["value"]
-    return lengths, depths, values
+def _grid(cells: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
+    """Values by depth (rows) and length (columns) of all models; NaN where this one has none."""
+    own = cells[(cells["model"] == model) & (cells["metric"] == metric)]
+    grid = own.pivot(index="depth", columns="length", values="value").astype(float)
+    return grid.reindex(index=sorted(set(cells["depth"])), columns=sorted(set(cells["length"])))
 
 
-def _maps(maps: list, tasks: list[str], title: str, colors: str, low: float, high: float) -> Figure:
-    wide, high_enough = max(len(m[0]) for m in maps), max(len(m[1]) for m in maps)
+def _maps(maps: list[pd.DataFrame], tasks: list[str], title: str, colors: str, low: float, high: float) -> Figure:
+    high_enough, wide = (max(values.shape[axis] for values in maps) for axis in (0, 1))
     width, height = min(8, max(2.4, 0.55 * wide)) + 1, min(8, max(2.2, 0.32 * high_enough)) + 1.1
     figure, panels = _panels(len(maps), width, height, 3, sharey=True)
-    for axes, (lengths, depths, values), task in zip(panels, maps, tasks, strict=True):
+    for axes, values, task in zip(panels, maps, tasks, strict=True):
         drawn = axes.imshow(values, cmap=colors, vmin=low, vmax=high, aspect="auto")
         axes.set_facecolor("#cccccc")
-        for (y, x), value in np.ndenumerate(values):
+        for (y, x), value in np.ndenumerate(values.to_numpy()):
             red, green, blue, _ = drawn.cmap(drawn.norm(value))
             dark = not math.isnan(value) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             text = "-" if math.isnan(value) else f"{value:+.0f}" if low < 0 else f"{value:.0f}"
             if wide <= 16:
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        axes.set_xticks(range(len(lengths)), map(label_length, lengths))
-        axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+        axes.set_xticks(range(len(values.columns)), map(label_length, values.columns))
+        axes.set_yticks(range(len(values)), [f"{depth:g}" for depth in values.index])
         axes.set(title=label_task(task), xlabel="length, tokens")
     panels[0].set_ylabel("depth of the needle, %")
     figure.suptitle(title)

@@ -1,12 +1,13 @@
 """The tables of a report, in the paper's layout where it has one: described once, written as HTML, Markdown and CSV."""
 
-import csv
-import io
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
-from ..items import MAIN_METRIC, OFFICIAL_TOKENS
+import pandas as pd
+
+from ..items import GROUPS, LONGBENCH, MAIN_METRIC, OFFICIAL_TOKENS
 from ..published import CAVEATS, DOUBTFUL, PUBLISHED, SOURCE, matches
 
 TITLES = {
@@ -27,18 +28,8 @@ METRICS = {
     "parsed": "share of answers with a letter",
 }
 BESIDE = {"ruler_qa": ("string_match",), "longbench_v2": ("accuracy_lenient",)}  # shown open, like the main metric
-LABELS = {
-    "": "mean of tasks",
-    "narrativeqa": "NarrativeQA",
-    "qasper": "Qasper",
-    "multifieldqa_en": "MultiFieldQA-en",
-    "squad": "SQuAD",
-    "hotpotqa": "HotpotQA",
-    "2wikimqa": "2WikiMQA",
-    "musique": "MuSiQue",
-}  # in the order of the paper; other tasks follow under their own names
-BANDS = dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en"), "S-Doc")  # of LongBench v1
-BANDS |= dict.fromkeys(("hotpotqa", "2wikimqa", "musique"), "M-Doc")
+# in the order of the paper, RULER's SQuAD before HotpotQA; other tasks follow under their own names
+LABELS = {"": "mean of tasks", "squad": "SQuAD"} | {task: name for task, (name, _) in LONGBENCH.items()}
 ORDER = ("easy", "hard", "short", "medium", "long")
 MEASURED = "Measured here"
 COMPARISONS = 30  # lines that are shown together; more are folded away, and of more the figure draws means of tasks
@@ -64,6 +55,7 @@ class Table:
 
     @property
     def heading(self) -> str:
+        """The title with a capital letter."""
         return self.title[:1].upper() + self.title[1:]
 
     @property
@@ -73,160 +65,165 @@ class Table:
         return bands if any(band for band, _ in bands) else []
 
 
+PLACE = ["task", *GROUPS]  # what a number is of, beside its benchmark and metric; "" where it is of all
+CLASSES = {"difficulty": "difficulty", "length_class": "length"}  # with a column for each, and what stands over these
+
+
 class Summary:
-    """`summary` of results.json by its keys; `models` are the rows of tables, of which a run is one."""
+    """results.json as data frames; `models` are the rows of tables, of which a run is one."""
 
     def __init__(self, results: dict):
         names, self.runs = [model["name"] for model in results["models"]], results.get("runs") or {}
         self.row_of = {name: name for name in names} | {m: run for run, own in self.runs.items() for m in own}
         self.models = list(dict.fromkeys(self.row_of[name] for name in names))
         self.single = [name for name in names if name not in self.models]
-        names = ("model", "benchmark", "task", "group", "metric")
-        self.rows = {tuple(row[name] for name in names): row for row in results["summary"]}
-        self.benchmarks = in_order({key[1] for key in self.rows}, tuple(MAIN_METRIC))
+        self.benchmarks = in_order({row["benchmark"] for row in results["summary"]}, tuple(MAIN_METRIC))
+        self._results = results
 
-    def names(self, place: int, *start) -> set[str]:
-        """What stands at a place of the keys that have `start` behind the model."""
-        return {key[place] for key in self.rows if key[1 : 1 + len(start)] == start}
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """Means, `summary` of results.json."""
+        return _frame(self._results["summary"], "model")
+
+    @cached_property
+    def comparisons(self) -> pd.DataFrame:
+        """Differences of two models."""
+        return _frame(self._results["comparisons"], "a", "b")
+
+    def values(self, benchmark: str, name: str, **where) -> list:
+        """Return what stands in a column for a benchmark but "", in order."""
+        rows = self.rows[self.rows["benchmark"] == benchmark]
+        for column, value in where.items():
+            rows = rows[rows[column] == value]
+        return in_order(set(rows[name]) - {""}, (MAIN_METRIC.get(benchmark, ""), *METRICS, *LABELS, *ORDER))
 
     def tasks(self, benchmark: str) -> list[str]:
-        """With "", the mean of tasks, at the end if there are several."""
-        tasks = in_order(self.names(2, benchmark) - {""}, (*LABELS, *ORDER))
+        """Return tasks with "", the mean of tasks, at the end if there are several."""
+        tasks = self.values(benchmark, "task")
         return [*tasks, ""] if len(tasks) != 1 else tasks
 
-    def metrics(self, benchmark: str) -> list[str]:
-        return in_order(self.names(4, benchmark), (MAIN_METRIC.get(benchmark, ""), *METRICS))
-
-    def groups(self, benchmark: str, task: str, *names: str) -> list[str]:
-        """Groups by exactly these properties, in order of their values."""
-        groups = self.names(3, benchmark, task)
-        return sorted((g for g in groups if g and tuple(values_of(g)) == names), key=_group_order)
-
-    def lengths(self, benchmark: str, task: str) -> list[str]:
-        """Groups by a length in tokens; LongBench v2's classes, which are words, are not."""
-        return [g for g in self.groups(benchmark, task, "length") if _is_number(values_of(g)["length"])]
-
     def label(self, model: str) -> str:
+        """Return what a table calls a model or run."""
         return f"{model} (n={len(self.runs[model])} seeds)" if model in self.runs else model
 
-    def get(self, *key: str) -> dict | None:
-        return self.rows.get(key)
+
+def _frame(rows: list[dict], *names: str) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, dtype=object) if rows else pd.DataFrame(columns=[*names, "benchmark", *PLACE, "metric"])
+    return frame.fillna(dict.fromkeys(GROUPS, ""))
 
 
-def values_of(group: str) -> dict[str, str]:
-    """`length=16384,depth=50` as a dict."""
-    parts = group.split(",") if group.startswith("length=") else [group] if group else []
-    return dict(part.split("=", 1) for part in parts)
+def only(rows: pd.DataFrame, **where) -> pd.DataFrame:
+    """Return rows with these values, and grouped by no property that is not named."""
+    for name, value in (dict.fromkeys(GROUPS, "") | where).items():
+        rows = rows[rows[name] == value]
+    return rows
 
 
-def _group_order(group: str) -> list:
-    values = values_of(group).values()
-    return [(0, float(v), "") if _is_number(v) else (1, ORDER.index(v) if v in ORDER else 9, v) for v in values]
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"\d+(\.\d+)?", text))
-
-
-def in_order(names: set[str], order: tuple[str, ...]) -> list[str]:
+def in_order(names: set, order: tuple[str, ...]) -> list:
+    """Sort names, or numbers, as `order` has them, and what it does not have behind."""
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def label_task(task: str) -> str:
+    """Return the paper's name of a task."""
     return LABELS.get(task, task)
 
 
-def label_length(tokens: str | float) -> str:
-    """16384 -> 16k, the field's way."""
-    tokens = float(tokens)
+def label_length(tokens: float) -> str:
+    """Return 16k for 16384, the field's way."""
     return f"{tokens / 1024:g}k" if tokens % 1024 == 0 else f"{tokens:g}"
 
 
-def label_group(group: str) -> str:
-    return ", ".join(label_length(v) if k == "length" and _is_number(v) else v for k, v in values_of(group).items())
-
-
-def cell(row: dict | None) -> Cell:
-    if row is None:
-        return "-", ""
-    spread = f" ± {row['sd']:.1f}" if "sd" in row else ""
+def _value(row: dict) -> Cell:
+    spread = f" ± {row['sd']:.1f}" if _is_float(row.get("sd")) else ""
     return f"{row['value']:.1f}{spread}", f"{row['low']:.1f} to {row['high']:.1f}, n={row['n']}"
+
+
+def _difference(row: dict) -> Cell:
+    interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
+    return f"{row['difference']:+.1f}, p={row['p_value']:.2g}", f"{interval}, n={row['n']}"
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, int | float) and value == value
 
 
 # ---- from results to tables
 
 
 def benchmark_tables(results: dict, benchmark: str) -> list[Table]:
-    """Tables of one benchmark: its metric, the comparisons, and folded away the other metrics and single seeds."""
+    """Return the tables of one benchmark: its metric, the comparisons, and folded away other metrics, single seeds."""
     found = Summary(results)
-    metrics = found.metrics(benchmark)
+    metrics = found.values(benchmark, "metric")
     made = [_metric_table(found, benchmark, metric, found.models) for metric in metrics]
     if benchmark in PUBLISHED[0].averages:
         _put_beside(made[0], found, benchmark)
     made += [_metric_table(found, benchmark, metric, found.single, True) for metric in metrics if found.single]
-    return sorted([*made, *_comparisons(results, benchmark)], key=lambda table: not table.open)
+    return sorted([*made, *_comparisons(found, benchmark)], key=lambda table: not table.open)
 
 
-def _layout(found: Summary, benchmark: str) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]]]:
-    """Columns, and for the heading of each block the task and group of every cell.
+def _layout(found: Summary, benchmark: str) -> pd.DataFrame:
+    """The cells of a line: the heading of their `block`, the `band` over columns, the `column`, and their `PLACE`.
 
     Columns are tasks and classes of difficulty and length; or lengths in tokens, with a block per task.
     """
-    tasks = found.tasks(benchmark)
-    lengths = sorted({g for task in tasks for g in found.lengths(benchmark, task)}, key=_group_order)
+    tasks, lengths = found.tasks(benchmark), found.values(benchmark, "length")
     if lengths:
-        columns = [*(("length of the prompt in tokens", label_group(g)) for g in lengths), ("", "all lengths")]
-        return columns, {label_task(task): [(task, group) for group in (*lengths, "")] for task in tasks}
-    bands = BANDS if benchmark == "longbench_qa" else {}
-    columns = [(bands.get(task, ""), label_task(task) if len(tasks) > 1 else "all questions") for task in tasks]
-    keys = [(task, "") for task in tasks]
-    for name in ("difficulty", "length"):
-        groups = found.groups(benchmark, tasks[-1], name)
-        keys += [(tasks[-1], group) for group in groups]
-        columns += [(name, label_group(group)) for group in groups]
-    return columns, {"": keys}
+        columns = [{"band": "length of the prompt in tokens", "column": label_length(n), "length": n} for n in lengths]
+        columns.append({"column": "all lengths"})
+        cells = [{"block": label_task(task), "task": task} | column for task in tasks for column in columns]
+    else:
+        bands = {task: band for task, (_, band) in LONGBENCH.items()} if benchmark == "longbench_qa" else {}
+        labels = {task: label_task(task) if len(tasks) > 1 else "all questions" for task in tasks}
+        cells = [{"band": bands.get(task, ""), "column": label, "task": task} for task, label in labels.items()]
+        for name, band in CLASSES.items():
+            classes = found.values(benchmark, name, task=tasks[-1])
+            cells += [{"band": band, "column": value, "task": tasks[-1], name: value} for value in classes]
+    return pd.DataFrame(cells, columns=["block", "band", "column", *PLACE], dtype=object).fillna("")
+
+
+def _pivot(rows: pd.DataFrame, layout: pd.DataFrame, names: list[str]) -> tuple[list, list]:
+    """Columns and blocks of a table with a line per name, of rows that have a `name` and a `cell`."""
+    cells, blocks = rows.set_index(["name", *PLACE])["cell"].to_dict(), []
+    for heading, own in layout.groupby("block", sort=False):
+        places = [*own[PLACE].itertuples(index=False, name=None)]
+        blocks.append((heading, [(name, [cells.get((name, *place), ("-", "")) for place in places]) for name in names]))
+    return [*own[["band", "column"]].itertuples(index=False, name=None)], blocks
 
 
 def _metric_table(found: Summary, benchmark: str, metric: str, models: list[str], single: bool = False) -> Table:
     """A row per model; `single`: seeds of which the tables have but the mean, folded away."""
-    columns, blocks = _layout(found, benchmark)
-    rows = [
-        (
-            f"{MEASURED}: {task}" if task else MEASURED,
-            [(found.label(m), [cell(found.get(m, benchmark, *key, metric)) for key in keys]) for m in models],
-        )
-        for task, keys in blocks.items()
-    ]
+    rows = found.rows[(found.rows["benchmark"] == benchmark) & (found.rows["metric"] == metric)]
+    rows = rows.assign(name=rows["model"].map(found.label), cell=[*map(_value, rows.to_dict("records"))])
+    columns, blocks = _pivot(rows, _layout(found, benchmark), [*map(found.label, models)])
+    blocks = [(f"{MEASURED}: {task}" if task else MEASURED, lines) for task, lines in blocks]
     shown = metric in (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ())) and not single
-    return Table(METRICS.get(metric, metric) + ", single seeds" * single, columns, rows, open=shown)
+    return Table(METRICS.get(metric, metric) + ", single seeds" * single, columns, blocks, open=shown)
 
 
 def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
-    """The paper's averages, in a block of their own, where they run over the same tasks and lengths."""
-    tasks = set(found.tasks(benchmark)) - {""}
-    lengths = {int(float(values_of(g)["length"])) for g in found.lengths(benchmark, "")}
-    if not matches(benchmark, tasks, lengths):
+    """Add the paper's averages, in a block of their own, where they run over the same tasks and lengths."""
+    if not matches(benchmark, set(found.values(benchmark, "task")), set(found.values(benchmark, "length"))):
         table.notes.append("The paper's averages run over other tasks or lengths and are not put beside these numbers.")
         return
-    rows, keys = [], list(_layout(found, benchmark)[1].values())[-1]
+    rows, last = [], _layout(found, benchmark)[PLACE].tail(len(table.columns))
+    pooled = (last == "").all(axis=1).to_list().index(True)
     for row in PUBLISHED:
-        cells = [("", "")] * len(keys)
-        cells[keys.index(("", ""))] = (f"{row.averages[benchmark]:.1f}{' ?' * (benchmark in row.doubtful)}", "")
+        cells = [("", "")] * len(table.columns)
+        cells[pooled] = (f"{row.averages[benchmark]:.1f}{' ?' * (benchmark in row.doubtful)}", "")
         rows.append((row.name, cells))
     table.blocks.append((f"Published in {SOURCE} (not measured here)", rows))
     table.notes += [CAVEATS, *([DOUBTFUL] if any(benchmark in row.doubtful for row in PUBLISHED) else [])]
 
 
-def _comparisons(results: dict, benchmark: str) -> list[Table]:
+def _comparisons(found: Summary, benchmark: str) -> list[Table]:
     """All tasks and lengths together, with wins and losses, then each of them, in a table per metric."""
-    metrics, pooled = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ())), Summary(results).tasks(benchmark)[-1]
-    blocks: dict[str, list] = {}
-    for row in results["comparisons"]:
-        if (row["benchmark"], row["task"], row["group"]) != (benchmark, pooled, "") or row["metric"] not in metrics:
-            continue
+    metrics = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
+    rows, blocks = only(found.comparisons, benchmark=benchmark, task=found.tasks(benchmark)[-1]), {}
+    for row in rows[rows["metric"].isin(metrics)].to_dict("records"):
         name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
         cells = [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}", f"{row['p_value']:.2g}"]
-        cells += [str(row.get(key, "-")) for key in ("wins", "losses", "ties", "n", "left_out")]
+        cells += [str(row[key]) for key in ("wins", "losses", "ties", "n", "left_out")]
         blocks.setdefault(f"{row['b']} against {row['a']}", []).append((name, [(text, "") for text in cells]))
     if not blocks:
         return []
@@ -236,43 +233,32 @@ def _comparisons(results: dict, benchmark: str) -> list[Table]:
         "that holds 0 shows no difference. p-values are not corrected for the number of comparisons."
     )
     together = Table("Paired comparison on the same questions", [("", n) for n in names], list(blocks.items()), [note])
-    return [together, *(table for metric in metrics for table in _by_task_and_length(results, benchmark, metric))]
+    apart = [_by_task_and_length(found, benchmark, metric) for metric in metrics]
+    return [together, *(table for table in apart if table)]
 
 
-def _by_task_and_length(results: dict, benchmark: str, metric: str) -> list[Table]:
+def _by_task_and_length(found: Summary, benchmark: str, metric: str) -> Table | None:
     """The comparisons by one metric in the layout of its means; none where there is but one task and length."""
-    columns, blocks = _layout(Summary(results), benchmark)
-    rows = {
-        (row["a"], row["b"], row["task"], row["group"]): row
-        for row in results["comparisons"]
-        if (row["benchmark"], row["metric"]) == (benchmark, metric)
-    }
-    pairs = dict.fromkeys(key[:2] for key in rows)
-    if len(columns) < 2 or not rows:
-        return []
-    lines = [
-        (task, [(f"{b} against {a}", [_difference(rows.get((a, b, *key))) for key in keys]) for a, b in pairs])
-        for task, keys in blocks.items()
-    ]
+    rows, layout = found.comparisons, _layout(found, benchmark)
+    rows = rows[(rows["benchmark"] == benchmark) & (rows["metric"] == metric)]
+    if layout["column"].nunique() < 2 or rows.empty:
+        return None
+    rows = rows.assign(name=rows["b"] + " against " + rows["a"], cell=[*map(_difference, rows.to_dict("records"))])
+    columns, blocks = _pivot(rows, layout, [*rows["name"].unique()])
     note = (
         "As above: difference, p-value, 95 % interval, n. A mean of tasks is over those that have such questions. Of "
         "20 cells without any difference, one has p < 0.05 by chance."
     )
     title = f"Paired comparison by task and length, {METRICS.get(metric, metric)}"
-    return [Table(title, columns, lines, [note], open=len(pairs) * len(blocks) <= COMPARISONS)]
-
-
-def _difference(row: dict | None) -> Cell:
-    if row is None:
-        return "-", ""
-    interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
-    return f"{row['difference']:+.1f}, p={row['p_value']:.2g}", f"{interval}, n={row['n']}"
+    lines = rows["name"].nunique() * len(blocks)
+    return Table(title, columns, blocks, [note], open=lines <= COMPARISONS)
 
 
 def notes_of(benchmark: str, scores: dict[str, list[dict]]) -> list[str]:
-    """What has to be known of the answers of a benchmark, per model; empty if there is nothing.
+    """Say what has to be known of the answers of a benchmark, per model; nothing if there is nothing.
 
     Args:
+        benchmark: Its name.
         scores: Model -> lines of its scores file.
     """
     counts = {
@@ -289,7 +275,7 @@ def notes_of(benchmark: str, scores: dict[str, list[dict]]) -> list[str]:
 
 
 def models_table(results: dict) -> Table:
-    """Which models, and what was counted of their answers."""
+    """Tell which models there are, and what was counted of their answers."""
     counts = {
         "asked": "questions",
         "missing": "not answered",
@@ -311,7 +297,7 @@ def models_table(results: dict) -> Table:
 
 
 def prompts_table(results: dict) -> Table:
-    """Whose prompt each benchmark's numbers come from, and the limits under which it was answered."""
+    """Tell whose prompt each benchmark was asked with, and the limits under which it was answered."""
     used, rows = results["settings"], []
     for benchmark in Summary(results).benchmarks:
         whose, words, tokens = "ours", OURS.get(benchmark, OURS[""]), used.get("max_new_tokens", "-")
@@ -326,7 +312,7 @@ def prompts_table(results: dict) -> Table:
 
 
 def harness_table(results: dict) -> Table | None:
-    """Results of lm-evaluation-harness, as it gives them; `±` is its standard error."""
+    """Show the results of lm-evaluation-harness as it gives them; `±` is its standard error."""
     rows = results.get("harness") or []
     keys = sorted({(row["task"], row["metric"]) for row in rows})
     if not keys:
@@ -350,14 +336,11 @@ def harness_table(results: dict) -> Table | None:
     return Table("", keys, [("", lines)], notes)
 
 
-def _is_float(value: object) -> bool:
-    return isinstance(value, int | float) and value == value
-
-
 # ---- from tables to text
 
 
 def as_markdown(table: Table) -> str:
+    """Write a table as Markdown, with its heading and notes."""
     columns = [f"{band}: {name}" if band else name for band, name in table.columns]
     lines = [_line(["", *columns]), "|" + "---|" * (len(columns) + 1)]
     for title, rows in table.blocks:
@@ -369,7 +352,7 @@ def as_markdown(table: Table) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape a text, so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
@@ -378,12 +361,13 @@ def _line(texts: list[str], escaped: bool = True) -> str:
 
 
 CSV_COLUMNS = (
-    "kind model against benchmark task group metric n value low high stderr seeds sd p_value wins losses ties source"
-).split()
+    *("kind", "model", "against", "benchmark", *PLACE, "metric", "n", "value", "low", "high", "stderr", "seeds", "sd"),
+    *("p_value", "wins", "losses", "ties", "source"),
+)
 
 
 def as_csv(results: dict) -> str:
-    """Every number of the report, one a line, with all digits; `kind` says what it is and `source` whose."""
+    """Return every number of the report, one a line, with all digits; `kind` says what it is and `source` whose."""
     lines = [row | {"kind": "measured"} for row in results["summary"]]
     for row in results["comparisons"]:
         lines.append(row | {"kind": "comparison", "model": row["b"], "against": row["a"], "value": row["difference"]})
@@ -396,8 +380,4 @@ def as_csv(results: dict) -> str:
             doubt = ", doubtful" * (benchmark in row.doubtful)
             facts = {"kind": "published", "model": row.name, "benchmark": benchmark, "metric": "f1", "value": value}
             lines.append(facts | {"source": SOURCE + doubt})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return pd.DataFrame(lines, columns=CSV_COLUMNS, dtype=object).to_csv(index=False, lineterminator="\n")
