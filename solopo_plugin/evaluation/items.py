@@ -1,4 +1,4 @@
-"""A question of a benchmark, as it is asked and judged: what readers of benchmarks make and all else uses."""
+"""Define a question of a benchmark, as it is asked and judged: what readers of benchmarks make and all else uses."""
 
 import hashlib
 from collections.abc import Iterator
@@ -53,19 +53,21 @@ class Item:
 
     @property
     def key(self) -> tuple[str, str, str]:
+        """Name of the question in all files of an evaluation."""
         return self.benchmark, self.task, self.id
 
     @property
     def prompt_hash(self) -> str:
-        """Of the uncut prompt: an answer with another hash was given to another question."""
+        """Hash of the uncut prompt: an answer with another one was given to another question."""
         return hashlib.sha256(self.prompt.encode("utf-8", "replace")).hexdigest()[:32]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the line of items.jsonl."""
         return asdict(self)
 
 
 def read_items(path: Path | str) -> Iterator[Item]:
-    """The questions of an items.jsonl, one at a time.
+    """Yield the questions of an items.jsonl, one at a time.
 
     Raises:
         DataError: No such file, or a line is no question.

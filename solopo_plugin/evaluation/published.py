@@ -1,4 +1,4 @@
-"""Numbers of the paper to stand beside, never among, what is measured here: SoLoPO, arXiv:2505.11166.
+"""Hold the numbers of the paper that stand beside, never among, what is measured here: SoLoPO, arXiv:2505.11166.
 
 Averages of LongBench v1 QA and RULER QA (F1, 0 to 100) by model and training, from the paper's Table 3. All of them are
 the paper's; this project has measured none. They are comparable in so far as the benchmark is; what is known to differ
@@ -28,6 +28,7 @@ class Published:
 
     @property
     def name(self) -> str:
+        """What a table calls the row."""
         return f"{self.model}, {self.training}"
 
 
@@ -70,5 +71,5 @@ LENGTHS = {4096, 8192, 16384, 32768}  # tokens, of ruler_qa
 
 
 def matches(benchmark: str, tasks: set[str], lengths: set[int]) -> bool:
-    """Whether the paper's averages of `benchmark` run over the same tasks and lengths."""
+    """Tell whether the paper's averages of `benchmark` run over the same tasks and lengths."""
     return tasks == TASKS.get(benchmark) and (benchmark != "ruler_qa" or lengths == LENGTHS)

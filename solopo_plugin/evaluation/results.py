@@ -1,4 +1,4 @@
-"""From scores to results.json: means with intervals, comparisons of models, and the choice of a checkpoint.
+"""Sum up scores in results.json: means with intervals, comparisons of models, and the choice of a checkpoint.
 
 Every value is from 0 to 100, with its 95 % bootstrap interval. Task "" is the mean over the benchmark's tasks, each
 with the same weight, as in the paper's tables. A row is of the questions that share the properties in its columns of
@@ -14,7 +14,7 @@ Scores are data frames here, a line per question and metric: `KEY`, `source`, `G
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ BY_CELL = [*BY_ONE, ["length", "depth"]]
 Rows = dict[str, list[str]]  # row of the report -> the models behind it
 
 
-def make_results(output_dir: Path | str, models: list[dict], settings: dict, harness: list[dict] = ()) -> dict:
+def make_results(output_dir: Path | str, models: list[dict], settings: dict, harness: Sequence[dict] = ()) -> dict:
     """Sum up scores/<model>.jsonl into results.json, and selection.json if a checkpoint is to be chosen.
 
     Args:
@@ -202,7 +202,7 @@ def of_seeds(run: str, seeds: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return found.reset_index()
 
 
-def harness_of(run: str, members: list[str], harness: list[dict]) -> Iterator[dict]:
+def harness_of(run: str, members: list[str], harness: Sequence[dict]) -> Iterator[dict]:
     """Yield rows of lm-evaluation-harness of a run: mean over the seeds that have the number, and their deviation."""
     cells = defaultdict(list)
     for row in harness:
@@ -329,7 +329,7 @@ def select(benchmark: str, models: list[dict], scores: dict[str, pd.DataFrame], 
 
 
 def _note(ranking: list[dict], tied: list[str], left_out: int) -> str:
-    """How far the choice can be trusted, in words."""
+    """Say how far the choice can be trusted."""
     if len(ranking) == 1:
         return "There was nothing to choose from."
     best, second = ranking[:2]

@@ -1,4 +1,4 @@
-"""Looking inside: where a response's attention goes, and what the long context does to its log-probs.
+"""Look inside a model: where a response's attention goes, and what the long context does to its log-probs.
 
 For a model and rows that build_data.py exported. The prompt runs with the model's usual attention into a cache, then
 the response's tokens with eager attention over that cache: the weights of their rows alone exist, a block of them and
@@ -32,7 +32,7 @@ from ..qa.generate.local import load_network, window_of
 from ..qa.pages import png
 from ..qa.prompts import BETWEEN, document_spans
 from ..qa.rows import rows_of_file
-from .page import figure, page
+from .page import as_html, draw_shares
 
 # evidence: documents of the row's evidence, label, title and text; question: that and the instruction;
 # template: system prompt and markers of the chat template; response: the tokens of the response up to the query itself
@@ -47,19 +47,22 @@ class Recorder:
     """A tokenizer that notes each text it encodes, with the characters of every token."""
 
     def __init__(self, tokenizer):
+        """Listen to a tokenizer."""
         self.tokenizer, self.pieces = tokenizer, []
 
     def __getattr__(self, name: str):
+        """Be the tokenizer in all else."""
         return getattr(self.tokenizer, name)
 
     def encode(self, text: str, **settings) -> list[int]:
+        """Encode a text and note it."""
         found = self.tokenizer(text, return_offsets_mapping=True, **settings)
         self.pieces.append((text, found["input_ids"], found["offset_mapping"]))
         return found["input_ids"]
 
 
 def encode_row(tokenizer, template, prompt: str, response: str) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """A prompt and a response in the chat template, the ids of training.
+    """Put a prompt and a response into the chat template, with the ids of training.
 
     Returns:
         Ids of the prompt, ids of the response, and for each id of the prompt its first character in `prompt` and the
@@ -89,9 +92,11 @@ def encode_row(tokenizer, template, prompt: str, response: str) -> tuple[list[in
 
 
 def units_of(name: str, prompt: str, evidence: list[dict], n: int) -> list[tuple[int, str]]:
-    """A prompt's parts in reading order, as (first character, region); a part ends where the next one begins.
+    """Return a prompt's parts in reading order, as (first character, region); a part ends where the next one begins.
 
     Args:
+        name: Of the prompt, for messages.
+        prompt: Its text.
         evidence: {"paragraph" from 1, "start", "end"} of each paragraph of the evidence.
         n: Number of documents.
 
@@ -118,7 +123,7 @@ def units_of(name: str, prompt: str, evidence: list[dict], n: int) -> list[tuple
 
 
 def unit_of_tokens(prompt: str, places: Sequence[tuple[int, int]], units: list[tuple[int, str]]) -> list[int | None]:
-    """Index of each token's part of the prompt, by its first character that is not blank; None: the template's."""
+    """Return which part of the prompt each token is in, by its first character that is not blank; None: template."""
     starts = [start for start, _ in units]
 
     def unit(start: int, end: int) -> int | None:
@@ -132,9 +137,10 @@ def unit_of_tokens(prompt: str, places: Sequence[tuple[int, int]], units: list[t
 
 @contextmanager
 def attention_rows(model: nn.Module, take: Callable[[int, Tensor], None]):
-    """Within it `model` attends eagerly and each attention layer's weights, mean over heads, go to `take`.
+    """Let `model` attend eagerly within the context, and give each layer's weights, mean over heads, to `take`.
 
     Args:
+        model: The network, or a LoRA adapter on it.
         take: Called with the layer's index and weights of shape (R, T), fp32; nothing else of them is kept.
     """
     model = base_of(model)
@@ -159,9 +165,12 @@ def attention_rows(model: nn.Module, take: Callable[[int, Tensor], None]):
 
 @torch.inference_mode()
 def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], regions: list[str]) -> dict[str, Tensor]:
-    """Attention and log-probs of a response.
+    """Measure the attention and the log-probs of a response.
 
     Args:
+        model: The network.
+        prompt_ids: The templated prompt.
+        response_ids: The response.
         regions: Region of each token of the prompt.
 
     Returns:
@@ -199,7 +208,7 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
 
 
 def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict, list[int], list[tuple]]:
-    """What JSON says of one context of a row, the ids of the response, and the prompt's text in `pieces`."""
+    """Return what JSON says of one context of a row, the ids of the response, and the prompt's text in `pieces`."""
     prompt, name = row[SIDES[side]], f"row {row['id']!r}, {side} context"
     try:
         for column in (SIDES[side], "chosen"):
@@ -231,7 +240,7 @@ def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict
 def pieces(
     prompt: str, places: list, units: list, of_token: list, attention_T: Tensor
 ) -> list[tuple[str, bool, float]]:
-    """A prompt's text in order, as (text, whether evidence, attention per token relative to uniform).
+    """Cut a prompt's text into (text, whether evidence, attention per token relative to uniform), in order.
 
     A piece is a token, or in prompts of more than `PER_TOKEN` tokens a part of `units_of`.
     """
@@ -247,7 +256,7 @@ def pieces(
 
 
 def look(model, tokenizer, template, row: dict) -> tuple[dict, dict]:
-    """A row's numbers for JSON and its texts for the page.
+    """Return a row's numbers for JSON and its texts for the page.
 
     `difference` is log-prob in the long context minus log-prob in the short one, nats per response token.
     """
@@ -267,7 +276,7 @@ def look(model, tokenizer, template, row: dict) -> tuple[dict, dict]:
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """Text that each token adds; the tokens of one character share its text with the last of them."""
+    """Return the text that each token adds; of the tokens of one character the last has it."""
     texts, done = [], 0
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
@@ -295,10 +304,11 @@ MEASURES = {
 
 
 def summarise(looks: dict[str, list[dict]], seed: int = 0) -> list[dict]:
-    """Means over rows with 95 % bootstrap intervals.
+    """Average over rows, with 95 % bootstrap intervals.
 
     Args:
         looks: By model, the numbers of its rows; all models have the same rows.
+        seed: Of the resamples.
 
     Returns:
         {"model", "measure", "side": short, long or long - short, "n", "mean", "low", "high"}; with two models also the
@@ -323,7 +333,7 @@ def summarise(looks: dict[str, list[dict]], seed: int = 0) -> list[dict]:
 
 
 def read_rows(path: Path, names: Sequence[str], n: int) -> list[dict]:
-    """Rows of those questions, or else `n` rows spread evenly over the file.
+    """Read the rows of those questions, or else `n` rows spread evenly over the file.
 
     Raises:
         DataError: No such file, no export of ours, no such row, or no row at all.
@@ -347,10 +357,12 @@ def read_rows(path: Path, names: Sequence[str], n: int) -> list[dict]:
 
 
 def load(path: str, below: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
-    """A model by hub name or folder, or a LoRA adapter's folder on its base; and the name of the base.
+    """Load a model by hub name or folder, or a LoRA adapter's folder on its base; also return the name of the base.
 
     Args:
+        path: Hub name or folder.
         below: The model below an adapter, in place of the one that it names.
+        trust_remote_code: The host's key.
 
     Raises:
         DataError: There is no such model.
@@ -369,12 +381,15 @@ def load(path: str, below: str | None = None, trust_remote_code: bool = False) -
 def run(
     models: dict[str, str], rows: list[dict], output: Path, template: str, below: str | None = None, **chat
 ) -> dict:
-    """Look at all rows with all models; writes look.json, shares_by_layer.png and index.html.
+    """Look at all rows with all models, and write look.json, shares_by_layer.png and index.html.
 
     Args:
         models: Name -> hub name or folder; one, or two to be compared.
-        template: The host's chat template, with `chat`, the other arguments of `load_template`, as in training.
+        rows: As `read_rows` gives them.
+        output: Folder to write to.
+        template: The host's chat template, as in training.
         below: See `load`.
+        **chat: Other arguments of `load_template`, as in training.
 
     Returns:
         What look.json holds.
@@ -393,9 +408,9 @@ def run(
         gc.collect()
         torch.cuda.empty_cache()  # the next model needs the memory
     result = {"models": models, "template": template, "summary": summarise(looks), "rows": looks}
-    picture = png(figure(looks))
+    picture = png(draw_shares(looks))
     write_json(output / "look.json", result)
-    text = page(result, shown, picture).encode("utf-8", "replace")
+    text = as_html(result, shown, picture).encode("utf-8", "replace")
     for file_name, content in (("shares_by_layer.png", picture), ("index.html", text)):
         with replacing(output / file_name) as file:
             file.write(content)

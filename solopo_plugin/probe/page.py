@@ -12,7 +12,7 @@ CAPTION = (
 LIMIT = 2.0  # nats: a token's log-prob difference that is coloured fully; ours
 
 
-def figure(looks: dict[str, list[dict]]) -> Figure:
+def draw_shares(looks: dict[str, list[dict]]) -> Figure:
     """Draw shares by layer above evidence against distractors per token; short context left, long context right."""
     made = Figure(figsize=(10, 6.4), layout="constrained")
     panels = made.subplots(2, 2, sharex=True, sharey="row")
@@ -36,12 +36,13 @@ def figure(looks: dict[str, list[dict]]) -> Figure:
     return made
 
 
-def page(result: dict, shown: dict[str, list[dict]], picture: bytes) -> str:
-    """Return the HTML page.
+def as_html(result: dict, shown: dict[str, list[dict]], picture: bytes) -> str:
+    """Return the page.
 
     Args:
         result: What look.json holds.
         shown: By model, the texts of its rows.
+        picture: The figure of `draw_shares` as a PNG.
     """
     summary: dict[str, dict] = {}  # measure -> model -> side -> mean and its interval
     for line in result["summary"]:

@@ -1,4 +1,4 @@
-"""A finished data set at a glance: figures, leak checks and a reader for single rows, as one HTML page and PNGs.
+"""Show a finished data set at a glance: figures, leak checks and a reader for single rows, as one HTML page and PNGs.
 
 The page needs nothing but itself and loads nothing; whatever stands in the data is shown as text, never run.
 """
@@ -39,11 +39,11 @@ CHECKS = {
 
 @dataclass
 class Source:
-    """What is inspected; `rows()` yields (split, row) anew each time, `rates()` (hops, side, share right)."""
+    """Where rows come from; `rows()` yields (split, row) anew each time, `pass_rates()` (hops, side, share right)."""
 
     title: str
     rows: Callable[[], Iterator[tuple[str, dict]]]
-    rates: Callable[[], Iterator[tuple[int | None, str, float]]]
+    pass_rates: Callable[[], Iterator[tuple[int | None, str, float]]]
     stages: dict  # of the manifest; empty for a data file
 
 
@@ -53,7 +53,7 @@ SPREAD = 20  # points by which a paragraph's depth is drawn: it reaches from whe
 
 @dataclass
 class Statistics:
-    """What one pass over the rows gathers: lengths by row, depths by paragraph of the evidence, ids by failed check."""
+    """Facts of all rows: lengths by row, depths by paragraph of the evidence, ids by failed check."""
 
     splits: Counter = field(default_factory=Counter)
     tokens: dict[str, list[int]] = field(default_factory=lambda: {part: [] for part in PARTS})
@@ -63,10 +63,11 @@ class Statistics:
 
 
 def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] = ()) -> Statistics:
-    """Write `output`/index.html and the PNGs; returns what they show.
+    """Write index.html and the PNGs, and return what they show.
 
     Args:
         path: A work folder of build_data.py, or a data file that it exported.
+        output: Folder to write to.
         n_rows: Rows for the reader, spread evenly; those that a check names come on top.
         names: Question ids that the reader must have.
 
@@ -88,7 +89,7 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
     if missing := set(names) - {row["id"] for row in shown}:
         raise DataError(f"{path} has no row of question {min(missing)!r}.")
     pictures = []
-    for name, (figure, caption) in figures(statistics, source).items():
+    for name, (figure, caption) in draw_figures(statistics, source).items():
         pictures.append((png(figure), caption))
         with replacing(output / f"{name}.png") as file:
             file.write(pictures[-1][0])
@@ -103,13 +104,13 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
 
 
 def open_source(path: Path) -> Source:
-    """A work folder, or a data file and its validation rows beside it."""
+    """Open a work folder, or a data file and its validation rows beside it."""
     if path.is_dir():
         for name in ("manifest.json", "contexts.jsonl", "pairs.jsonl"):
             if not (path / name).exists():
                 raise DataError(f"{path} is no finished work folder: {name} is missing; run scripts/build_data.py.")
         stages = json.loads((path / "manifest.json").read_bytes())["stages"]
-        return Source(path.resolve().name, lambda: _rows_of_work(path), lambda: _rates_of_work(path), stages)
+        return Source(path.resolve().name, lambda: _rows_of_work(path), lambda: _pass_rates_of_work(path), stages)
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path} is neither a work folder nor a .jsonl or .parquet file.")
     validation = path.with_name(f"{path.stem}_val{path.suffix}")
@@ -119,12 +120,12 @@ def open_source(path: Path) -> Source:
         if validation.exists():
             yield from (("val", row) for row in rows_of_file(validation))
 
-    def rates() -> Iterator[tuple[int | None, str, float]]:
+    def pass_rates() -> Iterator[tuple[int | None, str, float]]:
         for _, row in rows():
             sides = [side for side in ("short", "long") if row[f"pass_rate_{side}"] is not None]
             yield from ((row["hops"], side, row[f"pass_rate_{side}"]) for side in sides)
 
-    return Source(path.name, rows, rates, {})
+    return Source(path.name, rows, pass_rates, {})
 
 
 def _rows_of_work(work: Path) -> Iterator[tuple[str, dict]]:
@@ -134,8 +135,8 @@ def _rows_of_work(work: Path) -> Iterator[tuple[str, dict]]:
             yield pair["split"], make_row(pair, contexts.get(pair["id"]))
 
 
-def _rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
-    """Of all questions, also those without a pair."""
+def _pass_rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
+    """Of all questions that were sampled, also those without a pair."""
     hops = {context["id"]: context["hops"] for context in read_jsonl(work / "contexts.jsonl")}
     for side in ("short", "long"):
         for name, answers in groupby(read_jsonl(work / f"judged.{side}.jsonl"), key=lambda answer: answer["id"]):
@@ -144,7 +145,7 @@ def _rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
 
 
 def gather(source: Source) -> Statistics:
-    """One pass over all rows."""
+    """Gather the facts of all rows in one pass."""
     found, ids, questions, prompts = Statistics(), {}, {}, {}
     for split, row in source.rows():
         found.splits[split] += 1
@@ -173,7 +174,7 @@ def gather(source: Source) -> Statistics:
 
 
 def checks_of(row: dict) -> set[str | None]:
-    """Names of the checks that a row fails by itself; None among them if its documents cannot be told apart."""
+    """Return the checks that a row fails by itself; None among them if its documents cannot be told apart."""
     failed = set()
     shown = {}
     for side, prompt in (("short", row["prompt"]), ("long", row["long_prompt"])):
@@ -202,7 +203,7 @@ def checks_of(row: dict) -> set[str | None]:
 
 
 def reader_row(split: str, row: dict) -> dict:
-    """A row as the reader shows it: prompts in pieces of (text, whether it is evidence)."""
+    """Return a row as the reader shows it: prompts in pieces of (text, whether it is evidence)."""
 
     def pieces(prompt: str, places: list[dict]) -> list[tuple[str, bool]]:
         parts, at = [], 0
@@ -223,8 +224,8 @@ def reader_row(split: str, row: dict) -> dict:
     }
 
 
-def figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figure, str]]:
-    """Name -> figure and the sentence that says what it shows."""
+def draw_figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figure, str]]:
+    """Draw all figures; each has its name and the sentence that says what it shows."""
     tokens, depths = statistics.tokens, statistics.depths
     whose = "all questions that were sampled" if source.stages else "the rows' questions"
     prompts = {f"tokens of the {side} prompt": tokens[side] for side in ("short", "long")}
@@ -248,7 +249,7 @@ def figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figure, s
 
 
 def drop_reasons(stages: dict) -> dict[str, int]:
-    """What was dropped where, from the manifest; empty for a data file, which does not say."""
+    """Count what was dropped where, by the manifest; nothing for a data file, which does not say."""
     contexts = stages.get("contexts", {}).get("counts", {})
     reasons = {f"question: {name}": n for name, n in contexts.get("dropped", {}).items()}
     select = stages.get("select", {}).get("counts", {})
@@ -270,7 +271,7 @@ def _histograms(series: dict[str, list], y: str, limits: tuple | None = None, we
 
 def _pass_rates(source: Source) -> Figure:
     rates: dict[str, dict[str, list[float]]] = {}
-    for hops, side, rate in source.rates():
+    for hops, side, rate in source.pass_rates():
         rates.setdefault(side, {}).setdefault("unknown" if hops is None else str(hops), []).append(rate)
     names = sorted({name for by_hops in rates.values() for name in by_hops})
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
@@ -295,7 +296,7 @@ def _bars(counts: dict[str, int]) -> Figure:
 
 
 def summary(source: Source, statistics: Statistics) -> dict[str, str]:
-    """The most important numbers, by name."""
+    """Return the most important numbers, by name."""
 
     def mean(part: str) -> float:
         return sum(statistics.tokens[part]) / len(statistics.tokens[part])

@@ -553,6 +553,11 @@ def test_what_is_missing_or_damaged_is_a_sentence(tmp_path):
         DataError, match=r"results.json is not JSON .*; run scripts/evaluate.py again, answers are kept."
     ):
         write_report(tmp_path)
+    results = write_folder(tmp_path, few("plain"), ("made-up-a",))
+    del results["format"]
+    write_json(tmp_path / "results.json", results)
+    with pytest.raises(DataError, match=r"results.json is of format 1 and not 2, .* RECIPE --rescore` writes it again"):
+        write_report(tmp_path)
     write_folder(tmp_path, few("plain"), ("made-up-a",))
     (tmp_path / "answers" / "made-up-a.jsonl").unlink()
     with pytest.raises(DataError, match=r"made-up-a.jsonl: there is no such file"):

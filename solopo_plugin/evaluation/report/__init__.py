@@ -1,4 +1,4 @@
-"""The report of an evaluation: one page that needs nothing but itself, Markdown, CSV and PNGs, all from its folder.
+"""Write the report of an evaluation from its folder: a page that needs nothing but itself, Markdown, CSV and PNGs.
 
 Everything is read from results.json, scores/, answers/ and items.jsonl (as a stream: prompts may be gigabytes), so that
 a report can be written again at any time without a model.
@@ -32,6 +32,9 @@ from .tables import (
 def write_report(output_dir: Path | str) -> Path:
     """Write `output_dir`/report/: index.html, report.md, tables.csv and the figures as PNGs.
 
+    Args:
+        output_dir: Folder of the evaluation.
+
     Returns:
         The path of index.html.
 
@@ -43,12 +46,12 @@ def write_report(output_dir: Path | str) -> Path:
     asked = {row["model"] for row in results["summary"]}
     models = [model["name"] for model in results["models"] if model["name"] in asked]
     scores = {model: list(read_jsonl(folder / "scores" / f"{model}.jsonl")) for model in models}
-    shown, total = explorer.rows(folder, scores, results["settings"].get("seed", 0)) if models else ([], 0)
+    shown, total = explorer.read_questions(folder, scores, results["settings"].get("seed", 0)) if models else ([], 0)
     pictures = {name: (png(figure), *facts) for name, (figure, *facts) in draw_figures(results).items()}
     sections = _sections(results, scores)
     texts = {
-        "index.html": _html(results, sections, pictures, {"models": list(scores), "rows": shown}, total),
-        "report.md": _markdown(results, sections, pictures),
+        "index.html": _as_html(results, sections, pictures, {"models": list(scores), "rows": shown}, total),
+        "report.md": _as_markdown(results, sections, pictures),
         "tables.csv": as_csv(results),
     }
     report = folder / "report"
@@ -120,7 +123,7 @@ def _about(results: dict) -> list[str]:
     return about
 
 
-def _html(results: dict, sections: list[tuple], pictures: dict, reader: dict, n_questions: int) -> str:
+def _as_html(results: dict, sections: list[tuple], pictures: dict, reader: dict, n_questions: int) -> str:
     figures = defaultdict(list)
     for picture, caption, anchor in pictures.values():
         figures[anchor].append((picture, caption))
@@ -134,7 +137,7 @@ def _html(results: dict, sections: list[tuple], pictures: dict, reader: dict, n_
     )  # fmt: skip
 
 
-def _markdown(results: dict, sections: list[tuple], pictures: dict) -> str:
+def _as_markdown(results: dict, sections: list[tuple], pictures: dict) -> str:
     parts = [f"# {plain(results['title'])}", plain(str(results["date"])), *map(plain, _about(results))]
     parts += [f"> {plain(text)}" for text in _selection(results)]
     for _, heading, tables, notes in sections:

@@ -1,4 +1,4 @@
-"""Questions for the page's reader: a seeded choice of bounded size, with each model's answer and where evidence was."""
+"""Choose questions for the page's reader: few, by a seed, with each model's answer and where evidence was."""
 
 import hashlib
 from pathlib import Path
@@ -16,11 +16,12 @@ Key = tuple[str, str, str]
 
 
 def key_of(row: dict) -> Key:
+    """Return the name of a question, as in all files of an evaluation."""
     return row["benchmark"], row["task"], row["id"]
 
 
 def choose(scores: dict[str, list[dict]], seed: int, n: int = QUESTIONS) -> set[Key]:
-    """At most `n` questions, as many of each benchmark and task where there are enough; the same for the same seed."""
+    """Return at most `n` questions, as many of each task where there are enough; the same for the same seed."""
     strata: dict[tuple, dict[Key, str]] = {}
     for key in {key_of(row) for rows in scores.values() for row in rows}:
         rank = hashlib.sha256(repr((seed, key)).encode("utf-8", "replace")).hexdigest()
@@ -30,11 +31,13 @@ def choose(scores: dict[str, list[dict]], seed: int, n: int = QUESTIONS) -> set[
     return {ordered[j][i] for i, j in sorted(turns)[:n]}
 
 
-def rows(output_dir: Path, scores: dict[str, list[dict]], seed: int) -> tuple[list[dict], int]:
-    """What the page shows of the chosen questions, and how many questions there are.
+def read_questions(output_dir: Path, scores: dict[str, list[dict]], seed: int) -> tuple[list[dict], int]:
+    """Return what the page shows of the chosen questions, and how many questions there are.
 
     Args:
+        output_dir: Folder of the evaluation.
         scores: Model -> lines of its scores file.
+        seed: Of the choice.
     """
     chosen = choose(scores, seed)
     shown, total = {}, 0
@@ -52,7 +55,7 @@ def rows(output_dir: Path, scores: dict[str, list[dict]], seed: int) -> tuple[li
 
 
 def shorten(text: str, most: int) -> str:
-    """Both ends of a text that is too long, and how much of it is not shown."""
+    """Return both ends of a text that is too long, and how much of it is not shown."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}\n[... {len(text) - 2 * (most // 2)} characters not shown ...]\n{text[-(most // 2) :]}"

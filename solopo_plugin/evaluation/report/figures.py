@@ -1,4 +1,4 @@
-"""The figures of a report. Colours are Okabe and Ito's, cividis and PuOr, which colour-blind readers tell apart."""
+"""Draw the figures of a report, in colours that colour-blind readers tell apart: Okabe and Ito's, cividis and PuOr."""
 
 import math
 

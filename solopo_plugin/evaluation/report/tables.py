@@ -1,4 +1,4 @@
-"""The tables of a report, in the paper's layout where it has one: described once, written as HTML, Markdown and CSV."""
+"""Lay out the tables of a report, as the paper does where it has one, for the page, Markdown and CSV."""
 
 import re
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ Cell = tuple[str, str]  # what is read first, and what stands small below it
 
 @dataclass
 class Table:
-    """Rows in blocks, each with a heading."""
+    """A table: rows in blocks, each with a heading."""
 
     title: str
     columns: list[tuple[str, str]]  # heading over neighbours that share it, and the column's own
@@ -73,6 +73,7 @@ class Summary:
     """results.json as data frames; `models` are the rows of tables, of which a run is one."""
 
     def __init__(self, results: dict):
+        """Take what results.json says."""
         names, self.runs = [model["name"] for model in results["models"]], results.get("runs") or {}
         self.row_of = {name: name for name in names} | {m: run for run, own in self.runs.items() for m in own}
         self.models = list(dict.fromkeys(self.row_of[name] for name in names))
