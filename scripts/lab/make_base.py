@@ -7,9 +7,11 @@ random sequences repeated three times, until copying by association appears; the
 Seeds are fixed; another machine or number of threads rounds differently and gives another, similar model.
 """
 
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from recall import BASE, KEY, SPECIAL, WORDS, profile, questions
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from solopo_plugin.qa.files import write_json
@@ -58,30 +61,45 @@ def adamw(model, rate: float):
     return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def learn_to_copy(model, generator: torch.Generator, most: int = 3000) -> int:
-    """Train on `s s s`, s of 8 to 24 random words, loss on the second and third copy.
+def loss_at(model, ids_BT: Tensor, learnt_BT: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood of the tokens `learnt_BT`."""
+    hidden_BTD = model.model(ids_BT).last_hidden_state[:, :-1]
+    learnt_BT = learnt_BT[:, 1:]
+    return F.cross_entropy(model.lm_head(hidden_BTD[learnt_BT]), ids_BT[:, 1:][learnt_BT])
 
-    Returns:
-        The step at which copying appeared; `SETTLE` more were made.
+
+def copying(model, first: int, batch: int, rate: float, generator: torch.Generator) -> Iterator[float]:
+    """Train on `s s s`, s of 8 to 24 random words of id `first` or more, loss on the second and third copy.
+
+    Yields:
+        The loss of each step; it ends when nobody asks for another.
     """
-    optimizer = adamw(model, 1e-3)
+    optimizer = adamw(model, rate)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100))
-    appeared = None
-    for step in range(1, most + SETTLE + 1):
+    for step in itertools.count(1):
         length = int(torch.randint(8, 25, (), generator=generator))
-        once = torch.randint(KEY, len(WORDS), (BATCH, length), generator=generator)
-        ids = once.repeat(1, 3)
-        logits = model(ids).logits[:, length:-1]
-        loss = update(model, optimizer, F.cross_entropy(logits.flatten(0, 1), ids[:, length + 1 :].flatten()))
+        ids_BT = torch.randint(first, model.config.vocab_size, (batch, length), generator=generator).repeat(1, 3)
+        learnt_BT = (torch.arange(3 * length) > length).expand_as(ids_BT)
+        loss = update(model, optimizer, loss_at(model, ids_BT, learnt_BT))
         warmup.step()
         if step % 50 == 0:
             print(f"copying: step {step}, loss {loss:.3f}", flush=True)
-        if appeared is None and loss < COPIED:
-            appeared = step
-        if appeared is None and step == most:
-            sys.exit(f"Copying has not appeared after {most} steps (loss {loss:.2f}); try another seed.")
-        if appeared is not None and step == appeared + SETTLE:
-            return appeared
+        yield loss
+
+
+def learn_to_copy(model, generator: torch.Generator, most: int = 3000) -> int:
+    """Train until copying appears, and `SETTLE` steps more.
+
+    Returns:
+        The step at which copying appeared.
+    """
+    losses = copying(model, KEY, BATCH, 1e-3, generator)
+    for step, loss in enumerate(itertools.islice(losses, most), 1):
+        if loss < COPIED:
+            for _ in itertools.islice(losses, SETTLE):
+                pass
+            return step
+    sys.exit(f"Copying has not appeared after {most} steps (loss {loss:.2f}); try another seed.")
 
 
 def learn_to_answer(model, generator: torch.Generator, steps: int = 100) -> None:

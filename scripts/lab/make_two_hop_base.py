@@ -13,12 +13,11 @@ import json
 import random
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from make_base import adamw, save, update
-from torch import Tensor
+from make_base import adamw, copying, loss_at, save, update
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from two_hop import BASE, FIRST, PROMPT, SECOND, SPECIAL, WORDS, World, measure
 
@@ -61,27 +60,6 @@ def look_back(model) -> None:
     attention.k_proj.bias.copy_(torch.cat([size * (turn * back).cos(), size * (turn * back).sin()], 1).flatten())
 
 
-def loss_at(model, ids_BT: Tensor, learnt_BT: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood of the tokens `learnt_BT`."""
-    hidden_BTD = model.model(ids_BT).last_hidden_state[:, :-1]
-    learnt_BT = learnt_BT[:, 1:]
-    return F.cross_entropy(model.lm_head(hidden_BTD[learnt_BT]), ids_BT[:, 1:][learnt_BT])
-
-
-def learn_to_copy(model, generator: torch.Generator) -> None:
-    """Train on `s s s`, s of 8 to 24 random words, loss on the second and third copy."""
-    optimizer = adamw(model, 2e-3)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100))
-    for step in range(1, COPY_STEPS + 1):
-        length = int(torch.randint(8, 25, (), generator=generator))
-        ids_BT = torch.randint(len(SPECIAL), len(WORDS), (COPIES, length), generator=generator).repeat(1, 3)
-        learnt_BT = (torch.arange(3 * length) > length).expand_as(ids_BT)
-        loss = update(model, optimizer, loss_at(model, ids_BT, learnt_BT))
-        warmup.step()
-        if step % 50 == 0:
-            print(f"copying: step {step}, loss {loss:.3f}", flush=True)
-
-
 def lesson(n_documents: int, rng: random.Random) -> tuple[list[int], list[bool]]:
     """Draw a context with `ASKED` questions and answers: its token ids, and for each whether it is an answer's."""
     world = World(n_documents, rng)
@@ -120,7 +98,8 @@ def main(folder: str | Path = BASE, seed: int = 0) -> None:
     start = time.process_time()
     torch.manual_seed(seed)
     model, generator, rng = untrained(), torch.Generator().manual_seed(seed), random.Random(seed)
-    learn_to_copy(model, generator)
+    for _ in islice(copying(model, len(SPECIAL), COPIES, 2e-3, generator), COPY_STEPS):
+        pass
     learn_to_answer(model, rng)
     save(model, Path(folder), WORDS)
     seconds = time.process_time() - start
