@@ -34,8 +34,8 @@ from pathlib import Path
 from plan import MODELS, OPTIMIZERS, VARIANTS, Setup, count, peak, shape_of, step_flops, step_memory
 
 from solopo_plugin.args import LENGTH_NORMALISED
-from solopo_plugin.host.versions import installed
 from solopo_plugin.qa.files import replacing
+from solopo_plugin.qa.provenance import installed
 
 GB = 1e9  # bytes
 WARM_UP = 1  # steps before the timed ones: allocators and optimizer states

@@ -38,7 +38,7 @@ from . import __version__
 from .args import LENGTH_NORMALISED
 from .attention import base_of
 from .data import REFERENCE, data_sets
-from .host.versions import installed
+from .qa.provenance import installed
 
 SEEN = ["short_prompt_ids", "chosen_ids", "rejected_ids"]  # columns that the reference is shown
 UNKNOWN = -torch.inf  # no log-prob of a real row: scores that are not finite are refused

@@ -18,11 +18,11 @@ from transformers.training_args import ParallelMode
 
 from . import __version__
 from .attention import base_of, how_a_step_runs, prepare, why_two_stages
+from .chunked_mlp import chunk_mlps
 from .data import SoloCollator, data_sets, part_lengths
 from .host.saved import recorded
-from .host.versions import installed
-from .memory import chunk_mlps
 from .packing import PackedCollator
+from .qa.provenance import installed
 from .reference import add_reference_logps
 from .trainer import SoloTrainer
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
-from .versions import installed
+from ..qa.provenance import installed
 
 RECORD = "solopo_made_of.json"
 # Arguments that change none of our rows. Whatever else there is, also in another host, is taken to change them.

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .files import dump, explained
@@ -37,3 +39,20 @@ TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 BINARIES = ("*.safetensors", "*.bin")
 WEIGHTS = ("config.json", "generation_config.json", *BINARIES)
 ADAPTER = ("adapter_config.json", *BINARIES)
+
+
+def installed(package: str) -> str:
+    """Version of an installed package, or 'not installed'."""
+    try:
+        return version(package) or "not installed"  # None: metadata of a half-removed package
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Of Python, of this package and of those of `packages` that are installed."""
+    from .. import __version__
+
+    found = {package: installed(package) for package in packages}
+    here = {package: version for package, version in found.items() if version != "not installed"}
+    return {"python": platform.python_version(), "solopo": __version__} | here
