@@ -13,7 +13,7 @@ INSTALL = "pip install " + " ".join(f'"{name}=={v}.*"' for name, v in WORKING_SE
 
 @cache
 def tested() -> bool:
-    """Whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
+    """Return whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
     host = installed("llamafactory")
     if host not in TESTED:
         warn_inactive(
