@@ -19,11 +19,10 @@ from transformers.training_args import ParallelMode
 from . import __version__
 from .attention import base_of, how_a_step_runs, prepare, why_two_stages
 from .chunked_mlp import chunk_mlps
-from .data import SoloCollator, data_sets, part_lengths
+from .data import data_sets, part_lengths
 from .host.saved import recorded
-from .packing import PackedCollator
 from .qa.provenance import installed
-from .reference import add_reference_logps
+from .reference import with_reference_logps
 from .trainer import SoloTrainer
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
@@ -41,7 +40,6 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         )
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    data_args.solopo_overlength = finetuning_args.solopo_overlength  # the host hands its processors only data_args
     with recorded(data_args, training_args, tokenizer, template):
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
@@ -65,17 +63,11 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     logger.info_rank0(how_a_step_runs(model, not_packed, training_args.device, dtype))
     if not packed:
         configure_checkpointing(model, model_args, training_args, finetuning_args)
-    longpo, both = finetuning_args.solopo_objective == "longpo", finetuning_args.solopo_align_on == "both"
-    if packed:
-        collator = PackedCollator(longpo, both, finetuning_args.use_ref_model)
-    else:
-        collator = SoloCollator(tokenizer.pad_token_id, longpo or both)
     trainer = SoloTrainer(
         model=model,
         ref_model=ref_model,
         args=training_args,
         finetuning_args=finetuning_args,
-        data_collator=collator,
         packed=packed,
         callbacks=callbacks,
         **dataset_module,
@@ -86,13 +78,14 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         elsewhere = finetuning_args.ref_model is not None
         load = partial(load_ref_model, model_args, finetuning_args, training_args.seed, packed) if elsewhere else None
         with abort_ends_the_process():
-            add_reference_logps(trainer, model_args, finetuning_args, load)
+            sets = with_reference_logps(trainer, model_args, finetuning_args, load)
+        trainer.train_dataset, trainer.eval_dataset = sets
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model()
         if finetuning_args.include_effective_tokens_per_second:
-            tokens = count_tokens(dataset_module["train_dataset"], longpo or both)
+            tokens = count_tokens(dataset_module["train_dataset"], finetuning_args.long_pair)
             rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
             result.metrics["effective_tokens_per_sec"] = rate / training_args.world_size
         trainer.log_metrics("train", result.metrics)
@@ -117,7 +110,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
 
 @contextmanager
 def abort_ends_the_process():
-    """LlamaBoard's "Abort" while the reference is scored: the host's handler sets a flag that only steps look at.
+    """Obey LlamaBoard's "Abort" while the reference is scored: the host's handler sets a flag that only steps look at.
 
     What has been scored is on disk and is found by the next run.
     """
@@ -177,7 +170,7 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
 
 
 def reference_is_cached(data_args, training_args, finetuning_args) -> bool:
-    """Whether the reference is scored before training; what is evaluated against itself and streams are not."""
+    """Return whether the reference is scored before training; not that of streams, nor what is its own reference."""
     if not finetuning_args.use_ref_model or finetuning_args.solopo_reference == "online":
         return False
     if data_args.streaming:
@@ -199,7 +192,7 @@ def drawn_from(seed: int):
 
 
 def load_ref_model(model_args, finetuning_args, seed: int, packed: bool = False):
-    """The host's reference model; `packed`: able to run a packed row. None where the policy itself is it (LoRA)."""
+    """Return the host's reference model; `packed`: able to run a packed row. None where the policy is it (LoRA)."""
     given = copy(model_args)
     for name in ("add_tokens", "add_special_tokens"):  # the host splits them anew
         if isinstance(value := getattr(given, name), list):
@@ -240,7 +233,7 @@ def configure_checkpointing(model, model_args, training_args, finetuning_args) -
 
 
 def count_tokens(dataset, long_pair: bool) -> int:
-    """Tokens of one epoch in all sequences that a step scores, a prompt once per response whatever the forward."""
+    """Return the tokens of one epoch in all sequences that a step scores, a prompt once per response in either form."""
     n = {part: int(lengths.sum()) for part, lengths in part_lengths(dataset).items()}
     tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
     return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)

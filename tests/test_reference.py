@@ -395,10 +395,11 @@ def arguments():
 
 def identity_of(reference, model_args, finetuning_args, policy=None) -> dict:
     """The identity of a loaded reference; `policy`: the model that is trained, where it is another."""
+    from solopo_plugin.forward import Packed
     from solopo_plugin.reference import identity
 
     settings = SimpleNamespace(bf16=False, fp16=False, tf32=None, seed=7, device=torch.device("cpu"))
-    trainer = SimpleNamespace(model=policy or reference, args=settings, is_deepspeed_enabled=False, packed=True)
+    trainer = SimpleNamespace(model=policy or reference, args=settings, is_deepspeed_enabled=False, form=Packed)
     return identity(trainer, reference, model_args, finetuning_args)
 
 

@@ -1,6 +1,7 @@
 """Seam 1: the recipe's keys. `llamafactory.hparams.parser` learns the `solopo_*` keys and `stage: solopo`.
 
-What: its lists of dataclasses get our subclass of `FinetuningArguments`; three functions are wrapped.
+What: its lists of dataclasses get our subclasses of `FinetuningArguments` and `DataArguments`; three functions are
+wrapped.
 Why: there is no registry of stages or arguments, and unknown keys raise. Host: 0.9.5.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from omegaconf import OmegaConf
 
 from .. import args as solo
+from .stage import passing_as_dpo
 from .versions import expect_signature
 
 # Keys of the host that its preference trainer, or ours, never reads: they would be taken and change nothing.
@@ -49,7 +51,7 @@ ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any ot
 
 
 def with_solo(host: type) -> type:
-    """The host's `FinetuningArguments` with ours; what the host asks of `stage: dpo` is asked of `solopo` too."""
+    """Return the host's `FinetuningArguments` with ours; `solopo` is asked what the host asks of `stage: dpo`."""
     spec, stages = host.__dataclass_fields__["stage"], get_args(get_type_hints(host)["stage"])
 
     @dataclass
@@ -57,22 +59,43 @@ def with_solo(host: type) -> type:
         stage: Literal[(*stages, "solopo")] = field(default=spec.default, metadata=dict(spec.metadata))
 
         def __post_init__(self):
+            """Check ours, then as the host does."""
             if self.stage != "solopo":
                 return super().__post_init__()
             solo.check_values(self)
             solo.check_loss(self)
-            self.stage = "dpo"  # the host tests stages by name: its rules for DPO (reference, PiSSA, smoothing) hold
-            try:
+            with passing_as_dpo(self):  # its rules for DPO (reference, PiSSA, smoothing) hold
                 super().__post_init__()
-            finally:
-                self.stage = "solopo"
 
         def to_dict(self) -> dict[str, Any]:
-            """As the host's, for experiment trackers; other stages report what they report without the plugin."""
+            """Return the host's, for experiment trackers; other stages report what they report without the plugin."""
             own = super().to_dict()
             return own if self.stage == "solopo" else {k: v for k, v in own.items() if k not in solo.FIELDS}
 
     return SoloFinetuningArguments
+
+
+def with_solo_data(host: type) -> type:
+    """Return the host's `DataArguments` with ours."""
+
+    @dataclass
+    class SoloDataArguments(solo.SoloDataArguments, host):
+        def __post_init__(self):
+            """Check ours, then as the host does."""
+            solo.check_values(self)
+            super().__post_init__()
+
+        def __reduce__(self):
+            """Pickle, into fingerprints of maps over rows, as of the host's class: this one is found under no name."""
+            return _restored, (host, vars(self))
+
+    return SoloDataArguments
+
+
+def _restored(host: type, values: dict):
+    restored = object.__new__(host)
+    vars(restored).update(values)
+    return restored
 
 
 def apply(parser) -> None:
@@ -80,9 +103,10 @@ def apply(parser) -> None:
     expect_signature(parser, "_parse_train_args", ("args",))
     expect_signature(parser, "read_args", ("args",))
     expect_signature(parser, "get_train_args", ("args",))
-    host, ours = parser.FinetuningArguments, with_solo(parser.FinetuningArguments)
+    finetuning, data = parser.FinetuningArguments, parser.DataArguments
+    ours = {finetuning: with_solo(finetuning), data: with_solo_data(data)}
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
-        arguments[:] = [ours if a is host else a for a in arguments]
+        arguments[:] = [ours.get(host, host) for host in arguments]
     parser.read_args = _reading_json(parser.read_args)
     parser._parse_train_args = _checking_keys(parser._parse_train_args, parser)
     parser.get_train_args = _checking_recipe(parser.get_train_args)
@@ -118,7 +142,11 @@ def _checking_keys(parse_train_args, parser):
         solo.check_keys(ours)
         if ours and stage != "solopo":
             raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
-        return parse_train_args(args)
+        parsed = parse_train_args(args)
+        if stage != "solopo":  # the host's own object: it is in the fingerprints of other stages' maps over rows
+            parsed[1].__class__ = parser.DataArguments
+            del parsed[1].solopo_overlength
+        return parsed
 
     return wrapper
 
@@ -143,7 +171,7 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
             "one process cannot cut the others' part from a packed row or from rows of different lengths",
         ),
     }
-    if data_args.streaming and finetuning_args.solopo_overlength == "drop":
+    if data_args.streaming and data_args.solopo_overlength == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
     if model_args.train_from_scratch and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
         raise ValueError(
