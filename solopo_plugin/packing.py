@@ -40,7 +40,6 @@ class Plan:
     """
 
     def __init__(self, segments: tuple[Segment, ...]):
-        """Begin at 0 calls."""
         self.segments, self.calls, self._layouts = segments, 0, {}
 
     def layout(self, device: torch.device) -> "Layout":

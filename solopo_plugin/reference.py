@@ -136,7 +136,6 @@ class Store:
     """
 
     def __init__(self, facts: dict):
-        """Name the folder by the identity; nothing is made yet."""
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         self.facts, self.folder = facts, cache_folder() / name
         self.path, self.stream = self.folder / f"{uuid.uuid4().hex}.jsonl", None
@@ -218,16 +217,16 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
 
     splits = data_sets(trainer.train_dataset, trainer.eval_dataset)
     keys = {name: [row_key(row) for row in split.select_columns(SEEN)] for name, split in splits.items()}
-    places = {}  # of the distinct rows: data set and index
-    for name in splits:
+    rows = {}  # the distinct ones by key: data set and index
+    for name, split in splits.items():
         for index, key in enumerate(keys[name]):
-            places.setdefault(key, (name, index))
+            rows.setdefault(key, (split, index))
     known = store.read()
-    logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in places], dtype=torch.float32)
-    logps_N2 = _score(trainer, reference, store, splits, places, _agree(logps_N2.to(trainer.args.device)))
+    logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in rows], dtype=torch.float32)
+    logps_N2 = _score(trainer, reference, store, rows, _agree(logps_N2.to(trainer.args.device)))
     del reference
     torch_gc()
-    scores = dict(zip(places, logps_N2.tolist(), strict=True))
+    scores = dict(zip(rows, logps_N2.tolist(), strict=True))
     for name in splits:
         for column, side in zip(REFERENCE, zip(*(scores[key] for key in keys[name]), strict=True), strict=True):
             splits[name] = splits[name].add_column(column, np.asarray(side, dtype=np.float32))
@@ -236,12 +235,12 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
     return train, evaluated if isinstance(trainer.eval_dataset, dict) else evaluated.get("")
 
 
-def _score(trainer, reference, store, splits, places, known_N2: Tensor) -> Tensor:
+def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Tensor:
     """Score the rows that are not known; first some that are, to see that what is on disk is this reference's.
 
     Each rank has its share of the batches; equally many on every rank, as ZeRO-3 needs it.
     """
-    args, keys = trainer.args, list(places)
+    args, keys, places = trainer.args, list(rows), list(rows.values())
     size, rank, world = args.per_device_eval_batch_size, args.process_index, args.world_size
     is_known = known_N2.isfinite().all(1)
     known, missing = (mask.nonzero().squeeze(1).tolist() for mask in (is_known, ~is_known))
@@ -254,7 +253,7 @@ def _score(trainer, reference, store, splits, places, known_N2: Tensor) -> Tenso
             batches.append(batches[-1])
         logps_N2 = torch.full_like(known_N2, UNKNOWN)
         for batch in batches[rank::world]:
-            features = [splits[name][index] for name, index in (places[keys[n]] for n in batch)]
+            features = [split[index] for split, index in (places[n] for n in batch)]
             logps_B2 = trainer.score_pair(scorer, features).float()
             _check_finite(logps_B2, features)
             logps_N2[batch] = logps_B2.to(logps_N2.device)
@@ -268,8 +267,8 @@ def _score(trainer, reference, store, splits, places, known_N2: Tensor) -> Tenso
     with _ready_to_score(trainer, reference) as scorer, bar:
         live_N2 = score(again)
         for n in again:
-            name, index = places[keys[n]]
-            check_known(trainer, reference, store, splits[name][index], known_N2[n].tolist(), live_N2[n].tolist())
+            split, index = places[n]
+            check_known(trainer, reference, store, split[index], known_N2[n].tolist(), live_N2[n].tolist())
         return known_N2.maximum(score(missing, bar))
 
 

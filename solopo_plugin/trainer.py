@@ -30,7 +30,6 @@ class ExampleMeans:
     """Keep means over examples, not over batches: sums and a count, on the device, added over ranks when read."""
 
     def __init__(self):
-        """Begin with no examples."""
         self.sums_M, self.count = None, 0
 
     def add(self, values_BM: Tensor) -> None:
@@ -52,12 +51,10 @@ class GroupedByLength(LengthGroupedSampler):
     """
 
     def __init__(self, *args, seed: int, epoch: Callable[[], int], **kwargs):
-        """Take the sampler's own arguments, a seed, and what tells the epoch."""
         super().__init__(*args, generator=torch.Generator(), **kwargs)
         self.seed, self.epoch = seed, epoch
 
     def __iter__(self):
-        """Return the epoch's order."""
         self.generator.manual_seed(self.seed + self.epoch())
         return super().__iter__()
 
@@ -66,7 +63,6 @@ class SoloTrainer(CustomDPOTrainer):
     """Add to the host's trainer the step, example-weighted accumulation, and metrics that are means over examples."""
 
     def __init__(self, model, packed: bool = False, **kwargs):
-        """Build the host's trainer and the step's form: `packed`, or in two stages."""
         super().__init__(model=model, **kwargs)
         args, pad_id = self.finetuning_args, self.processing_class.pad_token_id
         if packed:

@@ -46,7 +46,6 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         configure_streaming(dataset_module, training_args)
     with drawn_from(training_args.seed):
         model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
-
     if finetuning_args.solopo_mlp_chunk:
         chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
 
@@ -63,49 +62,42 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     logger.info_rank0(how_a_step_runs(model, not_packed, training_args.device, dtype))
     if not packed:
         configure_checkpointing(model, model_args, training_args, finetuning_args)
-    trainer = SoloTrainer(
-        model=model,
-        ref_model=ref_model,
-        args=training_args,
-        finetuning_args=finetuning_args,
-        packed=packed,
-        callbacks=callbacks,
-        **dataset_module,
-        **tokenizer_module,
-    )
-
+    given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
+    trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
     if cached:
         elsewhere = finetuning_args.ref_model is not None
         load = partial(load_ref_model, model_args, finetuning_args, training_args.seed, packed) if elsewhere else None
         with abort_ends_the_process():
             sets = with_reference_logps(trainer, model_args, finetuning_args, load)
         trainer.train_dataset, trainer.eval_dataset = sets
-
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.save_model()
-        if finetuning_args.include_effective_tokens_per_second:
-            tokens = count_tokens(dataset_module["train_dataset"], finetuning_args.long_pair)
-            rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
-            result.metrics["effective_tokens_per_sec"] = rate / training_args.world_size
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-        if trainer.is_world_process_zero() and finetuning_args.plot_loss:
-            keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
-            evaluated = dataset_module.get("eval_dataset")
-            if evaluated is not None:
-                keys += [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
-            plot_loss(training_args.output_dir, keys=keys)
-
+        train(trainer)
     if training_args.do_eval:
         metrics = trainer.evaluate(metric_key_prefix="eval")
         if model is ref_model:  # rewards relative to itself are all 0
             metrics = {name: value for name, value in metrics.items() if "rewards" not in name}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+
+
+def train(trainer: SoloTrainer) -> None:
+    """Train, and save the model, its metrics and curves as the host's stages do."""
+    args, finetuning_args = trainer.args, trainer.finetuning_args
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if finetuning_args.include_effective_tokens_per_second:
+        tokens = count_tokens(trainer.train_dataset, finetuning_args.long_pair)
+        rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
+        result.metrics["effective_tokens_per_sec"] = rate / args.world_size
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero() and finetuning_args.plot_loss:
+        evaluated = trainer.eval_dataset
+        names = [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
+        keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
+        plot_loss(args.output_dir, keys=keys if evaluated is None else keys + names)
 
 
 @contextmanager
@@ -123,10 +115,6 @@ def abort_ends_the_process():
         yield
     finally:
         signal.signal(signal.SIGABRT, handler)
-
-
-def _splits(dataset_module: dict):
-    return data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
 
 
 def check_resume(training_args) -> None:
@@ -161,7 +149,8 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
     ranks accelerate deals out shards instead of rows, and ranks that run out early leave the others waiting.
     """
     training_args.accelerator_config.dispatch_batches = False
-    shards = max(getattr(split, "n_shards", 1) for split in _splits(dataset_module))
+    streams = data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
+    shards = max(getattr(stream, "n_shards", 1) for stream in streams)
     if 1 < training_args.world_size < shards:
         raise ValueError(
             f"A stream has {shards} shards for {training_args.world_size} processes, which would get unequal shares; "

@@ -59,7 +59,6 @@ def with_solo(host: type) -> type:
         stage: Literal[(*stages, "solopo")] = field(default=spec.default, metadata=dict(spec.metadata))
 
         def __post_init__(self):
-            """Check ours, then as the host does."""
             if self.stage != "solopo":
                 return super().__post_init__()
             solo.check_values(self)
@@ -81,7 +80,6 @@ def with_solo_data(host: type) -> type:
     @dataclass
     class SoloDataArguments(solo.SoloDataArguments, host):
         def __post_init__(self):
-            """Check ours, then as the host does."""
             solo.check_values(self)
             super().__post_init__()
 

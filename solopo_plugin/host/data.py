@@ -126,7 +126,6 @@ class LongConverter:
     """Run the host's converter of the data set's formatting twice: for the short prompt and for the long one."""
 
     def __init__(self, attr, data_args, get_dataset_converter):
-        """Make both converters of a data set with a long column."""
         self.attr, self.version = attr, __version__  # in the fingerprint: a new release does not reuse an old map cache
         self.short = get_dataset_converter(attr.formatting, attr, data_args)
         long_attr = copy(attr)
@@ -311,7 +310,6 @@ class SoloDatasetProcessor:
     """Tokenise aligned rows (see `solopo_plugin.data`); the host calls it as one of its processors."""
 
     def __init__(self, template, tokenizer, processor, data_args):
-        """Keep what the rows depend on, which is also what the fingerprint of the map cache sees."""
         self.template, self.tokenizer, self.version = template, tokenizer, (__version__, COLUMNS)
         self.cutoff_len, self.overlength = data_args.cutoff_len, data_args.solopo_overlength
 

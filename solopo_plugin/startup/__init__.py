@@ -47,11 +47,9 @@ class PatchingLoader:
     """Run a module's own loader, then the patch. A wrapper, for a loader may be shared by modules or read-only."""
 
     def __init__(self, loader):
-        """Wrap a loader."""
         self.loader = loader
 
     def __getattr__(self, name):
-        """Return what the loader has."""
         return getattr(self.loader, name)
 
     def exec_module(self, module):
