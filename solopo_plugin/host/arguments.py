@@ -18,6 +18,18 @@ from .. import args as solo
 from .stage import passing_as_dpo
 from .versions import expect_signature
 
+REFUSED = {  # keys of the host that would change or bypass the step, unless they are off
+    "use_mca": "it has its own trainer (unset USE_MCA)",
+    "use_unsloth": "it replaces the model's forward",
+    "use_kt": "it replaces the model's forward",
+    "shift_attn": "short and long sequences would attend differently",
+    "mixture_of_depths": "tokens of the response could skip layers",
+    "export_quantization_bit": "it quantizes what is trained",
+    "packing": "rows of pairs cannot be packed by the host",
+    "neftune_noise_alpha": "its noise depends on the length of what runs as one row, so the short and the long context "
+    "get different noise and the alignment is trained on the difference",
+    "dispatch_batches": "one process cannot cut the others' part from a packed row or from rows of different lengths",
+}
 # Keys of the host that its preference trainer, or ours, never reads: they would be taken and change nothing.
 # Why -> key -> the host's default, or what is off: that may stand in a recipe.
 UNREAD = {
@@ -151,24 +163,11 @@ def _checking_keys(parse_train_args, parser):
 
 def check_recipe(model_args, data_args, training_args, finetuning_args, generating_args) -> None:
     """Refuse what would change or bypass the step, and what would have no effect on it, before anything is loaded."""
-    refused = {
-        "use_mca": (finetuning_args.use_mca, "it has its own trainer (unset USE_MCA)"),
-        "use_unsloth": (model_args.use_unsloth, "it replaces the model's forward"),
-        "use_kt": (model_args.use_kt, "it replaces the model's forward"),
-        "shift_attn": (model_args.shift_attn, "short and long sequences would attend differently"),
-        "mixture_of_depths": (model_args.mixture_of_depths, "tokens of the response could skip layers"),
-        "export_quantization_bit": (model_args.export_quantization_bit, "it quantizes what is trained"),
-        "packing": (data_args.packing, "rows of pairs cannot be packed by the host"),
-        "neftune_noise_alpha": (
-            training_args.neftune_noise_alpha,
-            "its noise depends on the length of what runs as one row, so the short and the long context get different "
-            "noise and the alignment is trained on the difference",
-        ),
-        "dispatch_batches": (
-            getattr(training_args.accelerator_config, "dispatch_batches", None),
-            "one process cannot cut the others' part from a packed row or from rows of different lengths",
-        ),
-    }
+    groups = (model_args, data_args, training_args, finetuning_args, generating_args, training_args.accelerator_config)
+
+    def given(key: str):
+        return next((getattr(group, key) for group in groups if hasattr(group, key)), None)
+
     if data_args.streaming and data_args.solopo_overlength == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
     if model_args.train_from_scratch and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
@@ -176,18 +175,17 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
             f"`train_from_scratch: true` would draw the weights of `ref_model: {finetuning_args.ref_model}` too, not "
             "read them; remove one of the two."
         )
-    for key, (value, reason) in refused.items():
-        if value:
-            raise ValueError(f"`{key}: {value}` does not work with `stage: solopo`: {reason}; remove it.")
+    for key, reason in REFUSED.items():
+        if given(key):
+            raise ValueError(f"`{key}: {given(key)}` does not work with `stage: solopo`: {reason}; remove it.")
 
-    strategy = getattr(training_args, "train_sampling_strategy", None)  # `group_by_length: true` in older transformers
+    strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
     if strategy not in (None, *ORDERS):
         raise ValueError(f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}.")
     unread = dict(UNREAD)
     if data_args.streaming:
-        unread["the host shuffles a stream by `buffer_size`"] = {
-            "disable_shuffling": False, "train_sampling_strategy": "random",
-        }  # fmt: skip
+        by_size = {"disable_shuffling": False, "train_sampling_strategy": "random"}
+        unread["the host shuffles a stream by `buffer_size`"] = by_size
         unread["a stream has no length"] = {"include_effective_tokens_per_second": False}
     if finetuning_args.disable_shuffling and strategy == "group_by_length":
         unread["`disable_shuffling` already keeps the rows' order"] = {"train_sampling_strategy": "random"}
@@ -197,12 +195,10 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
         unread[f"`pref_loss: {finetuning_args.pref_loss}` has no reference"] = {"ref_model": None}
     if finetuning_args.ref_model is None:
         unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
-    groups = (model_args, data_args, training_args, finetuning_args, generating_args)
     for reason, defaults in unread.items():
         for key, default in defaults.items():
-            value = next((getattr(group, key) for group in groups if hasattr(group, key)), None)
-            if value is not None and value != default:
-                raise ValueError(f"`{key}: {value}` has no effect in `stage: solopo`: {reason}; remove it.")
+            if given(key) not in (None, default):
+                raise ValueError(f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
 
 
 def _checking_recipe(get_train_args):

@@ -23,7 +23,7 @@ COLUMN_KEYS = (
     *("long_prompt", "long_messages"),
 )
 IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
-ALIGNED = ("_row", "_prompt", "_long_prompt", "_response", "_system", "_long_system", "_tools")
+ALIGNED = ("_name", "_prompt", "_long_prompt", "_response", "_system", "_long_system", "_tools")
 TURNS = ("_prompt", "_long_prompt", "_response")
 HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
 
@@ -158,7 +158,7 @@ class LongConverter:
         if isinstance(tools, list | dict):
             tools = json.dumps(tools, ensure_ascii=False)  # as the host's openai converter does
         expect(isinstance(tools, str | None), f"{name}: column `{attr.tools}`", "JSON text", tools)
-        short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_row": name}
+        short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_name": name}
         return {k: v for k, v in short.items() if k not in ("_images", "_videos", "_audios")}
 
     @property
