@@ -6,7 +6,7 @@ against it. Nothing of LLaMA-Factory is imported here.
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .losses import PO_LOSSES
 from .qa.files import did_you_mean
@@ -94,7 +94,7 @@ class SoloDataArguments:
     )
 
 
-FIELDS = {f.name: f for declared in (SoloArguments, SoloDataArguments) for f in fields(declared)}
+FIELDS: dict[str, Any] = {f.name: f for declared in (SoloArguments, SoloDataArguments) for f in fields(declared)}
 SOLOPO_ONLY = ("solopo_alpha", "solopo_align", "solopo_align_on", "solopo_penalty", "solopo_detach_short")
 LONGPO_ONLY = ("solopo_longpo_lambda",)
 

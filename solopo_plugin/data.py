@@ -7,6 +7,7 @@ same behind either prompt), `long_is_short` (its two prompts are equal) and `nam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def expect(good: bool, what: str, needed: str, value: object) -> None:
         raise RowError(f"{what} must be {needed}, got {type(value).__name__} {str(value)[:60]!r}.")
 
 
-def check_text(name: str, column: str, value: object, turn: str = "", blank: bool = False) -> None:
+def check_text(name: str, column: str, value: Any, turn: str = "", blank: bool = False) -> None:
     """Refuse a text that is missing, not a string, or blank.
 
     Args:
@@ -87,7 +88,7 @@ def build_row(
                     f"{name}: the text contains {marker!r}, a BOS or stop token that only the template may write; "
                     "give plain text."
                 )
-    ids = {}
+    ids: dict[str, list[int]] = {}
     for side, prompt, prompt_system in (("short", short, system), ("long", long, long_system)):
         for which, response in zip(("chosen", "rejected"), responses, strict=True):
             try:
@@ -205,7 +206,7 @@ class SoloCollator:
         sequences = [(f[f"{side}_prompt_ids"], f[f"{name}_ids"]) for name in names for f in features]
         width = max(len(prompt) + len(response) for prompt, response in sequences)
         width = -(-width // multiple) * multiple
-        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
         for prompt, response in sequences:
             length = len(prompt) + len(response)
             rest = width - length

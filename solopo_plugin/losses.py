@@ -10,6 +10,7 @@ the host computes them. Nothing is reduced over the batch here and nothing of LL
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -73,14 +74,15 @@ def solopo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
     if spec.pref_ftx > 1e-6:  # the host's threshold
         po_B = po_B + spec.pref_ftx * logps.nll_B
 
+    assert logps.long_chosen_B is not None  # for the type checker: only LongPO has none
     form = (spec.pref_loss, spec.pref_beta, spec.solopo_align, spec.solopo_penalty, spec.solopo_detach_short)
     align_B = alignment(logps.chosen_B, logps.long_chosen_B, *form)
     if logps.long_rejected_B is not None:
         align_B = align_B + alignment(logps.rejected_B, logps.long_rejected_B, *form, rise=True)
     loss_B = po_B + spec.solopo_alpha * align_B if spec.solopo_alpha else po_B
 
-    sides = (logps.chosen_B.detach(), logps.long_chosen_B.detach())
-    rewards = (reward(spec.pref_loss, side_B, spec.pref_beta) for side_B in sides)
+    with torch.no_grad():
+        rewards = [reward(spec.pref_loss, side_B, spec.pref_beta) for side_B in (logps.chosen_B, logps.long_chosen_B)]
     return loss_B, _parts(logps, spec.pref_beta, po_B, align_B, *rewards)
 
 
@@ -98,7 +100,8 @@ def longpo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
         The loss, shape (B,), with gradient, and its parts; nothing is aligned.
     """
     po_B = dpo(logps.chosen_B, logps.rejected_B, logps.ref_chosen_B, logps.ref_rejected_B, spec.pref_beta)
-    rewards = (spec.pref_beta * side_B.detach() for side_B in (logps.ref_chosen_B, logps.chosen_B))
+    with torch.no_grad():
+        rewards = (spec.pref_beta * logps.ref_chosen_B, spec.pref_beta * logps.chosen_B)
     parts = _parts(logps, spec.pref_beta, po_B, torch.zeros_like(po_B), *rewards)
     return logps.nll_B + spec.solopo_longpo_lambda * po_B, parts
 
@@ -171,7 +174,7 @@ def orpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta, **_):
     return -chosen_B - beta * F.logsigmoid(log_odds(chosen_B) - log_odds(rejected_B))
 
 
-PO_LOSSES = {"sigmoid": dpo, "ipo": ipo, "hinge": slic, "simpo": simpo, "orpo": orpo}
+PO_LOSSES: dict[str, Callable[..., Tensor]] = {"sigmoid": dpo, "ipo": ipo, "hinge": slic, "simpo": simpo, "orpo": orpo}
 
 
 # ---- the alignment term: the same response, the same policy, with and without irrelevant context

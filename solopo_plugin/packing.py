@@ -40,7 +40,8 @@ class Plan:
     """
 
     def __init__(self, segments: tuple[Segment, ...]):
-        self.segments, self.calls, self._layouts = segments, 0, {}
+        self.segments, self.calls = segments, 0
+        self._layouts: dict[torch.device, Layout] = {}
 
     def layout(self, device: torch.device) -> "Layout":
         """Return the segments as kernels take them; made once per row and device, not once per layer."""
@@ -97,7 +98,9 @@ def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
         each predicts; both span after span. `counts_N`: tokens per span, `counts`: the same as a list. `plan`: the
         segments.
     """
-    ids, places, positions, targets, counts, segments = [], [], [], [], [], []
+    ids: list[int] = []
+    places: list[int] = []
+    positions, targets, counts, segments = [], [], [], []
 
     def score(predictors, tokens):
         positions.extend(predictors)
@@ -156,7 +159,8 @@ class PackedCollator:
         return {"reference": self._pack_pairs(features, "short")}
 
     def _pack_policy(self, features: list[dict]) -> dict:
-        groups, spans, n = [], {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}, 0
+        groups, n = [], 0
+        spans: dict[str, list[int]] = {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}
         for f in features:
             pair = [f["chosen_ids"], f["rejected_ids"]]
             groups.append((f["short_prompt_ids"], pair))
