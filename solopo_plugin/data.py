@@ -206,11 +206,13 @@ class SoloCollator:
         sequences = [(f[f"{side}_prompt_ids"], f[f"{name}_ids"]) for name in names for f in features]
         width = max(len(prompt) + len(response) for prompt, response in sequences)
         width = -(-width // multiple) * multiple
-        batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for prompt, response in sequences:
-            length = len(prompt) + len(response)
-            rest = width - length
-            batch["input_ids"].append(prompt + response + [self.pad_token_id] * rest)
-            batch["attention_mask"].append([1] * length + [0] * rest)
-            batch["labels"].append([IGNORE] * len(prompt) + response + [IGNORE] * rest)
-        return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+        def padded(ids: list[int], with_id: int) -> list[int]:
+            return ids + [with_id] * (width - len(ids))
+
+        batch = {
+            "input_ids": [padded(prompt + response, self.pad_token_id) for prompt, response in sequences],
+            "attention_mask": [padded([1] * len(prompt + response), 0) for prompt, response in sequences],
+            "labels": [padded([IGNORE] * len(prompt) + response, IGNORE) for prompt, response in sequences],
+        }
+        return {name: torch.tensor(ids) for name, ids in batch.items()}

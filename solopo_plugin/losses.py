@@ -37,24 +37,7 @@ class LogProbs(NamedTuple):
     ref_rejected_B: Tensor | None = None
 
 
-class Parts(NamedTuple):
-    """Hold what is logged of a step, each (B,), fp32, without gradient; every objective fills all of it.
-
-    The log's names are these with a slash for the first underscore. docs/training.md defines them.
-    """
-
-    rewards_chosen: Tensor
-    rewards_rejected: Tensor
-    rewards_accuracies: Tensor
-    rewards_margins: Tensor
-    logps_chosen: Tensor
-    logps_rejected: Tensor
-    solopo_po_loss: Tensor
-    solopo_align_loss: Tensor
-    solopo_reward_short: Tensor
-    solopo_reward_long: Tensor
-    solopo_reward_gap: Tensor
-    solopo_nll: Tensor
+Parts = dict[str, Tensor]  # what is logged of a step, by its name in the log: (B,), fp32, without gradient
 
 
 def solopo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
@@ -108,27 +91,29 @@ def longpo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
 
 @torch.no_grad()
 def _parts(logps: LogProbs, beta: float, po_B, align_B, reward_short_B, reward_long_B) -> Parts:
+    """What docs/training.md defines, the same set in the same order for both objectives."""
     chosen_B, rejected_B, nll_B, *_, ref_chosen_B, ref_rejected_B = logps
     reward_chosen_B = beta * (chosen_B if ref_chosen_B is None else chosen_B - ref_chosen_B)
     reward_rejected_B = beta * (rejected_B if ref_rejected_B is None else rejected_B - ref_rejected_B)
-    parts = Parts(
-        rewards_chosen=reward_chosen_B,
-        rewards_rejected=reward_rejected_B,
-        rewards_accuracies=reward_chosen_B > reward_rejected_B,
-        rewards_margins=reward_chosen_B - reward_rejected_B,
-        logps_chosen=chosen_B,
-        logps_rejected=rejected_B,
-        solopo_po_loss=po_B,
-        solopo_align_loss=align_B,
-        solopo_reward_short=reward_short_B,
-        solopo_reward_long=reward_long_B,
-        solopo_reward_gap=(reward_short_B - reward_long_B).abs(),
-        solopo_nll=nll_B,
-    )
-    return Parts(*(part_B.detach().float() for part_B in parts))
+    parts = {
+        "rewards/chosen": reward_chosen_B,
+        "rewards/rejected": reward_rejected_B,
+        "rewards/accuracies": reward_chosen_B > reward_rejected_B,
+        "rewards/margins": reward_chosen_B - reward_rejected_B,
+        "logps/chosen": chosen_B,
+        "logps/rejected": rejected_B,
+        "solopo/po_loss": po_B,
+        "solopo/align_loss": align_B,
+        "solopo/reward_short": reward_short_B,
+        "solopo/reward_long": reward_long_B,
+        "solopo/reward_gap": (reward_short_B - reward_long_B).abs(),
+        "solopo/nll": nll_B,
+    }
+    return {name: part_B.detach().float() for name, part_B in parts.items()}
 
 
 OBJECTIVES = {"solopo": solopo, "longpo": longpo}
+METRICS = tuple(_parts(LogProbs(*[torch.zeros(1)] * 3), 1.0, *[torch.zeros(1)] * 4))  # the names of all parts
 
 
 # ---- L_PO: the preference loss on the short pair. chosen, rejected, and the reference's for the losses that have one

@@ -18,12 +18,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .collapse import GAP, NLL, REWARD, collapse
 from .data import data_sets, step_lengths
 from .forward import Packed, TwoStages, all_tokens
-from .losses import OBJECTIVES, Parts, solopo
+from .losses import METRICS, OBJECTIVES, solopo
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
-
-# Always this set in this order, on every rank and step. Defined in docs/training.md.
-METRICS = tuple(name.replace("_", "/", 1) for name in Parts._fields)
 
 
 class ExampleMeans:
@@ -95,7 +92,7 @@ class SoloTrainer(CustomDPOTrainer):
         logps = self.form.policy(model, inputs)
         logps = logps._replace(ref_chosen_B=ref_chosen_B, ref_rejected_B=ref_rejected_B)
         losses_B, parts = self.objective(logps, self.finetuning_args)
-        return losses_B, torch.stack(parts, dim=1)
+        return losses_B, torch.stack([*parts.values()], dim=1)
 
     def reference_logps(self, model, inputs) -> tuple[Tensor | None, Tensor | None]:
         """Return the reference's log-probs of the short pair, each (B,); None where the loss has no reference.

@@ -494,7 +494,7 @@ def test_longpo_is_the_closed_form():
     truth = [exact(formula)(*row, 0.3) for row in zip(*columns, strict=True)]
     assert got.shape == (64,)
     assert got.tolist() == pytest.approx(truth, **CLOSE)
-    assert parts.solopo_po_loss.tolist() == pytest.approx(truth, rel=1e-6) and not parts.solopo_align_loss.any()
+    assert parts["solopo/po_loss"].tolist() == pytest.approx(truth, rel=1e-6) and not parts["solopo/align_loss"].any()
 
 
 def test_longpo_gradcheck():

@@ -131,6 +131,8 @@ class LongConverter:
         long_attr = copy(attr)
         long_attr.prompt, long_attr.messages = attr.long_prompt, attr.long_messages
         self.long = get_dataset_converter(attr.formatting, long_attr, data_args)
+        self.prompt_column = attr.prompt if attr.formatting == "alpaca" else attr.messages
+        self.long_column = getattr(attr, LONG_COLUMN[attr.formatting])
 
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
         """Return a row of the file as the processor takes it; what the converters have made of it is checked too."""
@@ -160,16 +162,6 @@ class LongConverter:
         expect(isinstance(tools, str | None), f"{name}: column `{attr.tools}`", "JSON text", tools)
         short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_name": name}
         return {k: v for k, v in short.items() if k not in ("_images", "_videos", "_audios")}
-
-    @property
-    def prompt_column(self) -> str:
-        """Return the file's column of the short prompt."""
-        return self.attr.prompt if self.attr.formatting == "alpaca" else self.attr.messages
-
-    @property
-    def long_column(self) -> str:
-        """Return the file's column of the long prompt."""
-        return getattr(self.attr, LONG_COLUMN[self.attr.formatting])
 
     def check_read(self, name: str, example: dict[str, Any]) -> None:
         """Refuse what the host's converters would leave out in silence, or crash on."""
