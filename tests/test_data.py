@@ -112,7 +112,7 @@ def test_fits_is_exact_at_the_boundary(rows, offset):
             with pytest.raises(RowError) as caught:
                 fits(row, cutoff, "error")
             message = str(caught.value)
-            assert message.startswith(f"{row['row']}: ") and f" {length} tokens" in message and str(cutoff) in message
+            assert message.startswith(f"{row['name']}: ") and f" {length} tokens" in message and str(cutoff) in message
         assert row == before  # never truncated
 
 
