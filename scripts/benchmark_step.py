@@ -33,9 +33,9 @@ from pathlib import Path
 
 from plan import MODELS, OPTIMIZERS, VARIANTS, Setup, count, peak, shape_of, step_flops, step_memory
 
-from solopo_plugin.args import LENGTH_NORMALISED
-from solopo_plugin.host.versions import installed
+from solopo_plugin.losses import LENGTH_NORMALISED
 from solopo_plugin.qa.files import replacing
+from solopo_plugin.qa.provenance import installed
 
 GB = 1e9  # bytes
 WARM_UP = 1  # steps before the timed ones: allocators and optimizer states
@@ -146,13 +146,14 @@ def use_variant(variant: str) -> None:
     """Let the trainer's two stages keep all logits (S1, the paper's way) or those of the responses only (S2)."""
     from llamafactory.train.trainer_utils import get_batch_logps
 
+    from solopo_plugin.forward import TwoStages
     from solopo_plugin.logps import predicting_positions, response_logps
     from solopo_plugin.trainer import SoloTrainer
 
-    def long_logps(self, model, inputs, chosen_B, rejected_B):
-        logits_BTV = self.forward_long(model, inputs, None).float()
-        logps_B, counts_B = get_batch_logps(logits_BTV, inputs["long_labels"])
-        return [logps_B / counts_B if self.finetuning_args.pref_loss in LENGTH_NORMALISED else logps_B]
+    def long_logps(self, model, batch, chosen_B, rejected_B):
+        logits_BTV = self.forward_long(model, batch, None).float()
+        logps_B, counts_B = get_batch_logps(logits_BTV, batch["long_labels"])
+        return [logps_B / counts_B if self.args.pref_loss in LENGTH_NORMALISED else logps_B]
 
     def concatenated_forward(self, model, batch, is_ref_model=False):
         labels_BT = batch.pop("labels")
@@ -164,7 +165,7 @@ def use_variant(variant: str) -> None:
         return {"chosen_logps": pair[0], "rejected_logps": pair[1], "chosen_logps_avg": means[0]}
 
     if variant == "S1":
-        SoloTrainer.long_logps = long_logps
+        TwoStages.long_logps = long_logps
     elif variant == "S2":
         SoloTrainer.concatenated_forward = concatenated_forward
 
@@ -284,7 +285,7 @@ def write_rows(folder: Path, settings: dict, L: int) -> None:
     for i in range(ROWS):
         draw = random.Random(i)
         short, long, chosen, rejected = (draw.choices(range(V), k=k) for k in (S, L, R, R))
-        solopo.append({"row": f"rows[{i}]", "same": False, "short_prompt_ids": short, "long_prompt_ids": long,
+        solopo.append({"name": f"rows[{i}]", "long_is_short": False, "short_prompt_ids": short, "long_prompt_ids": long,
                        "chosen_ids": chosen, "rejected_ids": rejected})  # fmt: skip
         dpo.append({"images": None, "videos": None, "audios": None})
         for name, ids in (("chosen", chosen), ("rejected", rejected)):

@@ -6,11 +6,10 @@ against it. Nothing of LLaMA-Factory is imported here.
 
 import math
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-LOSSES = ("sigmoid", "ipo", "hinge", "simpo", "orpo")  # the host's `pref_loss` values that SoLoPO is defined for
-LENGTH_NORMALISED = ("ipo", "simpo", "orpo")  # losses on the mean log-prob per token; the others use the sum
+from .losses import PO_LOSSES
+from .qa.files import did_you_mean
 
 
 def _key(default, help: str):
@@ -19,7 +18,7 @@ def _key(default, help: str):
 
 @dataclass
 class SoloArguments:
-    """Arguments of the SoLoPO stage (`stage: solopo`)."""
+    """Declare what the step and its objective are set to; they join the host's `FinetuningArguments`."""
 
     solopo_alpha: float = _key(
         1.0,
@@ -52,10 +51,6 @@ class SoloArguments:
         0.01,
         "LongPO only: weight of the preference term; the NLL has weight 1. 0.01 is LongPO's.",
     )
-    solopo_overlength: Literal["error", "drop"] = _key(
-        "error",
-        "A row longer than `cutoff_len`: stop with an `error`, or `drop` it (counted and reported). Never truncated.",
-    )
     solopo_forward: Literal["auto", "packed", "two_stage"] = _key(
         "auto",
         "How a step runs: `packed`, all sequences of a micro-batch as one row without padding in one forward; "
@@ -78,8 +73,28 @@ class SoloArguments:
         "forward of the MLPs per step. Dense models only.",
     )
 
+    @property
+    def longpo(self) -> bool:
+        """Return whether the objective is LongPO."""
+        return self.solopo_objective == "longpo"
 
-FIELDS = {f.name: f for f in fields(SoloArguments)}
+    @property
+    def long_pair(self) -> bool:
+        """Return whether the rejected response is scored behind the long prompt too."""
+        return self.longpo or self.solopo_align_on == "both"
+
+
+@dataclass
+class SoloDataArguments:
+    """Declare what becomes of the rows; it joins the host's `DataArguments`, which reach the host's processors."""
+
+    solopo_overlength: Literal["error", "drop"] = _key(
+        "error",
+        "A row longer than `cutoff_len`: stop with an `error`, or `drop` it (counted and reported). Never truncated.",
+    )
+
+
+FIELDS: dict[str, Any] = {f.name: f for declared in (SoloArguments, SoloDataArguments) for f in fields(declared)}
 SOLOPO_ONLY = ("solopo_alpha", "solopo_align", "solopo_align_on", "solopo_penalty", "solopo_detach_short")
 LONGPO_ONLY = ("solopo_longpo_lambda",)
 
@@ -88,26 +103,25 @@ def check_keys(keys) -> None:
     """Refuse a `solopo_*` key that does not exist and name the nearest one and all that do."""
     for key in keys:
         if key.startswith("solopo") and key not in FIELDS:
-            near = get_close_matches(key, FIELDS, n=1, cutoff=0.8)
-            hint = f"Did you mean `{near[0]}`? " if near else ""
-            raise ValueError(f"Unknown key `{key}` in the recipe. {hint}Allowed: {', '.join(FIELDS)}.")
+            near = did_you_mean(key, FIELDS, cutoff=0.8)
+            raise ValueError(f"Unknown key `{key}` in the recipe. {near}Allowed: {', '.join(FIELDS)}.")
 
 
-def check_values(args: SoloArguments) -> None:
+def check_values(args: SoloArguments | SoloDataArguments) -> None:
     """Refuse a value of the wrong type or out of range; the message names key, value seen and what is allowed.
 
     Whole numbers are accepted for weights and become floats, as YAML writes `2` and `2.0` alike.
     """
-    for name, spec in FIELDS.items():
-        value = getattr(args, name)
+    for name in (name for name in FIELDS if hasattr(args, name)):
+        value, spec = getattr(args, name), FIELDS[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
         if spec.type is float:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
+            if not (whole or isinstance(value, float)) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
             setattr(args, name, float(value))
         elif spec.type is int:
             least = min(1, spec.default)  # 0 switches off what is off by default
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not whole or value < least:
                 raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
         elif spec.type is bool:
             if not isinstance(value, bool):
@@ -122,13 +136,14 @@ def check_loss(args) -> None:
     Args:
         args: The host's finetuning arguments with those of `SoloArguments`.
     """
-    if args.pref_loss not in LOSSES:
-        raise ValueError(f"`pref_loss` must be one of {', '.join(LOSSES)} for `stage: solopo`; got {args.pref_loss!r}.")
-    longpo = args.solopo_objective == "longpo"
-    if longpo and args.pref_loss != "sigmoid":
+    if args.pref_loss not in PO_LOSSES:
+        raise ValueError(
+            f"`pref_loss` must be one of {', '.join(PO_LOSSES)} for `stage: solopo`; got {args.pref_loss!r}."
+        )
+    if args.longpo and args.pref_loss != "sigmoid":
         raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
-    ignored = {"pref_ftx": 0.0, "dpo_label_smoothing": 0.0} if longpo else {}
-    for name in SOLOPO_ONLY if longpo else LONGPO_ONLY:
+    ignored = {"pref_ftx": 0.0, "dpo_label_smoothing": 0.0} if args.longpo else {}
+    for name in SOLOPO_ONLY if args.longpo else LONGPO_ONLY:
         ignored[name] = FIELDS[name].default
     for name, default in ignored.items():
         if getattr(args, name) != default:

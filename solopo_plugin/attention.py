@@ -26,13 +26,15 @@ SEGMENTS = "solopo_segments"  # the name of `attend` among transformers' attenti
 IN_WORDS = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}
 
 # Equal to each sequence alone, in loss and gradients, in tests/test_packing.py. `auto` does not guess about others.
-TESTED = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "phi", "phi3", "olmo2",
-          "glm4", "granite", "smollm3")  # fmt: skip
+TESTED = (
+    *("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "phi", "phi3", "olmo2"),
+    *("glm4", "granite", "smollm3"),
+)
 ROPES = ("default", "linear", "yarn", "llama3")  # `dynamic` and `longrope` choose frequencies by the row's longest part
 
 
 def why_not_packed(model: nn.Module) -> str | None:
-    """Why a model cannot run a packed row, or None where it can. Looks at the class, the modules and the config."""
+    """Return why a model cannot run a packed row, or None where it can, by its class, modules and configuration."""
     model = base_of(model)
     config, forward = model.config, inspect.signature(model.forward).parameters
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -74,7 +76,7 @@ def why_two_stages(solopo_forward: str, *models) -> str | None:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper."""
+    """Return the transformers model inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -84,8 +86,10 @@ def how_a_step_runs(
     """Return a sentence for the log: the form of the step and the attention that runs it.
 
     Args:
+        model: The policy.
         not_packed: Why the step has two stages; None where it is packed.
-        device, dtype: Those that attention runs on and in.
+        device: That attention runs on.
+        dtype: That attention runs in.
         capability: The compute capability of a GPU that is not here; None asks the device.
     """
     config = base_of(model).config
@@ -99,7 +103,7 @@ def how_a_step_runs(
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that gradient checkpointing may run again: every attention and every MLP is in one of them."""
+    """Return the layers that gradient checkpointing may run again: every attention and every MLP is in one of them."""
     return [m for m in base_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
@@ -160,8 +164,8 @@ def attend(
 ):
     """Attend within a packed row's segments: in one call of torch's FlashAttention where it runs, else by SDPA.
 
-    Args:
-        query_1HTD: Shape (1, H, T, D); keys and values with as many or, for grouped queries, fewer heads.
+    The parameters are transformers' for its attention functions. Queries: shape (1, H, T, D); keys and values with as
+    many or, for grouped queries, fewer heads.
 
     Returns:
         Shape (1, T, H, D), and None for the weights.
@@ -196,11 +200,8 @@ def varlen_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, la
         key, value = (
             torch.cat([pieces[i] for i in order]) for pieces in (key.split(layout.pieces), value.split(layout.pieces))
         )
-    output_THD = varlen_attn(
-        query, key, value, layout.cu_queries, layout.cu_keys, layout.longest_queries, layout.longest_keys,
-        scale=scale, window_size=(-1, 0),
-    )  # fmt: skip
-    return output_THD[None]
+    lengths = (layout.cu_queries, layout.cu_keys, layout.longest_queries, layout.longest_keys)
+    return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))[None]
 
 
 def sdpa_segments(
@@ -218,10 +219,9 @@ def sdpa_segments(
             for pieces in (key_pieces, value_pieces)
         )
         shared = query.shape[2] < key.shape[2]
-        outputs.append(F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped, is_causal=not shared,
-            attn_mask=lower_right(query.shape[2], key.shape[2], query.device) if shared else None,
-        ))  # fmt: skip
+        mask = lower_right(query.shape[2], key.shape[2], query.device) if shared else None
+        how = dict(attn_mask=mask, dropout_p=dropout, is_causal=not shared, scale=scale, enable_gqa=grouped)
+        outputs.append(F.scaled_dot_product_attention(query, key, value, **how))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 

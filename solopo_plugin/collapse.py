@@ -1,4 +1,4 @@
-"""Sees in the trainer's log that the alignment is bought by unlearning the short answer. Nothing of torch is imported.
+"""See in the trainer's log that the alignment is bought by unlearning the short answer. Nothing of torch is imported.
 
 The alignment term is 0 where both rewards are equal, also where both are low: its gradient through the short side can
 pull the short reward down to the long one (docs/training.md, "Diagnostics").
@@ -12,7 +12,7 @@ LOGS = 3  # in a row, so that a log of hard rows is not taken for it
 
 
 def collapse(log_history: list[dict]) -> tuple[dict, dict] | None:
-    """The first and the latest logged means if each of the last `LOGS` logs shows the collapse, else None.
+    """Return the first and the latest logged means if each of the last `LOGS` logs shows the collapse, else None.
 
     Args:
         log_history: As in the trainer's state; entries without the step's metrics (evaluations) are passed over.
@@ -24,7 +24,7 @@ def collapse(log_history: list[dict]) -> tuple[dict, dict] | None:
 
 
 def collapsed(start: dict, now: dict) -> bool:
-    """Whether the short answer is unlearned, and its reward's fall is much of what closed the gap.
+    """Return whether the short answer is unlearned, and its reward's fall is much of what closed the gap.
 
     The short reward has to fall by `SHARE` of the first gap, and the NLL, whose scale is the same for every loss, to
     double. Rewards are compared with rewards only, so that their scale cancels. Where the gap closes by less than a

@@ -1,12 +1,13 @@
 """A row of the data set on its way to the model: checked, tokenised, batched. Nothing of LLaMA-Factory is imported.
 
 A tokenised row holds `short_prompt_ids`, `long_prompt_ids`, `chosen_ids`, `rejected_ids` (the response's tokens, the
-same behind either prompt), `same` (the long prompt is the short one) and `row`, the name by which messages call it:
+same behind either prompt), `long_is_short` (its two prompts are equal) and `name`, by which messages call it:
 `<dataset>[<index>]`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,56 +17,63 @@ from .logps import IGNORE
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns that reference.py adds, as the loss has them
 PARTS = ("short_prompt", "long_prompt", "chosen", "rejected")
-COLUMNS = ("row", "same", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
+COLUMNS = ("name", "long_is_short", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class RowError(ValueError):
-    """A row that cannot be trained on; the message names data set, row, column and what to do."""
+    """Say of a row that it cannot be trained on; the message names data set, row, column and what to do."""
 
 
 def data_sets(train, evaluated) -> dict[tuple[str, str], object]:
-    """Training and evaluation sets by ("train" or "eval", name), whatever their nesting; what is None is left out."""
+    """Return training and evaluation sets by ("train" or "eval", name), whatever their nesting, without those None."""
     evaluated = evaluated if isinstance(evaluated, dict) else {"": evaluated}
     sets = {("train", ""): train} | {("eval", name): split for name, split in evaluated.items()}
     return {key: split for key, split in sets.items() if split is not None}
 
 
 def expect(good: bool, what: str, needed: str, value: object) -> None:
-    """Refuse a value of a row that is not what is needed; `what` names row, column and turn."""
+    """Refuse a value of a row that is not what is needed; `what` says row, column and turn."""
     if not good:
         raise RowError(f"{what} must be {needed}, got {type(value).__name__} {str(value)[:60]!r}.")
 
 
-def check_text(row: str, column: str, value: object, turn: str = "", blank: bool = False) -> None:
+def check_text(name: str, column: str, value: Any, turn: str = "", blank: bool = False) -> None:
     """Refuse a text that is missing, not a string, or blank.
 
     Args:
+        name: Of the row, for messages.
+        column: Where the text is.
+        value: The text.
         turn: Begins the message where the column is a conversation: "turn 2 (`human`) of ".
         blank: A blank text is accepted.
     """
-    expect(isinstance(value, str), f"{row}: {turn}column `{column}`", "a string", value)
+    expect(isinstance(value, str), f"{name}: {turn}column `{column}`", "a string", value)
     if not blank and not value.strip():
-        raise RowError(f"{row}: {turn}column `{column}` is empty; give it a text or remove the row.")
+        raise RowError(f"{name}: {turn}column `{column}` is empty; give it a text or remove the row.")
 
 
 def build_row(
-    row: str,
-    encode: Callable[[list[dict], str, str], tuple[list[int], list[int]]],
+    name: str,
     short: list[dict],
     long: list[dict],
     responses: list[dict],
     system: str,
     long_system: str,
     tools: str,
+    encode: Callable[[list[dict], str, str], tuple[list[int], list[int]]],
     markers: list[str],
 ) -> dict:
     """Tokenise one row; the chat template is applied here and nowhere else.
 
     Args:
-        row: Name of the row for messages.
-        encode: Messages, system, tools -> ids of the templated prompt and of the last message (the response).
-        short: Messages up to the last question, with the short context. `long`: the same with the long one.
+        name: Of the row, for messages.
+        short: Messages up to the last question, with the short context.
+        long: The same with the long one.
         responses: The chosen and the rejected message.
+        system: The system prompt before the short context.
+        long_system: That before the long one.
+        tools: Descriptions of functions as JSON text.
+        encode: Messages, system, tools -> ids of the templated prompt and of the last message (the response).
         markers: Texts that only the template may write: the BOS token (which so comes at most once) and the stop words
             that end its turns.
 
@@ -77,47 +85,47 @@ def build_row(
         for marker in markers:
             if text and marker in text:
                 raise RowError(
-                    f"{row}: the text contains {marker!r}, a BOS or stop token that only the template may write; "
+                    f"{name}: the text contains {marker!r}, a BOS or stop token that only the template may write; "
                     "give plain text."
                 )
-    ids = {}
+    ids: dict[str, list[int]] = {}
     for side, prompt, prompt_system in (("short", short, system), ("long", long, long_system)):
-        for name, response in zip(("chosen", "rejected"), responses, strict=True):
+        for which, response in zip(("chosen", "rejected"), responses, strict=True):
             try:
                 prompt_ids, response_ids = encode([*prompt, response], prompt_system, tools)
             except Exception as error:  # whatever the template's code raises at a function call that it cannot read
                 what = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
                 raise RowError(
-                    f"{row}: the template cannot write {_unwritable(encode, side, prompt, name, response)}: {what}; "
+                    f"{name}: the template cannot write {_unwritable(encode, side, prompt, which, response)}: {what}; "
                     "a call is a JSON object with `name` and `arguments`, `tools` a JSON list of functions."
                 ) from error
             if None in prompt_ids or None in response_ids:
-                raise RowError(f"{row}: the template writes a token that the tokenizer lacks; check `template`.")
-            if ids.setdefault(f"{name}_ids", response_ids) != response_ids:
+                raise RowError(f"{name}: the template writes a token that the tokenizer lacks; check `template`.")
+            if ids.setdefault(f"{which}_ids", response_ids) != response_ids:
                 raise RowError(
-                    f"{row}: `{name}` tokenises differently behind the short and the long prompt; check `template`."
+                    f"{name}: `{which}` tokenises differently behind the short and the long prompt; check `template`."
                 )
             if ids.setdefault(f"{side}_prompt_ids", prompt_ids) != prompt_ids:
                 raise RowError(
-                    f"{row}: the template writes one {side} prompt before `chosen` and another before `rejected`, as "
+                    f"{name}: the template writes one {side} prompt before `chosen` and another before `rejected`, as "
                     "where only one of them has a thought; set `enable_thinking: true`, or give both a thought or none."
                 )
     if ids["chosen_ids"] == ids["rejected_ids"]:
-        raise RowError(f"{row}: `chosen` and `rejected` are the same tokens; remove the row.")
+        raise RowError(f"{name}: `chosen` and `rejected` are the same tokens; remove the row.")
     _, empty_ids = encode([{"role": "user", "content": "-"}, {"role": "assistant", "content": ""}], "", "")
-    for name in ("chosen", "rejected"):
-        if ids[f"{name}_ids"] == empty_ids:
+    for which in ("chosen", "rejected"):
+        if ids[f"{which}_ids"] == empty_ids:
             raise RowError(
-                f"{row}: nothing is left of `{name}` in the template (`enable_thinking: false` removes thoughts); "
+                f"{name}: nothing is left of `{which}` in the template (`enable_thinking: false` removes thoughts); "
                 "give it a text or remove the row."
             )
-    return {"row": row, "same": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
+    return {"name": name, "long_is_short": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
 
 
-def _unwritable(encode, side: str, prompt: list[dict], name: str, response: dict) -> str:
+def _unwritable(encode, side: str, prompt: list[dict], which: str, response: dict) -> str:
     """Where in a row the template fails, by trying one turn after the other; the tools are what is left."""
     places = [f"turn {n} ({turn['role']}) of the {side} prompt" for n, turn in enumerate(prompt, 1)]
-    for turn, place in zip([*prompt, response], [*places, f"`{name}`"], strict=True):
+    for turn, place in zip([*prompt, response], [*places, f"`{which}`"], strict=True):
         try:
             encode([turn], "", "")
         except Exception:
@@ -126,79 +134,85 @@ def _unwritable(encode, side: str, prompt: list[dict], name: str, response: dict
 
 
 def row_length(row: dict) -> int:
-    """Tokens of the row's longest sequence, whatever the objective, so that all of them train on the same rows."""
+    """Return the tokens of the row's longest sequence, whatever the objective, so that all train on the same rows."""
     prompt = max(len(row["short_prompt_ids"]), len(row["long_prompt_ids"]))
     return prompt + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def fits(row: dict, cutoff_len: int, overlength: str) -> bool:
-    """Whether a row is within `cutoff_len` tokens; if not, False for `overlength: drop` and an error for `error`."""
+    """Return whether a row is within `cutoff_len` tokens; where it is not, `overlength: error` raises."""
     length = row_length(row)
     if length > cutoff_len and overlength == "error":
         raise RowError(
-            f"{row['row']}: prompt + response have {length} tokens and `cutoff_len` is {cutoff_len}; "
+            f"{row['name']}: prompt + response have {length} tokens and `cutoff_len` is {cutoff_len}; "
             "raise `cutoff_len`, shorten the row, or set `solopo_overlength: drop`. Rows are never truncated."
         )
     return length <= cutoff_len
 
 
 def part_lengths(dataset) -> dict[str, np.ndarray]:
-    """Tokens of each of the `PARTS`, shape (N rows,), in the order of a data set that may be a share of its table."""
+    """Return the tokens of each of the `PARTS`, shape (N rows,), in the order of the data set."""
+    # a data set may be a share of its table
     rows = slice(None) if dataset._indices is None else dataset._indices.column(0).to_numpy()
     return {part: list_value_length(dataset.data.column(f"{part}_ids")).to_numpy()[rows] for part in PARTS}
 
 
-def step_lengths(dataset, longpo: bool, both: bool) -> list[int]:
-    """Tokens that a packed step runs of each row: the measure by which `group_by_length` groups, in either form."""
+def step_lengths(dataset, longpo: bool, long_pair: bool) -> list[int]:
+    """Return the tokens that a packed step runs of each row, by which `group_by_length` groups in either form."""
     n = part_lengths(dataset)
     short = n["short_prompt"] + n["chosen"] + n["rejected"]
-    long = n["long_prompt"] + n["chosen"] + (n["rejected"] if longpo or both else 0)
-    return (long if longpo else short + np.where(dataset["same"], 0, long)).tolist()
+    long = n["long_prompt"] + n["chosen"] + (n["rejected"] if long_pair else 0)
+    return (long if longpo else short + np.where(dataset["long_is_short"], 0, long)).tolist()
 
 
-def reference_of(features: list[dict]) -> dict[str, torch.Tensor]:
-    """`reference_B2` of rows that have the columns `REFERENCE`; nothing of others."""
-    if REFERENCE[0] not in features[0]:
-        return {}
-    return {"reference_B2": torch.tensor([[f[column] for column in REFERENCE] for f in features])}
+def known_of(features: list[dict]) -> dict:
+    """Return what a batch says of its rows in either form.
+
+    `long_is_short_B`, `names` and, where the rows have the columns `REFERENCE`, `reference_B2`: the reference's
+    log-probs of chosen and rejected.
+    """
+    known = {"long_is_short_B": torch.tensor([f["long_is_short"] for f in features])}
+    if REFERENCE[0] in features[0]:
+        known["reference_B2"] = torch.tensor([[f[column] for column in REFERENCE] for f in features])
+    return known | {"names": [f["name"] for f in features]}
 
 
 @dataclass
 class SoloCollator:
-    """Rows -> one batch of right-padded tensors.
+    """Make one batch of right-padded tensors from rows.
 
     `input_ids`, `attention_mask`, `labels`: the short pair, all chosen, then all rejected (2B, T), padded to a multiple
     of 8, as the host's pairwise collator gives it. `long_*`: the long prompt with the chosen responses (B, T'), or with
-    chosen, then rejected (2B, T') where `long_pair`. `same_B`: the long prompt is the short prompt. `rows`: names.
-    `reference_B2`: the reference's log-probs of chosen and rejected, where the rows have them.
+    chosen, then rejected (2B, T') where `long_pair`. The rest: see `known_of`.
     """
 
     pad_token_id: int
     long_pair: bool = False
 
     def __call__(self, features: list[dict]) -> dict:
+        """Return the batch."""
         long = self._pad(features, "long", ("chosen", "rejected") if self.long_pair else ("chosen",), multiple=1)
         return {
             **self.short_pair(features),
             **{f"long_{name}": tensor for name, tensor in long.items()},
-            **reference_of(features),
-            "same_B": torch.tensor([f["same"] for f in features]),
-            "rows": [f["row"] for f in features],
+            **known_of(features),
         }
 
     def short_pair(self, features: list[dict]) -> dict:
-        """All that a reference is shown."""
+        """Return all that a reference is shown."""
         return self._pad(features, "short", ("chosen", "rejected"), multiple=8)
 
     def _pad(self, features: list[dict], side: str, names: tuple[str, ...], multiple: int) -> dict[str, torch.Tensor]:
         sequences = [(f[f"{side}_prompt_ids"], f[f"{name}_ids"]) for name in names for f in features]
         width = max(len(prompt) + len(response) for prompt, response in sequences)
         width = -(-width // multiple) * multiple
-        batch = {"input_ids": [], "attention_mask": [], "labels": []}
-        for prompt, response in sequences:
-            length = len(prompt) + len(response)
-            rest = width - length
-            batch["input_ids"].append(prompt + response + [self.pad_token_id] * rest)
-            batch["attention_mask"].append([1] * length + [0] * rest)
-            batch["labels"].append([IGNORE] * len(prompt) + response + [IGNORE] * rest)
-        return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+        def padded(ids: list[int], with_id: int) -> list[int]:
+            return ids + [with_id] * (width - len(ids))
+
+        batch = {
+            "input_ids": [padded(prompt + response, self.pad_token_id) for prompt, response in sequences],
+            "attention_mask": [padded([1] * len(prompt + response), 0) for prompt, response in sequences],
+            "labels": [padded([IGNORE] * len(prompt) + response, IGNORE) for prompt, response in sequences],
+        }
+        return {name: torch.tensor(ids) for name, ids in batch.items()}

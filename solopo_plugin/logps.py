@@ -17,7 +17,7 @@ def _token_logps(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def token_logps(logits_NV: Tensor, targets_N: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Log softmax(logits)[target] in fp32, nats, shape (N,); fp32 copies are made per chunk and again in backward."""
+    """Return log softmax(logits)[target], fp32, nats, (N,); fp32 copies are made per chunk and again in backward."""
     if len(targets_N) <= chunk:
         return _token_logps(logits_NV, targets_N)
     parts = zip(logits_NV.split(chunk), targets_N.split(chunk), strict=True)
@@ -25,19 +25,20 @@ def token_logps(logits_NV: Tensor, targets_N: Tensor, chunk: int = CHUNK) -> Ten
 
 
 def predicting_positions(labels_BT: Tensor) -> Tensor:
-    """Positions whose *next* token is labelled in some row: all that a model must give logits for. Shape (K,)."""
+    """Return the positions whose *next* token is labelled in some row: all that need logits. Shape (K,)."""
     return (labels_BT[:, 1:] != IGNORE).any(0).nonzero().squeeze(-1)
 
 
 def response_logps(
     logits_BKV: Tensor, labels_BT: Tensor, positions_K: Tensor, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """Summed log-prob of each row's labelled tokens.
+    """Return the summed log-prob of each row's labelled tokens.
 
     Args:
         logits_BKV: Logits at `positions_K`, any float dtype.
         labels_BT: Token ids of the response, `IGNORE` elsewhere, aligned with the input (not shifted).
         positions_K: From `predicting_positions(labels_BT)`: the logits at position t predict the label at t + 1.
+        chunk: Tokens whose fp32 logits exist at a time.
 
     Returns:
         Sum per row in nats, fp32, shape (B,), and the number of labelled tokens per row, shape (B,).

@@ -14,14 +14,14 @@ from itertools import accumulate
 
 import torch
 
-from .data import reference_of
+from .data import known_of
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the responses behind it, token ids
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive queries and all the keys that they may see; causal, the last query sees the last key.
+    """Name consecutive queries and all the keys that they may see; causal, the last query sees the last key.
 
     Attributes:
         query: First position in the row, and the one after the last.
@@ -33,13 +33,15 @@ class Segment:
 
 
 class Plan:
-    """The segments of a row on their way through the model's keyword arguments; `calls` counts the attentions done.
+    """Carry a row's segments through the model's keyword arguments, and count in `calls` the layers that used them.
 
-    It is no dataclass: FSDP2 copies those for each layer when it casts inputs, and a layer would count on its own copy.
+    The decoder's call begins the count and refuses a model in which a layer attended otherwise (attention.py). It is no
+    dataclass: FSDP2 copies those for each layer when it casts inputs, and a layer would count on its own copy.
     """
 
     def __init__(self, segments: tuple[Segment, ...]):
-        self.segments, self.calls, self._layouts = segments, 0, {}
+        self.segments, self.calls = segments, 0
+        self._layouts: dict[torch.device, Layout] = {}
 
     def layout(self, device: torch.device) -> "Layout":
         """Return the segments as kernels take them; made once per row and device, not once per layer."""
@@ -50,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments as attention kernels take them: lengths, and keys as pieces of the row.
+    """Give segments as attention kernels take them: lengths, and keys as pieces of the row.
 
     Attributes:
         queries: Tokens of each segment; together they are the row, in order.
@@ -70,6 +72,7 @@ class Layout:
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Layout":
+        """Cut the row where any segment's keys begin or end."""
         cuts = sorted({place for segment in segments for part in segment.keys for place in part})
         pieces = list(zip(cuts, cuts[1:], strict=False))
         keys = tuple(
@@ -95,7 +98,9 @@ def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
         each predicts; both span after span. `counts_N`: tokens per span, `counts`: the same as a list. `plan`: the
         segments.
     """
-    ids, places, positions, targets, counts, segments = [], [], [], [], [], []
+    ids: list[int] = []
+    places: list[int] = []
+    positions, targets, counts, segments = [], [], [], []
 
     def score(predictors, tokens):
         positions.extend(predictors)
@@ -129,7 +134,7 @@ def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
 
 @dataclass
 class PackedCollator:
-    """Rows -> one batch: `policy`, a packed row with `spans`, and `same_B`, `rows`, `reference_B2` as unpacked.
+    """Make one batch from rows: `policy`, a packed row with `spans`; the rest: see `known_of`.
 
     Where a reference has to be run, `reference`: its packed row.
 
@@ -138,36 +143,36 @@ class PackedCollator:
     """
 
     longpo: bool = False
-    both: bool = False  # align the rejected response too
+    long_pair: bool = False  # score the rejected response behind the long prompt too
     reference: bool = True  # the loss has one
 
     def __call__(self, features: list[dict]) -> dict:
-        scores = reference_of(features)
-        return {
-            "same_B": torch.tensor([f["same"] for f in features]),
-            "policy": self._pack_pairs(features, "long", True) if self.longpo else self._pack_policy(features),
-            **(self.short_pair(features) if self.reference and not scores else scores),
-            "rows": [f["row"] for f in features],
-        }
+        """Return the batch."""
+        known = known_of(features)
+        if self.reference and "reference_B2" not in known:
+            known |= self.short_pair(features)
+        policy = self._pack_pairs(features, "long", True) if self.longpo else self._pack_policy(features)
+        return known | {"policy": policy}
 
     def short_pair(self, features: list[dict]) -> dict:
-        """All that a reference is shown."""
+        """Return all that a reference is shown."""
         return {"reference": self._pack_pairs(features, "short")}
 
     def _pack_policy(self, features: list[dict]) -> dict:
-        groups, spans, n = [], {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}, 0
+        groups, n = [], 0
+        spans: dict[str, list[int]] = {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}
         for f in features:
             pair = [f["chosen_ids"], f["rejected_ids"]]
             groups.append((f["short_prompt_ids"], pair))
-            long = n if f["same"] else n + 2
+            long = n if f["long_is_short"] else n + 2
             for name, span in zip(spans, (n, n + 1, long, long + 1), strict=True):
                 spans[name].append(span)
             n += 2
-            if not f["same"]:
-                aligned = pair if self.both else pair[:1]
+            if not f["long_is_short"]:
+                aligned = pair if self.long_pair else pair[:1]
                 groups.append((f["long_prompt_ids"], aligned))
                 n += len(aligned)
-        if not self.both:
+        if not self.long_pair:
             del spans["long_rejected"]
         return pack(groups) | {"spans": {name: torch.tensor(s) for name, s in spans.items()}}
 

@@ -1,4 +1,4 @@
-"""Reference log-probs, computed once (`solopo_reference: cached`): scored before training, kept on disk, given to rows.
+"""Compute reference log-probs once (`solopo_reference: cached`): scored before training, kept on disk, given to rows.
 
 The reference is the policy as it starts (its adapter off), so no second model is loaded: the model scores every row by
 the step's own forward of the short pair, each rank its share, before the first step. A `ref_model` from elsewhere is
@@ -35,10 +35,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.hub import cached_file
 
 from . import __version__
-from .args import LENGTH_NORMALISED
 from .attention import base_of
 from .data import REFERENCE, data_sets
-from .host.versions import installed
+from .losses import LENGTH_NORMALISED
+from .qa.provenance import file_hash, installed
 
 SEEN = ["short_prompt_ids", "chosen_ids", "rejected_ids"]  # columns that the reference is shown
 UNKNOWN = -torch.inf  # no log-prob of a real row: scores that are not finite are refused
@@ -84,7 +84,7 @@ def identity(trainer, reference, model_args, finetuning_args) -> dict:
         "deepspeed": "zero3" if zero3 else trainer.is_deepspeed_enabled,  # it casts the weights
         "device": args.device.type,
         "attention": base.config._attn_implementation,
-        "forward": "packed" if trainer.packed else "two_stage",
+        "forward": trainer.form.name,
         "logps": "mean" if finetuning_args.pref_loss in LENGTH_NORMALISED else "sum",
     }
     if model_args.train_from_scratch or model_args.resize_vocab:  # weights that are drawn, not read
@@ -93,10 +93,12 @@ def identity(trainer, reference, model_args, finetuning_args) -> dict:
 
 
 def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:
-    """SHA-256 by name of the files that make a model or an adapter: weights, configuration, code.
+    """Return the SHA-256 by name of the files that make a model or an adapter: weights, configuration, code.
 
     Args:
         path: A folder or a hub name. An adapter is looked for where the host looks: in its sub-folder `adapter_folder`.
+        model_args: The host's.
+        adapter: The path is an adapter's, not a model's.
 
     Raises:
         ValueError: No weights are found there, though weights were read.
@@ -115,31 +117,23 @@ def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:
     tokenizer = (".json", ".model", ".txt") if model_args.resize_vocab else ()  # new tokens are drawn by it
     kinds = (*WEIGHTS, ".py", *tokenizer)
     names = (config, "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-    return {file.name: _file_digest(file) for file in files if file.suffix in kinds or file.name in names}
-
-
-def _file_digest(file: Path) -> str:
-    blob = file.resolve()
-    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-        return blob.name  # the hub's cache names files by their content
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {file.name: file_hash(file) for file in files if file.suffix in kinds or file.name in names}
 
 
 def row_key(row: dict) -> str:
-    """A row as the reference sees it: its short prompt and both responses."""
-    digest = hashlib.sha256()
-    for name in SEEN:
-        ids = np.asarray(row[name], dtype=np.int64)
-        digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
-    return digest.hexdigest()[:32]
+    """Return a hash of a row as the reference sees it: its short prompt and both responses."""
+    parts = (np.asarray(row[column], dtype=np.int64) for column in SEEN)
+    return hashlib.sha256(b"".join(np.int64(len(ids)).tobytes() + ids.tobytes() for ids in parts)).hexdigest()[:32]
 
 
 # ---- where scores are kept
 
 
 class Store:
-    """Scores of one identity: `identity.json` and, a file per writer, lines of `{"row", "chosen", "rejected"}`."""
+    """Keep the scores of one identity: `identity.json`, and lines of `{"row", "chosen", "rejected"}` in `*.jsonl`.
+
+    `row` is a `row_key`. Several processes may write at once, each to a file of its own.
+    """
 
     def __init__(self, facts: dict):
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
@@ -174,7 +168,7 @@ class Store:
             )
 
     def read(self) -> dict[str, tuple[float, float]]:
-        """All scores; a line that was cut off when its writer was killed is no score."""
+        """Return all scores by row key; a line that was cut off when its writer was killed is no score."""
         scores = {}
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_text().splitlines():
@@ -195,17 +189,20 @@ class Store:
 
 
 def cache_folder() -> Path:
-    """`SOLOPO_CACHE`, or beside the hub's cache."""
+    """Return where scores are kept: under `SOLOPO_CACHE`, or beside the hub's cache."""
     return Path(os.environ.get("SOLOPO_CACHE") or Path(HF_HOME) / "solopo") / "reference"
 
 
 # ---- scoring
 
 
-def add_reference_logps(trainer, model_args, finetuning_args, load: Callable[[], torch.nn.Module] | None) -> None:
-    """Give every row of the trainer's data sets the columns `REFERENCE`, from disk or by scoring.
+def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[], torch.nn.Module] | None) -> tuple:
+    """Return a trainer's training and evaluation sets, every row with the columns `REFERENCE`, from disk or by scoring.
 
     Args:
+        trainer: Whose sets and model these are, and whose forward scores; it is only read.
+        model_args: The host's.
+        finetuning_args: The host's, with ours.
         load: Loads a `ref_model` from elsewhere; None where the policy, as it starts, is the reference.
     """
     if trainer.is_fsdp_enabled:
@@ -220,33 +217,30 @@ def add_reference_logps(trainer, model_args, finetuning_args, load: Callable[[],
 
     splits = data_sets(trainer.train_dataset, trainer.eval_dataset)
     keys = {name: [row_key(row) for row in split.select_columns(SEEN)] for name, split in splits.items()}
-    places = {}  # of the distinct rows: data set and index
-    for name in splits:
+    rows = {}  # the distinct ones by key: data set and index
+    for name, split in splits.items():
         for index, key in enumerate(keys[name]):
-            places.setdefault(key, (name, index))
+            rows.setdefault(key, (split, index))
     known = store.read()
-    logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in places], dtype=torch.float32)
-    logps_N2 = _score(trainer, reference, store, splits, places, _agree(logps_N2.to(trainer.args.device)))
+    logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in rows], dtype=torch.float32)
+    logps_N2 = _score(trainer, reference, store, rows, _agree(logps_N2.to(trainer.args.device)))
     del reference
     torch_gc()
-    scores = dict(zip(places, logps_N2.tolist(), strict=True))
-    for name, split in splits.items():
+    scores = dict(zip(rows, logps_N2.tolist(), strict=True))
+    for name in splits:
         for column, side in zip(REFERENCE, zip(*(scores[key] for key in keys[name]), strict=True), strict=True):
-            split = split.add_column(column, np.asarray(side, dtype=np.float32))
-        splits[name] = split
-    trainer.train_dataset = splits.pop(("train", ""), None)
-    if isinstance(trainer.eval_dataset, dict):
-        trainer.eval_dataset = {name: split for (_, name), split in splits.items()}
-    else:
-        trainer.eval_dataset = next(iter(splits.values()), None)
+            splits[name] = splits[name].add_column(column, np.asarray(side, dtype=np.float32))
+    train = splits.pop(("train", ""), None)
+    evaluated = {name: split for (_, name), split in splits.items()}
+    return train, evaluated if isinstance(trainer.eval_dataset, dict) else evaluated.get("")
 
 
-def _score(trainer, reference, store, splits, places, known_N2: Tensor) -> Tensor:
+def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Tensor:
     """Score the rows that are not known; first some that are, to see that what is on disk is this reference's.
 
     Each rank has its share of the batches; equally many on every rank, as ZeRO-3 needs it.
     """
-    args, keys = trainer.args, list(places)
+    args, keys, places = trainer.args, list(rows), list(rows.values())
     size, rank, world = args.per_device_eval_batch_size, args.process_index, args.world_size
     is_known = known_N2.isfinite().all(1)
     known, missing = (mask.nonzero().squeeze(1).tolist() for mask in (is_known, ~is_known))
@@ -255,10 +249,11 @@ def _score(trainer, reference, store, splits, places, known_N2: Tensor) -> Tenso
 
     def score(wanted: list[int], bar=None) -> Tensor:
         batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-        batches += batches[-1:] * (-len(batches) % world)
+        while len(batches) % world:  # the last one again where ranks would have none
+            batches.append(batches[-1])
         logps_N2 = torch.full_like(known_N2, UNKNOWN)
         for batch in batches[rank::world]:
-            features = [splits[name][index] for name, index in (places[keys[n]] for n in batch)]
+            features = [split[index] for split, index in (places[n] for n in batch)]
             logps_B2 = trainer.score_pair(scorer, features).float()
             _check_finite(logps_B2, features)
             logps_N2[batch] = logps_B2.to(logps_N2.device)
@@ -267,13 +262,13 @@ def _score(trainer, reference, store, splits, places, known_N2: Tensor) -> Tenso
                 bar.update(min(len(batch) * world, bar.total - bar.n))
         return _agree(logps_N2)
 
-    with _ready_to_score(trainer, reference) as scorer, tqdm(
-        total=len(missing), desc="Scoring the reference", unit="row", disable=args.disable_tqdm or rank > 0
-    ) as bar:  # fmt: skip
+    quiet = args.disable_tqdm or rank > 0
+    bar = tqdm(total=len(missing), desc="Scoring the reference", unit="row", disable=quiet)
+    with _ready_to_score(trainer, reference) as scorer, bar:
         live_N2 = score(again)
         for n in again:
-            name, index = places[keys[n]]
-            check_known(trainer, reference, store, splits[name][index], known_N2[n].tolist(), live_N2[n].tolist())
+            split, index = places[n]
+            check_known(trainer, reference, store, split[index], known_N2[n].tolist(), live_N2[n].tolist())
         return known_N2.maximum(score(missing, bar))
 
 
@@ -283,14 +278,14 @@ def check_known(trainer, reference, store, row: dict, known_2: list[float], live
         bound = rounding(trainer, reference, live, len(row[f"{side}_ids"]))
         if not abs(known - live) <= bound:
             raise ValueError(
-                f"{store.folder} has {known:.6g} as the reference's log-prob of {row['row']} ({side}), but the "
+                f"{store.folder} has {known:.6g} as the reference's log-prob of {row['name']} ({side}), but the "
                 f"reference gives {live:.6g}, and rounding explains {bound:.2g} at most: the scores there are another "
                 "model's. Remove the folder to score anew, or set `solopo_reference: online`."
             )
 
 
 def rounding(trainer, reference, logp: float, tokens: int) -> float:
-    """How far two scores of one response by one model may be apart, in nats: 16 standard errors (16 is ours).
+    """Return how far two scores of one response by one model may be apart, in nats: 16 standard errors (16 is ours).
 
     Each of the 2 x layers sublayers rounds what it adds, with relative error eps of the dtype that computes, or what
     fp32 loses in a sum of `hidden_size` terms, if that is more: eps32 * sqrt(hidden_size). Independent errors grow as a
@@ -309,7 +304,7 @@ def rounding(trainer, reference, logp: float, tokens: int) -> float:
 
 
 def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
-    bad = [f["row"] for f, finite in zip(features, logps_B2.isfinite().all(1).tolist(), strict=True) if not finite]
+    bad = [f["name"] for f, finite in zip(features, logps_B2.isfinite().all(1).tolist(), strict=True) if not finite]
     if bad:
         raise FloatingPointError(
             f"The reference's log-prob of {', '.join(bad)} is not finite; look at the model and its dtype (`bf16` "
@@ -319,7 +314,7 @@ def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
 
 @contextmanager
 def _ready_to_score(trainer, model):
-    """A model that can run forwards without gradients: on its device, sharded as the recipe says, its adapter off.
+    """Give a model that can run forwards without gradients: on its device, sharded as the recipe says, its adapter off.
 
     DeepSpeed: an engine without optimizer, as the host makes one for a reference model, taken off again afterwards.
     """
@@ -345,7 +340,7 @@ def _ready_to_score(trainer, model):
 
 
 def _agree(logps_N2: Tensor) -> Tensor:
-    """Every rank's scores together; where two ranks have one, the larger of two roundings, the same everywhere."""
+    """Merge all ranks' scores; where two ranks scored a row, the larger of two roundings, so that all ranks agree."""
     if dist.is_initialized():
         dist.all_reduce(logps_N2, op=dist.ReduceOp.MAX)
     return logps_N2

@@ -18,12 +18,11 @@ from transformers.training_args import ParallelMode
 
 from . import __version__
 from .attention import base_of, how_a_step_runs, prepare, why_two_stages
-from .data import SoloCollator, data_sets, part_lengths
+from .chunked_mlp import chunk_mlps
+from .data import data_sets, part_lengths
 from .host.saved import recorded
-from .host.versions import installed
-from .memory import chunk_mlps
-from .packing import PackedCollator
-from .reference import add_reference_logps
+from .qa.provenance import installed
+from .reference import with_reference_logps
 from .trainer import SoloTrainer
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
@@ -41,14 +40,12 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         )
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    data_args.solopo_overlength = finetuning_args.solopo_overlength  # the host hands its processors only data_args
     with recorded(data_args, training_args, tokenizer, template):
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
     with drawn_from(training_args.seed):
         model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
-
     if finetuning_args.solopo_mlp_chunk:
         chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
 
@@ -65,59 +62,47 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     logger.info_rank0(how_a_step_runs(model, not_packed, training_args.device, dtype))
     if not packed:
         configure_checkpointing(model, model_args, training_args, finetuning_args)
-    longpo, both = finetuning_args.solopo_objective == "longpo", finetuning_args.solopo_align_on == "both"
-    if packed:
-        collator = PackedCollator(longpo, both, finetuning_args.use_ref_model)
-    else:
-        collator = SoloCollator(tokenizer.pad_token_id, longpo or both)
-    trainer = SoloTrainer(
-        model=model,
-        ref_model=ref_model,
-        args=training_args,
-        finetuning_args=finetuning_args,
-        data_collator=collator,
-        packed=packed,
-        callbacks=callbacks,
-        **dataset_module,
-        **tokenizer_module,
-    )
-
+    given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
+    trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
     if cached:
         elsewhere = finetuning_args.ref_model is not None
         load = partial(load_ref_model, model_args, finetuning_args, training_args.seed, packed) if elsewhere else None
         with abort_ends_the_process():
-            add_reference_logps(trainer, model_args, finetuning_args, load)
-
+            sets = with_reference_logps(trainer, model_args, finetuning_args, load)
+        trainer.train_dataset, trainer.eval_dataset = sets
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.save_model()
-        if finetuning_args.include_effective_tokens_per_second:
-            tokens = count_tokens(dataset_module["train_dataset"], longpo or both)
-            rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
-            result.metrics["effective_tokens_per_sec"] = rate / training_args.world_size
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-        if trainer.is_world_process_zero() and finetuning_args.plot_loss:
-            keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
-            evaluated = dataset_module.get("eval_dataset")
-            if evaluated is not None:
-                keys += [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
-            plot_loss(training_args.output_dir, keys=keys)
-
+        train(trainer)
     if training_args.do_eval:
         metrics = trainer.evaluate(metric_key_prefix="eval")
         if model is ref_model:  # rewards relative to itself are all 0
             metrics = {name: value for name, value in metrics.items() if "rewards" not in name}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+
+
+def train(trainer: SoloTrainer) -> None:
+    """Train, and save the model, its metrics and curves as the host's stages do."""
+    args, finetuning_args = trainer.args, trainer.finetuning_args
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if finetuning_args.include_effective_tokens_per_second:
+        tokens = count_tokens(trainer.train_dataset, finetuning_args.long_pair)
+        rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
+        result.metrics["effective_tokens_per_sec"] = rate / args.world_size
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero() and finetuning_args.plot_loss:
+        evaluated = trainer.eval_dataset
+        names = [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
+        keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
+        plot_loss(args.output_dir, keys=keys if evaluated is None else keys + names)
 
 
 @contextmanager
 def abort_ends_the_process():
-    """LlamaBoard's "Abort" while the reference is scored: the host's handler sets a flag that only steps look at.
+    """Obey LlamaBoard's "Abort" while the reference is scored: the host's handler sets a flag that only steps look at.
 
     What has been scored is on disk and is found by the next run.
     """
@@ -130,10 +115,6 @@ def abort_ends_the_process():
         yield
     finally:
         signal.signal(signal.SIGABRT, handler)
-
-
-def _splits(dataset_module: dict):
-    return data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
 
 
 def check_resume(training_args) -> None:
@@ -168,7 +149,8 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
     ranks accelerate deals out shards instead of rows, and ranks that run out early leave the others waiting.
     """
     training_args.accelerator_config.dispatch_batches = False
-    shards = max(getattr(split, "n_shards", 1) for split in _splits(dataset_module))
+    streams = data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
+    shards = max(getattr(stream, "n_shards", 1) for stream in streams)
     if 1 < training_args.world_size < shards:
         raise ValueError(
             f"A stream has {shards} shards for {training_args.world_size} processes, which would get unequal shares; "
@@ -177,7 +159,7 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
 
 
 def reference_is_cached(data_args, training_args, finetuning_args) -> bool:
-    """Whether the reference is scored before training; what is evaluated against itself and streams are not."""
+    """Return whether the reference is scored before training; not that of streams, nor what is its own reference."""
     if not finetuning_args.use_ref_model or finetuning_args.solopo_reference == "online":
         return False
     if data_args.streaming:
@@ -199,7 +181,7 @@ def drawn_from(seed: int):
 
 
 def load_ref_model(model_args, finetuning_args, seed: int, packed: bool = False):
-    """The host's reference model; `packed`: able to run a packed row. None where the policy itself is it (LoRA)."""
+    """Return the host's reference model; `packed`: able to run a packed row. None where the policy is it (LoRA)."""
     given = copy(model_args)
     for name in ("add_tokens", "add_special_tokens"):  # the host splits them anew
         if isinstance(value := getattr(given, name), list):
@@ -240,7 +222,7 @@ def configure_checkpointing(model, model_args, training_args, finetuning_args) -
 
 
 def count_tokens(dataset, long_pair: bool) -> int:
-    """Tokens of one epoch in all sequences that a step scores, a prompt once per response whatever the forward."""
+    """Return the tokens of one epoch in all sequences that a step scores, a prompt once per response in either form."""
     n = {part: int(lengths.sum()) for part, lengths in part_lengths(dataset).items()}
     tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
     return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)

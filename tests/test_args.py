@@ -1,16 +1,17 @@
 """The `solopo_*` keys: one definition, checked types and ranges, host rules kept, nothing leaks into other stages."""
 
 import dataclasses
+import pickle
 import re
 
 import pytest
 from conftest import ROOT
 
-from solopo_plugin.args import FIELDS, SoloArguments, check_keys, check_values
+from solopo_plugin.args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
 
 
 def test_defaults_are_the_papers_form():
-    assert dataclasses.asdict(SoloArguments()) == {
+    assert dataclasses.asdict(SoloArguments()) | dataclasses.asdict(SoloDataArguments()) == {
         "solopo_alpha": 1.0,
         "solopo_align": "reward",
         "solopo_align_on": "chosen",
@@ -25,6 +26,7 @@ def test_defaults_are_the_papers_form():
         "solopo_mlp_chunk": 0,
     }
     check_values(SoloArguments())
+    check_values(SoloDataArguments())
 
 
 def test_whole_numbers_become_floats():
@@ -46,10 +48,11 @@ def test_the_page_of_keys_documents_every_key_with_its_default():
         assert re.search(rf"^\| `{name}` \| `?{re.escape(default)}`? \|", table, re.M), name
 
 
-def parse(**recipe):
+def parse(index: int = 3, **recipe):
+    """Arguments of one kind, by its place among the host's; 3 are the finetuning arguments, 1 the data arguments."""
     from llamafactory.hparams.parser import _parse_train_args
 
-    return _parse_train_args({"model_name_or_path": "unused", "output_dir": "unused", "use_cpu": True, **recipe})[3]
+    return _parse_train_args({"model_name_or_path": "unused", "output_dir": "unused", "use_cpu": True, **recipe})[index]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,16 @@ def test_other_stages_report_only_the_hosts_keys():
 
     assert parse(stage="dpo").to_dict() == FinetuningArguments(stage="dpo").to_dict()
     assert parse(stage="solopo").to_dict()["solopo_alpha"] == 1.0
+
+
+def test_data_arguments_are_the_hosts_in_other_stages_and_keep_ours_in_this_one():
+    """What is mapped over rows holds them, so that their pickle is in the fingerprints of the host's cache."""
+    from llamafactory.hparams import DataArguments
+
+    theirs, host = parse(1, stage="sft", dataset="demo"), DataArguments(dataset="demo")
+    assert pickle.dumps(theirs) == pickle.dumps(host) and theirs.to_dict() == host.to_dict()
+    ours = parse(1, stage="solopo", solopo_overlength="drop")
+    assert ours.to_dict()["solopo_overlength"] == "drop" == pickle.loads(pickle.dumps(ours)).solopo_overlength
 
 
 def test_chat_and_export_accept_a_training_recipe():

@@ -347,6 +347,15 @@ def test_saved_rows_of_which_nothing_is_known(run, tokenised, tmp_path, left):
     refused(run, tokenised(tokenized_path=str(path)), sentence)
 
 
+def test_saved_rows_whose_columns_have_other_names(run, tokenised, tmp_path):
+    """As earlier code wrote them: its record does not speak of columns."""
+    record = tmp_path / "tokens" / "solopo_made_of.json"
+    facts = json.loads(record.read_text())
+    assert facts.pop("columns")[:2] == ["name", "long_is_short"]
+    record.write_text(json.dumps(facts))
+    refused(run, tokenised(), "columns (there None, here ['name', 'long_is_short'")
+
+
 def test_every_data_argument_of_the_host_changes_the_rows_or_is_said_not_to():
     """A field that the host adds makes this fail; until then it counts as one that changes the rows."""
     from llamafactory.hparams import DataArguments

@@ -37,13 +37,14 @@ def in_this_process(monkeypatch, tmp_path):
     from transformers import AutoModelForCausalLM
 
     import solopo_plugin.workflow
+    from solopo_plugin.forward import TwoStages
     from solopo_plugin.trainer import SoloTrainer
 
     def measure(settings, run, folder):
         if not (folder / f"{run['length']}-dpo").exists():
             benchmark.write_rows(folder, settings, run["length"])
         with monkeypatch.context() as restored:
-            for owner, name in ((SoloTrainer, "long_logps"), (SoloTrainer, "concatenated_forward"),
+            for owner, name in ((TwoStages, "long_logps"), (SoloTrainer, "concatenated_forward"),
                                 (AutoModelForCausalLM, "from_config"),
                                 (solopo_plugin.workflow, "recorded")):  # fmt: skip
                 restored.setattr(owner, name, getattr(owner, name))

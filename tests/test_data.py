@@ -38,7 +38,7 @@ def tokenised_rows(draw, min_size=1):
         short, chosen, rejected = draw(ids), draw(ids), draw(ids)
         same = draw(st.booleans())
         long = short if same else draw(ids) + short
-        rows.append(dict(row=f"rows[{i}]", same=same, short_prompt_ids=short, long_prompt_ids=long, chosen_ids=chosen,
+        rows.append(dict(name=f"rows[{i}]", long_is_short=same, short_prompt_ids=short, long_prompt_ids=long, chosen_ids=chosen,
                          rejected_ids=rejected))  # fmt: skip
     return rows
 
@@ -73,14 +73,15 @@ def test_collator_batches_whole_sequences_in_order(rows, long_pair):
     long = [(r["long_prompt_ids"], r[f"{name}_ids"]) for name in ("chosen", "rejected") for r in rows]
     assert_sequences(batch, "", short, multiple=8)
     assert_sequences(batch, "long_", long if long_pair else long[: len(rows)], multiple=1)
-    assert batch["same_B"].tolist() == [r["same"] for r in rows] and batch["same_B"].dtype == torch.bool
-    assert batch["rows"] == [r["row"] for r in rows]
-    assert set(batch) == {"same_B", "rows"} | {p + n for p in ("", "long_") for n in ("input_ids", "attention_mask", "labels")}  # fmt: skip # noqa: E501
+    is_short_B = batch["long_is_short_B"]
+    assert is_short_B.tolist() == [r["long_is_short"] for r in rows] and is_short_B.dtype == torch.bool
+    assert batch["names"] == [r["name"] for r in rows]
+    assert set(batch) == {"long_is_short_B", "names"} | {p + n for p in ("", "long_") for n in ("input_ids", "attention_mask", "labels")}  # fmt: skip # noqa: E501
 
 
 def test_collator_by_hand():
     """One row, written out: chosen before rejected, the prompt masked, 8 wide short and as wide as needed long."""
-    row = dict(row="rows[0]", same=False, short_prompt_ids=[11, 12], long_prompt_ids=[21, 22, 23], chosen_ids=[31],
+    row = dict(name="rows[0]", long_is_short=False, short_prompt_ids=[11, 12], long_prompt_ids=[21, 22, 23], chosen_ids=[31],
                rejected_ids=[41, 42])  # fmt: skip
     batch = SoloCollator(pad_token_id=9, long_pair=True)([row])
     i = IGNORE
@@ -111,7 +112,7 @@ def test_fits_is_exact_at_the_boundary(rows, offset):
             with pytest.raises(RowError) as caught:
                 fits(row, cutoff, "error")
             message = str(caught.value)
-            assert message.startswith(f"{row['row']}: ") and f" {length} tokens" in message and str(cutoff) in message
+            assert message.startswith(f"{row['name']}: ") and f" {length} tokens" in message and str(cutoff) in message
         assert row == before  # never truncated
 
 
@@ -132,8 +133,8 @@ def built(short="s", long="l s", chosen="c", rejected="r", history=(), system=""
     past = [message(t, role) for turn in history for t, role in zip(turn, ("user", "assistant"), strict=True)]
     responses = [message(chosen, "assistant"), message(rejected, "assistant")]
     keys = dict(markers=[]) | changes
-    return build_row("rows[0]", keys.pop("encode", encode), [*past, message(short)], [*past, message(long)], responses,
-                     system, long_system, tools, **keys)  # fmt: skip
+    return build_row("rows[0]", [*past, message(short)], [*past, message(long)], responses, system, long_system, tools,
+                     keys.pop("encode", encode), **keys)  # fmt: skip
 
 
 @FUZZ
@@ -145,21 +146,21 @@ def test_build_row_keeps_all_and_shares_the_responses(
     row = built(short, long, chosen, rejected, history, system, long_system, tools)
     past = [role + t for turn in history for t, role in zip(turn, ("user", "assistant"), strict=True)]
     assert set(row) == set(COLUMNS)
-    assert row["row"] == "rows[0]"
+    assert row["name"] == "rows[0]"
     for side, prompt, its_system in (("short", short, system), ("long", long, long_system)):
         whole = "\x01".join([its_system, tools, *past, "user" + prompt])
         assert row[f"{side}_prompt_ids"] == [ord(c) for c in whole] + [2]
     assert row["chosen_ids"] == [ord(c) for c in chosen] + [3]
     assert row["rejected_ids"] == [ord(c) for c in rejected] + [3]
-    assert row["same"] is (row["short_prompt_ids"] == row["long_prompt_ids"])
+    assert row["long_is_short"] is (row["short_prompt_ids"] == row["long_prompt_ids"])
 
 
 @FUZZ
 @given(text, text, turns)
 def test_equal_prompts_are_the_same(prompt, system, history):
-    assert built(prompt, prompt, history=history, system=system, long_system=system)["same"] is True
-    assert built(prompt, prompt + "!", history=history, system=system, long_system=system)["same"] is False
-    assert built(prompt, prompt, history=history, system=system, long_system=system + "!")["same"] is False
+    assert built(prompt, prompt, history=history, system=system, long_system=system)["long_is_short"] is True
+    assert built(prompt, prompt + "!", history=history, system=system, long_system=system)["long_is_short"] is False
+    assert built(prompt, prompt, history=history, system=system, long_system=system + "!")["long_is_short"] is False
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
@@ -302,18 +303,18 @@ def test_tokens_are_the_whole_text_templated_once(template, rows):
     tokenised = processed(rows, model)
     assert len(tokenised) == len(rows)
     for index, (row, result) in enumerate(zip(rows, tokenised, strict=True)):
-        assert result["row"] == f"rows[{index}]"
+        assert result["name"] == f"rows[{index}]"
         assert decoded(result["short_prompt_ids"]) == templated(template, row, row["prompt"])
         assert decoded(result["long_prompt_ids"]) == templated(template, row, row["long_prompt"])
         assert decoded(result["chosen_ids"]) == row["chosen"] + end
         assert decoded(result["rejected_ids"]) == row["rejected"] + end
-        assert result["same"] is (row["prompt"] == row["long_prompt"])
+        assert result["long_is_short"] is (row["prompt"] == row["long_prompt"])
         for side in ("short", "long"):
             for response in ("chosen", "rejected"):
                 whole = result[f"{side}_prompt_ids"] + result[f"{response}_ids"]
                 bos = model.tokenizer.bos_token_id
                 assert whole.count(bos) == (template == "llama3") and (template == "qwen" or whole[0] == bos)
-    alone = [processed([row], model)[0] | {"row": f"rows[{index}]"} for index, row in enumerate(rows)]
+    alone = [processed([row], model)[0] | {"name": f"rows[{index}]"} for index, row in enumerate(rows)]
     assert alone == tokenised  # one by one or together
 
 
@@ -328,7 +329,7 @@ def test_overlength_is_exact_through_the_processor(template, rows):
     assert processed(rows, model, cutoff_len=longest) == everything
     kept = [row for row in everything if row_length(row) < longest]
     assert processed(rows, model, cutoff_len=longest - 1, overlength="drop") == kept
-    first = next(row["row"] for row in everything if row_length(row) == longest)
+    first = next(row["name"] for row in everything if row_length(row) == longest)
     with pytest.raises(RowError) as caught:
         processed(rows, model, cutoff_len=longest - 1)
     assert str(caught.value).startswith(f"{first}: prompt + response have {longest} tokens")
@@ -416,7 +417,7 @@ def test_openai_system_is_the_hosts_on_both_sides():
     row = dict(prompt="Where?", long_prompt="Where?", chosen="Here.", rejected="There.", system=None, history=[])
     talk = reformatted(row, *OPENAI_NAMES)
     (result,) = processed([talk], host("qwen"), attributes("openai", tags=OPENAI_TAGS))
-    assert result["same"] is True
+    assert result["long_is_short"] is True
     assert "system\ndetailed thinking off<|im_end|>" in host("qwen").tokenizer.decode(result["long_prompt_ids"])
 
 
@@ -443,7 +444,7 @@ def test_a_second_bos_in_a_response_is_refused(column):
 def test_a_bos_that_the_template_itself_repeats_is_accepted(template, bos):
     """SmolLM2 declares <|im_start|>, which opens every turn, as BOS; GPT-2's kin have BOS = EOS, which ends turns."""
     (result,) = processed([GOOD | {"history": [["Who?", "Me."], ["Why?", "So."]]}], host(template, bos))
-    assert result["same"] is False
+    assert result["long_is_short"] is False
 
 
 TALK = reformatted(GOOD, "from", "value", "human", "gpt")
@@ -828,13 +829,14 @@ def test_a_missing_column_is_named_whatever_key_maps_it(key, streaming):
 def test_all_long_prompts_equal_is_noticed():
     from datasets import Dataset
 
-    from solopo_plugin.host.data import report
+    from solopo_plugin.host.data import log_rows
 
     def said(rows):
         lines = []
         logger = SimpleNamespace(info_rank0=lambda text: None, warning_rank0=lines.append)
         tokenised = Dataset.from_list(processed(rows, host("qwen")))
-        report(tokenised, len(rows), SimpleNamespace(cutoff_len=9), False, logger)
+        data_args = SimpleNamespace(cutoff_len=9, solopo_overlength="error")
+        log_rows(tokenised, len(rows), data_args, False, logger)
         return lines
 
     same = GOOD | {"long_prompt": GOOD["prompt"]}
@@ -855,7 +857,7 @@ def test_step_lengths_are_those_of_packed_rows(longpo, both):
         short_prompt=[3, 4, 5, 6, 7], long_prompt=[11, 4, 13, 14, 15], chosen=[2, 3, 1, 5, 4], rejected=[1, 2, 6, 1, 3]
     )
     columns = {f"{part}_ids": [[1] * length for length in lengths] for part, lengths in n.items()}
-    rows = Dataset.from_dict(columns | {"row": list("abcde"), "same": [False, True, False, False, False]})
+    rows = Dataset.from_dict(columns | {"name": list("abcde"), "long_is_short": [False, True, False, False, False]})
     collator = PackedCollator(longpo, both)
     for dataset in (rows, rows.select([4, 1, 2]), rows.train_test_split(test_size=2, seed=1)["train"]):
         lengths = [collator([row])["policy"]["input_ids"].shape[1] for row in dataset]

@@ -476,6 +476,13 @@ def test_drop_costs_only_what_the_long_context_makes_worse():
 # ---- LongPO
 
 
+def longpo_alone(chosen, rejected, ref_chosen, ref_rejected):
+    """LongPO's preference term: the objective without NLL, lambda 1, beta 0.3."""
+    spec = SimpleNamespace(pref_beta=0.3, solopo_longpo_lambda=1.0)
+    logps = losses.LogProbs(chosen, rejected, torch.zeros_like(chosen), None, None, ref_chosen, ref_rejected)
+    return losses.longpo(logps, spec)
+
+
 def test_longpo_is_the_closed_form():
     """-log sigma(r(w) - r(l)), r(y) = beta * log(pi(y | x_long) / pi_ref(y | x_short))."""
 
@@ -483,15 +490,16 @@ def test_longpo_is_the_closed_form():
         return d_softplus(beta * (lr - rr) - beta * (lc - rc))
 
     columns = batch(seed=13)
-    got = losses.longpo(*columns, beta=0.3)
+    got, parts = longpo_alone(*columns)
     truth = [exact(formula)(*row, 0.3) for row in zip(*columns, strict=True)]
     assert got.shape == (64,)
     assert got.tolist() == pytest.approx(truth, **CLOSE)
+    assert parts["solopo/po_loss"].tolist() == pytest.approx(truth, rel=1e-6) and not parts["solopo/align_loss"].any()
 
 
 def test_longpo_gradcheck():
     columns = [c.div(20).requires_grad_() for c in batch(seed=14, size=16)]
-    assert torch.autograd.gradcheck(lambda *xs: losses.longpo(*xs, beta=0.3), columns)
+    assert torch.autograd.gradcheck(lambda *xs: longpo_alone(*xs)[0], columns)
 
 
 # ---- one step of the trainer
@@ -518,10 +526,11 @@ def tiny_rows() -> list[dict]:
     ids = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(16)).tolist()
     take = lambda n: [ids.pop() for _ in range(n)]  # noqa: E731
     rows = [
-        dict(row=f"rows[{i}]", same=False, short_prompt_ids=take(s), long_prompt_ids=take(lo), chosen_ids=take(w),
-             rejected_ids=take(r)) for i, (s, lo, w, r) in enumerate([(5, 11, 4, 6), (3, 17, 6, 2), (7, 7, 3, 5)])
+        dict(name=f"rows[{i}]", long_is_short=False, short_prompt_ids=take(s), long_prompt_ids=take(lo),
+             chosen_ids=take(w), rejected_ids=take(r))
+        for i, (s, lo, w, r) in enumerate([(5, 11, 4, 6), (3, 17, 6, 2), (7, 7, 3, 5)])
     ]  # fmt: skip
-    rows[2] |= dict(same=True, long_prompt_ids=rows[2]["short_prompt_ids"])
+    rows[2] |= dict(long_is_short=True, long_prompt_ids=rows[2]["short_prompt_ids"])
     return rows
 
 
@@ -529,10 +538,9 @@ def step(model, reference, rows, **keys):
     """Losses (B,) and metrics of `SoloTrainer.solopo_step`: the real methods on an instance without its Trainer."""
     from llamafactory.hparams import FinetuningArguments
 
-    from solopo_plugin.attention import prepare, why_not_packed
-    from solopo_plugin.data import SoloCollator
+    from solopo_plugin.attention import why_not_packed
+    from solopo_plugin.forward import Packed, TwoStages
     from solopo_plugin.host.arguments import with_solo
-    from solopo_plugin.packing import PackedCollator
     from solopo_plugin.trainer import METRICS, SoloTrainer
 
     args = with_solo(FinetuningArguments)(stage="solopo", **keys)
@@ -540,15 +548,14 @@ def step(model, reference, rows, **keys):
     trainer.finetuning_args, trainer.ref_model = args, reference if args.use_ref_model else None
     trainer.beta, trainer.loss_type, trainer.ld_alpha = args.pref_beta, args.pref_loss, None
     trainer.accelerator = SimpleNamespace(gather=lambda t: t, unwrap_model=lambda m: m)
-    trainer.keeps_logits, trainer.train_dataset, trainer.eval_dataset = True, SimpleNamespace(), None
-    longpo, both = args.solopo_objective == "longpo", args.solopo_align_on == "both"
-    trainer.packed = args.solopo_forward == "packed"
-    if trainer.packed:
-        for m in filter(None, (model, trainer.ref_model)):
-            assert why_not_packed(m) is None
-            prepare(m)
-    trainer.data_collator = PackedCollator(longpo, both) if trainer.packed else SoloCollator(0, longpo or both)
-    losses_B, metrics_BM = trainer.solopo_step(model, trainer.data_collator(rows))
+    trainer.train_dataset, trainer.eval_dataset = SimpleNamespace(), None
+    trainer.objective = losses.OBJECTIVES[args.solopo_objective]
+    if args.solopo_forward == "packed":
+        assert all(why_not_packed(m) is None for m in filter(None, (model, trainer.ref_model)))
+        trainer.form = Packed(args, model, trainer.ref_model)
+    else:
+        trainer.form = TwoStages(args, model, trainer.concatenated_forward, trainer.every_rank_may_skip, 0)
+    losses_B, metrics_BM = trainer.solopo_step(model, trainer.form.collator(rows))
     return losses_B, dict(zip(METRICS, metrics_BM.unbind(1), strict=True))
 
 

@@ -27,9 +27,9 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         "test_losses.py::test_alignment_defaults_are_the_papers",
     ),
     "alignment is subtracted from the loss": (
-        "trainer.py",
-        "po_B + args.solopo_alpha * align_B if",
-        "po_B - args.solopo_alpha * align_B if",
+        "losses.py",
+        "po_B + spec.solopo_alpha * align_B if",
+        "po_B - spec.solopo_alpha * align_B if",
         f"{STEP}[simpo]",
     ),
     "a gain costs instead of a drop": (
@@ -59,9 +59,9 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         "test_data.py::test_collator_by_hand",
     ),
     "chosen and rejected change places in the step": (
-        "trainer.py",
-        'chosen_B, rejected_B, nll_B = policy["chosen_logps"], policy["rejected_logps"]',
-        'rejected_B, chosen_B, nll_B = policy["chosen_logps"], policy["rejected_logps"]',
+        "forward.py",
+        'chosen_B, rejected_B, nll_B = short["chosen_logps"], short["rejected_logps"]',
+        'rejected_B, chosen_B, nll_B = short["chosen_logps"], short["rejected_logps"]',
         f"{STEP}[sigmoid]",
     ),
     "chosen and rejected change places in the known reference": (
@@ -72,15 +72,15 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     # the wrong side
     "aligned with the rejected response": (
-        "trainer.py",
-        "losses.alignment(chosen_B, long_chosen_B, **align)",
-        "losses.alignment(rejected_B, long_chosen_B, **align)",
+        "losses.py",
+        "alignment(logps.chosen_B, logps.long_chosen_B, *form)",
+        "alignment(logps.rejected_B, logps.long_chosen_B, *form)",
         f"{STEP}[ipo]",
     ),
     "short aligned with short": (
-        "trainer.py",
-        "losses.alignment(chosen_B, long_chosen_B, **align)",
-        "losses.alignment(chosen_B, chosen_B, **align)",
+        "losses.py",
+        "alignment(logps.chosen_B, logps.long_chosen_B, *form)",
+        "alignment(logps.chosen_B, logps.chosen_B, *form)",
         f"{STEP}[orpo]",
     ),
     "the long side is detached": (
@@ -90,21 +90,21 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         "test_losses.py::test_gradient_flows_through_both_sides_or_only_the_long",
     ),
     "equal prompts are aligned and different ones are not": (
-        "trainer.py",
-        'long_B.where(~inputs["same_B"], short_B)',
-        'long_B.where(inputs["same_B"], short_B)',
+        "forward.py",
+        'is_long_B = ~batch["long_is_short_B"]',
+        'is_long_B = batch["long_is_short_B"]',
         f"{STEP}[hinge]",
     ),
     "the rejected response's rise is taken for a drop": (
-        "trainer.py",
-        "**align, rise=True)",
-        "**align)",
+        "losses.py",
+        "*form, rise=True)",
+        "*form)",
         f"{STEP}[orpo, both, drop]",
     ),
     "LongPO's reference changes sides": (
-        "trainer.py",
-        "losses.longpo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B,",
-        "losses.longpo(chosen_B, rejected_B, ref_rejected_B, ref_chosen_B,",
+        "losses.py",
+        "dpo(logps.chosen_B, logps.rejected_B, logps.ref_chosen_B, logps.ref_rejected_B, spec",
+        "dpo(logps.chosen_B, logps.rejected_B, logps.ref_rejected_B, logps.ref_chosen_B, spec",
         "test_losses.py::test_longpo_step_is_the_loop_by_hand",
     ),
     # the packed row
@@ -234,4 +234,5 @@ def test_fault_is_caught(outcome, fault):
 def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
     assert len(FAULTS) == 25
-    assert sum(file == "trainer.py" for file, *_ in FAULTS.values()) == 8
+    ours = "po_B", "logps.", "*form", "short[", "is_long_B", "reference_B2"  # in solopo, longpo, forward.py, trainer.py
+    assert sum(any(word in source for word in ours) for _, source, *_ in FAULTS.values()) == 8

@@ -34,8 +34,8 @@ from solopo_plugin.packing import PackedCollator, Segment, pack
 
 
 def feature(**changes) -> dict:
-    row = dict(row="r", same=False, short_prompt_ids=[1, 2, 3], long_prompt_ids=[4, 5, 6, 7], chosen_ids=[8, 9],
-               rejected_ids=[10])  # fmt: skip
+    row = dict(name="r", long_is_short=False, short_prompt_ids=[1, 2, 3], long_prompt_ids=[4, 5, 6, 7],
+               chosen_ids=[8, 9], rejected_ids=[10])  # fmt: skip
     return row | changes
 
 
@@ -67,13 +67,14 @@ def test_layout_of_a_sample_by_hand():
         "chosen",
         "rejected",
     }
-    assert batch["rows"] == ["r"] and batch["same_B"].tolist() == [False]
+    assert batch["names"] == ["r"] and batch["long_is_short_B"].tolist() == [False]
 
 
 def test_layout_of_a_batch():
     """Both responses aligned; the middle sample's prompts agree, so it has no long part and its spans coincide."""
-    rows = [feature(), feature(same=True, long_prompt_ids=[1, 2, 3]), feature(chosen_ids=[11], rejected_ids=[12, 13])]
-    policy = PackedCollator(both=True)(rows)["policy"]
+    no_long = feature(long_is_short=True, long_prompt_ids=[1, 2, 3])
+    rows = [feature(), no_long, feature(chosen_ids=[11], rejected_ids=[12, 13])]
+    policy = PackedCollator(long_pair=True)(rows)["policy"]
     assert policy["input_ids"].shape == (1, (5 + 1 + 6 + 1) + (5 + 1) + (4 + 2 + 5 + 2))
     assert len(policy["plan"].segments) == 4 + 2 + 4
     assert read(policy) == {
@@ -402,10 +403,10 @@ def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
         step(model, None, rows, solopo_forward="packed", **(BASE | dict(pref_loss="orpo", solopo_align_on="both")))
     finally:
         handle.remove()
-    responses = sum((len(r["chosen_ids"]) + len(r["rejected_ids"])) * (1 if r["same"] else 2) for r in rows)
+    responses = sum((len(r["chosen_ids"]) + len(r["rejected_ids"])) * (1 if r["long_is_short"] else 2) for r in rows)
     assert heads == [(1, responses, 40)]
     sizes = [(len(r["rejected_ids"]), len(r[f"{side}_prompt_ids"]) + len(r["rejected_ids"]))
-             for r in rows for side in ("short", "long") if side == "short" or not r["same"]]  # fmt: skip
+             for r in rows for side in ("short", "long") if side == "short" or not r["long_is_short"]]  # fmt: skip
     assert narrow == sizes * 2  # two layers
     assert attention.AttentionMaskInterface()[attention.SEGMENTS]() is None
 
@@ -441,8 +442,8 @@ class Live(TorchDispatchMode):
 def rows_of(prompt: int) -> list[dict]:
     """One row of a short prompt of 16, a long one of the given length, and responses of 8 and 6 tokens."""
     ids = list(range(1, 40)) * 1000
-    return [dict(row="rows[0]", same=False, short_prompt_ids=ids[:16], long_prompt_ids=ids[:prompt], chosen_ids=ids[:8],
-                 rejected_ids=ids[6:12])]  # fmt: skip
+    return [dict(name="rows[0]", long_is_short=False, short_prompt_ids=ids[:16], long_prompt_ids=ids[:prompt],
+                 chosen_ids=ids[:8], rejected_ids=ids[6:12])]  # fmt: skip
 
 
 def watched_step(monkeypatch, vocabulary: int, prompt: int, forward="packed", change=lambda model: None, **shape):

@@ -129,7 +129,7 @@ def test_matrix_products_are_what_torch_counts(kind):
 def test_attention_is_the_number_of_visible_pairs():
     """Two products of 2 FLOPs per (query, visible key) pair and channel; half a query more per diagonal is left out."""
     shape, S, R, L = Shape(3, 64, 48, 16, 0, 0, 0, 0, 0), 400, 300, 2000
-    row = dict(row="r", same=False, short_prompt_ids=[1] * S, long_prompt_ids=[2] * L, chosen_ids=[3] * R,
+    row = dict(name="r", long_is_short=False, short_prompt_ids=[1] * S, long_prompt_ids=[2] * L, chosen_ids=[3] * R,
                rejected_ids=[4] * R)  # fmt: skip
     pairs = 0
     for segment in PackedCollator()([row])["policy"]["plan"].segments:
@@ -143,17 +143,17 @@ def test_tokens_and_logits_of_every_variant():
     counts = {variant: count(variant, 1000, 100, 8000) for variant in VARIANTS}
     assert counts == {"V0": (16200, 16200), "S0": (24300, 24300), "S1": (10300, 10300), "S2": (10300, 300),
                       "S3": (9300, 300), "V*": (8200, 200)}  # fmt: skip
-    row = dict(row="r", same=False, short_prompt_ids=[1] * 1000, long_prompt_ids=[2] * 8000, chosen_ids=[3] * 100,
-               rejected_ids=[4] * 100)  # fmt: skip
+    row = dict(name="r", long_is_short=False, short_prompt_ids=[1] * 1000, long_prompt_ids=[2] * 8000,
+               chosen_ids=[3] * 100, rejected_ids=[4] * 100)  # fmt: skip
     for both in (False, True):
-        packed = PackedCollator(both=both)([row])["policy"]
+        packed = PackedCollator(long_pair=both)([row])["policy"]
         assert count("S3", 1000, 100, 8000, both) == (packed["input_ids"].shape[1], len(packed["positions_K"]))
 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_tokens_and_logits_of_the_packages_own_forms(both):
-    row = dict(row="r", same=False, short_prompt_ids=[1] * 1004, long_prompt_ids=[2] * 8000, chosen_ids=[3] * 100,
-               rejected_ids=[4] * 100)  # fmt: skip
+    row = dict(name="r", long_is_short=False, short_prompt_ids=[1] * 1004, long_prompt_ids=[2] * 8000,
+               chosen_ids=[3] * 100, rejected_ids=[4] * 100)  # fmt: skip
     packed = PackedCollator(longpo=True)([row])["policy"]
     assert count("L3", 1004, 100, 8000) == (packed["input_ids"].shape[1], len(packed["positions_K"]))
     padded = SoloCollator(0, both)([row])

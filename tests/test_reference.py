@@ -376,7 +376,7 @@ DECLARED = {  # `reference.BY_VALUE` besides
     "use_adam_mini use_muon",
     "the loss, after the reference": "pref_beta pref_ftx pref_bco_weight dpo_label_smoothing simpo_gamma solopo_alpha "
     "solopo_align solopo_align_on solopo_penalty solopo_detach_short solopo_objective solopo_longpo_lambda "
-    "solopo_overlength solopo_reference solopo_logp_chunk solopo_mlp_chunk",
+    "solopo_reference solopo_logp_chunk solopo_mlp_chunk",
     "other stages": "stage kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target "
     "ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit reward_model_type "
     "use_hyper_parallel hyper_parallel_args use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha",
@@ -395,10 +395,11 @@ def arguments():
 
 def identity_of(reference, model_args, finetuning_args, policy=None) -> dict:
     """The identity of a loaded reference; `policy`: the model that is trained, where it is another."""
+    from solopo_plugin.forward import Packed
     from solopo_plugin.reference import identity
 
     settings = SimpleNamespace(bf16=False, fp16=False, tf32=None, seed=7, device=torch.device("cpu"))
-    trainer = SimpleNamespace(model=policy or reference, args=settings, is_deepspeed_enabled=False, packed=True)
+    trainer = SimpleNamespace(model=policy or reference, args=settings, is_deepspeed_enabled=False, form=Packed)
     return identity(trainer, reference, model_args, finetuning_args)
 
 

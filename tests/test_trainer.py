@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import LOSS_BOUND, ROOT, SGD, demo_rows, weight_bound, write_dataset
 
-from solopo_plugin.args import LENGTH_NORMALISED
+from solopo_plugin.losses import LENGTH_NORMALISED
 from solopo_plugin.trainer import METRICS
 
 
@@ -196,11 +196,11 @@ def test_metrics_fit_together(run, recipe):
 
 
 def test_equal_contexts_cost_nothing_and_align_to_zero(run, recipe, tmp_path, monkeypatch):
-    from solopo_plugin.trainer import SoloTrainer
+    from solopo_plugin.forward import TwoStages
 
     calls = []
-    forward_long = SoloTrainer.forward_long
-    monkeypatch.setattr(SoloTrainer, "forward_long", lambda self, *a: calls.append(1) or forward_long(self, *a))
+    forward_long = TwoStages.forward_long
+    monkeypatch.setattr(TwoStages, "forward_long", lambda self, *a: calls.append(1) or forward_long(self, *a))
     rows = [row | {"long_prompt": row["prompt"]} for row in demo_rows(8)]
     folder = write_dataset(tmp_path / "same", rows)
     common = dict(dataset="rows", dataset_dir=folder, max_samples=None, num_train_epochs=1.0)
@@ -346,7 +346,7 @@ def rows_seen(monkeypatch):
 
     seen, compute_loss = [], SoloTrainer.compute_loss
     monkeypatch.setattr(
-        SoloTrainer, "compute_loss", lambda self, model, inputs, *a, **k: seen.append(inputs["rows"])
+        SoloTrainer, "compute_loss", lambda self, model, inputs, *a, **k: seen.append(inputs["names"])
         or compute_loss(self, model, inputs, *a, **k),
     )  # fmt: skip
     return seen
@@ -406,7 +406,7 @@ def test_a_smaller_batch_after_running_out_of_memory_begins_its_metrics_anew(run
     sizes, step = [], SoloTrainer.solopo_step
 
     def third_fails(self, model, inputs):
-        sizes.append(len(inputs["rows"]))
+        sizes.append(len(inputs["names"]))
         if len(sizes) == 3:
             raise RuntimeError("CUDA out of memory.")
         return step(self, model, inputs)

@@ -80,9 +80,10 @@ def put_back():
     from transformers import AutoModelForCausalLM
 
     import solopo_plugin.workflow as workflow
+    from solopo_plugin.forward import TwoStages
     from solopo_plugin.trainer import SoloTrainer
 
-    places = [(SoloTrainer, "long_logps"), (SoloTrainer, "concatenated_forward"), (AutoModelForCausalLM, "from_config"),
+    places = [(TwoStages, "long_logps"), (SoloTrainer, "concatenated_forward"), (AutoModelForCausalLM, "from_config"),
               (workflow, "recorded")]  # fmt: skip
     before = [(owner, name, owner.__dict__.get(name)) for owner, name in places]
     try:

@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..host.versions import installed_versions
 from ..qa.files import DataError, explained, read_jsonl, write_json
+from ..qa.provenance import installed_versions
 from .intervals import compare_paired, mean_interval, mean_of_means
 from .items import GROUPS, MAIN_METRIC
 

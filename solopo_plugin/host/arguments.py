@@ -1,6 +1,7 @@
 """Seam 1: the recipe's keys. `llamafactory.hparams.parser` learns the `solopo_*` keys and `stage: solopo`.
 
-What: its lists of dataclasses get our subclass of `FinetuningArguments`; three functions are wrapped.
+What: its lists of dataclasses get our subclasses of `FinetuningArguments` and `DataArguments`; three functions are
+wrapped.
 Why: there is no registry of stages or arguments, and unknown keys raise. Host: 0.9.5.
 """
 
@@ -14,8 +15,21 @@ from typing import Any, Literal, get_args, get_type_hints
 from omegaconf import OmegaConf
 
 from .. import args as solo
+from .stage import passing_as_dpo
 from .versions import expect_signature
 
+REFUSED = {  # keys of the host that would change or bypass the step, unless they are off
+    "use_mca": "it has its own trainer (unset USE_MCA)",
+    "use_unsloth": "it replaces the model's forward",
+    "use_kt": "it replaces the model's forward",
+    "shift_attn": "short and long sequences would attend differently",
+    "mixture_of_depths": "tokens of the response could skip layers",
+    "export_quantization_bit": "it quantizes what is trained",
+    "packing": "rows of pairs cannot be packed by the host",
+    "neftune_noise_alpha": "its noise depends on the length of what runs as one row, so the short and the long context "
+    "get different noise and the alignment is trained on the difference",
+    "dispatch_batches": "one process cannot cut the others' part from a packed row or from rows of different lengths",
+}
 # Keys of the host that its preference trainer, or ours, never reads: they would be taken and change nothing.
 # Why -> key -> the host's default, or what is off: that may stand in a recipe.
 UNREAD = {
@@ -49,7 +63,7 @@ ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any ot
 
 
 def with_solo(host: type) -> type:
-    """The host's `FinetuningArguments` with ours; what the host asks of `stage: dpo` is asked of `solopo` too."""
+    """Return the host's `FinetuningArguments` with ours; `solopo` is asked what the host asks of `stage: dpo`."""
     spec, stages = host.__dataclass_fields__["stage"], get_args(get_type_hints(host)["stage"])
 
     @dataclass
@@ -61,18 +75,37 @@ def with_solo(host: type) -> type:
                 return super().__post_init__()
             solo.check_values(self)
             solo.check_loss(self)
-            self.stage = "dpo"  # the host tests stages by name: its rules for DPO (reference, PiSSA, smoothing) hold
-            try:
+            with passing_as_dpo(self):  # its rules for DPO (reference, PiSSA, smoothing) hold
                 super().__post_init__()
-            finally:
-                self.stage = "solopo"
 
         def to_dict(self) -> dict[str, Any]:
-            """As the host's, for experiment trackers; other stages report what they report without the plugin."""
+            """Return the host's, for experiment trackers; other stages report what they report without the plugin."""
             own = super().to_dict()
             return own if self.stage == "solopo" else {k: v for k, v in own.items() if k not in solo.FIELDS}
 
     return SoloFinetuningArguments
+
+
+def with_solo_data(host: type) -> type:
+    """Return the host's `DataArguments` with ours."""
+
+    @dataclass
+    class SoloDataArguments(solo.SoloDataArguments, host):
+        def __post_init__(self):
+            solo.check_values(self)
+            super().__post_init__()
+
+        def __reduce__(self):
+            """Pickle, into fingerprints of maps over rows, as of the host's class: this one is found under no name."""
+            return _restored, (host, vars(self))
+
+    return SoloDataArguments
+
+
+def _restored(host: type, values: dict):
+    restored = object.__new__(host)
+    vars(restored).update(values)
+    return restored
 
 
 def apply(parser) -> None:
@@ -80,9 +113,10 @@ def apply(parser) -> None:
     expect_signature(parser, "_parse_train_args", ("args",))
     expect_signature(parser, "read_args", ("args",))
     expect_signature(parser, "get_train_args", ("args",))
-    host, ours = parser.FinetuningArguments, with_solo(parser.FinetuningArguments)
+    finetuning, data = parser.FinetuningArguments, parser.DataArguments
+    ours = {finetuning: with_solo(finetuning), data: with_solo_data(data)}
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
-        arguments[:] = [ours if a is host else a for a in arguments]
+        arguments[:] = [ours.get(host, host) for host in arguments]
     parser.read_args = _reading_json(parser.read_args)
     parser._parse_train_args = _checking_keys(parser._parse_train_args, parser)
     parser.get_train_args = _checking_recipe(parser.get_train_args)
@@ -118,50 +152,40 @@ def _checking_keys(parse_train_args, parser):
         solo.check_keys(ours)
         if ours and stage != "solopo":
             raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
-        return parse_train_args(args)
+        parsed = parse_train_args(args)
+        if stage != "solopo":  # the host's own object: it is in the fingerprints of other stages' maps over rows
+            parsed[1].__class__ = parser.DataArguments
+            del parsed[1].solopo_overlength
+        return parsed
 
     return wrapper
 
 
 def check_recipe(model_args, data_args, training_args, finetuning_args, generating_args) -> None:
     """Refuse what would change or bypass the step, and what would have no effect on it, before anything is loaded."""
-    refused = {
-        "use_mca": (finetuning_args.use_mca, "it has its own trainer (unset USE_MCA)"),
-        "use_unsloth": (model_args.use_unsloth, "it replaces the model's forward"),
-        "use_kt": (model_args.use_kt, "it replaces the model's forward"),
-        "shift_attn": (model_args.shift_attn, "short and long sequences would attend differently"),
-        "mixture_of_depths": (model_args.mixture_of_depths, "tokens of the response could skip layers"),
-        "export_quantization_bit": (model_args.export_quantization_bit, "it quantizes what is trained"),
-        "packing": (data_args.packing, "rows of pairs cannot be packed by the host"),
-        "neftune_noise_alpha": (
-            training_args.neftune_noise_alpha,
-            "its noise depends on the length of what runs as one row, so the short and the long context get different "
-            "noise and the alignment is trained on the difference",
-        ),
-        "dispatch_batches": (
-            getattr(training_args.accelerator_config, "dispatch_batches", None),
-            "one process cannot cut the others' part from a packed row or from rows of different lengths",
-        ),
-    }
-    if data_args.streaming and finetuning_args.solopo_overlength == "drop":
+    groups = (model_args, data_args, training_args, finetuning_args, generating_args, training_args.accelerator_config)
+
+    def given(key: str):
+        return next((getattr(group, key) for group in groups if hasattr(group, key)), None)
+
+    if data_args.streaming and data_args.solopo_overlength == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
     if model_args.train_from_scratch and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
         raise ValueError(
             f"`train_from_scratch: true` would draw the weights of `ref_model: {finetuning_args.ref_model}` too, not "
             "read them; remove one of the two."
         )
-    for key, (value, reason) in refused.items():
-        if value:
-            raise ValueError(f"`{key}: {value}` does not work with `stage: solopo`: {reason}; remove it.")
+    for key, reason in REFUSED.items():
+        if given(key):
+            raise ValueError(f"`{key}: {given(key)}` does not work with `stage: solopo`: {reason}; remove it.")
 
-    strategy = getattr(training_args, "train_sampling_strategy", None)  # `group_by_length: true` in older transformers
+    strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
     if strategy not in (None, *ORDERS):
         raise ValueError(f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}.")
     unread = dict(UNREAD)
     if data_args.streaming:
-        unread["the host shuffles a stream by `buffer_size`"] = {
-            "disable_shuffling": False, "train_sampling_strategy": "random",
-        }  # fmt: skip
+        by_size = {"disable_shuffling": False, "train_sampling_strategy": "random"}
+        unread["the host shuffles a stream by `buffer_size`"] = by_size
         unread["a stream has no length"] = {"include_effective_tokens_per_second": False}
     if finetuning_args.disable_shuffling and strategy == "group_by_length":
         unread["`disable_shuffling` already keeps the rows' order"] = {"train_sampling_strategy": "random"}
@@ -171,12 +195,10 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
         unread[f"`pref_loss: {finetuning_args.pref_loss}` has no reference"] = {"ref_model": None}
     if finetuning_args.ref_model is None:
         unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
-    groups = (model_args, data_args, training_args, finetuning_args, generating_args)
     for reason, defaults in unread.items():
         for key, default in defaults.items():
-            value = next((getattr(group, key) for group in groups if hasattr(group, key)), None)
-            if value is not None and value != default:
-                raise ValueError(f"`{key}: {value}` has no effect in `stage: solopo`: {reason}; remove it.")
+            if given(key) not in (None, default):
+                raise ValueError(f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
 
 
 def _checking_recipe(get_train_args):

@@ -10,7 +10,7 @@ import sys
 from functools import wraps
 from typing import get_args
 
-from ..args import FIELDS, SoloArguments, check_keys
+from ..args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
 from . import board_texts
 from .arguments import check_recipe
 from .data import LONG_COLUMN, check_stage
@@ -351,6 +351,7 @@ def refusal(args: dict) -> str:
     known = {n: v for n, v in args.items() if n in fields and fields[n].init and v is not None}
     try:
         check_keys(args)
+        check_values(SoloDataArguments(args.get("solopo_overlength") or SoloDataArguments.solopo_overlength))
         given = Given(args)
         check_recipe(given, given, given, finetuning_args(**known), given)
         info = load_dataset_info(args["dataset_dir"])

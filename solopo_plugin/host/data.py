@@ -7,7 +7,7 @@ processor by stage, and its pairwise path drops every other column and truncates
 
 import json
 from copy import copy
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from pyarrow.compute import list_value_length, mean
@@ -18,9 +18,13 @@ from .template import encode_turn
 from .versions import expect_signature
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
-COLUMN_KEYS = ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag",
-               "long_prompt", "long_messages")  # fmt: skip
+COLUMN_KEYS = (
+    *("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag"),
+    *("long_prompt", "long_messages"),
+)
 IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
+ALIGNED = ("_name", "_prompt", "_long_prompt", "_response", "_system", "_long_system", "_tools")
+TURNS = ("_prompt", "_long_prompt", "_response")
 HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
 
 
@@ -119,93 +123,87 @@ def _merging(get_merged_dataset, loader):
 
 
 class LongConverter:
-    """The host's converter of the data set's formatting, run twice: for the short prompt and for the long one."""
+    """Run the host's converter of the data set's formatting twice: for the short prompt and for the long one."""
 
     def __init__(self, attr, data_args, get_dataset_converter):
-        self.attr, self.version = attr, __version__  # version: a new release does not reuse the old one's map cache
+        self.attr, self.version = attr, __version__  # in the fingerprint: a new release does not reuse an old map cache
         self.short = get_dataset_converter(attr.formatting, attr, data_args)
         long_attr = copy(attr)
         long_attr.prompt, long_attr.messages = attr.long_prompt, attr.long_messages
         self.long = get_dataset_converter(attr.formatting, long_attr, data_args)
+        self.prompt_column = attr.prompt if attr.formatting == "alpaca" else attr.messages
+        self.long_column = getattr(attr, LONG_COLUMN[attr.formatting])
 
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        """A row of the file -> a row for the processor; what the converters have made of it is what is checked."""
-        attr, row = self.attr, f"{self.attr.entry}[{index}]"
+        """Return a row of the file as the processor takes it; what the converters have made of it is checked too."""
+        attr, name = self.attr, f"{self.attr.entry}[{index}]"
         for column in filter(None, (getattr(attr, key) for key in COLUMN_KEYS)):
             if column not in example:
                 raise ValueError(
                     f"Dataset `{attr.entry}` has no column `{column}`; it has: {', '.join(example)}. "
                     "Correct `columns` in dataset_info.json."
                 )
-        self.check_read(row, example)
+        self.check_read(name, example)
         short, long = self.short(example), self.long(example)
         if attr.formatting != "alpaca":
             for column, side in ((attr.messages, short), (self.long_column, long)):
-                self.check_turns(row, column, example[column], side["_prompt"])
+                self.check_turns(name, column, example[column], side["_prompt"])
         for column, response in zip((attr.chosen, attr.rejected), short["_response"], strict=True):
-            check_text(row, column, response["content"])
+            check_text(name, column, response["content"])
         if short["_response"][0] == short["_response"][1]:
-            raise RowError(f"{row}: columns `{attr.chosen}` and `{attr.rejected}` hold the same text; remove the row.")
+            raise RowError(f"{name}: columns `{attr.chosen}` and `{attr.rejected}` hold the same text; remove the row.")
         # where there is no system prompt the host's openai converter writes one
         none = ("", None, "detailed thinking off") if attr.formatting == "openai" else ("", None)
         if (short["_system"] in none) != (long["_system"] in none):
-            raise RowError(f"{row}: only one of `{self.prompt_column}` and `{self.long_column}` has a system prompt.")
+            raise RowError(f"{name}: only one of `{self.prompt_column}` and `{self.long_column}` has a system prompt.")
         tools = short["_tools"]
         if isinstance(tools, list | dict):
             tools = json.dumps(tools, ensure_ascii=False)  # as the host's openai converter does
-        expect(isinstance(tools, str | None), f"{row}: column `{attr.tools}`", "JSON text", tools)
-        short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_row": row}
-        return {name: value for name, value in short.items() if name not in ("_images", "_videos", "_audios")}
+        expect(isinstance(tools, str | None), f"{name}: column `{attr.tools}`", "JSON text", tools)
+        short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_name": name}
+        return {k: v for k, v in short.items() if k not in ("_images", "_videos", "_audios")}
 
-    @property
-    def prompt_column(self) -> str:
-        return self.attr.prompt if self.attr.formatting == "alpaca" else self.attr.messages
-
-    @property
-    def long_column(self) -> str:
-        return getattr(self.attr, LONG_COLUMN[self.attr.formatting])
-
-    def check_read(self, row: str, example: dict[str, Any]) -> None:
+    def check_read(self, name: str, example: dict[str, Any]) -> None:
         """Refuse what the host's converters would leave out in silence, or crash on."""
         attr = self.attr
         if attr.kto_tag and isinstance(example[attr.kto_tag], bool):
             raise RowError(
-                f"{row}: column `{attr.kto_tag}`, mapped as `kto_tag`, is {example[attr.kto_tag]}, for which the host "
+                f"{name}: column `{attr.kto_tag}`, mapped as `kto_tag`, is {example[attr.kto_tag]}, for which the host "
                 "leaves out `chosen` and `rejected`; remove `kto_tag` from `columns` in dataset_info.json."
             )
         for column in filter(None, (attr.query, attr.system)):
             text = example[column]
-            expect(isinstance(text, str | None), f"{row}: column `{column}`", "a string or null", text)
+            expect(isinstance(text, str | None), f"{name}: column `{column}`", "a string or null", text)
         if attr.tools and holds_null(example[attr.tools]):
-            raise RowError(f"{row}: column `{attr.tools}` {HOLDS_NULL}; give the tools as JSON text.")
+            raise RowError(f"{name}: column `{attr.tools}` {HOLDS_NULL}; give the tools as JSON text.")
         if attr.formatting != "alpaca":
             for column in (attr.messages, self.long_column):
-                self.check_messages(row, column, example[column])
+                self.check_messages(name, column, example[column])
             for column in (attr.chosen, attr.rejected):
-                self.check_response(row, column, example[column])
+                self.check_response(name, column, example[column])
             return
         for column in (attr.prompt, self.long_column, attr.chosen, attr.rejected):
-            check_text(row, column, example[column])
+            check_text(name, column, example[column])
         history = (example[attr.history] if attr.history else None) or []
         for turn in history if isinstance(history, list) else [history]:
             good = isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-            expect(good, f"{row}: column `{attr.history}`", "a list of [question, answer]", turn)
+            expect(good, f"{name}: column `{attr.history}`", "a list of [question, answer]", turn)
 
-    def check_messages(self, row: str, column: str, messages: Any) -> None:
+    def check_messages(self, name: str, column: str, messages: Any) -> None:
         """Refuse a conversation that a converter would crash on, or would read only in part."""
         attr, openai = self.attr, self.attr.formatting == "openai"
         tags = (attr.user_tag, attr.assistant_tag, attr.observation_tag, attr.function_tag, attr.system_tag)
         known = [tag for tag in tags if tag]
         good = isinstance(messages, list) and messages
-        expect(good, f"{row}: column `{column}`", "a list of messages", messages)
+        expect(good, f"{name}: column `{column}`", "a list of messages", messages)
         for n, message in enumerate(messages, 1):
-            turn = f"{row}: turn {n} of column `{column}`"
+            turn = f"{name}: turn {n} of column `{column}`"
             good = isinstance(message, dict) and {attr.role_tag, attr.content_tag} <= message.keys()
             expect(good, turn, f"a message with `{attr.role_tag}` and `{attr.content_tag}`", message)
             role, content = message[attr.role_tag], message[attr.content_tag]
             if role not in known:
                 raise RowError(f"{turn} has `{attr.role_tag}` {role!r}; known are {', '.join(known)}.")
-            turn = f"{row}: turn {n} (`{role}`) of column `{column}`"
+            turn = f"{name}: turn {n} (`{role}`) of column `{column}`"
             if role == attr.system_tag:
                 expect(isinstance(content, str | None), turn, "a string or null", content)
             elif openai and role == attr.observation_tag:
@@ -231,9 +229,9 @@ class LongConverter:
         if any(holds_null(function["arguments"]) for function in functions):
             raise RowError(f"{turn} {HOLDS_NULL}; give the call as the JSON text of a message of `function_tag`.")
 
-    def check_response(self, row: str, column: str, response: Any) -> None:
+    def check_response(self, name: str, column: str, response: Any) -> None:
         """Refuse a response that a converter would crash on, or would read only in part."""
-        attr, what = self.attr, f"{row}: column `{column}`"
+        attr, what = self.attr, f"{name}: column `{column}`"
         good = isinstance(response, dict) and attr.content_tag in response
         good = good and response.get(attr.role_tag) in filter(None, (attr.assistant_tag, attr.function_tag))
         needed = f"one message with `{attr.role_tag}` {attr.assistant_tag!r} and `{attr.content_tag}`"
@@ -241,7 +239,7 @@ class LongConverter:
         if response.get("tool_calls"):
             raise RowError(f"{what} has `tool_calls`, {IGNORED}")
 
-    def check_turns(self, row: str, column: str, messages: list[dict], prompt: list[dict]) -> None:
+    def check_turns(self, name: str, column: str, messages: list[dict], prompt: list[dict]) -> None:
         """Refuse a converted conversation that is not one, and name the message of the file."""
         attr = self.attr
         turns = [(n, message[attr.role_tag]) for n, message in enumerate(messages, 1)]
@@ -255,12 +253,12 @@ class LongConverter:
             last = (len(messages), messages[-1][attr.role_tag])
             n, role = next((turn for i, turn in enumerate(turns) if sides.get(turn[1]) != i % 2), last)
             raise RowError(
-                f"{row}: column `{column}` must be turns that begin and end with the user's, in turn with the "
+                f"{name}: column `{column}` must be turns that begin and end with the user's, in turn with the "
                 f"assistant's; turn {n} of {len(messages)} is `{role}`."
             )
         for (n, role), turn in zip(turns, prompt, strict=True):
             blank = turn["role"] == "observation"  # a tool may have found nothing
-            check_text(row, column, turn["content"], f"turn {n} (`{role}`) of ", blank)
+            check_text(name, column, turn["content"], f"turn {n} (`{role}`) of ", blank)
 
 
 def holds_null(value: Any) -> bool:
@@ -293,47 +291,35 @@ def _aligning(align_dataset, loader):
             )
         text = Value("string")
         turns = [{"role": text, "content": text}]
-        features = Features(  # given, not guessed from the rows, so that they are those of any other data set
-            {"_prompt": turns, "_response": turns, "_system": text, "_tools": text, "_long_prompt": turns,
-             "_long_system": text, "_row": text}
-        )  # fmt: skip
+        # given, not guessed from the rows, so that they are those of any other data set
+        features = Features({name: turns if name in TURNS else text for name in ALIGNED})
         return dataset.map(converter, with_indices=True, remove_columns=list(first), features=features, **kwargs)
 
     return wrapper
 
 
-def overlength(data_args) -> str:
-    """`solopo_overlength`, which `run_solopo` leaves on the only arguments that the host hands its processors."""
-    return getattr(data_args, "solopo_overlength", "error")
-
-
 class SoloDatasetProcessor:
-    """Aligned examples -> tokenised rows (see `solopo_plugin.data`); the host calls it as one of its processors."""
+    """Tokenise aligned rows (see `solopo_plugin.data`); the host calls it as one of its processors."""
 
     def __init__(self, template, tokenizer, processor, data_args):
-        self.template, self.tokenizer, self.version = template, tokenizer, __version__
-        self.cutoff_len, self.overlength = data_args.cutoff_len, overlength(data_args)
-
-    def _encode(self, messages, system, tools) -> tuple[list[int], list[int]]:
-        return encode_turn(self.tokenizer, self.template, messages, system, tools)
+        self.template, self.tokenizer, self.version = template, tokenizer, (__version__, COLUMNS)
+        self.cutoff_len, self.overlength = data_args.cutoff_len, data_args.solopo_overlength
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """A batch of aligned examples -> a batch of tokenised rows; over-long rows raise or are left out."""
-        batch = {name: [] for name in COLUMNS}
-        names = ("_row", "_prompt", "_long_prompt", "_response", "_system", "_long_system", "_tools")
-        for row, short, long, responses, system, long_system, tools in zip(*(examples[n] for n in names), strict=True):
-            tokenised = build_row(
-                row, self._encode, short, long, responses, system, long_system, tools,
-                markers=[*filter(None, [self.tokenizer.bos_token]), *self.template.stop_words],
-            )  # fmt: skip
-            if fits(tokenised, self.cutoff_len, self.overlength):
-                for name, value in tokenised.items():
-                    batch[name].append(value)
+        """Return a batch of aligned rows as a batch of tokenised rows; over-long rows raise or are left out."""
+        batch = {column: [] for column in COLUMNS}
+        encode = partial(encode_turn, self.tokenizer, self.template)
+        markers = [*filter(None, [self.tokenizer.bos_token]), *self.template.stop_words]
+        for aligned in zip(*(examples[column] for column in ALIGNED), strict=True):
+            row = build_row(*aligned, encode, markers)
+            if fits(row, self.cutoff_len, self.overlength):
+                for column, value in row.items():
+                    batch[column].append(value)
         return batch
 
     def print_data_example(self, example: dict[str, Any]) -> None:
         """Show the first row as the model sees it, as the host's processors do."""
-        print(f"row:\n{example['row']}")
+        print(f"row:\n{example['name']}")
         for name in ("short_prompt", "long_prompt", "chosen", "rejected"):
             ids = example[f"{name}_ids"]
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -365,23 +351,23 @@ def _counting(get_preprocessed_dataset, loader):
                 f"All {len(dataset)} rows are longer than `cutoff_len: {data_args.cutoff_len}` and were dropped; "
                 "raise `cutoff_len`."
             )
-        report(rows, len(dataset), data_args, is_eval, loader.logger)
+        log_rows(rows, len(dataset), data_args, is_eval, loader.logger)
         return rows
 
     return wrapper
 
 
-def report(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
-    """Say how many rows there are, how many were dropped, and how long short and long prompts are."""
+def log_rows(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
+    """Log how many rows there are, how many were dropped, and how long short and long prompts are."""
     lengths = (list_value_length(rows.data.column(f"{side}_prompt_ids")) for side in ("short", "long"))
     short, long = (mean(column).as_py() for column in lengths)
     split = "evaluation" if is_eval else "training"
     logger.info_rank0(
-        f"SoLoPO {split} rows: {len(rows)}; dropped by `solopo_overlength: {overlength(data_args)}` at "
+        f"SoLoPO {split} rows: {len(rows)}; dropped by `solopo_overlength: {data_args.solopo_overlength}` at "
         f"`cutoff_len: {data_args.cutoff_len}`: {n_before - len(rows)}; mean prompt tokens: short {short:.0f}, "
         f"long {long:.0f} (compression rate {short / long:.2f})."
     )
-    if all(rows["same"]):
+    if all(rows["long_is_short"]):
         logger.warning_rank0(
             f"All long prompts of the {split} rows equal their short ones: is the long column the right one?"
         )

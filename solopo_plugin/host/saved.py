@@ -1,4 +1,4 @@
-"""What made the rows under `tokenized_path`: a record beside them, compared before they are used.
+"""Record what made the rows under `tokenized_path`, beside them, and compare before they are used.
 
 The host loads whatever stands there and looks at no other argument. Host: 0.9.5.
 """
@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
-from .versions import installed
+from ..data import COLUMNS
+from ..qa.provenance import file_hash, installed
 
 RECORD = "solopo_made_of.json"
 # Arguments that change none of our rows. Whatever else there is, also in another host, is taken to change them.
@@ -23,7 +24,7 @@ NO_MATTER = {
 
 @contextmanager
 def recorded(data_args, training_args, tokenizer, template):
-    """Around the host's `get_dataset`: refuse rows that something else has made, and leave a record beside new ones.
+    """Refuse, around the host's `get_dataset`, rows that something else has made; leave a record beside new ones.
 
     Raises:
         ValueError: The rows have no record (another stage, an earlier release, a run that was killed), or another one.
@@ -62,7 +63,7 @@ def check(facts: dict, record: Path) -> None:
 
 
 def made_of(data_args, training_args, tokenizer, template) -> dict:
-    """All that the rows depend on. Local files and the tokenizer count by content; of the hub only names are known."""
+    """Return all that the rows depend on; local files and the tokenizer by content, of the hub only names are known."""
     from llamafactory.data.parser import get_dataset_list
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -71,6 +72,7 @@ def made_of(data_args, training_args, tokenizer, template) -> dict:
     facts = {name: value for name, value in vars(data_args).items() if name not in NO_MATTER} | {
         "version of solopo": __version__,
         "version of llamafactory": installed("llamafactory"),
+        "columns": COLUMNS,
         "content of the template": _hash(repr(template)),
         "content of the tokenizer": _hash(repr((special, vocabulary))),
     }
@@ -81,7 +83,7 @@ def made_of(data_args, training_args, tokenizer, template) -> dict:
         path = Path(data_args.dataset_dir, attr.dataset_name) if local else Path(attr.dataset_name)
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         facts |= {f"{key} of {name}": value for key, value in vars(attr).items()}
-        facts[f"content of {name}"] = _hash("".join(map(_file_hash, files)))
+        facts[f"content of {name}"] = _hash("".join(file_hash(file) for file in files if file.is_file()))
     if data_args.val_size or data_args.mix_strategy != "concat" or any(attr.num_samples for attr in attrs):
         facts["seed"] = training_args.seed
     return json.loads(json.dumps(facts, default=str))
@@ -89,10 +91,3 @@ def made_of(data_args, training_args, tokenizer, template) -> dict:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _file_hash(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,26 +5,40 @@ in "Unknown task"; rather than copy it, the stage passes as `dpo` between parsin
 `run_dpo` is reached, which hands it to `run_solopo`. Host: 0.9.5.
 """
 
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 
 from .versions import expect_signature
+
+
+@contextmanager
+def passing_as_dpo(finetuning_args):
+    """Let the host, which knows stages by name, take `solopo` for its own `dpo`, whose rules hold for it too.
+
+    Nothing else changes the stage's name.
+    """
+    finetuning_args.stage = "dpo"
+    try:
+        yield
+    finally:
+        finetuning_args.stage = "solopo"
 
 
 def apply(tuner) -> None:
     """Patch `llamafactory.train.tuner` right after its import."""
     expect_signature(tuner, "get_train_args", ("args",))
     expect_signature(tuner, "run_dpo", ("model_args", "data_args", "training_args", "finetuning_args", "callbacks"))
-    tuner.get_train_args = _passing_as_dpo(tuner.get_train_args)
+    tuner.get_train_args = _disguising(tuner.get_train_args)
     tuner.run_dpo = _dispatching(tuner.run_dpo)
 
 
-def _passing_as_dpo(get_train_args):
+def _disguising(get_train_args):
     @wraps(get_train_args)
     def wrapper(args=None):
         parsed = get_train_args(args)
-        finetuning_args = parsed[3]
-        if finetuning_args.stage == "solopo":
-            finetuning_args.stage, finetuning_args.runs_solopo = "dpo", True
+        if parsed[3].stage == "solopo":
+            parsed[3].disguise = ExitStack()
+            parsed[3].disguise.enter_context(passing_as_dpo(parsed[3]))
         return parsed
 
     return wrapper
@@ -33,15 +47,16 @@ def _passing_as_dpo(get_train_args):
 def _dispatching(run_dpo):
     @wraps(run_dpo)
     def wrapper(model_args, data_args, training_args, finetuning_args, callbacks=None):
-        if not finetuning_args.__dict__.pop("runs_solopo", False):
+        disguise = vars(finetuning_args).pop("disguise", None)
+        if disguise is None:
             return run_dpo(model_args, data_args, training_args, finetuning_args, callbacks)
         from ..workflow import run_solopo
         from .board import log_alignment
 
+        disguise.close()
         for callback in callbacks or []:
             if type(callback).__name__ == "LogCallback":
                 log_alignment(callback)
-        finetuning_args.stage = "solopo"
         return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
 
     return wrapper

@@ -4,7 +4,8 @@ Nothing stays patched. Host: 0.9.5.
 """
 
 from copy import copy
-from difflib import get_close_matches
+
+from ..qa.files import did_you_mean
 
 
 def load_template(
@@ -14,7 +15,7 @@ def load_template(
     enable_thinking: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple:
-    """Tokenizer and template as the host loads them for training; the arguments are the host's keys.
+    """Return tokenizer and template as the host loads them for training; the arguments are the host's keys.
 
     Raises:
         ValueError: No such template, or no tokenizer at that name.
@@ -24,9 +25,8 @@ def load_template(
     from llamafactory.model import load_tokenizer
 
     if template not in TEMPLATES:
-        near = get_close_matches(template, TEMPLATES, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else "LLaMA-Factory's README lists them."
-        raise ValueError(f"`template: {template}` is no template of the host; {hint}")
+        hint = did_you_mean(template, TEMPLATES).strip() or "LLaMA-Factory's README lists them."
+        raise ValueError(f"`template: {template}` is no template of the host; {hint[0].lower()}{hint[1:]}")
     model_args = ModelArguments(model_name_or_path=model_name_or_path, trust_remote_code=trust_remote_code)
     try:
         tokenizer = load_tokenizer(model_args)["tokenizer"]
@@ -46,17 +46,16 @@ def load_template(
 
 
 def encode_turn(tokenizer, template, messages: list[dict], *context: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the response that ends it, stop token included, as training has them.
+    """Return token ids of the prompt and of the response that ends it, stop token included, as training has them.
 
-    Args:
-        context: System prompt and tools, where there are any.
+    `context`: system prompt and tools, where there are any.
     """
     prompt_ids, response_ids = template.encode_oneturn(tokenizer, messages, *context)
     return prompt_ids, response_ids + [tokenizer.eos_token_id] * template.efficient_eos
 
 
 def encode_prompt(tokenizer, template, text: str) -> list[int]:
-    """Token ids of a user's message in the chat template, up to where the response begins.
+    """Return token ids of a user's message in the chat template, up to where the response begins.
 
     They are those that training gives a row whose `prompt` is `text` and whose responses bring no thought of their own.
     """
@@ -65,6 +64,6 @@ def encode_prompt(tokenizer, template, text: str) -> list[int]:
 
 
 def template_markers(tokenizer, template) -> set[str]:
-    """Texts that only the template may write: special tokens and the words that end its turns."""
+    """Return the texts that only the template may write: special tokens and the words that end its turns."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return {*tokenizer.all_special_tokens, *added, *template.stop_words}

@@ -1,9 +1,9 @@
 """Which LLaMA-Factory the plugin was tested with, and what to tell a user whose environment is another one."""
 
-import platform
 import sys
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+
+from ..qa.provenance import installed
 
 TESTED = ("0.9.5",)
 # torch, torchvision and torchaudio are built against each other; pip does not enforce it (see constraints.txt)
@@ -11,26 +11,9 @@ WORKING_SET = {"torch": "2.11", "torchvision": "0.26", "torchaudio": "2.11"}
 INSTALL = "pip install " + " ".join(f'"{name}=={v}.*"' for name, v in WORKING_SET.items())
 
 
-def installed(package: str) -> str:
-    """Version of an installed package, or 'not installed'."""
-    try:
-        return version(package) or "not installed"  # None: metadata of a half-removed package
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of Python, of this package and of those of `packages` that are installed."""
-    from .. import __version__
-
-    found = {package: installed(package) for package in packages}
-    here = {package: version for package, version in found.items() if version != "not installed"}
-    return {"python": platform.python_version(), "solopo": __version__} | here
-
-
 @cache
 def tested() -> bool:
-    """Whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
+    """Return whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
     host = installed("llamafactory")
     if host not in TESTED:
         warn_inactive(

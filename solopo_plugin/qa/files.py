@@ -5,7 +5,6 @@ renamed. A file that grows (`Appender`) consists of whole lines: a torn last lin
 """
 
 import errno
-import fcntl
 import gzip
 import json
 import os
@@ -13,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
 
@@ -26,6 +26,18 @@ class DataError(ValueError):
 def shown(value: object) -> str:
     """Return a value and its type, in short, for a message."""
     return f"{type(value).__name__} {repr(value)[:80]}"
+
+
+def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "Did you mean `x`? " of the nearest known name, for a message; nothing where none is near.
+
+    Args:
+        name: What was written.
+        known: What there is.
+        cutoff: Likeness from 0 to 1 that the nearest must have; 0.6 is Python's default.
+    """
+    near = get_close_matches(str(name), known, n=1, cutoff=cutoff)
+    return f"Did you mean `{near[0]}`? " if near else ""
 
 
 def dump(value: object) -> bytes:
@@ -230,6 +242,8 @@ def alone_in(folder: Path, key: str) -> Iterator[None]:
     Args:
         key: The recipe's key that names the folder, for the sentence.
     """
+    import fcntl  # not on Windows, where training uses this file's other functions
+
     with explained(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,14 +1,20 @@
-"""Tell what results were made from: hashes of files and of models."""
+"""Tell what results were made from: hashes of files and of models, versions of packages."""
 
 import hashlib
 import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .files import dump, explained
 
 
 def file_hash(path: Path | str) -> str:
-    """Return SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
+    blob = Path(path).resolve()
+    if os.path.islink(path) and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name  # the hub's cache names its large files by it
     with explained(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -37,3 +43,20 @@ TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 BINARIES = ("*.safetensors", "*.bin")
 WEIGHTS = ("config.json", "generation_config.json", *BINARIES)
 ADAPTER = ("adapter_config.json", *BINARIES)
+
+
+def installed(package: str) -> str:
+    """Return the version of an installed package, or 'not installed'."""
+    try:
+        return version(package) or "not installed"  # None: metadata of a half-removed package
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of Python, of this package and of those of `packages` that are installed."""
+    from .. import __version__
+
+    found = {package: installed(package) for package in packages}
+    here = {package: version for package, version in found.items() if version != "not installed"}
+    return {"python": platform.python_version(), "solopo": __version__} | here

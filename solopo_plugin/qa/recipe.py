@@ -4,13 +4,12 @@ The keys that recipes of data and of evaluations share are declared here, in gro
 """
 
 from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from . import kinds
-from .files import DataError
+from .files import DataError, did_you_mean
 from .kinds import masked
 
 
@@ -154,9 +153,7 @@ def _sentence(cls: type, title: str, errors: list) -> str:
     error = min(errors, key=lambda error: rank.get(error["type"], 1))
     name, kind, value, known = str(error["loc"][0]), error["type"], error["input"], {f.name: f for f in fields(cls)}
     if kind == "unexpected_keyword_argument":
-        near = get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f"Did you mean `{near[0]}`? " if near else ""
-        return f"Unknown key `{name}` in the {title}. {hint}Allowed: {', '.join(known)}."
+        return f"Unknown key `{name}` in the {title}. {did_you_mean(name, known)}Allowed: {', '.join(known)}."
     if rank.get(kind):
         return f"The {title} lacks `{name}`: {known[name].metadata['help']}"
     if kind == "value_error":

@@ -20,7 +20,7 @@ PATCHES = {
 
 
 class HostFinder:
-    """Finds the modules named in `PATCHES` as everybody else would, and patches them once they are loaded."""
+    """Find the modules named in `PATCHES` as everybody else would, and patch them once they are loaded."""
 
     searching: set[str] = set()  # another finder may ask all finders, ours included
 
@@ -44,7 +44,7 @@ class HostFinder:
 
 
 class PatchingLoader:
-    """A module's own loader, followed by the patch. A wrapper, for a loader may be shared by modules or read-only."""
+    """Run a module's own loader, then the patch. A wrapper, for a loader may be shared by modules or read-only."""
 
     def __init__(self, loader):
         self.loader = loader

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..host.versions import installed_versions
 from ..qa.files import DataError, alone_in, explained, write_json
 from ..qa.generate import check_backend
-from ..qa.provenance import file_hash
+from ..qa.provenance import file_hash, installed_versions
 from ..qa.recipe import settings
 from . import contexts, export, judge, pairs, read, sample
 from .recipe import DataRecipe, model_files, outside_inputs

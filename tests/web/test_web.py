@@ -235,10 +235,11 @@ def test_filled_section_through_preview_save_load_and_five_languages(page, board
 
     command = previewed(page)
     assert command[:2] == ["llamafactory-cli", "train"]
-    parsed = _parse_train_args(command[2:])[3]
+    _, data_args, _, finetuning_args, _ = _parse_train_args(command[2:])
+    parsed = vars(data_args) | vars(finetuning_args)
     expected = {n: type(FIELDS[n].default)(v) for n, v in FILLED.items() if n in FIELDS}
     expected |= {"stage": "solopo", "simpo_gamma": 0.7, "pref_loss": "simpo", "pref_beta": 0.3, "pref_ftx": 0.5}
-    assert {name: getattr(parsed, name) for name in expected} == expected
+    assert {name: parsed[name] for name in expected} == expected
     given = {a[2:] for a in command if a.startswith("--")}
     assert {n for n in given if n.startswith(("solopo", "simpo", "pref"))} == set(expected) - {"stage"} - {
         n for n, v in expected.items() if v is False

@@ -9,7 +9,7 @@ from test_losses import BASE, POLICY, step, tiny_rows
 from test_losses import tiny_model as qwen2_float64
 from test_packing import tiny, watched_step
 
-from solopo_plugin.memory import chunk_mlps
+from solopo_plugin.chunked_mlp import chunk_mlps
 
 
 def checkpointing(model, kind: str) -> None:

@@ -1,0 +1,149 @@
+"""Log-probabilities of a step, in two forms: all in one forward of a packed row, or in two stages of padded batches.
+
+A form takes a model and a batch of its collator. `policy` gives all that the objective needs of the policy, `pair` the
+log-probs of the short pair, as a reference is asked for them. "As the loss has them": summed over the response's
+tokens, or their mean for the losses that are length-normalised.
+
+Shape suffixes: B samples, T tokens, K kept positions, N scored spans, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from llamafactory.extras import logging
+from torch import Tensor, nn
+
+from . import attention
+from .data import SoloCollator
+from .logps import predicting_positions, response_logps, token_logps
+from .losses import LENGTH_NORMALISED, LogProbs
+from .packing import PackedCollator
+
+SHORT_PAIR = ("input_ids", "attention_mask", "labels")
+logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
+
+
+class Packed:
+    """Run one forward of one row, in which a shared prompt stands once; see packing.py."""
+
+    name = "packed"
+
+    def __init__(self, args, *models: nn.Module | None):
+        """Let the models, policy and reference, take packed rows; `args`: the recipe's finetuning arguments."""
+        self.args = args
+        self.collator = PackedCollator(args.longpo, args.long_pair, args.use_ref_model)
+        for model in filter(None, models):
+            attention.prepare(model)
+
+    def policy(self, model, batch: dict) -> LogProbs:
+        """Return all log-probs of the policy; `nll_B` is of the whole sequence where the row has one scored."""
+        logps, means = self._score(model, batch["policy"])
+        nll_B = -means.get("sequence", means["chosen"])
+        return LogProbs(logps["chosen"], logps["rejected"], nll_B, logps.get("long_chosen"), logps.get("long_rejected"))
+
+    def pair(self, model, batch: dict) -> tuple[Tensor, Tensor]:
+        """Return a model's log-probs of the short pair, each (B,), as the loss has them."""
+        logps, _ = self._score(model, batch["reference"])
+        return logps["chosen"], logps["rejected"]
+
+    def _score(self, model, packed: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token."""
+        logits_1KV = model(
+            input_ids=packed["input_ids"],
+            position_ids=packed["position_ids"],
+            logits_to_keep=packed["positions_K"],
+            use_cache=False,
+            return_dict=True,
+            solopo_segments=packed["plan"],
+        ).logits
+        logps_K = token_logps(logits_1KV[0], packed["targets_K"], self.args.solopo_logp_chunk)
+        sums_N = torch.stack([span.sum() for span in logps_K.split(packed["counts"])])
+        means_N = sums_N / packed["counts_N"]
+        sums, means = ({name: x_N[at_B] for name, at_B in packed["spans"].items()} for x_N in (sums_N, means_N))
+        return (means if self.args.pref_loss in LENGTH_NORMALISED else sums), means
+
+
+class TwoStages:
+    """Run the short pair as in the host's DPO, then the long sequences; for LongPO the long pair alone."""
+
+    name = "two_stage"
+
+    def __init__(self, args, model: nn.Module, short_forward: Callable, may_skip: Callable, pad_id: int):
+        """Take what a step is made of.
+
+        Args:
+            args: The recipe's finetuning arguments.
+            model: The policy, whose forward tells whether it can leave logits out.
+            short_forward: The host's `concatenated_forward` of a padded short pair.
+            may_skip: Says of `long_is_short_B` whether no rank needs a long forward; under ZeRO-3 all must do the same.
+            pad_id: The tokenizer's padding token.
+        """
+        self.args, self.short_forward, self.may_skip = args, short_forward, may_skip
+        self.collator = SoloCollator(pad_id, args.long_pair)
+        base = attention.base_of(model)
+        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        if not self.keeps_logits:
+            logger.warning_rank0(f"{type(base).__name__} has no `logits_to_keep`: the long forward keeps all logits.")
+
+    def policy(self, model, batch: dict) -> LogProbs:
+        """Return all log-probs of the policy."""
+        if self.args.longpo:
+            return self._long_pair(model, batch)
+        short = self.short_forward(model, {name: batch[name] for name in SHORT_PAIR})
+        chosen_B, rejected_B, nll_B = short["chosen_logps"], short["rejected_logps"], -short["chosen_logps_avg"]
+        del short  # its fp32 logits of every position
+        return LogProbs(chosen_B, rejected_B, nll_B, *self.long_logps(model, batch, chosen_B, rejected_B))
+
+    def pair(self, model, batch: dict) -> tuple[Tensor, Tensor]:
+        """Return a model's log-probs of the short pair, each (B,), as the loss has them."""
+        short = self.short_forward(model, {name: batch[name] for name in SHORT_PAIR})
+        return short["chosen_logps"], short["rejected_logps"]
+
+    def long_logps(self, model, batch: dict, chosen_B: Tensor, rejected_B: Tensor) -> list[Tensor]:
+        """Return log-probs of the chosen (and, for `both`, rejected) responses given the long prompts, each (B,).
+
+        As the loss has them. Where a sample's long prompt is its short prompt, the short log-prob itself; where that is
+        so for the whole micro-batch on every rank, nothing is run. With alpha 0 the gap is only measured.
+        """
+        shorts = [chosen_B, rejected_B] if self.args.long_pair else [chosen_B]
+        if self.may_skip(batch["long_is_short_B"]):
+            return shorts
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.solopo_alpha > 0):
+            positions_K = predicting_positions(batch["long_labels"])
+            logits_BKV = self.forward_long(model, batch, positions_K)
+            chunk = self.args.solopo_logp_chunk
+            logps, counts = response_logps(logits_BKV, batch["long_labels"], positions_K, chunk)
+            if self.args.pref_loss in LENGTH_NORMALISED:
+                logps = logps / counts
+        longs = logps.split(len(chosen_B))
+        is_long_B = ~batch["long_is_short_B"]
+        return [long_B.where(is_long_B, short_B) for long_B, short_B in zip(longs, shorts, strict=True)]
+
+    def forward_long(self, model, batch: dict, positions_K: Tensor | None) -> Tensor:
+        """Return logits of the long sequences at the given positions (all where None), through the wrapped model."""
+        keep = {} if positions_K is None or not self.keeps_logits else {"logits_to_keep": positions_K}
+        ids, mask = batch["long_input_ids"], batch["long_attention_mask"]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True, **keep).logits
+        return logits if keep or positions_K is None else logits[:, positions_K]
+
+    def _long_pair(self, model, batch: dict) -> LogProbs:
+        """The pair given the long prompt, and the NLL of all of `x_long y_w`: all logits are kept."""
+        labels_BT, ids_BT = batch["long_labels"], batch["long_input_ids"]
+        size, chunk = len(ids_BT) // 2, self.args.solopo_logp_chunk
+        logits_BTV = self.forward_long(model, batch, None)
+        positions_K = predicting_positions(labels_BT)
+        logps, _ = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K, chunk)
+        real = batch["long_attention_mask"][:size, 1:].bool()
+        tokens = token_logps(logits_BTV[:size, :-1][real], ids_BT[:size, 1:][real], chunk)
+        nll_B = -torch.zeros_like(real, dtype=tokens.dtype).masked_scatter(real, tokens).sum(-1) / real.sum(-1)
+        return LogProbs(*logps.split(size), nll_B)
+
+
+def all_tokens(batch: dict) -> dict[str, Tensor]:
+    """Return all that the policy's forwards run as one flat row, which the Trainer's counters of tokens should see."""
+    if "policy" in batch:
+        ids = batch["policy"]["input_ids"]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names = ("input_ids", "attention_mask")
+    return {name: torch.cat([batch[name].flatten(), batch[f"long_{name}"].flatten()])[None] for name in names}
