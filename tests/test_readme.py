@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from solopo_plugin import __version__
 from solopo_plugin.host import arguments, board, data, stage
+from solopo_plugin.losses import METRICS
 
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -90,8 +91,6 @@ def test_the_recipe_of_the_readme_is_taken_by_the_host():
 
 
 def test_the_page_of_training_defines_every_metric_and_no_other():
-    from solopo_plugin.trainer import METRICS
-
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     table = page[page.index("| metric | definition |") :].partition("\n\n")[0]
     assert {name for row in table.splitlines()[2:] for name in named(row.split(" | ")[0], r"`([^`]+)`")} == set(METRICS)
