@@ -55,6 +55,7 @@ def in_this_process(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "measure", measure)
 
 
+@pytest.mark.slow
 def test_every_configuration_runs_on_the_same_rows_and_model(command, in_this_process, tmp_path):
     document = command("--lengths", "64")
     runs = document["runs"]
@@ -251,6 +252,7 @@ def test_gpu_memory_is_what_torch_counts(monkeypatch):
     assert calls.count("synchronize") == 2
 
 
+@pytest.mark.slow
 def test_processes_of_their_own_and_a_real_lack_of_memory(command):
     """One step that fits, and one whose logits alone (3,216 positions x 32,000 x 4 bytes) exceed what it may take."""
     document = command("--variants", "S3", "--losses", "orpo", "--lengths", "64")

@@ -66,7 +66,6 @@ def test_a_mixture_of_experts_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.slow(keep=["full"])
 def test_a_run_in_chunks_is_the_run(run, recipe, tmp_path, kind):
     """Through the recipe's key; SGD, so that a wrong gradient would show in proportion."""
     common = dict(finetuning_type=kind, pref_loss="orpo", max_steps=3, **SGD)

@@ -204,6 +204,7 @@ def test_without_a_gpu_it_says_so(stub):
     assert done.returncode == 1 and not calls and "DRY=1 runs the same on a CPU" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_dry_command(tmp_path):
     """The shell, a process and the page for real; the other parts run above, in this process."""
     env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OUT": str(tmp_path)}

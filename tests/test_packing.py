@@ -220,7 +220,6 @@ def assert_equal(packed, two_stage) -> None:
 
 @pytest.mark.parametrize("align_on", ["chosen", "both"])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.slow(keep=["llama-*", "qwen2-*"])
 def test_packed_is_two_stage_on_every_architecture(name, align_on):
     assert attention.why_not_packed(tiny(name)) is None
     assert_equal(*both_ways(name, tiny_rows(), pref_loss="sigmoid", solopo_align_on=align_on))
@@ -322,7 +321,6 @@ def gradients_of(model, rows, kind: str | None) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "unsloth"])
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3_moe"])
-@pytest.mark.slow(keep=["llama-*"])
 def test_checkpointing_recomputes_in_segments(name, kind, monkeypatch):
     """Bit for bit: the same operations on the same numbers. Each layer attends once more, in its segments.
 

@@ -36,7 +36,6 @@ KINDS = {
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.slow(keep=["full-*", "lora-packed"])
 def test_cached_is_online(run, recipe, tmp_path, kind, forward):
     """One row at a time both score the same forward of the same weights: bit for bit, in training and evaluation."""
     common = KINDS[kind] | dict(
@@ -489,7 +488,6 @@ def test_weights_that_a_file_lacks(run, recipe, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 @pytest.mark.parametrize("kind", ["own", "elsewhere", "sub-set"])
-@pytest.mark.slow(keep=["own-chosen"])
 def test_scores_of_another_model_under_this_ones_name(run, recipe, tiny_model, cache, kind, side):
     """What no key can know, say a library that computes otherwise: the live reference is asked before any training."""
     args = recipe(max_steps=1, ref_model=tiny_model(seed=1) if kind == "elsewhere" else None)

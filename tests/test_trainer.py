@@ -87,7 +87,6 @@ def name_case(x) -> str:
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 @pytest.mark.parametrize("pref_loss, options", CASES, ids=name_case)
-@pytest.mark.slow(keep=["*-2.0-*"])
 def test_a_step_is_what_the_paper_writes(run, recipe, tiny_model, pref_loss, options, forward):
     """Loss and weights after one SGD step over two rows equal a loop over single sequences in float64.
 
