@@ -177,9 +177,9 @@ def outcome(output_dir: str | Path) -> SimpleNamespace:
     return SimpleNamespace(dir=output_dir, log=log, losses=[e["loss"] for e in log if "loss" in e], weights=weights)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tuner():
-    """Import the host. A run collects garbage several times, and need not look at what imports made."""
+    """Import the host. A run collects garbage several times, and need not look at what was there before the module."""
     import llamafactory.train.tuner
 
     gc.collect()
