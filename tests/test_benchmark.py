@@ -82,6 +82,7 @@ def test_every_configuration_runs_on_the_same_rows_and_model(command, in_this_pr
     assert {"settings", "hardware", "versions", "date", "command"} <= document.keys()
 
 
+@pytest.mark.slow
 def test_gpu_presets_run_at_a_small_shape(command, in_this_process):
     """The code path of the 7B presets, but for the device and 16 bits: LoRA and full, checkpointing, no states."""
     gpu = ["--preset", "qwen2.5-7b", "--device", "cpu", "--dtype", "float32", "--lengths", "64"]

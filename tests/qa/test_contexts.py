@@ -124,6 +124,7 @@ def test_prompts_are_the_trainers_ids(model, tmp_path, monkeypatch, template, ke
 # ---- lengths
 
 
+@pytest.mark.slow
 def test_a_thousand_random_questions(model, tmp_path):
     """Never above the target; below it by less than a paragraph, in ten pairs of targets."""
     rng, built = random.Random(11), 0
@@ -442,6 +443,7 @@ def test_a_pool_that_is_too_small(model, tmp_path):
         build(tmp_path, str(tmp_path / "none"), make_questions(3))
 
 
+@pytest.mark.slow
 def test_benchmark_prints_time_and_memory(tmp_path):
     write_jsonl(tmp_path / "q.jsonl", make_questions(20))
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_data.py"), str(tmp_path / "q.jsonl"), "--pairs", "30"]
