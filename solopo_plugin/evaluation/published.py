@@ -28,7 +28,7 @@ class Published:
 
     @property
     def name(self) -> str:
-        """What a table calls the row."""
+        """Name of the row in a table."""
         return f"{self.model}, {self.training}"
 
 

@@ -235,7 +235,7 @@ def _columns(parts: list[pd.DataFrame], name: str) -> list[np.ndarray]:
 
 
 def _questions(index: pd.MultiIndex) -> int:
-    """How many questions stand behind scores."""
+    """Count the questions behind scores."""
     return len(index.droplevel("metric").unique())
 
 

@@ -136,7 +136,7 @@ def _rows_of_work(work: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _pass_rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
-    """Of all questions that were sampled, also those without a pair."""
+    """Pass rates of all questions that were sampled, also those without a pair."""
     hops = {context["id"]: context["hops"] for context in read_jsonl(work / "contexts.jsonl")}
     for side in ("short", "long"):
         for name, answers in groupby(read_jsonl(work / f"judged.{side}.jsonl"), key=lambda answer: answer["id"]):

@@ -84,7 +84,7 @@ def compared(found: Summary) -> list[dict]:
 
 
 def _lines(models: list[str]) -> dict[str, dict]:
-    """How each model is drawn."""
+    """Colour, marker and line of each model."""
     return {
         model: {
             "color": COLORS[i % len(COLORS)],
