@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness, such as the Open LLM Leaderboard: its own program asks and scores.
+"""Run tasks of lm-evaluation-harness, such as the Open LLM Leaderboard: its own program asks and scores.
 
 It runs as a process of its own (harness_process.py), so that it can neither change nor be changed by what is loaded
 here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and, while it runs,
-the answers so far: a run that was stopped continues. rows.json says that it is finished.
+the answers so far: a run that was stopped continues. rows.json says what they are made from, and has the finished rows.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configurat
 
 
 def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
-    """Results of `harness_tasks` for a model; what is there of the same model and settings is not run again.
+    """Return results of `harness_tasks` for a model; what is there of the same model and settings is not run again.
 
     The harness asks in its own way. Of the recipe count the model, backend, `default_system`, `enable_thinking: false`
     (not `rope_factor`), and `harness_args`: keys of its configuration file (batch_size, limit, num_fewshot, ...), whose
@@ -49,6 +49,7 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     Args:
         model: One of `find_models`.
         recipe: An EvalRecipe.
+        output_dir: Of the evaluation; see above.
 
     Returns:
         {"model", "task", "metric", "value", "stderr", "n"} for every task named, or its parts where it has no number
@@ -64,15 +65,16 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     config = configuration(model, recipe)
     made_from = {"config": config, "files": _files(model, config)}
     kept = _read(folder / "rows.json")
-    if kept.get("made_from") == made_from:
+    if kept.get("made_from") == made_from and "rows" in kept:
         return kept["rows"]
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError("`harness_tasks` needs lm-evaluation-harness, which is not installed: pip install '.[eval]'.")
-    if _read(folder / "made_from.json") != made_from:
-        for name in ("rows.json", LOG, "cache_rank*.db*", "results_*.json"):
+    before = folder / "made_from.json"  # where an earlier version had it
+    if (kept.get("made_from") or _read(before)) != made_from:
+        for name in (before.name, LOG, "cache_rank*.db*", "results_*.json"):
             for path in folder.glob(name):
                 path.unlink()
-        write_json(folder / "made_from.json", made_from)
+        write_json(folder / "rows.json", {"made_from": made_from})
     # a results path that ends in .json: its files then stand beside it, and not in a folder named after the model
     paths = {"output_path": str(folder / "results.json"), "use_cache": str(folder / "cache")}
     write_json(folder / "config.json", config | paths)
@@ -93,12 +95,12 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
 
 
 def kept_rows(model: Any, output_dir: Path) -> list[dict]:
-    """Rows of the last finished run, whatever its settings were; none where there was none."""
+    """Return the rows of the last finished run, whatever its settings were; none where there was none."""
     return _read(Path(output_dir) / "harness" / model.name / "rows.json").get("rows", [])
 
 
 def configuration(model: Any, recipe: Any) -> dict[str, Any]:
-    """What the harness is told, as its configuration file has it."""
+    """Return what the harness is told, as its configuration file has it."""
     args = dict(recipe.harness_args or {})
     for name in OURS:
         if name in args:
@@ -221,7 +223,7 @@ def _without(key: bytes, parts: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def read_results(path: Path, model: str, tasks: list[str]) -> list[dict]:
-    """Rows of the harness' results file; see `run_harness`.
+    """Return the rows of the harness' results file; see `run_harness`.
 
     Raises:
         DataError: There is nothing in it of a task.

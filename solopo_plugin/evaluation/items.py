@@ -36,7 +36,7 @@ OFFICIAL_TOKENS = {"longbench_v2": 128}  # pred.py of github.com/THUDM/LongBench
 
 @dataclass(frozen=True)
 class Item:
-    """One question; a line of items.jsonl. (benchmark, task, id) is unique."""
+    """Hold one question, which is a line of items.jsonl. (benchmark, task, id) is unique."""
 
     benchmark: str  # a key of MAIN_METRIC
     task: str  # row of the benchmark's table, such as `musique` or `squad`

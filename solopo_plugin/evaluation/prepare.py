@@ -1,4 +1,4 @@
-"""The questions of an evaluation, made once: items.jsonl, and items.json, which says what each benchmark was made from.
+"""Make the questions of an evaluation once: items.jsonl, and items.json, which says what each benchmark was made from.
 
 A benchmark that would be made from the same again is kept.
 """
@@ -15,7 +15,7 @@ from ..qa.generate import check_backend
 from ..qa.generate.calls import Model, load_chat
 from ..qa.provenance import TOKENIZER, file_hash, folder_hash
 from ..qa.recipe import Chat, pick, settings
-from .items import Item
+from .items import Item, read_items
 from .recipe import EvalRecipe, sources
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def prepare_items(recipe: EvalRecipe, model: Model, resume: bool = True) -> dict
     folder = Path(recipe.output_dir)
     path = folder / ITEMS
     wanted = {name: _made_from(recipe, name, model.tokenizer) for name in recipe.benchmarks}
-    before = _items_manifest(folder) if resume else {}
+    before = items_manifest(folder) if resume else {}
     kept = [name for name in wanted if name in before and before[name]["made_from"] == wanted[name]]
     if set(kept) == set(wanted) == set(before):
         log.info("questions: made before, kept.")
@@ -42,22 +42,19 @@ def prepare_items(recipe: EvalRecipe, model: Model, resume: bool = True) -> dict
     entries, seen = {}, set()
     with replacing(path) as out:
         for name in wanted:
-            start = out.tell()
             if name in kept:
-                _copy(path, before[name]["start"], before[name]["end"], out)
-                questions = before[name]["questions"]
+                items = (item for item in read_items(path) if item.benchmark == name)
             else:
-                questions = _write_items(name, BENCHMARKS[name](recipe, *tokens), seen, out)
-                log.info(f"{name}: {questions} questions.")
-            entries[name] = {
-                "made_from": wanted[name], "questions": questions, "start": start, "end": out.tell()
-            }  # fmt: skip
+                items = BENCHMARKS[name](recipe, *tokens)
+            questions = _write_items(name, items, seen, out)
+            log.info(f"{name}: {questions} questions{', made before' if name in kept else ''}.")
+            entries[name] = {"made_from": wanted[name], "questions": questions}
     write_json(folder / ITEMS_MANIFEST, {"hash": file_hash(path), "benchmarks": entries})
     return {name: entry["questions"] for name, entry in entries.items()}
 
 
 def _made_from(recipe: EvalRecipe, benchmark: str, tokenizer: str) -> dict:
-    """All on which a benchmark's questions depend: keys, files, the tokenizer that measures lengths."""
+    """Return all on which a benchmark's questions depend: keys, files, the tokenizer that measures lengths."""
     files = {}
     for path in sources(recipe, benchmark):
         files[str(path)] = folder_hash(path, ("**/*",)) if path.is_dir() else file_hash(path)
@@ -69,8 +66,8 @@ def _made_from(recipe: EvalRecipe, benchmark: str, tokenizer: str) -> dict:
     }
 
 
-def _items_manifest(folder: Path) -> dict:
-    """Benchmarks of items.jsonl, none where it is not as it was written."""
+def items_manifest(folder: Path) -> dict:
+    """Return the benchmarks of items.jsonl, none where it is not as it was written."""
     try:
         manifest = json.loads((folder / ITEMS_MANIFEST).read_bytes())
         return manifest["benchmarks"] if manifest["hash"] == file_hash(folder / ITEMS) else {}
@@ -89,12 +86,3 @@ def _write_items(benchmark: str, items: Iterator[Item], seen: set[Key], out) -> 
     if not count:
         raise DataError(f"`{benchmark}` has no question; check its files and the keys that begin like it.")
     return count
-
-
-def _copy(path: Path, start: int, end: int, out) -> None:
-    with open(path, "rb") as file:
-        file.seek(start)
-        while start < end:
-            block = file.read(min(1 << 20, end - start))
-            out.write(block)
-            start += len(block)

@@ -1,17 +1,19 @@
-"""An evaluation from recipe to report: questions, answers of each model, scores. It can be killed and continues."""
+"""Run an evaluation from recipe to report: questions, answers of each model, scores. It can be killed and continues."""
 
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, alone_in, read_jsonl, write_json
+from ..qa.files import DataError, alone_in, write_json
 from ..qa.generate.calls import Model
+from ..qa.provenance import differences
 from ..qa.recipe import settings
-from .ask import _changes, _take_over, ask, asked_with, fingerprint
+from ..qa.store import STORE, Store
+from .ask import answers_file, ask, asked_so, asked_with, key_of, take_in, write_answers
 from .items import read_items
 from .models import as_row, find_models, stored_models
-from .prepare import ITEMS, _items_manifest, prepare_items
+from .prepare import ITEMS, items_manifest, prepare_items
 from .recipe import EvalRecipe
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
     """Ask what is not answered, score, compare, report; returns what results.json holds.
 
     Args:
+        recipe: What is asked of which models.
         rescore: Load no model: score and report again what is answered.
         resume: False: make all questions and ask for all answers again.
 
@@ -45,6 +48,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         else:
             log.info(f"scored again, as the last run had them: {', '.join(model.name for model in models)}.")
             if recipe.benchmarks:
+                write_stored(folder, models)
                 check_asked_so(recipe, models)
         for model in models if recipe.benchmarks else ():
             write_scores(folder, model.name)
@@ -57,18 +61,31 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
 def answer_all(recipe: EvalRecipe, models: list[Model], resume: bool = True) -> None:
     """Make the questions, with the first model's tokenizer where lengths matter, and ask every model."""
     prepare_items(recipe, models[0], resume)
+    folder, names = Path(recipe.output_dir), {model.name for model in models}
     hashes, longest = {}, 0
-    for item in read_items(Path(recipe.output_dir) / ITEMS):
-        hashes[item.key] = item.prompt_hash
+    for item in read_items(folder / ITEMS):
+        hashes[key_of(item)] = item.prompt_hash
         longest = max(longest, item.max_new_tokens or recipe.max_new_tokens)
-    for model in models:
-        if resume:
-            _take_over(Path(recipe.output_dir, "answers"), model.name, fingerprint(recipe, model), models)
-        ask(recipe, model, hashes, recipe.max_input_tokens + longest, resume)
+    with Store(folder / STORE) as store:
+        for model in () if resume else models:
+            answers_file(folder, model).unlink(missing_ok=True)
+        take_in(store, folder / "answers", names)
+        for model in models:
+            ask(recipe, model, store, hashes, recipe.max_input_tokens + longest, names, resume)
+
+
+def write_stored(folder: Path, models: list[Model]) -> None:
+    """Write the files of answers as the last run left them in the store, finished or not."""
+    if (folder / STORE).exists():
+        hashes = {key_of(item): item.prompt_hash for item in read_items(folder / ITEMS)}
+        with Store(folder / STORE) as store:
+            for model in models:
+                if last := store.last_used(model.name):
+                    write_answers(store, answers_file(folder, model), *last, hashes)
 
 
 def harness_rows(recipe: EvalRecipe, model: Model, rescore: bool) -> list[dict]:
-    """Results of lm-evaluation-harness for a model; with `rescore` those that are there."""
+    """Return the results of lm-evaluation-harness for a model; with `rescore` those that are there."""
     if not recipe.harness_tasks:
         return []
     from .harness import kept_rows, run_harness
@@ -84,19 +101,19 @@ def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:
         DataError: What differs; models' files are not looked at, since they may be gone.
     """
     folder = Path(recipe.output_dir)
-    made = {name: entry["made_from"]["settings"] for name, entry in _items_manifest(folder).items()}
+    made = {name: entry["made_from"]["settings"] for name, entry in items_manifest(folder).items()}
     wanted = {name: settings(recipe, "items") | settings(recipe, name) for name in recipe.benchmarks}
     pairs = [(made[name], keys) for name, keys in wanted.items() if name in made]
     if made and set(made) != set(recipe.benchmarks):
         pairs.append(({"benchmarks": sorted(made)}, {"benchmarks": sorted(recipe.benchmarks)}))
     for model in models:
-        first = next(read_jsonl(folder / "answers" / f"{model.name}.jsonl"), {}).get("fingerprint") or {}
+        first = asked_so(answers_file(folder, model)) or {}
         pairs.append((first, {name: value for name, value in asked_with(recipe, model).items() if name in first}))
     for old, new in pairs:
-        if changed := _changes({name: old[name] for name in new if name in old}, new):
-            raise DataError(f"`--rescore` keeps what {folder} was asked with, but {changed}; leave `--rescore` out.")
+        if words := ", ".join(differences({name: old[name] for name in new if name in old}, new)):
+            raise DataError(f"`--rescore` keeps what {folder} was asked with, but {words}; leave `--rescore` out.")
 
 
 def public_settings(recipe: EvalRecipe) -> dict[str, Any]:
-    """The recipe's keys that are set, without addresses."""
+    """Return the recipe's keys that are set, without addresses."""
     return {name: value for name, value in asdict(recipe).items() if value is not None and name not in PRIVATE}

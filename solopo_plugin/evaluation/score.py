@@ -1,4 +1,4 @@
-"""From stored answers to scores, without a model: items.jsonl and answers/<model>.jsonl give scores/<model>.jsonl.
+"""Score stored answers without a model: items.jsonl and answers/<model>.jsonl give scores/<model>.jsonl.
 
 The scores, 0 to 100 each, by the functions of `solopo_plugin.qa.answers`:
 
@@ -38,9 +38,10 @@ _ASKS_MARKER = re.compile("the answer is:", re.IGNORECASE)
 
 
 def score_answer(item: Item, text: str) -> dict:
-    """Scores of one response.
+    """Return the scores of one response.
 
     Args:
+        item: The question.
         text: The whole response, as the model gave it.
 
     Returns:
@@ -85,75 +86,70 @@ def write_scores(output_dir: Path | str, model_name: str) -> dict:
     """
     folder = Path(output_dir)
     answers_file = folder / "answers" / f"{model_name}.jsonl"
-    places, asked, scored = answer_places(answers_file), 0, 0
+    answers, asked, scored = read_answers(answers_file), 0, 0
 
     def rows() -> Iterator[dict]:
         nonlocal asked, scored
-        with explained(answers_file, "read"), open(answers_file, "rb") as answers:
-            items = read_items(folder / "items.jsonl")
-            for item in tqdm(items, desc=f"score {model_name}", unit=" questions", disable=None):
-                asked += 1
-                if (place := places.pop(item.key, None)) is not None:
-                    number, start = place
-                    answers.seek(start)
-                    scored += 1
-                    yield _row(item, parse_line(answers.readline(), answers_file, number), answers_file, number)
+        items = read_items(folder / "items.jsonl")
+        for item in tqdm(items, desc=f"score {model_name}", unit=" questions", disable=None):
+            asked += 1
+            if answer := answers.pop(item.key, None):
+                scored += 1
+                yield _row(item, *answer, answers_file)
 
     write_jsonl(folder / "scores" / f"{model_name}.jsonl", rows())
-    if places:
+    if answers:
         log.warning(
             "%s: %d answers belong to no question of items.jsonl and are left out; the first: %s.",
-            answers_file, len(places), "/".join(next(iter(places))),
+            answers_file, len(answers), "/".join(next(iter(answers))),
         )  # fmt: skip
     if scored < asked:
         log.warning("%s: %d of %d questions are not answered; no score counts them.", model_name, asked - scored, asked)
-    return {"asked": asked, "scored": scored, "unknown": len(places)}
+    return {"asked": asked, "scored": scored, "unknown": len(answers)}
 
 
 def source_of(item: Item) -> str:
-    """The question behind an item: the same text, and the same id up to the length that ids of built contexts name."""
+    """Return what items of one question share: its text, and its id up to the length that built contexts name."""
     name = item.id if item.length is None else item.id.rpartition(f"/{item.length}")[0] or item.id
     return hashlib.sha256(f"{name}\n{item.question}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def answer_places(path: Path) -> dict[tuple[str, str, str], tuple[int, int]]:
-    """Where each answer stands: (benchmark, task, id) -> (line from 1, byte); the texts themselves may be large.
+def read_answers(path: Path) -> dict[tuple[str, str, str], tuple[int, dict]]:
+    """Return the answers of a file: (benchmark, task, id) -> line, from 1, and answer.
 
     Raises:
         DataError: No such file, a damaged line, or a question answered twice.
     """
-    places = {}
-    for number, start, row in stored_answers(path):
+    answers: dict[tuple, tuple[int, dict]] = {}
+    for number, row in stored_answers(path):
         key = tuple(answer_field(row, name, path, number) for name in ("benchmark", "task", "id"))
-        if key in places:
+        if key in answers:
             raise DataError(
                 f"{path}:{number}: {'/'.join(key)} is answered a second time (first in line "
-                f"{places[key][0]}); delete one of the lines."
+                f"{answers[key][0]}); delete one of the lines."
             )
-        places[key] = number, start
-    return places
+        answers[key] = number, row
+    return answers
 
 
-def stored_answers(path: Path) -> Iterator[tuple[int, int, dict]]:
-    """The answers of a file, each with its line from 1 and the byte at which that begins.
+def stored_answers(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the answers of a file, each with its line, from 1.
 
-    A torn last line, which a killed run may leave, is not an answer.
+    A torn last line, which versions without a store (qa/store.py) may have left, is not an answer.
 
     Raises:
         DataError: No such file, or a damaged line.
     """
-    start = 0
     with explained(path, "read"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip() and line.endswith(b"\n"):
                 row = parse_line(line, path, number)
                 if "fingerprint" not in row:
-                    yield number, start, row
-            start += len(line)
+                    yield number, row
 
 
 def answer_field(row: dict, name: str, path: Path, number: int) -> str:
-    """A text that a line of answers must have.
+    """Return a text that a line of answers must have.
 
     Raises:
         DataError: It has none.
@@ -164,7 +160,7 @@ def answer_field(row: dict, name: str, path: Path, number: int) -> str:
     return value
 
 
-def _row(item: Item, answer: dict, path: Path, number: int) -> dict:
+def _row(item: Item, number: int, answer: dict, path: Path) -> dict:
     text, prompt = (answer_field(answer, name, path, number) for name in ("text", "prompt_hash"))
     if prompt != item.prompt_hash:
         raise DataError(

@@ -1,26 +1,23 @@
-"""Files of a run that may be killed at any time: read with the line named, written whole or not at all.
+"""Read files with the line named in errors, and write them whole or not at all: a run may be killed at any time.
 
 Everything is UTF-8. Output files are written under a temporary name beside their place, synchronised to disk and
-renamed. A file that grows (`Appender`) consists of whole lines: a torn last line is cut off when it is opened again.
+renamed. What grows answer by answer is in a store (store.py).
 """
 
 import errno
 import gzip
 import json
 import os
-import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
 
-SYNC_SECONDS = 1.0  # an appended line is in the kernel's hands at once, and on the disk itself within this time
-
 
 class DataError(ValueError):
-    """What the user has to put right, in one sentence: what, where, the value seen, what to do."""
+    """Say in one sentence what the user has to put right: what, where, the value seen, what to do."""
 
 
 def shown(value: object) -> str:
@@ -41,14 +38,16 @@ def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.6) -> str
 
 
 def dump(value: object) -> bytes:
-    """JSON on one line, UTF-8. Half of a surrogate pair, which no file can hold, becomes a question mark."""
+    """Return a value as one line of JSON in UTF-8. Half of a surrogate pair, which no file can hold, becomes a `?`."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def parse_line(line: bytes, path: Path | str, number: int) -> dict:
-    """One line of a JSON lines file as a dict.
+    """Return one line of a JSON lines file as a dict.
 
     Args:
+        line: Its bytes.
+        path: Of the file, for the message.
         number: Of the line, from 1, for the message.
 
     Raises:
@@ -68,7 +67,7 @@ def parse_line(line: bytes, path: Path | str, number: int) -> dict:
 
 
 def read_jsonl(path: Path | str) -> Iterator[dict]:
-    """The objects of a JSON lines file; blank lines are skipped.
+    """Yield the objects of a JSON lines file; blank lines are skipped.
 
     Raises:
         DataError: No such file, or a line is no JSON object; the message says `file:line`.
@@ -126,7 +125,7 @@ def write_json(path: Path | str, value: object) -> None:
 
 @contextmanager
 def replacing(path: Path | str):
-    """A binary file to write to, which takes the place of `path` when the block ends without an error.
+    """Give a binary file to write to, which takes the place of `path` when the block ends without an error.
 
     Raises:
         DataError: The disk is full or the place cannot be written to; what stood at `path` is untouched.
@@ -147,77 +146,12 @@ def replacing(path: Path | str):
         _sync_folder(path.parent)
 
 
-class Appender:
-    """A JSON lines file that grows by whole lines and survives `kill -9`; one writer at a time.
-
-    Opening it cuts off a torn last line. Use as a context manager, or call `close`.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        with explained(self.path, "write"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._size = self._cut_torn_line()
-        self._synced = time.monotonic()
-
-    def append(self, row: dict) -> None:
-        """Add one line with one write; it survives this process at once, and a power cut after about a second.
-
-        Raises:
-            DataError: The disk is full; the file still ends with a whole line.
-        """
-        line = dump(row) + b"\n"
-        with explained(self.path, "write"):
-            try:
-                if os.pwrite(self._fd, line, self._size) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                with suppress(OSError):
-                    os.ftruncate(self._fd, self._size)
-                raise
-            self._size += len(line)
-            if time.monotonic() - self._synced >= SYNC_SECONDS:
-                self.sync()
-
-    def sync(self) -> None:
-        """Wait until all lines are on the disk itself."""
-        os.fsync(self._fd)
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        if self._fd is not None:
-            with explained(self.path, "write"):
-                os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def _cut_torn_line(self, block: int = 1 << 16) -> int:
-        end = os.fstat(self._fd).st_size
-        keep = end
-        while keep:
-            start = max(0, keep - block)
-            newline = os.pread(self._fd, keep - start, start).rfind(b"\n")
-            if newline >= 0:
-                keep = start + newline + 1
-                break
-            keep = start
-        if keep < end:
-            os.ftruncate(self._fd, keep)
-        return keep
-
-
 @contextmanager
 def explained(path: Path | str, verb: str):
     """Turn an error of the operating system into one sentence.
 
     Args:
+        path: Of the file or folder, for the sentence.
         verb: `read` or `write`, for the sentence.
     """
     try:
@@ -236,20 +170,24 @@ def explained(path: Path | str, verb: str):
 
 
 @contextmanager
-def alone_in(folder: Path, key: str) -> Iterator[None]:
+def alone_in(folder: Path, key: str | None = None) -> Iterator[None]:
     """Hold a folder for this process; the lock ends with it, however it ends.
 
     Args:
-        key: The recipe's key that names the folder, for the sentence.
+        folder: It is made if it is not there.
+        key: The recipe's key that names the folder, for the sentence; None: wait until nobody else holds it.
+
+    Raises:
+        DataError: Another process holds it.
     """
     import fcntl  # not on Windows, where training uses this file's other functions
 
     with explained(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644) if key else os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if key else 0))
         except BlockingIOError:
             raise DataError(f"Another run is at work in {folder}; wait for it, or give another `{key}`.") from None
         yield

@@ -1,4 +1,4 @@
-"""Tell what results were made from: hashes of files and of models, versions of packages."""
+"""Tell what results were made from: hashes of files and models, versions, what differs between settings."""
 
 import hashlib
 import os
@@ -37,6 +37,19 @@ def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int = 1 << 24) -
                 file.seek(-(whole // 2), os.SEEK_END)
                 digest.update(file.read())
     return digest.hexdigest()
+
+
+def differences(old: object, new: dict) -> list[str]:
+    """Return what differs between settings then and now, one phrase each."""
+    if not isinstance(old, dict):
+        return ["it does not say how they were asked for"]
+    return [
+        f"the {name} have changed"
+        if name.startswith("files of") and name in old and name in new
+        else f"`{name}` was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
 
 
 TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")

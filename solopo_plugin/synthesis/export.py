@@ -1,20 +1,17 @@
-"""Stage 6: data files that `stage: solopo` and its baselines train on, and their entries in dataset_info.json.
+"""Export the rows, stage 6: files that `stage: solopo` and its baselines train on, and entries in dataset_info.json.
 
 A row has the stage's four columns (`prompt`, `long_prompt`, `chosen`, `rejected`) and says where it comes from. One
 file holds the rows of several entries; `_val` files and entries are there with `val_size`.
 """
 
-import fcntl
 import json
-import os
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..qa.files import DataError, explained, read_jsonl, replacing, write_jsonl
+from ..qa.files import DataError, alone_in, explained, read_jsonl, replacing, write_jsonl
 from ..qa.rows import SCHEMA, SOLO, write_parquet
 from .pairs import SETS
 from .recipe import DataRecipe
@@ -45,7 +42,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     """
     folder, name = Path(recipe.dataset_dir), recipe.dataset_name
     ours = {f"{name}_{rows}{val}.{end}" for rows in SETS for val in ("", "_val") for end in ("jsonl", "parquet")}
-    with _alone_in(folder):
+    with alone_in(folder):  # no second export changes the same dataset_info.json meanwhile
         info, text = read_info(folder)
         check_ours(folder, text, name, ours)
         counts = write_files(recipe, work)
@@ -100,19 +97,6 @@ def make_row(pair: dict, context: dict) -> dict:
     for side in ("short", "long"):
         row |= {f"{side}_{what}": context[side][what] for what in ("tokens", "paragraphs", "evidence", "dropped")}
     return {name: row[name] for name in SCHEMA.names}
-
-
-@contextmanager
-def _alone_in(folder: Path):
-    """Let no second export change the same dataset_info.json meanwhile."""
-    with explained(folder, "write"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def read_info(folder: Path) -> tuple[Path, str]:

@@ -1,4 +1,4 @@
-"""From questions to training rows: six stages in a work folder, each of which can be killed and continues.
+"""Make training rows of questions: six stages in a work folder, each of which can be killed and continues.
 
 manifest.json says of every finished stage what it was made from (hashes of its inputs, settings, versions), what it
 made (hashes) and what it counted. A stage is run again when one of its inputs, settings or outputs is another one.
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ..qa.files import DataError, alone_in, explained, write_json
 from ..qa.generate import check_backend
-from ..qa.provenance import file_hash, installed_versions
+from ..qa.provenance import differences, file_hash, installed_versions
 from ..qa.recipe import settings
+from ..qa.store import STORE
 from . import contexts, export, judge, pairs, read, sample
 from .recipe import DataRecipe, model_files, outside_inputs
 
@@ -75,7 +76,7 @@ def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
     """Remove what a killed run left half written, and forget what the stages `forget` had finished."""
     left = [path for path in work.glob("*.tmp") if not path.is_symlink()]
     if "sample" in forget:
-        left += work.glob("samples.*.jsonl")
+        left += [*work.glob("samples.*.json*"), *work.glob(f"{STORE}*")]
     for path in left:
         path.unlink()
     if forget:
@@ -151,11 +152,7 @@ def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
     if before and now:
         phrases = [f"the files of `{MODEL}` have changed"] if before != now else []
         old, chosen = ({key: value for key, value in s.items() if key != MODEL} for s in (old, chosen))
-    return phrases + [
-        f"`{key}` was {old.get(key)!r} and is {chosen.get(key)!r}"
-        for key in sorted(old.keys() | chosen.keys())
-        if old.get(key) != chosen.get(key)
-    ]
+    return phrases + differences(old, chosen)
 
 
 def read_manifest(work: Path) -> dict:

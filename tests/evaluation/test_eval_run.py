@@ -30,6 +30,7 @@ from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate.calls import load_chat
 from solopo_plugin.qa.provenance import file_hash
+from solopo_plugin.qa.store import STORE, Store
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -213,7 +214,7 @@ def test_long_prompts_are_cut_counted_and_told(benchmarks, model, server, tmp_pa
 
 def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path, caplog):
     recipe = served(tmp_path, [model], server)
-    file = tmp_path / "out" / "answers" / "model.jsonl"
+    file, store = tmp_path / "out" / "answers" / "model.jsonl", tmp_path / "out" / STORE
     asked(server)
 
     def again(expected: int, recipe=recipe, **keys) -> str:
@@ -226,9 +227,14 @@ def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path
     again(20)
     whole = file.read_bytes()
     again(0)
+    file.unlink()
+    again(0)
+    assert file.read_bytes() == whole
+    store.unlink()  # as a version without a store left it
     file.write_bytes(b"".join(whole.splitlines(True)[:8]) + b'{"benchmark": "plain", "ta')  # killed while writing
     again(13)
     assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
+    store.unlink()
     file.write_bytes(whole + whole.splitlines(True)[3])  # a line twice
     again(0)
     assert file.read_bytes() == whole
@@ -241,14 +247,18 @@ def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path
     assert "1 answers to questions that have changed since are dropped" in again(1)
     assert len(answers(tmp_path / "out", "model")) == 22  # the two are kept for when they are asked again
 
+    before = file.read_bytes()
     other = served(tmp_path, [model], server, max_new_tokens=9, served_model="scripted")
     said = again(20, other)
     assert "asked anew, because `max_new_tokens` was 8 and is 9, `served_model` was None and is 'scripted'" in said
-    (aside,) = file.parent.glob("model.*.old")
-    before, after = aside.read_bytes(), file.read_bytes()
+    after = file.read_bytes()
     assert len(before.splitlines()) == 23
     assert "are taken up again" not in said and "taken up again" in again(0)  # back as it was: nothing is lost
     assert file.read_bytes() == before
+    assert "taken up again" in again(0, other) and file.read_bytes() == after
+    store.unlink()  # as a version without a store left it
+    (aside := file.with_name("model.0123456789abcdef.old")).write_bytes(before)
+    assert "taken up again" in again(0) and file.read_bytes() == before and not aside.exists()
     assert "taken up again" in again(0, other) and file.read_bytes() == after
     again(0, served(tmp_path, [model], server, max_new_tokens=9, served_model="scripted", seed=1, concurrency=2))
     (tmp_path / "model" / "model.safetensors").write_bytes(b"trained on")
@@ -274,6 +284,8 @@ def test_a_model_that_was_moved_is_not_asked_again(benchmarks, model, server, tm
     assert (folder / "moved.jsonl").read_bytes() == (folder / "model.jsonl").read_bytes()
     shutil.copytree(tmp_path / "moved", tmp_path / "beside")
     (folder / "model.jsonl").write_bytes(b"damaged")
+    with Store(tmp_path / "out" / STORE) as store:
+        store.forget(store.last_used("model")[0])
     assert asked_for("moved", "beside") == 20
     shutil.copytree(tmp_path / "moved", tmp_path / "trained")
     (tmp_path / "trained" / "model.safetensors").write_bytes(b"trained on")
@@ -329,6 +341,9 @@ def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path,
     monkeypatch.setattr(ask, "generate", lambda *given: (r for r in original(*given) if '"q7"' not in r.id))
     with pytest.raises(DataError, match="1 questions got no answer, .*q7.* start again"):
         answer_all(recipe, find_models(recipe))
+    assert not (tmp_path / "out" / "answers" / "model.jsonl").exists()
+    run.write_stored(tmp_path / "out", find_models(recipe))  # as `--rescore` does: what is there can be scored
+    assert len(answers(tmp_path / "out", "model")) == 19
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "solopo_plugin.evaluation.benchmarks", ModuleType("x"))
     sys.modules["solopo_plugin.evaluation.benchmarks"].BENCHMARKS = benchmarks

@@ -371,7 +371,7 @@ def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, tmp_path, monke
             run_harness(model(tiny_model(), **keys), recipe(**keys, harness_args=args), tmp_path)
     assert server.bodies
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"config.json", "made_from.json", "log.txt"} <= {path.name for path in files}
+    assert {"config.json", "rows.json", "log.txt"} <= {path.name for path in files}
     shown = "".join(traceback.format_exception(error.value)) + caplog.text + "".join(capfd.readouterr()) + str(started)
     assert KEY not in shown and not [path for path in files if KEY.encode() in path.read_bytes()]
     assert "Invalid: Bearer ***" in (tmp_path / "harness/toy/log.txt").read_text(), "the server got another key"

@@ -18,7 +18,7 @@ from material import HOTPOTQA, MUSIQUE, make_questions, recipe
 from override_table import runs
 
 from solopo_plugin.qa.answers import normalize_answer
-from solopo_plugin.qa.files import Appender, DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
 from solopo_plugin.qa.questions import parse_row
 from solopo_plugin.synthesis import read
 from solopo_plugin.synthesis.pipeline import TABLE
@@ -446,31 +446,6 @@ def test_whatever_is_read_is_usable(question, answers, evidence, distractors):
 # ---- files
 
 
-@FUZZ
-@given(st.lists(st.text(max_size=30), max_size=6), st.data())
-def test_an_appended_file_may_be_torn_anywhere(tmp_path_factory, values, data):
-    """Cut at any byte: the whole lines before the cut are there, and appending goes on behind them."""
-    path = tmp_path_factory.mktemp("appended") / "rows.jsonl"
-    rows = [{"value": value} for value in values]
-    with Appender(path) as file:
-        for row in rows:
-            file.append(row)
-    content = path.read_bytes()
-    cut = data.draw(st.integers(0, len(content)))
-    path.write_bytes(content[:cut])
-    with Appender(path) as file:
-        file.append({"value": "last"})
-    assert list(read_jsonl(path)) == rows[: content[:cut].count(b"\n")] + [{"value": "last"}]
-
-
-def test_a_torn_line_longer_than_a_block(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 300_000)
-    with Appender(path) as file:
-        file.append({"c": 2})
-    assert list(read_jsonl(path)) == [{"a": 1}, {"c": 2}]
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the device that is always full")
 def test_a_full_disk(tmp_path):
     """One sentence; what stood there stays, and nothing is left behind."""
@@ -480,10 +455,6 @@ def test_a_full_disk(tmp_path):
     with pytest.raises(DataError, match=r"^Cannot write \S+rows.jsonl: the disk is full .* free some space"):
         write_jsonl(path, ({"a": i} for i in range(10_000)))
     assert list(read_jsonl(path)) == [{"a": 1}] and os.listdir(tmp_path) == ["rows.jsonl"]
-    (tmp_path / "grown.jsonl").symlink_to("/dev/full")
-    file = Appender(tmp_path / "grown.jsonl")  # never closed: such a device cannot be synchronised
-    with pytest.raises(DataError, match="the disk is full"):
-        file.append({"a": 1})
 
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path):

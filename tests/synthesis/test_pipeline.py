@@ -9,9 +9,11 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from scripted_server import scripted, serving
 
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.recipe import settings
+from solopo_plugin.qa.store import STORE
 from solopo_plugin.synthesis import pipeline, sample
 from solopo_plugin.synthesis.pipeline import TABLE, run_pipeline
 from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
@@ -82,9 +85,17 @@ def finished(prepare, zygote) -> Path:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """All files that a run leaves behind, by name."""
+    """All files that a run leaves behind, by name; of the store its answers, whose order is that of their arrival."""
     files = [p for part in ("work", "data") for p in (folder / part).rglob("*") if p.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name != ".lock"}
+    found = {str(p.relative_to(folder)): p for p in files if p.name != ".lock"}
+    return {name: answers(path) if path.name == STORE else path.read_bytes() for name, path in found.items()}
+
+
+def answers(path: Path) -> bytes:
+    with closing(sqlite3.connect(path)) as store:
+        columns = "name, settings, question, k, prompt, value"
+        rows = store.execute(f"SELECT {columns} FROM answers JOIN sets ON set_id = sets.id")
+        return json.dumps(sorted(rows)).encode()
 
 
 # ---- the whole way
@@ -209,9 +220,9 @@ def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
     again()
     _, made = again("--no-resume", "--stage", "select")
     assert made == set() and results(folder).keys() == results(finished).keys()
-    assert {k: v for k, v in results(folder).items() if "manifest" not in k} == {
-        k: v for k, v in results(finished).items() if "manifest" not in k
-    }
+    other, first = ({k: v for k, v in results(path).items() if "manifest" not in k} for path in (folder, finished))
+    kept, had = (json.loads(files.pop(f"work/{STORE}")) for files in (other, first))
+    assert other == first and len(kept) > len(had) and all(row in kept for row in had)
 
 
 def test_a_model_that_has_changed_in_place(prepare, monkeypatch, tmp_path):
@@ -219,19 +230,18 @@ def test_a_model_that_has_changed_in_place(prepare, monkeypatch, tmp_path):
     shutil.copytree(yaml.safe_load((prepare() / "recipe.yaml").read_text())["model_name_or_path"], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(bytes(50 << 20))
-    monkeypatch.chdir(folder := prepare(model_name_or_path=str(tmp_path / "model")))
+    monkeypatch.chdir(prepare(model_name_or_path=str(tmp_path / "model")))
     made = replace(load_recipe("recipe.yaml"), backend="transformers")
     stages = ("read", "contexts", "sample")
     before = [outside_inputs(made, stage) for stage in stages]
     assert list(before[0]) == ["in.jsonl", "corpus.jsonl"] and [len(b) for b in before] == [2, 1, 1]
-    write_jsonl(folder / "contexts.jsonl", [])
-    stands_for = sample.fingerprint(made, folder, "short")
+    stands_for = sample.depends_on(made)
     with open(weights, "r+b") as file:
         file.seek(45 << 20)
         file.write(b"trained")
     after = [outside_inputs(made, stage) for stage in stages]
     assert after[:2] == before[:2] and after[2] != before[2]
-    assert sample.fingerprint(made, folder, "short") != stands_for
+    assert sample.depends_on(made) != stands_for
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     assert outside_inputs(made, "contexts") != before[1]
 
@@ -259,20 +269,19 @@ def test_a_model_that_was_moved_is_the_same_model(finished, prepare, zygote, tok
 def test_what_a_moved_model_is_known_by(prepare, monkeypatch, tmp_path):
     """Weights where they answer; behind a server its name there, and where that is not given the folder's weights."""
     monkeypatch.chdir(prepare())
-    write_jsonl(tmp_path / "contexts.jsonl", [])
     for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2"), ("d", None), ("e", None)):
         shutil.copytree(load_recipe("recipe.yaml").model_name_or_path, name)
         if weights:
             Path(name, "model.safetensors").write_bytes(weights)
 
-    def same(one: str, two: str, **keys) -> bool:
-        recipes = [replace(load_recipe("recipe.yaml"), model_name_or_path=name, **keys) for name in (one, two)]
-        prints = {sample.fingerprint(made, tmp_path, "short") for made in recipes}
+    def same(first: str, second: str, **keys) -> bool:
+        recipes = [replace(load_recipe("recipe.yaml"), model_name_or_path=name, **keys) for name in (first, second)]
+        one, other = map(sample.depends_on, recipes)
         finished = {"settings": settings(recipes[0], "sample"), "inputs": outside_inputs(recipes[0], "sample")}
         changed = pipeline._changed_settings(
             finished, settings(recipes[1], "sample"), outside_inputs(recipes[1], "sample")
         )
-        assert bool(changed) == (len(prints) > 1)
+        assert bool(changed) == (one != other)
         return not changed
 
     own, served = dict(backend="transformers"), dict(backend="openai", served_model=None)
@@ -371,7 +380,7 @@ def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygot
     for name in ("work", "data"):
         (disk / name).mkdir()
     reached = set()
-    for size in [f"{k}k" for k in (64, 160, 320, 480, 600, 680, 760, 840, 1000, 1200, 1500, 2000)]:
+    for size in [f"{k}k" for k in (64, 160, 320, 480, 600, 680, 760, 840, 1000, 1200, 1500, 2000, 3000, 5000)]:
         grow(size)
         (folder / "log.txt").unlink(missing_ok=True)
         status = zygote(folder)

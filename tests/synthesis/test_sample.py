@@ -1,12 +1,17 @@
 """The sample stage: complete and without doubles however often it is stopped, and equal to an uninterrupted run."""
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +22,8 @@ from scripted_server import free_port, scripted, serving
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.generate import BACKENDS, servers
 from solopo_plugin.qa.generate.calls import Call, call_seed
+from solopo_plugin.qa.provenance import file_hash
+from solopo_plugin.qa.store import STORE
 from solopo_plugin.synthesis import sample
 from solopo_plugin.synthesis.recipe import make_recipe
 
@@ -80,7 +87,7 @@ def test_both_sides_in_order_with_counts(work):
         assert counts[side] == {
             "prompts": 30, "answers": 180, "empty": empty, "cut_at_max_new_tokens": 0, "prompt_tokens_differ": 0
         }  # fmt: skip
-    assert not list(work.glob("*.partial.jsonl"))
+    assert not list(work.glob(f"{STORE}-*"))  # all is in the one file
 
 
 def test_without_the_long_side_its_file_is_empty(work):
@@ -104,13 +111,17 @@ def test_a_finished_side_is_not_sampled_again_and_a_changed_one_is(work, tmp_pat
         rows[3]["long"]["prompt"] = "Other " + rows[3]["long"]["prompt"]
         write_jsonl(work / "contexts.jsonl", rows)
         sample.run(recipe_for(server.url), work)
-        assert len(log.read_text().splitlines()) == 90
+        assert len(log.read_text().splitlines()) == 61  # the one prompt that is another
         assert final(work)["samples.short.jsonl"] == before["samples.short.jsonl"]
         sample.run(recipe_for(server.url, temperature=0.5), work)
-        assert len(log.read_text().splitlines()) == 150
+        assert len(log.read_text().splitlines()) == 121
+        warm = final(work)
         (work / "samples.short.jsonl").write_text("damaged")
         sample.run(recipe_for(server.url, temperature=0.5), work)
-        assert len(log.read_text().splitlines()) == 180
+        assert final(work) == warm
+        sample.run(recipe_for(server.url), work)  # back as it was
+        assert final(work)["samples.short.jsonl"] == before["samples.short.jsonl"]
+        assert len(log.read_text().splitlines()) == 121
 
 
 @pytest.mark.slow
@@ -142,7 +153,7 @@ def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, 
     with serving(work.parent / "answers.json", slow=0.01, max_n=max_n) as server:
         sample.run(recipe_for(server.url), tmp_path_with_contexts(work, tmp_path / "whole"))
         lengths, kills = [], 0
-        while not (work / "samples.long.done.json").exists():
+        while not (work / "samples.long.jsonl").exists():
             process = subprocess.Popen([sys.executable, __file__, server.url, str(work)], env=environment(), stderr=-3)
             deadline, wanted = time.time() + 60, rng.randrange(1, 12)
             while process.poll() is None and time.time() < deadline:
@@ -164,11 +175,13 @@ def tmp_path_with_contexts(work: Path, folder: Path) -> Path:
 
 
 def lines(work: Path) -> int:
-    """Lines of all answers on disk."""
-    total = 0
-    for path in [*work.glob("samples.*.partial.jsonl"), *work.glob("samples.*.jsonl")]:
-        total += path.read_bytes().count(b"\n")
-    return total
+    """Answers on disk: in a copy of the store's files as they lie, since the run has the store for itself."""
+    with tempfile.TemporaryDirectory() as folder, suppress(FileNotFoundError, sqlite3.Error):
+        for path in work.glob(f"{STORE}*"):
+            shutil.copy(path, folder)
+        with closing(sqlite3.connect(f"file:{folder}/{STORE}?mode=rw", uri=True)) as copy:
+            return copy.execute("SELECT count(*) FROM answers").fetchone()[0]
+    return 0
 
 
 def test_answers_are_on_disk_when_they_arrive(work):
@@ -177,9 +190,9 @@ def test_answers_are_on_disk_when_they_arrive(work):
         process = subprocess.Popen(
             [sys.executable, __file__, server.url, str(work), "concurrency=2"], env=environment(), stderr=-3
         )
-        partial, arrived = work / "samples.short.partial.jsonl", []
+        arrived = []
         while len(arrived) < 4:
-            n = partial.read_bytes().count(b"\n") - 1 if partial.exists() else 0
+            n = lines(work) // 6
             if n > len(arrived):
                 arrived += [time.monotonic()] * (n - len(arrived))
             time.sleep(0.005)
@@ -188,11 +201,33 @@ def test_answers_are_on_disk_when_they_arrive(work):
     assert 0.1 < arrived[3] - arrived[0] < 1.5
 
 
+def key_before(recipe, work: Path, side: str) -> str:
+    """By what a version without a store knew the answers to all prompts of a side."""
+    digest = hashlib.sha256(json.dumps(sample.depends_on(recipe), sort_keys=True).encode())
+    for row in read_jsonl(work / "contexts.jsonl"):
+        digest.update(json.dumps([row["id"], row[side]["prompt"]], ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def test_what_a_version_without_a_store_has_finished_is_kept(work, tmp_path):
+    log = tmp_path / "log"
+    with serving(work.parent / "answers.json", log=log) as server:
+        recipe = recipe_for(server.url)
+        counts = sample.run(recipe, work)
+        before, key = final(work), key_before(recipe, work, "short")
+        (work / STORE).unlink()
+        done = work / "samples.short.done.json"
+        done.write_text(json.dumps({"fingerprint": key, "hash": file_hash(work / "samples.short.jsonl")}))
+        log.unlink()
+        assert sample.run(recipe, work) == counts and final(work) == before and not done.exists()
+        assert len(log.read_text().splitlines()) == 30  # the long side
+
+
 def test_a_torn_line_and_answers_to_other_prompts(work, tmp_path, caplog):
     with serving(work.parent / "answers.json") as server:
         recipe = recipe_for(server.url)
         sample.run(recipe, tmp_path_with_contexts(work, tmp_path / "whole"))
-        key, _ = sample.fingerprint(recipe, work, "short")
+        key = key_before(recipe, work, "short")
         partial = work / "samples.short.partial.jsonl"
         first = {"id": "q4", "ks": [0, 1, 2, 3, 4, 5], "answers": [["kept", "stop"]] * 6, "prompt_tokens": None}
         written = json.dumps({"fingerprint": key}) + "\n" + json.dumps(first) + "\n"
@@ -202,18 +237,18 @@ def test_a_torn_line_and_answers_to_other_prompts(work, tmp_path, caplog):
         assert [row["text"] for row in rows if row["id"] == "q4"] == ["kept"] * 6
         whole = list(read_jsonl(tmp_path / "whole" / "samples.short.jsonl"))
         assert [r for r in rows if r["id"] != "q4"] == [r for r in whole if r["id"] != "q4"]
-        (work / "samples.short.done.json").unlink()
+        (work / STORE).unlink()
         partial.write_text(written.replace(key, "0" * 64))
         sample.run(recipe, work)
         assert "answers to other prompts or settings; sampling begins anew" in caplog.text
-        assert final(work) == final(tmp_path / "whole")
+        assert final(work) == final(tmp_path / "whole") and not partial.exists()
 
 
 def test_of_a_call_that_came_back_in_part_only_the_rest_is_asked_for(work, tmp_path):
     log = tmp_path / "log"
     with serving(work.parent / "answers.json", log=log) as server:
         recipe = recipe_for(server.url, sample_long=False)
-        key, _ = sample.fingerprint(recipe, work, "short")
+        key = key_before(recipe, work, "short")
         part = {"id": "q4", "ks": [0, 2], "answers": [["kept", "stop"]] * 2, "prompt_tokens": None}
         partial = work / "samples.short.partial.jsonl"
         partial.write_text(json.dumps({"fingerprint": key}) + "\n" + json.dumps(part) + "\n")

@@ -48,7 +48,7 @@ def read_questions(output_dir: Path, scores: dict[str, list[dict]], seed: int) -
     most = min(ANSWER[1], max(ANSWER[0], CHARACTERS // max(1, len(shown) * len(scores))))
     for model, lines in scores.items():
         by_key = {key_of(row): row for row in lines if key_of(row) in shown}
-        for _, _, answer in stored_answers(output_dir / "answers" / f"{model}.jsonl"):
+        for _, answer in stored_answers(output_dir / "answers" / f"{model}.jsonl"):
             if row := by_key.get(key_of(answer)):
                 shown[key_of(answer)]["by"][model] = _answer(row, answer["text"], most)
     return [row for row in shown.values() if row["by"]], total

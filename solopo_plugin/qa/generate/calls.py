@@ -1,5 +1,6 @@
 """Say what is asked of a model and what comes back, the same for every backend."""
 
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ from ...host.template import load_template
 from ..files import DataError
 from ..recipe import Chat
 from ..seeded import digest
+
+log = logging.getLogger(__name__)
 
 
 class Call(NamedTuple):
@@ -54,6 +57,25 @@ class Reply(NamedTuple):
     ks: tuple[int, ...]
     answers: list[tuple[str, str]]
     prompt_tokens: int | None
+
+
+def counts_differently(counted: int | None, tokens: int, question: str, template: str) -> bool:
+    """Warn if a server counts other prompt tokens than training does; returns whether it does.
+
+    Args:
+        counted: What the server says, None where it says nothing.
+        tokens: Those of training.
+        question: Its name, for the warning.
+        template: The recipe's, for the warning.
+    """
+    if counted in (None, tokens):
+        return False
+    log.warning(
+        f"The server counts {counted} prompt tokens for question {question} where training with `template: {template}` "
+        f"has {tokens}: its chat template is another one; use `openai_endpoint: completions`, or serve with that "
+        "template."
+    )
+    return True
 
 
 def load_chat(tokenizer: str, chat: Chat) -> tuple:

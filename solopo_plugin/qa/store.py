@@ -1,0 +1,164 @@
+"""Keep the answers of long work in one SQLite file, so that what was answered once is not asked for again.
+
+An answer is known by its set (who answers, with what settings), its question, its number and a hash of the prompt.
+The first answer stays: nothing is overwritten, so that the answers to earlier settings and prompts are there when those
+come back. What users read are JSON lines files, which are written from here when the answers are complete.
+
+Every addition is one transaction, which survives `kill -9` at once and a power cut after about a second: SQLite's
+write-ahead log is appended to without waiting for the disk (`synchronous=NORMAL`), and copied into the file, waiting
+for it, once a second. A rollback journal would wait for the disk two or three times for every answer, and the requests
+under way with it. The log's usual index is memory that processes share, which network file systems do not have; a
+connection that holds the file for itself (`locking_mode=EXCLUSIVE`) needs none (https://www.sqlite.org/wal.html,
+section 8). So there is one writer, and no other program reads the file meanwhile.
+"""
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Container, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .files import DataError, dump, explained
+
+STORE = "answers.db"  # its name in a work folder and in an evaluation's folder
+SYNC_SECONDS = 1.0
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS sets (id INTEGER PRIMARY KEY, name TEXT, hash TEXT, settings TEXT, used INTEGER, "
+    "UNIQUE (name, hash))",
+    "CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, set_id INTEGER, question TEXT, k INTEGER, "
+    "prompt TEXT, value TEXT, UNIQUE (set_id, question, k, prompt))",
+)
+_FULL = "free some space and start again, what is finished is kept"
+_REASONS = {  # second word of SQLite's name for an error -> what is said; {} is SQLite's own sentence
+    "FULL": f"the disk is full ({{}}); {_FULL}",
+    "IOERR": f"{{}}; if the disk or your quota is full, {_FULL}",
+    "CANTOPEN": f"{{}}; if the disk or your quota is full, {_FULL}",
+    "BUSY": "another program has it open; close that and start again",
+    "NOTADB": "{}; remove it and start again, what stands in JSON lines files is taken from there",
+    "CORRUPT": "{}; remove it and start again, what stands in JSON lines files is taken from there",
+}
+
+
+class Store:
+    """Hold answers in one file, for one writer at a time. Use as a context manager, or call `close`.
+
+    Raises:
+        DataError: In every method: the disk is full, the file is in use, or it is no store.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        with explained(self.path, "write"):  # which can say more of why than SQLite
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        self._db, self._synced = sqlite3.connect(self.path), time.monotonic()
+        with self._transaction() as run:
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL"):
+                run(f"PRAGMA {pragma}")
+            for table in _TABLES:
+                run(table)
+
+    def set_of(self, name: str, settings: Any) -> int:
+        """Return the number of a set of answers, made if it is not there; it is the last used from now on.
+
+        Args:
+            name: Who answers.
+            settings: All on which the answers depend but their prompts, as JSON has it, in any order of keys.
+        """
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        with self._transaction() as run:
+            run("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, 0)", (name, digest, json.dumps(settings)))
+            run("UPDATE sets SET used = (SELECT max(used) + 1 FROM sets) WHERE name = ? AND hash = ?", (name, digest))
+            return run("SELECT id FROM sets WHERE name = ? AND hash = ?", (name, digest)).fetchone()[0]
+
+    def last_used(self, name: str) -> tuple[int, Any] | None:
+        """Return number and settings of the set that was in use last under a name, None without any."""
+        with self._transaction() as run:
+            found = run("SELECT id, settings FROM sets WHERE name = ? ORDER BY used DESC", (name,)).fetchone()
+        return found and (found[0], json.loads(found[1]))
+
+    def add(self, set_id: int, rows: Iterable[tuple[str, int, str, dict]]) -> None:
+        """Add answers, all or none of them; those that are there already stay as they are.
+
+        Args:
+            set_id: From `set_of`.
+            rows: The question, the answer's number, the hash of the prompt, and the answer.
+        """
+        with self._transaction() as run:
+            for question, k, prompt, value in rows:
+                given = set_id, question, k, prompt, dump(value).decode()
+                run("INSERT OR IGNORE INTO answers VALUES (NULL, ?, ?, ?, ?, ?)", given)
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            with self._transaction() as run:
+                run("PRAGMA wal_checkpoint")
+            self._synced = time.monotonic()
+
+    def find(self, set_id: int, prompts: dict[str, str]) -> tuple[dict[tuple[str, int], int], set[str]]:
+        """Return the place of every answer of a set by question and number; of several to one question the last.
+
+        Args:
+            set_id: From `set_of`.
+            prompts: Questions with the hash of their prompt now; answers to other prompts are not meant.
+
+        Returns:
+            The places, later answers have larger ones, and the questions that have only answers to other prompts.
+        """
+        found, others = {}, set()
+        with self._transaction() as run:
+            rows = run("SELECT id, question, k, prompt FROM answers WHERE set_id = ? ORDER BY id", (set_id,))
+            for place, question, k, prompt in rows:
+                if prompts.get(question, prompt) == prompt:
+                    found[question, k] = place
+                else:
+                    others.add(question)
+        return found, others - {question for question, _ in found}
+
+    def get(self, place: int) -> dict:
+        """Return the answer at a place."""
+        with self._transaction() as run:
+            return json.loads(run("SELECT value FROM answers WHERE id = ?", (place,)).fetchone()[0])
+
+    def take_over(self, set_id: int, busy: Container[str]) -> str | None:
+        """Copy into an empty set the answers of the same settings under another name; returns that name.
+
+        Args:
+            set_id: From `set_of`.
+            busy: Names whose answers are their own.
+        """
+        with self._transaction() as run:
+            others = "SELECT b.id, b.name FROM sets a JOIN sets b USING (hash) WHERE a.id = ? ORDER BY b.used DESC"
+            copy = "INSERT INTO answers SELECT NULL, ?, question, k, prompt, value FROM answers WHERE set_id = ?"
+            if not run("SELECT 1 FROM answers WHERE set_id = ?", (set_id,)).fetchone():
+                for other, name in run(others, (set_id,)).fetchall():
+                    if name not in busy and run(f"{copy} ORDER BY id", (set_id, other)).rowcount > 0:
+                        return name
+        return None
+
+    def forget(self, set_id: int) -> None:
+        """Remove the answers of a set."""
+        with self._transaction() as run:
+            run("DELETE FROM answers WHERE set_id = ?", (set_id,))
+
+    def close(self) -> None:
+        """Write everything into the one file, wait until it is on the disk, and let others at it."""
+        self._db.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    @contextmanager
+    def _transaction(self):
+        """Run all or nothing of what is done in the block; an error of SQLite becomes one sentence."""
+        try:
+            with self._db:
+                yield self._db.execute
+        except sqlite3.Error as error:
+            kind = getattr(error, "sqlite_errorname", "SQLITE_ERROR").split("_")[1]
+            reason = _REASONS.get(kind, "{}").format(error)
+            raise DataError(f"Cannot write {self.path}: {reason}.") from None
