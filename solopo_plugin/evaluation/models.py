@@ -104,7 +104,10 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
         raise DataError(f"{path}, which the {TITLE} names as a model, is a file; give the folder that it is in.")
     if not folder.is_dir():
         if path.startswith(("/", ".", "~")) or path.strip("/").count("/") > 1:
-            raise DataError(f"There is no folder {path}, which the {TITLE} names as a model; check the path.")
+            raise DataError(
+                f"There is no folder {path}, which the {TITLE} names as a model; check the path, or before it is "
+                "trained ask the others alone: models=FOLDER_OR_HUB_NAME."
+            )
         return Model(path)
     if (folder / "adapter_config.json").exists():
         _check_weights(folder, "adapter_model.safetensors", "adapter_model.bin")
@@ -114,7 +117,10 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
         return Model(str(folder), step=step)
     if step is None and any(folder.glob("checkpoint-*")):
         raise DataError(f"{folder} holds checkpoints and no model of its own; write `checkpoints: {folder}`.")
-    raise DataError(f"{folder} holds no model: neither config.json nor adapter_config.json is there.")
+    raise DataError(
+        f"{folder} holds no model: neither config.json nor adapter_config.json is there; before it is trained ask the "
+        "others alone: models=FOLDER_OR_HUB_NAME."
+    )
 
 
 def _checkpoints(folder: Path, recipe: EvalRecipe) -> list[Model]:

@@ -1,0 +1,108 @@
+"""docs/after_training.md: its commands, run on a tiny model in the order of the page."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import time
+
+import httpx
+import pytest
+from conftest import BIN, ROOT
+
+PAGE = (ROOT / "docs/after_training.md").read_text(encoding="utf-8")
+
+
+def commands(program: str) -> list[str]:
+    """Those of the page that start a program, without the remarks behind them."""
+    found = re.findall(rf"^((?:\w+=\S+ )*{re.escape(program)} .*?)(?: +#.*)?$", PAGE, re.MULTILINE)
+    assert found, program
+    return found
+
+
+def started(command: str, places: dict[str, str], *more: str, **popen) -> subprocess.Popen:
+    """A command of the page, with folders for its capital words."""
+    for name, place in places.items():
+        command = re.sub(rf"\b{name}\b", place, command)
+    words = shlex.split(command)
+    at = words.index("llamafactory-cli")
+    env = {
+        **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
+        "CUDA_VISIBLE_DEVICES": "", **dict(variable.split("=", 1) for variable in words[:at]),
+    }  # fmt: skip
+    return subprocess.Popen([str(BIN / words[at]), *words[at + 1 :], *more], cwd=ROOT, env=env, text=True, **popen)
+
+
+PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def places(tiny_model, tmp_path_factory) -> dict[str, str]:
+    """The model before training, a LoRA adapter trained on it, and where the merged one is to be."""
+    from llamafactory.train.tuner import run_exp
+
+    out = tmp_path_factory.mktemp("run")
+    run_exp(dict(
+        model_name_or_path=tiny_model(), stage="solopo", do_train=True, finetuning_type="lora", pref_loss="orpo",
+        dataset="demo_solopo", dataset_dir=str(ROOT / "data"), max_samples=4, template="qwen", cutoff_len=1024,
+        output_dir=str(out / "adapter"), max_steps=2, save_strategy="no", report_to="none", use_cpu=True,
+        disable_tqdm=True, per_device_train_batch_size=2,
+    ))  # fmt: skip
+    return {"MODEL": tiny_model(), "OUT": str(out / "adapter"), "MERGED": str(out / "merged")}
+
+
+@pytest.mark.slow
+def test_export_then_chat(places):
+    """A LoRA adapter is merged by `llamafactory-cli export` and the merged model answers in `chat`."""
+    (export,) = commands("llamafactory-cli export")
+    process = started(export, places, **PIPES)
+    output = process.communicate(timeout=300)
+    assert process.returncode == 0 and os.path.exists(f"{places['MERGED']}/model.safetensors"), output[1][-3000:]
+    whole, adapter = commands("llamafactory-cli chat")
+    assert "--adapter_name_or_path OUT" in adapter
+    process = started(whole, places | {"OUT": places["MERGED"]}, "--max_new_tokens", "4", **PIPES)
+    said, errors = process.communicate("Where?\nexit\n", timeout=300)
+    # not the exit code: the host's engine leaves a thread that now and then aborts the interpreter on its way out
+    assert len(said.split("Assistant:")) == 2 and "Traceback" not in errors, errors[-3000:]
+
+
+@pytest.mark.slow
+def test_the_server_answers_the_request_of_the_page(places):
+    """The adapter, not merged; asked twice at temperature 0 it says the same."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (api,) = commands("API_PORT=8000 API_MODEL_NAME=solo llamafactory-cli api")
+    command = api.replace("--model_name_or_path OUT", "--model_name_or_path MODEL --adapter_name_or_path OUT")
+    url, body = re.search(r"curl (\S+) .*?\n +-d '(\{.*\})'", PAGE).groups()
+    process = started(command.replace("8000", str(port)), places, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        answers = [_post(url.replace("8000", str(port)), body, process) for _ in range(2)]
+    finally:
+        process.kill()
+        process.communicate()
+    assert answers[0]["model"] == "solo" and answers[0]["usage"]["prompt_tokens"] > 10
+    assert answers[0]["choices"][0]["message"] == answers[1]["choices"][0]["message"]
+
+
+def _post(url: str, body: str, process: subprocess.Popen) -> dict:
+    """What the server says, once it is up."""
+    for _ in range(120):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        try:
+            answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+        except httpx.ConnectError:
+            time.sleep(1)
+    raise AssertionError("the server did not come up within two minutes")
+
+
+def test_evaluations_of_the_page_are_recipes():
+    from solopo_plugin.evaluation.recipe import load_recipe
+
+    for command in commands("python scripts/evaluate.py"):
+        path, *overrides = shlex.split(command)[2:]
+        recipe = load_recipe(str(ROOT / path), overrides)
+        assert recipe.models and set(recipe.models) <= {"MODEL", "OUT"}
