@@ -20,6 +20,7 @@ from . import __version__
 from .attention import base_of, how_a_step_runs, prepare, why_two_stages
 from .chunked_mlp import chunk_mlps
 from .data import data_sets, part_lengths
+from .host.preflight import check_vocabulary, refusing
 from .host.saved import recorded
 from .qa.provenance import installed
 from .reference import with_reference_logps
@@ -40,7 +41,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         )
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    with recorded(data_args, training_args, tokenizer, template):
+    with refusing(), recorded(data_args, training_args, tokenizer, template):
+        check_vocabulary(tokenizer, template, model_args)
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)

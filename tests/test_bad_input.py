@@ -45,7 +45,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "data set of another stage": ({"dataset": "demo_short_po"}, "Dataset `demo_short_po` has no long context for `stage: solopo`: under `columns` in dataset_info.json map `long_prompt` (formatting `alpaca`)"),
     "our data set in dpo": ({"stage": "dpo"}, "Dataset `demo_solopo` is registered for `stage: solopo` (it has a long column, `long_prompt`). For another stage, register the same file under a second name"),
     "our data set in sft": ({"stage": "sft"}, "Dataset `demo_solopo` is registered for `stage: solopo` (it has a long column, `long_prompt`)."),
-    "undefined data set": ({"dataset": "nowhere"}, "Undefined dataset nowhere in dataset_info.json."),
+    "undefined data set": ({"dataset": "nowhere"}, "`dataset: nowhere` is not registered in DATA/dataset_info.json: make rows (scripts/build_data.py), or register yours (docs/data.md)."),
     "too long": ({"cutoff_len": 64}, r"demo_solopo\[0\]: prompt \+ response have \d+ tokens and `cutoff_len` is 64; raise `cutoff_len`, shorten the row, or set `solopo_overlength: drop`."),
     "all too long": ({"cutoff_len": 64, "solopo_overlength": "drop"}, "All 12 rows are longer than `cutoff_len: 64` and were dropped; raise `cutoff_len`."),
     "dropping from a stream": ({"streaming": True, "max_samples": None, "max_steps": 1, "solopo_overlength": "drop"}, "`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`."),
@@ -150,7 +150,7 @@ def test_the_table_is_long_enough():
 @pytest.mark.parametrize("name", RECIPES)
 def test_bad_recipe(run, recipe, name):
     changes, sentence = RECIPES[name]
-    refused(run, recipe(**changes), sentence)
+    refused(run, recipe(**changes), sentence.replace("DATA", str(ROOT / "data")))
 
 
 UNREAD_KEYS = {key: (default, reason) for reason, defaults in UNREAD.items() for key, default in defaults.items()}

@@ -326,6 +326,7 @@ STUBS = {
     "llamafactory.train.tuner": "def get_train_args(args): pass\n"
     "def run_dpo(model_args, data_args, training_args, finetuning_args, callbacks): pass\n",
     "llamafactory.webui.interface": "def create_ui(demo_mode): pass\n",
+    "llamafactory.launcher": "def launch(): pass\n",
     "llamafactory.train.unrelated": "def run_sft(): pass\n",
 }
 

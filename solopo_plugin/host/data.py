@@ -25,6 +25,7 @@ COLUMN_KEYS = (
 IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
 ALIGNED = ("_name", "_prompt", "_long_prompt", "_response", "_system", "_long_system", "_tools")
 TURNS = ("_prompt", "_long_prompt", "_response")
+SHOWN = 400  # characters of a text of the example row
 HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
 
 
@@ -318,12 +319,13 @@ class SoloDatasetProcessor:
         return batch
 
     def print_data_example(self, example: dict[str, Any]) -> None:
-        """Show the first row as the model sees it, as the host's processors do."""
-        print(f"row:\n{example['name']}")
+        """Show the first row as the model sees it, a line for each part, long ones without their middle."""
+        print(f"row: {example['name']}")
         for name in ("short_prompt", "long_prompt", "chosen", "rejected"):
             ids = example[f"{name}_ids"]
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
-            print(f"{name}_ids ({len(ids)} tokens):\n{ids}\n{name}:\n{text}")
+            text = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} [...] {text[-SHOWN // 2 :]}"
+            print(f"{name} ({len(ids)} tokens): {text!r}")
 
 
 def _processing(get_dataset_processor, loader):

@@ -5,9 +5,11 @@ in "Unknown task"; rather than copy it, the stage passes as `dpo` between parsin
 `run_dpo` is reached, which hands it to `run_solopo`. Host: 0.9.5.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 
+from .preflight import check, is_ours, refusing
+from .verbosity import quiet
 from .versions import expect_signature
 
 
@@ -35,7 +37,11 @@ def apply(tuner) -> None:
 def _disguising(get_train_args):
     @wraps(get_train_args)
     def wrapper(args=None):
-        parsed = get_train_args(args)
+        ours = is_ours(args)
+        with refusing() if ours else nullcontext():
+            if ours:
+                check(args)
+            parsed = get_train_args(args)
         if parsed[3].stage == "solopo":
             parsed[3].disguise = ExitStack()
             parsed[3].disguise.enter_context(passing_as_dpo(parsed[3]))
@@ -57,6 +63,7 @@ def _dispatching(run_dpo):
         for callback in callbacks or []:
             if type(callback).__name__ == "LogCallback":
                 log_alignment(callback)
-        return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
+        with quiet():
+            return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
 
     return wrapper

@@ -24,9 +24,8 @@ def load_template(
     from llamafactory.hparams import DataArguments, ModelArguments
     from llamafactory.model import load_tokenizer
 
-    if template not in TEMPLATES:
-        hint = did_you_mean(template, TEMPLATES).strip() or "LLaMA-Factory's README lists them."
-        raise ValueError(f"`template: {template}` is no template of the host; {hint[0].lower()}{hint[1:]}")
+    if sentence := unknown_template(template):
+        raise ValueError(sentence)
     model_args = ModelArguments(model_name_or_path=model_name_or_path, trust_remote_code=trust_remote_code)
     try:
         tokenizer = load_tokenizer(model_args)["tokenizer"]
@@ -43,6 +42,16 @@ def load_template(
         return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
     finally:
         TEMPLATES[template] = registered
+
+
+def unknown_template(name: str) -> str | None:
+    """Say, with the nearest name, that the host has no template of this name; None if it has."""
+    from llamafactory.data.template import TEMPLATES
+
+    if name in TEMPLATES:
+        return None
+    hint = did_you_mean(name, TEMPLATES).strip() or "LLaMA-Factory's README lists them."
+    return f"`template: {name}` is no template of the host; {hint[0].lower()}{hint[1:]}"
 
 
 def encode_turn(tokenizer, template, messages: list[dict], *context: str) -> tuple[list[int], list[int]]:

@@ -1,6 +1,6 @@
 """What runs at interpreter start: `solopo_plugin.pth` imports this file in every Python process of the environment.
 
-It installs one import finder that waits for five modules of LLaMA-Factory and, right after one of them has been
+It installs one import finder that waits for six modules of LLaMA-Factory and, right after one of them has been
 imported, hands it to the file in `solopo_plugin.host` that patches it. Torchrun workers, Ray workers and
 LlamaBoard's "Start" are new processes, so patching in a parent would be lost; this is not. Nothing but `sys` and
 `os` is imported, and nothing here may raise: an unrelated program must not notice it.
@@ -16,6 +16,7 @@ PATCHES = {
     "llamafactory.data.loader": "solopo_plugin.host.data",
     "llamafactory.train.tuner": "solopo_plugin.host.stage",
     "llamafactory.webui.interface": "solopo_plugin.host.board",
+    "llamafactory.launcher": "solopo_plugin.host.preflight",
 }
 
 

@@ -1,0 +1,317 @@
+"""Seam 5: before the start. All that a recipe of `stage: solopo` lacks on this machine is told in one message.
+
+What: `llamafactory.launcher.launch` is wrapped, and `stage.py` asks here before it parses. Why: the host stumbles over
+one thing at a time, each at the end of a traceback, under torchrun of one traceback per rank. Host: 0.9.5.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import CalledProcessError
+
+from .. import args as solo
+from .versions import expect_signature
+
+LOCAL_RANK = "LOCAL_RANK"  # set by torchrun in each of its processes
+DEBUG = "LLAMAFACTORY_VERBOSITY"  # DEBUG: a sentence comes with its traceback
+WITH_REFERENCE = ("sigmoid", "ipo", "hinge")  # values of `pref_loss`
+PACKAGES = {  # key of a recipe -> package, how it is installed
+    "deepspeed": ("deepspeed", 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"'),
+    "quantization_bit": ("bitsandbytes", 'pip install ".[qlora]"'),
+    "enable_liger_kernel": ("liger_kernel", "pip install liger-kernel"),
+}
+
+
+class Refused(ValueError):
+    """A recipe or data set that cannot be trained on, found before a model was loaded; its text is for the user."""
+
+
+def apply(launcher) -> None:
+    """Patch `llamafactory.launcher` right after its import."""
+    expect_signature(launcher, "launch", ())
+    launcher.launch = _speaking(launcher.launch)
+
+
+def _speaking(launch):
+    """End in one sentence, not in a traceback, where the user has to put something right."""
+
+    @wraps(launch)
+    def wrapper():
+        ours = sys.argv[1:2] == ["train"] and is_ours(recipe := read_recipe(sys.argv[2:]))
+        try:
+            if ours and _under_torchrun():  # else it is asked in `stage.py`
+                check(recipe)
+            return launch()
+        except Refused as error:
+            if os.environ.get(DEBUG, "").upper() == "DEBUG":
+                raise
+            sys.exit(f"Error: {error}")
+        except CalledProcessError as error:
+            if not ours:
+                raise
+            sys.exit(error.returncode)  # torchrun has said what was wrong
+
+    return wrapper
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Make what is refused before training a `Refused`; under torchrun end here, with one sentence of one rank."""
+    try:
+        yield
+    except ValueError as error:
+        rank = os.environ.get(LOCAL_RANK)
+        if rank is None or os.environ.get(DEBUG, "").upper() == "DEBUG":
+            raise error if isinstance(error, Refused) else Refused(str(error)) from error
+        if rank != "0":
+            time.sleep(30)  # torchrun ends all ranks with the first that ends: let rank 0 speak, if it has to
+        sys.exit(f"Error: {error}")
+
+
+def is_ours(args: dict | list[str] | None) -> bool:
+    """Return whether a recipe, or the words of a command line (None: this one), are for `stage: solopo`."""
+    return _recipe(args).get("stage") == "solopo"
+
+
+def read_recipe(words: list[str]) -> dict:
+    """Read the recipe that a command line gives, as the host will; empty where there is none that can be read."""
+    from omegaconf import OmegaConf
+
+    with suppress(Exception):  # the host's to refuse
+        if words[0].endswith((".yaml", ".yml", ".json")):  # JSON is YAML
+            return OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:])))
+        pairs = re.findall(r"--([\w-]+)(?:[ =](?!--)(\S+))?", " ".join(words))
+        dotted = [f"{name.replace('-', '_')}={value or 'true'}" for name, value in pairs]
+        return OmegaConf.to_container(OmegaConf.from_dotlist(dotted))
+    return {}
+
+
+def _recipe(args: dict | list[str] | None) -> dict:
+    return args if isinstance(args, dict) else read_recipe(sys.argv[1:] if args is None else args)
+
+
+def check(args: dict | list[str] | None) -> None:
+    """Refuse a recipe that cannot run here, with everything that is missing.
+
+    Raises:
+        Refused: One sentence, or a numbered list of several.
+    """
+    recipe = _recipe(args)
+    if found := [sentence for part in PARTS for sentence in part(recipe)]:
+        raise Refused(listed(found))
+
+
+def listed(sentences: list[str]) -> str:
+    """Return one sentence as it is, and several as a numbered list."""
+    if len(sentences) == 1:
+        return sentences[0]
+    lines = "".join(f"\n  {i}. {sentence}" for i, sentence in enumerate(sentences, 1))
+    return f"{len(sentences)} things are missing before this recipe can start here:{lines}"
+
+
+def check_vocabulary(tokenizer, template, model_args) -> None:
+    """Refuse a template whose stop tokens the model has no embedding for: training would end in an IndexError.
+
+    Raises:
+        ValueError: Such a token, and no `resize_vocab`.
+    """
+    from llamafactory.model.loader import load_config
+
+    size = getattr(load_config(model_args).get_text_config(), "vocab_size", None)
+    if size is None or model_args.resize_vocab:
+        return
+    for token in (tokenizer.eos_token, *template.stop_words):
+        if token is not None and (tokenizer.convert_tokens_to_ids(token) or 0) >= size:
+            raise ValueError(
+                f"`template` writes the token {token!r}, which {model_args.model_name_or_path} does not know (its "
+                f"vocabulary has {size}): is it this model's template? To teach it new tokens set `resize_vocab: true`."
+            )
+
+
+def _again(words: str = "", before: str = "") -> str:
+    """Return the command that starts this recipe, with a word more."""
+    file = next((word for word in sys.argv[1:3] if word.endswith((".yaml", ".yml", ".json"))), "RECIPE")
+    return " ".join(filter(None, (before, "llamafactory-cli train", file, words)))
+
+
+def _under_torchrun() -> bool:
+    """Return whether torchrun has started this process, or the host will start it; the host's own rule."""
+    from llamafactory.extras.misc import get_device_count, is_env_enabled
+
+    forced = any(is_env_enabled(name) for name in ("FORCE_TORCHRUN", "USE_MCA"))
+    several = get_device_count() > 1 and not any(is_env_enabled(name) for name in ("USE_RAY", "USE_KT"))
+    return LOCAL_RANK in os.environ or forced or several
+
+
+def _keys(recipe: dict) -> Iterator[str]:
+    ours = {key: value for key, value in recipe.items() if key.startswith("solopo")}
+    try:
+        solo.check_keys(ours)
+        for part in (solo.SoloArguments, solo.SoloDataArguments):
+            solo.check_values(part(**{key: ours[key] for key in ours.keys() & part.__dataclass_fields__.keys()}))
+    except ValueError as error:
+        yield str(error)
+
+
+def _device(recipe: dict) -> Iterator[str]:
+    from llamafactory.extras.misc import get_device_count
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    wanted = next((key for key in ("bf16", "pure_bf16", "fp16") if recipe.get(key)), None)
+    if wanted is None or recipe.get("use_cpu"):
+        return
+    if not get_device_count():
+        yield (
+            f"`{wanted}: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; "
+            f"a model that is small enough runs on the CPU: {_again('use_cpu=true')}"
+        )
+    elif wanted != "fp16" and not is_torch_bf16_gpu_available():
+        yield f"`{wanted}: true` needs a GPU with bf16 (Ampere or later): {_again(f'{wanted}=false fp16=true')}"
+
+
+def _packages(recipe: dict) -> Iterator[str]:
+    for key, (package, command) in PACKAGES.items():
+        other = key == "quantization_bit" and recipe.get("quantization_method", "bnb") != "bnb"
+        if recipe.get(key) and not other and find_spec(package) is None:
+            yield f"`{key}: {recipe[key]}` needs the package {package.replace('_', '-')}: {command}"
+
+
+def _launch(recipe: dict) -> Iterator[str]:
+    from llamafactory.extras.misc import get_device_count
+
+    settings = recipe.get("deepspeed")
+    if isinstance(settings, str) and not Path(settings).is_file():
+        yield f"`deepspeed: {settings}`: there is no such file below {Path.cwd()}; start in the repository's folder."
+    if settings and not _under_torchrun():
+        yield f"`deepspeed` is started by torchrun: {_again(before='FORCE_TORCHRUN=1')}"
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or (_under_torchrun() and os.environ.get("NPROC_PER_NODE")) or "1"
+    devices = get_device_count()
+    if processes.isdigit() and int(processes) > devices > 0 and not recipe.get("use_cpu"):
+        yield f"NPROC_PER_NODE={processes}, and there are {devices} GPUs: {_again(before=f'NPROC_PER_NODE={devices}')}"
+
+
+def _models(recipe: dict) -> Iterator[str]:
+    keys = ["model_name_or_path", "adapter_name_or_path"]
+    if recipe.get("pref_loss", "sigmoid") in WITH_REFERENCE and not recipe.get("train_from_scratch"):
+        keys.append("ref_model")
+    for key in keys:
+        for name in _names(recipe.get(key)) if key.startswith("adapter") else filter(None, [recipe.get(key)]):
+            if reason := why_not_there(str(name), recipe, key.startswith("adapter")):
+                yield f"`{key}: {name}` {reason}"
+
+
+def why_not_there(name: str, recipe: dict, adapter: bool = False) -> str | None:
+    """Say why a model cannot be loaded from here, and what to do; None if it can, or only loading it will tell.
+
+    Args:
+        name: A folder, or a name of the hub.
+        recipe: Of which `cache_dir`, `model_revision` and `hf_hub_token` are looked at.
+        adapter: It is a LoRA adapter.
+    """
+    file = "adapter_config.json" if adapter else "config.json"
+    if Path(name).is_dir():
+        if (Path(name) / file).is_file():
+            return None
+        return f"is a folder without {file}: give the folder of a finished model{' adapter' * adapter}."
+    if name.startswith(("/", ".", "~")) or name.strip("/").count("/") > 1:
+        return "is a folder that is not there: check the path."
+    if any(
+        os.environ.get(hub, "0").lower() in ("true", "y", "1") for hub in ("USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB")
+    ):
+        return None
+    return _why_not_on_the_hub(name, file, recipe)
+
+
+def _why_not_on_the_hub(name: str, file: str, recipe: dict) -> str | None:
+    from httpx import TransportError  # of the hub's client since huggingface_hub 1; before, an OSError
+    from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
+
+    fetch = f"hf download {name}"
+    try:
+        kept = try_to_load_from_cache(
+            name, file, cache_dir=recipe.get("cache_dir"), revision=recipe.get("model_revision")
+        )
+        if isinstance(kept, str):
+            return None
+        if constants.is_offline_mode():
+            return f"is not on this machine, and HF_HUB_OFFLINE keeps it from the hub: HF_HUB_OFFLINE=0 {fetch}"
+        HfApi(token=recipe.get("hf_hub_token")).auth_check(name)
+    except errors.HFValidationError:
+        return "is neither a folder nor a name of the hub, which is `owner/model`: check the spelling."
+    except errors.GatedRepoError:
+        return f"is gated: accept its terms on {constants.ENDPOINT}/{name}, then: hf auth login"
+    except errors.RepositoryNotFoundError:
+        return "is neither a folder nor on the hub, or private: check the spelling; for a private one: hf auth login"
+    except errors.HfHubHTTPError:
+        return None  # a mirror may not answer this question
+    except (TransportError, OSError):
+        return f"is not on this machine, and the hub cannot be reached: where there is a network, {fetch}"
+    return None
+
+
+def _template(recipe: dict) -> Iterator[str]:
+    from .template import unknown_template
+
+    # the process that starts torchrun has not imported the host's templates, and leaves this to the ranks
+    if "llamafactory.data.template" in sys.modules and recipe.get("template") is not None:
+        if sentence := unknown_template(recipe["template"]):
+            yield sentence
+
+
+def _data(recipe: dict) -> Iterator[str]:
+    folder = recipe.get("dataset_dir", "data")
+    tokenized = recipe.get("tokenized_path")
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return
+    if tokenized and Path(tokenized).is_dir():
+        return
+    info, wanted = Path(folder, "dataset_info.json"), {}
+    for key in ("dataset", "eval_dataset"):
+        wanted |= {name: key for name in _names(recipe.get(key))}
+    if wanted and not info.is_file():
+        yield (
+            f"`dataset_dir: {folder}` has no dataset_info.json: make the rows first, as the head of the recipe says, "
+            "or register your own (docs/data.md)."
+        )
+        return
+    try:
+        entries = json.loads(info.read_text(encoding="utf-8"))
+        missing = [name for name in wanted if name not in entries]
+        files = {name: entries[name].get("file_name") for name in wanted if name in entries}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # the host's to refuse
+    for name in missing:
+        yield f"`{wanted[name]}: {name}` is not registered in {info}: {_how_to_make(name, list(entries))}"
+    for name, file in files.items():
+        url = any(key.endswith("_url") for key in entries[name])
+        if file and not url and not Path(folder, file).exists():
+            yield f"`{wanted[name]}: {name}` is read from {Path(folder, file)}, which is not there: check the path."
+
+
+def _how_to_make(name: str, registered: list[str]) -> str:
+    """Say how to come by a data set: the nearest name, the data recipe that makes it, or the documentation."""
+    for path in sorted(Path("examples/yaml/data").glob("*.yaml")):
+        made = re.search(r"^dataset_name: (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if made and name.startswith(f"{made[1]}_"):
+            return f"python scripts/build_data.py {path}"
+    near = get_close_matches(name, registered, n=1)
+    return (
+        f"did you mean `{near[0]}`?" if near else "make rows (scripts/build_data.py), or register yours (docs/data.md)."
+    )
+
+
+def _names(value: object) -> list[str]:
+    """Return the names of a list, or of a text with commas, as the host splits it."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+PARTS = (_keys, _device, _packages, _launch, _models, _template, _data)  # each yields a sentence for what is missing

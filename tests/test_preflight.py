@@ -1,0 +1,274 @@
+"""A user's first day: what a recipe lacks on this machine is told in one message, before anything is loaded."""
+
+# ruff: noqa: E501  (tables: one case a line, with its whole sentence)
+import re
+import sys
+
+import pytest
+from conftest import ROOT, demo_rows, write_dataset, write_recipe
+
+from solopo_plugin.host import preflight
+from solopo_plugin.host.preflight import Refused, check
+
+SEVEN_B = "examples/yaml/qwen2.5-7b/solo_orpo.yaml"
+READY = dict(stage="solopo", model_name_or_path=str(ROOT / "data/lab/base"), template="empty", dataset="demo_solopo",
+             dataset_dir=str(ROOT / "data"), use_cpu=True)  # fmt: skip
+HUB = "someone/some-model"
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine without GPU and without packages; returns a function that changes it."""
+    import llamafactory.extras.misc as misc
+    import transformers.utils
+
+    def have(gpus: int = 0, bf16: bool = True, packages: bool = False) -> None:
+        monkeypatch.setattr(misc, "get_device_count", lambda: gpus)
+        monkeypatch.setattr(transformers.utils, "is_torch_bf16_gpu_available", lambda: gpus > 0 and bf16)
+        monkeypatch.setattr(preflight, "find_spec", lambda name: packages or None)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "recipe.yaml"])
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "FORCE_TORCHRUN", "NPROC_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    have()
+    return have
+
+
+def told(**changes) -> list[str]:
+    """What is missing, one sentence each."""
+    try:
+        check(READY | changes)
+    except Refused as error:
+        return re.sub(r"\A\d+ things.*|^  \d+\. ", "", str(error), flags=re.MULTILINE).strip().splitlines()
+    return []
+
+
+MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
+    "misspelt key": ({"solopo_alfa": 1}, "Unknown key `solopo_alfa` in the recipe. Did you mean `solopo_alpha`? Allowed: "),
+    "value of a key": ({"solopo_align": "kl"}, "`solopo_align` must be one of reward, logp; got 'kl'."),
+    "bf16": ({"bf16": True, "use_cpu": False}, "`bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml use_cpu=true"),
+    "fp16": ({"fp16": True, "use_cpu": False}, "`fp16: true` needs a GPU, and PyTorch finds none: "),
+    "bitsandbytes": ({"quantization_bit": 4}, '`quantization_bit: 4` needs the package bitsandbytes: pip install ".[qlora]"'),
+    "liger": ({"enable_liger_kernel": True}, "`enable_liger_kernel: True` needs the package liger-kernel: pip install liger-kernel"),
+    "no such folder": ({"model_name_or_path": "saves/no/such"}, "`model_name_or_path: saves/no/such` is a folder that is not there: check the path."),
+    "folder without a model": ({"model_name_or_path": "data"}, "`model_name_or_path: data` is a folder without config.json: give the folder of a finished model."),
+    "no adapter": ({"adapter_name_or_path": "data/lab/base"}, "`adapter_name_or_path: data/lab/base` is a folder without adapter_config.json: give the folder of a finished model adapter."),
+    "no reference": ({"ref_model": "./no"}, "`ref_model: ./no` is a folder that is not there: check the path."),
+    "offline": ({"model_name_or_path": HUB}, f"`model_name_or_path: {HUB}` is not on this machine, and HF_HUB_OFFLINE keeps it from the hub: HF_HUB_OFFLINE=0 hf download {HUB}"),
+    "no name of the hub": ({"model_name_or_path": "my model"}, "`model_name_or_path: my model` is neither a folder nor a name of the hub, which is `owner/model`: check the spelling."),
+    "template": ({"template": "qwenn"}, "`template: qwenn` is no template of the host; did you mean `qwen`?"),
+    "no data sets": ({"dataset_dir": "docs"}, "`dataset_dir: docs` has no dataset_info.json: make the rows first, as the head of the recipe says, or register your own (docs/data.md)."),
+    "misspelt data set": ({"dataset": "demo_solpo"}, "is not registered in {data}: did you mean `demo_solopo`?"),
+    "data set of a data recipe": ({"dataset": "musique_qwen2.5_7b_solopo"}, "`dataset: musique_qwen2.5_7b_solopo` is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b.yaml"),
+    "unknown data set": ({"eval_dataset": "xyz"}, "`eval_dataset: xyz` is not registered in {data}: make rows (scripts/build_data.py), or register yours (docs/data.md)."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing(name):
+    import llamafactory.data.template  # noqa: F401  (in a run it is imported by now)
+
+    changes, sentence = MISSING[name]
+    (said,) = told(**changes)
+    assert sentence.format(data=ROOT / "data/dataset_info.json") in said
+
+
+def test_nothing_is_missing(machine):
+    assert told() == []
+    assert told(tokenized_path=str(ROOT / "data"), dataset="xyz") == []
+    assert told(pref_loss="orpo", ref_model="./no") == []  # another check refuses it
+    machine(gpus=1, packages=True)
+    assert told(bf16=True, use_cpu=False, quantization_bit=4) == []
+
+
+def test_gpus(machine, monkeypatch):
+    machine(gpus=1, bf16=False, packages=True)
+    assert told(bf16=True, use_cpu=False) == [
+        "`bf16: true` needs a GPU with bf16 (Ampere or later): llamafactory-cli train recipe.yaml bf16=false fp16=true"
+    ]
+    machine(gpus=2, packages=True)
+    monkeypatch.setenv("NPROC_PER_NODE", "4")
+    assert told(use_cpu=False) == [
+        "NPROC_PER_NODE=4, and there are 2 GPUs: NPROC_PER_NODE=2 llamafactory-cli train recipe.yaml"
+    ]
+    assert told() == []  # processes on the CPU
+
+
+def test_deepspeed(machine, monkeypatch):
+    zero = "examples/yaml/deepspeed/ds_z3.json"
+    package, launch = told(deepspeed=zero)
+    assert package == (
+        f"`deepspeed: {zero}` needs the package deepspeed: "
+        'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"'
+    )
+    assert launch == "`deepspeed` is started by torchrun: FORCE_TORCHRUN=1 llamafactory-cli train recipe.yaml"
+    machine(packages=True)
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    assert told(deepspeed=zero) == []
+    monkeypatch.chdir(ROOT / "docs")
+    assert told(deepspeed=zero) == [
+        f"`deepspeed: {zero}`: there is no such file below {ROOT / 'docs'}; start in the repository's folder."
+    ]
+
+
+def test_a_file_of_rows_that_is_not_there(tmp_path):
+    folder = write_dataset(tmp_path, demo_rows(2))
+    (tmp_path / "rows.jsonl").unlink()
+    assert told(dataset="rows", dataset_dir=folder) == [
+        f"`dataset: rows` is read from {tmp_path / 'rows.jsonl'}, which is not there: check the path."
+    ]
+
+
+HUB_SAYS = {  # what the hub's client raises -> what is told
+    "GatedRepoError": f"is gated: accept its terms on https://huggingface.co/{HUB}, then: hf auth login",
+    "RepositoryNotFoundError": "is neither a folder nor on the hub, or private: check the spelling; for a private one: hf auth login",
+    "ConnectError": f"is not on this machine, and the hub cannot be reached: where there is a network, hf download {HUB}",
+    "HfHubHTTPError": None,
+    "nothing": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB_SAYS)
+def test_the_hub(name, monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
+    asked = []
+
+    def auth_check(self, repo):
+        asked.append((repo, self.token))
+        if name == "ConnectError":
+            raise httpx.ConnectError("no route")
+        if name != "nothing":
+            answer = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+            raise getattr(huggingface_hub.errors, name)("no", response=answer)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", auth_check)
+    said = told(model_name_or_path=HUB, hf_hub_token="secret")
+    assert said == ([f"`model_name_or_path: {HUB}` {HUB_SAYS[name]}"] if HUB_SAYS[name] else [])
+    assert asked == [(HUB, "secret")] and "secret" not in str(said)
+
+
+def test_a_model_in_the_cache(tmp_path):
+    folder = tmp_path / f"models--{HUB.replace('/', '--')}"
+    (folder / "snapshots/abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+    (folder / "snapshots/abc/config.json").write_text("{}")
+    assert told(model_name_or_path=HUB, cache_dir=str(tmp_path)) == []
+    assert len(told(model_name_or_path=HUB, cache_dir=str(tmp_path), model_revision="v2")) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [SEVEN_B, "solopo_alpha=2"],
+        "--stage solopo --model_name_or_path Qwen/Qwen2.5-7B-Instruct --bf16 --solopo-alpha=2".split(),
+    ],
+)
+def test_recipes_are_read_as_the_host_does(words):
+    recipe = preflight.read_recipe(words)
+    assert recipe["stage"] == "solopo" and recipe["bf16"] is True and recipe["solopo_alpha"] == 2
+    assert recipe["model_name_or_path"] == "Qwen/Qwen2.5-7B-Instruct"
+
+
+@pytest.mark.parametrize("words", [[], ["no.yaml"], ["README.md"], ["-h"]])
+def test_what_is_no_recipe_is_left_to_the_host(words):
+    assert preflight.read_recipe(words) == {} or not preflight.is_ours(preflight.read_recipe(words))
+
+
+# ---- through the command line
+
+
+def test_seven_b_on_a_laptop(cli):
+    """Everything at once, no traceback, one exit status; deepspeed may be installed here."""
+    done = cli("train", SEVEN_B, check=False, HF_HOME="/nowhere")
+    *_, head = (line for line in done.out.splitlines() if line.startswith("Error: "))
+    listed = re.findall(r"^  \d\. (.*)", done.out, re.MULTILINE)
+    assert done.returncode == 1 and "Traceback" not in done.out and len(done.out.splitlines()) < 10
+    assert head == f"Error: {len(listed)} things are missing before this recipe can start here:"
+    for part in ("`bf16: true` needs a GPU", "FORCE_TORCHRUN=1 llamafactory-cli", "hf download Qwen/", "build_data.py"):
+        assert sum(part in sentence for sentence in listed) == 1, part
+
+
+def test_under_torchrun_it_is_said_once(cli):
+    """Nothing is started where the recipe cannot; what the host's parser finds is said by one rank, without its own."""
+    done = cli("train", SEVEN_B, check=False, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    assert done.returncode == 1 and "Traceback" not in done.out and "distributed tasks" not in done.out
+    assert done.out.count("`bf16: true` needs a GPU") == 1
+
+
+@pytest.mark.slow
+def test_what_the_ranks_refuse_is_said_once(cli, recipe, tmp_path):
+    """Only the host's parser knows that `pref_beta` is out of range: torchrun has been started."""
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(pref_beta=0))
+    done = cli("train", path, check=False, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    assert done.returncode == 1 and done.out.count("Error: `pref_beta` must be > 0, got 0.") == 1
+    assert "CalledProcessError" not in done.out and "run_exp" not in done.out
+
+
+@pytest.mark.slow
+def test_a_bad_row_is_one_sentence(cli, recipe, tmp_path):
+    rows = demo_rows(3)
+    rows[1]["long_prompt"] = ""
+    folder = write_dataset(tmp_path / "data", rows)
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(dataset="rows", dataset_dir=folder, max_samples=None))
+    done = cli("train", path, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.out
+    assert "Error: rows[1]: column `long_prompt` is empty; give it a text or remove the row." in done.out
+    done = cli("train", path, check=False, LLAMAFACTORY_VERBOSITY="DEBUG")
+    assert done.returncode == 1 and "Traceback" in done.out and "rows[1]: column `long_prompt` is empty" in done.out
+
+
+def test_a_template_of_another_model(run, recipe):
+    """Its stop token is none of the model's: without the check training ends in an IndexError."""
+    args = recipe(model_name_or_path=str(ROOT / "data/lab/base"), template="qwen")
+    with pytest.raises(ValueError, match=r"writes the token '<\|im_end\|>', which .*base does not know \(its vocab"):
+        run(args)
+
+
+# ---- what a run logs
+
+PROGRESS = re.compile(r"\d+%\||\?(it|examples)/s|^\s*$|examples/s\]")
+
+
+def logged(out: str) -> list[str]:
+    """Lines that are not of a progress bar."""
+    return [line for line in out.replace("\r", "\n").splitlines() if not PROGRESS.search(line)]
+
+
+def test_fifteen_steps_are_under_sixty_lines(cli, recipe, tmp_path):
+    """Each step is logged, the curves are drawn; with INFO asked for the host is as talkative as ever."""
+    args = recipe(
+        max_samples=30, num_train_epochs=1.0, gradient_accumulation_steps=1, disable_tqdm=None, plot_loss=True,
+        save_strategy="steps", save_steps=5, pref_loss="orpo",
+    )  # fmt: skip
+    path = write_recipe(tmp_path / "recipe.yaml", args)
+    quiet = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "0"}
+    lines = logged(cli("train", path, **quiet).out)
+    assert sum(line.startswith("{'loss'") for line in lines) == 15
+    assert len(lines) < 60, "\n".join(lines)
+    assert not any("Model config" in line for line in lines) and any("Fine-tuning method" in line for line in lines)
+    assert max(len(line) for line in lines) < 1200
+    asked = logged(cli("train", path, "max_steps=1", **quiet, LLAMAFACTORY_VERBOSITY="INFO").out)
+    assert any("Model config" in line for line in asked)
+
+
+@pytest.mark.slow
+def test_other_stages_fail_as_before(cli):
+    """The host's own words, with its traceback, also where the same recipe of ours would be told in one message."""
+    done = cli("train", SEVEN_B, "stage=dpo", "pref_loss=orpo", check=False)
+    assert done.returncode == 1 and "Traceback" in done.out
+    words = ["model_name_or_path=/no", "use_cpu=true", "deepspeed=null", "stage=sft"]
+    done = cli("train", "examples/yaml/demo_solo_orpo.yaml", *words, check=False)
+    assert done.returncode == 1 and "Traceback" in done.out and "are missing" not in done.out
+
+
+def test_other_stages_log_as_before(run, recipe):
+    """The verbosity is the host's again after a run, and in a run of its own."""
+    from transformers.utils import logging
+
+    run(recipe(max_steps=1))
+    assert logging.get_verbosity() == logging.INFO
