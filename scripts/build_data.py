@@ -10,10 +10,12 @@ A run that was stopped, however, continues where it was. Keys: solopo_plugin/syn
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from solopo_plugin.qa.files import DataError
-from solopo_plugin.synthesis.pipeline import TABLE, run_pipeline
-from solopo_plugin.synthesis.recipe import load_recipe
+from solopo_plugin.qa.ready import check_ready
+from solopo_plugin.synthesis.pipeline import TABLE, read_manifest, run_pipeline
+from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
 
 
 def main(words: list[str] | None = None) -> int:
@@ -29,14 +31,67 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("solopo_plugin").setLevel(logging.INFO)
     try:
-        run_pipeline(load_recipe(args.recipe, args.overrides), args.stage, args.resume)
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.stage is None and "sample" not in read_manifest(Path(recipe.work_dir))["stages"]:
+            model = {"model_name_or_path": recipe.model_name_or_path}
+            check_ready(recipe.backend, recipe.server_urls, model)
+        manifest = run_pipeline(recipe, args.stage, args.resume)
     except DataError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Stopped; the same command continues.", file=sys.stderr)
         return 130
+    print(summary(recipe, manifest["stages"]))
     return 0
+
+
+def summary(recipe: DataRecipe, stages: dict) -> str:
+    """Return a table of what each finished stage has made, where it is, and the commands that come next."""
+    counts = {name: stage["counts"] for name, stage in stages.items()}
+    lines = [f"{name:10s}{part}" for name in counts for part in PHRASES[name](counts[name])]
+    lines = ["", *lines, "", f"counts    {recipe.work_dir}/manifest.json"]
+    if "export" in counts:
+        data = f"dataset_dir={recipe.dataset_dir} dataset={recipe.dataset_name}_solopo"
+        lines.append(f"look      python scripts/inspect_data.py {recipe.work_dir}")
+        lines.append(f"train     llamafactory-cli train RECIPE {data}")
+    return "\n".join(lines)
+
+
+def _less(counts: dict[str, int]) -> str:
+    """Say how many were left out for what reason."""
+    reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
+    return f"; left out: {reasons}" if reasons else ""
+
+
+def _read(counts: dict) -> list[str]:
+    others = {name: n for name, n in counts.items() if name not in ("lines", "questions", "corpus")}
+    corpus = f" and {counts['corpus']} documents" if counts["corpus"] else ""
+    return [f"{counts['questions']} questions{corpus} from {counts['lines']} lines{_less(others)}"]
+
+
+def _contexts(counts: dict) -> list[str]:
+    short, long = (f"{counts['tokens'][side]['mean']:.0f}" for side in ("short", "long"))
+    made = f"{counts['contexts']} short and long contexts, of {short} and {long} tokens on average"
+    return [made + _less(counts["dropped"])]
+
+
+def _judged(counts: dict) -> list[str]:
+    return [
+        f"{side}: {part['correct']} of {part['answers']} answers are right ({part['correct'] / part['answers']:.0%})"
+        + (f"; {part['no_marker']} lack `The answer is:`" if part["no_marker"] else "")
+        for side, part in counts.items()
+    ]
+
+
+PHRASES = {  # stage -> its counts in the manifest, in words
+    "read": _read,
+    "contexts": _contexts,
+    "sample": lambda counts: [f"{side}: {part['answers']} answers" for side, part in counts.items()],
+    "judge": _judged,
+    "select": lambda counts: [counts["statement"]],
+    "export": lambda counts: [f"{file}: {n} rows" for file, n in counts.items()],
+}
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ A run that was stopped, however, continues where it was. Keys: solopo_plugin/eva
 import argparse
 import logging
 import sys
+from pathlib import Path
 
+from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.evaluation.recipe import load_recipe
+from solopo_plugin.evaluation.report.tables import TITLES, Table, benchmark_tables
 from solopo_plugin.evaluation.run import evaluate
 from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.ready import check_ready
 
 
 def main(words: list[str] | None = None) -> int:
@@ -39,6 +43,10 @@ def main(words: list[str] | None = None) -> int:
         overrides, args.select = [*overrides, args.select], ""
     try:
         recipe = load_recipe(args.recipe, overrides, args.select)
+        if recipe.benchmarks and not args.rescore and not any(Path(recipe.output_dir, "answers").glob("*.jsonl")):
+            named = [] if recipe.backend == "openai" else find_models(recipe)
+            models = {f"models: {model.name}": model.path for model in named}
+            check_ready(recipe.backend, recipe.server_urls, models)
         results = evaluate(recipe, args.rescore, args.resume)
     except DataError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -46,10 +54,25 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped; the same command continues.", file=sys.stderr)
         return 130
-    print(f"Report: {recipe.output_dir}/report/index.html")
+    for benchmark in recipe.benchmarks:
+        print("\n".join(table_lines(TITLES[benchmark], benchmark_tables(results, benchmark)[0])))
     if results.get("selection"):
         print(f"Best by {recipe.select_by}: {results['selection']['best']}")
+    print(f"Report: {recipe.output_dir}/report/index.html; every number: {recipe.output_dir}/results.json")
     return 0
+
+
+def table_lines(title: str, table: Table) -> list[str]:
+    """Return the models' means in a benchmark's main table as lines of aligned columns."""
+    band = next((f" by {band}" for band, _ in table.columns if band), "")
+    lines = [f"\n{title}, {table.title}{band}"]
+    for heading, rows in table.blocks:
+        cells = [[heading, *(name for _, name in table.columns)]]
+        cells += [[f"  {name}", *(text for text, _ in values)] for name, values in rows]
+        first, *others = ([*map(len, column)] for column in zip(*cells, strict=True))
+        form = f"{{:{max(first)}}}" + "".join(f"  {{:>{max(widths)}}}" for widths in others)
+        lines += [form.format(*line) for line in cells]
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

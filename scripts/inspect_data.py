@@ -9,6 +9,7 @@ those of the `_val` file beside it.
 import argparse
 import sys
 from pathlib import Path
+from statistics import mean
 
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.synthesis.look import CHECKS, inspect
@@ -32,6 +33,11 @@ def main(words: list[str] | None = None) -> int:
     for name, ids in found.failed.items():
         if ids:
             print(f"{len(ids)} rows: {CHECKS[name]} First: {', '.join(ids[:3])}")
+    print(f"{'':14s}{'mean':>8s}{'shortest':>10s}{'longest':>9s}  tokens")
+    for part, lengths in found.tokens.items():
+        print(f"{part:14s}{mean(lengths):8.0f}{min(lengths):10d}{max(lengths):9d}")
+    passed = sum(not ids for ids in found.failed.values())
+    print(f"{passed} of {len(CHECKS)} checks for leaks and faults found nothing.")
     print(f"{found.splits.total()} rows; the page is {output / 'index.html'}")
     return 0
 

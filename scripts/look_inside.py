@@ -46,11 +46,19 @@ def main(words: list[str] | None = None) -> int:
     except DataError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    for line in found["summary"]:
-        if line["measure"].startswith(("evidence's share", "attention per token, evidence", "log-prob")):
-            numbers = f"{line['mean']:.4f} [{line['low']:.4f}, {line['high']:.4f}]"
-            print(f"{line['model']}: {line['measure']}, {line['side']}: {numbers}, {line['n']} rows")
-    print(f"The page is {args.out / 'index.html'}")
+    shown = [
+        line
+        for line in found["summary"]
+        if line["measure"].startswith(("evidence's share", "attention per token, evidence", "log-prob"))
+    ]
+    cells = [("model", "measure", "prompt", "mean", "95 % interval", "rows")]
+    for line in shown:
+        interval = f"{line['low']:.4f} to {line['high']:.4f}"
+        cells.append((line["model"], line["measure"], line["side"], f"{line['mean']:.4f}", interval, str(line["n"])))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(f"The page is {args.out / 'index.html'}; every number: {args.out / 'look.json'}")
     return 0
 
 

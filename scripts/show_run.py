@@ -24,6 +24,7 @@ def main(folder: str) -> None:
     print(f"curves   {', '.join(str(p) for p in sorted(out.glob('training_*.png')))}")
     results = ", ".join(str(p) for p in sorted(out.glob("*_results.json")))
     print(f"metrics  {results}; every step: {out}/trainer_state.json")
+    print("next     docs/after_training.md: compare with the model before, merge, chat, serve")
 
 
 if __name__ == "__main__":

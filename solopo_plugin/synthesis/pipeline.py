@@ -125,7 +125,7 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
         "versions": installed_versions(PACKAGES),
     }  # fmt: skip
     _save(manifest, work)
-    log.info("%s: %s", name, json.dumps(counts, ensure_ascii=False))
+    log.info("%s: done.", name)
 
 
 def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str]:

@@ -103,6 +103,14 @@ def test_every_checkpoint_is_asked_and_the_best_is_named(by_transformers, traine
     assert choice["folder"] in {str(trained / name.replace("-", "/", 1)) for name in NAMES}
     assert "test set" in choice["warning"] and f"Best by ruler_qa: {choice['best']}" in done.stdout
     assert f"Report: {folder}/out/report/index.html" in done.stdout and (folder / "out/report/index.html").exists()
+    means = {
+        row["model"]: f"{row['value']:.1f}"
+        for row in found["summary"]
+        if (row["task"], row["group"], row["metric"]) == ("", "", "f1")
+    }
+    table = done.stdout.split("RULER QA, F1 by length of the prompt in tokens")[1].splitlines()
+    shown = {line.split()[0]: line.split()[-1] for line in table if line.startswith("  ")}  # the last block: the mean
+    assert len(means) == 5 and shown == means
 
 
 @needs_data

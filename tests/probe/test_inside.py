@@ -247,7 +247,8 @@ def adapter(tiny_model, tmp_path_factory) -> Path:
 
 def test_base_and_adapter_side_by_side(rows_file, tiny_model, adapter, tmp_path, capsys):
     assert command(rows_file, tmp_path, tiny_model(), "--n", 3, "--compare", adapter) == 0
-    assert "The page is" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"The page is {tmp_path / 'index.html'}; every number: {tmp_path / 'look.json'}" in said
     found = json.loads((tmp_path / "look.json").read_text())
     base, trained = (found["rows"][Path(name).name] for name in (tiny_model(), adapter))
     assert [row["id"] for row in base] == [row["id"] for row in trained] == ["q0", "q2", "q4"]
@@ -263,6 +264,8 @@ def test_base_and_adapter_side_by_side(rows_file, tiny_model, adapter, tmp_path,
     def mean(rows: list[dict], side: str) -> float:
         return sum(inside.MEASURES[OF_DOCUMENTS](row[side]) for row in rows) / 3
 
+    shown = [line for line in found["summary"] if f"{line['mean']:.4f}" in said and line["measure"] in said]
+    assert len(shown) >= len(said.splitlines()) - 2 >= 9
     pair = lines[f"{adapter.name} - {Path(tiny_model()).name}", OF_DOCUMENTS, "long"]
     assert pair["mean"] == pytest.approx(mean(trained, "long") - mean(base, "long"))
     assert pair["low"] <= pair["mean"] <= pair["high"] and pair["n"] == 3

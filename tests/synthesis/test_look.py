@@ -297,6 +297,11 @@ def test_the_command(work, tmp_path):
 
     done = call(work)
     assert done.returncode == 0 and f"6 rows; the page is {tmp_path / 'work_inspection' / 'index.html'}" in done.stdout
+    tokens = inspect(work, tmp_path / "again").tokens
+    for part, values in tokens.items():
+        line = f"{part} {sum(values) / len(values):.0f} {min(values)} {max(values)}"
+        assert line in [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert f"of {len(CHECKS)} checks for leaks and faults found nothing." in done.stdout
     (work / "pairs.jsonl").unlink()
     done = call(work)
     assert done.returncode == 1 and "is no finished work folder: pairs.jsonl is missing" in done.stderr

@@ -218,7 +218,24 @@ def test_every_baseline_trains_on_its_entry(by_both, material, run, recipe, tmp_
 FAULTS = dict(busy=0.15, broken=0.15, malformed=0.15, retry_after=0.05)
 
 
-def test_the_judge_counts_what_the_server_said(material, tmp_path):
+def test_what_is_missing_is_said_at_once(material, tmp_path, capsys, monkeypatch):
+    """Backend and model in one message, before anything is read; not where only what needs neither is run."""
+    monkeypatch.setattr("solopo_plugin.qa.generate.find_spec", lambda name: None)
+    path = recipe_in(tmp_path, material, backend="vllm", model_name_or_path="someone/some-model")
+    assert build_data([path]) == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "Error: 2 things are missing before this recipe can start here:",
+        "  1. `backend: vllm` is not installed: pip install '.[vllm]', or use `backend: openai`.",
+        "  2. `model_name_or_path: someone/some-model` is not on this machine, and HF_HUB_OFFLINE keeps it from the "
+        "hub: HF_HUB_OFFLINE=0 hf download someone/some-model",
+    ]
+    assert said.out == "" and not (tmp_path / "work").exists()
+    assert build_data([path, "--stage", "read"]) == 0
+    assert "read      " in capsys.readouterr().out
+
+
+def test_the_judge_counts_what_the_server_said(material, tmp_path, capsys):
     """Answers of known rightness, some empty, some without the marker, some requests failing at first."""
     script = dict(right=0.4, empty=0.1, unmarked=0.1)
     answers = json.loads((material / "answers.json").read_text())
@@ -229,6 +246,9 @@ def test_the_judge_counts_what_the_server_said(material, tmp_path):
             files = [*(tmp_path / "data").iterdir(), *(tmp_path / "work").glob("*.jsonl")]
             written.append({file.name: file.read_bytes() for file in files})
     assert written[0] == written[1] and len(written[0]) == 15
+    first, printed = capsys.readouterr().out.split("counts    ")[:2]
+    assert "{" not in first and "train     llamafactory-cli train RECIPE dataset_dir=" in printed
+    printed = first
     settings = make_recipe(load(Path(path)))
     counts = {name: stage["counts"] for name, stage in manifest(tmp_path).items()}
     for side in ("short", "long"):
@@ -245,6 +265,8 @@ def test_the_judge_counts_what_the_server_said(material, tmp_path):
         assert report["answers"] == len(said) and report["correct"] == sum(right for _, right in said.values())
         assert report["no_marker"] == sum("The answer is" not in text for text, _ in said.values())
         assert counts["sample"][side]["empty"] == sum(text == "" for text, _ in said.values()) > 0
+        share = f"{report['correct']} of {len(said)} answers are right ({report['correct'] / len(said):.0%})"
+        assert f"judge     {side}: {share}; {report['no_marker']} lack `The answer is:`" in printed
         dropped = counts["select"][side]["dropped_answers"]
         assert dropped["empty"] == counts["sample"][side]["empty"]
         assert dropped["empty"] + dropped["no_marker"] == report["no_marker"]

@@ -1,0 +1,28 @@
+"""What making rows and judging models need before anything long begins: a backend, and models that can be loaded."""
+
+from ..host.preflight import listed, why_not_there
+from .files import DataError
+from .generate import check_backend
+
+
+def check_ready(backend: str, server_urls: str | dict | None, models: dict[str, str]) -> None:
+    """Refuse what cannot be asked from this machine, all in one message.
+
+    Args:
+        backend: The recipe's, as its server_urls.
+        server_urls: Of `backend: openai`.
+        models: Key of the recipe, for the sentence -> a folder or a name of the hub.
+
+    Raises:
+        DataError: One sentence, or a numbered list of several.
+    """
+    found = []
+    try:
+        check_backend(backend, server_urls)
+    except DataError as error:
+        found.append(str(error))
+    for key, name in models.items():
+        if reason := why_not_there(name, {}):
+            found.append(f"`{key}: {name}` {reason}")
+    if found:
+        raise DataError(listed(found))
