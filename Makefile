@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo lab lab-rates lab-two-hop test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
+.PHONY: install demo story lab lab-rates lab-two-hop test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -20,11 +20,18 @@ install: .venv/.installed
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[test]"
 	@touch $@
 
+# One thread: a model this small gains nothing from a second, and two fight over the cores with whatever else runs
+demo: export OMP_NUM_THREADS = 1
+demo: export CUDA_VISIBLE_DEVICES =
 demo: .venv/.installed
 	$(BIN)/python scripts/lab/make_rows.py saves/demo/data
-	CUDA_VISIBLE_DEVICES= $(BIN)/llamafactory-cli train examples/yaml/demo_solo_orpo.yaml
+	$(BIN)/llamafactory-cli train examples/yaml/demo_solo_orpo.yaml
 	@$(BIN)/python scripts/show_run.py saves/demo/solo_orpo
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python scripts/lab/show_accuracy.py saves/demo/solo_orpo
+	@$(BIN)/python scripts/lab/show_accuracy.py saves/demo/solo_orpo
+
+# The whole project in one script: rows, training, the same questions before and after, report
+story: .venv/.installed
+	@bash scripts/story.sh
 
 # docs/lab.md: every arm, five seeds; the sweep of learning rates; the second task. Each continues where it was killed.
 # ARGS="--arms solo_orpo dpo_long --seeds 0"; ARGS=--beyond: arms beyond the paper's comparison

@@ -20,6 +20,7 @@ from solopo_plugin.evaluation.report.tables import TITLES, Table, benchmark_tabl
 from solopo_plugin.evaluation.run import evaluate
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.ready import check_ready
+from solopo_plugin.qa.store import STORE
 
 
 def main(words: list[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(words: list[str] | None = None) -> int:
         overrides, args.select = [*overrides, args.select], ""
     try:
         recipe = load_recipe(args.recipe, overrides, args.select)
-        if recipe.benchmarks and not args.rescore and not any(Path(recipe.output_dir, "answers").glob("*.jsonl")):
+        if recipe.benchmarks and not args.rescore and not Path(recipe.output_dir, STORE).exists():
             named = [] if recipe.backend == "openai" else find_models(recipe)
             models = {f"models: {model.name}": model.path for model in named}
             check_ready(recipe.backend, recipe.server_urls, models)

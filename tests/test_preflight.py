@@ -182,6 +182,7 @@ def test_what_is_no_recipe_is_left_to_the_host(words):
 # ---- through the command line
 
 
+@pytest.mark.slow
 def test_seven_b_on_a_laptop(cli):
     """Everything at once, no traceback, one exit status; deepspeed may be installed here."""
     done = cli("train", SEVEN_B, check=False, HF_HOME="/nowhere")
