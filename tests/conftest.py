@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from zygote import Zygote
 
+pytest.register_assert_rewrite("by_hand")
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("SOLOPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent

@@ -4,10 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from by_hand import BASE, POLICY, qwen2_float64, step, tiny, tiny_rows, watched_step
 from conftest import LOSS_BOUND, SGD, weight_bound
-from test_losses import BASE, POLICY, step, tiny_rows
-from test_losses import tiny_model as qwen2_float64
-from test_packing import tiny, watched_step
 
 from solopo_plugin.chunked_mlp import chunk_mlps
 

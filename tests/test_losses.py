@@ -11,11 +11,23 @@ The last part drives one step of the trainer on a tiny model against a loop writ
 import itertools
 import math
 from decimal import Decimal, localcontext
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from by_hand import (
+    BASE,
+    POLICY,
+    REFERENCE,
+    STEP_TOLERANCE,
+    STEPS,
+    assert_gradients_close,
+    by_hand_logps,
+    by_hand_solopo,
+    qwen2_float64,
+    step,
+    tiny_rows,
+)
 
 from solopo_plugin import losses
 
@@ -504,143 +516,11 @@ def test_longpo_gradcheck():
 
 # ---- one step of the trainer
 
-# Seeds of the weights. With these the three rows lie on both sides of the hinge and of `drop`: what an absolute value
-# or a missing clamp would give differs from the truth.
-POLICY, REFERENCE = 28, 1
-
-
-@cache
-def tiny_model(seed: int):
-    """A Qwen2 of two layers in float64 whose answers depend strongly on the context (large initial weights)."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, initializer_range=0.25, use_cache=False)  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Qwen2ForCausalLM(Qwen2Config(**shape)).double().eval()
-
-
-def tiny_rows() -> list[dict]:
-    """Three ragged rows of ids; the last one's long prompt is its short prompt."""
-    ids = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(16)).tolist()
-    take = lambda n: [ids.pop() for _ in range(n)]  # noqa: E731
-    rows = [
-        dict(name=f"rows[{i}]", long_is_short=False, short_prompt_ids=take(s), long_prompt_ids=take(lo),
-             chosen_ids=take(w), rejected_ids=take(r))
-        for i, (s, lo, w, r) in enumerate([(5, 11, 4, 6), (3, 17, 6, 2), (7, 7, 3, 5)])
-    ]  # fmt: skip
-    rows[2] |= dict(long_is_short=True, long_prompt_ids=rows[2]["short_prompt_ids"])
-    return rows
-
-
-def step(model, reference, rows, **keys):
-    """Losses (B,) and metrics of `SoloTrainer.solopo_step`: the real methods on an instance without its Trainer."""
-    from llamafactory.hparams import FinetuningArguments
-
-    from solopo_plugin.attention import why_not_packed
-    from solopo_plugin.forward import Packed, TwoStages
-    from solopo_plugin.host.arguments import with_solo
-    from solopo_plugin.trainer import METRICS, SoloTrainer
-
-    args = with_solo(FinetuningArguments)(stage="solopo", **keys)
-    trainer = SoloTrainer.__new__(SoloTrainer)
-    trainer.finetuning_args, trainer.ref_model = args, reference if args.use_ref_model else None
-    trainer.beta, trainer.loss_type, trainer.ld_alpha = args.pref_beta, args.pref_loss, None
-    trainer.accelerator = SimpleNamespace(gather=lambda t: t, unwrap_model=lambda m: m)
-    trainer.train_dataset, trainer.eval_dataset = SimpleNamespace(), None
-    trainer.objective = losses.OBJECTIVES[args.solopo_objective]
-    if args.solopo_forward == "packed":
-        assert all(why_not_packed(m) is None for m in filter(None, (model, trainer.ref_model)))
-        trainer.form = Packed(args, model, trainer.ref_model)
-    else:
-        trainer.form = TwoStages(args, model, trainer.concatenated_forward, trainer.every_rank_may_skip, 0)
-    losses_B, metrics_BM = trainer.solopo_step(model, trainer.form.collator(rows))
-    return losses_B, dict(zip(METRICS, metrics_BM.unbind(1), strict=True))
-
-
-def by_hand_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """One sequence alone, all logits, float64: the token at position t is predicted by the logits at t - 1."""
-    logps = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    return torch.stack([logps[len(prompt) + i - 1, token] for i, token in enumerate(response)])
-
-
-def by_hand_solopo(model, ref_model, row: dict, keys: dict) -> dict:
-    """SoLoPO of one row from the definitions, in float64; nothing of the package is used."""
-    name, beta, gamma = keys["pref_loss"], keys["pref_beta"], keys["simpo_gamma"]
-    smoothing = keys["dpo_label_smoothing"]
-    size = torch.mean if name in ("ipo", "simpo", "orpo") else torch.sum
-
-    def logp(m, side, response):
-        return size(by_hand_logps(m, row[f"{side}_prompt_ids"], row[f"{response}_ids"]))
-
-    odds = lambda x: x - torch.log(1 - torch.exp(x))  # noqa: E731
-    reward = {"orpo": odds, "ipo": lambda x: x}.get(name, lambda x: beta * x)
-    w, r = logp(model, "short", "chosen"), logp(model, "short", "rejected")
-    long_w, long_r = logp(model, "long", "chosen"), logp(model, "long", "rejected")
-    with torch.no_grad():
-        ref = logp(ref_model, "short", "chosen") - logp(ref_model, "short", "rejected")
-    nll = -by_hand_logps(model, row["short_prompt_ids"], row["chosen_ids"]).mean()
-    log_sigma = lambda z: -torch.log(1 + torch.exp(-z))  # noqa: E731
-    po = {
-        "sigmoid": lambda: -(1 - smoothing) * log_sigma(beta * (w - r - ref)) - smoothing * log_sigma(-beta * (w - r - ref)),  # noqa: E501
-        "ipo": lambda: (w - r - ref - 0.5 / beta) ** 2,
-        "hinge": lambda: torch.clamp(1 - beta * (w - r - ref), min=0),
-        "simpo": lambda: -log_sigma(beta * (w - r) - gamma),
-        "orpo": lambda: nll - beta * log_sigma(odds(w) - odds(r)),
-    }[name]() + keys["pref_ftx"] * nll  # fmt: skip
-
-    seen = reward if keys["solopo_align"] == "reward" else lambda x: x
-    still = (lambda x: x.detach()) if keys["solopo_detach_short"] else lambda x: x
-    s = {"drop": lambda t: torch.clamp(t, min=0), "squared": lambda t: t**2, "abs": torch.abs,
-         "auto": (lambda t: 2 * t**2) if name == "ipo" else torch.abs}[keys["solopo_penalty"]]  # fmt: skip
-    align = s(seen(still(w)) - seen(long_w))
-    if keys["solopo_align_on"] == "both":
-        align = align + s(seen(long_r) - seen(still(r)))
-    gap = (reward(w) - reward(long_w)).abs()
-    return {
-        "loss": po + keys["solopo_alpha"] * align, "solopo/po_loss": po, "solopo/align_loss": align,
-        "solopo/reward_short": reward(w), "solopo/reward_long": reward(long_w), "solopo/reward_gap": gap,
-        "solopo/nll": nll, "logps/chosen": w, "logps/rejected": r,
-    }  # fmt: skip
-
-
-BASE = dict(pref_beta=0.4, simpo_gamma=0.3, dpo_label_smoothing=0.0, pref_ftx=0.0, ref_model="a reference",
-            solopo_alpha=0.7, solopo_align="reward", solopo_align_on="chosen", solopo_penalty="auto",
-            solopo_detach_short=False)  # fmt: skip
-STEPS = {
-    "sigmoid": {},
-    "ipo": {},
-    "hinge": {},
-    "simpo": {},
-    "orpo": {},
-    "sigmoid, smoothed, logp": dict(dpo_label_smoothing=0.1, solopo_align="logp"),
-    "hinge, both": dict(solopo_align_on="both", solopo_alpha=2.0),
-    "simpo, both, ftx": dict(solopo_align_on="both", pref_ftx=0.5),
-    "orpo, both, drop": dict(solopo_align_on="both", solopo_penalty="drop"),
-    "ipo, detached": dict(solopo_detach_short=True),
-    "orpo, logp, squared, detached": dict(solopo_align="logp", solopo_penalty="squared", solopo_detach_short=True),
-    "orpo, alpha 0": dict(solopo_alpha=0.0),
-}
-
-# The model runs in float64; the step makes fp32 of its logits (size <= 10 here, asserted). A token's log-prob is a
-# difference of two of them and so within 3 * 2^-23 * 10 = 4e-6, a sum of 6 tokens within 2.2e-5. The losses' slopes in
-# their log-probs are at most 4 here (ipo: 2 |d|, 2 * 2 t alpha), giving 1e-4; the faults that this is to catch change
-# a loss by 0.01 and more (test_mutations.py).
-STEP_TOLERANCE = 1e-4
-
-
-def assert_gradients_close(ours: list, truth: list) -> None:
-    """Within 2e-4 of each tensor's largest entry: the relative error of the slopes, twice STEP_TOLERANCE at worst."""
-    assert len(ours) == len(truth) > 10
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * b.abs().max().item())
-
 
 @pytest.mark.parametrize("case", STEPS)
 def test_step_is_the_loop_by_hand(case):
     """Losses, metrics and gradients of a padded, ragged batch against one sequence at a time."""
-    model, ref_model, rows = tiny_model(POLICY), tiny_model(REFERENCE), tiny_rows()
+    model, ref_model, rows = qwen2_float64(POLICY), qwen2_float64(REFERENCE), tiny_rows()
     keys = BASE | dict(pref_loss=case.split(",")[0]) | STEPS[case]
     if keys["pref_loss"] in ("simpo", "orpo"):
         keys.pop("ref_model")
@@ -662,7 +542,7 @@ def test_step_is_the_loop_by_hand(case):
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_step_with_a_known_reference(forward):
     """Rows that bring their reference's log-probs need no reference model, and get the loss by hand."""
-    model, ref_model = tiny_model(POLICY), tiny_model(REFERENCE)
+    model, ref_model = qwen2_float64(POLICY), qwen2_float64(REFERENCE)
     rows = [
         row | {
             f"ref_{name}_logps": by_hand_logps(ref_model, row["short_prompt_ids"], row[f"{name}_ids"]).sum().item()
@@ -679,7 +559,7 @@ def test_step_with_a_known_reference(forward):
 @pytest.mark.parametrize("pref_loss", ["sigmoid", "hinge", "simpo"])
 def test_the_comparable_step_of_solo_kl_is_that_of_solo_ra(pref_loss):
     """A step of the trainer, loss and every gradient, bit for bit: alpha x beta on log-probs, alpha on rewards."""
-    model, ref_model, rows = tiny_model(POLICY), tiny_model(REFERENCE), tiny_rows()
+    model, ref_model, rows = qwen2_float64(POLICY), qwen2_float64(REFERENCE), tiny_rows()
     keys = BASE | dict(pref_loss=pref_loss, pref_beta=0.25)
     if pref_loss == "simpo":
         keys.pop("ref_model")
@@ -694,7 +574,7 @@ def test_the_comparable_step_of_solo_kl_is_that_of_solo_ra(pref_loss):
 def test_longpo_step_is_the_loop_by_hand():
     """NLL of all of `x_long y_w`, context included, plus lambda * -log sigma(r(w) - r(l)) with
     r(y) = beta * (log pi(y | x_long) - log pi_ref(y | x_short)); lambda large, so that both terms show."""
-    model, ref_model, rows = tiny_model(POLICY), tiny_model(REFERENCE), tiny_rows()
+    model, ref_model, rows = qwen2_float64(POLICY), qwen2_float64(REFERENCE), tiny_rows()
     keys = dict(pref_loss="sigmoid", pref_beta=0.4, ref_model="a reference", solopo_objective="longpo",
                 solopo_longpo_lambda=0.8)  # fmt: skip
     by_hand, parameters = [], list(model.parameters())

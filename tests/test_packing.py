@@ -4,28 +4,27 @@ Models are built from tiny configurations with weights large enough for the cont
 """
 
 import math
-import weakref
 from copy import deepcopy
-from functools import cache
 
 import pytest
 import torch
-from test_losses import (
+from by_hand import (
     BASE,
+    MODELS,
     POLICY,
     REFERENCE,
     STEP_TOLERANCE,
     STEPS,
+    Live,
     assert_gradients_close,
     by_hand_logps,
     by_hand_solopo,
+    qwen2_float64,
     step,
+    tiny,
     tiny_rows,
+    watched_step,
 )
-from test_losses import tiny_model as qwen2_float64
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from solopo_plugin import attention
 from solopo_plugin.packing import PackedCollator, Segment, pack
@@ -165,33 +164,6 @@ def test_packed_longpo_step_is_the_loop_by_hand():
 
 
 # ---- against two stages, in fp32, for every architecture
-
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=10000.0,
-              original_max_position_embeddings=16)  # fmt: skip
-MODELS = {name: (name, {}) for name in attention.TESTED}
-MODELS |= {
-    "qwen2, yarn": ("qwen2", dict(rope_parameters=YARN)),
-    "llama, llama3": ("llama", dict(rope_parameters=LLAMA3)),
-    "llama, one head of keys": ("llama", dict(num_key_value_heads=1)),
-}
-
-
-@cache
-def tiny(name: str, seed: int = 0):
-    """An fp32 model of an architecture in training mode, as a step has it; dropout is 0 everywhere."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    architecture, changes = MODELS.get(name, (name, {}))
-    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, initializer_range=0.25, use_cache=False, pad_token_id=0,
-                 eos_token_id=0, bos_token_id=0, max_position_embeddings=256)  # fmt: skip
-    if architecture in ("mistral", "mixtral", "phi3"):
-        shape["sliding_window"] = None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(architecture, **(shape | changes))
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
 
 def both_ways(name: str, rows: list[dict], **keys) -> list[tuple]:
@@ -407,53 +379,6 @@ def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
              for r in rows for side in ("short", "long") if side == "short" or not r["long_is_short"]]  # fmt: skip
     assert narrow == sizes * 2  # two layers
     assert attention.AttentionMaskInterface()[attention.SEGMENTS]() is None
-
-
-class Live(TorchDispatchMode):
-    """Bytes of all storages alive, their peak, and the shapes of all tensors made, forward and backward alike."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak, self.made, self.shapes = {}, 0, 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(output)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self.shapes.add(tuple(tensor.shape))
-                self.watch(tensor.untyped_storage())
-        return output
-
-    def watch(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known[key] = size
-            self.made += size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key):
-        self.now -= self.known.pop(key, 0)
-
-
-def rows_of(prompt: int) -> list[dict]:
-    """One row of a short prompt of 16, a long one of the given length, and responses of 8 and 6 tokens."""
-    ids = list(range(1, 40)) * 1000
-    return [dict(name="rows[0]", long_is_short=False, short_prompt_ids=ids[:16], long_prompt_ids=ids[:prompt],
-                 chosen_ids=ids[:8], rejected_ids=ids[6:12])]  # fmt: skip
-
-
-def watched_step(monkeypatch, vocabulary: int, prompt: int, forward="packed", change=lambda model: None, **shape):
-    """A training step on a two-layer Llama, changed as asked, under `Live`."""
-    shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192) | shape  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape)).train()
-    change(model)
-    with Live() as live:
-        losses_B, _ = step(model, None, rows_of(prompt), solopo_forward=forward, **(BASE | dict(pref_loss="orpo")))
-        losses_B.mean().backward()
-    return live
 
 
 def test_no_tensor_is_positions_by_vocabulary(monkeypatch):

@@ -103,6 +103,7 @@ def nasty(rng: random.Random) -> str:
     return "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 30)))
 
 
+@pytest.mark.slow
 def test_ten_thousand_nasty_predictions():
     rng, seen = random.Random("nasty"), {"marker": 0, "right": 0, "choice": 0}
     for number in range(10_000):

@@ -99,6 +99,7 @@ def test_shipped_base_is_small_and_made_by_the_script(base):
     assert json.loads(tokenizer().backend_tokenizer.to_str()) == json.loads((BASE / "tokenizer.json").read_text())
 
 
+@pytest.mark.slow
 def test_shipped_base_has_its_profile(base):
     """Sure over short contexts, helpless over long ones; in float64, where no processor's rounding turns an answer."""
     written = json.loads((BASE / "profile.json").read_text())["accuracy"]
@@ -109,6 +110,7 @@ def test_shipped_base_has_its_profile(base):
     )  # written to three digits; an answer is 0.002
 
 
+@pytest.mark.slow
 def test_copying_is_being_learnt_or_the_script_says_so(capsys):
     """The first 50 steps of the base; the whole takes minutes and is left to the script."""
     torch.manual_seed(0)
@@ -567,6 +569,7 @@ def test_demo_rows_are_one_epoch(demo):
     assert set(ENTRIES) == set(json.loads(open(f"{made['dataset_dir']}/dataset_info.json").read()))
 
 
+@pytest.mark.slow
 def test_show_accuracy_prints_and_draws(tmp_path, capsys):
     show_accuracy([str(BASE), "--output", str(tmp_path / "accuracy.png")])
     out = capsys.readouterr().out

@@ -171,6 +171,7 @@ def test_evaluation_agrees(tmp_path):
 # ---- rows and comparison
 
 
+@pytest.mark.slow
 def test_prepared_rows(tmp_path):
     """Pairs are sampled from the base, chosen right and rejected wrong by a parser of this test's own."""
     two_hop.prepare(tmp_path, seed=7, n=40, long_tokens=256, num_samples=8)
@@ -193,6 +194,7 @@ def test_prepared_rows(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.slow
 def test_recipe_and_arms_fit():
     recipe = load_recipe(str(RECIPE))
     assert recipe.prompt == PROMPT and (recipe.short_tokens, recipe.long_tokens) == (SHORT, LONG)

@@ -378,6 +378,7 @@ def mangle(row: object, rng: random.Random) -> object:
     return rng.choice(things)
 
 
+@pytest.mark.slow
 def test_ten_thousand_random_lines(tmp_path):
     """Whatever a line holds, it is a question or it is counted, and what is counted has a message of one line."""
     rng = random.Random(4)

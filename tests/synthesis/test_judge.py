@@ -195,6 +195,7 @@ def judged(tmp_path_factory):
     return folder, answers
 
 
+@pytest.mark.slow
 def test_two_thousand_answers_to_real_questions(judged):
     """Every verdict is that of the slow implementation, and the one that is sure by how the answer was made."""
     folder, answers = judged

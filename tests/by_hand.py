@@ -1,0 +1,226 @@
+"""One step of the trainer, and the same by a loop over single sequences; tiny models, and the memory of a step."""
+
+import weakref
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from solopo_plugin import attention, losses
+
+# ---- the step, in float64
+
+# Seeds of the weights. With these the three rows lie on both sides of the hinge and of `drop`: what an absolute value
+# or a missing clamp would give differs from the truth.
+POLICY, REFERENCE = 28, 1
+
+
+@cache
+def qwen2_float64(seed: int):
+    """A Qwen2 of two layers in float64 whose answers depend strongly on the context (large initial weights)."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, initializer_range=0.25, use_cache=False)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(Qwen2Config(**shape)).double().eval()
+
+
+def tiny_rows() -> list[dict]:
+    """Three ragged rows of ids; the last one's long prompt is its short prompt."""
+    ids = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(16)).tolist()
+    take = lambda n: [ids.pop() for _ in range(n)]  # noqa: E731
+    rows = [
+        dict(name=f"rows[{i}]", long_is_short=False, short_prompt_ids=take(s), long_prompt_ids=take(lo),
+             chosen_ids=take(w), rejected_ids=take(r))
+        for i, (s, lo, w, r) in enumerate([(5, 11, 4, 6), (3, 17, 6, 2), (7, 7, 3, 5)])
+    ]  # fmt: skip
+    rows[2] |= dict(long_is_short=True, long_prompt_ids=rows[2]["short_prompt_ids"])
+    return rows
+
+
+def step(model, reference, rows, **keys):
+    """Losses (B,) and metrics of `SoloTrainer.solopo_step`: the real methods on an instance without its Trainer."""
+    from llamafactory.hparams import FinetuningArguments
+
+    from solopo_plugin.attention import why_not_packed
+    from solopo_plugin.forward import Packed, TwoStages
+    from solopo_plugin.host.arguments import with_solo
+    from solopo_plugin.trainer import METRICS, SoloTrainer
+
+    args = with_solo(FinetuningArguments)(stage="solopo", **keys)
+    trainer = SoloTrainer.__new__(SoloTrainer)
+    trainer.finetuning_args, trainer.ref_model = args, reference if args.use_ref_model else None
+    trainer.beta, trainer.loss_type, trainer.ld_alpha = args.pref_beta, args.pref_loss, None
+    trainer.accelerator = SimpleNamespace(gather=lambda t: t, unwrap_model=lambda m: m)
+    trainer.train_dataset, trainer.eval_dataset = SimpleNamespace(), None
+    trainer.objective = losses.OBJECTIVES[args.solopo_objective]
+    if args.solopo_forward == "packed":
+        assert all(why_not_packed(m) is None for m in filter(None, (model, trainer.ref_model)))
+        trainer.form = Packed(args, model, trainer.ref_model)
+    else:
+        trainer.form = TwoStages(args, model, trainer.concatenated_forward, trainer.every_rank_may_skip, 0)
+    losses_B, metrics_BM = trainer.solopo_step(model, trainer.form.collator(rows))
+    return losses_B, dict(zip(METRICS, metrics_BM.unbind(1), strict=True))
+
+
+def by_hand_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """One sequence alone, all logits, float64: the token at position t is predicted by the logits at t - 1."""
+    logps = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(prompt) + i - 1, token] for i, token in enumerate(response)])
+
+
+def by_hand_solopo(model, ref_model, row: dict, keys: dict) -> dict:
+    """SoLoPO of one row from the definitions, in float64; nothing of the package is used."""
+    name, beta, gamma = keys["pref_loss"], keys["pref_beta"], keys["simpo_gamma"]
+    smoothing = keys["dpo_label_smoothing"]
+    size = torch.mean if name in ("ipo", "simpo", "orpo") else torch.sum
+
+    def logp(m, side, response):
+        return size(by_hand_logps(m, row[f"{side}_prompt_ids"], row[f"{response}_ids"]))
+
+    odds = lambda x: x - torch.log(1 - torch.exp(x))  # noqa: E731
+    reward = {"orpo": odds, "ipo": lambda x: x}.get(name, lambda x: beta * x)
+    w, r = logp(model, "short", "chosen"), logp(model, "short", "rejected")
+    long_w, long_r = logp(model, "long", "chosen"), logp(model, "long", "rejected")
+    with torch.no_grad():
+        ref = logp(ref_model, "short", "chosen") - logp(ref_model, "short", "rejected")
+    nll = -by_hand_logps(model, row["short_prompt_ids"], row["chosen_ids"]).mean()
+    log_sigma = lambda z: -torch.log(1 + torch.exp(-z))  # noqa: E731
+    po = {
+        "sigmoid": lambda: -(1 - smoothing) * log_sigma(beta * (w - r - ref)) - smoothing * log_sigma(-beta * (w - r - ref)),  # noqa: E501
+        "ipo": lambda: (w - r - ref - 0.5 / beta) ** 2,
+        "hinge": lambda: torch.clamp(1 - beta * (w - r - ref), min=0),
+        "simpo": lambda: -log_sigma(beta * (w - r) - gamma),
+        "orpo": lambda: nll - beta * log_sigma(odds(w) - odds(r)),
+    }[name]() + keys["pref_ftx"] * nll  # fmt: skip
+
+    seen = reward if keys["solopo_align"] == "reward" else lambda x: x
+    still = (lambda x: x.detach()) if keys["solopo_detach_short"] else lambda x: x
+    s = {"drop": lambda t: torch.clamp(t, min=0), "squared": lambda t: t**2, "abs": torch.abs,
+         "auto": (lambda t: 2 * t**2) if name == "ipo" else torch.abs}[keys["solopo_penalty"]]  # fmt: skip
+    align = s(seen(still(w)) - seen(long_w))
+    if keys["solopo_align_on"] == "both":
+        align = align + s(seen(long_r) - seen(still(r)))
+    gap = (reward(w) - reward(long_w)).abs()
+    return {
+        "loss": po + keys["solopo_alpha"] * align, "solopo/po_loss": po, "solopo/align_loss": align,
+        "solopo/reward_short": reward(w), "solopo/reward_long": reward(long_w), "solopo/reward_gap": gap,
+        "solopo/nll": nll, "logps/chosen": w, "logps/rejected": r,
+    }  # fmt: skip
+
+
+BASE = dict(pref_beta=0.4, simpo_gamma=0.3, dpo_label_smoothing=0.0, pref_ftx=0.0, ref_model="a reference",
+            solopo_alpha=0.7, solopo_align="reward", solopo_align_on="chosen", solopo_penalty="auto",
+            solopo_detach_short=False)  # fmt: skip
+STEPS = {
+    "sigmoid": {},
+    "ipo": {},
+    "hinge": {},
+    "simpo": {},
+    "orpo": {},
+    "sigmoid, smoothed, logp": dict(dpo_label_smoothing=0.1, solopo_align="logp"),
+    "hinge, both": dict(solopo_align_on="both", solopo_alpha=2.0),
+    "simpo, both, ftx": dict(solopo_align_on="both", pref_ftx=0.5),
+    "orpo, both, drop": dict(solopo_align_on="both", solopo_penalty="drop"),
+    "ipo, detached": dict(solopo_detach_short=True),
+    "orpo, logp, squared, detached": dict(solopo_align="logp", solopo_penalty="squared", solopo_detach_short=True),
+    "orpo, alpha 0": dict(solopo_alpha=0.0),
+}
+
+# The model runs in float64; the step makes fp32 of its logits (size <= 10 here, asserted). A token's log-prob is a
+# difference of two of them and so within 3 * 2^-23 * 10 = 4e-6, a sum of 6 tokens within 2.2e-5. The losses' slopes in
+# their log-probs are at most 4 here (ipo: 2 |d|, 2 * 2 t alpha), giving 1e-4; the faults that this is to catch change
+# a loss by 0.01 and more (test_mutations.py).
+STEP_TOLERANCE = 1e-4
+
+
+def assert_gradients_close(ours: list, truth: list) -> None:
+    """Within 2e-4 of each tensor's largest entry: the relative error of the slopes, twice STEP_TOLERANCE at worst."""
+    assert len(ours) == len(truth) > 10
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * b.abs().max().item())
+
+
+# ---- architectures, in fp32
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=10000.0,
+              original_max_position_embeddings=16)  # fmt: skip
+MODELS = {name: (name, {}) for name in attention.TESTED}
+MODELS |= {
+    "qwen2, yarn": ("qwen2", dict(rope_parameters=YARN)),
+    "llama, llama3": ("llama", dict(rope_parameters=LLAMA3)),
+    "llama, one head of keys": ("llama", dict(num_key_value_heads=1)),
+}
+
+
+@cache
+def tiny(name: str, seed: int = 0):
+    """An fp32 model of an architecture in training mode, as a step has it; dropout is 0 everywhere."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture, changes = MODELS.get(name, (name, {}))
+    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, initializer_range=0.25, use_cache=False, pad_token_id=0,
+                 eos_token_id=0, bos_token_id=0, max_position_embeddings=256)  # fmt: skip
+    if architecture in ("mistral", "mixtral", "phi3"):
+        shape["sliding_window"] = None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(architecture, **(shape | changes))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+# ---- memory
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages alive, their peak, and the shapes of all tensors made, forward and backward alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak, self.made, self.shapes = {}, 0, 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(output)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self.shapes.add(tuple(tensor.shape))
+                self.watch(tensor.untyped_storage())
+        return output
+
+    def watch(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known[key] = size
+            self.made += size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.now -= self.known.pop(key, 0)
+
+
+def rows_of(prompt: int) -> list[dict]:
+    """One row of a short prompt of 16, a long one of the given length, and responses of 8 and 6 tokens."""
+    ids = list(range(1, 40)) * 1000
+    return [dict(name="rows[0]", long_is_short=False, short_prompt_ids=ids[:16], long_prompt_ids=ids[:prompt],
+                 chosen_ids=ids[:8], rejected_ids=ids[6:12])]  # fmt: skip
+
+
+def watched_step(monkeypatch, vocabulary: int, prompt: int, forward="packed", change=lambda model: None, **shape):
+    """A training step on a two-layer Llama, changed as asked, under `Live`."""
+    shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192) | shape  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**shape)).train()
+    change(model)
+    with Live() as live:
+        losses_B, _ = step(model, None, rows_of(prompt), solopo_forward=forward, **(BASE | dict(pref_loss="orpo")))
+        losses_B.mean().backward()
+    return live
