@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from solopo_plugin import __version__
-from solopo_plugin.host import arguments, board, data, stage
+from solopo_plugin.host import arguments, board, data, preflight, stage
 from solopo_plugin.losses import METRICS
 
 README = ROOT / "README.md"
@@ -123,7 +123,7 @@ def test_the_citation_is_of_this_version():
 
 def test_commands_name_what_exists():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md")
-    assert named(text, r"(?m)(?:^|`)make ([a-z][\w-]*)") - {"story"} <= targets()
+    assert named(text, r"(?m)(?:^|`)make ([a-z][\w-]*)") <= targets()
     text = re.sub(r"`git log -- [^`]+`", "", text)  # what only the history has
     files = named(text, r"(?<![\w/])((?:scripts|tests|solopo_plugin|examples/yaml)/[\w./-]+\.(?:py|sh|ya?ml|json))\b")
     assert {file for file in files if not (ROOT / file).exists()} == set()
@@ -155,7 +155,7 @@ def test_folders_named_within_a_line_of_the_tree_exist():
 
 def test_seams_names_every_function_that_is_checked_before_it_is_wrapped():
     page = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8")
-    for module in (arguments, board, data, stage):
+    for module in (arguments, board, data, preflight, stage):
         source = Path(module.__file__).read_text(encoding="utf-8")
         wrapped = named(source, r'(?:expect_signature)?\(\s*\w+(?:\.\w+)*, "(\w+)", \(')
         assert wrapped and {name for name in wrapped if not re.search(rf"\b{name}\b", page)} == set()
