@@ -87,10 +87,12 @@ def read_recipe(words: list[str]) -> dict:
 
     with suppress(Exception):  # the host's to refuse
         if words[0].endswith((".yaml", ".yml", ".json")):  # JSON is YAML
-            return OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:])))
-        pairs = re.findall(r"--([\w-]+)(?:[ =](?!--)(\S+))?", " ".join(words))
-        dotted = [f"{name.replace('-', '_')}={value or 'true'}" for name, value in pairs]
-        return OmegaConf.to_container(OmegaConf.from_dotlist(dotted))
+            keys = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:]))
+        else:
+            pairs = re.findall(r"--([\w-]+)(?:[ =](?!--)(\S+))?", " ".join(words))
+            keys = OmegaConf.from_dotlist([f"{name.replace('-', '_')}={value or 'true'}" for name, value in pairs])
+        recipe = OmegaConf.to_container(keys)
+        return recipe if isinstance(recipe, dict) else {}
     return {}
 
 
@@ -273,7 +275,8 @@ def _data(recipe: dict) -> Iterator[str]:
         return
     if tokenized and Path(tokenized).is_dir():
         return
-    info, wanted = Path(folder, "dataset_info.json"), {}
+    info = Path(folder, "dataset_info.json")
+    wanted: dict[str, str] = {}  # data set -> the key that names it
     for key in ("dataset", "eval_dataset"):
         wanted |= {name: key for name in _names(recipe.get(key))}
     if wanted and not info.is_file():
