@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from .losses import PO_LOSSES
 from .qa.files import did_you_mean
 
 
@@ -136,6 +135,8 @@ def check_loss(args) -> None:
     Args:
         args: The host's finetuning arguments with those of `SoloArguments`.
     """
+    from .losses import PO_LOSSES  # torch, which the start hook must do without
+
     if args.pref_loss not in PO_LOSSES:
         raise ValueError(
             f"`pref_loss` must be one of {', '.join(PO_LOSSES)} for `stage: solopo`; got {args.pref_loss!r}."

@@ -248,7 +248,7 @@ def test_gpu_memory_is_what_torch_counts(monkeypatch):
     meter.on_train_begin(None, None, None)
     meter.on_step_begin(None, None, None)
     meter.on_step_end(None, None, None)
-    assert meter.memory == {"idle": 5, "peak": 11, "reserved": 13} and len(meter.step_s) == 1
+    assert meter.memory == {"idle": 5, "logits": 0, "peak": 11, "reserved": 13} and len(meter.step_s) == 1
     assert calls.index("reset_peak_memory_stats") < calls.index("memory_allocated") < calls.index("synchronize")
     assert calls.count("synchronize") == 2
 

@@ -215,10 +215,12 @@ def why_not_there(name: str, recipe: dict, adapter: bool = False) -> str | None:
 
     Args:
         name: A folder, or a name of the hub.
-        recipe: Of which `cache_dir`, `model_revision` and `hf_hub_token` are looked at.
+        recipe: Of which `cache_dir`, `model_revision`, `hf_hub_token` and `adapter_folder` are looked at.
         adapter: It is a LoRA adapter.
     """
     file = "adapter_config.json" if adapter else "config.json"
+    if adapter and recipe.get("adapter_folder"):
+        file = f"{recipe['adapter_folder']}/{file}"
     if Path(name).is_dir():
         if (Path(name) / file).is_file():
             return None

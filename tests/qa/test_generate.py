@@ -687,7 +687,9 @@ def test_no_file_of_a_pipeline_holds_a_secret(where, tmp_path, monkeypatch, capl
         run_pipeline(recipe)
     files = [path for part in ("work", "data") for path in (tmp_path / part).rglob("*") if path.is_file()]
     assert {"manifest.json", "samples.long.jsonl", "dataset_info.json"} <= {path.name for path in files}
-    told = everything_said(error.value, caplog, capfd) + "".join(path.read_text() for path in files)
+    told = everything_said(error.value, caplog, capfd) + "".join(
+        path.read_bytes().decode(errors="replace") for path in files
+    )
     assert not hidden_in(told)
 
 
