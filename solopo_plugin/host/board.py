@@ -18,7 +18,8 @@ from .versions import expect_signature
 
 STAGE = "SoLoPO"  # as the stage list shows it
 FROM_HOST = ("pref_beta", "pref_ftx", "pref_loss")  # widgets of the RLHF section, which the host reads for DPO only
-WIDGETS = (*FIELDS, "simpo_gamma")  # ours; simpo_gamma is a key of the host that has no widget there
+# ours, in the order of their texts; simpo_gamma is a key of the host that has no widget there
+WIDGETS = tuple(sorted((*FIELDS, "simpo_gamma"), key=[*board_texts.TEXTS].index))
 PER_ROW = 5
 LARGEST = 131072  # of a slider, tokens: that of the host's `cutoff_len`
 SHOWN = 2000  # characters of a text in the preview of rows
