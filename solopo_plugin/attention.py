@@ -149,7 +149,7 @@ class _Switch:
 
 
 def _refuse(module, plan: Plan | None, kwargs: dict) -> None:
-    """What a model asks of its attention beyond causal softmax is not there in segments."""
+    """Refuse what a model asks of its attention beyond causal softmax, which segments do not have."""
     asked = [n for n in ("softcap", "s_aux", "sliding_window", "position_bias") if kwargs.get(n) is not None]
     if plan is None or asked:
         raise RuntimeError(

@@ -123,7 +123,7 @@ def build_row(
 
 
 def _unwritable(encode, side: str, prompt: list[dict], which: str, response: dict) -> str:
-    """Where in a row the template fails, by trying one turn after the other; the tools are what is left."""
+    """Find where in a row the template fails, one turn after the other; the tools are what is left."""
     places = [f"turn {n} ({turn['role']}) of the {side} prompt" for n, turn in enumerate(prompt, 1)]
     for turn, place in zip([*prompt, response], [*places, f"`{which}`"], strict=True):
         try:

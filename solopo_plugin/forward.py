@@ -128,7 +128,7 @@ class TwoStages:
         return logits if keep or positions_K is None else logits[:, positions_K]
 
     def _long_pair(self, model, batch: dict) -> LogProbs:
-        """The pair given the long prompt, and the NLL of all of `x_long y_w`: all logits are kept."""
+        """Score the pair given the long prompt, and the NLL of all of `x_long y_w`: all logits are kept."""
         labels_BT, ids_BT = batch["long_labels"], batch["long_input_ids"]
         size, chunk = len(ids_BT) // 2, self.args.solopo_logp_chunk
         logits_BTV = self.forward_long(model, batch, None)

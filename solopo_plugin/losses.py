@@ -91,7 +91,7 @@ def longpo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
 
 @torch.no_grad()
 def _parts(logps: LogProbs, beta: float, po_B, align_B, reward_short_B, reward_long_B) -> Parts:
-    """What docs/training.md defines, the same set in the same order for both objectives."""
+    """Return what is logged, as docs/training.md defines it, the same set in the same order for both objectives."""
     chosen_B, rejected_B, nll_B, *_, ref_chosen_B, ref_rejected_B = logps
     reward_chosen_B = beta * (chosen_B if ref_chosen_B is None else chosen_B - ref_chosen_B)
     reward_rejected_B = beta * (rejected_B if ref_rejected_B is None else rejected_B - ref_rejected_B)

@@ -201,7 +201,7 @@ def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:
 
 
 def _environment(server: str | None, key: str) -> dict[str, str]:
-    """That of the process: the server's key, and no proxy for a server on this machine."""
+    """Return the environment of the process: with the server's key, and no proxy for a server on this machine."""
     if not server:
         return dict(os.environ)
     found = os.environ | {"OPENAI_API_KEY": key}
@@ -239,7 +239,7 @@ def read_results(path: Path, model: str, tasks: list[str]) -> list[dict]:
 
 
 def _task_rows(found: dict, task: str) -> list[dict]:
-    """Of a task or group itself; else of the tasks in it, or of those that a pattern such as `leaderboard_*` names."""
+    """Return the rows of a task or group; else of the tasks in it, or that a pattern names (`leaderboard_*`)."""
     numbers = found["results"].get(task, {})
     rows = []
     for key, value in numbers.items():
@@ -268,7 +268,7 @@ def _count(found: dict, task: str) -> int | None:
 
 
 def _read(path: Path) -> dict:
-    """A JSON object, empty where there is none."""
+    """Return a file's JSON object, an empty one where there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -7,6 +7,7 @@ Why: there is no registry of stages or arguments, and unknown keys raise. Host: 
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any, Literal, get_args, get_type_hints
 from omegaconf import OmegaConf
 
 from .. import args as solo
-from .stage import passing_as_dpo
 from .versions import expect_signature
 
 REFUSED = {  # keys of the host that would change or bypass the step, unless they are off
@@ -108,6 +108,19 @@ def _restored(host: type, values: dict):
     return restored
 
 
+@contextmanager
+def passing_as_dpo(finetuning_args):
+    """Let the host, which knows stages by name, take `solopo` for its own `dpo`, whose rules hold for it too.
+
+    Nothing else changes the stage's name.
+    """
+    finetuning_args.stage = "dpo"
+    try:
+        yield
+    finally:
+        finetuning_args.stage = "solopo"
+
+
 def apply(parser) -> None:
     """Patch `llamafactory.hparams.parser` right after its import."""
     expect_signature(parser, "_parse_train_args", ("args",))
@@ -123,7 +136,7 @@ def apply(parser) -> None:
 
 
 def _reading_json(read_args):
-    """A JSON recipe: the host passes the path, not the file, to `json.load` and dies with an AttributeError."""
+    """Read a JSON recipe: the host passes the path, not the file, to `json.load` and dies with an AttributeError."""
 
     @wraps(read_args)
     def wrapper(args=None):

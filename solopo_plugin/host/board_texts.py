@@ -114,7 +114,7 @@ TEXTS = {
 
 
 def locales(languages) -> dict[str, dict[str, dict[str, str]]]:
-    """The texts in the form of the host's `LOCALES`; a language that is not ours gets English."""
+    """Return the texts in the form of the host's `LOCALES`; a language that is not ours gets English."""
     tab = {lang: {"label": TAB.get(lang, TAB["en"])} for lang in languages}
     texts = {
         name: {lang: dict(zip(("label", "info"), by_lang.get(lang, by_lang["en"]), strict=True)) for lang in languages}

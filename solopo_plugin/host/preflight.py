@@ -31,7 +31,7 @@ PACKAGES = {  # key of a recipe -> package, how it is installed
 
 
 class Refused(ValueError):
-    """A recipe or data set that cannot be trained on, found before a model was loaded; its text is for the user."""
+    """Refuse a recipe or data set before a model is loaded; the text is for the user."""
 
 
 def apply(launcher) -> None:

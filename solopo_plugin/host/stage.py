@@ -5,25 +5,13 @@ in "Unknown task"; rather than copy it, the stage passes as `dpo` between parsin
 `run_dpo` is reached, which hands it to `run_solopo`. Host: 0.9.5.
 """
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import wraps
 
+from .arguments import passing_as_dpo
 from .preflight import check, is_ours, refusing
 from .verbosity import quiet
 from .versions import expect_signature
-
-
-@contextmanager
-def passing_as_dpo(finetuning_args):
-    """Let the host, which knows stages by name, take `solopo` for its own `dpo`, whose rules hold for it too.
-
-    Nothing else changes the stage's name.
-    """
-    finetuning_args.stage = "dpo"
-    try:
-        yield
-    finally:
-        finetuning_args.stage = "solopo"
 
 
 def apply(tuner) -> None:

@@ -44,7 +44,7 @@ SAMPLES = 10000  # bootstrap resamples of rows
 
 
 class Recorder:
-    """A tokenizer that notes each text it encodes, with the characters of every token."""
+    """Wrap a tokenizer, and note each text it encodes with the characters of every token."""
 
     def __init__(self, tokenizer):
         """Listen to a tokenizer."""

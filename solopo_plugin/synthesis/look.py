@@ -39,7 +39,7 @@ CHECKS = {
 
 @dataclass
 class Source:
-    """Where rows come from; `rows()` yields (split, row) anew each time, `pass_rates()` (hops, side, share right)."""
+    """Give rows; `rows()` yields (split, row) anew each time, `pass_rates()` (hops, side, share right)."""
 
     title: str
     rows: Callable[[], Iterator[tuple[str, dict]]]

@@ -94,7 +94,7 @@ def _sections(results: dict, scores: dict[str, list[dict]]) -> list[tuple[str, s
 
 
 def _selection(results: dict) -> list[str]:
-    """The choice of a checkpoint, and what is to be feared of it."""
+    """Return the lines on the choice of a checkpoint, and what is to be feared of it."""
     chosen = results.get("selection")
     if not chosen:
         return []

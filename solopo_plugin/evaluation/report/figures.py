@@ -106,7 +106,7 @@ def _panels(n: int, width: float, height: float, columns: int, **options) -> tup
 
 
 def _short(name: str, limit: int = 28) -> str:
-    """A model's name where there is little room; the end of a path tells checkpoints apart."""
+    """Shorten a model's name; the end of a path tells checkpoints apart."""
     return name if len(name) <= limit else f"...{name[3 - limit :]}"
 
 

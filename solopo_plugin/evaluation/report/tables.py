@@ -45,7 +45,7 @@ Cell = tuple[str, str]  # what is read first, and what stands small below it
 
 @dataclass
 class Table:
-    """A table: rows in blocks, each with a heading."""
+    """Hold a table: rows in blocks, each with a heading."""
 
     title: str
     columns: list[tuple[str, str]]  # heading over neighbours that share it, and the column's own
@@ -55,7 +55,7 @@ class Table:
 
     @property
     def heading(self) -> str:
-        """The title with a capital letter."""
+        """Return the title with a capital letter."""
         return self.title[:1].upper() + self.title[1:]
 
     @property
@@ -164,7 +164,7 @@ def benchmark_tables(results: dict, benchmark: str) -> list[Table]:
 
 
 def _layout(found: Summary, benchmark: str) -> pd.DataFrame:
-    """The cells of a line: the heading of their `block`, the `band` over columns, the `column`, and their `PLACE`.
+    """Return the cells of a line: the heading of their `block`, the `band` over columns, the `column`, their `PLACE`.
 
     Columns are tasks and classes of difficulty and length; or lengths in tokens, with a block per task.
     """
@@ -193,7 +193,7 @@ def _pivot(rows: pd.DataFrame, layout: pd.DataFrame, names: list[str]) -> tuple[
 
 
 def _metric_table(found: Summary, benchmark: str, metric: str, models: list[str], single: bool = False) -> Table:
-    """A row per model; `single`: seeds of which the tables have but the mean, folded away."""
+    """Make a table of a row per model; `single`: seeds of which the tables have but the mean, folded away."""
     rows = found.rows[(found.rows["benchmark"] == benchmark) & (found.rows["metric"] == metric)]
     rows = rows.assign(name=rows["model"].map(found.label), cell=[*map(_value, rows.to_dict("records"))])
     columns, blocks = _pivot(rows, _layout(found, benchmark), [*map(found.label, models)])
@@ -239,7 +239,7 @@ def _comparisons(found: Summary, benchmark: str) -> list[Table]:
 
 
 def _by_task_and_length(found: Summary, benchmark: str, metric: str) -> Table | None:
-    """The comparisons by one metric in the layout of its means; none where there is but one task and length."""
+    """Lay the comparisons by one metric out as its means are; none where there is but one task and length."""
     rows, layout = found.comparisons, _layout(found, benchmark)
     rows = rows[(rows["benchmark"] == benchmark) & (rows["metric"] == metric)]
     if layout["column"].nunique() < 2 or rows.empty:
