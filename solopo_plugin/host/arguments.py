@@ -13,8 +13,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from omegaconf import OmegaConf
-
 from .. import args as solo
 from .versions import expect_signature
 
@@ -141,6 +139,8 @@ def _reading_json(read_args):
     @wraps(read_args)
     def wrapper(args=None):
         if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
+            from omegaconf import OmegaConf  # here, since stage.py takes from this file and must do without packages
+
             recipe = OmegaConf.create(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
             return OmegaConf.to_container(OmegaConf.merge(recipe, OmegaConf.from_cli(sys.argv[2:])))
         return read_args(args)
