@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, explained
+from ..qa.files import DataError, explained, is_path
 from ..qa.generate.calls import Model
 from ..qa.provenance import TOKENIZER
 from .recipe import TITLE, EvalRecipe
@@ -103,7 +103,7 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
     if folder.is_file():
         raise DataError(f"{path}, which the {TITLE} names as a model, is a file; give the folder that it is in.")
     if not folder.is_dir():
-        if path.startswith(("/", ".", "~")) or path.strip("/").count("/") > 1:
+        if is_path(path):
             raise DataError(
                 f"There is no folder {path}, which the {TITLE} names as a model; check the path, or before it is "
                 "trained ask the others alone: models=FOLDER_OR_HUB_NAME."
@@ -164,8 +164,7 @@ def _below(adapter: Path, recipe: EvalRecipe) -> str:
         base = None
     if not isinstance(base, str) or not base:
         raise DataError(f"{path} names no base_model_name_or_path; give it as `model_name_or_path`.")
-    local = base.startswith(("/", ".", "~")) or base.strip("/").count("/") > 1
-    if local and not Path(base).is_dir():
+    if is_path(base) and not Path(base).is_dir():
         raise DataError(f"{adapter} was trained on {base}, which is not there; give its place as `model_name_or_path`.")
     return base
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 from .. import args as solo
+from ..qa.files import is_path
 from .versions import expect_signature
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun in each of its processes
@@ -76,9 +77,9 @@ def refusing() -> Iterator[None]:
         sys.exit(f"Error: {error}")
 
 
-def is_ours(args: dict | list[str] | None) -> bool:
-    """Return whether a recipe, or the words of a command line (None: this one), are for `stage: solopo`."""
-    return _recipe(args).get("stage") == "solopo"
+def is_ours(recipe: dict) -> bool:
+    """Return whether a recipe is for `stage: solopo`."""
+    return recipe.get("stage") == "solopo"
 
 
 def read_recipe(words: list[str]) -> dict:
@@ -96,17 +97,17 @@ def read_recipe(words: list[str]) -> dict:
     return {}
 
 
-def _recipe(args: dict | list[str] | None) -> dict:
+def recipe_of(args: dict | list[str] | None) -> dict:
+    """Return the recipe that the host is given: itself, or the words of a command line, None being this one's."""
     return args if isinstance(args, dict) else read_recipe(sys.argv[1:] if args is None else args)
 
 
-def check(args: dict | list[str] | None) -> None:
+def check(recipe: dict) -> None:
     """Refuse a recipe that cannot run here, with everything that is missing.
 
     Raises:
         Refused: One sentence, or a numbered list of several.
     """
-    recipe = _recipe(args)
     if found := [sentence for part in PARTS for sentence in part(recipe)]:
         raise Refused(listed(found))
 
@@ -225,7 +226,7 @@ def why_not_there(name: str, recipe: dict, adapter: bool = False) -> str | None:
         if (Path(name) / file).is_file():
             return None
         return f"is a folder without {file}: give the folder of a finished model{' adapter' * adapter}."
-    if name.startswith(("/", ".", "~")) or name.strip("/").count("/") > 1:
+    if is_path(name):
         return "is a folder that is not there: check the path."
     if any(
         os.environ.get(hub, "0").lower() in ("true", "y", "1") for hub in ("USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB")

@@ -9,7 +9,7 @@ from contextlib import ExitStack, nullcontext
 from functools import wraps
 
 from .arguments import passing_as_dpo
-from .preflight import check, is_ours, refusing
+from .preflight import check, is_ours, recipe_of, refusing
 from .verbosity import quiet
 from .versions import expect_signature
 
@@ -25,10 +25,10 @@ def apply(tuner) -> None:
 def _disguising(get_train_args):
     @wraps(get_train_args)
     def wrapper(args=None):
-        ours = is_ours(args)
+        ours = is_ours(recipe := recipe_of(args))
         with refusing() if ours else nullcontext():
             if ours:
-                check(args)
+                check(recipe)
             parsed = get_train_args(args)
         if parsed[3].stage == "solopo":
             parsed[3].disguise = ExitStack()

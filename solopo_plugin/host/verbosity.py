@@ -1,4 +1,4 @@
-"""How much a run of `stage: solopo` logs: our lines and the host's stay, the hundreds of transformers' are left out."""
+"""Keep our lines and the host's in the log of a run of `stage: solopo`, and leave transformers' hundreds out."""
 
 import os
 from collections.abc import Iterator

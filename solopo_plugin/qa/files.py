@@ -25,6 +25,11 @@ def shown(value: object) -> str:
     return f"{type(value).__name__} {repr(value)[:80]}"
 
 
+def is_path(name: str) -> bool:
+    """Return whether a model's name can only be that of a folder, since those of the hub are `owner/model`."""
+    return name.startswith(("/", ".", "~")) or name.strip("/").count("/") > 1
+
+
 def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "Did you mean `x`? " of the nearest known name, for a message; nothing where none is near.
 

@@ -1,4 +1,4 @@
-"""What making rows and judging models need before anything long begins: a backend, and models that can be loaded."""
+"""Refuse, before anything long begins, a backend that cannot answer and models that cannot be loaded."""
 
 from ..host.preflight import listed, why_not_there
 from .files import DataError

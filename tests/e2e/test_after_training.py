@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs/after_training.md").read_text(encoding="utf-8")
 
 
 def commands(program: str) -> list[str]:
-    """Those of the page that start a program, without the remarks behind them."""
+    """Return the page's commands that start a program, without the remarks behind them."""
     found = re.findall(rf"^((?:\w+=\S+ )*{re.escape(program)} .*?)(?: +#.*)?$", PAGE, re.MULTILINE)
     assert found, program
     return found
@@ -87,7 +87,7 @@ def test_the_server_answers_the_request_of_the_page(places):
 
 
 def _post(url: str, body: str, process: subprocess.Popen) -> dict:
-    """What the server says, once it is up."""
+    """Return what the server says, once it is up."""
     for _ in range(120):
         assert process.poll() is None, process.communicate()[0][-3000:]
         try:

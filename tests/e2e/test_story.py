@@ -29,7 +29,9 @@ def story(tmp_path_factory):
 @pytest.mark.slow
 def test_rows_are_made_by_the_model_and_said_to_be(story):
     saves, out = story
-    counts = {k: v["counts"] for k, v in json.loads((saves / "data/work/manifest.json").read_text())["stages"].items()}
+    counts = {
+        k: v["counts"] for k, v in json.loads((saves / "data" / "work" / "manifest.json").read_text())["stages"].items()
+    }
     rows = list(read_jsonl(saves / "data/story_solopo.jsonl"))
     right, asked = counts["judge"]["short"]["correct"], counts["judge"]["short"]["answers"]
     assert asked == 240 * 6 and len(rows) == counts["export"]["story_solopo.jsonl"] >= 50

@@ -253,7 +253,7 @@ SHIFTS = {"a": 0, "b": 3}
 
 
 def of_all(row: dict) -> bool:
-    """Whether a row of results.json is of all questions."""
+    """Tell whether a row of results.json is of all questions."""
     return not any(row[name] is not None for name in GROUPS)
 
 

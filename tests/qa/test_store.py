@@ -1,4 +1,4 @@
-"""What is in the store stays there: torn logs, full disks, power cuts; answers come back with settings and prompts."""
+"""Check that the store keeps: torn logs, full disks, power cuts; answers come back with settings and prompts."""
 
 import shutil
 from pathlib import Path
