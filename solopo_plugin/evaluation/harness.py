@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from ..qa.files import DataError, explained, write_json
+from ..qa.files import DataError, as_data_error, write_json
 from ..qa.generate.addresses import addresses, api_key, is_local
 from ..qa.generate.local import window_of
 from ..qa.generate.vllm import max_lora_rank
@@ -179,7 +179,7 @@ def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:
     command = [sys.executable, "-m", module, "run", "--config", str(folder / "config.json")]
     key = api_key(recipe.api_key_env) if server else ""
     path, tail = folder / LOG, b""
-    with explained(path, "write"), open(path, "ab") as file:  # a run that goes on adds to it
+    with as_data_error(path, "write"), open(path, "ab") as file:  # a run that goes on adds to it
         process = subprocess.Popen(command, env=_environment(server, key), stdout=file, stderr=subprocess.PIPE)
         try:
             secret = key.encode() if len(key) > 3 else b""  # a shorter one keeps nobody out, and would tear words apart

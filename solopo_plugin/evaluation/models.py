@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, explained, is_path
+from ..qa.files import DataError, as_data_error, is_path
 from ..qa.generate.calls import Model
 from ..qa.provenance import TOKENIZER
 from .recipe import TITLE, EvalRecipe
@@ -67,7 +67,7 @@ def stored_models(recipe: EvalRecipe, path: Path) -> list[Model]:
     Raises:
         DataError: There is no such file, or it is another one.
     """
-    with explained(path, "read"):
+    with as_data_error(path, "read"):
         text = path.read_bytes()
     try:
         models = [Model(**row) for row in json.loads(text)]
@@ -156,7 +156,7 @@ def _below(adapter: Path, recipe: EvalRecipe) -> str:
     if recipe.model_name_or_path:
         return recipe.model_name_or_path
     path = adapter / "adapter_config.json"
-    with explained(path, "read"):
+    with as_data_error(path, "read"):
         text = path.read_bytes()
     try:
         base = json.loads(text)["base_model_name_or_path"]

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..qa.files import DataError, explained, read_jsonl, write_json
+from ..qa.files import DataError, as_data_error, read_jsonl, write_json
 from ..qa.provenance import installed_versions
 from .intervals import compare_paired, mean_interval, mean_of_means
 from .items import GROUPS, MAIN_METRIC
@@ -361,5 +361,5 @@ def _count_lines(path: Path) -> int:
     """Questions of items.jsonl; none where only lm-evaluation-harness was asked and there is no such file."""
     if not path.exists():
         return 0
-    with explained(path, "read"), open(path, "rb") as file:
+    with as_data_error(path, "read"), open(path, "rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

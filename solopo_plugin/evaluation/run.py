@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, alone_in, write_json
+from ..qa.files import DataError, lock_folder, write_json
 from ..qa.generate.calls import Model
 from ..qa.provenance import differences
 from ..qa.recipe import settings
@@ -33,7 +33,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         DataError: Something that the user has to put right, or another run at work in the same folder.
     """
     folder = Path(recipe.output_dir)
-    with alone_in(folder, "output_dir"):
+    with lock_folder(folder, "output_dir"):
         from .report import write_report
         from .results import make_results, pairs_of, rows_of
         from .score import write_scores

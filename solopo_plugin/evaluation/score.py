@@ -30,7 +30,7 @@ from ..qa.answers import (
     longbench_v2_choice_lenient,
     string_match_part,
 )
-from ..qa.files import DataError, explained, parse_line, write_jsonl
+from ..qa.files import DataError, as_data_error, parse_line, write_jsonl
 from .items import Item, read_items
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def stored_answers(path: Path) -> Iterator[tuple[int, dict]]:
     Raises:
         DataError: No such file, or a damaged line.
     """
-    with explained(path, "read"), open(path, "rb") as file:
+    with as_data_error(path, "read"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip() and line.endswith(b"\n"):
                 row = parse_line(line, path, number)

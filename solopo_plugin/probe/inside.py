@@ -26,7 +26,7 @@ from ..data import RowError, check_text
 from ..evaluation.intervals import mean_interval
 from ..host.template import encode_turn, load_template
 from ..logps import token_logps
-from ..qa.files import DataError, explained, replacing, write_json
+from ..qa.files import DataError, as_data_error, replacing, write_json
 from ..qa.generate.calls import Model
 from ..qa.generate.local import load_network, window_of
 from ..qa.pages import png
@@ -340,7 +340,7 @@ def read_rows(path: Path, names: Sequence[str], n: int) -> list[dict]:
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path} is no .jsonl or .parquet file; give one that scripts/build_data.py exported.")
-    with explained(path, "read"):
+    with as_data_error(path, "read"):
         try:
             ids = [row["id"] for row in rows_of_file(path)]
             if missing := set(names) - set(ids):

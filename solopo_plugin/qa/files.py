@@ -77,7 +77,7 @@ def read_jsonl(path: Path | str) -> Iterator[dict]:
     Raises:
         DataError: No such file, or a line is no JSON object; the message says `file:line`.
     """
-    with explained(path, "read"), open(path, "rb") as file:
+    with as_data_error(path, "read"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield parse_line(line, path, number)
@@ -93,7 +93,7 @@ def reading(path: Path | str) -> Iterator[Bytes]:
     Raises:
         DataError: No such file, or its bytes cannot be read or unpacked.
     """
-    with explained(path, "read"), open(path, "rb") as file:
+    with as_data_error(path, "read"), open(path, "rb") as file:
         yield gzip.GzipFile(fileobj=file) if file.peek(2).startswith(b"\x1f\x8b") else file
 
 
@@ -137,7 +137,7 @@ def replacing(path: Path | str):
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with explained(path, "write"):
+    with as_data_error(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -152,8 +152,8 @@ def replacing(path: Path | str):
 
 
 @contextmanager
-def explained(path: Path | str, verb: str):
-    """Turn an error of the operating system into one sentence.
+def as_data_error(path: Path | str, verb: str):
+    """Raise a failure to read or write within the block as a `DataError` of one sentence.
 
     Args:
         path: Of the file or folder, for the sentence.
@@ -175,8 +175,8 @@ def explained(path: Path | str, verb: str):
 
 
 @contextmanager
-def alone_in(folder: Path, key: str | None = None) -> Iterator[None]:
-    """Hold a folder for this process; the lock ends with it, however it ends.
+def lock_folder(folder: Path, key: str | None = None) -> Iterator[None]:
+    """Lock a folder for this process; the lock ends with it, however it ends.
 
     Args:
         folder: It is made if it is not there.
@@ -187,7 +187,7 @@ def alone_in(folder: Path, key: str | None = None) -> Iterator[None]:
     """
     import fcntl  # not on Windows, where training uses this file's other functions
 
-    with explained(folder, "write"):
+    with as_data_error(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644) if key else os.open(folder, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .files import dump, explained
+from .files import as_data_error, dump
 
 
 def file_hash(path: Path | str) -> str:
@@ -15,7 +15,7 @@ def file_hash(path: Path | str) -> str:
     blob = Path(path).resolve()
     if os.path.islink(path) and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache names its large files by it
-    with explained(path, "read"), open(path, "rb") as file:
+    with as_data_error(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -29,7 +29,7 @@ def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int = 1 << 24) -
     """
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        with explained(path, "read"), open(path, "rb") as file:
+        with as_data_error(path, "read"), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(dump([path.name, size]))
             digest.update(file.read(whole if size <= whole else whole // 2))

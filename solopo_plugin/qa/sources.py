@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import ijson
 
-from .files import Bytes, DataError, explained, parse_line, reading, shown
+from .files import Bytes, DataError, as_data_error, parse_line, reading, shown
 
 Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it or raises DataError
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -200,7 +200,7 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with explained(path, "read"):
+    with as_data_error(path, "read"):
         try:
             parts = (part.to_pylist() for part in pq.ParquetFile(path).iter_batches(256))
             for index, row in enumerate(row for part in parts for row in part):

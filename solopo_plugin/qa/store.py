@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import DataError, dump, explained
+from .files import DataError, as_data_error, dump
 
 STORE = "answers.db"  # its name in a work folder and in an evaluation's folder
 SYNC_SECONDS = 1.0
@@ -51,7 +51,7 @@ class Store:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        with explained(self.path, "write"):  # which can say more of why than SQLite
+        with as_data_error(self.path, "write"):  # which can say more of why than SQLite
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
         self._db, self._synced = sqlite3.connect(self.path), time.monotonic()

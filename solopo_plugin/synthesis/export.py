@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..qa.files import DataError, alone_in, explained, read_jsonl, replacing, write_jsonl
+from ..qa.files import DataError, as_data_error, lock_folder, read_jsonl, replacing, write_jsonl
 from ..qa.rows import SCHEMA, SOLO, write_parquet
 from .pairs import SETS
 from .recipe import DataRecipe
@@ -42,7 +42,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     """
     folder, name = Path(recipe.dataset_dir), recipe.dataset_name
     ours = {f"{name}_{rows}{val}.{end}" for rows in SETS for val in ("", "_val") for end in ("jsonl", "parquet")}
-    with alone_in(folder):  # no second export changes the same dataset_info.json meanwhile
+    with lock_folder(folder):  # no second export changes the same dataset_info.json meanwhile
         info, text = read_info(folder)
         check_ours(folder, text, name, ours)
         counts = write_files(recipe, work)
@@ -78,7 +78,7 @@ class Contexts:
     def __init__(self, path: Path):
         """Note where each question's line begins."""
         self.path, self.places, place = path, {}, 0
-        with explained(path, "read"), open(path, "rb") as file:
+        with as_data_error(path, "read"), open(path, "rb") as file:
             for line in file:
                 self.places[json.loads(line)["id"]] = place
                 place += len(line)
@@ -104,7 +104,7 @@ def read_info(folder: Path) -> tuple[Path, str]:
     info = folder / "dataset_info.json"
     if not info.exists():
         return info, "{}\n"
-    with explained(info, "read"):
+    with as_data_error(info, "read"):
         content = info.read_bytes()
     try:
         text = content.decode("utf-8")

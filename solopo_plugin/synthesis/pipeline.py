@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..qa.files import DataError, alone_in, explained, write_json
+from ..qa.files import DataError, as_data_error, lock_folder, write_json
 from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions
 from ..qa.recipe import settings
@@ -61,7 +61,7 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     if stage is not None and stage not in TABLE:
         raise DataError(f"`--stage` must be one of {', '.join(TABLE)}; got {stage!r}.")
     work = Path(recipe.work_dir)
-    with alone_in(work, "work_dir"):
+    with lock_folder(work, "work_dir"):
         manifest = read_manifest(work)
         names = (stage,) if stage else tuple(TABLE)
         _clean(work, manifest, () if resume else names)
@@ -164,7 +164,7 @@ def read_manifest(work: Path) -> dict:
     path = work / MANIFEST
     if not path.exists():
         return {"stages": {}}
-    with explained(path, "read"):
+    with as_data_error(path, "read"):
         text = path.read_bytes()
     try:
         manifest = json.loads(text)

@@ -18,7 +18,7 @@ def main(words: list[str]) -> int:
     module.BENCHMARKS = {"plain": toy.benchmark(N_QUESTIONS, words=200)}
     sys.modules[module.__name__] = module
     recipe = load_recipe(words[0], words[1:])
-    with run.alone_in(Path(recipe.output_dir), "output_dir"):
+    with run.lock_folder(Path(recipe.output_dir), "output_dir"):
         run.answer_all(recipe, find_models(recipe))
     return 0
 

@@ -435,7 +435,7 @@ def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory
 
 def test_two_runs_do_not_share_a_folder(benchmarks, model, server, tmp_path):
     recipe = served(tmp_path, [model], server)
-    with run.alone_in(Path(recipe.output_dir), "output_dir"):
+    with run.lock_folder(Path(recipe.output_dir), "output_dir"):
         with pytest.raises(
             DataError, match="Another run is at work in .*out; wait for it, or give another `output_dir`"
         ):

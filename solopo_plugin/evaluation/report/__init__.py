@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from ...qa.files import DataError, explained, read_jsonl, replacing
+from ...qa.files import DataError, as_data_error, read_jsonl, replacing
 from ...qa.pages import png, render
 from ..results import FORMAT
 from . import explorer
@@ -67,7 +67,7 @@ def write_report(output_dir: Path | str) -> Path:
 
 
 def _read(path: Path) -> dict:
-    with explained(path, "read"):
+    with as_data_error(path, "read"):
         text = path.read_bytes()
     try:
         results = json.loads(text)
