@@ -1,4 +1,4 @@
-"""Make training rows from questions: read, contexts, sample, judge, select, export.
+"""Make training rows from questions, or from documents about which a model first asks questions.
 
     python scripts/build_data.py examples/yaml/data/tiny.yaml [key=value ...]
     python scripts/build_data.py RECIPE --stage judge          # one stage; those before it must be finished

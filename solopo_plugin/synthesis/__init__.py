@@ -1,1 +1,1 @@
-"""Make training rows from questions: six stages, one file each, run by `pipeline`."""
+"""Make training rows from questions or documents: stages, one file each, run by `pipeline`."""

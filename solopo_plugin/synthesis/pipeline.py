@@ -1,4 +1,4 @@
-"""Make training rows of questions: six stages in a work folder, each of which can be killed and continues.
+"""Make training rows of questions or documents: stages in a work folder, each of which can be killed and continues.
 
 manifest.json says of every finished stage what it was made from (hashes of its inputs, settings, versions), what it
 made (hashes) and what it counted. A stage is run again when one of its inputs, settings or outputs is another one.
@@ -16,8 +16,8 @@ from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions
 from ..qa.recipe import settings
 from ..qa.store import STORE
-from . import contexts, export, judge, pairs, read, sample
-from .recipe import DataRecipe, model_files, outside_inputs
+from . import ask, contexts, documents, export, filter, judge, pairs, read, sample
+from .recipe import DataRecipe, from_documents, model_files, outside_inputs
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -35,9 +35,13 @@ class Stage:
 
 
 _SAMPLES, _JUDGED = (tuple(f"{kind}.{side}.jsonl" for side in ("short", "long")) for kind in ("samples", "judged"))
+_QUESTIONS = ("questions.jsonl", "corpus.jsonl")
 TABLE = {
-    "read": Stage(read.run, (), ("questions.jsonl", "corpus.jsonl")),
-    "contexts": Stage(contexts.run, ("questions.jsonl", "corpus.jsonl"), ("contexts.jsonl",)),
+    "documents": Stage(documents.run, (), ("passages.jsonl",)),
+    "ask": Stage(ask.run, ("passages.jsonl",), ("asked.jsonl",)),
+    "filter": Stage(filter.run, ("asked.jsonl", "passages.jsonl"), _QUESTIONS),
+    "read": Stage(read.run, (), _QUESTIONS),
+    "contexts": Stage(contexts.run, _QUESTIONS, ("contexts.jsonl",)),
     "sample": Stage(sample.run, ("contexts.jsonl",), _SAMPLES),
     "judge": Stage(judge.run, ("contexts.jsonl", *_SAMPLES), _JUDGED),
     "select": Stage(pairs.run, ("contexts.jsonl", *_JUDGED), ("pairs.jsonl",)),
@@ -45,6 +49,14 @@ TABLE = {
         export.run, ("contexts.jsonl", "pairs.jsonl"), ()
     ),  # its outputs are in dataset_dir, which others write to
 }
+FROM_DOCUMENTS = ("documents", "ask", "filter")  # the stages that make questions, and
+FROM_QUESTIONS = ("read",)  # the one that reads them, in their place
+
+
+def stages_of(recipe: DataRecipe) -> tuple[str, ...]:
+    """Return the names of the stages that a recipe runs, in their order."""
+    others = FROM_QUESTIONS if from_documents(recipe) else FROM_DOCUMENTS
+    return tuple(name for name in TABLE if name not in others)
 
 
 def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = True) -> dict:
@@ -58,15 +70,17 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     Raises:
         DataError: Something that the user has to put right, or another run at work in the same folder.
     """
-    if stage is not None and stage not in TABLE:
-        raise DataError(f"`--stage` must be one of {', '.join(TABLE)}; got {stage!r}.")
+    stages = stages_of(recipe)
+    if stage is not None and stage not in stages:
+        raise DataError(f"`--stage` must be one of {', '.join(stages)}; got {stage!r}.")
     work = Path(recipe.work_dir)
     with lock_folder(work, "work_dir"):
         manifest = read_manifest(work)
-        names = (stage,) if stage else tuple(TABLE)
+        manifest["stages"] = {name: entry for name, entry in manifest["stages"].items() if name in stages}
+        names = (stage,) if stage else stages
         _clean(work, manifest, () if resume else names)
         if stage:
-            _check_before(stage, recipe, manifest)
+            _check_before(stage, stages, recipe, manifest)
         for name in names:
             _run_stage(name, recipe, work, manifest, then_sample=stage is None)
     return manifest
@@ -84,9 +98,9 @@ def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
         _save(manifest, work)
 
 
-def _check_before(stage: str, recipe: DataRecipe, manifest: dict) -> None:
+def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manifest: dict) -> None:
     """Refuse a single stage whose predecessors are not finished, or with other settings."""
-    for name in takewhile(stage.__ne__, TABLE):
+    for name in takewhile(stage.__ne__, stages):
         entry = manifest["stages"].get(name)
         if entry is None:
             raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")

@@ -18,6 +18,7 @@ from ..qa.files import DataError, split_names
 from ..qa.generate.calls import Model
 from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash
 from ..qa.recipe import build, key, read_values, settings, shared
+from .folder import folder_digest, is_folder_of_documents
 
 
 @dataclass(config=kinds.STRICT, kw_only=True)
@@ -36,13 +37,18 @@ class DataRecipe:
     enable_thinking: bool = shared("enable_thinking", "contexts sample select")
     trust_remote_code: bool = shared("trust_remote_code", "")
 
-    # read
+    # documents, read
     input: kinds.Needed = key(
-        ..., "read", "Questions: a file of JSON or parquet, a folder, or a hub name; several with commas. Required."
+        ...,
+        "documents read",
+        "A folder of documents; or questions: a file of JSON or parquet, a folder, or a hub name; several with commas. "
+        "Required.",
     )
-    input_format: Literal["auto", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
-        "auto", "read", "What the rows of `input` look like; `auto` tells by their keys."
+    input_format: Literal["auto", "documents", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
+        "auto", "documents read", "What `input` holds; `auto` tells a folder of documents, and rows by their keys."
     )
+
+    # read
     input_subset: str | None = key(None, "read", "Configuration of a hub data set, such as `distractor` of HotpotQA.")
     input_split: str = key("train", "read", "Split of a hub data set.")
     corpus: str | None = key(
@@ -127,8 +133,15 @@ FIELDS = {f.name: f for f in fields(DataRecipe)}
 ENTRY_NAME = re.compile(r"(?!\s)[^/\\,\x00-\x1f\x7f]+(?<!\s)")
 
 
+def from_documents(recipe: DataRecipe) -> bool:
+    """Return whether a recipe makes its questions from documents, and does not read them."""
+    if recipe.input_format == "auto":
+        return is_folder_of_documents(Path(recipe.input))
+    return recipe.input_format == "documents"
+
+
 def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
-    """Return hashes of what a stage reads from outside the work folder: questions, and a model that is a folder.
+    """Return hashes of what a stage reads from outside the work folder: its `input`, and a model that is a folder.
 
     The judge's rule is one, too: verdicts that another version of this project gave are given again.
     What lies on a hub is known by its name alone; so is what is behind a server, unless nothing is said of its name
@@ -137,6 +150,8 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
     if stage == "read":
         names = [*split_names(recipe.input), *([recipe.corpus] if recipe.corpus else [])]
         return {name: file_hash(name) for name in names if os.path.isfile(name)}
+    if stage == "documents":
+        return {recipe.input: folder_digest(Path(recipe.input))}
     if stage == "judge":
         return {"the rule of `gives_answer`": str(RULE)}
     model = Path(recipe.model_name_or_path)

@@ -29,11 +29,12 @@ from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.recipe import settings
 from solopo_plugin.qa.store import STORE
 from solopo_plugin.synthesis import pipeline, sample
-from solopo_plugin.synthesis.pipeline import TABLE, run_pipeline
+from solopo_plugin.synthesis.pipeline import FROM_DOCUMENTS, TABLE, run_pipeline, stages_of
 from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
 
 N_QUESTIONS, N_SAMPLES, RIGHT, UNMARKED = 60, 6, 0.5, 0.1
 KILLS = 4  # of every stage
+STAGES = [name for name in TABLE if name not in FROM_DOCUMENTS]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def answers(path: Path) -> bytes:
 def test_what_the_server_said_is_what_was_counted(finished, server):
     """Right, wrong and unmarked answers, one by one and in the manifest."""
     manifest = json.loads((finished / "work" / "manifest.json").read_text())
-    assert list(manifest["stages"]) == list(TABLE)
+    assert list(manifest["stages"]) == STAGES
     contexts = {row["id"]: row for row in read_jsonl(finished / "work" / "contexts.jsonl")}
     assert len(contexts) == N_QUESTIONS
     for side in ("short", "long"):
@@ -142,14 +143,14 @@ def test_two_runs_are_byte_equal(finished, prepare, zygote):
         "work/manifest.json": before["work/manifest.json"]
     }
     log = (other / "log.txt").read_text()
-    assert log.count("finished before, kept.") == len(TABLE) - 1
+    assert log.count("finished before, kept.") == len(STAGES) - 1
 
 
 @pytest.mark.slow
 def test_killed_at_random_in_every_stage(finished, prepare, zygote):
     """`kill -9` again and again: a stage continues, and in the end every file is that of an uninterrupted run."""
     rng, folder, kills = random.Random(5), prepare(concurrency=2), 0
-    for stage in TABLE:
+    for stage in STAGES:
         seconds = duration(stage, finished, prepare, zygote)
         done, words = 0, ["--stage", stage]
         for _ in range(10 * KILLS):
@@ -201,7 +202,7 @@ def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
         (folder / "log.txt").unlink(missing_ok=True)
         assert zygote(folder, *words) == 0, (folder / "log.txt").read_text()
         log = (folder / "log.txt").read_text()
-        return log, {name for name in TABLE if f"{name}: made again, because" in log}
+        return log, {name for name in STAGES if f"{name}: made again, because" in log}
 
     log, made = again("num_rows=20")
     assert made == {"select", "export"} and "select: made again, because `num_rows` was 30 and is 20." in log
@@ -256,7 +257,7 @@ def test_a_model_that_was_moved_is_the_same_model(finished, prepare, zygote, tok
     assert zygote(folder, "model_name_or_path=moved/") == 0
     assert zygote(folder, "model_name_or_path=moved", "--stage", "select") == 0
     log = (folder / "log.txt").read_text()
-    assert log.count("finished before, kept.") == len(TABLE) and "made again" not in log and "anew" not in log
+    assert log.count("finished before, kept.") == len(STAGES) and "made again" not in log and "anew" not in log
     assert {k: v for k, v in results(folder).items() if "manifest" not in k} == {
         k: v for k, v in results(finished).items() if "manifest" not in k
     }
@@ -396,7 +397,7 @@ def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygot
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the device that is always full")
-@pytest.mark.parametrize("stage", TABLE)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.slow(keep=["read"])
 def test_no_room_for_a_stage(stage, finished, prepare, zygote):
     """Each file that a stage writes meets a full disk once; the others stay, and the next try succeeds."""
@@ -417,6 +418,29 @@ def test_no_room_for_a_stage(stage, finished, prepare, zygote):
         assert not target.is_symlink()
         assert zygote(folder) == 0
         assert results(folder) == before
+
+
+def test_documents_take_stages_of_their_own(prepare, monkeypatch, tmp_path):
+    """By `input_format`, or by what the folder holds; a README beside rows makes no documents of them."""
+    monkeypatch.chdir(prepare())
+    made = load_recipe("recipe.yaml")
+    assert list(stages_of(made)) == STAGES == ["read", "contexts", "sample", "judge", "select", "export"]
+    documents = (*FROM_DOCUMENTS, *STAGES[1:])
+    assert stages_of(replace(made, input_format="documents")) == documents
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "README.md").write_text("about the rows")
+    by_itself = replace(made, input=str(folder))
+    assert list(stages_of(by_itself)) == STAGES
+    (folder / "deep" / "a.txt").write_text("a document")
+    assert stages_of(by_itself) == documents and list(stages_of(replace(by_itself, input_format="plain"))) == STAGES
+    with pytest.raises(DataError, match="`--stage` must be one of documents, ask, filter, contexts, .*; got 'read'"):
+        run_pipeline(by_itself, "read")
+    before = outside_inputs(by_itself, "documents")
+    (folder / "deep" / "a.txt").write_text("another one")
+    assert outside_inputs(by_itself, "documents") != before
+    (folder / "deep" / "rows.jsonl").write_text("{}")
+    assert list(stages_of(by_itself)) == STAGES
 
 
 def test_the_scripted_server_is_what_it_says(server):
