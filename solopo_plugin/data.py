@@ -5,9 +5,9 @@ same behind either prompt), `long_is_short` (its two prompts are equal) and `nam
 `<dataset>[<index>]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from pyarrow.compute import list_value_length
 from .logps import IGNORE
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns that reference.py adds, as the loss has them
-PARTS = ("short_prompt", "long_prompt", "chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
+PARTS = ("short_prompt", "long_prompt", *RESPONSES)
 COLUMNS = ("name", "long_is_short", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -24,8 +25,11 @@ class RowError(ValueError):
     """Say of a row that it cannot be trained on; the message names data set, row, column and what to do."""
 
 
-def data_sets(train, evaluated) -> dict[tuple[str, str], object]:
-    """Return training and evaluation sets by ("train" or "eval", name), whatever their nesting, without those None."""
+def data_sets(train, evaluated) -> dict[tuple[str, str], Any]:
+    """Return training and evaluation sets by ("train" or "eval", name), whatever their nesting, without those None.
+
+    A set is what the host gives: a `datasets.Dataset` or, of a stream, an `IterableDataset`.
+    """
     evaluated = evaluated if isinstance(evaluated, dict) else {"": evaluated}
     sets = {("train", ""): train} | {("eval", name): split for name, split in evaluated.items()}
     return {key: split for key, split in sets.items() if split is not None}
@@ -52,28 +56,38 @@ def check_text(name: str, column: str, value: Any, turn: str = "", blank: bool =
         raise RowError(f"{name}: {turn}column `{column}` is empty; give it a text or remove the row.")
 
 
-def build_row(
-    name: str,
-    short: list[dict],
-    long: list[dict],
-    responses: list[dict],
-    system: str,
-    long_system: str,
-    tools: str,
-    encode: Callable[[list[dict], str, str], tuple[list[int], list[int]]],
-    markers: list[str],
-) -> dict:
-    """Tokenise one row; the chat template is applied here and nowhere else.
+class Aligned(NamedTuple):
+    """Hold one row as the host's converters align it: messages, with the text of each under `content`.
 
-    Args:
+    Attributes:
         name: Of the row, for messages.
-        short: Messages up to the last question, with the short context.
-        long: The same with the long one.
-        responses: The chosen and the rejected message.
+        prompt: Messages up to the last question, with the short context.
+        long_prompt: The same with the long one.
+        response: The chosen and the rejected message.
         system: The system prompt before the short context.
         long_system: That before the long one.
         tools: Descriptions of functions as JSON text.
-        encode: Messages, system, tools -> ids of the templated prompt and of the last message (the response).
+    """
+
+    name: str
+    prompt: list[dict]
+    long_prompt: list[dict]
+    response: list[dict]
+    system: str | None
+    long_system: str | None
+    tools: str | None
+
+
+# messages, system, tools -> ids of the templated prompt and of the last message (the response)
+Encode = Callable[[list[dict], str | None, str | None], tuple[list[int], list[int]]]
+
+
+def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
+    """Tokenise one row; the chat template is applied here and nowhere else.
+
+    Args:
+        aligned: The row.
+        encode: Applies the template and tokenises.
         markers: Texts that only the template may write: the BOS token (which so comes at most once) and the stop words
             that end its turns.
 
@@ -81,39 +95,25 @@ def build_row(
         RowError: Equal or empty responses, a template inside the text, responses that tokenise differently behind the
             long prompt, prompts that tokenise differently before the two responses, or what a template cannot write.
     """
-    for text in [system, long_system, tools, *(message["content"] for message in [*short, *long, *responses])]:
-        for marker in markers:
-            if text and marker in text:
-                raise RowError(
-                    f"{name}: the text contains {marker!r}, a BOS or stop token that only the template may write; "
-                    "give plain text."
-                )
+    name = aligned.name
+    _refuse_markers(aligned, markers)
     ids: dict[str, list[int]] = {}
-    for side, prompt, prompt_system in (("short", short, system), ("long", long, long_system)):
-        for which, response in zip(("chosen", "rejected"), responses, strict=True):
-            try:
-                prompt_ids, response_ids = encode([*prompt, response], prompt_system, tools)
-            except Exception as error:  # whatever the template's code raises at a function call that it cannot read
-                what = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-                raise RowError(
-                    f"{name}: the template cannot write {_unwritable(encode, side, prompt, which, response)}: {what}; "
-                    "a call is a JSON object with `name` and `arguments`, `tools` a JSON list of functions."
-                ) from error
-            if None in prompt_ids or None in response_ids:
-                raise RowError(f"{name}: the template writes a token that the tokenizer lacks; check `template`.")
-            if ids.setdefault(f"{which}_ids", response_ids) != response_ids:
-                raise RowError(
-                    f"{name}: `{which}` tokenises differently behind the short and the long prompt; check `template`."
-                )
-            if ids.setdefault(f"{side}_prompt_ids", prompt_ids) != prompt_ids:
-                raise RowError(
-                    f"{name}: the template writes one {side} prompt before `chosen` and another before `rejected`, as "
-                    "where only one of them has a thought; set `enable_thinking: true`, or give both a thought or none."
-                )
+    for side, which, prompt_ids, response_ids in _encoded(aligned, encode):
+        if None in prompt_ids or None in response_ids:
+            raise RowError(f"{name}: the template writes a token that the tokenizer lacks; check `template`.")
+        if ids.setdefault(f"{which}_ids", response_ids) != response_ids:
+            raise RowError(
+                f"{name}: `{which}` tokenises differently behind the short and the long prompt; check `template`."
+            )
+        if ids.setdefault(f"{side}_prompt_ids", prompt_ids) != prompt_ids:
+            raise RowError(
+                f"{name}: the template writes one {side} prompt before `chosen` and another before `rejected`, as "
+                "where only one of them has a thought; set `enable_thinking: true`, or give both a thought or none."
+            )
     if ids["chosen_ids"] == ids["rejected_ids"]:
         raise RowError(f"{name}: `chosen` and `rejected` are the same tokens; remove the row.")
     _, empty_ids = encode([{"role": "user", "content": "-"}, {"role": "assistant", "content": ""}], "", "")
-    for which in ("chosen", "rejected"):
+    for which in RESPONSES:
         if ids[f"{which}_ids"] == empty_ids:
             raise RowError(
                 f"{name}: nothing is left of `{which}` in the template (`enable_thinking: false` removes thoughts); "
@@ -122,7 +122,36 @@ def build_row(
     return {"name": name, "long_is_short": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
 
 
-def _unwritable(encode, side: str, prompt: list[dict], which: str, response: dict) -> str:
+def _refuse_markers(aligned: Aligned, markers: list[str]) -> None:
+    """Refuse a text of the row that holds what only the template may write."""
+    messages = [*aligned.prompt, *aligned.long_prompt, *aligned.response]
+    for text in [aligned.system, aligned.long_system, aligned.tools, *(message["content"] for message in messages)]:
+        for marker in markers:
+            if text and marker in text:
+                raise RowError(
+                    f"{aligned.name}: the text contains {marker!r}, a BOS or stop token that only the template may "
+                    "write; give plain text."
+                )
+
+
+def _encoded(aligned: Aligned, encode: Encode) -> Iterator[tuple[str, str, list[int], list[int]]]:
+    """Yield `short` or `long`, `chosen` or `rejected`, and the ids of that prompt and that response, of all four."""
+    sides = (("short", aligned.prompt, aligned.system), ("long", aligned.long_prompt, aligned.long_system))
+    for side, prompt, system in sides:
+        for which, response in zip(RESPONSES, aligned.response, strict=True):
+            try:
+                prompt_ids, response_ids = encode([*prompt, response], system, aligned.tools)
+            except Exception as error:  # whatever the template's code raises at a function call that it cannot read
+                what = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+                place = _unwritable(encode, side, prompt, which, response)
+                raise RowError(
+                    f"{aligned.name}: the template cannot write {place}: {what}; "
+                    "a call is a JSON object with `name` and `arguments`, `tools` a JSON list of functions."
+                ) from error
+            yield side, which, prompt_ids, response_ids
+
+
+def _unwritable(encode: Encode, side: str, prompt: list[dict], which: str, response: dict) -> str:
     """Find where in a row the template fails, one turn after the other; the tools are what is left."""
     places = [f"turn {n} ({turn['role']}) of the {side} prompt" for n, turn in enumerate(prompt, 1)]
     for turn, place in zip([*prompt, response], [*places, f"`{which}`"], strict=True):
@@ -191,7 +220,7 @@ class SoloCollator:
 
     def __call__(self, features: list[dict]) -> dict:
         """Return the batch."""
-        long = self._pad(features, "long", ("chosen", "rejected") if self.long_pair else ("chosen",), multiple=1)
+        long = self._pad(features, "long", RESPONSES if self.long_pair else RESPONSES[:1], multiple=1)
         return {
             **self.short_pair(features),
             **{f"long_{name}": tensor for name, tensor in long.items()},
@@ -200,7 +229,7 @@ class SoloCollator:
 
     def short_pair(self, features: list[dict]) -> dict:
         """Return all that a reference is shown."""
-        return self._pad(features, "short", ("chosen", "rejected"), multiple=8)
+        return self._pad(features, "short", RESPONSES, multiple=8)
 
     def _pad(self, features: list[dict], side: str, names: tuple[str, ...], multiple: int) -> dict[str, torch.Tensor]:
         sequences = [(f[f"{side}_prompt_ids"], f[f"{name}_ids"]) for name in names for f in features]

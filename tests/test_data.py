@@ -18,7 +18,7 @@ from conftest import demo_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solopo_plugin.data import COLUMNS, RowError, SoloCollator, build_row, check_text, fits, row_length
+from solopo_plugin.data import COLUMNS, Aligned, RowError, SoloCollator, build_row, check_text, fits, row_length
 from solopo_plugin.logps import IGNORE
 
 # derandomize: a failure is the same for everybody; nothing is stored between runs
@@ -133,8 +133,10 @@ def built(short="s", long="l s", chosen="c", rejected="r", history=(), system=""
     past = [message(t, role) for turn in history for t, role in zip(turn, ("user", "assistant"), strict=True)]
     responses = [message(chosen, "assistant"), message(rejected, "assistant")]
     keys = dict(markers=[]) | changes
-    return build_row("rows[0]", [*past, message(short)], [*past, message(long)], responses, system, long_system, tools,
-                     keys.pop("encode", encode), **keys)  # fmt: skip
+    prompts = [*past, message(short)], [*past, message(long)]
+    return build_row(
+        Aligned("rows[0]", *prompts, responses, system, long_system, tools), keys.pop("encode", encode), **keys
+    )
 
 
 @FUZZ

@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
-from ..data import COLUMNS, RowError, build_row, check_text, expect, fits
+from ..data import COLUMNS, Aligned, RowError, build_row, check_text, expect, fits
 from .template import encode_turn
 from .versions import expect_signature
 
@@ -23,7 +23,7 @@ COLUMN_KEYS = (
     *("long_prompt", "long_messages"),
 )
 IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
-ALIGNED = ("_name", "_prompt", "_long_prompt", "_response", "_system", "_long_system", "_tools")
+ALIGNED = tuple(f"_{field}" for field in Aligned._fields)  # columns, named as the host names them
 TURNS = ("_prompt", "_long_prompt", "_response")
 SHOWN = 400  # characters of a text of the example row
 HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
@@ -96,9 +96,9 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
         )
     if attr.ranking is not True:
         raise ValueError(f'Dataset `{name}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
-    columns, tags = ("prompt", "chosen", "rejected"), ()
-    if column == "long_messages":
-        columns, tags = ("messages", *columns[1:]), ("role_tag", "content_tag", "user_tag", "assistant_tag")
+    conversations = column == "long_messages"
+    columns = ("messages" if conversations else "prompt", "chosen", "rejected")
+    tags = ("role_tag", "content_tag", "user_tag", "assistant_tag") if conversations else ()
     for needed in (*columns, *tags):
         if not getattr(attr, needed):
             where = "columns" if needed in columns else "tags"
@@ -195,7 +195,7 @@ class LongConverter:
         attr, openai = self.attr, self.attr.formatting == "openai"
         tags = (attr.user_tag, attr.assistant_tag, attr.observation_tag, attr.function_tag, attr.system_tag)
         known = [tag for tag in tags if tag]
-        good = isinstance(messages, list) and messages
+        good = isinstance(messages, list) and len(messages) > 0
         expect(good, f"{name}: column `{column}`", "a list of messages", messages)
         for n, message in enumerate(messages, 1):
             turn = f"{name}: turn {n} of column `{column}`"
@@ -224,7 +224,7 @@ class LongConverter:
         if not reads or attr.function_tag == attr.observation_tag:  # which makes the call a result
             raise RowError(f"{turn} has `tool_calls`, {IGNORED}")
         entries = calls if isinstance(calls, list) else [None]
-        functions = [entry.get("function") if isinstance(entry, dict) else None for entry in entries]
+        functions: list[Any] = [entry.get("function") if isinstance(entry, dict) else None for entry in entries]
         good = all(isinstance(f, dict) and f.get("name") and "arguments" in f for f in functions)
         expect(good, f"{turn}: `tool_calls`", "a list of `function` with `name` and `arguments`", calls)
         if any(holds_null(function["arguments"]) for function in functions):
@@ -308,11 +308,11 @@ class SoloDatasetProcessor:
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return a batch of aligned rows as a batch of tokenised rows; over-long rows raise or are left out."""
-        batch = {column: [] for column in COLUMNS}
+        batch: dict[str, list[Any]] = {column: [] for column in COLUMNS}
         encode = partial(encode_turn, self.tokenizer, self.template)
         markers = [*filter(None, [self.tokenizer.bos_token]), *self.template.stop_words]
         for aligned in zip(*(examples[column] for column in ALIGNED), strict=True):
-            row = build_row(*aligned, encode, markers)
+            row = build_row(Aligned(*aligned), encode, markers)
             if fits(row, self.cutoff_len, self.overlength):
                 for column, value in row.items():
                     batch[column].append(value)

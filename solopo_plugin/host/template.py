@@ -54,7 +54,7 @@ def unknown_template(name: str) -> str | None:
     return f"`template: {name}` is no template of the host; {hint[0].lower()}{hint[1:]}"
 
 
-def encode_turn(tokenizer, template, messages: list[dict], *context: str) -> tuple[list[int], list[int]]:
+def encode_turn(tokenizer, template, messages: list[dict], *context: str | None) -> tuple[list[int], list[int]]:
     """Return token ids of the prompt and of the response that ends it, stop token included, as training has them.
 
     `context`: system prompt and tools, where there are any.
