@@ -137,7 +137,8 @@ class TwoStages:
         real = batch["long_attention_mask"][:size, 1:].bool()
         tokens = token_logps(logits_BTV[:size, :-1][real], ids_BT[:size, 1:][real], chunk)
         nll_B = -torch.zeros_like(real, dtype=tokens.dtype).masked_scatter(real, tokens).sum(-1) / real.sum(-1)
-        return LogProbs(*logps.split(size), nll_B)
+        chosen_B, rejected_B = logps.split(size)
+        return LogProbs(chosen_B, rejected_B, nll_B)
 
 
 def all_tokens(batch: dict) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -107,7 +108,9 @@ def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:
     folder = Path(path, inside)
     if not folder.is_dir():
         where = dict(cache_dir=model_args.cache_dir, revision=model_args.model_revision, token=model_args.hf_hub_token)
-        folder = Path(cached_file(path, config, subfolder=inside, **where)).parent
+        found = cached_file(path, config, subfolder=inside, **where)
+        assert found is not None  # for the type checker: a file that is not there raises
+        folder = Path(found).parent
     files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name not in OF_THE_TRAINER]
     if not any(f.suffix in WEIGHTS for f in files) and (adapter or not model_args.train_from_scratch):
         raise ValueError(
@@ -138,7 +141,8 @@ class Store:
     def __init__(self, facts: dict):
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         self.facts, self.folder = facts, cache_folder() / name
-        self.path, self.stream = self.folder / f"{uuid.uuid4().hex}.jsonl", None
+        self.path = self.folder / f"{uuid.uuid4().hex}.jsonl"
+        self.stream: TextIO | None = None
 
     def open(self) -> None:
         """Make the folder, or see that it is what its name says."""
@@ -169,7 +173,7 @@ class Store:
 
     def read(self) -> dict[str, tuple[float, float]]:
         """Return all scores by row key; a line that was cut off when its writer was killed is no score."""
-        scores = {}
+        scores: dict[str, tuple[float, float]] = {}
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_text().splitlines():
                 try:
@@ -217,7 +221,7 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
 
     splits = data_sets(trainer.train_dataset, trainer.eval_dataset)
     keys = {name: [row_key(row) for row in split.select_columns(SEEN)] for name, split in splits.items()}
-    rows = {}  # the distinct ones by key: data set and index
+    rows: dict[str, tuple[Any, int]] = {}  # the distinct ones by key: data set and index
     for name, split in splits.items():
         for index, key in enumerate(keys[name]):
             rows.setdefault(key, (split, index))

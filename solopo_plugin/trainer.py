@@ -27,12 +27,11 @@ class ExampleMeans:
     """Keep means over examples, not over batches: sums and a count, on the device, added over ranks when read."""
 
     def __init__(self):
-        self.sums_M, self.count = None, 0
+        self.sums_M, self.count = torch.zeros(()), 0
 
     def add(self, values_BM: Tensor) -> None:
         """Count a batch's values."""
-        total_M = values_BM.sum(0)
-        self.sums_M = total_M if self.sums_M is None else self.sums_M + total_M
+        self.sums_M = self.sums_M + values_BM.sum(0)  # the first zero is a scalar, which any device takes
         self.count += len(values_BM)
 
     def read(self, reduce=lambda x: x) -> list[float]:
@@ -47,8 +46,10 @@ class GroupedByLength(LengthGroupedSampler):
     Its own draws from whatever state torch's generator is in.
     """
 
-    def __init__(self, *args, seed: int, epoch: Callable[[], int], **kwargs):
-        super().__init__(*args, generator=torch.Generator(), **kwargs)
+    generator: torch.Generator
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
         self.seed, self.epoch = seed, epoch
 
     def __iter__(self):
@@ -62,6 +63,7 @@ class SoloTrainer(CustomDPOTrainer):
     def __init__(self, model, packed: bool = False, **kwargs):
         super().__init__(model=model, **kwargs)
         args, pad_id = self.finetuning_args, self.processing_class.pad_token_id
+        self.form: Packed | TwoStages
         if packed:
             self.form = Packed(args, model, kwargs["ref_model"])
         else:

@@ -30,7 +30,7 @@ REFUSED = {  # keys of the host that would change or bypass the step, unless the
 }
 # Keys of the host that its preference trainer, or ours, never reads: they would be taken and change nothing.
 # Why -> key -> the host's default, or what is off: that may stand in a recipe.
-UNREAD = {
+UNREAD: dict[str, dict[str, Any]] = {
     "dropout is off in preference training, as in the host's DPO": {"lora_dropout": 0.0, "module_dropout": 0.0},
     "the stage has `dpo_label_smoothing`": {"label_smoothing_factor": 0.0},
     "padding never counts": {"ignore_pad_token_for_loss": True},
@@ -60,13 +60,15 @@ UNREAD = {
 ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
 
 
-def with_solo(host: type) -> type:
+def with_solo(host: type[Any]) -> type:
     """Return the host's `FinetuningArguments` with ours; `solopo` is asked what the host asks of `stage: dpo`."""
-    spec, stages = host.__dataclass_fields__["stage"], get_args(get_type_hints(host)["stage"])
+    stages, spec = get_args(get_type_hints(host)["stage"]), host.__dataclass_fields__["stage"]
+    as_the_hosts = field(default=spec.default, metadata=dict(spec.metadata))
 
     @dataclass
     class SoloFinetuningArguments(solo.SoloArguments, host):
-        stage: Literal[(*stages, "solopo")] = field(default=spec.default, metadata=dict(spec.metadata))
+        # the ignore: a checker does not know what a list of the host holds
+        stage: Literal[(*stages, "solopo")] = as_the_hosts  # type: ignore[valid-type]
 
         def __post_init__(self):
             if self.stage != "solopo":
@@ -101,7 +103,7 @@ def with_solo_data(host: type) -> type:
 
 
 def _restored(host: type, values: dict):
-    restored = object.__new__(host)
+    restored: Any = object.__new__(host)
     vars(restored).update(values)
     return restored
 

@@ -8,7 +8,7 @@ In the training process, `log_alignment` adds two numbers to the log that the bo
 
 import sys
 from functools import wraps
-from typing import get_args
+from typing import Any, get_args
 
 from ..args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
 from . import board_texts
@@ -172,7 +172,7 @@ def _adding_section(create_train_tab):
     def wrapper(engine):
         import gradio as gr
 
-        ours = {}
+        ours: dict[str, Any] = {}
         with gr.Accordion(open=False) as section:
             for start in range(0, len(WIDGETS), PER_ROW):
                 with gr.Row():
