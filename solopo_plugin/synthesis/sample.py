@@ -10,21 +10,18 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ..qa.files import DataError, dump, parse_line, read_jsonl, write_jsonl
-from ..qa.generate import generate
-from ..qa.generate.calls import Call, counts_differently
+from ..qa.files import dump, parse_line, read_jsonl, write_jsonl
+from ..qa.generate.calls import Call, Reply, counts_differently
+from ..qa.generate.stored import Found, answer_missing, prompt_hash, reply_rows
 from ..qa.provenance import file_hash
 from ..qa.recipe import Sampling, pick, settings
 from ..qa.store import STORE, Store
 from .recipe import DataRecipe, model_files, outside_inputs
 
 log = logging.getLogger(__name__)
-Found = dict[tuple[str, int], int]  # question and number of the answer -> its place in the store
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
@@ -40,27 +37,25 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 
 def sample_side(recipe: DataRecipe, work: Path, side: str, store: Store) -> dict:
     """Sample what one side lacks and write its file; returns its counts."""
-    chosen, prompts, tokens = depends_on(recipe), {}, {}
+    chosen, tokens, warned = depends_on(recipe), {}, False
     for context in read_jsonl(work / "contexts.jsonl"):
-        name, prompt = context["id"], context[side]["prompt"]
-        prompts[name] = hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()[:32]
-        tokens[name] = context[side]["tokens"]
-    before, set_id = store.last_used(side), store.set_of(side, chosen)
-    _take_in(work, side, chosen, prompts, store, set_id)
-    found, others = store.find(set_id, prompts)
-    if not found and (others or (before and before[1] != chosen)):
-        log.warning(f"{store.path} holds answers to other prompts or settings; sampling begins anew, they are kept.")
-    total = len(prompts) * recipe.num_samples
-    have = sum((name, k) in found for name in prompts for k in range(recipe.num_samples))
-    if have < total:
-        warned = False
-        with tqdm(total=total, initial=have, unit=" answers", desc=f"sample {side}") as bar:
-            for reply in generate(pick(recipe, Sampling), recipe.model, missing_calls(recipe, work, side, found)):
-                store.add(set_id, _rows(reply._asdict(), prompts))
-                bar.update(len(reply.ks))
-                counted = reply.prompt_tokens, tokens[reply.id], reply.id, recipe.template
-                warned = warned or counts_differently(*counted)
-    return _write(recipe, work / f"samples.{side}.jsonl", store, store.find(set_id, prompts)[0], tokens)
+        tokens[context["id"]] = context[side]["tokens"]
+
+    def calls() -> Iterator[Call]:
+        for context in read_jsonl(work / "contexts.jsonl"):
+            yield Call(context["id"], tuple(range(recipe.num_samples)), context[side]["prompt"])
+
+    def compare_tokens(reply: Reply) -> None:
+        nonlocal warned
+        counted = reply.prompt_tokens, tokens[reply.id], reply.id, recipe.template
+        warned = warned or counts_differently(*counted)
+
+    _take_in(work, side, chosen, calls, store)
+    found = answer_missing(
+        store, side, chosen, calls, pick(recipe, Sampling), recipe.model, recipe.answers_per_call, f"sample {side}",
+        compare_tokens,
+    )  # fmt: skip
+    return _write(recipe, work / f"samples.{side}.jsonl", store, found, tokens)
 
 
 def depends_on(recipe: DataRecipe) -> dict:
@@ -73,21 +68,16 @@ def depends_on(recipe: DataRecipe) -> dict:
     return chosen | ({"model_name_or_path": None, "outside": {"model": files}} if files else {"outside": {}})
 
 
-def _rows(reply: dict, prompts: dict[str, str]) -> Iterator[tuple[str, int, str, dict]]:
-    """Yield the answers of a reply as the store has them."""
-    for k, (text, finish_reason) in zip(reply["ks"], reply["answers"], strict=True):
-        value = {"text": text, "finish_reason": finish_reason, "prompt_tokens": reply["prompt_tokens"]}
-        yield reply["id"], k, prompts[reply["id"]], value
-
-
-def _take_in(work: Path, side: str, chosen: dict, prompts: dict[str, str], store: Store, set_id: int) -> None:
+def _take_in(work: Path, side: str, chosen: dict, calls: Callable[[], Iterator[Call]], store: Store) -> None:
     """Take in what a version without a store has sampled, if it is of these prompts and settings, and clean up."""
     final, partial, done = (work / f"samples.{side}.{end}" for end in ("jsonl", "partial.jsonl", "done.json"))
     if not (partial.exists() or done.exists()):
         return
     digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode())
-    for context in read_jsonl(work / "contexts.jsonl"):
-        digest.update(dump([context["id"], context[side]["prompt"]]))
+    hashes = {}
+    for call in calls():
+        digest.update(dump([call.id, call.prompt]))
+        hashes[call.id] = prompt_hash(call.prompt)
     replies: list[dict] = []
     stands_for = None
     if done.exists() and final.exists() and (finished := json.loads(done.read_bytes()))["hash"] == file_hash(final):
@@ -100,25 +90,12 @@ def _take_in(work: Path, side: str, chosen: dict, prompts: dict[str, str], store
         first, *replies = [parse_line(line, partial, number) for number, line in enumerate(lines, 1)] or [{}]
         stands_for = first.get("fingerprint")
     if stands_for == digest.hexdigest():
-        store.add(set_id, (row for reply in replies for row in _rows(reply, prompts)))
+        rows = (row for reply in replies for row in reply_rows(Reply(**reply), hashes))
+        store.add(store.set_of(side, chosen), rows)
     elif replies:
         log.warning(f"{work} holds answers to other prompts or settings; sampling begins anew.")
     for path in (partial, done):
         path.unlink(missing_ok=True)
-
-
-def missing_calls(recipe: DataRecipe, work: Path, side: str, found: Found) -> Iterator[Call]:
-    """Yield what is still to be asked: whole groups of `answers_per_call` answers, single ones where some are there."""
-    size = recipe.answers_per_call or (8 if recipe.backend == "transformers" else recipe.num_samples)
-    for context in read_jsonl(work / "contexts.jsonl"):
-        name, prompt = context["id"], context[side]["prompt"]
-        for first in range(0, recipe.num_samples, size):
-            group = tuple(range(first, min(first + size, recipe.num_samples)))
-            missing = tuple(k for k in group if (name, k) not in found)
-            if missing == group:
-                yield Call(name, group, prompt)
-            else:
-                yield from (Call(name, (k,), prompt) for k in missing)
 
 
 def _write(recipe: DataRecipe, path: Path, store: Store, found: Found, tokens: dict[str, int]) -> dict:
@@ -127,10 +104,7 @@ def _write(recipe: DataRecipe, path: Path, store: Store, found: Found, tokens: d
 
     def rows() -> Iterator[dict]:
         for name, length in tokens.items():
-            places = [found[name, k] for k in range(recipe.num_samples) if (name, k) in found]
-            if lacking := recipe.num_samples - len(places):
-                raise DataError(f"{store.path}: question {name} lacks {lacking} answers; start the stage again.")
-            answers = list(map(store.get, places))
+            answers = [store.get(found[name, k]) for k in range(recipe.num_samples)]
             counts["prompts"] += 1
             counts["prompt_tokens_differ"] += any(answer["prompt_tokens"] not in (None, length) for answer in answers)
             for k, answer in enumerate(answers):
