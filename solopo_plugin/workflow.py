@@ -34,6 +34,35 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     logger.info_rank0(f"solopo_plugin {__version__} is active in LLaMA-Factory {installed('llamafactory')}.")
     if training_args.do_train:
         check_resume(training_args)
+    tokenizer_module, dataset_module = load_data(model_args, data_args, training_args)
+    with drawn_from(training_args.seed):
+        model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
+    if finetuning_args.solopo_mlp_chunk:
+        chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
+
+    elsewhere, ref_model = finetuning_args.ref_model is not None, None
+    cached = reference_is_cached(data_args, training_args, finetuning_args)
+    load_ref = partial(load_ref_model, model_args, finetuning_args, training_args.seed)
+    if finetuning_args.use_ref_model and not cached:  # evaluation of a model against itself needs no second one
+        ref_model = load_ref() if elsewhere or training_args.do_train else model
+
+    packed = choose_form(model, ref_model, model_args, training_args, finetuning_args)
+    given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
+    trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
+    if cached:
+        load = partial(load_ref, packed) if elsewhere else None
+        with abort_ends_the_process():
+            sets = with_reference_logps(trainer, model_args, finetuning_args, load)
+        trainer.train_dataset, trainer.eval_dataset = sets
+    if training_args.do_train:
+        train(trainer)
+    if training_args.do_eval:
+        evaluate(trainer, against_itself=ref_model is model)
+    create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+
+
+def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
+    """Return what the host gives of the tokenizer and of the data sets, by the trainer's names."""
     tokenizer_module = load_tokenizer(model_args)
     if tokenizer_module["processor"] is not None:
         raise ValueError(
@@ -46,41 +75,17 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
-    with drawn_from(training_args.seed):
-        model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
-    if finetuning_args.solopo_mlp_chunk:
-        chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
+    return tokenizer_module, dataset_module
 
-    ref_model, cached = None, reference_is_cached(data_args, training_args, finetuning_args)
-    if finetuning_args.use_ref_model and not cached:
-        if finetuning_args.ref_model is None and not training_args.do_train:
-            ref_model = model  # evaluation of a model against itself
-        else:
-            ref_model = load_ref_model(model_args, finetuning_args, training_args.seed)
 
-    not_packed = why_two_stages(finetuning_args.solopo_forward, model, ref_model)
-    packed = not_packed is None
+def choose_form(model, ref_model, model_args, training_args, finetuning_args) -> bool:
+    """Return whether a step runs packed, log how it runs, and set what two stages need."""
+    reason = why_two_stages(finetuning_args.solopo_forward, model, ref_model)
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else base_of(model).dtype
-    logger.info_rank0(how_a_step_runs(model, not_packed, training_args.device, dtype))
-    if not packed:
+    logger.info_rank0(how_a_step_runs(model, reason, training_args.device, dtype))
+    if reason:
         configure_checkpointing(model, model_args, training_args, finetuning_args)
-    given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
-    trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
-    if cached:
-        elsewhere = finetuning_args.ref_model is not None
-        load = partial(load_ref_model, model_args, finetuning_args, training_args.seed, packed) if elsewhere else None
-        with abort_ends_the_process():
-            sets = with_reference_logps(trainer, model_args, finetuning_args, load)
-        trainer.train_dataset, trainer.eval_dataset = sets
-    if training_args.do_train:
-        train(trainer)
-    if training_args.do_eval:
-        metrics = trainer.evaluate(metric_key_prefix="eval")
-        if model is ref_model:  # rewards relative to itself are all 0
-            metrics = {name: value for name, value in metrics.items() if "rewards" not in name}
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+    return reason is None
 
 
 def train(trainer: SoloTrainer) -> None:
@@ -100,6 +105,15 @@ def train(trainer: SoloTrainer) -> None:
         names = [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
         keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
         plot_loss(args.output_dir, keys=keys if evaluated is None else keys + names)
+
+
+def evaluate(trainer: SoloTrainer, against_itself: bool) -> None:
+    """Evaluate, and save the metrics as the host's stages do, without rewards where they are all 0."""
+    metrics = trainer.evaluate(metric_key_prefix="eval")
+    if against_itself:
+        metrics = {name: value for name, value in metrics.items() if "rewards" not in name}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
 
 
 @contextmanager
