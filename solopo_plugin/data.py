@@ -229,7 +229,7 @@ class SoloCollator:
 
     def short_pair(self, features: list[dict]) -> dict:
         """Return all that a reference is shown."""
-        return self._pad(features, "short", RESPONSES, multiple=8)
+        return self._pad(features, "short", ("chosen", "rejected"), multiple=8)
 
     def _pad(self, features: list[dict], side: str, names: tuple[str, ...], multiple: int) -> dict[str, torch.Tensor]:
         sequences = [(f[f"{side}_prompt_ids"], f[f"{name}_ids"]) for name in names for f in features]

@@ -174,6 +174,12 @@ def test_recipes_are_read_as_the_host_does(words):
     assert recipe["model_name_or_path"] == "Qwen/Qwen2.5-7B-Instruct"
 
 
+def test_a_word_of_a_command_line_is_one_value():
+    words = ["--stage", "solopo", "--default-system", "Say --solopo_x", "--bf16", "--seed", "-3", "--a=b=c"]
+    said = {"stage": "solopo", "default_system": "Say --solopo_x", "bf16": "true", "seed": "-3", "a": "b=c"}
+    assert preflight.flags(words) == said
+
+
 @pytest.mark.parametrize("words", [[], ["no.yaml"], ["README.md"], ["-h"]])
 def test_what_is_no_recipe_is_left_to_the_host(words):
     assert preflight.read_recipe(words) == {} or not preflight.is_ours(preflight.read_recipe(words))

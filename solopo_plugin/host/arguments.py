@@ -9,12 +9,13 @@ import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from .. import args as solo
-from .versions import expect_signature
+from .preflight import flags
+from .versions import wrap
 
 REFUSED = {  # keys of the host that would change or bypass the step, unless they are off
     "use_mca": "it has its own trainer (unset USE_MCA)",
@@ -123,22 +124,20 @@ def passing_as_dpo(finetuning_args):
 
 def apply(parser) -> None:
     """Patch `llamafactory.hparams.parser` right after its import."""
-    expect_signature(parser, "_parse_train_args", ("args",))
-    expect_signature(parser, "read_args", ("args",))
-    expect_signature(parser, "get_train_args", ("args",))
     finetuning, data = parser.FinetuningArguments, parser.DataArguments
     ours = {finetuning: with_solo(finetuning), data: with_solo_data(data)}
+    wrap(
+        (parser, "read_args", ("args",), _reading_json),
+        (parser, "_parse_train_args", ("args",), partial(_checking_keys, parser)),
+        (parser, "get_train_args", ("args",), _checking_recipe),
+    )
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
         arguments[:] = [ours.get(host, host) for host in arguments]
-    parser.read_args = _reading_json(parser.read_args)
-    parser._parse_train_args = _checking_keys(parser._parse_train_args, parser)
-    parser.get_train_args = _checking_recipe(parser.get_train_args)
 
 
 def _reading_json(read_args):
     """Read a JSON recipe: the host passes the path, not the file, to `json.load` and dies with an AttributeError."""
 
-    @wraps(read_args)
     def wrapper(args=None):
         if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
             from omegaconf import OmegaConf  # here, since stage.py takes from this file and must do without packages
@@ -150,20 +149,13 @@ def _reading_json(read_args):
     return wrapper
 
 
-def _checking_keys(parse_train_args, parser):
+def _checking_keys(parser, parse_train_args):
     """Refuse misspelt `solopo_*` keys with the allowed ones, and ours in a stage that would ignore them."""
 
-    @wraps(parse_train_args)
     def wrapper(args=None):
         args = parser.read_args(args)
-        if isinstance(args, dict):
-            keys, stage = list(args), args.get("stage")
-        else:
-            keys = [a[2:].split("=")[0].replace("-", "_") for a in args if a.startswith("--")]
-            stage = dict(zip(args, args[1:], strict=False)).get("--stage") or next(
-                (a[8:] for a in args if a.startswith("--stage=")), None
-            )
-        ours = [k for k in keys if k.startswith("solopo")]
+        recipe = args if isinstance(args, dict) else flags(args)
+        stage, ours = recipe.get("stage"), [key for key in recipe if key.startswith("solopo")]
         solo.check_keys(ours)
         if ours and stage != "solopo":
             raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
@@ -217,7 +209,6 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
 
 
 def _checking_recipe(get_train_args):
-    @wraps(get_train_args)
     def wrapper(args=None):
         parsed = get_train_args(args)
         if parsed[3].stage == "solopo":

@@ -7,7 +7,7 @@ processor by stage, and its pairwise path drops every other column and truncates
 
 import json
 from copy import copy
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 from pyarrow.compute import list_value_length, mean
@@ -15,7 +15,7 @@ from pyarrow.compute import list_value_length, mean
 from .. import __version__
 from ..data import COLUMNS, Aligned, RowError, build_row, check_text, expect, fits
 from .template import encode_turn
-from .versions import expect_signature
+from .versions import wrap
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
 COLUMN_KEYS = (
@@ -32,31 +32,22 @@ HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
 def apply(module) -> None:
     """Patch `llamafactory.data.parser` or `llamafactory.data.loader` right after its import."""
     if module.__name__.endswith(".parser"):
-        expect_signature(module.DatasetAttr, "join", ("self", "attr"))
+        wrap((module.DatasetAttr, "join", ("self", "attr"), _joining_long))
         module.DatasetAttr.long_prompt = module.DatasetAttr.long_messages = None
-        module.DatasetAttr.join = _joining_long(module.DatasetAttr.join)
         return
-    expect_signature(module, "get_dataset_list", ("dataset_names", "dataset_dir"))
-    expect_signature(module, "align_dataset", ("dataset", "dataset_attr", "data_args", "training_args"))
+    chosen_by = ("data_args", "stage", "template", "tokenizer", "processor", "do_generate")
+    arguments = ("dataset", "data_args", "training_args", "stage", "template", "tokenizer", "processor", "is_eval")
     merged = ("dataset_names", "model_args", "data_args", "training_args", "stage", "return_dict")
-    expect_signature(module, "_get_merged_dataset", merged)
-    expect_signature(
-        module, "_get_dataset_processor", ("data_args", "stage", "template", "tokenizer", "processor", "do_generate")
+    wrap(
+        (module, "get_dataset_list", ("dataset_names", "dataset_dir"), _naming),
+        (module, "_get_merged_dataset", merged, partial(_merging, module)),
+        (module, "align_dataset", ("dataset", "dataset_attr", "data_args", "training_args"), _aligning),
+        (module, "_get_dataset_processor", chosen_by, _processing),
+        (module, "_get_preprocessed_dataset", arguments, partial(_counting, module.logger)),
     )
-    preprocessed = ("dataset", "data_args", "training_args", "stage", "template", "tokenizer", "processor", "is_eval")
-    expect_signature(module, "_get_preprocessed_dataset", preprocessed)
-    for name, wrap in {
-        "get_dataset_list": _naming,
-        "align_dataset": _aligning,
-        "_get_merged_dataset": _merging,
-        "_get_dataset_processor": _processing,
-        "_get_preprocessed_dataset": _counting,
-    }.items():
-        setattr(module, name, wraps(getattr(module, name))(wrap(getattr(module, name), module)))
 
 
 def _joining_long(join):
-    @wraps(join)
     def wrapper(self, attr):
         join(self, attr)
         for column in ("long_prompt", "long_messages"):
@@ -66,7 +57,7 @@ def _joining_long(join):
     return wrapper
 
 
-def _naming(get_dataset_list, loader):
+def _naming(get_dataset_list):
     def wrapper(dataset_names, dataset_dir):
         attrs = get_dataset_list(dataset_names, dataset_dir)
         for name, attr in zip(dataset_names or [], attrs, strict=True):
@@ -112,7 +103,7 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
         raise ValueError(f"Dataset `{name}` maps images, videos or audios; `stage: solopo` is for text only.")
 
 
-def _merging(get_merged_dataset, loader):
+def _merging(loader, get_merged_dataset):
     def wrapper(dataset_names, model_args, data_args, training_args, stage, return_dict=False):
         attrs = loader.get_dataset_list(dataset_names, data_args.dataset_dir)
         for name, attr in zip(dataset_names or [], attrs, strict=True):
@@ -269,7 +260,7 @@ def holds_null(value: Any) -> bool:
     return isinstance(value, list) and any(map(holds_null, value))
 
 
-def _aligning(align_dataset, loader):
+def _aligning(align_dataset):
     def wrapper(dataset, dataset_attr, data_args, training_args):
         if not (dataset_attr.long_prompt or dataset_attr.long_messages):
             return align_dataset(dataset, dataset_attr, data_args, training_args)
@@ -328,7 +319,7 @@ class SoloDatasetProcessor:
             print(f"{name} ({len(ids)} tokens): {text!r}")
 
 
-def _processing(get_dataset_processor, loader):
+def _processing(get_dataset_processor):
     def wrapper(data_args, stage, template, tokenizer, processor, do_generate=False):
         if stage == "solopo":
             return SoloDatasetProcessor(template, tokenizer, processor, data_args)
@@ -337,7 +328,7 @@ def _processing(get_dataset_processor, loader):
     return wrapper
 
 
-def _counting(get_preprocessed_dataset, loader):
+def _counting(logger, get_preprocessed_dataset):
     def wrapper(dataset, data_args, training_args, stage, template, tokenizer, processor=None, is_eval=False):
         args = (dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
         if stage != "solopo" or dataset is None or data_args.streaming:
@@ -353,7 +344,7 @@ def _counting(get_preprocessed_dataset, loader):
                 f"All {len(dataset)} rows are longer than `cutoff_len: {data_args.cutoff_len}` and were dropped; "
                 "raise `cutoff_len`."
             )
-        log_rows(rows, len(dataset), data_args, is_eval, loader.logger)
+        log_rows(rows, len(dataset), data_args, is_eval, logger)
         return rows
 
     return wrapper

@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CalledProcessError
 
 from .. import args as solo
 from ..qa.files import is_path
-from .versions import expect_signature
+from .versions import wrap
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun in each of its processes
 DEBUG = "LLAMAFACTORY_VERBOSITY"  # DEBUG: a sentence comes with its traceback
@@ -37,14 +36,12 @@ class Refused(ValueError):
 
 def apply(launcher) -> None:
     """Patch `llamafactory.launcher` right after its import."""
-    expect_signature(launcher, "launch", ())
-    launcher.launch = _speaking(launcher.launch)
+    wrap((launcher, "launch", (), _speaking))
 
 
 def _speaking(launch):
     """End in one sentence, not in a traceback, where the user has to put something right."""
 
-    @wraps(launch)
     def wrapper():
         ours = sys.argv[1:2] == ["train"] and is_ours(recipe := read_recipe(sys.argv[2:]))
         try:
@@ -90,11 +87,20 @@ def read_recipe(words: list[str]) -> dict:
         if words[0].endswith((".yaml", ".yml", ".json")):  # JSON is YAML
             keys = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:]))
         else:
-            pairs = re.findall(r"--([\w-]+)(?:[ =](?!--)(\S+))?", " ".join(words))
-            keys = OmegaConf.from_dotlist([f"{name.replace('-', '_')}={value or 'true'}" for name, value in pairs])
+            keys = OmegaConf.from_dotlist([f"{key}={value}" for key, value in flags(words).items()])
         recipe = OmegaConf.to_container(keys)
         return recipe if isinstance(recipe, dict) else {}
     return {}
+
+
+def flags(words: list[str]) -> dict[str, str]:
+    """Return the keys of a command line without a recipe, by name, with their values as text; `true` where none is."""
+    found = {}
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value if equals else "true" if after.startswith("--") else after
+    return found
 
 
 def recipe_of(args: dict | list[str] | None) -> dict:

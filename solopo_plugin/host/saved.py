@@ -5,12 +5,12 @@ The host loads whatever stands there and looks at no other argument. Host: 0.9.5
 
 import hashlib
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
 from ..data import COLUMNS
+from ..qa.files import write_json
 from ..qa.provenance import file_hash, installed
 
 RECORD = "solopo_made_of.json"
@@ -40,9 +40,7 @@ def recorded(data_args, training_args, tokenizer, template):
         check(facts, record)
     yield
     if not loaded and training_args.should_save:
-        draft = record.with_suffix(".tmp")
-        draft.write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(draft, record)
+        write_json(record, facts)
 
 
 def check(facts: dict, record: Path) -> None:

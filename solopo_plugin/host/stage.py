@@ -6,24 +6,20 @@ in "Unknown task"; rather than copy it, the stage passes as `dpo` between parsin
 """
 
 from contextlib import ExitStack, nullcontext
-from functools import wraps
 
 from .arguments import passing_as_dpo
 from .preflight import check, is_ours, recipe_of, refusing
 from .verbosity import quiet
-from .versions import expect_signature
+from .versions import wrap
 
 
 def apply(tuner) -> None:
     """Patch `llamafactory.train.tuner` right after its import."""
-    expect_signature(tuner, "get_train_args", ("args",))
-    expect_signature(tuner, "run_dpo", ("model_args", "data_args", "training_args", "finetuning_args", "callbacks"))
-    tuner.get_train_args = _disguising(tuner.get_train_args)
-    tuner.run_dpo = _dispatching(tuner.run_dpo)
+    arguments = ("model_args", "data_args", "training_args", "finetuning_args", "callbacks")
+    wrap((tuner, "get_train_args", ("args",), _disguising), (tuner, "run_dpo", arguments, _dispatching))
 
 
 def _disguising(get_train_args):
-    @wraps(get_train_args)
     def wrapper(args=None):
         ours = is_ours(recipe := recipe_of(args))
         with refusing() if ours else nullcontext():
@@ -39,7 +35,6 @@ def _disguising(get_train_args):
 
 
 def _dispatching(run_dpo):
-    @wraps(run_dpo)
     def wrapper(model_args, data_args, training_args, finetuning_args, callbacks=None):
         disguise = vars(finetuning_args).pop("disguise", None)
         if disguise is None:

@@ -1,7 +1,9 @@
-"""Which LLaMA-Factory the plugin was tested with, and what to tell a user whose environment is another one."""
+"""Which LLaMA-Factory the plugin was tested with, how its functions are wrapped, and what to say of another."""
 
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 from ..qa.provenance import installed
 
@@ -54,3 +56,19 @@ def expect_signature(owner: object, name: str, parameters: tuple[str, ...]) -> N
             f"{where} is not as in LLaMA-Factory {', '.join(TESTED)}: expected parameters {parameters}, found {found}. "
             f'Put the release back: pip install "llamafactory=={TESTED[-1]}" --force-reinstall --no-deps'
         )
+
+
+def wrap(*seams: tuple[Any, str, tuple[str, ...], Callable]) -> None:
+    """Put wrappers around functions of the host, once all of them have turned out to be the known ones.
+
+    Args:
+        seams: Owner, name and parameters of a function, and what makes its wrapper of it.
+
+    Raises:
+        RuntimeError: From `expect_signature`; nothing is wrapped.
+    """
+    for owner, name, parameters, _ in seams:
+        expect_signature(owner, name, parameters)
+    for owner, name, _, wrapping in seams:
+        function = getattr(owner, name)
+        setattr(owner, name, wraps(function)(wrapping(function)))
