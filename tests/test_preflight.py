@@ -3,6 +3,7 @@
 # ruff: noqa: E501  (tables: one case a line, with its whole sentence)
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, demo_rows, write_dataset, write_recipe
@@ -183,6 +184,32 @@ def test_a_word_of_a_command_line_is_one_value():
 @pytest.mark.parametrize("words", [[], ["no.yaml"], ["README.md"], ["-h"]])
 def test_what_is_no_recipe_is_left_to_the_host(words):
     assert preflight.read_recipe(words) == {} or not preflight.is_ours(preflight.read_recipe(words))
+
+
+@pytest.mark.parametrize("stage", ["solopo", "dpo"])
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_a_recipe_is_read_once_before_the_host_reads_it(torchrun, stage, monkeypatch, tmp_path):
+    """By the launcher where it starts torchrun, whose ranks are other processes; else by the stage, in this one."""
+    from solopo_plugin.host.stage import _disguising
+
+    path = write_recipe(tmp_path / "recipe.yaml", READY | {"stage": stage, "dataset": "xyz"})
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "train", path])
+    if torchrun:
+        monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    read, read_recipe, started = [], preflight.read_recipe, []
+    monkeypatch.setattr(preflight, "read_recipe", lambda words: read.append(words) or read_recipe(words))
+
+    def host():
+        sys.argv.pop(1)  # as the host's `launch` does before it parses
+        parsed = [None, None, None, SimpleNamespace(stage=stage)]
+        started.append(torchrun or _disguising(lambda args: parsed)())
+
+    if stage == "solopo":
+        with pytest.raises(SystemExit, match="`dataset: xyz` is not registered"):
+            preflight._speaking(host)()
+    else:
+        preflight._speaking(host)()
+    assert read == [[path]] and len(started) == (stage == "dpo")
 
 
 # ---- through the command line

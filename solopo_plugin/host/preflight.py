@@ -43,10 +43,11 @@ def _speaking(launch):
     """End in one sentence, not in a traceback, where the user has to put something right."""
 
     def wrapper():
-        ours = sys.argv[1:2] == ["train"] and is_ours(recipe := read_recipe(sys.argv[2:]))
+        ours = False
         try:
-            if ours and _under_torchrun():  # else it is asked in `stage.py`
-                check(recipe)
+            if sys.argv[1:2] == ["train"] and _under_torchrun():  # else `stage.py` reads the recipe and asks
+                if ours := is_ours(recipe := read_recipe(sys.argv[2:])):
+                    check(recipe)
             return launch()
         except Refused as error:
             if os.environ.get(DEBUG, "").upper() == "DEBUG":
