@@ -10,6 +10,8 @@ The rest is the project's own pipeline: questions in its plain format, contexts,
 
 import argparse
 import functools
+import hashlib
+import json
 import logging
 import random
 from itertools import product
@@ -24,7 +26,7 @@ from solopo_plugin.qa.documents import count_tokens, make_pool
 from solopo_plugin.qa.files import write_jsonl
 from solopo_plugin.qa.generate.calls import load_chat
 from solopo_plugin.qa.provenance import file_hash
-from solopo_plugin.qa.recipe import Chat, ContextKeys
+from solopo_plugin.qa.recipe import Chat, ContextKeys, read_values
 from solopo_plugin.synthesis.judge import judge
 from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import load_recipe
@@ -32,6 +34,13 @@ from solopo_plugin.synthesis.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "data/lab/two_hop_base"
 RECIPE = ROOT / "examples/yaml/data/lab_two_hop.yaml"
+GIVEN = ("model_name_or_path", "input", "dataset_dir", "work_dir", "seed")  # keys of it that `prepare` sets itself
+# Hash of the recipe's values -> of the file's bytes, by which results of earlier versions know the recipe
+BEFORE = {
+    "22933606e2c215628b6aaa31cdf6830894a01d2da4469895fde7e09d5f41fdf6": (
+        "a0af1528e60c6e2c5ed76598f5b8ad85085595e5f4efbfbf0b12c371b411f168"
+    )
+}
 PROMPT = "Documents:\n\n{documents}\n\nQuestion: {question}\n\nAnswer:"  # that of the recipe, a test compares them
 FIRST = {"employer": "works for", "school": "studied at"}  # of a person, whose value is a firm
 SECOND = {"town": "sits in", "owner": "belongs to"}  # of a firm
@@ -183,8 +192,10 @@ def prepare(folder: Path, seed: int = 0, n: int = QUESTIONS_ASKED, **keys) -> No
 
 def settings() -> dict:
     """Return what rows and measured accuracies depend on, beside the seed."""
-    files = dict(base=file_hash(BASE / "model.safetensors"), recipe=file_hash(RECIPE))
-    return files | dict(questions=QUESTIONS_ASKED, measured=LENGTHS, asked=[ASKED, ASKED_BY_STEP])
+    values = {key: value for key, value in read_values(str(RECIPE), None).items() if key not in GIVEN}
+    recipe = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    made_from = dict(base=file_hash(BASE / "model.safetensors"), recipe=BEFORE.get(recipe, recipe))
+    return made_from | dict(questions=QUESTIONS_ASKED, measured=LENGTHS, asked=[ASKED, ASKED_BY_STEP])
 
 
 def measured(model: Path, seed: int, ends: bool = False) -> dict[int, float]:

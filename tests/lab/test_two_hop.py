@@ -194,6 +194,24 @@ def test_prepared_rows(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_results_depend_on_values_and_not_on_the_files_bytes(tmp_path, monkeypatch):
+    """A comment leaves results as they are, a value does not; those of when the bytes counted are still known."""
+    text = RECIPE.read_text()
+
+    def with_recipe(text: str) -> dict:
+        monkeypatch.setattr(two_hop, "RECIPE", tmp_path / "recipe.yaml")
+        two_hop.RECIPE.write_text(text)
+        return two_hop.settings()
+
+    shipped = two_hop.settings()
+    assert with_recipe(text) == shipped and shipped["recipe"] in two_hop.BEFORE.values()
+    assert with_recipe(text.replace("# paper", "# a word") + "# a comment\n") == shipped
+    assert with_recipe(text.replace("seed: 42", "seed: 1").replace("saves/lab/two_hop", "x")) == shipped
+    changed = [text.replace("num_samples: 8", "num_samples: 16"), text + "lossy_short: 0.25\n"]
+    assert len({with_recipe(one)["recipe"] for one in [text, *changed]}) == 3
+    assert two_hop.settings().keys() == shipped.keys()
+
+
 @pytest.mark.slow
 def test_recipe_and_arms_fit():
     recipe = load_recipe(str(RECIPE))
