@@ -76,9 +76,13 @@ class Store:
 
     def last_used(self, name: str) -> tuple[int, Any] | None:
         """Return number and settings of the set that was in use last under a name, None without any."""
+        return next(iter(self.sets(name)), None)
+
+    def sets(self, name: str) -> list[tuple[int, Any]]:
+        """Return number and settings of every set under a name, first the one that was in use last."""
         with self._transaction() as run:
-            found = run("SELECT id, settings FROM sets WHERE name = ? ORDER BY used DESC", (name,)).fetchone()
-        return found and (found[0], json.loads(found[1]))
+            found = run("SELECT id, settings FROM sets WHERE name = ? ORDER BY used DESC", (name,)).fetchall()
+        return [(number, json.loads(settings)) for number, settings in found]
 
     def add(self, set_id: int, rows: Iterable[tuple[str, int, str, dict]]) -> None:
         """Add answers, all or none of them; those that are there already stay as they are.
@@ -136,6 +140,12 @@ class Store:
                     if name not in busy and run(f"{copy} ORDER BY id", (set_id, other)).rowcount > 0:
                         return name
         return None
+
+    def copy(self, other: int, set_id: int, n: int) -> int:
+        """Copy into a set the first `n` answers to each question of another set; returns how many were not there."""
+        with self._transaction() as run:
+            copy = "INSERT OR IGNORE INTO answers SELECT NULL, ?, question, k, prompt, value FROM answers"
+            return run(f"{copy} WHERE set_id = ? AND k < ? ORDER BY id", (set_id, other, n)).rowcount
 
     def forget(self, set_id: int) -> None:
         """Remove the answers of a set."""

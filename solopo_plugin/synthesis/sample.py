@@ -51,6 +51,7 @@ def sample_side(recipe: DataRecipe, work: Path, side: str, store: Store) -> dict
         warned = warned or counts_differently(*counted)
 
     _take_in(work, side, chosen, calls, store)
+    _take_over(side, chosen, store)
     found = answer_missing(
         store, side, chosen, calls, pick(recipe, Sampling), recipe.model, recipe.answers_per_call, f"sample {side}",
         compare_tokens,
@@ -96,6 +97,31 @@ def _take_in(work: Path, side: str, chosen: dict, calls: Callable[[], Iterator[C
         log.warning(f"{work} holds answers to other prompts or settings; sampling begins anew.")
     for path in (partial, done):
         path.unlink(missing_ok=True)
+
+
+def _take_over(side: str, chosen: dict, store: Store) -> None:
+    """Copy what the same calls gave with another number of answers to each prompt, if there are none yet."""
+    others = [(other, n) for other, before in store.sets(side) if before != chosen and (n := alike(before, chosen))]
+    if others and not store.find(set_id := store.set_of(side, chosen), {})[0]:
+        kept = sum(store.copy(other, set_id, n) for other, n in others)
+        log.info(f"sample {side}: {kept} answers of calls that are the same with the earlier `num_samples` are kept.")
+
+
+def alike(before: dict, chosen: dict) -> int:
+    """Return how many answers to a prompt, from the first on, come from the same calls with both settings.
+
+    Answers of a call share its seed and are drawn together: a call for more of them gives others.
+    """
+    (n, size), (n_before, size_before) = map(in_calls, (chosen, before))
+    if before | {name: chosen[name] for name in ("num_samples", "answers_per_call")} != chosen or size != size_before:
+        return 0
+    return n if n == n_before else min(n, n_before) // size * size
+
+
+def in_calls(chosen: dict) -> tuple[int, int]:
+    """Return how many answers a prompt gets with these settings, and how many of them in one call at most."""
+    n = chosen["num_samples"]
+    return n, min(n, chosen["answers_per_call"] or (8 if chosen["backend"] == "transformers" else n))
 
 
 def _write(recipe: DataRecipe, path: Path, store: Store, found: Found, tokens: dict[str, int]) -> dict:

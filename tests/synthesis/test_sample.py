@@ -294,6 +294,40 @@ def test_a_recipe_asks_in_parts(work, tmp_path):
     assert sorted(event["n"] for event in sent) == [2] * 30 + [4] * 30 and len({e["seed"] for e in sent}) == 60
 
 
+MORE = {  # (num_samples, answers_per_call) before and after -> answers of each further call for a prompt
+    ((4, 2), (8, 2)): [2, 2],
+    ((4, None), (8, 4)): [4],
+    ((5, 2), (8, 2)): [2, 2],  # the fifth came from a call of its own
+    ((8, 2), (6, 2)): [],
+    ((6, 8), (6, 6)): [],
+    ((4, None), (8, None)): [8],  # a call for eight answers is not one for four and one for four more
+    ((4, 2), (8, 4)): [4, 4],
+    ((4, 8), (8, 8)): [8],
+}
+
+
+@pytest.mark.parametrize("before, after", MORE)
+def test_another_number_of_answers_keeps_those_of_the_same_calls(work, tmp_path, before, after):
+    """Each answer is what it would have been if so many had been asked for at once."""
+    log, fresh = tmp_path / "log", tmp_path / "fresh"
+    shutil.copytree(work, fresh)
+
+    def run(folder, numbers, **keys):
+        n, size = numbers
+        recipe = recipe_for(server.url, num_samples=n, answers_per_call=size, sample_long=False, **keys)
+        asked = len(log.read_text().splitlines()) if log.exists() else 0
+        sample.run(recipe, folder)
+        return [json.loads(line)["n"] for line in log.read_text().splitlines()[asked:]]
+
+    with serving(work.parent / "answers.json", log=log) as server:
+        run(work, before)
+        assert sorted(run(work, after)) == sorted(MORE[before, after] * len(ANSWERS))
+        run(fresh, after)
+        assert final(work) == final(fresh)
+        assert run(work, after) == run(work, before) == []
+        assert sum(run(work, after, temperature=0.5)) == after[0] * len(ANSWERS)  # other answers
+
+
 if __name__ == "__main__":  # one run of the stage in a process of its own: url, work folder, key=value
     keys = {key: int(value) for key, value in (word.split("=") for word in sys.argv[3:])}
     given = {key: value for key, value in asdict(recipe_for(sys.argv[1])).items() if value is not None}
