@@ -12,7 +12,7 @@ from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
 HOOK = "solopo_plugin.pth"
-HOME = None  # address of the public repository, once there is one, with a slash at its end: for the README's links
+HOME = None  # address of the public repository, such as https://github.com/OWNER/solopo (CONTRIBUTING.md, A release)
 
 
 class BuildWithHook(build_py):
@@ -57,7 +57,7 @@ def long_description() -> str:
         if "://" in target:
             return match[0]
         if HOME:
-            return f"{picture}[{text}]({HOME}{target})"
+            return f"{picture}[{text}]({HOME}/{'raw' if picture else 'blob'}/main/{target})"
         return "" if picture else f"{text} (`{target}`)"
 
     return re.sub(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)", absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
@@ -70,6 +70,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     author="The solopo contributors",
+    url=HOME,
     keywords=["LLaMA-Factory", "preference optimization", "long context", "DPO", "ORPO", "SimPO", "SoLoPO"],
     classifiers=[
         "Development Status :: 4 - Beta",

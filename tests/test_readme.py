@@ -168,7 +168,17 @@ def test_the_long_description_has_links_that_work_on_an_index(monkeypatch):
 
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     given = {}
-    runpy.run_path(str(ROOT / "setup.py"))
+    module = runpy.run_path(str(ROOT / "setup.py"))
     text = re.sub(r"```.*?```", "", given["long_description"], flags=re.S)
     assert all("://" in link for link in re.findall(r"\]\(([^)]+)\)", text))
     assert "docs/training.md" in text
+
+    describe, home = module["long_description"], "https://github.com/OWNER/solopo"
+    monkeypatch.setitem(describe.__globals__, "HOME", home)
+    text = re.sub(r"```.*?```", "", describe(), flags=re.S)
+    links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if link.startswith(home)}
+    paths = [link.removeprefix(home).split("#")[0] for link in links]
+    assert f"{home}/blob/main/docs/training.md" in {link.split("#")[0] for link in links}
+    assert all((ROOT / path.split("/", 3)[3]).exists() for path in paths)
+    pictures = set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text))
+    assert pictures and all(link.startswith(f"{home}/raw/main/") for link in pictures)
