@@ -8,11 +8,11 @@ A run that was stopped, however, continues where it was. Keys: solopo_plugin/syn
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from solopo_plugin.qa.files import DataError
+from recipe_command import recipe_parser, run_command
+
 from solopo_plugin.qa.ready import check_ready
 from solopo_plugin.synthesis.pipeline import TABLE, read_manifest, run_pipeline
 from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
@@ -20,30 +20,18 @@ from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
 
 def main(words: list[str] | None = None) -> int:
     """Run the pipeline; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that override the recipe's")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--stage", choices=list(TABLE), help="run only this stage")
-    parser.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep what is finished (default)"
-    )
-    args = parser.parse_intermixed_args(words)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("solopo_plugin").setLevel(logging.INFO)
-    try:
-        recipe = load_recipe(args.recipe, args.overrides)
-        if args.stage is None and "sample" not in read_manifest(Path(recipe.work_dir))["stages"]:
-            model = {"model_name_or_path": recipe.model_name_or_path}
-            check_ready(recipe.backend, recipe.server_urls, model)
-        manifest = run_pipeline(recipe, args.stage, args.resume)
-    except DataError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped; the same command continues.", file=sys.stderr)
-        return 130
+    return run_command(parser, words, build)
+
+
+def build(args: argparse.Namespace) -> None:
+    """Make the rows and say what came of them."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.stage is None and "sample" not in read_manifest(Path(recipe.work_dir))["stages"]:
+        check_ready(recipe.backend, recipe.server_urls, {"model_name_or_path": recipe.model_name_or_path})
+    manifest = run_pipeline(recipe, args.stage, args.resume)
     print(summary(recipe, manifest["stages"]))
-    return 0
 
 
 def summary(recipe: DataRecipe, stages: dict) -> str:

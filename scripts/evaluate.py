@@ -10,57 +10,38 @@ A run that was stopped, however, continues where it was. Keys: solopo_plugin/eva
 """
 
 import argparse
-import logging
 import sys
-from pathlib import Path
 
-from solopo_plugin.evaluation.models import find_models
+from recipe_command import recipe_parser, run_command
+
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.evaluation.report.tables import TITLES, Table, benchmark_tables
 from solopo_plugin.evaluation.run import evaluate
-from solopo_plugin.qa.files import DataError
-from solopo_plugin.qa.ready import check_ready
-from solopo_plugin.qa.store import STORE
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the evaluation; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that override the recipe's")
+    parser = recipe_parser(__doc__)
     parser.add_argument(
         "--select", nargs="?", const="", metavar="BENCHMARK",
         help="name the best model by this benchmark; without one by `select_by`, or else by the validation rows",
     )  # fmt: skip
     parser.add_argument("--rescore", action="store_true", help="score and report what is answered; load no model")
-    parser.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep what is finished (default)"
-    )
-    args = parser.parse_intermixed_args(words)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("solopo_plugin").setLevel(logging.INFO)
-    overrides = list(args.overrides)
-    if args.select and "=" in args.select:  # `--select key=value`: argparse takes the word for the benchmark
-        overrides, args.select = [*overrides, args.select], ""
-    try:
-        recipe = load_recipe(args.recipe, overrides, args.select)
-        if recipe.benchmarks and not args.rescore and not Path(recipe.output_dir, STORE).exists():
-            named = [] if recipe.backend == "openai" else find_models(recipe)
-            models = {f"models: {model.name}": model.path for model in named}
-            check_ready(recipe.backend, recipe.server_urls, models)
-        results = evaluate(recipe, args.rescore, args.resume)
-    except DataError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped; the same command continues.", file=sys.stderr)
-        return 130
+    return run_command(parser, words, ask_and_show)
+
+
+def ask_and_show(args: argparse.Namespace) -> None:
+    """Evaluate, and print the main table of each benchmark."""
+    overrides, select = list(args.overrides), args.select
+    if select and "=" in select:  # `--select key=value`: argparse takes the word for the benchmark
+        overrides, select = [*overrides, select], ""
+    recipe = load_recipe(args.recipe, overrides, select)
+    results = evaluate(recipe, args.rescore, args.resume)
     for benchmark in recipe.benchmarks:
         print("\n".join(table_lines(TITLES[benchmark], benchmark_tables(results, benchmark)[0])))
     if results.get("selection"):
         print(f"Best by {recipe.select_by}: {results['selection']['best']}")
     print(f"Report: {recipe.output_dir}/report/index.html; every number: {recipe.output_dir}/results.json")
-    return 0
 
 
 def table_lines(title: str, table: Table) -> list[str]:

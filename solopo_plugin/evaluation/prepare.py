@@ -6,16 +6,17 @@ A benchmark that would be made from the same again is kept.
 import json
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..qa.files import DataError, dump, replacing, write_json
+from ..qa.files import DataError, as_data_error, dump, replacing, write_json
 from ..qa.generate import check_backend
 from ..qa.generate.calls import Model, load_chat
 from ..qa.provenance import TOKENIZER, file_hash, folder_hash
 from ..qa.recipe import Chat, pick, settings
-from .items import Item, read_items
+from .items import Item
 from .recipe import EvalRecipe, sources
 
 log = logging.getLogger(__name__)
@@ -39,11 +40,11 @@ def prepare_items(recipe: EvalRecipe, model: Model, resume: bool = True) -> dict
     if set(kept) != set(wanted):
         check_backend(recipe.backend, recipe.server_urls)
         tokens = load_chat(model.tokenizer, pick(recipe, Chat))
-    entries, seen = {}, set()
+    entries, seen, starts = {}, set(), _starts(path, before) if kept else {}
     with replacing(path) as out:
         for name in wanted:
             if name in kept:
-                items = (item for item in read_items(path) if item.benchmark == name)
+                items = _kept_items(path, starts[name], before[name]["questions"])
             else:
                 items = BENCHMARKS[name](recipe, *tokens)
             questions = _write_items(name, items, seen, out)
@@ -73,6 +74,25 @@ def items_manifest(folder: Path) -> dict:
         return manifest["benchmarks"] if manifest["hash"] == file_hash(folder / ITEMS) else {}
     except (OSError, DataError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _starts(path: Path, before: dict) -> dict[str, int]:
+    """Return the byte of items.jsonl where each benchmark's questions begin: they stand in the manifest's order."""
+    starts = {}
+    with as_data_error(path, "read"), open(path, "rb") as file:
+        for name, entry in before.items():
+            starts[name] = file.tell()
+            for _ in range(entry["questions"]):
+                file.readline()
+    return starts
+
+
+def _kept_items(path: Path, start: int, questions: int) -> Iterator[Item]:
+    """Yield the questions of one benchmark from items.jsonl, without reading the others'."""
+    with as_data_error(path, "read"), open(path, "rb") as file:
+        file.seek(start)
+        for line in islice(file, questions):
+            yield Item(**json.loads(line))
 
 
 def _write_items(benchmark: str, items: Iterator[Item], seen: set[Key], out) -> int:

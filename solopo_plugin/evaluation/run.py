@@ -8,6 +8,7 @@ from typing import Any
 from ..qa.files import DataError, lock_folder, write_json
 from ..qa.generate.calls import Model
 from ..qa.provenance import differences
+from ..qa.ready import check_ready
 from ..qa.recipe import settings
 from ..qa.store import STORE, Store
 from .ask import answers_file, ask, asked_so, asked_with, key_of, take_in, write_answers
@@ -33,12 +34,15 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         DataError: Something that the user has to put right, or another run at work in the same folder.
     """
     folder = Path(recipe.output_dir)
+    models = stored_models(recipe, folder / MODELS) if rescore else find_models(recipe)
+    if recipe.benchmarks and not rescore and not (folder / STORE).exists():
+        named = [] if recipe.backend == "openai" else models  # a server has its own
+        check_ready(recipe.backend, recipe.server_urls, {f"models: {model.name}": model.path for model in named})
     with lock_folder(folder, "output_dir"):
         from .report import write_report
         from .results import make_results, pairs_of, rows_of
         from .score import write_scores
 
-        models = stored_models(recipe, folder / MODELS) if rescore else find_models(recipe)
         # a wrong name is better told now than at the end
         pairs_of(recipe.compare, rows_of(recipe.runs, [model.name for model in models]))
         if not rescore:
@@ -50,8 +54,8 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             if recipe.benchmarks:
                 write_stored(folder, models)
                 check_asked_so(recipe, models)
-        for model in models if recipe.benchmarks else ():
-            write_scores(folder, model.name)
+        if recipe.benchmarks:
+            write_scores(folder, [model.name for model in models])
         harness = [row for model in models for row in harness_rows(recipe, model, rescore)]
         results = make_results(folder, list(map(as_row, models)), public_settings(recipe), harness)
         write_report(folder)

@@ -14,7 +14,9 @@ The scores, 0 to 100 each, by the functions of `solopo_plugin.qa.answers`:
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from ..qa.answers import (
     longbench_v2_choice_lenient,
     string_match_part,
 )
-from ..qa.files import DataError, as_data_error, parse_line, write_jsonl
+from ..qa.files import DataError, as_data_error, dump, parse_line, replacing
 from .items import Item, read_items
 
 log = logging.getLogger(__name__)
@@ -70,42 +72,45 @@ def score_answer(item: Item, text: str) -> dict:
     return {"prediction": found, "marker": found is not None, "scores": scores}
 
 
-def write_scores(output_dir: Path | str, model_name: str) -> dict:
-    """Score what a model has answered; one line per answer, in the order of items.jsonl, whatever the answers' order.
+def write_scores(output_dir: Path | str, model_names: list[str]) -> dict[str, dict]:
+    """Score what models have answered; one line per answer, in the order of items.jsonl, whatever the answers' order.
 
     A line is {"benchmark", "task", "id", "prediction", "marker", "empty", "scores", "prompt_tokens", "cut_tokens",
     "finish_reason", "length", "depth", "groups", "evidence_depth", "source"}. `evidence_depth` is where the evidence is
     in the uncut prompt, in percent of its characters, on average; null where that is not known. `source` is the same
     for a question that is asked at several lengths or depths, or in several tasks (`source_of`).
 
+    Args:
+        output_dir: Folder of the evaluation; its items.jsonl, which may have gigabytes, is read once for all models.
+        model_names: Whose answers are scored.
+
     Returns:
-        {"asked": questions, "scored": answers, "unknown": answers to questions that items.jsonl does not have}.
+        By model {"asked": questions, "scored": answers, "unknown": answers to questions that items.jsonl does not
+        have}.
 
     Raises:
-        DataError: A file is missing or damaged, or an answer was given to another prompt.
+        DataError: A file is missing or damaged, or an answer was given to another prompt; no file of scores is written.
     """
-    folder = Path(output_dir)
-    answers_file = folder / "answers" / f"{model_name}.jsonl"
-    answers, asked, scored = read_answers(answers_file), 0, 0
-
-    def rows() -> Iterator[dict]:
-        nonlocal asked, scored
-        items = read_items(folder / "items.jsonl")
-        for item in tqdm(items, desc=f"score {model_name}", unit=" questions", disable=None):
+    folder, asked, scored = Path(output_dir), 0, Counter()
+    files = {name: folder / "answers" / f"{name}.jsonl" for name in model_names}
+    answers = {name: read_answers(path) for name, path in files.items()}
+    with ExitStack() as stack:
+        scores = {name: stack.enter_context(replacing(folder / "scores" / f"{name}.jsonl")) for name in files}
+        for item in tqdm(read_items(folder / "items.jsonl"), desc="score", unit=" questions", disable=None):
             asked += 1
-            if answer := answers.pop(item.key, None):
-                scored += 1
-                yield _row(item, *answer, answers_file)
-
-    write_jsonl(folder / "scores" / f"{model_name}.jsonl", rows())
-    if answers:
-        log.warning(
-            "%s: %d answers belong to no question of items.jsonl and are left out; the first: %s.",
-            answers_file, len(answers), "/".join(next(iter(answers))),
-        )  # fmt: skip
-    if scored < asked:
-        log.warning("%s: %d of %d questions are not answered; no score counts them.", model_name, asked - scored, asked)
-    return {"asked": asked, "scored": scored, "unknown": len(answers)}
+            for name, path in files.items():
+                if answer := answers[name].pop(item.key, None):
+                    scored[name] += 1
+                    scores[name].write(dump(_row(item, *answer, path)) + b"\n")
+    for name, path in files.items():
+        if unknown := answers[name]:
+            log.warning(
+                "%s: %d answers belong to no question of items.jsonl and are left out; the first: %s.",
+                path, len(unknown), "/".join(next(iter(unknown))),
+            )  # fmt: skip
+        if lacking := asked - scored[name]:
+            log.warning("%s: %d of %d questions are not answered; no score counts them.", name, lacking, asked)
+    return {name: {"asked": asked, "scored": scored[name], "unknown": len(answers[name])} for name in files}
 
 
 def source_of(item: Item) -> str:

@@ -92,7 +92,7 @@ def write_folder(
     for model in models:
         answers = [answer(it, model) for it in questions]
         write_jsonl(folder / "answers" / f"{model}.jsonl", [{"fingerprint": "x"}, *answers])
-        write_scores(folder, model)
+    write_scores(folder, list(models))
     chosen_by = "validation" if any(it.benchmark == "validation" for it in questions) else None
     refs = [{"name": model, "path": f"saves/{model}", "adapter": None, "step": None} for model in models]
     harness = [row for row in rows if row["model"] in models]

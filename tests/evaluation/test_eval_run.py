@@ -20,9 +20,9 @@ from material import save_tokenizer
 from scripted_server import serving
 from toy import answers, answers_for, recipe_in
 
-from solopo_plugin.evaluation import ask, run
+from solopo_plugin.evaluation import ask, prepare, run
 from solopo_plugin.evaluation.ask import cut_middle
-from solopo_plugin.evaluation.items import read_items
+from solopo_plugin.evaluation.items import Item, read_items
 from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.evaluation.prepare import prepare_items
 from solopo_plugin.evaluation.run import answer_all, check_asked_so
@@ -103,6 +103,27 @@ def test_a_further_benchmark_leaves_the_others_as_they_are(benchmarks, model, tm
     assert (benchmarks["plain"].made, benchmarks["validation"].made) == (1, 1)
     made(one)
     assert (tmp_path / "out" / "items.jsonl").read_bytes() == alone and benchmarks["plain"].made == 1
+
+
+def test_kept_benchmarks_are_read_once_in_any_order(benchmarks, model, tmp_path, monkeypatch):
+    """Three are kept and one is added: each line of items.jsonl is parsed once, and stays as it is."""
+    sizes = {"plain": 20, "validation": 5, "longbench_v2": 3, "longbench_qa": 4}
+    for name, n in sizes.items():
+        benchmarks[name] = toy.benchmark(n, benchmark=name)
+    keys = dict(validation_data=str(tmp_path / "plain.jsonl"), longbench_data=str(tmp_path), max_input_tokens=100)
+    order = ["validation", "longbench_v2", "plain"]
+    made(recipe_in(tmp_path, [model], benchmarks=order, **keys))
+    path, lines = tmp_path / "out" / "items.jsonl", {}
+    for line in path.read_bytes().splitlines(keepends=True):
+        lines.setdefault(json.loads(line)["benchmark"], []).append(line)
+    parsed = []
+    monkeypatch.setattr(prepare, "Item", lambda **row: parsed.append(row["id"]) or Item(**row))
+    order = ["plain", "longbench_qa", "validation", "longbench_v2"]
+    found = made(recipe_in(tmp_path, [model], benchmarks=order, **keys))
+    assert [name for name, *_ in found] == [name for name in order for _ in range(sizes[name])]
+    assert len(parsed) == 20 + 5 + 3
+    new = path.read_bytes().splitlines(keepends=True)[20:24]
+    assert path.read_bytes() == b"".join([*lines["plain"], *new, *lines["validation"], *lines["longbench_v2"]])
 
 
 def test_questions_that_cannot_be(benchmarks, model, tmp_path):
@@ -440,6 +461,18 @@ def test_two_runs_do_not_share_a_folder(benchmarks, model, server, tmp_path):
             DataError, match="Another run is at work in .*out; wait for it, or give another `output_dir`"
         ):
             run.evaluate(recipe)
+
+
+def test_what_cannot_be_asked_is_told_in_one_message_before_anything_is_made(tmp_path, monkeypatch):
+    """All at once, and the models' files are looked at once."""
+    looked = []
+    monkeypatch.setattr(run, "find_models", lambda recipe: looked.append(recipe) or find_models(recipe))
+    recipe = recipe_in(tmp_path, {"mine": "nobody/no-model"}, backend="vllm")
+    with pytest.raises(
+        DataError, match=r"2 things are missing(.|\n)*`backend: vllm`(.|\n)*`models: mine: nobody/no-model`"
+    ):
+        run.evaluate(recipe)
+    assert len(looked) == 1 and not (tmp_path / "out").exists()
 
 
 def test_no_file_of_a_run_holds_the_servers_key_or_password(benchmarks, model, server, tmp_path, monkeypatch):

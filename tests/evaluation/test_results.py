@@ -46,7 +46,7 @@ def make_folder(folder, tasks, models=MODELS):
     write_jsonl(folder / "items.jsonl", (item.as_dict() for item in items))
     for name, rows in answers.items():
         write_jsonl(folder / f"answers/{name}.jsonl", rows)
-        write_scores(folder, name)
+    write_scores(folder, list(answers))
 
 
 ALL = dict.fromkeys(GROUPS)  # columns of a row of all questions
@@ -184,7 +184,7 @@ def test_questions_and_choices_in_one_task(tmp_path):
             for item, text in zip(items, texts, strict=True)
         ]
         write_jsonl(tmp_path / f"answers/{model}.jsonl", answers)
-        write_scores(tmp_path, model)
+        write_scores(tmp_path, [model])
     found = make(tmp_path, MODELS[:2])
     values = {r["metric"]: (r["n"], r["value"]) for r in rows(found["summary"], model="base", task="t")}
     assert values == {m: (1, 100) for m in ("f1", "em", "sub_em", "string_match")} | {
@@ -364,7 +364,7 @@ def test_questions_behind_the_answers_count(tmp_path):
             for item in items
         ]  # fmt: skip
         write_jsonl(tmp_path / f"answers/{name}.jsonl", answers)
-        write_scores(tmp_path, name)
+        write_scores(tmp_path, [name])
     found = make(tmp_path, MODELS[:2])
     one = row(found["summary"], model="base", task="squad", metric="em", **ALL)
     assert (one["n"], one["low"], one["value"], one["high"]) == (6, 0, 50, 100)  # P(0 of 2) = P(2 of 2) = 1 / 4

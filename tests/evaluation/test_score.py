@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from solopo_plugin.evaluation.items import MAIN_METRIC, Item
+from solopo_plugin.evaluation import score
+from solopo_plugin.evaluation.items import MAIN_METRIC, Item, read_items
 from solopo_plugin.evaluation.score import score_answer, source_of, write_scores
 from solopo_plugin.qa.answers import judged_form, longbench_v2_choice_lenient
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
@@ -159,7 +160,7 @@ def test_files_of_scores(tmp_path):
     items = make_items()
     answers = [answer(items[k], f"The answer is: {k}", cut_tokens=k) for k in (4, 0, 2)] + [answer(items[1], " ")]
     save(tmp_path, items, answers)
-    assert write_scores(tmp_path, "m") == {"asked": 5, "scored": 4, "unknown": 0}
+    assert write_scores(tmp_path, ["m"]) == {"m": {"asked": 5, "scored": 4, "unknown": 0}}
     rows = list(read_jsonl(tmp_path / "scores/m.jsonl"))
     assert [row["id"] for row in rows] == ["q0", "q1", "q2", "q4"]
     assert [row["prediction"] for row in rows] == ["0", None, "2", "4"]
@@ -187,9 +188,31 @@ def test_the_order_of_answers_changes_no_byte(tmp_path):
     answers = [answer(question, f"The answer is: {'Rosvik ' * (k % 7)}") for k, question in enumerate(items)]
     save(tmp_path, items, answers, "a")
     save(tmp_path, items, random.Random(1).sample(answers, 40), "b")
-    for name in "ab":
-        write_scores(tmp_path, name)
+    write_scores(tmp_path, ["a", "b"])
     assert (tmp_path / "scores/a.jsonl").read_bytes() == (tmp_path / "scores/b.jsonl").read_bytes()
+
+
+def test_questions_are_read_once_for_all_models(tmp_path, monkeypatch, caplog):
+    """Each model's file is as it would be alone, also where it lacks answers or has others; a bad one spoils all."""
+    items, read = make_items(9), []
+    save(tmp_path, items, [answer(question) for question in items[2:]], "a")
+    save(tmp_path, items[1:], [answer(question) for question in items], "b")
+    alone = {}
+    for name in "ab":
+        write_scores(tmp_path, [name])
+        alone[name] = (tmp_path / f"scores/{name}.jsonl").read_bytes()
+    said, caplog.records[:] = [record.getMessage() for record in caplog.records], []
+    monkeypatch.setattr(score, "read_items", lambda path: read.append(path) or read_items(path))
+    assert write_scores(tmp_path, ["a", "b"]) == {
+        "a": {"asked": 8, "scored": 7, "unknown": 0}, "b": {"asked": 8, "scored": 8, "unknown": 1}
+    }  # fmt: skip
+    assert len(read) == 1 and {name: (tmp_path / f"scores/{name}.jsonl").read_bytes() for name in "ab"} == alone
+    assert [record.getMessage() for record in caplog.records] == said and len(said) == 2
+    save(tmp_path, items[1:], [answer(items[3], prompt_hash="0")], "b")
+    with pytest.raises(DataError, match="answers/b.jsonl:2: plain/t/q3 was answered with another prompt"):
+        write_scores(tmp_path, ["a", "b"])
+    assert {name: (tmp_path / f"scores/{name}.jsonl").read_bytes() for name in "ab"} == alone
+    assert len(list(tmp_path.glob("scores/*"))) == 2
 
 
 def test_a_torn_last_line_is_no_answer(tmp_path, caplog):
@@ -197,14 +220,14 @@ def test_a_torn_last_line_is_no_answer(tmp_path, caplog):
     save(tmp_path, items, [answer(question) for question in items])
     path = tmp_path / "answers/m.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
-    assert write_scores(tmp_path, "m")["scored"] == 4
+    assert write_scores(tmp_path, ["m"])["m"]["scored"] == 4
     assert "1 of 5 questions are not answered" in caplog.text
 
 
 def test_answers_to_unknown_questions_are_said(tmp_path, caplog):
     items = make_items()
     save(tmp_path, items[1:], [answer(question) for question in items])
-    assert write_scores(tmp_path, "m") == {"asked": 4, "scored": 4, "unknown": 1}
+    assert write_scores(tmp_path, ["m"]) == {"m": {"asked": 4, "scored": 4, "unknown": 1}}
     assert "1 answers belong to no question of items.jsonl and are left out; the first: plain/t/q0." in caplog.text
 
 
@@ -228,7 +251,7 @@ def test_bad_answers(tmp_path, name):
     items = make_items(3)
     save(tmp_path, items, make(items))
     with pytest.raises(DataError) as error:
-        write_scores(tmp_path, "m")
+        write_scores(tmp_path, ["m"])
     assert str(error.value).startswith(f"{tmp_path}/answers/m.jsonl{sentence}")
     assert not list(tmp_path.glob("scores/*"))  # written whole or not at all
 
@@ -237,15 +260,15 @@ def test_bad_files(tmp_path):
     items = make_items(2)
     save(tmp_path, items, [answer(question) for question in items])
     with pytest.raises(DataError, match=r"Cannot read .*answers/x\.jsonl: there is no such file"):
-        write_scores(tmp_path, "x")
+        write_scores(tmp_path, ["x"])
     path = tmp_path / "answers/m.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"text"', b'"text', 1))
     with pytest.raises(DataError, match=r"answers/m\.jsonl:2: not a line of JSON"):
-        write_scores(tmp_path, "m")
+        write_scores(tmp_path, ["m"])
     save(tmp_path, items, [answer(question) for question in items])
     write_jsonl(tmp_path / "items.jsonl", [{"id": "q0"}])
     with pytest.raises(DataError, match=r"items\.jsonl: a line is no question of ours \(.*missing.*'benchmark'"):
-        write_scores(tmp_path, "m")
+        write_scores(tmp_path, ["m"])
     (tmp_path / "items.jsonl").unlink()
     with pytest.raises(DataError, match=r"Cannot read .*items\.jsonl: there is no such file"):
-        write_scores(tmp_path, "m")
+        write_scores(tmp_path, ["m"])
