@@ -5,16 +5,14 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import threading
 import traceback
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
+from scripted_server import answering
 from transformers import AutoTokenizer
 
 from solopo_plugin.evaluation.harness import _environment, _without, configuration, kept_rows, read_results, run_harness
@@ -260,48 +258,21 @@ def test_secrets_that_would_stand_in_its_files_are_refused(args):
     assert "SECRET" not in str(error.value)
 
 
-class Completions(BaseHTTPRequestHandler):
-    """A server of completions by ids; every log-prob is -1. It repeats the key that it got where it refuses."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.answer(404, {})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)
-        if self.server.refuses:
-            return self.answer(401, {"error": f"Invalid: {self.headers['Authorization']}"})
-        choices = []
-        for i, ids in enumerate(body["prompt"]):
-            n = len(ids) + 1
-            logprobs = {"token_logprobs": [-1.0] * n, "top_logprobs": [{"x": -1.0}] * n}
-            choices.append({"index": i, "text": "red", "logprobs": logprobs})
-        self.answer(200, {"choices": choices})
-
-    def answer(self, status: int, value: dict) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+def write_on(request) -> tuple[int, dict]:
+    """Complete prompts by ids; every log-prob is -1."""
+    if request.command != "POST":
+        return 404, {}
+    choices = []
+    for i, ids in enumerate(request.body["prompt"]):
+        n = len(ids) + 1
+        logprobs = {"token_logprobs": [-1.0] * n, "top_logprobs": [{"x": -1.0}] * n}
+        choices.append({"index": i, "text": "red", "logprobs": logprobs})
+    return 200, {"choices": choices}
 
 
-@contextmanager
-def completions(refuses: bool = False):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
-    server.bodies, server.refuses = [], refuses
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+def refuse(request) -> tuple[int, dict]:
+    """Refuse a key, and repeat it."""
+    return (401, {"error": f"Invalid: {request.headers['Authorization']}"}) if request.command == "POST" else (404, {})
 
 
 @pytest.mark.slow
@@ -336,12 +307,11 @@ def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monke
     }  # fmt: skip
     for task in (scored, written):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
-    with completions() as server:
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        keys = dict(SERVER | IDS, server_urls=url, harness_tasks=["scored", "written"])
+    with answering(write_on) as server:
+        keys = dict(SERVER | IDS, server_urls=server.url, harness_tasks=["scored", "written"])
         args = {"include_path": str(folder), "apply_chat_template": False}
         found = run_harness(model(place, **keys), recipe(**keys, harness_args=args), tmp_path / "out")
-    lengths = [len(ids) for body in server.bodies for ids in body["prompt"]]
+    lengths = [len(ids) for request in server.requests for ids in request.body.get("prompt", [])]
     assert sorted(n for n in lengths if n > 3500) == [4095 - 50, 4095, 4095, 4095]
     assert sum(3000 <= n < 3100 for n in lengths) == 4
     assert {row["task"]: row["value"] for row in found} == {"scored": 1.0, "written": 1.0}
@@ -363,13 +333,13 @@ def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, tmp_path, monke
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: (started.append(command), popen(command, **kw))[1])
     monkeypatch.setenv("MY_KEY", f"\t{KEY}\n")
-    with completions(refuses=True) as server:
-        keys = dict(SERVER | IDS, server_urls=f"http://127.0.0.1:{server.server_port}", api_key_env="MY_KEY")
+    with answering(refuse) as server:
+        keys = dict(SERVER | IDS, server_urls=server.url, api_key_env="MY_KEY")
         args = {"include_path": str(tasks), "apply_chat_template": False, "model_args": {"max_retries": 1}, "limit": 1}
         # of requests that run together one is refused (401) and others may find the connection closed
         with pytest.raises(DataError, match="ended with 1 for toy: .*(401|ServerDisconnected)") as error:
             run_harness(model(tiny_model(), **keys), recipe(**keys, harness_args=args), tmp_path)
-    assert server.bodies
+    assert any(request.body for request in server.requests)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.json", "rows.json", "log.txt"} <= {path.name for path in files}
     shown = "".join(traceback.format_exception(error.value)) + caplog.text + "".join(capfd.readouterr()) + str(started)

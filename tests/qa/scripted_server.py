@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 SHARES = ("busy", "broken", "malformed", "hang")  # of requests
 
@@ -201,6 +203,48 @@ def serving(answers: Path | str, port: int | None = None, **options):
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def answering(reply, certificate=None):
+    """A server in this process whose answer is `reply(request)` -> (status, value or bytes); has `url` and `requests`.
+
+    A request has `command`, `path`, `headers` and `body`. `certificate`: file of key and certificate, for https.
+    """
+
+    class Answering(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+            request = SimpleNamespace(command=self.command, path=self.path, headers=self.headers, body=body)
+            server.requests.append(request)
+            status, value = reply(request)
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_CONNECT = do_GET = do_POST
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    server.requests, server.handle_error, scheme = [], lambda *_: None, "http"
+    if certificate:
+        context, scheme = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "https"
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.url = f"{scheme}://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def main() -> None:

@@ -5,15 +5,11 @@ import json
 import logging
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
 import httpx
@@ -22,7 +18,7 @@ import torch
 from conftest import demo_rows
 from material import make_questions, save_tokenizer
 from material import recipe as material_recipe
-from scripted_server import free_port, scripted, serving
+from scripted_server import answering, free_port, scripted, serving
 
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate import addresses, servers, vllm
@@ -251,46 +247,6 @@ def test_a_server_that_is_not_there_is_tried_again():
 def said(text="Red.", **message) -> dict:
     """A body of a chat with one answer."""
     return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text} | message}]}
-
-
-@contextmanager
-def answering(reply, certificate=None):
-    """A server whose answer is `reply(request)` -> (status, value or bytes); yields it with `url` and `requests`.
-
-    A request has `path`, `headers` and `body`. `certificate`: file of key and certificate, for https.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *args):
-            pass
-
-        def do_POST(self):
-            self.body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
-            server.requests.append(self)
-            status, value = reply(self)
-            data = value if isinstance(value, bytes) else json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_CONNECT = do_GET = do_POST
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.handle_error, scheme = [], lambda *_: None, "http"
-    if certificate:
-        context, scheme = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "https"
-        context.load_cert_chain(certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.url = f"{scheme}://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def asked(urls: str, **keys) -> dict[tuple[str, int], str]:
