@@ -34,7 +34,7 @@ HINTS = {
     "Tasks not found": "`python -m lm_eval ls tasks` lists them; ",
     "chat_template": "for a model without one `harness_args: {apply_chat_template: false}`; ",
 }
-LOG = "log.txt"
+LOG, CACHE = "log.txt", "cache_rank*.db*"  # the latter holds its answers so far
 OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configuration that `harness_args` may not set
 
 
@@ -69,29 +69,49 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
         return kept["rows"]
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError("`harness_tasks` needs lm-evaluation-harness, which is not installed: pip install '.[eval]'.")
-    before = folder / "made_from.json"  # where an earlier version had it
-    if (kept.get("made_from") or _read(before)) != made_from:
-        for name in (before.name, LOG, "cache_rank*.db*", "results_*.json"):
-            for path in folder.glob(name):
-                path.unlink()
-        write_json(folder / "rows.json", {"made_from": made_from})
+    _begin(folder, made_from, kept)
     # a results path that ends in .json: its files then stand beside it, and not in a folder named after the model
     paths = {"output_path": str(folder / "results.json"), "use_cache": str(folder / "cache")}
     write_json(folder / "config.json", config | paths)
     _run(model, recipe, folder, config["model_args"].get("base_url"))
     rows = read_results(max(folder.glob("results_*.json")), model.name, config["tasks"])
-    with open(folder / LOG, "rb") as file:
+    if cut := _prompts_cut(folder / LOG, model.name):
+        rows = [row | {"cut": cut} for row in rows]
+    write_json(folder / "rows.json", {"made_from": made_from, "rows": rows})
+    _remove(folder, CACHE)
+    return rows
+
+
+def _begin(folder: Path, made_from: dict, kept: dict) -> None:
+    """Let a run that was stopped go on; one of another model or other settings begins anew.
+
+    Args:
+        folder: Of the harness' files for a model.
+        made_from: What this run is made from.
+        kept: What rows.json says of the one before.
+    """
+    before = folder / "made_from.json"  # where an earlier version had it
+    if (kept.get("made_from") or _read(before)) != made_from:
+        _remove(folder, before.name, LOG, CACHE, "results_*.json")
+        write_json(folder / "rows.json", {"made_from": made_from})
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _prompts_cut(path: Path, model: str) -> int:
+    """Count in the harness' log the prompts that it cut, and say so."""
+    with open(path, "rb") as file:
         cut = sum(bool(CUT.search(line)) for line in file)
     if cut:
         log.warning(
-            f"{model.name}: lm-evaluation-harness cut prompts that were longer than the model's window; {folder / LOG} "
-            f"says so {cut} times."
+            f"{model}: lm-evaluation-harness cut prompts that were longer than the model's window; {path} says so "
+            f"{cut} times."
         )
-        rows = [row | {"cut": cut} for row in rows]
-    write_json(folder / "rows.json", {"made_from": made_from, "rows": rows})
-    for path in folder.glob("cache_rank*.db*"):
-        path.unlink()
-    return rows
+    return cut
 
 
 def kept_rows(model: Any, output_dir: Path) -> list[dict]:

@@ -65,11 +65,7 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
     runs = {name: members for name, members in rows.items() if len(members) > 1}
     if select_by is not None and select_by not in MAIN_METRIC:
         raise DataError(f"`select_by` must be one of {', '.join(MAIN_METRIC)}; got {select_by!r}.")
-    scores, counted = {}, []
-    for model in models:
-        scores[model["name"]], counts = load_scores(folder / "scores" / f"{model['name']}.jsonl", asked)
-        counted.append({key: model.get(key) for key in ("name", "path", "adapter", "step")} | {"counts": counts})
-    scores |= {run: of_seeds(run, {name: scores[name] for name in members}) for run, members in runs.items()}
+    scores, counted = _load_all(folder / "scores", models, runs, asked)
     draws = settings["bootstrap_samples"], settings["seed"]
     results = {
         "format": FORMAT,
@@ -86,12 +82,26 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
     }
     write_json(folder / "results.json", results)
     if select_by is not None:
-        chosen = results["selection"]
-        write_json(folder / "selection.json", chosen | {"settings": settings})
-        log.info("Best by %s: %s (%s). %s", select_by, chosen["best"], chosen["folder"], chosen["note"])
-        if chosen["warning"]:
-            log.warning("%s", chosen["warning"])
+        _write_selection(folder, results["selection"], settings)
     return results
+
+
+def _load_all(folder: Path, models: list[dict], runs: Rows, asked: int) -> tuple[dict[str, pd.DataFrame], list[dict]]:
+    """Return the scores of every model and run by name, and the models with the counts of how they answered."""
+    scores, counted = {}, []
+    for model in models:
+        scores[model["name"]], counts = load_scores(folder / f"{model['name']}.jsonl", asked)
+        counted.append({key: model.get(key) for key in ("name", "path", "adapter", "step")} | {"counts": counts})
+    scores |= {run: of_seeds(run, {name: scores[name] for name in members}) for run, members in runs.items()}
+    return scores, counted
+
+
+def _write_selection(folder: Path, chosen: dict, settings: dict) -> None:
+    """Write selection.json, and say which checkpoint is the best."""
+    write_json(folder / "selection.json", chosen | {"settings": settings})
+    log.info("Best by %s: %s (%s). %s", settings["select_by"], chosen["best"], chosen["folder"], chosen["note"])
+    if chosen["warning"]:
+        log.warning("%s", chosen["warning"])
 
 
 def rows_of(runs: dict | None, names: list[str]) -> Rows:

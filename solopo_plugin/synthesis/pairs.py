@@ -155,57 +155,61 @@ def draw_pair(
 ) -> DrawnPair:  # fmt: skip
     """Draw a random right and a random wrong answer among the usable ones.
 
-    Not usable, and counted in `dropped` under the first reason that holds: `empty`; `cut`, at max_new_tokens, since
-    training ends every response with the stop token; `no_marker`, no `The answer is:`; `template_marker`, a token that
-    only the template may write, which training refuses; `over_length`; `equal` to the chosen one in tokens.
-
     Args:
         answers: All judged answers of one side of a question.
         room: Tokens that `cutoff_len` leaves for a response behind the longer prompt.
         encode: Text -> ids of the response as in training, its stop token included.
         markers: Texts that only the chat template may write.
         rng: The random numbers of this question and side.
-        dropped: Counts the answers that are not usable, by reason.
         balance_length: Take the wrong answer whose length is nearest to the chosen one's, instead of any.
+        dropped: Counts the answers that are not usable by reason (`why_unusable`), and as `equal` those that have the
+            tokens of the chosen one.
     """
     right, wrong = [], []
     for answer in answers:
-        text = answer["text"]
-        # most answers need not be tokenised: no tokenizer makes more than two tokens of a byte
-        surely_fits = 2 * len(text.encode()) + TURN_END <= room
-        checks = {
-            "empty": not text.strip(),
-            "cut": answer["finish_reason"] == "length",
-            "no_marker": answer["answer"] is None,
-            "template_marker": any(marker in text for marker in markers),
-            "over_length": not surely_fits and len(encode(text)) > room,
-        }
-        reason = next((name for name, holds in checks.items() if holds), None)
-        if reason:
+        if reason := why_unusable(answer, room, encode, markers):
             dropped[reason] += 1
         else:
             (right if answer["correct"] else wrong).append(answer)
-
-    def with_ids(answer: dict) -> dict:
-        return {"k": answer["k"], "text": answer["text"], "ids": array("I", encode(answer["text"]))}
-
-    n_right = sum(answer["correct"] for answer in answers)
-    chosen = with_ids(rng.choice(right)) if right else None
+    chosen, rejected = _with_ids(rng.choice(right), encode) if right else None, None
     rng.shuffle(wrong)
     if balance_length and chosen:
         wrong.sort(key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
-    rejected = None
-    for candidate in map(with_ids, wrong):
+    for candidate in (_with_ids(answer, encode) for answer in wrong):
         if not chosen or candidate["ids"] != chosen["ids"]:
             rejected = candidate
             break
         dropped["equal"] += 1
-    reason = None
+    n_right, reason = sum(answer["correct"] for answer in answers), None
     if n_right in (0, len(answers)):
         reason = "all_correct" if n_right else "all_wrong"
     elif not (chosen and rejected):
         reason = "no_usable_rejected" if chosen else "no_usable_chosen"
     return DrawnPair(chosen, rejected, n_right / len(answers), reason)
+
+
+def why_unusable(answer: dict, room: int, encode: Callable[[str], list[int]], markers: set[str]) -> str | None:
+    """Return the first reason why an answer cannot be in a pair, None if it can.
+
+    `empty`; `cut`, at max_new_tokens, since training ends every response with the stop token; `no_marker`, no `The
+    answer is:`; `template_marker`, a token that only the template may write, which training refuses; `over_length`.
+    """
+    text = answer["text"]
+    if not text.strip():
+        return "empty"
+    if answer["finish_reason"] == "length":
+        return "cut"
+    if answer["answer"] is None:
+        return "no_marker"
+    if any(marker in text for marker in markers):
+        return "template_marker"
+    # most answers need not be tokenised: no tokenizer makes more than two tokens of a byte
+    surely_fits = 2 * len(text.encode()) + TURN_END <= room
+    return None if surely_fits or len(encode(text)) <= room else "over_length"
+
+
+def _with_ids(answer: dict, encode: Callable[[str], list[int]]) -> dict:
+    return {"k": answer["k"], "text": answer["text"], "ids": array("I", encode(answer["text"]))}
 
 
 def _questions(
