@@ -72,7 +72,7 @@ def ask(
         if pending:
             raise DataError(f"{path}: {len(pending)} questions got no answer, {min(pending)} is one; start again.")
     write_answers(store, path, set_id, chosen, hashes)
-    _report_cuts(path, model, recipe)
+    _tell_cuts(path, model, recipe)
 
 
 def _open(store: Store, model: Model, chosen: dict, path: Path, busy: set[str], resume: bool) -> int:
@@ -210,7 +210,7 @@ def cut_middle(text: str, limit: int, tokenizer, encode: Callable[[str], list[in
     return text, tokens, whole - tokens
 
 
-def _report_cuts(path: Path, model: Model, recipe: EvalRecipe) -> None:
+def _tell_cuts(path: Path, model: Model, recipe: EvalRecipe) -> None:
     asked, cut = Counter(), Counter()
     for row in read_jsonl(path):
         if row.get("benchmark") in recipe.benchmarks:

@@ -16,14 +16,14 @@ from ..qa.files import read_jsonl, write_jsonl
 from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # answers without the marker that the report names
+SHOWN = 5  # answers without the marker that the manifest names
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
-    """Judge the answers of both sides; returns the report of each."""
+    """Judge the answers of both sides; returns the counts of each."""
     golds = {row["id"]: row["answers"] for row in read_jsonl(work / "contexts.jsonl")}
-    report = {side: judge_side(work, side, golds, recipe.prompt) for side in ("short", "long")}
-    return {side: counts for side, counts in report.items() if counts["answers"]}
+    judged = {side: judge_side(work, side, golds, recipe.prompt) for side in ("short", "long")}
+    return {side: counts for side, counts in judged.items() if counts["answers"]}
 
 
 def judge(text: str, golds: list[str]) -> dict:
