@@ -58,6 +58,21 @@ def _read(counts: dict) -> list[str]:
     return [f"{counts['questions']} questions{corpus} from {counts['lines']} lines{_less(others)}"]
 
 
+def _ask(counts: dict) -> list[str]:
+    about = f"{counts['single']} passages and {counts['pairs']} pairs"
+    less = {name: counts[name] for name in ("special_tokens",)}
+    lines = [f"{counts['replies']} questions asked about {about} of {counts['passages']} passages{_less(less)}"]
+    if counts["unreadable"]:
+        lines.append(f"{counts['unreadable']} replies cannot be read, {counts['cut_at_max_new_tokens']} were cut")
+    return lines
+
+
+def _filter(counts: dict) -> list[str]:
+    hops = ", ".join(f"{n} of {number} hop{'s' * (number != '1')}" for number, n in counts["hops"].items())
+    about = f"{counts['questions']} of {counts['candidates']} questions ({hops}) about {counts['documents']} documents"
+    return [about + _less(counts["dropped"])]
+
+
 def _contexts(counts: dict) -> list[str]:
     short, long = (f"{counts['tokens'][side]['mean']:.0f}" for side in ("short", "long"))
     made = f"{counts['contexts']} short and long contexts, of {short} and {long} tokens on average"
@@ -73,6 +88,8 @@ def _judged(counts: dict) -> list[str]:
 
 
 PHRASES = {  # stage -> its counts in the manifest, in words
+    "ask": _ask,
+    "filter": _filter,
     "read": _read,
     "contexts": _contexts,
     "sample": lambda counts: [f"{side}: {part['answers']} answers" for side, part in counts.items()],

@@ -1,14 +1,220 @@
 """Keep the questions that can be used; reads asked.jsonl and passages.jsonl, writes questions.jsonl and corpus.jsonl.
 
-The two are as the stage `read` writes them. A paragraph of the evidence has the title and the text of its passage.
-corpus.jsonl has every passage, with its `source` and its `place`, by which the stage `contexts` knows its document.
+FILTERS are all reasons for which a question is left out, in the order in which they are looked at; the first that holds
+is counted. What a model has to be asked for, `check_samples` answers with the evidence and as many without it, is asked
+of the questions that are left by then, and is in checked.db as soon as it arrives.
+
+The two files are as the stage `read` writes them. Paragraphs of the evidence have the title and the text of their
+passage, and its source, section and place; and the quote, as it stands in the text. corpus.jsonl has every passage, by
+whose `source` and `place` the stage `contexts` knows its document.
 """
 
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..qa.answers import gives_answer, holds_answer, judged_form
+from ..qa.files import DataError, read_jsonl, write_jsonl
+from ..qa.generate.calls import Call
+from ..qa.generate.stored import answer_missing
+from ..qa.prompts import document_text, lay_out, split_prompt
+from ..qa.recipe import Sampling, pick
+from ..qa.seeded import digest
+from ..qa.store import Store
+from .ask import UPPER, asking_settings, read_prompt
 from .recipe import DataRecipe
+
+STORE = "checked.db"  # its name in a work folder
+LETTERS = 12  # of a word of an answer at most, for scripts that put no spaces between words; ours
+_TEXT = r"(?:text|passage|document|paragraph|excerpt|extract|section|article|context|quote|snippet)s?"
+_SPEAKS = re.compile(
+    rf"\b(?:this|these|above|following|given|provided)\s+{_TEXT}\b|\b(?:in|from|by|to|per)\s+the\s+{_TEXT}\b"
+    r"|\b(?:both|two|first|second)\s+(?:text|passage|excerpt|snippet)s?\b|\b(?:document|passage|text)\s+[12]\b"
+    r"|\b(?:mentioned|described|stated|given|quoted|listed)\s+(?:above|below|here)\b|\b(?:does|did|by)\s+the\s+author\b",
+    re.I,
+)
+_LEANS = re.compile(
+    r"\b(?:he|she|it|they|him|her|them|his|hers|its|their|theirs|we|us|our|i|my|you|your|this|these|those)\b", re.I
+)
+_NAMED = re.compile(
+    rf"(?<=\s)[\"'“‘(]*[{UPPER}]\w|\d|\b(?:[Tt]he|[Aa]n?|[Ee]ach|[Ee]very|[Aa]ll|[Aa]ny|[Nn]o)\s+\w{{3}}"
+)
+
+
+@dataclass
+class Candidate:
+    """Hold a question that was asked about passages, and what is found out about it from filter to filter."""
+
+    id: str
+    hops: int
+    question: str
+    answer: str
+    quotes: list[str]
+    passages: list[dict]
+    readable: bool
+    marked: bool  # holds a text that only the chat template may write
+    agree: int = 0  # answers with the evidence that give the answer
+    known: int = 0  # answers without it that do
+    repeats: bool = False  # one before it asks the same
+    nth: int = 0  # of its document, in turn, from 0
+    turn: int = 0  # of all, from 0
+
+
+FILTERS: dict[str, Callable[[Candidate, DataRecipe], bool]] = {  # reason -> whether a question is left out for it
+    "malformed": lambda c, recipe: not c.readable,
+    "special_tokens": lambda c, recipe: c.marked,
+    "quote_not_in_passage": lambda c, recipe: None in map(verbatim, c.quotes, c.passages),
+    "long_answer": lambda c, recipe: is_long(c.answer, recipe.answer_words),
+    "answer_not_in_quote": lambda c, recipe: not any(holds_answer(quote, [c.answer]) for quote in c.quotes),
+    "answer_in_question": lambda c, recipe: holds_answer(c.question, [c.answer]),
+    "speaks_of_the_text": lambda c, recipe: bool(_SPEAKS.search(c.question)),
+    "does_not_stand_alone": lambda c, recipe: not stands_alone(c.question),
+    "no_agreement": lambda c, recipe: c.agree < recipe.min_agreement,
+    "known_without_evidence": lambda c, recipe: recipe.max_known is not None and c.known > recipe.max_known,
+    "asked_before": lambda c, recipe: c.repeats,
+    "document_full": lambda c, recipe: recipe.max_per_document is not None and c.nth >= recipe.max_per_document,
+    "beyond_max_questions": lambda c, recipe: recipe.max_questions is not None and c.turn >= recipe.max_questions,
+}
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
-    """Filter the questions; returns what was kept, and left out for which reason."""
-    raise NotImplementedError
+    """Filter the questions; returns what was kept, and left out for which reason.
+
+    Raises:
+        DataError: No question is left, or a prompt lacks its place.
+    """
+    passages = {passage["id"]: passage for passage in read_jsonl(work / "passages.jsonl")}
+    left = [read_candidate(row, passages) for row in read_jsonl(work / "asked.jsonl")]
+    candidates, dropped = len(left), dict.fromkeys(FILTERS, 0)
+    with Store(work / STORE) as store:
+        finds_out: dict[str, Callable[[list[Candidate]], None]] = {  # before a filter that needs it
+            "no_agreement": lambda left: ask_with_evidence(recipe, store, left),
+            "known_without_evidence": lambda left: ask_without(recipe, store, left),
+            "asked_before": mark_repeats,
+            "document_full": lambda left: take_turns(left, recipe.seed),
+            "beyond_max_questions": lambda left: take_turns(left, recipe.seed),
+        }
+        for reason, leaves_out in FILTERS.items():
+            finds_out.get(reason, lambda left: None)(left)
+            kept = [candidate for candidate in left if not leaves_out(candidate, recipe)]
+            dropped[reason], left = len(left) - len(kept), kept
+    if not left:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n)
+        raise DataError(f"None of {candidates} questions can be used ({reasons}); read {work / 'asked.jsonl'}.")
+    write_jsonl(work / "questions.jsonl", map(make_question, left))
+    corpus = ({name: passage[name] for name in PARAGRAPH} for passage in passages.values())
+    documents, hops = Counter(c.passages[0]["source"] for c in left), Counter(str(c.hops) for c in left)
+    return {
+        "candidates": candidates, "questions": len(left), "dropped": dropped, "hops": dict(sorted(hops.items())),
+        "documents": len(documents), "most_of_a_document": max(documents.values()),
+        "corpus": write_jsonl(work / "corpus.jsonl", corpus),
+    }  # fmt: skip
+
+
+PARAGRAPH = ("title", "text", "source", "section", "place")
+
+
+def read_candidate(row: dict, passages: dict[str, dict]) -> Candidate:
+    """Return a line of asked.jsonl with its passages."""
+    texts = row["question"] or "", row["answer"] or "", row["quotes"] or []
+    asked_about = [passages[name] for name in row["passages"]]
+    return Candidate(row["id"], row["hops"], *texts, asked_about, row["question"] is not None, row["marked"])
+
+
+def make_question(candidate: Candidate) -> dict:
+    """Return a question as questions.jsonl has it."""
+    evidence = [
+        {**{name: passage[name] for name in PARAGRAPH}, "quote": verbatim(quote, passage)}
+        for quote, passage in zip(candidate.quotes, candidate.passages, strict=True)
+    ]
+    return {
+        "id": candidate.id, "question": candidate.question, "answers": [candidate.answer], "hops": candidate.hops,
+        "evidence": evidence, "distractors": [],
+    }  # fmt: skip
+
+
+def verbatim(quote: str, passage: dict) -> str | None:
+    """Return the quote as it stands in the passage, to the letter but for where lines break; None if it does not."""
+    found = re.search(r"\s+".join(map(re.escape, quote.split())), passage["text"])
+    return found[0] if found else None
+
+
+def is_long(answer: str, words: int) -> bool:
+    """Return whether an answer has more than so many words, or than so many times `LETTERS` letters."""
+    return len(answer.split()) > words or len(answer) > words * LETTERS
+
+
+def stands_alone(question: str) -> bool:
+    """Return whether a question is one, of three words or more, and says what each pronoun stands for before it.
+
+    The pronouns are English. In a script without spaces only the question mark is looked at.
+    """
+    if not question.endswith(("?", "？", "؟")) or (question.isascii() and len(question.split()) < 3):
+        return False
+    leans, named = _LEANS.search(question), _NAMED.search(question)
+    return leans is None or (named is not None and named.start() < leans.start())
+
+
+def ask_with_evidence(recipe: DataRecipe, store: Store, left: list[Candidate]) -> None:
+    """Count the answers with the evidence, asked for as the stage `sample` does, that give the answer."""
+    before, behind = split_prompt(recipe.prompt)
+
+    def prompt(candidate: Candidate) -> str:
+        return lay_out(before, behind, candidate.question, map(document_text, candidate.passages))[0]
+
+    for candidate, right in zip(left, count_right(recipe, store, "with", left, prompt), strict=True):
+        candidate.agree = right
+
+
+def ask_without(recipe: DataRecipe, store: Store, left: list[Candidate]) -> None:
+    """Count the answers without any context that give the answer, if the recipe wants them."""
+    if recipe.max_known is None:
+        return
+    before, behind = read_prompt(recipe, "unaided.txt", "{question}")
+    rights = count_right(recipe, store, "without", left, lambda candidate: before + candidate.question + behind)
+    for candidate, right in zip(left, rights, strict=True):
+        candidate.known = right
+
+
+def count_right(
+    recipe: DataRecipe, store: Store, name: str, left: list[Candidate], prompt: Callable[[Candidate], str]
+) -> list[int]:
+    """Return of each question how many of `check_samples` answers give its answer, by the judge's rule."""
+    n = recipe.check_samples
+    found = answer_missing(
+        store, name, asking_settings(recipe, n), lambda: (Call(c.id, tuple(range(n)), prompt(c)) for c in left),
+        pick(recipe, Sampling), recipe.model, desc=f"check {name} evidence",
+    )  # fmt: skip
+    return [sum(gives_answer(store.get(found[c.id, k])["text"], [c.answer]) for k in range(n)) for c in left]
+
+
+def mark_repeats(left: list[Candidate]) -> None:
+    """Mark what asks the same as one before it: in normal form, or the same answer from the same passages."""
+    seen: set[object] = set()
+    for candidate in left:
+        names = tuple(passage["id"] for passage in candidate.passages)
+        asked = {judged_form(candidate.question), (names, judged_form(candidate.answer))}
+        candidate.repeats = not seen.isdisjoint(asked)
+        if not candidate.repeats:
+            seen |= asked
+
+
+def take_turns(left: list[Candidate], seed: int) -> None:
+    """Give the questions numbers in which hops take turns, and among those of the same hops documents, by the seed.
+
+    The document of a pair is that of its first passage.
+    """
+    rows: dict[int, list[tuple]] = defaultdict(list)
+    of_one: Counter = Counter()
+    for candidate in sorted(left, key=lambda c: digest(seed, "turn", c.id)):
+        source = candidate.passages[0]["source"]
+        rows[candidate.hops].append((of_one[candidate.hops, source], digest(seed, "turn", source), candidate))
+        of_one[candidate.hops, source] += 1
+    turns = [(i, hops, row[2]) for hops in rows for i, row in enumerate(sorted(rows[hops], key=lambda row: row[:2]))]
+    of_document: Counter = Counter()
+    for turn, (_, _, candidate) in enumerate(sorted(turns, key=lambda row: row[:2])):
+        source = candidate.passages[0]["source"]
+        candidate.turn, candidate.nth = turn, of_document[source]
+        of_document[source] += 1

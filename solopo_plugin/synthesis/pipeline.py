@@ -49,6 +49,7 @@ TABLE = {
         export.run, ("contexts.jsonl", "pairs.jsonl"), ()
     ),  # its outputs are in dataset_dir, which others write to
 }
+STORES = {"ask": ask.STORE, "filter": filter.STORE, "sample": STORE}  # of answers, which the stage asks for
 FROM_DOCUMENTS = ("documents", "ask", "filter")  # the stages that make questions, and
 FROM_QUESTIONS = ("read",)  # the one that reads them, in their place
 
@@ -90,7 +91,9 @@ def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
     """Remove what a killed run left half written, and forget what the stages `forget` had finished."""
     left = [path for path in work.glob("*.tmp") if not path.is_symlink()]
     if "sample" in forget:
-        left += [*work.glob("samples.*.json*"), *work.glob(f"{STORE}*")]
+        left += work.glob("samples.*.json*")
+    for name in forget:
+        left += work.glob(f"{STORES[name]}*") if name in STORES else []
     for path in left:
         path.unlink()
     if forget:
@@ -115,7 +118,7 @@ def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manif
 def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_sample: bool) -> None:
     """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest.
 
-    With `then_sample` contexts are made to be sampled on at once, so that the backend must be there.
+    With `then_sample` documents and contexts are made to be asked about at once, so that the backend must be there.
     """
     inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | outside_inputs(recipe, name)
     chosen = settings(recipe, name)
@@ -129,7 +132,7 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
             log.warning("%s: made again, because %s.", name, "; ".join(changed))
             del manifest["stages"][name]
             _save(manifest, work)
-    if name == "contexts" and then_sample:
+    if name in ("documents", "contexts") and then_sample:
         check_backend(recipe.backend, recipe.server_urls)
     log.info("%s ...", name)
     counts = TABLE[name].run(recipe, work)

@@ -30,11 +30,13 @@ class DataRecipe:
 
     # model
     model_name_or_path: kinds.Needed = key(
-        ..., "contexts sample select", "The instruct model that is to be trained; it samples its own pairs. Required."
+        ...,
+        "ask filter contexts sample select",
+        "The instruct model that is to be trained; it samples its own pairs. Required.",
     )
-    template: kinds.Needed = shared("template", "contexts sample select")
-    default_system: str | None = shared("default_system", "contexts sample select")
-    enable_thinking: bool = shared("enable_thinking", "contexts sample select")
+    template: kinds.Needed = shared("template", "ask filter contexts sample select")
+    default_system: str | None = shared("default_system", "ask filter contexts sample select")
+    enable_thinking: bool = shared("enable_thinking", "ask filter contexts sample select")
     trust_remote_code: bool = shared("trust_remote_code", "")
 
     # documents, read
@@ -56,11 +58,41 @@ class DataRecipe:
     )
     skip_bad: bool = key(False, "read", "Count and skip bad lines instead of stopping at the first.")
     max_questions: kinds.Count | None = key(
-        None, "read", "Use a seeded random choice of so many questions; null: all. Each costs 2 x num_samples answers."
+        None,
+        "filter read",
+        "Use a seeded random choice of so many questions, by document and hops in turn if a model asks; null: all. "
+        "Each costs 2 x num_samples answers.",
+    )
+
+    # ask
+    max_passages: kinds.Count | None = key(
+        None, "ask", "Ask about a seeded random choice of so many passages; null: all."
+    )
+    pairs_per_passage: kinds.NotNegative = key(
+        0.5, "ask", "Pairs that are asked about, for two hops, for each passage that is asked about alone. Ours."
+    )
+    candidates: kinds.Count = key(2, "ask", "Questions asked for about each passage and each pair. Ours.")
+    ask_prompts: str | None = key(
+        None, "ask filter", "A folder whose ask_one.txt, ask_two.txt and unaided.txt take the place of ours."
+    )
+
+    # filter
+    answer_words: kinds.Count = key(8, "filter", "Words of a gold answer at most. Ours.")
+    check_samples: kinds.Count = key(
+        5, "filter", "Answers to each question with its evidence, and as many without it. Ours."
+    )
+    min_agreement: kinds.Count = key(
+        3, "filter", "So many of the answers with the evidence must give the gold answer. Ours."
+    )
+    max_known: kinds.Whole | None = key(
+        1, "filter", "So many of the answers without the evidence may give the gold answer; null: not asked. Ours."
+    )
+    max_per_document: kinds.Count | None = key(
+        None, "filter", "Questions of a document at most; null: as many as there are."
     )
 
     # contexts
-    prompt: str | None = shared("prompt", "contexts")
+    prompt: str | None = shared("prompt", "filter contexts")
     short_tokens: kinds.Count = key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
     long_tokens: kinds.Count = key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
     distractors: kinds.Distractors = shared("distractors", "contexts")
@@ -75,20 +107,22 @@ class DataRecipe:
 
     # sample
     num_samples: kinds.Count = key(32, "sample", "Answers per prompt. The paper's N.")
-    temperature: kinds.NotNegative = shared("temperature", "sample")
-    top_p: kinds.Nucleus = shared("top_p", "sample")
-    max_new_tokens: kinds.Count = shared("max_new_tokens", "sample select")
+    temperature: kinds.NotNegative = shared("temperature", "ask filter sample")
+    top_p: kinds.Nucleus = shared("top_p", "ask filter sample")
+    max_new_tokens: kinds.Count = shared("max_new_tokens", "ask filter sample select")
     sample_long: bool = key(True, "sample", "Also sample on the long contexts: for D_long, and to prefer questions.")
-    backend: kinds.Backend = shared("backend", "sample")
+    backend: kinds.Backend = shared("backend", "ask filter sample")
     server_urls: str | None = key(
         None, "", "`openai`: addresses such as http://localhost:8000/v1; several with commas share the load."
     )
     api_key_env: str = shared("api_key_env", "")
     served_model: str | None = key(
-        None, "sample", "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has."
+        None,
+        "ask filter sample",
+        "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has.",
     )
-    openai_endpoint: kinds.Endpoint = shared("openai_endpoint", "sample")
-    extra_body: kinds.Written | None = shared("extra_body", "sample")
+    openai_endpoint: kinds.Endpoint = shared("openai_endpoint", "ask filter sample")
+    extra_body: kinds.Written | None = shared("extra_body", "ask filter sample")
     answers_per_call: kinds.Count | None = key(
         None, "sample", "Answers asked for in one call; null: num_samples, and 8 with `transformers`."
     )
@@ -118,7 +152,7 @@ class DataRecipe:
     work_dir: kinds.Needed = key(
         ..., "", "Folder of intermediate files and the manifest; a run continues from it. Required."
     )
-    seed: kinds.Seed = shared("seed", "read contexts sample select")
+    seed: kinds.Seed = shared("seed", "ask filter read contexts sample select")
 
     @property
     def model(self) -> Model:
@@ -130,7 +164,14 @@ class DataRecipe:
 
 
 FIELDS = {f.name: f for f in fields(DataRecipe)}
+PROMPTS = {"ask": ("ask_one.txt", "ask_two.txt"), "filter": ("unaided.txt",)}  # files of prompts, by stage
 ENTRY_NAME = re.compile(r"(?!\s)[^/\\,\x00-\x1f\x7f]+(?<!\s)")
+
+
+def prompt_file(recipe: DataRecipe, name: str) -> Path:
+    """Return the place of one of the prompts of asking: in the folder `ask_prompts` if it is there, else ours."""
+    own = Path(recipe.ask_prompts or "", name)
+    return own if recipe.ask_prompts and own.exists() else Path(__file__).parent / "templates" / name
 
 
 def from_documents(recipe: DataRecipe) -> bool:
@@ -154,10 +195,20 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
         return {recipe.input: folder_digest(Path(recipe.input))}
     if stage == "judge":
         return {"the rule of `gives_answer`": str(RULE)}
+    files = {}
+    if stage in ("ask", "filter") and recipe.ask_prompts:
+        files = {
+            str(path): file_hash(path) for name in PROMPTS[stage] if (path := Path(recipe.ask_prompts, name)).exists()
+        }
+    return files | _hash_of_model(recipe, stage)
+
+
+def _hash_of_model(recipe: DataRecipe, stage: str) -> dict[str, str]:
+    """Return the hash of what a stage uses of the model's folder, if there is one."""
     model = Path(recipe.model_name_or_path)
     if "model_name_or_path" not in settings(recipe, stage) or not model.is_dir():
         return {}
-    if stage != "sample" or (recipe.backend == "openai" and recipe.served_model):
+    if stage not in ("ask", "filter", "sample") or (recipe.backend == "openai" and recipe.served_model):
         return {str(model): folder_hash(model, TOKENIZER)}
     if recipe.backend == "openai" and not any(any(model.glob(kind)) for kind in BINARIES):
         return {}
@@ -195,8 +246,18 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
             f"`short_tokens: {recipe.short_tokens}` must be below `long_tokens: {recipe.long_tokens}`; "
             "the contexts are to differ in length."
         )
+    if recipe.min_agreement > recipe.check_samples:
+        raise DataError(
+            f"`min_agreement: {recipe.min_agreement}` must be at most `check_samples: {recipe.check_samples}`, the "
+            "answers of which so many have to agree."
+        )
     if recipe.val_size >= 1 and recipe.val_size != int(recipe.val_size):
         raise DataError(f"`val_size` must be a share below 1 or a whole number of rows, got {recipe.val_size}.")
+    if recipe.ask_prompts and not any(Path(recipe.ask_prompts, name).is_file() for name in sum(PROMPTS.values(), ())):
+        raise DataError(
+            f"`ask_prompts: {recipe.ask_prompts}` is no folder with a file of prompts; they are called "
+            f"{', '.join(sum(PROMPTS.values(), ()))}."
+        )
     if not ENTRY_NAME.fullmatch(recipe.dataset_name):
         raise DataError(
             f"`dataset_name` begins names of files in `dataset_dir`, and of entries that `dataset` lists with commas: "

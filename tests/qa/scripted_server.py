@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             if options.die_after and total > options.die_after:
                 os._exit(1)
             fault = self.fault(raw, tries)
-            about = {name: body.get(name) for name in ("model", "seed", "max_tokens", "temperature")}
+            about = {name: body.get(name) for name in ("model", "seed", "max_tokens", "temperature", "response_format")}
             self.note(n=body.get("n", 1), fault=fault, running=running, keys=sorted(body), **about)
             if options.api_key and self.headers.get("Authorization") != f"Bearer {options.api_key}":
                 return self.reply(401, b'{"error": "Invalid API key."}')
@@ -102,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(400, b'{"error": "maximum context length exceeded"}')
             if options.refuse_n and body.get("n", 1) > 1:
                 return self.reply(400, b'{"error": "Only one completion choice is allowed"}')
+            if options.refuse_schema and "response_format" in body:
+                return self.reply(options.refuse_schema, b'{"error": "response_format is not supported"}')
             time.sleep(options.slow)
             if fault == "busy":
                 return self.reply(429, b'{"error": "slow down"}', Retry_After=str(options.retry_after))
@@ -164,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--die-after", type=int, default=0, help="exit in the middle of the request after so many")
     p.add_argument("--max-n", type=int, default=1 << 30, help="choices at most, whatever `n` says (1: n is ignored)")
     p.add_argument("--refuse-n", action="store_true", help="HTTP 400 for n > 1")
+    p.add_argument("--refuse-schema", type=int, default=0, help="this HTTP status for a `response_format`")
     p.add_argument("--max-prompt", type=int, default=0, help="HTTP 400 for longer bodies, bytes")
     p.add_argument("--prompt-tokens", type=int, default=0, help="what usage.prompt_tokens says")
     p.add_argument("--model", default="scripted", help="names at /v1/models, with commas")

@@ -782,6 +782,28 @@ def test_completions_send_the_trainers_ids(tiny_model, answers_file, tmp_path, m
         assert tokenizer.eos_token_id in body["stop_token_ids"]
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("status", [0, 400, 422, 500])
+@pytest.mark.parametrize("refuse_n", [False, True], ids=["n is taken", "n is refused"])
+def test_a_schema_is_sent_and_left_out_where_a_server_refuses_it(answers_file, tmp_path, caplog, status, refuse_n):
+    """Both refusals are told apart: without the schema the answers are those of a server that takes it."""
+    log, options = tmp_path / "log", {"refuse_n": True} if refuse_n else {}
+    calls = [Call(f"q{i}", (0, 1, 2), question, schema=SCHEMA) for i, question in enumerate(ANSWERS)][:6]
+    with serving(answers_file, log=log, refuse_schema=status, **options) as server:
+        recipe = openai(server.url, concurrency=2, retries=0)
+        got = by_answer(generate(recipe, calls))
+        plain = by_answer(generate(recipe, [call._replace(schema=None) for call in calls]))
+    assert got == plain and len(got) == 18
+    sent = [json.loads(line) for line in log.read_text().splitlines()]
+    with_schema = [event["response_format"] for event in sent if event["response_format"]]
+    assert {json.dumps(shape["json_schema"]["schema"]) for shape in with_schema} == {json.dumps(SCHEMA)}
+    assert ("where answers are to keep to a JSON schema: asked without." in caplog.text) == bool(status)
+    least, most = {(0, 0): (6, 6), (1, 0): (1, 2), (0, 1): (18, 22), (1, 1): (1, 6)}[bool(status), refuse_n]
+    assert least <= len(with_schema) <= most  # of refusals there are those under way at a time, two
+
+
 def fake_vllm(seen: list) -> ModuleType:
     """The part of vLLM's offline interface that is used; its answers tell what was asked."""
 

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...host.template import load_template
 from ..files import DataError
@@ -19,6 +19,7 @@ class Call(NamedTuple):
     ks: tuple[int, ...]
     prompt: str
     max_new_tokens: int | None = None  # None: that of `Sampling`
+    schema: dict[str, Any] | None = None  # JSON schema that the answers keep to, if what answers can be held to one
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after one failure, and after many in a row
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
 LASTING = (501, 505, 511)  # those from 500 on that none will
+REFUSED = (400, 422, 500, 501)  # HTTP statuses of a server that does not know `n` or `response_format`
 SAME = 8  # answers, each like the first one to its question, after which that is said
 
 
@@ -106,32 +107,42 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
         tokenizer, template = load_chat(model.tokenizer, sampling)
         common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
     system = [{"role": "system", "content": sampling.default_system}] if sampling.default_system else []
-    takes_n, gave_n = True, False
+    takes_n, gave_n, takes_schema, kept_schema = True, False, True, False
 
     async def ask(call: Call) -> tuple[Call, Reply]:
-        nonlocal takes_n, gave_n
+        nonlocal takes_n, gave_n, takes_schema, kept_schema
         if len(call.ks) > 1 and not takes_n:
             return call, Reply(call.id, (), [], None)
         user = {"role": "user", "content": call.prompt}
         prompt = {"messages": [*system, user]} if chat else {"prompt": encode_prompt(tokenizer, template, call.prompt)}
-        own = {"n": len(call.ks), "seed": call_seed(sampling.seed, call)}
+        own: dict[str, object] = {"n": len(call.ks), "seed": call_seed(sampling.seed, call)}
         own["max_tokens"] = call.max_new_tokens or sampling.max_new_tokens
+        schema = call.schema if takes_schema else None
+        if schema:
+            shape = {"name": "answer", "strict": True, "schema": schema}
+            own["response_format"] = {"type": "json_schema", "json_schema": shape}
         body = common | prompt | own | (sampling.extra_body or {})
         path = "/chat/completions" if chat else "/completions"
-        final = () if gave_n or len(call.ks) == 1 else (500,)
+        final = () if (gave_n or len(call.ks) == 1) and (kept_schema or not schema) else (500,)
         try:
             answers, prompt_tokens = await servers.request(
                 "POST", path, body, lambda data: read_answers(data, chat), final
             )
         except _Refused as refusal:
-            if len(call.ks) == 1 or refusal.status not in (400, 422, 500, 501):
+            if schema and refusal.status in REFUSED:
+                _, reply = await ask(call._replace(schema=None))  # which is refused too, where that is not the reason
+                if reply.ks and takes_schema:
+                    log.warning(f"HTTP {refusal.status} where answers are to keep to a JSON schema: asked without.")
+                    takes_schema = False
+                return call, reply
+            if len(call.ks) == 1 or refusal.status not in REFUSED:
                 raise
             if takes_n:
                 log.warning(f"HTTP {refusal.status} where n = {len(call.ks)}: answers are now asked for one by one.")
             takes_n = False  # some servers refuse n > 1; if something else is wrong, the single call will say so
             return call, Reply(call.id, (), [], None)
         answers = answers[: len(call.ks)]
-        gave_n = gave_n or len(answers) > 1
+        gave_n, kept_schema = gave_n or len(answers) > 1, kept_schema or schema is not None
         return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens)
 
     return ask
