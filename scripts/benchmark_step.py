@@ -97,6 +97,15 @@ def idle_memory(cuda: bool, limit_gb: float | None) -> int:
     return status("VmRSS")
 
 
+def cap_card(cuda: bool, limit_gb: float | None) -> None:
+    """Let this process have no more than so much of the GPU, so that a large card stands for a small one."""
+    if cuda and limit_gb:
+        import torch
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * GB / total))
+
+
 def meter(cuda: bool, limit_gb: float | None):
     """Make a callback of the Trainer that times each step, from before the forward to behind the optimizer."""
     import torch
@@ -215,12 +224,8 @@ def recipe_of(settings: dict, run: dict, folder: Path) -> dict:
 
 def run_here(settings: dict, run: dict, folder: Path) -> dict:
     """Run one configuration in this process; memory that does not suffice is a result, `oom`."""
-    import torch
-
     cuda, limit_gb = settings["device"] == "cuda", settings["memory"]
-    if cuda and limit_gb:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * GB / total))
+    cap_card(cuda, limit_gb)
     from llamafactory.train.tuner import run_exp
 
     use_random_weights(settings["device"])

@@ -51,7 +51,7 @@ def test_checks_pass_and_are_written_down(out):
     assert all(seen[name]["right"] for name in ("op", "model", "trainer", "options"))
     assert seen["options"]["torch_compile"]["loss"] == pytest.approx(seen["options"]["none of them"]["loss"], rel=1e-3)
     forms = [name for name in seen["trainer"] if name.startswith(("full", "lora"))]
-    assert len(forms) == 10  # two tunings, five forms
+    assert len(forms) == 12  # two tunings, six forms
 
 
 @pytest.mark.parametrize("fault", ["other sequences are seen", "the mask begins at the first key"])
@@ -146,6 +146,7 @@ def test_longest_is_where_the_peaks_meet_the_card(do, monkeypatch, lengths, ther
     session.args = steps.arguments(["--out", "x", "--folder", "x", "--jobs", "longest"])
     run = dict(variant="S3", loss="orpo", tuning="lora", status="ok", trial=False, idle=15e9)
     session.document = {"runs": {n: run | {"length": n, "peak": 15e9 + n * 62.5e9 / 48000} for n in lengths}}
+    session.settings = {"memory": None}
     session.cuda, total = True, type("Card", (), {"total_memory": 80e9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: total)
     session.once = lambda *job, **keys: tried.append(job[2]) or {"status": "ok"}

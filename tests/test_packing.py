@@ -26,7 +26,7 @@ from by_hand import (
     watched_step,
 )
 
-from solopo_plugin import attention
+from solopo_plugin import attention, packing
 from solopo_plugin.packing import PackedCollator, Segment, pack
 
 # ---- the layout
@@ -235,14 +235,39 @@ def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("long", [10**9, 16, 1])
 @pytest.mark.parametrize("name", ["qwen2", "llama, one head of keys", "phi", "olmo2"])
-def test_one_call_is_two_stages(monkeypatch, name):
-    """Losses, metrics and gradients; with both responses shared, so that keys come twice."""
+def test_one_call_is_two_stages(monkeypatch, name, long):
+    """Losses, metrics and gradients; with both responses shared, so that keys come twice.
+
+    Segments from `long` tokens attend by SDPA, as on an H100: none of them, some, and all that see only themselves.
+    """
     calls = []
     monkeypatch.setattr(attention, "runs_varlen", lambda *_: True)
+    monkeypatch.setattr(attention, "runs_cudnn", lambda *_: long < 10**9)
+    monkeypatch.setattr(packing, "LONG", long)
     monkeypatch.setattr(attention, "varlen_attn", lambda *args, **kw: calls.append(1) or loop_varlen(*args, **kw))
     assert_equal(*both_ways(name, tiny_rows(), pref_loss="sigmoid", solopo_align_on="both"))
     assert len(calls) == 4  # two layers, policy and reference
+
+
+def test_long_segments_apart(monkeypatch):
+    """Which they are, and that each is padded to a multiple, so that few lengths are prepared for."""
+    row = pack([(range(9), [range(5), range(4)]), (range(40), [range(5), range(4)]), (range(50), [range(5)])])
+    layout = row["plan"].layout(torch.device("cpu"))
+    monkeypatch.setattr(packing, "LONG", 45)
+    long, others = layout.parted
+    assert [layout.queries[i] for i in long] == [45, 55]
+    assert others.queries == (14, 4, 4) and others.cu_keys.tolist() == [0, 14, 27, 71]
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention",
+                        lambda q, *a, **k: seen.append(q.shape[2]) or sdpa(q, *a, **k))  # fmt: skip
+    monkeypatch.setattr(attention, "varlen_attn", loop_varlen)
+    x = [torch.randn(1, heads, sum(layout.queries), 8, requires_grad=True) for heads in (4, 2, 2)]
+    apart = attention.long_apart_segments(*x, layout, 0.3)
+    assert seen == [512, 512]
+    torch.testing.assert_close(apart, attention.sdpa_segments(*x, layout, 0.3))
 
 
 def test_lengths_are_added_up_once_per_row(monkeypatch):
@@ -494,27 +519,34 @@ def test_auto_packs_under_every_flash_attn(tiny_model, implementation):
 GPU = torch.device("cuda", 0)
 
 
+BY_SDPA, ONE_CALL = "SDPA, segment by segment", "torch's FlashAttention-2, all segments in one call"
+APART = "torch's FlashAttention-2 in one call, segments from 6,144 tokens by cuDNN"
+
+
 @pytest.mark.parametrize(
-    "device, dtype, head_size, capability, runs",
+    "device, dtype, head_size, capability, how",
     [
-        (GPU, torch.bfloat16, 128, (8, 0), True),
-        (GPU, torch.float16, 80, (9, 0), True),
-        (GPU, torch.float32, 128, (9, 0), False),
-        (GPU, torch.bfloat16, 100, (9, 0), False),
-        (GPU, torch.bfloat16, 512, (9, 0), False),
-        (GPU, torch.bfloat16, 128, (7, 5), False),
-        (torch.device("cpu"), torch.bfloat16, 128, (8, 0), False),
+        (GPU, torch.bfloat16, 128, (8, 0), ONE_CALL),
+        (GPU, torch.bfloat16, 128, (8, 9), ONE_CALL),
+        (GPU, torch.float16, 80, (9, 0), APART),
+        (GPU, torch.bfloat16, 128, (10, 0), APART),
+        (GPU, torch.bfloat16, 256, (9, 0), ONE_CALL),
+        (GPU, torch.bfloat16, 128, (12, 0), ONE_CALL),
+        (GPU, torch.float32, 128, (9, 0), BY_SDPA),
+        (GPU, torch.bfloat16, 100, (9, 0), BY_SDPA),
+        (GPU, torch.bfloat16, 512, (9, 0), BY_SDPA),
+        (GPU, torch.bfloat16, 128, (7, 5), BY_SDPA),
+        (torch.device("cpu"), torch.bfloat16, 128, (8, 0), BY_SDPA),
     ],
 )
-def test_which_attention_a_packed_row_has(tiny_model, monkeypatch, device, dtype, head_size, capability, runs):
+def test_which_attention_a_packed_row_has(tiny_model, monkeypatch, device, dtype, head_size, capability, how):
     """And that the log names it."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert attention.runs_varlen(device, dtype, head_size) == runs
+    assert attention.runs_varlen(device, dtype, head_size) == (how != BY_SDPA)
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
     model.config.head_dim = head_size
-    how = "torch's FlashAttention-2, all segments in one call" if runs else "SDPA, segment by segment"
     assert attention.how_a_step_runs(model, None, device, dtype) == f"A step runs packed; attention: {how}."
 
 

@@ -22,11 +22,13 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import date
@@ -42,11 +44,13 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from record import tell  # noqa: E402
 
-from solopo_plugin import attention  # noqa: E402
+from solopo_plugin import attention, packing  # noqa: E402
 from solopo_plugin.logps import token_logps  # noqa: E402
 from solopo_plugin.packing import pack  # noqa: E402
 
-PATHS = {"sdpa": attention.sdpa_segments, "varlen": attention.varlen_segments}
+PATHS = {
+    "sdpa": attention.sdpa_segments, "varlen": attention.varlen_segments, "long apart": attention.long_apart_segments,
+}  # fmt: skip
 
 
 def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest_keys, *, scale, window_size):
@@ -62,17 +66,18 @@ def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest
 
 
 @contextmanager
-def attending(how: str, dry: bool):
-    """Let packed rows attend by `varlen` or by `sdpa`, whatever would be chosen."""
-    before = attention.runs_varlen, attention.varlen_attn
-    if how == "sdpa" or dry:
-        attention.runs_varlen = lambda *args: how == "varlen"
+def attending(how: str, dry: bool, long: int = 24):
+    """Let packed rows attend in one of the ways of `PATHS`, whatever would be chosen; segments are long from `long`."""
+    before = attention.runs_varlen, attention.runs_cudnn, attention.varlen_attn, attention.GRAIN, packing.LONG
+    attention.runs_varlen = lambda *args: how != "sdpa"
+    attention.runs_cudnn = lambda *args: how == "long apart"
+    packing.LONG = long
     if dry:
-        attention.varlen_attn = loop_varlen
+        attention.varlen_attn, attention.GRAIN = loop_varlen, 32
     try:
         yield
     finally:
-        attention.runs_varlen, attention.varlen_attn = before
+        attention.runs_varlen, attention.runs_cudnn, attention.varlen_attn, attention.GRAIN, packing.LONG = before
 
 
 def far(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -164,23 +169,26 @@ def op(dry: bool, device: str) -> dict:
             want.backward(slope)
             for name, function in PATHS.items():
                 x = [t.detach().clone().requires_grad_() for t in given]
-                got = function(*x, layout(torch.device(device)), scale)
+                with attending(name, dry):
+                    got = function(*x, layout(torch.device(device)), scale)
                 got.backward(slope.to(got.dtype))
                 errors = [far(got, want), *(far(a.grad, b.grad) for a, b in zip(x, exact, strict=True))]
                 found[f"{H}/{K}x{D} {label} {name}"] = [round(e, 5) for e in errors]
     worst = {name: max(max(errors) for key, errors in found.items() if key.endswith(name)) for name in PATHS}
-    return {"right": is_right(worst["varlen"], worst["sdpa"]), "worst": worst, "all": found}
+    right = all(is_right(worst[name], worst["sdpa"]) for name in PATHS)
+    return {"right": right, "worst": worst, "all": found}
 
 
 def small_qwen2(dry: bool, vocabulary: int):
-    """Make a model whose log-probs differ much from token to token, in fp32."""
+    """Make a model in fp32 whose log-probs differ from token to token, yet not so much that 16 bits are all noise."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     width = dict(hidden_size=64, intermediate_size=96) if dry else dict(hidden_size=1024, intermediate_size=2816)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "qwen2", vocab_size=vocabulary, num_hidden_layers=2 if dry else 4, num_attention_heads=4 if dry else 8,
-        num_key_value_heads=2, initializer_range=0.08, pad_token_id=0, bos_token_id=None, eos_token_id=0, **width,
+        num_key_value_heads=2, initializer_range=0.08 if dry else 0.03, pad_token_id=0, bos_token_id=None,
+        eos_token_id=0, **width,
     ), attn_implementation="sdpa")  # fmt: skip
 
 
@@ -220,18 +228,18 @@ def model(dry: bool, device: str) -> dict:
     half = deepcopy(exact).to(torch.bfloat16)
     attention.prepare(half)
     found = {}
-    for name, forward in (("alone", loop), ("packed sdpa", packed), ("packed varlen", packed)):
-        with attending("varlen" if name.endswith("varlen") else "sdpa", dry):
-            got, gradients = measured(half, forward)
+    for name in ("alone", *(f"packed {path}" for path in PATHS)):
+        with attending(name.removeprefix("packed "), dry):
+            got, gradients = measured(half, loop if name == "alone" else packed)
         found[name] = {"log-probs": (got - want).abs().mean().item(), "gradients": far(gradients, slopes)}
     half.gradient_checkpointing_enable({"use_reentrant": False})
-    with attending("varlen", dry):
+    with attending("long apart", dry):
         found["checkpointed to not"] = far(measured(half, packed)[1], gradients)
     attention.prepare(exact)
-    with attending("varlen", dry), torch.autocast(device, dtype=torch.bfloat16):
+    with attending("long apart", dry), torch.autocast(device, dtype=torch.bfloat16):
         found["autocast"] = {"gradients": far(measured(exact, packed)[1], slopes)}
-    varlen, yardstick = found["packed varlen"], found["alone"]
-    right = all(is_right(varlen[key], yardstick[key]) for key in yardstick)
+    yardstick = found["alone"]
+    right = all(is_right(found[f"packed {path}"][key], yardstick[key]) for path in PATHS for key in yardstick)
     right = right and found["checkpointed to not"] <= yardstick["gradients"]  # a GPU's sums have no fixed order
     return {"right": right and is_right(found["autocast"]["gradients"], yardstick["gradients"])} | found
 
@@ -272,7 +280,7 @@ def by_hand(model, rows, device: str) -> float:
 
 @contextmanager
 def small_trainings(dry: bool, device: str):
-    """Give a function that takes one step of a small model through the real trainer, and the folder that it works in.
+    """Give a function that takes one step of a small model through the real trainer, and its folder: model, rows.
 
     The penalty is squared: the absolute one has a kink at 0, where rounding alone turns a gradient round.
     """
@@ -284,8 +292,10 @@ def small_trainings(dry: bool, device: str):
     settings = dict(model={"vocab_size": 512}, device=device, attention="sdpa", optim="sgd", **lengths)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        small_qwen2(dry, 512).save_pretrained(folder / "model")
-        train_tokenizer(["text"], 512).save_pretrained(folder / "model")
+        weights = small_qwen2(dry, 512).to(torch.bfloat16)  # the same in both, so that their rounding is no error
+        for name, dtype in (("half", torch.bfloat16), ("model", torch.float32)):
+            weights.to(dtype).save_pretrained(folder / name)
+            train_tokenizer(["text"], 512).save_pretrained(folder / name)
         bs.write_rows(folder, settings, settings["L"])
 
         def take(variant, how, half, checkpointing, tuning, loss, **options):
@@ -293,6 +303,8 @@ def small_trainings(dry: bool, device: str):
             own = settings | {"dtype": "bfloat16" if half else "float32", "checkpointing": checkpointing}
             changes = dict(train_from_scratch=False, max_steps=1, per_device_train_batch_size=2, max_grad_norm=0.0,
                            pref_beta=0.1, solopo_alpha=1.0, solopo_penalty="squared")  # fmt: skip
+            if half and not dry:  # a model keeps the precision of its checkpoint
+                changes["model_name_or_path"] = str(folder / "half")
             recipe = bs.recipe_of(own, run, folder) | changes | options
             if dry and recipe["pure_bf16"]:  # the host has that on a GPU only
                 recipe |= {"pure_bf16": False, "bf16": True}
@@ -305,12 +317,13 @@ def small_trainings(dry: bool, device: str):
                     pass
             return seen
 
-        yield take, folder / f"{settings['L']}-solopo"
+        yield take, folder
 
 
 def trainer(dry: bool, device: str) -> dict:
     """Compare the forms of a step with two stages in fp32, and that with a loss by hand."""
     from datasets import load_from_disk
+    from transformers import AutoModelForCausalLM
 
     forms = {
         # name: recipe's form, attention of a packed row, 16 bits, checkpointing
@@ -318,13 +331,15 @@ def trainer(dry: bool, device: str) -> dict:
         "two stages": ("P2", "sdpa", True, True),
         "packed sdpa": ("S3", "sdpa", True, True),
         "packed varlen": ("S3", "varlen", True, True),
-        "packed varlen, not checkpointed": ("S3", "varlen", True, False),
+        "packed long apart": ("S3", "long apart", True, True),
+        "packed long apart, not checkpointed": ("S3", "long apart", True, False),
     }
     found, right = {}, True
-    with small_trainings(dry, device) as (take, rows):
-        two = load_from_disk(str(rows))["train"].select(range(2))
+    with small_trainings(dry, device) as (take, folder):
+        rows = load_from_disk(str(next(folder.glob("*-solopo"))))["train"].select(range(2))
+        exact = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="sdpa").to(device)
         with torch.no_grad():
-            found["orpo by hand, fp32"] = {"loss": by_hand(small_qwen2(dry, 512).to(device), two, device)}
+            found["orpo by hand, fp32"] = {"loss": by_hand(exact, rows, device)}
         for tuning, loss in (("full", "orpo"), ("lora", "sigmoid")):
             seen = {name: take(*form, tuning, loss) for name, form in forms.items()}
             truth, yardstick = seen["two stages, fp32"], seen["two stages"]
@@ -352,24 +367,25 @@ def options(dry: bool, device: str) -> dict:
     found, right = {}, True
     with small_trainings(dry, device) as (take, _):
         truth = take("S1", "sdpa", False, True, "full", "orpo")
-        plain = take("S3", "varlen", True, True, "full", "orpo")
+        plain = take("S3", "long apart", True, True, "full", "orpo")
         error, size = far(plain.gradients, truth.gradients), abs(plain.loss - truth.loss)
         found["none of them"] = {"loss": plain.loss, "gradients": error}
         for name, key in keys.items():
-            step = take("S3", "varlen", True, True, "full", "orpo", **key)
+            step = take("S3", "long apart", True, True, "full", "orpo", **key)
             gradients = far(step.gradients, truth.gradients)
             right = right and is_right(abs(step.loss - truth.loss), size) and is_right(gradients, error)
             found[name] = {"loss": step.loss, "gradients": gradients}
     return {"right": right} | found
 
 
-def both_ways(function, x, plan, slope):
-    """Return a function without arguments that runs one attention forward and backward."""
+def both_ways(path, x, plan, slope, dry):
+    """Return a function without arguments that runs one attention forward and backward, by a path's name."""
 
     def run():
         for t in x:
             t.grad = None
-        function(*x, plan.layout(x[0].device), x[0].shape[-1] ** -0.5).backward(slope)
+        with attending(path, dry, 24 if dry else packing.LONG):
+            PATHS[path](*x, plan.layout(x[0].device), x[0].shape[-1] ** -0.5).backward(slope)
 
     return run
 
@@ -388,8 +404,8 @@ def kernels(dry: bool, device: str) -> dict:
     for batch in (1, 4):
         row, _ = row_of([(16, 64, 8, 8) if dry else (128, 1024, 64, 64)] * batch)
         x, slope = at_7b(row, device)
-        for name, function in PATHS.items():
-            run = both_ways(function, x, row["plan"], slope)
+        for name in PATHS:
+            run = both_ways(name, x, row["plan"], slope, dry)
             run()
             with profile(activities=[ProfilerActivity.CPU if dry else ProfilerActivity.CUDA]) as seen:
                 run()
@@ -401,30 +417,39 @@ def kernels(dry: bool, device: str) -> dict:
     return found
 
 
-def speed(dry: bool, device: str) -> dict:
-    """Time attention of a packed row.
+def seconds(function: Callable[[], None], dry: bool) -> float:
+    """Return the wall clock of a call, in seconds, its work on the card included."""
+    if not dry:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if not dry:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
-    Causal pairs only are counted: forward 4 FLOP each and head dimension, backward 2.5 times that.
+
+def speed(dry: bool, device: str) -> dict:
+    """Time attention of a packed row: once at a length that was there before (ms), once at a new one (new_ms).
+
+    Real rows are new lengths, for which cuDNN prepares first. Causal pairs only are counted: forward 4 FLOP each and
+    head dimension, backward 2.5 times that.
     """
-    found, times = {}, 3
+    found = {}
     S, R = (16, 8) if dry else (1024, 256)
-    for L in (64,) if dry else (8192, 16384, 32768, 65536):
-        row, _ = row_of([(S, L, R, R)])
-        x, slope = at_7b(row, device)
+    for L in (64,) if dry else (1024, 2048, 4096, 8192, 16384, 32768, 65536):
         flops = 3.5 * 4 * 28 * 128 * ((S + R) ** 2 / 2 + R * S + R * R / 2 + (L + R) ** 2 / 2)
-        for name, function in PATHS.items():
-            run = both_ways(function, x, row["plan"], slope)
-            for n in (1, times):
-                if not dry:
-                    torch.cuda.synchronize()
-                began = time.perf_counter()
-                for _ in range(n):
-                    run()
-                if not dry:
-                    torch.cuda.synchronize()
-            seconds = (time.perf_counter() - began) / times
-            found[f"{L} {name}"] = {"ms": round(1e3 * seconds, 3), "TFLOP/s": round(flops / seconds / 1e12, 2)}
-        del x, slope
+        times = {name: [] for name in PATHS}
+        for more in (0, 1, 2, 3):
+            row, _ = row_of([(S + more, L + more, R + more, R)])
+            x, slope = at_7b(row, device)
+            for name, path in times.items():
+                run = both_ways(name, x, row["plan"], slope, dry)
+                path.append((seconds(run, dry), min(seconds(run, dry) for _ in range(2))))
+            del x, slope
+        for name, path in times.items():
+            new, known = (statistics.median(kind) for kind in zip(*path[1:], strict=True))
+            rate = {"TFLOP/s": round(flops / known / 1e12, 2)}
+            found[f"{L} {name}"] = {"ms": round(1e3 * known, 3), "new_ms": round(1e3 * new, 3)} | rate
     return found
 
 
@@ -460,8 +485,7 @@ def main(argv: list[str] | None = None) -> bool:
             continue
         began = time.perf_counter()
         try:
-            with attending("varlen", args.dry):
-                seen = {"status": "ok"} | part(args.dry, device)
+            seen = {"status": "ok"} | part(args.dry, device)
         except Exception as error:  # one part must not take the others with it
             import traceback
 

@@ -17,6 +17,8 @@ import record  # noqa: E402
 from check import PARTS  # noqa: E402
 from steps import JOBS, LONGEST, reference_of, settings_of  # noqa: E402
 
+from solopo_plugin.packing import LONG as FROM  # noqa: E402
+
 GB = 1e9
 MEANS = {
     "V0": "the host's `stage: dpo` on the long pair",
@@ -45,7 +47,8 @@ def heading(document: dict) -> list[str]:
         f"{model['model_type']}, {model['num_hidden_layers']} layers, width {model['hidden_size']}, vocabulary "
         f"{model['vocab_size']}, random weights; short prompt {settings['short']}, responses {settings['response']} "
         f"tokens, L the long prompt; {settings['dtype']}, gradient checkpointing, {settings['optim']} (no states), "
-        "SDPA where it is not the packed row's own attention, one row a step.", "",
+        "SDPA where it is not the packed row's own attention, one row a step."
+        + (f" **At most {settings['memory']:g} GB of the card could be used.**" if settings["memory"] else ""), "",
     ]  # fmt: skip
     for name in ("versions", "versions of TRL's environment"):
         if name in document:
@@ -72,8 +75,8 @@ def correctness(check: dict) -> list[str]:
         seen = ", ".join(f"{name} {error}" for name, error in part.get("worst", {}).items())
         lines.append(f"| attention alone, worst of output and gradients | {verdict(part)} | {seen} |")
     if part := check.get("model"):
-        seen = ", ".join(f"{name} {part[name]['gradients']:.4f}" for name in
-                         ("alone", "packed sdpa", "packed varlen", "autocast") if name in part)  # fmt: skip
+        forms = {name: x["gradients"] for name, x in part.items() if isinstance(x, dict)}
+        seen = ", ".join(f"{name} {distance:.4f}" for name, distance in forms.items())
         lines.append(f"| gradients of log-probs (yardstick: alone) | {verdict(part)} | {seen} |")
     for label in ("trainer", "options"):
         part = check.get(label, {})
@@ -149,10 +152,13 @@ def attention(check: dict) -> list[str]:
         return []
     lines = [
         "## Attention of a packed row, forward and backward", "",
-        "One layer's: 28 heads over 4 of keys, size 128. Visible pairs alone are counted.", "",
-        "| L, kernel | ms | TFLOP/s |", "|---|---|---|",
+        "One layer's: 28 heads over 4 of keys, size 128. Visible pairs alone are counted.",
+        f"`long apart`: segments from {FROM:,} tokens by SDPA, the others in one varlen call. New: the first call at a "
+        "length, for which cuDNN prepares.", "",
+        "| L, kernel | ms | at a new length, ms | TFLOP/s |", "|---|---|---|---|",
     ]  # fmt: skip
-    return [*lines, *(f"| {name} | {value['ms']} | {value['TFLOP/s']} |" for name, value in seen.items()), ""]
+    columns = ("ms", "new_ms", "TFLOP/s")
+    return [*lines, *(f"| {' | '.join(map(str, [name, *(v[c] for c in columns)]))} |" for name, v in seen.items()), ""]
 
 
 def missing(document: dict) -> list[str]:

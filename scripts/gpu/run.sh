@@ -12,6 +12,7 @@
 #   TOTAL       seconds (540). What does not fit is left out, the most telling comes first, and the page says so.
 #   WHEELS      folder of wheels; unset: the python3 on PATH has what is needed
 #   TRL_PYTHON  a python that has trl >= 1.15; unset: made of WHEELS/trl, and without that TRL is not measured
+#   MEMORY      GB of the card that a step may use: 85 lets a larger card stand for one of "80 GB"
 #   PARTS       which of: cli check steps trl longest more options page. Default: all, in this order
 cd "$(dirname "$0")/../.." || exit 1
 began=$(date +%s)
@@ -37,6 +38,7 @@ export CUDA_VISIBLE_DEVICES=${card%%,*}
 echo "ready, $((until - $(date +%s))) s left"
 
 failed=
+memory=${MEMORY:+--memory $MEMORY} # two words, or none
 part() { # NAME SECONDS SCRIPT...: at most so many seconds and never beyond the end; shows lines that begin with >
     local name=$1 now most=$2 python=$3 code
     shift 3
@@ -56,14 +58,14 @@ part() { # NAME SECONDS SCRIPT...: at most so many seconds and never beyond the 
 
 part cli 90 python3 scripts/gpu/check.py --cli
 part check 120 python3 scripts/gpu/check.py
-part steps 240 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs first
+part steps 240 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs first $memory
 if [ -n "$TRL_PYTHON" ]; then
-    part trl 160 "$TRL_PYTHON" scripts/gpu/steps.py --folder "$work/steps" --jobs trl
+    part trl 160 "$TRL_PYTHON" scripts/gpu/steps.py --folder "$work/steps" --jobs trl $memory
 else
     echo "trl: not measured, there is neither TRL_PYTHON nor WHEELS/trl"
 fi
-part longest 180 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs longest
-part more 300 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs more
+part longest 180 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs longest $memory
+part more 300 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs more $memory
 part options 90 python3 scripts/gpu/check.py --parts options
 until=$((began + TOTAL))
 part page 30 python3 scripts/gpu/page.py

@@ -42,7 +42,7 @@ JOBS = {
         ("S3", "lora", SMALL, 3, "orpo"), ("V0", "lora", SMALL, 2, "orpo"), ("S1", "lora", SMALL, 2, "orpo"),
         ("S3", "lora", MIDDLE, 2, "orpo"), ("V0", "lora", MIDDLE, 1, "orpo"), ("S1", "lora", MIDDLE, 1, "orpo"),
         ("S3", "lora", LARGE, 2, "orpo"), ("S3", "lora", SMALL, 3, "sigmoid"), ("V0", "lora", SMALL, 2, "sigmoid"),
-        ("S3", "lora", MIDDLE, 2, "sigmoid"), ("V0", "lora", LARGE, 1, "orpo"), ("S1", "lora", LARGE, 1, "orpo"),
+        ("S3", "lora", MIDDLE, 2, "sigmoid"), ("V0", "lora", LARGE, 1, "orpo"), ("V0", "lora", MIDDLE, 1, "sigmoid"),
     ],
     "trl": [
         ("T", "lora", SMALL, 2, "sigmoid"), ("T", "lora", MIDDLE, 1, "sigmoid"), ("T", "lora", LARGE, 1, "sigmoid"),
@@ -50,7 +50,7 @@ JOBS = {
     "more": [
         ("S3", "full", SMALL, 2, "orpo"), ("V0", "full", SMALL, 1, "orpo"), ("S1", "full", SMALL, 1, "orpo"),
         ("S3", "lora", LARGE, 1, "sigmoid"), ("P2", "lora", SMALL, 2, "orpo"), ("P2", "lora", MIDDLE, 1, "orpo"),
-        ("S3", "full", MIDDLE, 1, "orpo"), ("V0", "lora", MIDDLE, 1, "sigmoid"), ("S3", "full", LARGE, 1, "orpo"),
+        ("S3", "full", MIDDLE, 1, "orpo"), ("S3", "full", LARGE, 1, "orpo"), ("S1", "lora", LARGE, 1, "orpo"),
         ("P2", "lora", LARGE, 1, "orpo"),
     ],
 }  # fmt: skip
@@ -113,6 +113,7 @@ class Session:
         self.args, self.folder = args, args.folder
         os.environ |= {"SOLOPO_CACHE": str(args.folder / "cache"), "HF_HUB_OFFLINE": "1"}
         self.settings, self.lengths = settings_of(args.dry)
+        self.settings["memory"] = None if args.dry else args.memory
         self.cuda = self.settings["device"] == "cuda"
         packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
         packages += () if args.jobs == "trl" else ("solopo", "llamafactory")
@@ -197,7 +198,9 @@ class Session:
         if self.cuda:
             import torch
 
-            there = y + (torch.cuda.get_device_properties(0).total_memory - SPARE - b) * (y - x) / (b - a)
+            whole = torch.cuda.get_device_properties(0).total_memory
+            whole = min(whole, (self.settings["memory"] or whole) * bs.GB)
+            there = y + (whole - SPARE - b) * (y - x) / (b - a)
         self.document.setdefault("longest by peaks", {})[variant] = round(there)
         for share in LONGEST[variant]:
             grain = 1 if self.args.dry else 1024
@@ -214,6 +217,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="for model and rows")
     parser.add_argument("--jobs", choices=[*JOBS, "longest"], required=True)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--memory", type=float, help="GB of the card that may be used: a large card stands for a small")
     parser.add_argument("--resumed", action="store_true", help="what failed is not tried again")
     return parser.parse_args(argv)
 

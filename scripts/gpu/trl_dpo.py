@@ -34,6 +34,7 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
     lengths = {"prompt_ids": run["length"], "chosen_ids": settings["response"], "rejected_ids": settings["response"]}
     rows = Dataset.from_list([{name: draw.choices(vocabulary, k=n) for name, n in lengths.items()}])
     dtype = getattr(torch, settings["dtype"])
+    bs.cap_card(cuda, settings["memory"])
     watch = bs.meter(cuda, settings["memory"])
 
     def train():
