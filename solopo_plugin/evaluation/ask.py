@@ -211,7 +211,7 @@ def cut_middle(text: str, limit: int, tokenizer, encode: Callable[[str], list[in
 
 
 def _tell_cuts(path: Path, model: Model, recipe: EvalRecipe) -> None:
-    asked, cut = Counter(), Counter()
+    asked, cut = Counter[str](), Counter[str]()
     for row in read_jsonl(path):
         if row.get("benchmark") in recipe.benchmarks:
             asked[row["benchmark"]] += 1

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +203,11 @@ def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:
     path, tail = folder / LOG, b""
     with as_data_error(path, "write"), open(path, "ab") as file:  # a run that goes on adds to it
         process = subprocess.Popen(command, env=_environment(server, key), stdout=file, stderr=subprocess.PIPE)
+        assert isinstance(process.stderr, BufferedReader)  # a pipe of bytes is one
+        read = partial(process.stderr.read1, 1 << 16)
         try:
             secret = key.encode() if len(key) > 3 else b""  # a shorter one keeps nobody out, and would tear words apart
-            for part in _without(secret, iter(lambda: process.stderr.read1(1 << 16), b"")):
+            for part in _without(secret, iter(read, b"")):
                 file.write(part)
                 tail = (tail + part)[-(1 << 16) :]
                 sys.stderr.write(part.decode("utf-8", "replace"))

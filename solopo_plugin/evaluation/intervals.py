@@ -109,9 +109,9 @@ def sign_flip_p_value(weighted_S: np.ndarray, samples: int, generator: np.random
         return float(np.mean(np.abs((2 * signs - 1) @ sizes) >= limit))
     extreme = 0
     for size in _blocks(samples, len(sizes)):
-        signs = 2.0 * generator.integers(0, 2, (size, len(sizes)), np.int8) - 1
-        extreme += np.count_nonzero(np.abs(signs @ sizes) >= limit)
-    return (1 + int(extreme)) / (1 + samples)
+        drawn = 2.0 * generator.integers(0, 2, (size, len(sizes)), np.int8) - 1
+        extreme += int(np.count_nonzero(np.abs(drawn @ sizes) >= limit))
+    return (1 + extreme) / (1 + samples)
 
 
 def compare_paired(

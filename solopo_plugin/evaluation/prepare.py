@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -36,11 +37,13 @@ def prepare_items(recipe: EvalRecipe, model: Model, resume: bool = True) -> dict
     if set(kept) == set(wanted) == set(before):
         log.info("questions: made before, kept.")
         return {name: entry["questions"] for name, entry in before.items()}
-    tokens = ()
+    tokens: tuple = ()
     if set(kept) != set(wanted):
         check_backend(recipe.backend, recipe.server_urls)
         tokens = load_chat(model.tokenizer, pick(recipe, Chat))
-    entries, seen, starts = {}, set(), _starts(path, before) if kept else {}
+    entries: dict[str, dict[str, Any]] = {}
+    seen: set[Key] = set()
+    starts = _starts(path, before) if kept else {}
     with replacing(path) as out:
         for name in wanted:
             if name in kept:

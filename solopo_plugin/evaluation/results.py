@@ -67,6 +67,7 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
         raise DataError(f"`select_by` must be one of {', '.join(MAIN_METRIC)}; got {select_by!r}.")
     scores, counted = _load_all(folder / "scores", models, runs, asked)
     draws = settings["bootstrap_samples"], settings["seed"]
+    selection = select(select_by, counted, scores, *draws) if select_by is not None else None
     results = {
         "format": FORMAT,
         "title": folder.resolve().name,
@@ -77,12 +78,12 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
         "runs": runs,
         "summary": [row for name in scores for row in summarise(name, scores[name], *draws)],
         "comparisons": [row for a, b in pairs for row in compare_models(a, b, scores[a], scores[b], *draws)],
-        "selection": select(select_by, counted, scores, *draws) if select_by is not None else None,
+        "selection": selection,
         "harness": [*harness, *(row for run, members in runs.items() for row in harness_of(run, members, harness))],
     }
     write_json(folder / "results.json", results)
-    if select_by is not None:
-        _write_selection(folder, results["selection"], settings)
+    if selection is not None:
+        _write_selection(folder, selection, settings)
     return results
 
 
@@ -164,7 +165,8 @@ def load_scores(path: Path, asked: int) -> tuple[pd.DataFrame, dict]:
     Returns:
         Scores, task by task as the tasks first come, and counts by name.
     """
-    lines, counts = defaultdict(list), Counter(asked=asked, missing=asked)
+    lines: defaultdict[tuple[str, str], list[dict]] = defaultdict(list)
+    counts = Counter(asked=asked, missing=asked)
     for row in read_jsonl(path) if asked else ():
         counts.update(
             missing=-1, cut=bool(row["cut_tokens"]), no_marker=not row["marker"], empty=row["empty"],

@@ -85,7 +85,8 @@ def write_stored(folder: Path, models: list[Model]) -> None:
         with Store(folder / STORE) as store:
             for model in models:
                 if last := store.last_used(model.name):
-                    write_answers(store, answers_file(folder, model), *last, hashes)
+                    set_id, chosen = last
+                    write_answers(store, answers_file(folder, model), set_id, chosen, hashes)
 
 
 def harness_rows(recipe: EvalRecipe, model: Model, rescore: bool) -> list[dict]:

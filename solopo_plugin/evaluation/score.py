@@ -91,7 +91,7 @@ def write_scores(output_dir: Path | str, model_names: list[str]) -> dict[str, di
     Raises:
         DataError: A file is missing or damaged, or an answer was given to another prompt; no file of scores is written.
     """
-    folder, asked, scored = Path(output_dir), 0, Counter()
+    folder, asked, scored = Path(output_dir), 0, Counter[str]()
     files = {name: folder / "answers" / f"{name}.jsonl" for name in model_names}
     answers = {name: read_answers(path) for name, path in files.items()}
     with ExitStack() as stack:

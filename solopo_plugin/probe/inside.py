@@ -12,6 +12,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,8 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
     device, n_prompt, n = base_of(model).device, len(prompt_ids), len(response_ids)
     region_T = torch.tensor([REGIONS.index(name) for name in (*regions, *["response"] * n)], device=device)
     member_TG = nn.functional.one_hot(region_T, len(REGIONS)).float()
-    attention_T, shares, cache = torch.zeros(n_prompt + n, device=device), {}, DynamicCache()  # keeps all positions
+    attention_T, cache = torch.zeros(n_prompt + n, device=device), DynamicCache()  # which keeps all positions
+    shares: dict[int, list[Tensor]] = {}
 
     def take(layer: int, weights_RT: Tensor) -> None:
         attention_T[: weights_RT.shape[1]] += weights_RT.sum(0)
@@ -285,22 +287,25 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
+def _number(name: str, region: str, side: dict) -> float | None:
+    return side[name][region]
+
+
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
-MEASURES = {
-    **{f"share of attention: {region}": lambda side, region=region: side["share"][region] for region in REGIONS},
-    **{f"attention per token / uniform: {region}": lambda side, region=region: side["per_token"][region]
-       for region in REGIONS[:3]},
+MEASURES: dict[str, Callable[[dict], float | None]] = {
+    **{f"share of attention: {region}": partial(_number, "share", region) for region in REGIONS},
+    **{f"attention per token / uniform: {region}": partial(_number, "per_token", region) for region in REGIONS[:3]},
     "evidence's share of what falls on documents": lambda side: _ratio(
         side["share"]["evidence"], side["share"]["evidence"] + side["share"]["distractors"]
     ),
     "attention per token, evidence / distractors": lambda side: _ratio(
         side["per_token"]["evidence"], side["per_token"]["distractors"]
     ),
-    "log-prob per response token": lambda side: np.mean(side["logps"]),
-}  # fmt: skip
+    "log-prob per response token": lambda side: float(np.mean(side["logps"])),
+}
 
 
 def summarise(looks: dict[str, list[dict]], seed: int = 0) -> list[dict]:

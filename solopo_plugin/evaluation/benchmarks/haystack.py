@@ -56,12 +56,15 @@ class Haystack:
         Raises:
             DataError: There is none.
         """
-        built, dropped = 0, Counter()
+        built, dropped = 0, Counter[str]()
         for question in self.questions[: TRIES * wanted]:
             if built == wanted:
                 break
             prepared = self.builder.prepare(question)
-            contexts = prepared if isinstance(prepared, str) else self._contexts(prepared)
+            if isinstance(prepared, str):
+                dropped[prepared] += 1
+                continue
+            contexts = self._contexts(prepared)
             if isinstance(contexts, str):
                 dropped[contexts] += 1
                 continue

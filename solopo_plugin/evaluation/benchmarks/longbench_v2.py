@@ -15,6 +15,7 @@ model its own thoughts without the text and asks for the letter, and without tha
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from ...qa.files import DataError
 from ...qa.questions import row_id, shown
@@ -80,7 +81,7 @@ def _item(official: bool, row: dict) -> Iterator[Item]:
     question, letter = text_at(row, "question"), row.get("answer")
     if letter not in tuple(LETTERS):
         raise DataError(f"`answer` must be one of the letters A to D, got {shown(letter)}.")
-    groups = {key: row.get(key) for key in CLASSES}
+    groups: dict[str, Any] = {key: row.get(key) for key in CLASSES}
     for key, value in groups.items():
         if value not in CLASSES[key]:
             raise DataError(f"`{key}` must be one of {', '.join(CLASSES[key])}; got {shown(value)}.")

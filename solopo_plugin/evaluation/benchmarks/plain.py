@@ -16,6 +16,7 @@ question belongs to; `questions`, where it is missing.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 from ...qa.files import DataError, shown
 from ...qa.questions import id_at, list_at, make_paragraph, texts
@@ -33,6 +34,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     Raises:
         DataError: A row that is of none of the forms.
     """
+    assert recipe.plain_data is not None  # the recipe sees to it
     rows, what = partial(rows_of, recipe.plain_data, "plain_data"), f"`plain_data: {recipe.plain_data}`"
     yield from items_of(rows, partial(_item, recipe.prompt), what, recipe, tokenizer, template)
 
@@ -47,7 +49,7 @@ def _item(prompt: str | None, row: dict) -> Iterator[Item]:
         answers, prompt, asked = [_letter(texts(row, "choices"), answers)], PROMPT, with_choices(question, choices)
     made, places = _prompt(forms[0], prompt, asked, row)
     task = text_at(row, "task") if row.get("task") is not None else "questions"
-    kind = "qa" if choices is None else "choice"
+    kind: Literal["qa", "choice"] = "qa" if choices is None else "choice"
     yield Item("plain", task, id_at(row), made, question, answers, kind, evidence=places)
 
 

@@ -26,6 +26,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
         DataError: A row that is not of its format, or a task of which nothing can be built.
     """
     wanted = wanted_questions(recipe.ruler_questions, recipe.max_samples)
+    assert recipe.ruler_data is not None  # the recipe sees to it
     for task, name in recipe.ruler_data.items():
         hay = Haystack(name, task, "ruler_data", recipe.ruler_lengths, recipe, tokenizer, template)
         for prepared, contexts in hay.fitting(wanted):

@@ -21,6 +21,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     Raises:
         DataError: There is no such file, or a row lacks what an export has.
     """
+    assert recipe.validation_data is not None  # the recipe sees to it
     path = Path(recipe.validation_data)
     if not path.is_file():
         raise DataError(

@@ -84,6 +84,7 @@ def _read(path: Path) -> dict:
 def _sections(results: dict, scores: dict[str, list[dict]]) -> list[tuple[str, str, list[Table], list[str]]]:
     """Anchor, heading, tables and notes of each part of the report."""
     asked = Summary(results).benchmarks
+    made: list[tuple[str, str, list[Table], list[str]]]
     made = [("models", "Models", [models_table(results), *([prompts_table(results)] if asked else [])], [])]
     for benchmark in asked:
         tables = benchmark_tables(results, benchmark)

@@ -26,7 +26,7 @@ def choose(scores: dict[str, list[dict]], seed: int, n: int = QUESTIONS) -> set[
     for key in {key_of(row) for rows in scores.values() for row in rows}:
         rank = hashlib.sha256(repr((seed, key)).encode("utf-8", "replace")).hexdigest()
         strata.setdefault(key[:2], {})[key] = rank
-    ordered = [sorted(ranks, key=ranks.get) for _, ranks in sorted(strata.items())]
+    ordered = [sorted(ranks, key=ranks.__getitem__) for _, ranks in sorted(strata.items())]
     turns = [(i, j) for j, keys in enumerate(ordered) for i in range(len(keys))]
     return {ordered[j][i] for i, j in sorted(turns)[:n]}
 

@@ -57,7 +57,7 @@ def _of_few(found: Summary) -> Figures:
             "",
         )
     for benchmark in found.benchmarks:
-        metric = MAIN_METRIC.get(benchmark)
+        metric = MAIN_METRIC[benchmark]
         if any(len(found.values(benchmark, "length", task=task)) > 1 for task in found.tasks(benchmark)):
             made[f"length_{benchmark}"] = (
                 by_length(found, benchmark, metric),
@@ -121,7 +121,7 @@ def overview(found: Summary) -> Figure:
     figure, panels = _panels(len(found.benchmarks), 4.2, height, 2, sharey=True)
     styles = _lines(found.models)
     for axes, benchmark in zip(panels, found.benchmarks, strict=True):
-        metric = MAIN_METRIC.get(benchmark)
+        metric = MAIN_METRIC[benchmark]
         rows = only(found.rows, benchmark=benchmark, task=found.tasks(benchmark)[-1], metric=metric)
         for y, model in enumerate(found.models):
             own = rows[rows["model"] == model]
@@ -150,7 +150,7 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, map(label_length, ticks))
         axes.set(title=label_task(task), xlabel="length of the prompt, tokens", ylim=(0, 103))
-        if axes.get_subplotspec().is_first_col():
+        if (place := axes.get_subplotspec()) and place.is_first_col():
             axes.set_ylabel(f"{METRICS.get(metric, metric)} (0 to 100)")
         axes.grid(alpha=0.4)
     panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

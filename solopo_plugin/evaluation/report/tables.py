@@ -220,7 +220,8 @@ def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
 def _comparisons(found: Summary, benchmark: str) -> list[Table]:
     """All tasks and lengths together, with wins and losses, then each of them, in a table per metric."""
     metrics = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
-    rows, blocks = only(found.comparisons, benchmark=benchmark, task=found.tasks(benchmark)[-1]), {}
+    rows = only(found.comparisons, benchmark=benchmark, task=found.tasks(benchmark)[-1])
+    blocks: dict[str, list[tuple[str, list[Cell]]]] = {}
     for row in rows[rows["metric"].isin(metrics)].to_dict("records"):
         name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
         cells = [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}", f"{row['p_value']:.2g}"]
@@ -348,8 +349,8 @@ def as_markdown(table: Table) -> str:
         lines += [_line([f"**{plain(title)}**"] + [""] * len(columns), False)] * bool(title)
         for name, cells in rows:
             lines.append(_line([name, *(f"{text} ({small})" if small else text for text, small in cells)]))
-    title = [f"### {plain(table.heading)}"] * bool(table.title)
-    return "\n\n".join([*title, "\n".join(lines), *map(plain, table.notes)])
+    heading = [f"### {plain(table.heading)}"] * bool(table.title)
+    return "\n\n".join([*heading, "\n".join(lines), *map(plain, table.notes)])
 
 
 def plain(text: str) -> str:
