@@ -58,6 +58,11 @@ def _read(counts: dict) -> list[str]:
     return [f"{counts['questions']} questions{corpus} from {counts['lines']} lines{_less(others)}"]
 
 
+def _documents(counts: dict) -> list[str]:
+    others = counts["skipped"] | {"repeated passages": counts["duplicates"]}
+    return [f"{counts['passages']} passages of {counts['documents']} documents{_less(others)}"]
+
+
 def _ask(counts: dict) -> list[str]:
     about = f"{counts['single']} passages and {counts['pairs']} pairs"
     less = {name: counts[name] for name in ("special_tokens",)}
@@ -88,6 +93,7 @@ def _judged(counts: dict) -> list[str]:
 
 
 PHRASES = {  # stage -> its counts in the manifest, in words
+    "documents": _documents,
     "ask": _ask,
     "filter": _filter,
     "read": _read,

@@ -195,7 +195,7 @@ def test_requirements_are_the_tested_set(metadata):
         assert str(needed[name]) == f"=={series}.*" and f'"{name}=={series}.*"' in INSTALL
     for name, specifier in needed.items():
         assert specifier.contains(pins[name]), f"{name}: constraints.txt pins {pins[name]}, setup.py wants {specifier}"
-    extras = {"data", "deepspeed", "eval", "flash-attn", "qlora", "quality", "vllm", "test", "test-web"}
+    extras = {"data", "deepspeed", "documents", "eval", "flash-attn", "qlora", "quality", "vllm", "test", "test-web"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["Requires-Python"] == ">=3.11" and metadata["Version"] == __version__
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..qa.files import dump
 from ..qa.provenance import file_hash
+from .converters import KINDS
 
-DOCUMENTS = {".md", ".markdown", ".txt", ".rst", ".html", ".htm", ".pdf", ".docx"}
 ROWS = {".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zip"}  # of a data set in a folder
 
 
@@ -38,13 +38,19 @@ def is_folder_of_documents(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     files, _ = list_files(folder)
-    documents = any(path.suffix.lower() in DOCUMENTS and path.stem.lower() != "readme" for path in files)
+    documents = any(path.suffix.lower() in KINDS and path.stem.lower() != "readme" for path in files)
     return documents and not any(path.suffix.lower() in ROWS for path in files)
+
+
+def source_name(path: Path, folder: Path) -> str:
+    """Return a file's path within a folder; what cannot be printed, or is no UTF-8, is written as Python escapes it."""
+    name = path.relative_to(folder).as_posix() if path != folder else path.name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def folder_digest(folder: Path) -> str:
     """Return a SHA-256 over names and contents of all files of a folder."""
     digest = hashlib.sha256()
     for path in list_files(folder)[0]:
-        digest.update(dump([str(path.relative_to(folder)), file_hash(path)]))
+        digest.update(dump([source_name(path, folder), file_hash(path)]))
     return digest.hexdigest()

@@ -89,7 +89,9 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
 
 def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
     """Remove what a killed run left half written, and forget what the stages `forget` had finished."""
-    left = [path for path in work.glob("*.tmp") if not path.is_symlink()]
+    left = [path for path in work.glob("**/*.tmp") if not path.is_symlink()]
+    if "documents" in forget:
+        left += work.glob(f"{documents.CONVERTED}/*.json")
     if "sample" in forget:
         left += work.glob("samples.*.json*")
     for name in forget:

@@ -31,7 +31,7 @@ class DataRecipe:
     # model
     model_name_or_path: kinds.Needed = key(
         ...,
-        "ask filter contexts sample select",
+        "documents ask filter contexts sample select",
         "The instruct model that is to be trained; it samples its own pairs. Required.",
     )
     template: kinds.Needed = shared("template", "ask filter contexts sample select")
@@ -48,6 +48,10 @@ class DataRecipe:
     )
     input_format: Literal["auto", "documents", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
         "auto", "documents read", "What `input` holds; `auto` tells a folder of documents, and rows by their keys."
+    )
+
+    passage_tokens: kinds.Count = key(
+        200, "documents", "Tokens of a passage at most. Ours: several then fit into a short context."
     )
 
     # read
@@ -191,11 +195,9 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
     if stage == "read":
         names = [*split_names(recipe.input), *([recipe.corpus] if recipe.corpus else [])]
         return {name: file_hash(name) for name in names if os.path.isfile(name)}
-    if stage == "documents":
-        return {recipe.input: folder_digest(Path(recipe.input))}
     if stage == "judge":
         return {"the rule of `gives_answer`": str(RULE)}
-    files = {}
+    files = {recipe.input: folder_digest(Path(recipe.input))} if stage == "documents" else {}
     if stage in ("ask", "filter") and recipe.ask_prompts:
         files = {
             str(path): file_hash(path) for name in PROMPTS[stage] if (path := Path(recipe.ask_prompts, name)).exists()

@@ -1,0 +1,115 @@
+"""Every kind of file becomes a title, headings and paragraphs; what is broken says so."""
+
+import random
+
+import pytest
+from made_files import page, write_docx, write_pdf
+
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.synthesis.converters import KINDS, Block, NoText, markdown_blocks, read_document, rst_blocks, unwrap
+
+BOOK = [
+    Block(1, "The harbour"), Block(0, "Ships come in."), Block(2, "Moorings"), Block(0, "A berth costs six florins."),
+]  # fmt: skip
+HTML = """<html><head><title>The harbour</title><style>p {color: red}</style><script>var a = "a script";</script></head>
+<body><h1>The <em>harbour</em></h1><p>Ships come in.</p><script>document.write("written by a script")</script>
+<noscript>switch it on</noscript><!-- a comment --><h2>Moorings</h2>
+<p onclick="steal()">A berth costs <a href="javascript:x()">six</a> florins.</p></body></html>"""
+TEXTS = {
+    "a.md": "---\ntitle: x\n---\n# The harbour\n\nShips come in.\n\n## Moorings ##\n\nA berth costs six florins.\n",
+    "b.markdown": "The *harbour*\n===========\nShips come in.\n\n[Moorings](x.md)\n---\n\nA berth costs six florins.\n",
+    "c.rst": "===========\nThe harbour\n===========\n\n.. note to self\n\nShips come in.\n\nMoorings\n--------\n"
+    "A berth costs six florins.\n\n----\n",
+    "d.html": HTML,
+    "e.htm": HTML.replace("<html>", '<html><meta charset="utf-16">'),
+}
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "f.docx"])
+def test_kinds_with_headings(name, tmp_path):
+    path = tmp_path / name
+    if name == "f.docx":
+        write_docx(path, BOOK)
+    else:
+        path.write_text(TEXTS[name], encoding="utf-16" if name == "e.htm" else "utf-8")
+    document = read_document(path, f"deep/{name}")
+    assert (document.source, document.title, document.blocks) == (f"deep/{name}", "The harbour", BOOK)
+
+
+def test_every_kind_is_tested():
+    assert {f".{name.rpartition('.')[2]}" for name in [*TEXTS, "f.docx", "g.pdf", "h.txt"]} == set(KINDS)
+
+
+def test_plain_text_has_a_title_where_its_first_line_is_one(tmp_path):
+    path = tmp_path / "old_town.txt"
+    path.write_bytes("\ufeffThe town\r\n\r\nIt has walls.\r\n  A gate.\r\n\r\n\r\nIt is old.".encode())
+    town = read_document(path, "old_town.txt")
+    assert town.title == "The town" and town.blocks[1:] == [
+        Block(0, "It has walls.\n  A gate."),
+        Block(0, "It is old."),
+    ]
+    path.write_text("It has walls.\n\nIt is old.")
+    assert read_document(path, "old_town.txt").title == "old town"
+    path.write_text("A lonely line")
+    assert [block.level for block in read_document(path, "x").blocks] == [0]
+
+
+def test_a_fence_hides_headings():
+    code, open_end = "```sh\n# no heading\n\n## nor this\n```", "~~~\n```\n# open to the end"
+    blocks = [Block(1, "A"), Block(0, code), Block(1, "B"), Block(0, open_end)]
+    assert list(markdown_blocks(f"# A\n{code}\n# B\n{open_end}")) == blocks
+
+
+def test_levels_of_rst_come_in_the_order_of_their_underlines():
+    text = "A\n==\nx\n\nB\n~~\n\ny\n\nC\n--\nz\n\nD\n~~\n\nv"
+    assert [b for b in rst_blocks(text) if b.level] == [Block(1, "A"), Block(2, "B"), Block(3, "C"), Block(2, "D")]
+
+
+def test_lines_that_were_broken_for_their_length_are_joined():
+    line = "The clerk keeps the register of houses and signs"
+    assert unwrap(f"{line}\nevery deed.\nShort\nlines stay.") == f"{line} every deed.\nShort\nlines stay."
+    for kept in (f"{line}\n- an item of a list", f"{line}\n    code", f"| {line} |\n| a row |", f"{line}\n2. second"):
+        assert unwrap(kept) == kept
+
+
+def test_two_columns_are_read_one_after_the_other(tmp_path):
+    """Even where the file draws them line by line, across."""
+    rng = random.Random(0)
+    texts = [" ".join([side, *(f"{side}{rng.randrange(999)}" for _ in range(150))]) for side in ("left", "right")]
+    columns = [page(text, x, 38) for text, x in zip(texts, (50, 330), strict=True)]
+    lines = [line for pair in zip(*columns, strict=False) for line in pair]
+    lines += max(columns, key=len)[min(map(len, columns)) :]
+    write_pdf(tmp_path / "two.pdf", [lines])
+    words = " ".join(block.text for block in read_document(tmp_path / "two.pdf", "two.pdf").blocks).split()
+    assert words == " ".join(texts).split()
+
+
+def test_a_pdf_has_its_words_whole_and_no_page_numbers(tmp_path):
+    lines = [(50, 740, "The harbour master signs for the moor-"), (50, 726, "ing of ships."), (300, 40, "17")]
+    write_pdf(tmp_path / "a b.pdf", [lines])
+    document = read_document(tmp_path / "a b.pdf", "a b.pdf")
+    assert document.title == "a b" and document.blocks == [
+        Block(0, "The harbour master signs for the mooring of ships.")
+    ]
+
+
+def test_what_holds_no_text_says_so(tmp_path):
+    write_pdf(tmp_path / "scan.pdf", [[], []])
+    with pytest.raises(NoText, match="it holds no text; a scan must go through OCR first"):
+        read_document(tmp_path / "scan.pdf", "scan.pdf")
+    for name, content in {"a.md": "# only a heading\n", "b.txt": " \n", "c.html": "<script>alert(1)</script>"}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(NoText, match="it holds no text$"):
+            read_document(tmp_path / name, name)
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "b.docx", "c.md", "d.txt"])
+def test_what_is_broken_raises(name, tmp_path):
+    (tmp_path / name).write_bytes(b"caf\xe9 \x00\x01")
+    with pytest.raises(Exception) as caught:
+        read_document(tmp_path / name, name)
+    if name in ("c.md", "d.txt"):
+        assert isinstance(caught.value, DataError) and "no text in UTF-8 (byte 3); save it as UTF-8" in str(
+            caught.value
+        )
+    assert not isinstance(caught.value, NoText)
