@@ -182,7 +182,7 @@ def test_the_command_runs_its_parts_in_order(stub, tmp_path):
     scripts = [call.split()[0].rpartition("/")[2] for call in calls]
     assert scripts == ["check.py", "check.py", "steps.py", "steps.py", "steps.py", "steps.py", "check.py", "page.py"]
     jobs = [call.split("--jobs ")[1].split()[0] for call in calls if "--jobs" in call]
-    assert jobs == ["first", "trl", "longest", "more"]
+    assert jobs == ["first", "longest", "trl", "more"]
     assert all("--dry" in call and f"--out {tmp_path}/out" in call for call in calls)
     assert done.stdout.count("\nsaid\n") == 8
 

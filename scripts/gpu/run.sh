@@ -13,7 +13,7 @@
 #   WHEELS      folder of wheels; unset: the python3 on PATH has what is needed
 #   TRL_PYTHON  a python that has trl >= 1.15; unset: made of WHEELS/trl, and without that TRL is not measured
 #   MEMORY      GB of the card that a step may use: 85 lets a larger card stand for one of "80 GB"
-#   PARTS       which of: cli check steps trl longest more options page. Default: all, in this order
+#   PARTS       which of: cli check steps longest trl more options page. Default: all, in this order
 cd "$(dirname "$0")/../.." || exit 1
 began=$(date +%s)
 OUT=${OUT:-saves/gpu} TOTAL=${TOTAL:-540} DRY=${DRY:-} WHEELS=${WHEELS:-} TRL_PYTHON=${TRL_PYTHON:-}
@@ -44,7 +44,7 @@ part() { # NAME SECONDS SCRIPT...: at most so many seconds and never beyond the 
     shift 3
     now=$(date +%s)
     [ "$most" -lt $((until - now)) ] || most=$((until - now))
-    case " ${PARTS:-cli check steps trl longest more options page} " in *" $name "*) ;; *) return ;; esac
+    case " ${PARTS:-cli check steps longest trl more options page} " in *" $name "*) ;; *) return ;; esac
     if [ "$most" -ge 10 ]; then
         timeout -k 5 "$most" "$python" "$@" --out "$OUT" --until $((now + most - 5)) ${DRY:+--dry} 2>&1 |
             tee -a "$OUT/log.txt" | grep --line-buffered '^> ' | cut -c3-400
@@ -59,12 +59,12 @@ part() { # NAME SECONDS SCRIPT...: at most so many seconds and never beyond the 
 part cli 90 python3 scripts/gpu/check.py --cli
 part check 120 python3 scripts/gpu/check.py
 part steps 240 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs first $memory
+part longest 180 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs longest $memory
 if [ -n "$TRL_PYTHON" ]; then
     part trl 160 "$TRL_PYTHON" scripts/gpu/steps.py --folder "$work/steps" --jobs trl $memory
 else
     echo "trl: not measured, there is neither TRL_PYTHON nor WHEELS/trl"
 fi
-part longest 180 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs longest $memory
 part more 300 python3 scripts/gpu/steps.py --folder "$work/steps" --jobs more $memory
 part options 90 python3 scripts/gpu/check.py --parts options
 until=$((began + TOTAL))

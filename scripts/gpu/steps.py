@@ -141,7 +141,8 @@ class Session:
         rest = (self.settings["checkpointing"], run["tuning"] == "lora")
         times = 1.9 if run["variant"] == "T" else 1  # V* shares a prompt that TRL runs twice
         flops = times * sum(step_flops(self.shape, like, S, R, run["length"], run["reference"], *rest).values())
-        return 8 + (run["steps"] + bs.WARM_UP + 0.5 * (run["variant"] == "T")) * flops / RATE
+        build = 60 if run["variant"] == "T" else 8  # seconds before the first step, seen on an H200
+        return build + (run["steps"] + bs.WARM_UP + 0.5 * (run["variant"] == "T")) * flops / RATE
 
     def once(self, variant: str, tuning: str, length: int, steps: int, loss: str, trial: bool = False) -> dict | None:
         """Measure a configuration unless that was done before or there is no time; returns what is known of it."""
