@@ -44,6 +44,7 @@ def do(out, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_checks_pass_and_are_written_down(out):
     assert check.main(["--out", str(out), "--dry", "--parts", *check.PARTS])
     seen = record.load(out)["check"]
@@ -84,6 +85,7 @@ def test_a_part_that_breaks_leaves_the_others(out, monkeypatch):
     assert seen["speed"]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_steps_longest_and_page(do, out):
     """The forms of one process compute the same: what one replaces in the trainer is put back for the next."""
     do("first")
