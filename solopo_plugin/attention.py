@@ -9,13 +9,14 @@ Shape suffixes: H heads, T tokens, D head size.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -38,8 +39,8 @@ def why_not_packed(model: nn.Module) -> str | None:
     """Return why a model cannot run a packed row, or None where it can, by its class, modules and configuration."""
     model = base_of(model)
     config, forward = model.config, inspect.signature(model.forward).parameters
-    ropes = getattr(config, "rope_parameters", None) or {}
-    ropes = [r for r in ropes.values() if isinstance(r, dict)] or [ropes]
+    of_model = getattr(config, "rope_parameters", None) or {}
+    ropes = [r for r in of_model.values() if isinstance(r, dict)] or [of_model]  # one per kind of layer, or one for all
     kinds = {r.get("rope_type", "default") for r in ropes} - set(ROPES)
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if config.is_encoder_decoder:
@@ -67,8 +68,7 @@ def why_two_stages(solopo_forward: str, *models) -> str | None:
     """Return why the step has two stages, or None where it is packed: as `solopo_forward` says and the models allow."""
     if solopo_forward == "two_stage":
         return "`solopo_forward: two_stage`"
-    models = [model for model in models if model is not None]
-    reasons = [reason for model in models if (reason := why_not_packed(model))]
+    reasons = [reason for model in models if model is not None and (reason := why_not_packed(model))]
     if reasons and solopo_forward == "packed":
         raise ValueError(
             f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."
@@ -76,8 +76,8 @@ def why_two_stages(solopo_forward: str, *models) -> str | None:
     return reasons[0] if reasons else None
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT wrapper."""
+def base_of(model) -> PreTrainedModel:
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -122,14 +122,15 @@ def prepare(model: nn.Module) -> None:
     for module in (model.base_model, *layers):
         module.register_forward_pre_hook(switch.enter, prepend=True, with_kwargs=True)
         module.register_forward_hook(switch.leave, with_kwargs=True, always_call=True)
-    model._solopo_prepared = True
+    model._solopo_prepared = True  # type: ignore[assignment]  # a mark, which a module's types do not foresee
 
 
 class _Switch:
     """Hooks of one model. The decoder's call also sees to it that every layer used the segments."""
 
     def __init__(self, config, layers: int):
-        self.config, self.layers, self.before = config, layers, []
+        self.config, self.layers = config, layers
+        self.before: list[str] = []  # what attended before each call that is under way
 
     def enter(self, module, args, kwargs):
         if kwargs.get(ARGUMENT) is None:
@@ -182,7 +183,7 @@ def attend(
     states = [x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD)]
     head_size = query_1HTD.shape[-1]
     if dropout or not runs_varlen(device, dtype, head_size):
-        function = partial(sdpa_segments, dropout=dropout)
+        function: Callable[..., Tensor] = partial(sdpa_segments, dropout=dropout)
     else:
         function = long_apart_segments if runs_cudnn(device, head_size) else varlen_segments
     return function(*states, solopo_segments.layout(device), scale=scaling), None
@@ -218,7 +219,9 @@ def varlen_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, la
             torch.cat([pieces[i] for i in order]) for pieces in (key.split(layout.pieces), value.split(layout.pieces))
         )
     lengths = (layout.cu_queries, layout.cu_keys, layout.longest_queries, layout.longest_keys)
-    return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))[None]
+    output = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))
+    assert isinstance(output, Tensor)  # for the type checker: asked for more, it returns a tuple
+    return output[None]
 
 
 @torch.compiler.disable
@@ -233,8 +236,9 @@ def long_apart_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor
     for i in long:
         length = layout.queries[i]
         parts = ([queries[i]], *([x[j] for j in layout.keys[i]] for x in (keys, values)))
-        padded = (F.pad(torch.cat(part, dim=2), (0, 0, 0, -length % GRAIN)) for part in parts)  # seen by the pads alone
-        output = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=grouped)
+        pad = (0, 0, 0, -length % GRAIN)  # behind the segment: seen by the padding alone
+        query, key, value = (F.pad(torch.cat(part, dim=2), pad) for part in parts)
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         outputs[i] = output[:, :, :length].transpose(1, 2)
     rest = [i for i in range(len(queries)) if i not in outputs]
     if rest:
@@ -259,8 +263,10 @@ def sdpa_segments(
         )
         shared = query.shape[2] < key.shape[2]
         mask = lower_right(query.shape[2], key.shape[2], query.device) if shared else None
-        how = dict(attn_mask=mask, dropout_p=dropout, is_causal=not shared, scale=scale, enable_gqa=grouped)
-        outputs.append(F.scaled_dot_product_attention(query, key, value, **how))
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=not shared, scale=scale, enable_gqa=grouped
+        )
+        outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
