@@ -28,8 +28,13 @@ def main(words: list[str] | None = None) -> int:
 def build(args: argparse.Namespace) -> None:
     """Make the rows and say what came of them."""
     recipe = load_recipe(args.recipe, args.overrides)
-    if args.stage is None and "sample" not in read_manifest(Path(recipe.work_dir))["stages"]:
+    finished = read_manifest(Path(recipe.work_dir))["stages"]
+    if args.stage is None and "sample" not in finished:
         check_ready(recipe.backend, recipe.server_urls, {"model_name_or_path": recipe.model_name_or_path})
+    if args.stage is None and "judge" not in finished and recipe.judge == "model" and recipe.judge_model_name_or_path:
+        sampling, model = recipe.judging
+        own = {} if sampling.backend == "openai" else {"judge_model_name_or_path": model.path}
+        check_ready(sampling.backend, model.server_urls, own)
     manifest = run_pipeline(recipe, args.stage, args.resume)
     print(summary(recipe, manifest["stages"]))
 
@@ -88,6 +93,11 @@ def _judged(counts: dict) -> list[str]:
     return [
         f"{side}: {part['correct']} of {part['answers']} answers are right ({part['correct'] / part['answers']:.0%})"
         + (f"; {part['no_marker']} lack `The answer is:`" if part["no_marker"] else "")
+        + (
+            f"; the rule says the same of {part['agreement_with_rule']['share']:.0%}"
+            if "agreement_with_rule" in part
+            else ""
+        )
         for side, part in counts.items()
     ]
 

@@ -14,6 +14,8 @@ from .answers import judged_form
 from .files import DataError, read_jsonl
 from .prompts import LABEL, SEAM, document_text
 
+ORIGIN = ("source", "section", "quote")  # keys of a paragraph: its document, where in it, the words that answer
+
 
 @dataclass
 class Question:
@@ -25,6 +27,7 @@ class Question:
     hops: int | None
     evidence: list[int]
     has_marker: bool  # the question holds a text that only the chat template may write
+    origins: list[dict] | None = None  # of each paragraph of the evidence, where it is known: what `ORIGIN` names
 
 
 @dataclass
@@ -87,7 +90,9 @@ def make_pool(rows: Iterable[dict], corpus: Iterable[dict], markers: set[str]) -
         for paragraph in row["distractors"]:
             _add(pool, paragraph, marker, seen)
         has_marker = bool(marker.search(row["question"]))
-        questions.append(Question(row["id"], row["question"], row["answers"], row["hops"], evidence, has_marker))
+        origins = [{name: paragraph[name] for name in ORIGIN if name in paragraph} for paragraph in row["evidence"]]
+        known = origins if any(origins) else None
+        questions.append(Question(row["id"], row["question"], row["answers"], row["hops"], evidence, has_marker, known))
     for paragraph in corpus:
         _add(pool, paragraph, marker, seen)
     pool.drawable.extend(i for i in range(len(pool)) if pool.first_like[i] == i and not pool.has_marker[i])

@@ -25,6 +25,7 @@ def read_questions(
     documents: Documents,
     counts: Counter,
     bad: Callable[[str, DataError], None],
+    open_ended: bool = False,
 ) -> Iterator[dict]:
     """Yield the questions of `rows` that can be asked; unanswerable ones and repeated ids are left out and counted.
 
@@ -34,6 +35,7 @@ def read_questions(
         documents: The recipe's `corpus`, by id.
         counts: Counts `lines`, `unanswerable` and `same_id`.
         bad: What to do with a row that cannot be used, given where it stands and why.
+        open_ended: Take questions without `answers` in the plain format: a model judges what is said to them.
     """
     seen = set()
     for where, load in split_articles(rows):
@@ -43,7 +45,7 @@ def read_questions(
             if unanswerable(row):
                 counts["unanswerable"] += 1
                 continue
-            question = parse_row(row, form, documents)
+            question = parse_row(row, form, documents, open_ended)
         except DataError as error:
             bad(where, error)
             continue
@@ -96,7 +98,7 @@ def with_place(where: str, error: DataError) -> str:
     return str(error) if str(error).startswith(where) else f"{where}: {error}"
 
 
-def parse_row(row: dict, form: str, documents: Documents) -> dict:
+def parse_row(row: dict, form: str, documents: Documents, open_ended: bool = False) -> dict:
     """Return one row of a known format as a question of questions.jsonl.
 
     Repeated evidence (same text in normal form) is taken once; answers of which the normal form leaves nothing, empty
@@ -106,16 +108,19 @@ def parse_row(row: dict, form: str, documents: Documents) -> dict:
         row: As it stands in its file.
         form: A value of `input_format`.
         documents: The recipe's `corpus`, by id.
+        open_ended: Take a question without `answers` in the plain format, with an empty list.
 
     Raises:
         DataError: A key is missing, of the wrong type or empty.
     """
     form = _format(row) if form == "auto" else form
+    unanswered = open_ended and form == "plain" and not row.get("answers")
+    row = row | {"answers": ""} if unanswered else row
     id, answers, hops, evidence, distractors = PARSERS[form](row, documents)
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise DataError(f"`question` must be a text, {got(row, 'question')}.")
     usable = [a.strip() for a in dict.fromkeys(answers) if judged_form(a)]
-    if not usable:
+    if not usable and not unanswered:
         raise DataError(f"there is no usable answer in {shown(answers)}.")
     evidence = _distinct(evidence, set())
     if not evidence:

@@ -4,6 +4,8 @@ Reads questions.jsonl and corpus.jsonl; writes contexts.jsonl, {"id", "question"
 Either side is {"prompt", "tokens", "paragraphs", "evidence", "dropped"}: the user's whole message, its tokens in the
 chat template, how many paragraphs it shows, where the evidence is ({"paragraph": its number in the prompt, from 1,
 "start", "end": its text is prompt[start:end]}), and which evidence a lossy short context lacks (indices, from 0).
+Where questions.jsonl says where evidence comes from, "origins" has that: of each paragraph {"source", "section",
+"quote"} as far as known.
 
 A context is the evidence and, in RULER's way, distractors drawn without replacement from the paragraphs of all
 questions, until no more fit; then all are shuffled. What is drawn depends on the seed and the question alone.
@@ -90,7 +92,8 @@ def make_row(builder: Builder, recipe: DataRecipe, question: Question) -> tuple[
         sides[name] = built.row
         only = built.distractors if recipe.short_subset_of_long else None
     fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
-    return {**fields, "short": sides["short"], "long": sides["long"]}, prepared.leaks.counts
+    origins = {"origins": question.origins} if question.origins else {}
+    return {**fields, **origins, "short": sides["short"], "long": sides["long"]}, prepared.leaks.counts
 
 
 Make = Callable[[Question], tuple[dict | str, Counter]]

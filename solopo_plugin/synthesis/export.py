@@ -1,7 +1,9 @@
 """Export the rows, stage 6: files that `stage: solopo` and its baselines train on, and entries in dataset_info.json.
 
 A row has the stage's four columns (`prompt`, `long_prompt`, `chosen`, `rejected`) and says where it comes from. One
-file holds the rows of several entries; `_val` files and entries are there with `val_size`.
+file holds the rows of several entries; `_val` files and entries are there with `val_size`. What rows have no column
+for, where their evidence comes from and how a model graded their answers, stands in <dataset_name>_origins.jsonl, if
+anything is known: {"id", "origins": of each paragraph of the evidence, "grades": {set: [chosen, rejected]}}.
 """
 
 import json
@@ -16,6 +18,7 @@ from ..qa.rows import SCHEMA, SOLO, write_parquet
 from .pairs import SETS
 from .recipe import DataRecipe
 
+ORIGINS = "_origins.jsonl"  # end of the name of the file beside the rows
 SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 LONG_PO = {"prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
 SHORT_SFT = {"prompt": "prompt", "response": "chosen"}
@@ -42,10 +45,12 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     """
     folder, name = Path(recipe.dataset_dir), recipe.dataset_name
     ours = {f"{name}_{rows}{val}.{end}" for rows in SETS for val in ("", "_val") for end in ("jsonl", "parquet")}
+    ours.add(f"{name}{ORIGINS}")
     with lock_folder(folder):  # no second export changes the same dataset_info.json meanwhile
         info, text = read_info(folder)
         check_ours(folder, text, name, ours)
         counts = write_files(recipe, work)
+        n_origins = write_origins(recipe, work)
         for suffix, (rows, columns) in ENTRIES.items():
             for val in ("", "_val"):
                 file_name = f"{name}_{rows}{val}.{recipe.export_format}"
@@ -54,7 +59,8 @@ def run(recipe: DataRecipe, work: Path) -> dict:
                 text = set_member(text, f"{name}_{suffix}{val}", entry if file_name in counts else None)
         with replacing(info) as file:
             file.write(text.encode("utf-8"))
-        for file_name in ours - set(counts):
+        written = {*counts, *([f"{name}{ORIGINS}"] if n_origins else [])}
+        for file_name in ours - written:
             (folder / file_name).unlink(missing_ok=True)  # of an earlier run with other settings
     return counts
 
@@ -70,6 +76,27 @@ def write_files(recipe: DataRecipe, work: Path) -> dict[str, int]:
         rows = (make_row(pair, contexts.get(pair["id"])) for pair in pairs)
         (write_parquet if recipe.export_format == "parquet" else write_jsonl)(folder / file_name, rows)
     return {file_name: len(pairs) for file_name, pairs in parts.items()}
+
+
+def write_origins(recipe: DataRecipe, work: Path) -> int:
+    """Write what is known of the rows' evidence and grades, a line for each question; returns how many lines."""
+    known: dict[str, dict] = {}
+    for pair in read_jsonl(work / "pairs.jsonl"):
+        grades = known.setdefault(pair["id"], {})
+        if "chosen_grade" in pair:
+            grades[pair["set"]] = [pair["chosen_grade"], pair["rejected_grade"]]
+    contexts = read_jsonl(work / "contexts.jsonl")
+    rows = [
+        {"id": row["id"], "origins": row.get("origins") or [], "grades": known[row["id"]]}
+        for row in contexts
+        if row["id"] in known and (row.get("origins") or known[row["id"]])
+    ]
+    return write_jsonl(Path(recipe.dataset_dir, f"{recipe.dataset_name}{ORIGINS}"), rows) if rows else 0
+
+
+def read_origins(path: Path) -> dict[str, dict]:
+    """Return the lines of a file that `write_origins` wrote, by question; empty where there is none."""
+    return {row["id"]: row for row in read_jsonl(path)} if path.exists() else {}
 
 
 class Contexts:
@@ -133,6 +160,8 @@ def _has_our_columns(path: Path) -> bool:
     try:
         if path.suffix == ".parquet":
             return pq.read_schema(path).names == SCHEMA.names
+        if path.name.endswith(ORIGINS):
+            return list(next(iter(read_jsonl(path)), {})) == ["id", "origins", "grades"]
         return list(next(iter(read_jsonl(path)), {})) == SCHEMA.names
     except (DataError, pa.ArrowException):
         return False

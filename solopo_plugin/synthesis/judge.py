@@ -2,6 +2,10 @@
 
 Reads contexts.jsonl and samples.<side>.jsonl; writes judged.<side>.jsonl, a line per answer in the same order: the
 sample's {"id", "k", "text", "finish_reason"} and {"answer": what follows the marker, or null, "correct", "em", "f1"}.
+
+With `judge: model` an answer is right whose grade (verdicts.py) is `judge_chosen_min` or more. A line then has, beside
+the sample's, {"answer": what was judged, or null, "correct", "grade": from 1 to 10, or null, "rule": whether it holds a
+gold answer, or null for a question that has none}.
 """
 
 import logging
@@ -13,6 +17,8 @@ from tqdm import tqdm
 
 from ..qa.answers import NO_ANSWER, exact_match, extract_answer, f1_score, gives_answer, judged_form
 from ..qa.files import read_jsonl, write_jsonl
+from ..qa.store import Store
+from . import verdicts
 from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
@@ -22,7 +28,11 @@ SHOWN = 5  # answers without the marker that the manifest names
 def run(recipe: DataRecipe, work: Path) -> dict:
     """Judge the answers of both sides; returns the counts of each."""
     golds = {row["id"]: row["answers"] for row in read_jsonl(work / "contexts.jsonl")}
-    judged = {side: judge_side(work, side, golds, recipe.prompt) for side in ("short", "long")}
+    if recipe.judge == "model":
+        with Store(work / verdicts.STORE) as store:
+            judged = {side: grade_side(recipe, work, side, golds, store) for side in ("short", "long")}
+    else:
+        judged = {side: judge_side(work, side, golds, recipe.prompt) for side in ("short", "long")}
     return {side: counts for side, counts in judged.items() if counts["answers"]}
 
 
@@ -86,3 +96,40 @@ def judge_side(work: Path, side: str, golds: dict[str, list[str]], prompt: str |
     scores = {"em": round(em / n, 4), "f1": round(f1 / n, 4)} if n else {}
     solved = {"questions": len(right), "never_right": sum(v == 0 for v in right.values())}
     return {**counts, **scores, **solved, "first_without_marker": without}
+
+
+def grade_side(recipe: DataRecipe, work: Path, side: str, golds: dict[str, list[str]], store: Store) -> dict:
+    """Have a model judge the answers to one side's prompts; returns counts, mean grade and agreement with the rule."""
+    grades = verdicts.grade_side(recipe, work, side, store)
+    counts: Counter = Counter(answers=0, correct=0, no_marker=0, not_judged=0, no_grade=0, cut=0)
+    agreement, right = Counter(both_right=0, only_model=0, only_rule=0, both_wrong=0), Counter()
+
+    def rows() -> Iterator[dict]:
+        for sample in read_jsonl(work / f"samples.{side}.jsonl"):
+            name, said = sample["id"], verdicts.to_be_judged(sample)
+            grade = grades.by_answer.get((name, sample["k"]))
+            correct = grade is not None and grade >= recipe.judge_chosen_min
+            rule = gives_answer(sample["text"], golds[name]) if golds[name] else None
+            counts.update(answers=1, correct=correct, not_judged=said is None, cut=sample["finish_reason"] == "length")
+            counts["no_grade"] += said is not None and grade is None
+            right[name] += correct
+            if rule is not None and grade is not None:
+                both = {(True, True): "both_right", (True, False): "only_model", (False, True): "only_rule"}
+                agreement[both.get((correct, rule), "both_wrong")] += 1
+            row = {key: sample[key] for key in ("id", "k", "text", "finish_reason")}
+            yield row | {"answer": said, "correct": correct, "grade": grade, "rule": rule}
+
+    write_jsonl(work / f"judged.{side}.jsonl", rows())
+    known = grades.by_answer.values()
+    mean = round(sum(known) / len(known), 4) if known else None
+    solved = {"questions": len(right), "never_right": sum(v == 0 for v in right.values())}
+    report = {**counts, "graded": len(known), "mean_grade": mean, **grades.report(), **solved}
+    if lost := report["malformed"]:
+        log.warning(
+            "%d of %d verdicts on the answers to the %s contexts cannot be read (%.1f %%); %d answers have no grade.",
+            lost, report["verdicts"], side, 100 * lost / report["verdicts"], counts["no_grade"],
+        )  # fmt: skip
+    if n := agreement.total():
+        share = round((agreement["both_right"] + agreement["both_wrong"]) / n, 4)
+        report["agreement_with_rule"] = {"answers": n, "share": share, **agreement}
+    return report

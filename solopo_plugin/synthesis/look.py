@@ -4,6 +4,7 @@ The page needs nothing but itself and loads nothing; whatever stands in the data
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from ..qa.files import DataError, read_jsonl, replacing
 from ..qa.pages import png, render
 from ..qa.prompts import split_documents
 from ..qa.rows import SCHEMA, rows_of_file
-from .export import Contexts, make_row
-from .pairs import question_key
+from .export import ORIGINS, Contexts, make_row, read_origins
+from .pairs import SETS, question_key
 
 EXAMPLES = 5  # rows that a failed check names
 CHECKS = {
@@ -39,7 +40,11 @@ CHECKS = {
 
 @dataclass
 class Source:
-    """Give rows; `rows()` yields (split, row) anew each time, `pass_rates()` (hops, side, share right)."""
+    """Give rows; `rows()` yields (split, row) anew each time, `pass_rates()` (hops, side, share right).
+
+    A row also has "origins", where its evidence comes from as far as known, and "grades": those of its chosen and its
+    rejected answer, or None where no model has judged them.
+    """
 
     title: str
     rows: Callable[[], Iterator[tuple[str, dict]]]
@@ -114,11 +119,17 @@ def open_source(path: Path) -> Source:
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path} is neither a work folder nor a .jsonl or .parquet file.")
     validation = path.with_name(f"{path.stem}_val{path.suffix}")
+    found = re.fullmatch(rf"(.*)_({'|'.join(SETS)})(_val)?", path.stem)
+    about = read_origins(path.with_name(f"{found[1]}{ORIGINS}")) if found else {}
 
     def rows() -> Iterator[tuple[str, dict]]:
-        yield from (("train", row) for row in rows_of_file(path))
-        if validation.exists():
-            yield from (("val", row) for row in rows_of_file(validation))
+        for split, file in (("train", path), ("val", validation)):
+            for row in rows_of_file(file) if split == "train" or file.exists() else ():
+                known = about.get(row["id"], {"origins": [], "grades": {}})
+                yield (
+                    split,
+                    row | {"origins": known["origins"], "grades": known["grades"].get(found[2] if found else "")},
+                )
 
     def pass_rates() -> Iterator[tuple[int | None, str, float]]:
         for _, row in rows():
@@ -132,7 +143,9 @@ def _rows_of_work(work: Path) -> Iterator[tuple[str, dict]]:
     contexts = Contexts(work / "contexts.jsonl")
     for pair in read_jsonl(work / "pairs.jsonl"):
         if pair["set"] == "solopo":
-            yield pair["split"], make_row(pair, contexts.get(pair["id"]))
+            context = contexts.get(pair["id"])
+            grades = [pair["chosen_grade"], pair["rejected_grade"]] if "chosen_grade" in pair else None
+            yield pair["split"], make_row(pair, context) | {"origins": context.get("origins", []), "grades": grades}
 
 
 def _pass_rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
@@ -195,8 +208,9 @@ def checks_of(row: dict) -> set[str | None]:
         "evidence_differs": kept != shown["short"] or not shown["long"],
         "chosen_in_prompt": row["chosen"] in row["prompt"] or row["chosen"] in row["long_prompt"],
         "rejected_in_prompt": row["rejected"] in row["prompt"] or row["rejected"] in row["long_prompt"],
-        "chosen_is_wrong": not gives_answer(row["chosen"], row["answers"]),
-        "rejected_is_right": gives_answer(row["rejected"], row["answers"]),
+        # by the rule, which is not that of a model's grades
+        "chosen_is_wrong": not row.get("grades") and not gives_answer(row["chosen"], row["answers"]),
+        "rejected_is_right": not row.get("grades") and gives_answer(row["rejected"], row["answers"]),
         "long_not_longer": row["long_tokens"] <= row["short_tokens"],
     }
     return failed | {name for name, holds in checks.items() if holds}
@@ -213,6 +227,11 @@ def reader_row(split: str, row: dict) -> dict:
         return [*parts, (prompt[at:], False)]
 
     facts = {name: row[name] for name in SCHEMA.names if name.endswith("_tokens") or name.startswith("pass_rate")}
+    facts |= dict(zip(("grade of chosen", "grade of rejected"), row["grades"] or (), strict=False))
+    for number, origin in enumerate(row["origins"], 1):
+        quote = [f"\u201c{origin['quote']}\u201d"] if origin.get("quote") else []
+        places = [str(origin[name]) for name in ("source", "section") if origin.get(name)]
+        facts[f"evidence {number}"] = ": ".join(filter(None, [" \u203a ".join(places), *quote]))
     return {
         "id": row["id"],
         "question": row["question"],
@@ -295,6 +314,15 @@ def _bars(counts: dict[str, int]) -> Figure:
     return figure
 
 
+def agreement(counts: dict) -> str:
+    """Say how often the judge and the rule of gold answers agree, by the counts of the stage `judge`."""
+    return (
+        f"agree on {counts['share']:.1%} of {counts['answers']} answers: {counts['both_right']} right for both, "
+        f"{counts['both_wrong']} wrong for both, {counts['only_model']} right for the judge alone, "
+        f"{counts['only_rule']} for the gold answers alone"
+    )
+
+
 def summary(source: Source, statistics: Statistics) -> dict[str, str]:
     """Return the most important numbers, by name."""
 
@@ -306,6 +334,9 @@ def summary(source: Source, statistics: Statistics) -> dict[str, str]:
     facts["compression rate short / long"] = f"{mean('short') / mean('long'):.3f}"
     for stage in ("contexts", "sample"):
         facts |= {f"`{key}`": str(value) for key, value in source.stages.get(stage, {}).get("settings", {}).items()}
+    for side, counts in source.stages.get("judge", {}).get("counts", {}).items():
+        if agreed := counts.get("agreement_with_rule"):
+            facts[f"judge and gold answers, {side}"] = agreement(agreed)
     if select := source.stages.get("select"):
         facts["selection"] = select["counts"]["statement"]
     return facts

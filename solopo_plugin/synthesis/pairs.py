@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -49,6 +50,7 @@ class DrawnQuestion:
     id: str
     key: str  # see `question_key`
     sides: dict[str, DrawnPair]
+    margin: float = 0.0  # grades that must lie between a pair's answers
 
     def pair(self, name: str) -> tuple[dict, dict] | None:
         """Return the pair for a set, if there is one."""
@@ -56,7 +58,21 @@ class DrawnQuestion:
         if other not in self.sides:
             return None
         chosen, rejected = self.sides[side].chosen, self.sides[other].rejected
-        return (chosen, rejected) if chosen and rejected and chosen["ids"] != rejected["ids"] else None
+        if not (chosen and rejected) or chosen["ids"] == rejected["ids"]:
+            return None
+        return (chosen, rejected) if not self.margin or far_apart(chosen, rejected, self.margin) else None
+
+
+class Graded(NamedTuple):
+    """Say which graded answers make a pair, beside that the chosen one is right."""
+
+    rejected_max: float  # grade of the rejected one at most
+    margin: float  # grades between the two at least
+
+
+def far_apart(chosen: dict, rejected: dict, margin: float) -> bool:
+    """Return whether the grades of two answers differ by a margin or more."""
+    return chosen["grade"] - rejected["grade"] >= margin
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
@@ -141,6 +157,9 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
     reasons = {
         "no_marker": f"lack `The answer is:` and count as wrong: {advice(recipe.prompt)}",
         "cut": f"were cut: raise `max_new_tokens: {recipe.max_new_tokens}`",
+        "no_grade": "have no grade: see the counts of the stage `judge`, and the replies in verdicts.db",
+        "between": f"are graded between `judge_rejected_max: {recipe.judge_rejected_max:g}` and `judge_chosen_min: "
+        f"{recipe.judge_chosen_min:g}`: move these",
         "empty": "are empty: see what the backend gives; a thought may have taken all of `max_new_tokens`",
     }
     found = {name: dropped for name in reasons if (dropped := counts["dropped_answers"].get(name))}
@@ -151,7 +170,7 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
 
 def draw_pair(
     answers: list[dict], room: int, encode: Callable[[str], list[int]], markers: set[str], rng: random.Random,
-    balance_length: bool, dropped: Counter,
+    balance_length: bool, dropped: Counter, graded: Graded | None = None,
 ) -> DrawnPair:  # fmt: skip
     """Draw a random right and a random wrong answer among the usable ones.
 
@@ -163,16 +182,26 @@ def draw_pair(
         rng: The random numbers of this question and side.
         balance_length: Take the wrong answer whose length is nearest to the chosen one's, instead of any.
         dropped: Counts the answers that are not usable by reason (`why_unusable`), and as `equal` those that have the
-            tokens of the chosen one.
+            tokens of the chosen one; with `graded` as `between` those that are neither right nor to be rejected.
+        graded: Which answers a model's grades make a pair of; None: any wrong one is rejected.
     """
     right, wrong = [], []
     for answer in answers:
-        if reason := why_unusable(answer, room, encode, markers):
+        if reason := why_unusable(answer, room, encode, markers, graded is not None):
             dropped[reason] += 1
-        else:
-            (right if answer["correct"] else wrong).append(answer)
+            continue
+        bad = answer["grade"] <= graded.rejected_max if graded else not answer["correct"]
+        right += [answer] * answer["correct"]
+        wrong += [answer] * bad
+        if not (answer["correct"] or bad):
+            dropped["between"] += 1
+    both = bool(right and wrong)
+    if graded and both:
+        right = [answer for answer in right if any(far_apart(answer, other, graded.margin) for other in wrong)]
     chosen, rejected = _with_ids(rng.choice(right), encode) if right else None, None
     rng.shuffle(wrong)
+    if graded and chosen:
+        wrong = [answer for answer in wrong if far_apart(chosen, answer, graded.margin)]
     if balance_length and chosen:
         wrong.sort(key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
     for candidate in (_with_ids(answer, encode) for answer in wrong):
@@ -181,26 +210,29 @@ def draw_pair(
             break
         dropped["equal"] += 1
     n_right, reason = sum(answer["correct"] for answer in answers), None
-    if n_right in (0, len(answers)):
-        reason = "all_correct" if n_right else "all_wrong"
-    elif not (chosen and rejected):
-        reason = "no_usable_rejected" if chosen else "no_usable_chosen"
+    if not (chosen and rejected):
+        reason = "within_margin" if both and not chosen else "no_usable_rejected" if chosen else "no_usable_chosen"
+        if n_right in (0, len(answers)):
+            reason = "all_correct" if n_right else "all_wrong"
     return DrawnPair(chosen, rejected, n_right / len(answers), reason)
 
 
-def why_unusable(answer: dict, room: int, encode: Callable[[str], list[int]], markers: set[str]) -> str | None:
+def why_unusable(
+    answer: dict, room: int, encode: Callable[[str], list[int]], markers: set[str], graded: bool = False
+) -> str | None:
     """Return the first reason why an answer cannot be in a pair, None if it can.
 
     `empty`; `cut`, at max_new_tokens, since training ends every response with the stop token; `no_marker`, no `The
-    answer is:`; `template_marker`, a token that only the template may write, which training refuses; `over_length`.
+    answer is:`, or for graded answers `no_grade`; `template_marker`, a token that only the template may write, which
+    training refuses; `over_length`.
     """
     text = answer["text"]
     if not text.strip():
         return "empty"
     if answer["finish_reason"] == "length":
         return "cut"
-    if answer["answer"] is None:
-        return "no_marker"
+    if answer["grade" if graded else "answer"] is None:
+        return "no_grade" if graded else "no_marker"
     if any(marker in text for marker in markers):
         return "template_marker"
     # most answers need not be tokenised: no tokenizer makes more than two tokens of a byte
@@ -209,7 +241,8 @@ def why_unusable(answer: dict, room: int, encode: Callable[[str], list[int]], ma
 
 
 def _with_ids(answer: dict, encode: Callable[[str], list[int]]) -> dict:
-    return {"k": answer["k"], "text": answer["text"], "ids": array("I", encode(answer["text"]))}
+    own = {name: answer[name] for name in ("k", "text", "grade") if name in answer}
+    return own | {"ids": array("I", encode(answer["text"]))}
 
 
 def _questions(
@@ -223,6 +256,7 @@ def _questions(
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
         return encode_turn(tokenizer, template, messages)[1]
 
+    graded = Graded(recipe.judge_rejected_max, recipe.judge_margin) if recipe.judge == "model" else None
     sides = ("short", "long")[: 1 + recipe.sample_long]
     judged = {side: groupby(read_jsonl(work / f"judged.{side}.jsonl"), key=lambda row: row["id"]) for side in sides}
     for context in tqdm(read_jsonl(work / "contexts.jsonl"), desc="select", unit=" questions", disable=None):
@@ -239,10 +273,10 @@ def _questions(
             rng = generator(recipe.seed, "pair", side, name)
             answers = list(answers)
             n_answers[side] += len(answers)
-            drawn[side] = draw_pair(answers, room, encode, markers, rng, recipe.balance_length, dropped[side])
+            drawn[side] = draw_pair(answers, room, encode, markers, rng, recipe.balance_length, dropped[side], graded)
             if marked:
                 drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
-        yield DrawnQuestion(context["id"], question_key(context), drawn)
+        yield DrawnQuestion(context["id"], question_key(context), drawn, graded.margin if graded else 0.0)
 
 
 def question_key(row: dict) -> str:
@@ -267,6 +301,7 @@ def _row(name: str, question: DrawnQuestion, validation: bool) -> dict:
         "rejected_k": rejected["k"],
         "chosen_tokens": len(chosen["ids"]),
         "rejected_tokens": len(rejected["ids"]),
+        **({"chosen_grade": chosen["grade"], "rejected_grade": rejected["grade"]} if "grade" in chosen else {}),
         **{"pass_rate_long": None, **rates},
         "pair_on_both": _on_both(question),
     }

@@ -14,10 +14,9 @@ from pathlib import Path
 from ..qa.files import DataError, as_data_error, lock_folder, write_json
 from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions
-from ..qa.recipe import settings
 from ..qa.store import STORE
-from . import ask, contexts, documents, export, filter, judge, pairs, read, sample
-from .recipe import DataRecipe, from_documents, model_files, outside_inputs
+from . import ask, contexts, documents, export, filter, judge, pairs, read, sample, verdicts
+from .recipe import DataRecipe, from_documents, model_files, outside_inputs, stage_settings
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -49,7 +48,12 @@ TABLE = {
         export.run, ("contexts.jsonl", "pairs.jsonl"), ()
     ),  # its outputs are in dataset_dir, which others write to
 }
-STORES = {"ask": ask.STORE, "filter": filter.STORE, "sample": STORE}  # of answers, which the stage asks for
+STORES = {
+    "ask": ask.STORE,
+    "filter": filter.STORE,
+    "sample": STORE,
+    "judge": verdicts.STORE,
+}  # of what a stage asks for
 FROM_DOCUMENTS = ("documents", "ask", "filter")  # the stages that make questions, and
 FROM_QUESTIONS = ("read",)  # the one that reads them, in their place
 
@@ -110,7 +114,7 @@ def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manif
         if entry is None:
             raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")
         outside = {} if name == "read" else outside_inputs(recipe, name)
-        if changed := _changed_settings(entry, settings(recipe, name), outside):
+        if changed := _changed_settings(entry, stage_settings(recipe, name), outside):
             raise DataError(
                 f"Stage `{stage}` builds on stage `{name}`, which ran with other settings ({'; '.join(changed)}); "
                 f"run `--stage {name}` first, or leave `--stage` away."
@@ -123,7 +127,7 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
     With `then_sample` documents and contexts are made to be asked about at once, so that the backend must be there.
     """
     inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | outside_inputs(recipe, name)
-    chosen = settings(recipe, name)
+    chosen = stage_settings(recipe, name)
     finished = manifest["stages"].get(name)
     if finished:
         changed = _changes(finished, inputs, chosen, work)
@@ -136,6 +140,9 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
             _save(manifest, work)
     if name in ("documents", "contexts") and then_sample:
         check_backend(recipe.backend, recipe.server_urls)
+        if recipe.judge == "model":
+            verdicts.read_rubric(recipe)
+            check_backend(recipe.judging[0].backend, recipe.judging[1].server_urls)
     log.info("%s ...", name)
     counts = TABLE[name].run(recipe, work)
     outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}

@@ -62,7 +62,7 @@ def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iter
         _skip(where, error, recipe, counts, "bad")
 
     rows = tqdm(lines(recipe), desc="read", unit=" lines", disable=None)
-    yield from read_questions(rows, recipe.input_format, documents, counts, bad)
+    yield from read_questions(rows, recipe.input_format, documents, counts, bad, recipe.judge == "model")
 
 
 def lines(recipe: DataRecipe) -> Rows:

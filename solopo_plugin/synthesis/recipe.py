@@ -6,7 +6,7 @@ it. A key that names no stage changes how fast rows are made, never which.
 
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,10 @@ from ..qa.answers import RULE
 from ..qa.files import DataError, split_names
 from ..qa.generate.calls import Model
 from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash
-from ..qa.recipe import build, key, read_values, settings, shared
+from ..qa.recipe import Sampling, build, key, pick, read_values, settings, shared
 from .folder import folder_digest, is_folder_of_documents
+
+RUBRIC_TOKENS = 1024  # room for what the judge is told, the question and the template; ours
 
 
 @dataclass(config=kinds.STRICT, kw_only=True)
@@ -31,12 +33,12 @@ class DataRecipe:
     # model
     model_name_or_path: kinds.Needed = key(
         ...,
-        "documents ask filter contexts sample select",
+        "documents ask filter contexts sample judge select",
         "The instruct model that is to be trained; it samples its own pairs. Required.",
     )
-    template: kinds.Needed = shared("template", "ask filter contexts sample select")
+    template: kinds.Needed = shared("template", "ask filter contexts sample judge select")
     default_system: str | None = shared("default_system", "ask filter contexts sample select")
-    enable_thinking: bool = shared("enable_thinking", "ask filter contexts sample select")
+    enable_thinking: bool = shared("enable_thinking", "ask filter contexts sample judge select")
     trust_remote_code: bool = shared("trust_remote_code", "")
 
     # documents, read
@@ -115,14 +117,14 @@ class DataRecipe:
     top_p: kinds.Nucleus = shared("top_p", "ask filter sample")
     max_new_tokens: kinds.Count = shared("max_new_tokens", "ask filter sample select")
     sample_long: bool = key(True, "sample", "Also sample on the long contexts: for D_long, and to prefer questions.")
-    backend: kinds.Backend = shared("backend", "ask filter sample")
+    backend: kinds.Backend = shared("backend", "ask filter sample judge")
     server_urls: str | None = key(
         None, "", "`openai`: addresses such as http://localhost:8000/v1; several with commas share the load."
     )
     api_key_env: str = shared("api_key_env", "")
     served_model: str | None = key(
         None,
-        "ask filter sample",
+        "ask filter sample judge",
         "`openai`: the model's name at the server; null: model_name_or_path, or the only one it has.",
     )
     openai_endpoint: kinds.Endpoint = shared("openai_endpoint", "ask filter sample")
@@ -134,6 +136,42 @@ class DataRecipe:
     timeout: kinds.Positive = shared("timeout", "")
     retries: kinds.Whole = shared("retries", "")
     tensor_parallel_size: kinds.Count = shared("tensor_parallel_size", "")
+
+    # judge
+    judge: Literal["rule", "model"] = key(
+        "rule",
+        "read judge select",
+        "`rule`: what holds a gold answer is right, as in the paper; `model`: a model grades.",
+    )
+    judge_form: Literal["score", "pairwise"] = key(
+        "score", "judge select", "`score`: each answer from 1 to 10; `pairwise`: against others to the same prompt."
+    )
+    judge_rubric: str | None = key(
+        None, "judge", "File of what the judge is told; null: ours, judge_<judge_form>.txt in synthesis/templates."
+    )
+    judge_model_name_or_path: str | None = key(None, "judge", "The model that judges; null: model_name_or_path.")
+    judge_template: str | None = key(None, "judge", "The host's chat template of that model; null: template.")
+    judge_backend: kinds.Backend | None = key(None, "judge", "What asks the judge; null: backend.")
+    judge_server_urls: str | None = key(None, "", "`openai`: the judge's addresses; null: server_urls.")
+    judge_api_key_env: str | None = key(
+        None, "", "`openai`: the environment variable of the judge's key; null: api_key_env."
+    )
+    judge_served_model: str | None = key(
+        None, "judge", "`openai`: the judge's name at its server; null: judge_model_name_or_path, or served_model."
+    )
+    judge_openai_endpoint: kinds.Endpoint = key("chat", "judge", "As openai_endpoint, for the judge.")
+    judge_extra_body: kinds.Written | None = key(None, "judge", "As extra_body, for the judge.")
+    judge_temperature: kinds.NotNegative = key(0.0, "judge", "0 is greedy. Ours.")
+    judge_max_new_tokens: kinds.Count = key(512, "judge", "Tokens of a verdict at most. Ours.")
+    judge_samples: kinds.Count = key(
+        1, "judge", "Verdicts on each order of the positions, averaged; more need judge_temperature above 0. Ours."
+    )
+    judge_rivals: kinds.Count = key(
+        2, "judge", "`pairwise`: comparisons per answer; each answer is in twice as many. Ours."
+    )
+    judge_chosen_min: kinds.Grade = key(7.0, "judge select", "The grade from which on an answer is right. Ours.")
+    judge_rejected_max: kinds.Grade = key(4.0, "select", "The grade up to which an answer may be rejected. Ours.")
+    judge_margin: kinds.Positive = key(3.0, "select", "Grades between chosen and rejected at least. Ours.")
 
     # select
     num_rows: kinds.Count = key(5000, "select", "Rows of the finished set, validation included. The paper's 5,000.")
@@ -156,7 +194,7 @@ class DataRecipe:
     work_dir: kinds.Needed = key(
         ..., "", "Folder of intermediate files and the manifest; a run continues from it. Required."
     )
-    seed: kinds.Seed = shared("seed", "ask filter read contexts sample select")
+    seed: kinds.Seed = shared("seed", "ask filter read contexts sample judge select")
 
     @property
     def model(self) -> Model:
@@ -164,6 +202,23 @@ class DataRecipe:
         window = self.long_tokens + self.max_new_tokens
         return Model(
             self.model_name_or_path, server_urls=self.server_urls, served_model=self.served_model, window=window
+        )
+
+    @property
+    def judging(self) -> tuple[Sampling, Model]:
+        """Return how the judge is asked, and which model it is: the one that answers, unless keys say otherwise."""
+        sampling = replace(
+            pick(self, Sampling), default_system=None, top_p=1.0, temperature=self.judge_temperature,
+            template=self.judge_template or self.template, backend=self.judge_backend or self.backend,
+            api_key_env=self.judge_api_key_env or self.api_key_env, extra_body=self.judge_extra_body,
+            openai_endpoint=self.judge_openai_endpoint, max_new_tokens=self.judge_max_new_tokens,
+        )  # fmt: skip
+        own = self.judge_model_name_or_path
+        return sampling, Model(
+            own or self.model_name_or_path,
+            server_urls=self.judge_server_urls or self.server_urls,
+            served_model=self.judge_served_model or (None if own or self.judge_server_urls else self.served_model),
+            window=self.short_tokens + 2 * self.max_new_tokens + RUBRIC_TOKENS + self.judge_max_new_tokens,
         )
 
 
@@ -196,7 +251,12 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
         names = [*split_names(recipe.input), *([recipe.corpus] if recipe.corpus else [])]
         return {name: file_hash(name) for name in names if os.path.isfile(name)}
     if stage == "judge":
-        return {"the rule of `gives_answer`": str(RULE)}
+        found = {"the rule of `gives_answer`": str(RULE)}
+        if recipe.judge == "rule":
+            return found
+        sampling, model = recipe.judging
+        rubric = rubric_file(recipe)
+        return found | {rubric.name: file_hash(rubric)} | _answering(model.path, sampling.backend, model.served_model)
     files = {recipe.input: folder_digest(Path(recipe.input))} if stage == "documents" else {}
     if stage in ("ask", "filter") and recipe.ask_prompts:
         files = {
@@ -207,14 +267,40 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
 
 def _hash_of_model(recipe: DataRecipe, stage: str) -> dict[str, str]:
     """Return the hash of what a stage uses of the model's folder, if there is one."""
-    model = Path(recipe.model_name_or_path)
-    if "model_name_or_path" not in settings(recipe, stage) or not model.is_dir():
+    if "model_name_or_path" not in settings(recipe, stage):
         return {}
-    if stage not in ("ask", "filter", "sample") or (recipe.backend == "openai" and recipe.served_model):
+    if stage in ("ask", "filter", "sample"):
+        return _answering(recipe.model_name_or_path, recipe.backend, recipe.served_model)
+    model = Path(recipe.model_name_or_path)
+    return {str(model): folder_hash(model, TOKENIZER)} if model.is_dir() else {}
+
+
+def _answering(name: str, backend: str, served_model: str | None) -> dict[str, str]:
+    """Return the hash of a model's folder by its name, weights included if they, as far as is known, answer."""
+    model = Path(name)
+    if not model.is_dir():
+        return {}
+    if backend == "openai" and served_model:
         return {str(model): folder_hash(model, TOKENIZER)}
-    if recipe.backend == "openai" and not any(any(model.glob(kind)) for kind in BINARIES):
+    if backend == "openai" and not any(any(model.glob(kind)) for kind in BINARIES):
         return {}
     return {str(model): folder_hash(model, TOKENIZER + WEIGHTS)}
+
+
+def rubric_file(recipe: DataRecipe) -> Path:
+    """Return the file of what the judge is told."""
+    return Path(recipe.judge_rubric or Path(__file__).parent / "templates" / f"judge_{recipe.judge_form}.txt")
+
+
+def stage_settings(recipe: DataRecipe, stage: str) -> dict[str, Any]:
+    """Return the keys on which a stage's results depend, with the recipe's values; `judge: rule` has no more than it.
+
+    So a work folder from before there was another judge is finished as it was.
+    """
+    chosen = settings(recipe, stage)
+    if recipe.judge == "rule":
+        return {} if stage == "judge" else {name: v for name, v in chosen.items() if not name.startswith("judge")}
+    return chosen
 
 
 def model_files(made_from: dict[str, Any], inputs: dict[str, str]) -> str | None:
@@ -260,6 +346,11 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
             f"`ask_prompts: {recipe.ask_prompts}` is no folder with a file of prompts; they are called "
             f"{', '.join(sum(PROMPTS.values(), ()))}."
         )
+    changed = (
+        name for name, spec in FIELDS.items() if name.startswith("judge_") and getattr(recipe, name) != spec.default
+    )
+    if recipe.judge == "rule" and (name := next(changed, None)):
+        raise DataError(f"`{name}` is for `judge: model`; set that, or leave it out.")
     if not ENTRY_NAME.fullmatch(recipe.dataset_name):
         raise DataError(
             f"`dataset_name` begins names of files in `dataset_dir`, and of entries that `dataset` lists with commas: "
