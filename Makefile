@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo story lab lab-rates lab-two-hop test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
+.PHONY: install demo story lab lab-rates lab-two-hop lab-real test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -45,6 +45,12 @@ lab-rates: .venv/.installed
 
 lab-two-hop: .venv/.installed
 	@$(LAB) --task two_hop $(ARGS); status=$$?; $(REPORT); exit $$status
+
+# The third task, a real model on real questions: one GPU, an hour. DATA=FOLDER: of questions; without it the hub's SQuAD.
+# ARGS=--small: two CPU cores, a night; ARGS=--quick: one GPU, nine minutes. Without a network: scripts/gpu/real.sh
+lab-real: .venv/.installed
+	@$(BIN)/python scripts/lab/run.py --task real $(if $(DATA),--data $(DATA)) $(ARGS); status=$$?; \
+	$(BIN)/python scripts/lab/report_real.py; exit $$status
 
 # The core, in at most five minutes on two cores: what is not marked `slow`. TESTS=tests/test_losses.py: one file
 PYTEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web

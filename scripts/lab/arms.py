@@ -16,8 +16,15 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples/yaml/lab"
 
 @functools.cache
 def table(task: str) -> dict:
-    """Return a task's table: `seeds`, `base`, `arms`, `beyond`, `sweep` (seed, rates), and parts that arms repeat."""
-    return yaml.safe_load((FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))
+    """Return a task's table: `seeds`, `base`, `arms`, `beyond`, `sweep` (seed, rates), and parts that arms repeat.
+
+    A task may have sizes: of `real:small` it is real.yaml with what stands there under `small`, key by key.
+    """
+    name, _, size = task.partition(":")
+    found = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    for key, value in (found[size] if size else {}).items():
+        found[key] = found[key] | value if isinstance(value, dict) else value
+    return found
 
 
 def arms(task: str = "recall") -> dict[str, dict]:
@@ -32,7 +39,7 @@ def chosen_rate(name: str, task: str = "recall") -> float:
 
 def recipe(task: str, name: str) -> dict:
     """Return an arm as a recipe for `llamafactory-cli train`, with the first seed's places."""
-    folder = "saves/lab/" + ("" if task == "recall" else f"{task}/")
+    folder = "saves/lab/" + ("" if task == "recall" else f"{task.replace(':', '_')}/")
     return table(task)["base"] | arms(task)[name] | {"output_dir": f"{folder}runs/{name}_0"}
 
 

@@ -17,7 +17,7 @@ import matplotlib
 from arms import arms, chosen_rate, recipe, table
 from lab_rows import COMPRESSED, SWEEP_SEED
 from recall import LONG, MEASURED, ROOT, SHORT
-from run import TASKS, base_of, done, key_of
+from run import base_of, done, key_of, task_of
 from scipy import stats
 from two_hop import LENGTHS
 
@@ -68,7 +68,7 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("orpo_short_lost", "orpo_short", "the same, ORPO on the short pair"),
     ("solo_dpo_ftx", "solo_dpo", "with NLL of the short chosen response against without"),
 )
-SHIPPED = ("arm", "rate", "seed", "accuracy", "cpu_seconds")  # of a result, in runs.json
+SHIPPED = ("arm", "rate", "seed", "accuracy", "marks", "cpu_seconds")  # of a result, in runs.json, where it has them
 WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart. Seeds differ by more
 
 
@@ -92,7 +92,7 @@ def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
         ]
     else:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(source.glob("*.json"))]
-        settings, fresh, stale = TASKS[task].settings(), [], []
+        settings, fresh, stale = task_of(task).settings(), [], []
         for run in runs:
             current = run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)
             (fresh if current else stale).append(run)
@@ -127,7 +127,7 @@ def short_form(run: dict, task: str) -> dict:
     keys = run["recipe"]
     aligned = keys.get("solopo_objective") != "longpo" and keys["stage"] == "solopo"
     watched = aligned and not keys.get("solopo_detach_short", False)
-    kept = {key: run[key] for key in (*SHIPPED, "by_step", "log")}
+    kept = {key: run[key] for key in (*SHIPPED, "by_step", "log") if key in run}
     return {"task": task, **kept, "warned": watched and warned(run["log"])}
 
 
@@ -143,7 +143,7 @@ class Results:
         self.all, self.task = read(source, task), task
         self.base = base_accuracy(source, task)
         self.unit = "pairs" if task == "recall" else "tokens"
-        self.lengths = MEASURED if task == "recall" else LENGTHS
+        self.lengths = MEASURED if task == "recall" else table(task).get("lengths", LENGTHS)
         self.ends = (SHORT, LONG) if task == "recall" else (self.lengths[0], self.lengths[-1])
         self.names = [name for name in arms(task) if self.runs(name)]
 
@@ -156,7 +156,7 @@ class Results:
         """Return what tables are made of, for runs.json."""
         base = [{"task": self.task, "arm": "base", "accuracy": self.base}] if self.base else []
         runs = [run for runs in self.all.values() for run in runs.values()]
-        return base + [{key: run[key] for key in ("task", *SHIPPED, "warned")} for run in runs]
+        return base + [{key: run[key] for key in ("task", *SHIPPED, "warned") if key in run} for run in runs]
 
     def accuracy(self, name: str, length: int, rate: float | None = None) -> tuple[float, float]:
         """Return an arm's mean accuracy at a length, and its interval."""

