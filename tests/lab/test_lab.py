@@ -562,7 +562,7 @@ def test_solo_repairs_what_short_po_leaves(run, demo, base, one_thread, seed):
 
 
 def test_demo_rows_are_one_epoch(demo):
-    """200 steps: the numbers that docs/log.md and recipe give belong to them."""
+    """200 steps: the numbers that docs/lab.md and the recipe give belong to them."""
     made = demo(0, "demo")
     steps = 3200 / (made["per_device_train_batch_size"] * made["gradient_accumulation_steps"])
     assert steps * made["num_train_epochs"] == 200
