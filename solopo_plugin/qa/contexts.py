@@ -126,6 +126,7 @@ class Builder:
         dropped: Sequence[int] = (),
         only: list[int] | None = None,
         arrange: Callable[[list[int], list[int]], list[int]] | None = None,
+        fill: bool = True,
     ) -> BuiltContext | str:
         """Build a context, or say why not: `evidence_longer_than` or `too_few_distractors_for` the target.
 
@@ -136,6 +137,7 @@ class Builder:
             dropped: Evidence to leave out, by its place in the question.
             only: The only distractors to take, in this order; None: those of the pool, as drawn.
             arrange: The order of documents, from evidence and distractors as drawn; None: shuffled.
+            fill: A context must be full; False: it may end where there is nothing more to take.
         """
         question, budget = prepared.question, self.budget
         evidence = [i for k, i in enumerate(question.evidence) if k not in dropped]
@@ -163,13 +165,15 @@ class Builder:
             room += target - tokens - (budget.smallest if tokens > target else 0)
         if best is None:
             return "evidence_longer_than"
-        return best if best.full else "too_few_distractors_for"
+        return best if best.full or not fill else "too_few_distractors_for"
 
     def _draw(self, question: Question, rng: random.Random) -> Iterable[int]:
-        if self.ranked:
-            return self.ranked(question.question)
         drawable = self.pool.drawable
-        return (drawable[k] for k in permutation(len(drawable), rng))
+        drawn = (drawable[k] for k in permutation(len(drawable), rng))
+        order = self.ranked(question.question) if self.ranked else drawn
+        origins = self.pool.origins
+        own = {origins[i].source for i in question.evidence if i in origins}
+        return others_first(order, lambda i: i in origins and origins[i].source in own) if own else order
 
     def _fill(self, evidence: list[int], room: int, order: Iterable[int]) -> tuple[list[int], bool]:
         """Return distractors that fit into `room` tokens beside the evidence, and whether it is full.
@@ -233,6 +237,17 @@ class Leaks:
                 self.counts["with_evidence"] += 1
             else:
                 yield i
+
+
+def others_first(order: Iterable[int], is_own: Callable[[int], bool]) -> Iterator[int]:
+    """Yield paragraphs in their order, but those of the evidence's own documents behind all others."""
+    own = []
+    for i in order:
+        if is_own(i):
+            own.append(i)
+        else:
+            yield i
+    yield from own
 
 
 def permutation(n: int, rng: random.Random) -> Iterator[int]:

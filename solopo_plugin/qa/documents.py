@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -28,6 +29,15 @@ class Question:
     evidence: list[int]
     has_marker: bool  # the question holds a text that only the chat template may write
     origins: list[dict] | None = None  # of each paragraph of the evidence, where it is known: what `ORIGIN` names
+    order: list[int] | None = None  # all paragraphs that a retrieval system gave, best first; None: it was no such
+
+
+class Origin(NamedTuple):
+    """Say where a passage stands: in which document, under which heading, as its how many-th passage."""
+
+    source: str
+    section: str
+    place: int
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Pool:
     drawable: array = field(default_factory=lambda: array("i"))  # distractors: one of each normal form, not marked
     tokens: array = field(default_factory=lambda: array("i"))  # of the document, its label and the blank line behind
     ends_apart: bytearray = field(default_factory=bytearray)  # 1: no token reaches over the document's ends
+    origins: dict[int, Origin] = field(default_factory=dict)  # of those that are passages of a document
 
     def __len__(self) -> int:
         """Return the number of paragraphs."""
@@ -87,12 +98,14 @@ def make_pool(rows: Iterable[dict], corpus: Iterable[dict], markers: set[str]) -
     marker = marker_pattern(markers)
     for row in tqdm(rows, desc="paragraphs", unit=" questions", disable=None):
         evidence = [_add(pool, paragraph, marker, seen) for paragraph in row["evidence"]]
-        for paragraph in row["distractors"]:
-            _add(pool, paragraph, marker, seen)
+        distractors = [_add(pool, paragraph, marker, seen) for paragraph in row["distractors"]]
         has_marker = bool(marker.search(row["question"]))
         origins = [{name: paragraph[name] for name in ORIGIN if name in paragraph} for paragraph in row["evidence"]]
         known = origins if any(origins) else None
-        questions.append(Question(row["id"], row["question"], row["answers"], row["hops"], evidence, has_marker, known))
+        given = [*evidence, *distractors]
+        order = [given[k] for k in row["order"]] if "order" in row else None
+        fields = row["id"], row["question"], row["answers"], row["hops"], evidence, has_marker, known, order
+        questions.append(Question(*fields))
     for paragraph in corpus:
         _add(pool, paragraph, marker, seen)
     pool.drawable.extend(i for i in range(len(pool)) if pool.first_like[i] == i and not pool.has_marker[i])
@@ -112,6 +125,8 @@ def _add(pool: Pool, paragraph: dict, marker: re.Pattern, seen: dict[bytes, int]
         return seen[whole]
     form = judged_form(paragraph["text"]) or paragraph["text"]
     index = seen[whole] = len(pool)
+    if "place" in paragraph:
+        pool.origins[index] = Origin(paragraph["source"], paragraph["section"], paragraph["place"])
     pool.first_like.append(seen.setdefault(_digest(form), index))
     pool.has_marker.append(bool(marker.search(document)))
     pool.documents += document.encode()

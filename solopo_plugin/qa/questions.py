@@ -12,8 +12,10 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from .answers import judged_form, normalize_answer
+from .answers import holds_answer, judged_form, normalize_answer
 from .files import DataError, shown
+from .prompts import document_text
+from .seeded import digest
 from .sources import Rows
 
 Documents = dict[str, dict]  # id -> {"title", "text"}
@@ -33,7 +35,7 @@ def read_questions(
         rows: Where a row stands, and a function that parses it, as from `source_rows`.
         form: A value of `input_format`.
         documents: The recipe's `corpus`, by id.
-        counts: Counts `lines`, `unanswerable` and `same_id`.
+        counts: Counts `lines`, `unanswerable` and `same_id`, and `answer_not_retrieved` of a retrieval log.
         bad: What to do with a row that cannot be used, given where it stands and why.
         open_ended: Take questions without `answers` in the plain format: a model judges what is said to them.
     """
@@ -46,6 +48,9 @@ def read_questions(
                 counts["unanswerable"] += 1
                 continue
             question = parse_row(row, form, documents, open_ended)
+        except NotRetrieved:
+            counts["answer_not_retrieved"] += 1
+            continue
         except DataError as error:
             bad(where, error)
             continue
@@ -54,6 +59,10 @@ def read_questions(
             continue
         seen.add(question["id"])
         yield question
+
+
+class NotRetrieved(DataError):
+    """Say that none of the passages of a retrieval log holds the answer."""
 
 
 def unanswerable(row: dict) -> bool:
@@ -126,6 +135,7 @@ def parse_row(row: dict, form: str, documents: Documents, open_ended: bool = Fal
     if not evidence:
         raise DataError("the question has no evidence.")
     known = {normalize_answer(p["text"]) for p in evidence}
+    order = {"order": _order(row, evidence, distractors, documents)} if form == "retrieval" else {}
     return {
         "id": id,
         "question": row["question"].strip(),
@@ -133,6 +143,7 @@ def parse_row(row: dict, form: str, documents: Documents, open_ended: bool = Fal
         "hops": len(evidence) if hops is None and form in ("hotpotqa", "2wikimultihopqa") else hops,
         "evidence": evidence,
         "distractors": _distinct(distractors, known),
+        **order,
     }
 
 
@@ -145,11 +156,14 @@ def _format(row: dict) -> str:
         return "plain"
     if "context" in row and "answers" in row:
         return "squad"
+    if "passages" in row:
+        return "retrieval"
     found = {key: name for key in KEYS if key not in row for name in nearest(row, key)[:1]}
     near = "; nearest: " + ", ".join(f"`{name}` to `{key}`" for key, name in found.items()) if found else ""
     raise DataError(
         f"the format of the row cannot be told from its keys ({keys_of(row)}); musique has `paragraphs`, hotpotqa and "
-        f"2wikimultihopqa `supporting_facts`, squad `context` and `answers`, plain `evidence`{near}."
+        "2wikimultihopqa `supporting_facts`, squad `context` and `answers`, plain `evidence`, retrieval "
+        f"`passages`{near}."
     )
 
 
@@ -213,9 +227,37 @@ def _squad(row: dict, documents: Documents) -> tuple:
     return id_at(row), texts(answers, "text"), None, [evidence], []
 
 
+def _retrieval(row: dict, documents: Documents) -> tuple:
+    """Read a row of a retrieval log, {"question", "passages", "answer"}: evidence are the passages with the answer."""
+    key = next((name for name in ("answer", "answers") if row.get(name)), None)
+    if key is None:
+        raise DataError(
+            "there is no `answer`, without which nothing tells the passages that hold it from the others; add it, or "
+            "give the passages as documents (`input_format: documents`), about which questions are asked."
+        )
+    answers, passages = texts(row, key), _passages(row, documents)
+    evidence = [p for p in passages if holds_answer(document_text(p), answers)]
+    if not evidence:
+        raise NotRetrieved("no passage holds the answer.")
+    question = str(row.get("question"))
+    id = id_at(row) if "id" in row or "_id" in row else digest(question).hex()[:16]
+    return id, answers, None, evidence, [p for p in passages if p not in evidence]
+
+
+def _passages(row: dict, documents: Documents) -> list[dict]:
+    return _distinct([make_paragraph(item, documents) for item in list_at(row, "passages")], set())
+
+
+def _order(row: dict, evidence: list[dict], distractors: list[dict], documents: Documents) -> list[int]:
+    """Return the retrieved passages, best first, by their place in evidence and distractors."""
+    given = [*evidence, *distractors]
+    return [given.index(passage) for passage in _passages(row, documents)]
+
+
 KEYS = ("evidence", "context", "answers", "paragraphs", "supporting_facts")  # by which a format is told
 PARSERS = {
-    "musique": _musique, "hotpotqa": _hotpotqa, "2wikimultihopqa": _hotpotqa, "squad": _squad, "plain": _plain
+    "musique": _musique, "hotpotqa": _hotpotqa, "2wikimultihopqa": _hotpotqa, "squad": _squad, "plain": _plain,
+    "retrieval": _retrieval,
 }  # fmt: skip
 
 

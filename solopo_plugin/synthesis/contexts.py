@@ -8,7 +8,9 @@ Where questions.jsonl says where evidence comes from, "origins" has that: of eac
 "quote"} as far as known.
 
 A context is the evidence and, in RULER's way, distractors drawn without replacement from the paragraphs of all
-questions, until no more fit; then all are shuffled. What is drawn depends on the seed and the question alone.
+questions, until no more fit; then all are shuffled. What is drawn depends on the seed and the question alone. Those of
+other documents than the evidence's come first, where the paragraphs are passages of documents. Two other ways: what a
+retrieval system gave, in its order; and with `contexts: document` the documents of the evidence themselves.
 """
 
 import ctypes
@@ -24,11 +26,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..host.template import template_markers
-from ..qa.contexts import Builder
+from ..qa.contexts import Builder, PreparedQuestion
 from ..qa.documents import Question, build_pool, count_tokens
 from ..qa.files import DataError, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.recipe import Chat, ContextKeys, pick
+from .document_contexts import build_document_context, by_source
 from .recipe import DataRecipe
 
 
@@ -43,10 +46,11 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     count_tokens(pool, tokenizer)
     builder = Builder(pick(recipe, ContextKeys), pool, tokenizer, template)
     builder.check_sums(questions, {"long": recipe.long_tokens, "short": recipe.short_tokens})
+    passages = by_source(pool) if recipe.contexts == "document" else {}
     dropped, left_out, lengths = Counter(), Counter(), {"short": [], "long": []}
 
     def rows() -> Iterator[dict]:
-        results = _map(partial(make_row, builder, recipe), questions, recipe.num_workers)
+        results = _map(partial(make_row, builder, recipe, passages=passages), questions, recipe.num_workers)
         for row, looked_at in tqdm(results, total=len(questions), desc="contexts", unit=" questions", disable=None):
             left_out.update(looked_at)
             if isinstance(row, str):
@@ -77,23 +81,85 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     }
 
 
-def make_row(builder: Builder, recipe: DataRecipe, question: Question) -> tuple[dict | str, Counter]:
-    """Return the row of a question, or why it is dropped; and how many distractors were left out for what reason."""
+def make_row(
+    builder: Builder, recipe: DataRecipe, question: Question, passages: dict[str, list[int]] | None = None
+) -> tuple[dict | str, Counter]:
+    """Return the row of a question, or why it is dropped; and how many distractors were left out for what reason.
+
+    Args:
+        builder: Of contexts.
+        recipe: Of data.
+        question: From the pool.
+        passages: Of each document, with `contexts: document`.
+    """
     prepared = builder.prepare(question)
     if isinstance(prepared, str):
         return prepared, Counter()
     rng = builder.rng(question, "lossy")
     lost = [rng.randrange(len(question.evidence))] if rng.random() < recipe.lossy_short else []
+    if recipe.contexts == "document":
+        sides = _of_documents(builder, recipe, passages or {}, prepared, lost)
+    elif question.order is not None:
+        sides = _of_retrieval(builder, recipe, prepared, lost)
+    else:
+        sides = _mixed(builder, recipe, prepared, lost)
+    if isinstance(sides, str):
+        return sides, prepared.leaks.counts
+    fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
+    origins = {"origins": question.origins} if question.origins else {}
+    return {**fields, **origins, "short": sides["short"], "long": sides["long"]}, prepared.leaks.counts
+
+
+Sides = dict[str, dict] | str  # short and long context, or why there are none
+
+
+def _mixed(builder: Builder, recipe: DataRecipe, prepared: PreparedQuestion, lost: list[int]) -> Sides:
+    """Build both contexts of the evidence and distractors drawn from the pool."""
     sides, only = {}, None
     for name, target, dropped in (("long", recipe.long_tokens, []), ("short", recipe.short_tokens, lost)):
         built = builder.context(prepared, target, name, dropped, only)
         if isinstance(built, str):
-            return f"{built}_{name}", prepared.leaks.counts
+            return f"{built}_{name}"
         sides[name] = built.row
         only = built.distractors if recipe.short_subset_of_long else None
-    fields = {"id": question.id, "question": question.question, "answers": question.answers, "hops": question.hops}
-    origins = {"origins": question.origins} if question.origins else {}
-    return {**fields, **origins, "short": sides["short"], "long": sides["long"]}, prepared.leaks.counts
+    return sides
+
+
+def _of_retrieval(builder: Builder, recipe: DataRecipe, prepared: PreparedQuestion, lost: list[int]) -> Sides:
+    """Build both contexts of what was retrieved, in its order: the passages with the answer, and as many as fit."""
+    question = prepared.question
+    rank = {i: n for n, i in enumerate(question.order)}
+    others = [i for i in question.order if i not in question.evidence]
+    usable = [i for i in others if not builder.pool.has_marker[i]]
+
+    def ranked(evidence: list[int], distractors: list[int]) -> list[int]:
+        return sorted([*evidence, *distractors], key=rank.__getitem__)
+
+    sides = {}
+    for name, target, dropped, only in (
+        ("long", recipe.long_tokens, [], usable), ("short", recipe.short_tokens, lost, [])
+    ):  # fmt: skip
+        built = builder.context(prepared, target, name, dropped, only, arrange=ranked, fill=False)
+        if isinstance(built, str):
+            return f"{built}_{name}"
+        if name == "long" and not built.distractors:
+            return "retrieved_evidence_alone"
+        prepared.leaks.counts["retrieved_and_cut"] += len(others) - len(built.distractors) if name == "long" else 0
+        sides[name] = built.row
+    return sides
+
+
+def _of_documents(
+    builder: Builder, recipe: DataRecipe, passages: dict[str, list[int]], prepared: PreparedQuestion, lost: list[int]
+) -> Sides:
+    """Build a long context of the evidence's documents, and a short one of the evidence alone."""
+    long = build_document_context(builder, prepared, recipe.long_tokens, passages)
+    if isinstance(long, str):
+        return long
+    short = builder.context(prepared, recipe.short_tokens, "short", lost, only=[], fill=False)
+    if isinstance(short, str):
+        return f"{short}_short"
+    return {"short": short.row, "long": long} if long["tokens"] > short.row["tokens"] else "document_is_evidence"
 
 
 Make = Callable[[Question], tuple[dict | str, Counter]]

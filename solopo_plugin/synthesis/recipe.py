@@ -21,6 +21,7 @@ from ..qa.recipe import Sampling, build, key, pick, read_values, settings, share
 from .folder import folder_digest, is_folder_of_documents
 
 RUBRIC_TOKENS = 1024  # room for what the judge is told, the question and the template; ours
+Format = Literal["auto", "documents", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain", "retrieval"]
 
 
 @dataclass(config=kinds.STRICT, kw_only=True)
@@ -48,7 +49,7 @@ class DataRecipe:
         "A folder of documents; or questions: a file of JSON or parquet, a folder, or a hub name; several with commas. "
         "Required.",
     )
-    input_format: Literal["auto", "documents", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain"] = key(
+    input_format: Format = key(
         "auto", "documents read", "What `input` holds; `auto` tells a folder of documents, and rows by their keys."
     )
 
@@ -98,6 +99,11 @@ class DataRecipe:
     )
 
     # contexts
+    contexts: Literal["mixed", "document"] = key(
+        "mixed",
+        "contexts",
+        "Long contexts of a folder of documents: `mixed` passages of all of them, or the `document` of the evidence.",
+    )
     prompt: str | None = shared("prompt", "filter contexts")
     short_tokens: kinds.Count = key(1024, "contexts", "Short context, tokens at most. The paper's target (1K).")
     long_tokens: kinds.Count = key(8192, "contexts", "Long context, tokens at most. The paper's target (8K).")
@@ -295,9 +301,12 @@ def rubric_file(recipe: DataRecipe) -> Path:
 def stage_settings(recipe: DataRecipe, stage: str) -> dict[str, Any]:
     """Return the keys on which a stage's results depend, with the recipe's values; `judge: rule` has no more than it.
 
-    So a work folder from before there was another judge is finished as it was.
+    So a work folder from before there was another judge is finished as it was; from before there were other contexts
+    than `mixed`, too.
     """
     chosen = settings(recipe, stage)
+    if recipe.contexts == "mixed":
+        chosen.pop("contexts", None)
     if recipe.judge == "rule":
         return {} if stage == "judge" else {name: v for name, v in chosen.items() if not name.startswith("judge")}
     return chosen

@@ -257,8 +257,8 @@ BAD = {
     "retrieved": (
         {"id": 1, "question": "?", "golden_answers": ["x"], "ctxs": [{"text": "y"}]},
         "from its keys (id, question, golden_answers, ctxs); musique has `paragraphs`, hotpotqa and 2wikimultihopqa "
-        "`supporting_facts`, squad `context` and `answers`, plain `evidence`; nearest: `ctxs` to `context`, "
-        "`golden_answers` to `answers`.",
+        "`supporting_facts`, squad `context` and `answers`, plain `evidence`, retrieval `passages`; nearest: "
+        "`ctxs` to `context`, `golden_answers` to `answers`.",
     ),
     "golden answers": (
         {"id": 1, "question": "?", "golden_answers": ["x"], "evidence": ["y"]},
@@ -543,12 +543,12 @@ DATA_RECIPES = sorted((ROOT / "examples/yaml/data").glob("*.yaml"))
 def test_shipped_recipes():
     """Each loads, says where its numbers come from, and fits the training recipes that use its rows."""
     paper = {"num_samples": 32, "temperature": 0.85, "short_tokens": 1024}
-    assert len(DATA_RECIPES) == 2 + 2
+    assert len(DATA_RECIPES) == 2 + 3
     for path in DATA_RECIPES:
         text, made = path.read_text(encoding="utf-8"), load_recipe(str(path))
         assert f"build_data.py {path.relative_to(ROOT)}\n" in text and "Hardware:" in text
         assert made.cutoff_len >= made.long_tokens + made.max_new_tokens
-        if path.stem in ("tiny", "lab_two_hop"):  # of the latter also tests/lab
+        if path.stem in ("tiny", "documents", "lab_two_hop"):  # of the latter also tests/lab
             continue
         values = yaml.safe_load(text)
         assert values["num_rows"] - values["val_size"] == 5000  # the paper's, to train on
