@@ -19,6 +19,7 @@ from typing import NamedTuple
 import yaml
 from step_cost import (
     MODELS,
+    OPTIMIZERS,
     OTHERS,
     VARIANTS,
     Setup,
@@ -29,6 +30,7 @@ from step_cost import (
     on_meta,
     peak,
     read_config,
+    setup_of,
     shape_of,
     step_flops,
     step_memory,
@@ -40,8 +42,6 @@ from solopo_plugin.args import FIELDS, check_keys
 ROOT = Path(__file__).parent.parent
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"
 HOSTS_REFERENCE = ("V0", "S0", "S1")  # run it in every step
-# Bytes of optimizer state per trained parameter, of the host's `optim` values; in fp32 or, by name, 8 bits.
-OPTIMIZERS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "rmsprop": 4, "sgd": 0}
 ATTENTION = {"fa2": "flash_attention_2", "disabled": "eager"}  # the host's `flash_attn`, else SDPA
 
 
@@ -141,7 +141,6 @@ def measurements(document: dict, tuning: str, L: int, references: dict) -> dict[
         L: Tokens of the long prompt.
         references: Of every variant, as `references_of` gives them.
     """
-    from benchmark_step import setup_of
     from transformers import AutoConfig
 
     settings = document["settings"]

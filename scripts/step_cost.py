@@ -26,6 +26,9 @@ OTHERS = {
 }
 RESPONSE_LOGITS = ("S2", "S3", "V*")
 TWO_FORWARDS = ("S1", "S2", "P2")
+GB = 1e9  # bytes
+# Bytes of optimizer state per trained parameter, of the host's `optim` values; in fp32 or, by name, 8 bits.
+OPTIMIZERS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "rmsprop": 4, "sgd": 0}
 HOST_GRADIENT = 4  # bytes per trained parameter beside an offloaded optimizer: DeepSpeed's CPU Adam takes fp32
 # Shapes as published with the models; any other is read from its config.json.
 MODELS = {
@@ -183,6 +186,16 @@ class Setup:
     mlp_chunk: int = 0  # solopo_mlp_chunk; 0: all tokens at once
     batch: int = 1
     both: bool = False
+
+
+def setup_of(settings: dict, tuning: str) -> Setup:
+    """Say how the step benchmark stores things: adapters in fp32, full fine-tuning in the model's precision."""
+    element = 2 if settings["dtype"] == "bfloat16" else 4
+    trained = element if tuning == "full" else 4
+    return Setup(
+        frozen=element, weights=trained, gradients=trained, optimizer=OPTIMIZERS[settings["optim"]] * trained / 4,
+        element=element, lora_rank=8 * (tuning == "lora"), checkpointing=settings["checkpointing"],
+    )  # fmt: skip
 
 
 def layer_bytes(shape: Shape, element: int) -> int:

@@ -4,6 +4,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import benchmark_run
 import benchmark_step as benchmark
 import pytest
 import torch
@@ -42,13 +43,13 @@ def in_this_process(monkeypatch, tmp_path):
 
     def measure(settings, run, folder):
         if not (folder / f"{run['length']}-dpo").exists():
-            benchmark.write_rows(folder, settings, run["length"])
+            benchmark_run.write_rows(folder, settings, run["length"])
         with monkeypatch.context() as restored:
             for owner, name in ((TwoStages, "long_logps"), (SoloTrainer, "concatenated_forward"),
                                 (AutoModelForCausalLM, "from_config"),
                                 (solopo_plugin.workflow, "recorded")):  # fmt: skip
                 restored.setattr(owner, name, getattr(owner, name))
-            seen = benchmark.run_here(settings, run, folder)
+            seen = benchmark_run.run_here(settings, run, folder)
         return seen | {"median_s": seen["step_s"][0]}
 
     monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "cache"))
@@ -96,13 +97,13 @@ def test_gpu_presets_run_at_a_small_shape(command, in_this_process):
 def test_bf16_recipes_are_the_hosts():
     settings = benchmark.PRESETS["llama3.1-8b"] | {"attention": "fa2", "memory": None}
     run = dict(variant="S3", loss="orpo", reference=None, length=8192, steps=5)
-    recipes = {t: benchmark.recipe_of(settings, run | {"tuning": t}, benchmark.Path("x")) for t in ("lora", "full")}
+    recipes = {t: benchmark_run.recipe_of(settings, run | {"tuning": t}, benchmark.Path("x")) for t in ("lora", "full")}
     assert (recipes["lora"]["bf16"], recipes["lora"]["pure_bf16"]) == (True, False)
     assert (recipes["full"]["bf16"], recipes["full"]["pure_bf16"]) == (False, True)
     for recipe in recipes.values():
         assert recipe["solopo_forward"] == "packed" and recipe["flash_attn"] == "fa2" and not recipe["use_cpu"]
         assert not recipe["disable_gradient_checkpointing"] and recipe["cutoff_len"] == 8192 + 256
-    host = benchmark.recipe_of(settings, run | {"variant": "V0", "tuning": "lora"}, benchmark.Path("x"))
+    host = benchmark_run.recipe_of(settings, run | {"variant": "V0", "tuning": "lora"}, benchmark.Path("x"))
     assert host["stage"] == "dpo" and not any(key.startswith("solopo") for key in host)
 
 
@@ -244,7 +245,7 @@ def test_gpu_memory_is_what_torch_counts(monkeypatch):
     for name, value in dict(synchronize=0, empty_cache=0, reset_peak_memory_stats=0, memory_allocated=5,
                             max_memory_allocated=11, max_memory_reserved=13).items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: calls.append(name) or value)
-    meter = benchmark.meter(cuda=True, limit_gb=None)
+    meter = benchmark_run.meter(cuda=True, limit_gb=None)
     meter.on_train_begin(None, None, None)
     meter.on_step_begin(None, None, None)
     meter.on_step_end(None, None, None)

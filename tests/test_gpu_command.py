@@ -135,7 +135,7 @@ def test_what_has_no_time_is_skipped_and_what_fails_is_told(do, out, monkeypatch
 
 def test_other_settings_do_not_mix(do, monkeypatch):
     do("more", "--until", "0")
-    monkeypatch.setattr(steps.bs, "hardware", lambda device: {"device": "another"})
+    monkeypatch.setattr(steps.benchmark_run, "hardware", lambda device: {"device": "another"})
     with pytest.raises(SystemExit, match="was measured with other hardware"):
         do("more", "--until", "0")
 

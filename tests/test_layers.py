@@ -1,6 +1,7 @@
 """Which parts of the package know which, read from their source."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,16 @@ def test_parts_that_must_not_know_each_other(part):
         if part_of(file) == part and set(name.split(".")[1:2]) & FORBIDDEN[part] and name.startswith("solopo_plugin.")
     }
     assert not known
+
+
+def test_scripts_import_each_other_one_way():
+    """Also where an import stands within a function."""
+    files = {path.stem: path for path in sorted((ROOT / "scripts").rglob("*.py"))}
+    known = {}
+    for name, path in files.items():
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        known[name] = {name.rpartition(".")[2] for name in names} & files.keys()
+    assert {"plan", "step_cost"} <= known["steps"] and "trl_dpo" in known["benchmark_step"]
+    [*TopologicalSorter(known).static_order()]  # raises CycleError, which names the circle

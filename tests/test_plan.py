@@ -9,10 +9,10 @@ import plan
 import pytest
 import torch
 import yaml
-from benchmark_step import PRESETS, setup_of
+from benchmark_step import PRESETS
 from conftest import ROOT
 from plan import Setup, Shape, count, longest, peak, read_config, read_recipe, shape_of, step_flops, step_memory
-from step_cost import counts, host_memory, layer_bytes, window_of
+from step_cost import counts, host_memory, layer_bytes, setup_of, window_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -38,7 +38,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(Path(__file__).parent)]
-import benchmark_step as bs  # noqa: E402
+import benchmark_run  # noqa: E402
 import record  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -257,7 +257,7 @@ def catcher():
             self.loss = logs.get("loss", getattr(self, "loss", None))
 
         def on_train_end(self, args, state, control, **kwargs):
-            raise bs.Finished
+            raise benchmark_run.Finished
 
     return Catcher()
 
@@ -296,7 +296,7 @@ def small_trainings(dry: bool, device: str):
         for name, dtype in (("half", torch.bfloat16), ("model", torch.float32)):
             weights.to(dtype).save_pretrained(folder / name)
             train_tokenizer(["text"], 512).save_pretrained(folder / name)
-        bs.write_rows(folder, settings, settings["L"])
+        benchmark_run.write_rows(folder, settings, settings["L"])
 
         def take(variant, how, half, checkpointing, tuning, loss, **options):
             run = dict(variant=variant, tuning=tuning, length=settings["L"], loss=loss, steps=1, reference=None)
@@ -305,15 +305,15 @@ def small_trainings(dry: bool, device: str):
                            pref_beta=0.1, solopo_alpha=1.0, solopo_penalty="squared")  # fmt: skip
             if half and not dry:  # a model keeps the precision of its checkpoint
                 changes["model_name_or_path"] = str(folder / "half")
-            recipe = bs.recipe_of(own, run, folder) | changes | options
+            recipe = benchmark_run.recipe_of(own, run, folder) | changes | options
             if dry and recipe["pure_bf16"]:  # the host has that on a GPU only
                 recipe |= {"pure_bf16": False, "bf16": True}
             seen = catcher()
             with put_back(), attending(how, dry):
-                bs.use_rows_as_given()
+                benchmark_run.use_rows_as_given()
                 try:
                     run_exp(recipe, callbacks=[seen])
-                except bs.Finished:
+                except benchmark_run.Finished:
                     pass
             return seen
 
@@ -474,7 +474,7 @@ def main(argv: list[str] | None = None) -> bool:
     device, all_right = "cpu" if args.dry else "cuda", True
     if not args.dry and not torch.cuda.is_available():
         sys.exit("> This needs a GPU and torch sees none; `--dry` runs on a CPU.")
-    document = record.load(args.out, hardware=bs.hardware(device))
+    document = record.load(args.out, hardware=benchmark_run.hardware(device))
     document |= {"date": date.today().isoformat(), "dry": args.dry}
     for name, part in {"cli": cli}.items() if args.cli else [(name, PARTS[name]) for name in args.parts]:
         if document["check"].get(name, {}).get("status") == "ok":

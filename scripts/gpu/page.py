@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(Path(__file__).parent)]
-import benchmark_step as bs  # noqa: E402
+import benchmark_page  # noqa: E402
 import record  # noqa: E402
 from check import PARTS  # noqa: E402
 from steps import JOBS, LONGEST, reference_of, settings_of  # noqa: E402
@@ -92,7 +92,7 @@ def correctness(check: dict) -> list[str]:
 def steps(document: dict) -> list[str]:
     """Return the table of step times and peaks, with the predictions in brackets."""
     runs = {key: run for key, run in document["runs"].items() if not run["trial"]}
-    rows = {row["name"]: row for row in bs.summarise(document["settings"], runs)}
+    rows = {row["name"]: row for row in benchmark_page.summarise(document["settings"], runs)}
     lines = [
         "## Steps", "",
         "Measured, in brackets what `scripts/plan.py` predicts. Speed: how many times as fast. Peak: above what "
@@ -167,7 +167,7 @@ def missing(document: dict) -> list[str]:
     todo = [f"check `{name}`" for name in ("cli", *PARTS) if document["check"].get(name, {}).get("status") != "ok"]
     for variant, tuning, length, _, loss in (job for jobs in JOBS.values() for job in jobs):
         run = dict(variant=variant, loss=loss, reference=reference_of(variant, loss), tuning=tuning)
-        key = f"{bs.name_of(run)} L{lengths[length]}"
+        key = f"{benchmark_page.name_of(run)} L{lengths[length]}"
         if document["runs"].get(key, {}).get("status") not in ("ok", "oom"):
             todo.append(key + (" (failed)" if key in document["runs"] else ""))
     done = document.get("longest by peaks", {})

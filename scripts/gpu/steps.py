@@ -2,7 +2,7 @@
 
     python scripts/gpu/steps.py --out OUT --until EPOCH --folder FOLDER --jobs first|trl|longest|more [--dry]
 
-Part of `run.sh`. Models, rows, recipes and timing are those of `benchmark_step.py`, Qwen2.5-7B's shape with random
+Part of `run.sh`. Models, rows, recipes and timing are those of `benchmark_run.py`, Qwen2.5-7B's shape with random
 weights; what is new is that configurations share a process, whose imports would else cost a third of the time.
 OUT/gpu.json is written after every configuration. One is skipped where the time left does not cover its guess. Out of
 memory is a result; if its memory does not come back, the process starts itself again. `--jobs trl` needs a python with
@@ -23,10 +23,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(Path(__file__).parent)]
-import benchmark_step as bs  # noqa: E402
+import benchmark_page  # noqa: E402
+import benchmark_run  # noqa: E402
+import benchmark_step  # noqa: E402
 import record  # noqa: E402
 from plan import shape_of, step_flops  # noqa: E402
 from record import tell  # noqa: E402
+from step_cost import GB  # noqa: E402
+
+from solopo_plugin.qa.provenance import installed  # noqa: E402
 
 RATE = 250e12  # FLOP/s that a guess assumes; below what bf16 matrices reach on an H100
 SPARE = 2.5e9  # bytes of the card that a longest prompt leaves: the context, workspaces, fragments
@@ -59,7 +64,7 @@ JOBS = {
 def settings_of(dry: bool) -> tuple[dict, tuple[int, int, int]]:
     """Return benchmark_step's settings and the three lengths of the long prompt."""
     lengths = (64, 96, 128) if dry else (8192, 16384, 32768)
-    settings = dict(bs.PRESETS["qwen2.5-7b"]) | {"attention": "sdpa", "memory": None}
+    settings = dict(benchmark_step.PRESETS["qwen2.5-7b"]) | {"attention": "sdpa", "memory": None}
     if dry:
         tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         settings |= {"model": settings["model"] | tiny | {"num_key_value_heads": 2, "vocab_size": 600}}
@@ -76,7 +81,7 @@ def reference_of(variant: str, loss: str) -> str | None:
 
 @contextmanager
 def put_back():
-    """Put back the methods that benchmark_step replaces for a variant, so that the next one finds the package's own."""
+    """Put back the methods that benchmark_run replaces for a variant, so that the next one finds the package's own."""
     from transformers import AutoModelForCausalLM
 
     import solopo_plugin.workflow as workflow
@@ -101,9 +106,9 @@ def run_one(settings: dict, run: dict, folder: Path) -> dict:
     if run["variant"] == "T":
         return importlib.import_module("trl_dpo").run_here(settings, run, folder)
     if not (folder / f"{run['length']}-dpo").exists():
-        bs.write_rows(folder, settings, run["length"])
+        benchmark_run.write_rows(folder, settings, run["length"])
     with put_back():
-        return bs.run_here(settings, run, folder)
+        return benchmark_run.run_here(settings, run, folder)
 
 
 class Session:
@@ -118,12 +123,12 @@ class Session:
         packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
         packages += () if args.jobs == "trl" else ("solopo", "llamafactory")
         mine = "versions of TRL's environment" if args.jobs == "trl" else "versions"
-        same = {"settings": self.settings, "hardware": bs.hardware(self.settings["device"])}
-        same[mine] = {name: bs.installed(name) for name in packages}
+        same = {"settings": self.settings, "hardware": benchmark_run.hardware(self.settings["device"])}
+        same[mine] = {name: installed(name) for name in packages}
         self.document = record.load(args.out, **same) | {"date": date.today().isoformat(), "dry": args.dry}
         if not (self.folder / "model").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            bs.write_model(self.folder, self.settings)
+            benchmark_run.write_model(self.folder, self.settings)
         from transformers import AutoConfig
 
         self.shape = shape_of(AutoConfig.for_model(**self.settings["model"]))
@@ -142,13 +147,13 @@ class Session:
         times = 1.9 if run["variant"] == "T" else 1  # V* shares a prompt that TRL runs twice
         flops = times * sum(step_flops(self.shape, like, S, R, run["length"], run["reference"], *rest).values())
         build = 60 if run["variant"] == "T" else 8  # seconds before the first step, seen on an H200
-        return build + (run["steps"] + bs.WARM_UP + 0.5 * (run["variant"] == "T")) * flops / RATE
+        return build + (run["steps"] + benchmark_run.WARM_UP + 0.5 * (run["variant"] == "T")) * flops / RATE
 
     def once(self, variant: str, tuning: str, length: int, steps: int, loss: str, trial: bool = False) -> dict | None:
         """Measure a configuration unless that was done before or there is no time; returns what is known of it."""
         run = dict(variant=variant, loss=loss, reference=reference_of(variant, loss), tuning=tuning)
         run |= dict(length=length, steps=steps, trial=trial)
-        key = f"{bs.name_of(run)} L{length}"
+        key = f"{benchmark_page.name_of(run)} L{length}"
         done = ("ok", "oom", "failed") if self.args.resumed else ("ok", "oom")
         if self.document["runs"].get(key, {}).get("status") in done:
             return self.document["runs"][key]
@@ -200,7 +205,7 @@ class Session:
             import torch
 
             whole = torch.cuda.get_device_properties(0).total_memory
-            whole = min(whole, (self.settings["memory"] or whole) * bs.GB)
+            whole = min(whole, (self.settings["memory"] or whole) * GB)
             there = y + (whole - SPARE - b) * (y - x) / (b - a)
         self.document.setdefault("longest by peaks", {})[variant] = round(there)
         for share in LONGEST[variant]:

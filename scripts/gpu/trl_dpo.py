@@ -8,12 +8,12 @@ There is one row, which every step takes: computing the reference of more would 
 import random
 from pathlib import Path
 
-import benchmark_step as bs
 import torch
+from benchmark_run import WARM_UP, cap_card, meter, watched
 
 
 def run_here(settings: dict, run: dict, folder: Path) -> dict:
-    """Run one configuration in this process, with the result of `benchmark_step.run_here`."""
+    """Run one configuration in this process, with the result of `benchmark_run.run_here`."""
     import trl.trainer.utils
     from datasets import Dataset
     from peft import LoraConfig
@@ -34,8 +34,8 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
     lengths = {"prompt_ids": run["length"], "chosen_ids": settings["response"], "rejected_ids": settings["response"]}
     rows = Dataset.from_list([{name: draw.choices(vocabulary, k=n) for name, n in lengths.items()}])
     dtype = getattr(torch, settings["dtype"])
-    bs.cap_card(cuda, settings["memory"])
-    watch = bs.meter(cuda, settings["memory"])
+    cap_card(cuda, settings["memory"])
+    watch = meter(cuda, settings["memory"])
 
     def train():
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         recipe = DPOConfig(
             output_dir=str(folder / "out"), save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
-            max_steps=bs.WARM_UP + run["steps"], per_device_train_batch_size=1, gradient_accumulation_steps=1,
+            max_steps=WARM_UP + run["steps"], per_device_train_batch_size=1, gradient_accumulation_steps=1,
             learning_rate=1e-6, lr_scheduler_type="constant", optim=settings["optim"], max_length=None,
             gradient_checkpointing=settings["checkpointing"], use_cpu=not cuda, precompute_ref_log_probs=True,
             bf16=settings["dtype"] == "bfloat16" and lora,
@@ -55,4 +55,4 @@ def run_here(settings: dict, run: dict, folder: Path) -> dict:
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         ).train()  # fmt: skip
 
-    return bs.watched(watch, train)
+    return watched(watch, train)
