@@ -176,6 +176,34 @@ def open_document(args: argparse.Namespace, settings: dict) -> dict:
     return document
 
 
+def check_device(args: argparse.Namespace, device: str) -> None:
+    """End where the device is not there, or nothing says how much memory a search may take."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit(f"`--preset {args.preset}` needs a GPU and torch sees none; try `--device cpu --dtype float32`.")
+    elif args.longest and not args.memory:
+        sys.exit("`--longest` on a CPU needs `--memory`: the GB that a step may take.")
+
+
+def once(document: dict, run: dict, folder: Path, out: Path) -> bool:
+    """Tell whether a configuration fits; it is measured and recorded unless that was done before."""
+    key, began = f"{name_of(run)} L{run['length']}", time.perf_counter()
+    seen, how = document["runs"].get(key, {"status": "none"}), "before"
+    if not (seen["status"] == "oom" or seen["status"] == "ok" and seen["steps"] >= run["steps"]):
+        seen = run | measure(document["settings"], run, folder) | {"date": date.today().isoformat()}
+        how = f"in {time.perf_counter() - began:.0f} s"
+    document["runs"][key] = seen | {"trial": run["trial"] and seen["trial"]}
+    write(document | {"summary": [], "longest": {}}, out, page=False)
+    told = f"{seen['median_s']:.2f} s a step" if seen["status"] == "ok" else seen["status"]
+    why = f": {seen['log'].strip().splitlines()[-1]}" if "log" in seen else ""
+    print(f"{key}: {told} ({how}){why}", flush=True)
+    if run["trial"] and seen["status"] not in ("ok", "oom"):
+        sys.exit("The search ends here: the trial neither fitted nor ran out of memory.")
+    return seen["status"] == "ok"
+
+
 def main() -> None:
     """Measure what is not yet measured, and write it down."""
     args = arguments()
@@ -183,13 +211,7 @@ def main() -> None:
         return work(args.worker)
     settings = chosen(args)
     lengths, tunings, slow, steps = (settings.pop(key) for key in ("lengths", "tunings", "slow", "steps"))
-    if settings["device"] == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit(f"`--preset {args.preset}` needs a GPU and torch sees none; try `--device cpu --dtype float32`.")
-    elif args.longest and not args.memory:
-        sys.exit("`--longest` on a CPU needs `--memory`: the GB that a step may take.")
+    check_device(args, settings["device"])
     document = open_document(args, settings)
     args.out.mkdir(parents=True, exist_ok=True)
     todo = configurations(args.variants, args.losses, tunings)
@@ -200,31 +222,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), settings)
 
-        def once(configuration: dict, length: int, trial: bool = False) -> bool:
-            """Tell whether it fits; measured and recorded unless that was done before."""
+        def fits(configuration: dict, length: int, trial: bool = False) -> bool:
             timed = 1 if trial else slow if configuration["variant"] == "V0" else steps
             run = configuration | {"length": length, "steps": timed, "trial": trial}
-            key, began = f"{name_of(run)} L{length}", time.perf_counter()
-            seen, how = document["runs"].get(key, {"status": "none"}), "before"
-            if not (seen["status"] == "oom" or seen["status"] == "ok" and seen["steps"] >= timed):
-                seen = run | measure(settings, run, Path(folder)) | {"date": date.today().isoformat()}
-                how = f"in {time.perf_counter() - began:.0f} s"
-            document["runs"][key] = seen | {"trial": trial and seen["trial"]}
-            write(document | {"summary": [], "longest": {}}, args.out, page=False)
-            told = f"{seen['median_s']:.2f} s a step" if seen["status"] == "ok" else seen["status"]
-            why = f": {seen['log'].strip().splitlines()[-1]}" if "log" in seen else ""
-            print(f"{key}: {told} ({how}){why}", flush=True)
-            if trial and seen["status"] not in ("ok", "oom"):
-                sys.exit("The search ends here: the trial neither fitted nor ran out of memory.")
-            return seen["status"] == "ok"
+            return once(document, run, Path(folder), args.out)
 
         jobs = [(c, length) for length in (lengths[:1] if args.longest else lengths) for c in todo]
         for number, (configuration, length) in enumerate(jobs, 1):
             print(f"[{number}/{len(jobs)}] ", end="", flush=True)
             if args.longest:
-                find_longest(length, args.grain, lambda n, c=configuration: once(c, n, trial=True))
+                find_longest(length, args.grain, lambda n, c=configuration: fits(c, n, trial=True))
             else:
-                once(configuration, length)
+                fits(configuration, length)
     runs = document["runs"]
     document |= {"summary": summarise(settings, runs), "longest": longest_of(runs)}
     write(document, args.out, page=True)
