@@ -25,13 +25,14 @@ from solopo_plugin.qa.answers import judged_form
 from solopo_plugin.qa.contexts import Builder
 from solopo_plugin.qa.documents import count_tokens, make_pool
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
-from solopo_plugin.qa.generate import generate
 from solopo_plugin.qa.generate.calls import Call, Model, load_chat
+from solopo_plugin.qa.generate.stored import answer_missing
 from solopo_plugin.qa.provenance import WEIGHTS, file_hash, folder_hash
 from solopo_plugin.qa.questions import read_questions
 from solopo_plugin.qa.recipe import Chat, ContextKeys, Sampling
 from solopo_plugin.qa.seeded import digest
 from solopo_plugin.qa.sources import source_rows
+from solopo_plugin.qa.store import STORE, Store
 from solopo_plugin.synthesis.judge import judge
 from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import make_recipe
@@ -174,40 +175,33 @@ class Real:
         )  # fmt: skip
         run_pipeline(make_recipe(self.table["data"] | places | {"seed": SEED}))
 
-    def measured(self, model: Path, seed: int, ends: bool = False) -> dict[int, float]:
-        """Measure the share of questions that are answered right by sub-EM, by tokens; with `ends` nothing."""
-        if ends:
-            return {}
-        return {n: round(marks.count("1") / len(marks), 4) for n, marks in self.marks(model, seed).items()}
-
     def marks(self, model: Path, seed: int) -> dict[int, str]:
         """Return by tokens a 1 for each question that a model answers right, else a 0, in the order of the questions.
 
-        The answers stand in the model's folder, a file for each length: a killed measurement goes on with the next.
+        Right is sub-EM of the greedy answer. The answers stand in the model's folder, of the base in one beside it,
+        where a killed measurement finds them again.
         """
-        split, found = "validation" if seed == self.table["sweep"]["seed"] else "test", {}
+        split = "validation" if seed == self.table["sweep"]["seed"] else "test"
+        folder, found = self.folder / "base_answers" if model == self.BASE else model / "answers", {}
         for tokens in self.lengths:
-            path = self.answers(model, seed) / f"{tokens}.jsonl"
-            if not path.is_file():
-                rows = {row["id"]: row for row in self.contexts(split, tokens)}
-                write_jsonl(path, self.answered(model, rows))
-            found[tokens] = "".join(str(int(row["correct"])) for row in read_jsonl(path))
+            rows = self.answered(model, folder, tokens, list(self.contexts(split, tokens)))
+            write_jsonl(folder / f"{tokens}.jsonl", rows)
+            found[tokens] = "".join(str(int(row["correct"])) for row in rows)
         return found
 
-    def answers(self, model: Path, seed: int) -> Path:
-        """Return the folder of a model's answers: its own, of the base one beside it."""
-        return self.folder / "base_answers" if model == self.BASE else model / "answers"
-
-    def answered(self, model: Path, rows: dict[str, dict]) -> list[dict]:
-        """Have a model answer greedily; returns {"id", "text", "answer", "correct", ...} in the order of the rows."""
-        data, length = self.table["data"], max(self.lengths)
+    def answered(self, model: Path, folder: Path, tokens: int, rows: list[dict]) -> list[dict]:
+        """Have a model answer what the store in `folder` lacks; returns {"id", "text", "answer", "correct", ...}."""
+        data = self.table["data"]
         sampling = Sampling(
             **self.table["model"], max_new_tokens=data["max_new_tokens"], temperature=0.0, backend=data["backend"]
         )
-        calls = [Call(row["id"], (0,), row["prompt"]) for row in rows.values()]
-        asked = Model(str(model), window=length + data["max_new_tokens"])
-        texts = {reply.id: reply.answers[0][0] for reply in generate(sampling, asked, calls)}
-        return [{"id": id, "text": texts[id], **judge(texts[id], row["answers"])} for id, row in rows.items()]
+        asked = Model(str(model), window=tokens + data["max_new_tokens"])
+        calls = [Call(row["id"], (0,), row["prompt"]) for row in rows]
+        with Store(folder / STORE) as store:
+            made_by = {"model": folder_hash(model, WEIGHTS), "max_new_tokens": data["max_new_tokens"]}
+            found = answer_missing(store, str(tokens), made_by, lambda: calls, sampling, asked)
+            texts = {row["id"]: store.get(found[row["id"], 0])["text"] for row in rows}
+        return [{"id": row["id"], "text": texts[row["id"]], **judge(texts[row["id"]], row["answers"])} for row in rows]
 
 
 def checkpoints(folder: Path) -> list[Path]:

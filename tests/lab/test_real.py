@@ -201,12 +201,19 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert base["accuracy"] == {"550": round(even / 30, 4), "1200": round(even / 30, 4)}
     assert base["marks"]["550"].count("1") == even and len(base["marks"]["1200"]) == 30
 
+    with monkeypatch.context() as silent:  # what was answered is not asked for again, unless another model answers
+        silent.setitem(generate.BACKENDS, "transformers", lambda *args: 1 / 0)
+        assert task.marks(task.BASE, 0) == {int(n): marks for n, marks in base["marks"].items()}
+        silent.setattr(real, "folder_hash", lambda *args: "of another base")
+        with pytest.raises(ZeroDivisionError):
+            task.marks(task.BASE, 0)
+
     jobs = run_lab.jobs(["solo_orpo_detached", "orpo_short"], [0, 1], None, task.folder, TASK)
     assert {job["recipe"]["dataset_dir"] for job in jobs} == {str(task.folder / "rows")}
     trained = []
     monkeypatch.setattr(tuner, "run_exp", lambda keys, real_run=tuner.run_exp: (trained.append(keys), real_run(keys)))
     with monkeypatch.context() as killed:  # behind its last step, before anything is measured
-        killed.setattr(real.Real, "measured", lambda *args, **keys: 1 / 0)
+        killed.setattr(real.Real, "marks", lambda *args, **keys: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_lab.train(jobs[0])
     run_lab.train(jobs[0])
