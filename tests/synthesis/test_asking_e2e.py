@@ -19,6 +19,7 @@ from scripted_server import serving
 
 from solopo_plugin.qa.files import read_jsonl
 from solopo_plugin.synthesis.filter import FILTERS
+from solopo_plugin.synthesis.look import gather, open_source
 from solopo_plugin.synthesis.pipeline import run_pipeline, stages_of
 from solopo_plugin.synthesis.recipe import make_recipe
 
@@ -155,3 +156,17 @@ def test_killed_at_random_moments_is_uninterrupted(planned, zygote):
     assert kills == KILLS and results(folder) == results(whole)
     assert {"asked.jsonl", "questions.jsonl", "corpus.jsonl", "asked.db", "checked.db"} <= set(results(whole))
     assert not list((folder / "work").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_rows_whose_long_contexts_are_the_documents(planned, zygote):
+    """No check of the finished set finds a fault, and every long prompt is of the evidence's documents alone."""
+    folder = planned.prepare(contexts="document", short_tokens=900)
+    assert zygote(folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    statistics = gather(open_source(folder / "work"))
+    assert statistics.splits.total() > 10 and not any(statistics.failed.values()), statistics.failed
+    texts = {p["text"]: p["source"] for p in planned.passages}
+    for row in read_jsonl(folder / "work" / "contexts.jsonl"):
+        sources = {origin["source"] for origin in row["origins"]}
+        assert row["long"]["paragraphs"] == len(sources)
+        assert {source for text, source in texts.items() if text in row["long"]["prompt"]} == sources

@@ -8,8 +8,8 @@ from solopo_plugin.synthesis.passages import split_document
 
 
 def count(texts: list[str]) -> list[int]:
-    """A token is a character that is no blank; what joins paragraphs is none."""
-    return [sum(not c.isspace() for c in text) for text in texts]
+    """A token is a character that is no blank, or an empty line between paragraphs."""
+    return [sum(not c.isspace() for c in text) + text.count("\n\n") for text in texts]
 
 
 def split(blocks: list[tuple[int, str]], budget: int) -> list[dict]:
