@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import signal
+import time
 
 import pytest
 from conftest import ROOT
@@ -199,6 +201,38 @@ def test_a_converted_file_is_kept_and_another_one_is_not(read, tmp_path, monkeyp
     _, passages = read(folder)
     assert done[2:] == ["b.docx", "c.md"]
     assert [p["text"] for p in passages] == ["First text.", "Changed text.", "Third text."]
+
+
+def test_killed_at_random(read, tmp_path, model, monkeypatch):
+    """`kill -9` again and again; in the end all files are those of an uninterrupted run."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # threads do not survive a fork
+    rng = random.Random(5)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in range(6):
+        pages = [page(" ".join(f"w{rng.randrange(10**6)}" for _ in range(60))) for _ in range(4)]
+        write_pdf(folder / f"{n}.pdf", pages)
+    read(HANDBOOK, "first")  # imports what is needed
+    started = time.monotonic()
+    read(folder, "whole")
+    whole, killed, parts = time.monotonic() - started, 0, set()
+    for _ in range(10):
+        if not (child := os.fork()):
+            run_pipeline(recipe(folder, tmp_path / "killed", model), "documents")
+            os._exit(0)
+        time.sleep(rng.random() * whole * 0.6)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        parts.add(len(list(tmp_path.glob("killed/converted/*.json"))))
+    read(folder, "killed")
+    assert killed, parts
+    files = {
+        work: {str(path.relative_to(tmp_path / work)): path for path in (tmp_path / work).rglob("*") if path.is_file()}
+        for work in ("whole", "killed")
+    }
+    assert files["whole"].keys() == files["killed"].keys() and len(files["whole"]) == 6 + 3
+    for name, path in files["whole"].items():
+        assert path.read_bytes() == files["killed"][name].read_bytes(), name
 
 
 def test_a_full_disk_is_no_broken_file(read, tmp_path, monkeypatch):
