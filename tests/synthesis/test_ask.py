@@ -48,6 +48,7 @@ GOOD = [
 BAD = [
     "", "No.", "{" * 20_000, "[" * 20_000 + "{", OBJECT[:-20], OBJECT.replace("Ada", " ", 1), "null", '{"question": 1}',
     OBJECT.replace('"Ada"', "null"), OBJECT.replace('"Ada"', '["Ada"]'), f"<think>{OBJECT}",
+    OBJECT.replace('"quote": "Ada keeps it."', '"quotes": ["Ada", "keeps", "it"]'),
     "Question: Who?\nAnswer:\nQuote: Ada keeps it.", '{"question": "Who?", "answer": "Ada"}',
 ]  # fmt: skip
 
@@ -98,6 +99,8 @@ def test_passages_and_pairs_are_a_seeded_choice():
     assert kinds["near"] > 5 and kinds["shared"] > 3
     few = choose(recipe_for(max_passages=10, pairs_per_passage=2.0), passages)
     alone = {unit[0]["id"] for unit in few if len(unit) == 1}
+    others = choose(recipe_for(max_passages=10, seed=4), passages)
+    assert alone != {unit[0]["id"] for unit in others if len(unit) == 1}
     assert len(alone) == 10 and len(few) <= 30 and len(few) > 20
     assert all(alone & {p["id"] for p in unit} for unit in few)
     assert {len(unit) for unit in choose(recipe_for(pairs_per_passage=0.0), passages)} == {1}

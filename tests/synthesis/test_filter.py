@@ -15,7 +15,7 @@ from scripted_server import serving
 from solopo_plugin.qa.documents import build_pool
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import ask, filter
-from solopo_plugin.synthesis.filter import FILTERS, Candidate, take_turns
+from solopo_plugin.synthesis.filter import FILTERS, Candidate, take_turns, verbatim
 from solopo_plugin.synthesis.recipe import make_recipe
 
 REAL = SHARED_DATA / "real" / "train" / "squad_train_44_articles.jsonl"
@@ -106,6 +106,13 @@ def test_each_filter_leaves_out_what_it_is_for(reason, changes):
 )
 def test_a_good_question_passes_every_filter(changes):
     assert reasons(candidate(**changes)) == []
+
+
+def test_a_quote_is_kept_as_it_stands_in_the_passage():
+    passage = candidate().passages[0]
+    assert verbatim("Her brother  built it.", passage) == "Her brother\nbuilt it."
+    assert verbatim("in 1904. Her", passage) == "in 1904.\nHer" and verbatim("in 1904.Her", passage) is None
+    assert verbatim(".*", passage) is None
 
 
 def test_every_filter_has_a_bad_question():
