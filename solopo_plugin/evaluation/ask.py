@@ -62,12 +62,13 @@ def ask(
         warned = False
         with tqdm(total=len(hashes), initial=len(hashes) - missing, unit=" answers", desc=model.name) as bar:
             for reply in generate(pick(recipe, Sampling), model, _calls(recipe, model, have, pending)):
-                row = pending.pop(reply.id)
-                counted = reply.prompt_tokens, row["prompt_tokens"], f"{row['task']}/{row['id']}", recipe.template
+                answer = pending.pop(reply.id)
+                name = f"{answer['task']}/{answer['id']}"
+                counted = reply.prompt_tokens, answer["prompt_tokens"], name, recipe.template
                 warned = warned or counts_differently(*counted)
                 text, finish_reason = reply.answers[0]
-                row |= {"text": text, "finish_reason": finish_reason}
-                store.add(set_id, [(reply.id, 0, row["prompt_hash"], row)])
+                answer |= {"text": text, "finish_reason": finish_reason}
+                store.add(set_id, [(reply.id, 0, answer["prompt_hash"], answer)])
                 bar.update()
         if pending:
             raise DataError(f"{path}: {len(pending)} questions got no answer, {min(pending)} is one; start again.")
@@ -116,7 +117,7 @@ def take_in(store: Store, folder: Path, names: set[str]) -> None:
     for path in [*sorted(folder.glob(f"*{aside}")), *sorted(folder.glob("*.jsonl"))]:
         name = re.sub(rf"({aside}|\.jsonl)$", "", path.name)
         try:
-            store.add(store.set_of(name, asked_so(path)), _stored_rows(path))
+            store.add(store.set_of(name, asked_so(path)), _answers_in_file(path))
         except DataError:
             if name in names and path.suffix == ".jsonl":
                 raise
@@ -125,10 +126,10 @@ def take_in(store: Store, folder: Path, names: set[str]) -> None:
                 path.unlink()
 
 
-def _stored_rows(path: Path) -> Iterator[tuple[str, int, str, dict]]:
-    for number, row in stored_answers(path):
-        *key, prompt = (answer_field(row, name, path, number) for name in ("benchmark", "task", "id", "prompt_hash"))
-        yield json.dumps(key), 0, prompt, row
+def _answers_in_file(path: Path) -> Iterator[tuple[str, int, str, dict]]:
+    for number, answer in stored_answers(path):
+        *key, prompt = (answer_field(answer, name, path, number) for name in ("benchmark", "task", "id", "prompt_hash"))
+        yield json.dumps(key), 0, prompt, answer
 
 
 def asked_so(path: Path) -> Any:
@@ -212,10 +213,10 @@ def cut_middle(text: str, limit: int, tokenizer, encode: Callable[[str], list[in
 
 def _tell_cuts(path: Path, model: Model, recipe: EvalRecipe) -> None:
     asked, cut = Counter[str](), Counter[str]()
-    for row in read_jsonl(path):
-        if row.get("benchmark") in recipe.benchmarks:
-            asked[row["benchmark"]] += 1
-            cut[row["benchmark"]] += bool(row.get("cut_tokens"))
+    for answer in read_jsonl(path):
+        if answer.get("benchmark") in recipe.benchmarks:
+            asked[answer["benchmark"]] += 1
+            cut[answer["benchmark"]] += bool(answer.get("cut_tokens"))
     for name, n in asked.items():
         tell = log.warning if cut[name] else log.info
         tell(

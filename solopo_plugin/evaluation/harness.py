@@ -2,7 +2,7 @@
 
 It runs as a process of its own (harness_process.py), so that it can neither change nor be changed by what is loaded
 here. In `<output_dir>/harness/<model>/` stand its configuration (config.json), its log, its results and, while it runs,
-the answers so far: a run that was stopped continues. rows.json says what they are made from, and has the finished rows.
+the answers so far: a run that was stopped continues. rows.json says what they are made from, and has the finished ones.
 """
 
 import importlib.util
@@ -76,12 +76,12 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     paths = {"output_path": str(folder / "results.json"), "use_cache": str(folder / "cache")}
     write_json(folder / "config.json", config | paths)
     _run(model, recipe, folder, config["model_args"].get("base_url"))
-    rows = read_results(max(folder.glob("results_*.json")), model.name, config["tasks"])
+    results = read_results(max(folder.glob("results_*.json")), model.name, config["tasks"])
     if cut := _prompts_cut(folder / LOG, model.name):
-        rows = [row | {"cut": cut} for row in rows]
-    write_json(folder / "rows.json", {"made_from": made_from, "rows": rows})
+        results = [result | {"cut": cut} for result in results]
+    write_json(folder / "rows.json", {"made_from": made_from, "rows": results})
     _remove(folder, CACHE)
-    return rows
+    return results
 
 
 def _begin(folder: Path, made_from: dict, kept: dict) -> None:
@@ -116,8 +116,8 @@ def _prompts_cut(path: Path, model: str) -> int:
     return cut
 
 
-def kept_rows(model: Any, output_dir: Path) -> list[dict]:
-    """Return the rows of the last finished run, whatever its settings were; none where there was none."""
+def kept_results(model: Any, output_dir: Path) -> list[dict]:
+    """Return the results of the last finished run, whatever its settings were; none where there was none."""
     return _read(Path(output_dir) / "harness" / model.name / "rows.json").get("rows", [])
 
 
@@ -247,40 +247,40 @@ def _without(key: bytes, parts: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def read_results(path: Path, model: str, tasks: list[str]) -> list[dict]:
-    """Return the rows of the harness' results file; see `run_harness`.
+    """Return what the harness' results file says; see `run_harness`.
 
     Raises:
         DataError: There is nothing in it of a task.
     """
     found = _read(path)
-    rows = []
+    results = []
     for task in tasks:
-        lines = _task_rows(found, task)
+        lines = _task_results(found, task)
         if not lines:
             raise DataError(f"{path} has no result of the task `{task}`; see the log beside it.")
-        rows += [{"model": model} | line for line in lines]
-    return list({(row["task"], row["metric"]): row for row in rows}.values())
+        results += [{"model": model} | line for line in lines]
+    return list({(result["task"], result["metric"]): result for result in results}.values())
 
 
-def _task_rows(found: dict, task: str) -> list[dict]:
-    """Return the rows of a task or group; else of the tasks in it, or that a pattern names (`leaderboard_*`)."""
+def _task_results(found: dict, task: str) -> list[dict]:
+    """Return the results of a task or group; else of the tasks in it, or that a pattern names (`leaderboard_*`)."""
     numbers = found["results"].get(task, {})
-    rows = []
+    results = []
     for key, value in numbers.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = numbers.get(f"{metric}_stderr,{kind}")
-        rows.append({
+        results.append({
             "task": task, "metric": metric if kind == "none" else f"{metric} ({kind})", "value": value,
             "stderr": error if isinstance(error, int | float) else None, "n": _count(found, task),
         })  # fmt: skip
-    if rows:
-        return rows
+    if results:
+        return results
     parts = found.get("group_subtasks", {}).get(task, [])
     if "*" in task:
         parts = [name for name in found["results"] if Path(name).match(task)]
-    return [row for name in parts if name != task for row in _task_rows(found, name)]
+    return [result for name in parts if name != task for result in _task_results(found, name)]
 
 
 def _count(found: dict, task: str) -> int | None:

@@ -38,7 +38,7 @@ KEY = ["benchmark", "task", "id", "metric"]  # of a score
 BY_ONE = [[], *([name] for name in GROUPS)]  # properties that questions are grouped by: none, or one at a time
 BY_CELL = [*BY_ONE, ["length", "depth"]]
 
-Rows = dict[str, list[str]]  # row of the report -> the models behind it
+ReportRows = dict[str, list[str]]  # row of the report -> the models behind it
 
 
 def make_results(output_dir: Path | str, models: list[dict], settings: dict, harness: Sequence[dict] = ()) -> dict:
@@ -51,7 +51,7 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
             they are given `runs` (name -> models that differ by training seed alone), `compare` (pairs of names of
             models or runs, (a, b) or "a, b"; otherwise each row of the report is compared with the first) and
             `select_by` (the benchmark whose main metric, averaged over tasks, chooses the best model).
-        harness: Rows of lm-evaluation-harness, {"model", "task", "metric", "value", "stderr", "n"}.
+        harness: Results of lm-evaluation-harness, {"model", "task", "metric", "value", "stderr", "n"}.
 
     Returns:
         What results.json says.
@@ -60,7 +60,7 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
         DataError: Scores are missing or damaged, or a name is not one of the models' or benchmarks'.
     """
     folder, names, select_by = Path(output_dir), [model["name"] for model in models], settings.get("select_by")
-    rows, asked = rows_of(settings.get("runs"), names), _count_lines(folder / "items.jsonl")
+    rows, asked = report_rows(settings.get("runs"), names), _count_lines(folder / "items.jsonl")
     pairs = pairs_of(settings.get("compare"), rows)
     runs = {name: members for name, members in rows.items() if len(members) > 1}
     if select_by is not None and select_by not in MAIN_METRIC:
@@ -87,7 +87,9 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
     return results
 
 
-def _load_all(folder: Path, models: list[dict], runs: Rows, asked: int) -> tuple[dict[str, pd.DataFrame], list[dict]]:
+def _load_all(
+    folder: Path, models: list[dict], runs: ReportRows, asked: int
+) -> tuple[dict[str, pd.DataFrame], list[dict]]:
     """Return the scores of every model and run by name, and the models with the counts of how they answered."""
     scores, counted = {}, []
     for model in models:
@@ -105,7 +107,7 @@ def _write_selection(folder: Path, chosen: dict, settings: dict) -> None:
         log.warning("%s", chosen["warning"])
 
 
-def rows_of(runs: dict | None, names: list[str]) -> Rows:
+def report_rows(runs: dict | None, names: list[str]) -> ReportRows:
     """Return the rows of the report in the order of the models: each model for itself, those of a run together.
 
     Args:
@@ -129,13 +131,13 @@ def rows_of(runs: dict | None, names: list[str]) -> Rows:
             if member in row_of:
                 raise DataError(f"{what} names {member!r}, which is in {row_of[member]} already; once is enough.")
             row_of[member] = run
-    rows: Rows = defaultdict(list)
+    rows: ReportRows = defaultdict(list)
     for name in names:
         rows[row_of.get(name, name)].append(name)
     return dict(rows)
 
 
-def pairs_of(pairs: list | None, rows: Rows) -> list[tuple[str, str]]:
+def pairs_of(pairs: list | None, rows: ReportRows) -> list[tuple[str, str]]:
     """Return who is compared with whom: (a, b) for b - a.
 
     Raises:

@@ -40,11 +40,11 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         check_ready(recipe.backend, recipe.server_urls, {f"models: {model.name}": model.path for model in named})
     with lock_folder(folder, "output_dir"):
         from .report import write_report
-        from .results import make_results, pairs_of, rows_of
+        from .results import make_results, pairs_of, report_rows
         from .score import write_scores
 
         # a wrong name is better told now than at the end
-        pairs_of(recipe.compare, rows_of(recipe.runs, [model.name for model in models]))
+        pairs_of(recipe.compare, report_rows(recipe.runs, [model.name for model in models]))
         if not rescore:
             write_json(folder / MODELS, list(map(as_row, models)))
             if recipe.benchmarks:
@@ -56,7 +56,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
                 check_asked_so(recipe, models)
         if recipe.benchmarks:
             write_scores(folder, [model.name for model in models])
-        harness = [row for model in models for row in harness_rows(recipe, model, rescore)]
+        harness = [result for model in models for result in harness_results(recipe, model, rescore)]
         results = make_results(folder, list(map(as_row, models)), public_settings(recipe), harness)
         write_report(folder)
     return results
@@ -89,14 +89,14 @@ def write_stored(folder: Path, models: list[Model]) -> None:
                     write_answers(store, answers_file(folder, model), set_id, chosen, hashes)
 
 
-def harness_rows(recipe: EvalRecipe, model: Model, rescore: bool) -> list[dict]:
+def harness_results(recipe: EvalRecipe, model: Model, rescore: bool) -> list[dict]:
     """Return the results of lm-evaluation-harness for a model; with `rescore` those that are there."""
     if not recipe.harness_tasks:
         return []
-    from .harness import kept_rows, run_harness
+    from .harness import kept_results, run_harness
 
     folder = Path(recipe.output_dir)
-    return kept_rows(model, folder) if rescore else run_harness(model, recipe, folder)
+    return kept_results(model, folder) if rescore else run_harness(model, recipe, folder)
 
 
 def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:

@@ -101,7 +101,7 @@ def write_scores(output_dir: Path | str, model_names: list[str]) -> dict[str, di
             for name, path in files.items():
                 if answer := answers[name].pop(item.key, None):
                     scored[name] += 1
-                    scores[name].write(dump(_row(item, *answer, path)) + b"\n")
+                    scores[name].write(dump(_scored(item, *answer, path)) + b"\n")
     for name, path in files.items():
         if unknown := answers[name]:
             log.warning(
@@ -126,14 +126,14 @@ def read_answers(path: Path) -> dict[tuple[str, str, str], tuple[int, dict]]:
         DataError: No such file, a damaged line, or a question answered twice.
     """
     answers: dict[tuple, tuple[int, dict]] = {}
-    for number, row in stored_answers(path):
-        key = tuple(answer_field(row, name, path, number) for name in ("benchmark", "task", "id"))
+    for number, answer in stored_answers(path):
+        key = tuple(answer_field(answer, name, path, number) for name in ("benchmark", "task", "id"))
         if key in answers:
             raise DataError(
                 f"{path}:{number}: {'/'.join(key)} is answered a second time (first in line "
                 f"{answers[key][0]}); delete one of the lines."
             )
-        answers[key] = number, row
+        answers[key] = number, answer
     return answers
 
 
@@ -148,24 +148,24 @@ def stored_answers(path: Path) -> Iterator[tuple[int, dict]]:
     with as_data_error(path, "read"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip() and line.endswith(b"\n"):
-                row = parse_line(line, path, number)
-                if "fingerprint" not in row:
-                    yield number, row
+                answer = parse_line(line, path, number)
+                if "fingerprint" not in answer:
+                    yield number, answer
 
 
-def answer_field(row: dict, name: str, path: Path, number: int) -> str:
+def answer_field(answer: dict, name: str, path: Path, number: int) -> str:
     """Return a text that a line of answers must have.
 
     Raises:
         DataError: It has none.
     """
-    value = row.get(name)
+    value = answer.get(name)
     if not isinstance(value, str):
         raise DataError(f"{path}:{number}: `{name}` must be a text, got {value!r}; delete the line and ask again.")
     return value
 
 
-def _row(item: Item, number: int, answer: dict, path: Path) -> dict:
+def _scored(item: Item, number: int, answer: dict, path: Path) -> dict:
     text, prompt = (answer_field(answer, name, path, number) for name in ("text", "prompt_hash"))
     if prompt != item.prompt_hash:
         raise DataError(

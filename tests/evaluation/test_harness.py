@@ -15,7 +15,14 @@ from conftest import ROOT
 from scripted_server import answering
 from transformers import AutoTokenizer
 
-from solopo_plugin.evaluation.harness import _environment, _without, configuration, kept_rows, read_results, run_harness
+from solopo_plugin.evaluation.harness import (
+    _environment,
+    _without,
+    configuration,
+    kept_results,
+    read_results,
+    run_harness,
+)
 from solopo_plugin.evaluation.models import complete
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.evaluation.report.tables import harness_table
@@ -91,7 +98,7 @@ def test_it_runs_once_and_its_result_comes_back(tiny_model, tasks, tmp_path):
 
     folder = tmp_path / "harness" / "toy"
     began = (folder / "log.txt").stat()
-    assert run_harness(model(tiny_model()), known, tmp_path) == rows == kept_rows(model(), tmp_path)
+    assert run_harness(model(tiny_model()), known, tmp_path) == rows == kept_results(model(), tmp_path)
     assert (folder / "log.txt").stat() == began, "it ran again"
     assert "toy_colours" in (folder / "log.txt").read_text() and not list(folder.glob("cache*"))
 
