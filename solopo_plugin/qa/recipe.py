@@ -59,7 +59,9 @@ class Sampling(Chat, Seeded):
     extra_body: kinds.Written | None = key(
         None, "", "`openai`: more keys for each request, such as vLLM's {top_k: -1, repetition_penalty: 1.0}."
     )
-    concurrency: kinds.Count = key(64, "", "`openai`: requests under way at a time, over all servers. Ours.")
+    concurrency: kinds.Count = key(
+        64, "", "Requests under way at a time, over all servers; `transformers`: answers at a time. Ours."
+    )
     timeout: kinds.Positive = key(600.0, "", "`openai`: seconds to wait for one request. Ours.")
     retries: kinds.Whole = key(
         12, "", "`openai`: repeats of a failed request, with growing pauses (12: 4 minutes). Ours."

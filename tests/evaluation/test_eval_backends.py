@@ -129,15 +129,24 @@ def fake_vllm(seen: list) -> dict[str, ModuleType]:
     class LLM:
         def __init__(self, **kwargs):
             seen.append(kwargs)
+            self.llm_engine, self.waiting = self, {}
 
-        def generate(self, prompts, params, use_tqdm, lora_request=None):
-            seen.append((lora_request, [p.max_tokens for p in params], {p.temperature for p in params}))
+        def add_request(self, request_id, prompt, params, lora_request=None):
+            self.waiting[request_id] = params, lora_request
+
+        def step(self):
+            (lora,) = {lora for _, lora in self.waiting.values()}
+            params = [params for params, _ in self.waiting.values()]
+            seen.append((lora, [p.max_tokens for p in params], {p.temperature for p in params}))
             answers = [SimpleNamespace(text="x", finish_reason="stop")]
-            return [SimpleNamespace(outputs=answers) for _ in prompts]
+            done = [SimpleNamespace(finished=True, request_id=name, outputs=answers) for name in self.waiting]
+            self.waiting = {}
+            return done
 
-    names = ("vllm", "vllm.lora", "vllm.lora.request", "vllm.distributed")
+    names = ("vllm", "vllm.sampling_params", "vllm.lora", "vllm.lora.request", "vllm.distributed")
     modules = {name: ModuleType(name) for name in names}
     modules["vllm"].LLM, modules["vllm"].SamplingParams = LLM, SimpleNamespace
+    modules["vllm.sampling_params"].RequestOutputKind = SimpleNamespace(FINAL_ONLY="final only")
     modules["vllm.lora.request"].LoRARequest = lambda *given: given
     modules["vllm.distributed"].cleanup_dist_env_and_memory = lambda: seen.append("freed")
     return modules

@@ -54,6 +54,11 @@ def scripted(
     return f"{thought}. The answer is: {answers[question] if is_right else 'No answer.'}", is_right
 
 
+def error(message: str) -> bytes:
+    """What vLLM's server says of a request that it refuses or that its engine died of."""
+    return json.dumps({"error": {"message": message, "type": "Error", "param": None, "code": 0}}).encode()
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     options: argparse.Namespace
@@ -92,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             running = Handler.running
         try:
             if options.die_after and total > options.die_after:
+                self.reply(500, error("EngineCore encountered an issue. See stack trace (above) for the root cause."))
                 os._exit(1)
             fault = self.fault(raw, tries)
             about = {name: body.get(name) for name in ("model", "seed", "max_tokens", "temperature", "response_format")}
@@ -99,9 +105,9 @@ class Handler(BaseHTTPRequestHandler):
             if options.api_key and self.headers.get("Authorization") != f"Bearer {options.api_key}":
                 return self.reply(401, b'{"error": "Invalid API key."}')
             if options.max_prompt and len(raw) > options.max_prompt:
-                return self.reply(400, b'{"error": "maximum context length exceeded"}')
+                return self.reply(400, error("This model's maximum context length is 20 tokens, which it exceeds."))
             if options.refuse_n and body.get("n", 1) > 1:
-                return self.reply(400, b'{"error": "Only one completion choice is allowed"}')
+                return self.reply(400, error("n must be 1 when using greedy sampling, got 2."))
             if options.refuse_schema and "response_format" in body:
                 return self.reply(options.refuse_schema, b'{"error": "response_format is not supported"}')
             time.sleep(options.slow)

@@ -10,6 +10,9 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
 from types import ModuleType, SimpleNamespace
 
 import httpx
@@ -19,7 +22,9 @@ from conftest import demo_rows
 from material import make_questions, save_tokenizer
 from material import recipe as material_recipe
 from scripted_server import answering, free_port, scripted, serving
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate import addresses, servers, vllm
 from solopo_plugin.qa.generate import generate as generate_with
@@ -155,11 +160,15 @@ def test_retry_after_is_honoured(answers_file):
     assert servers._retry_after(httpx.Response(429, headers={"Retry-After": "soon"})) == 0
 
 
-def test_a_server_that_comes_back_is_waited_for(answers_file, caplog):
-    """It dies in the middle of a request; a new one takes its place after a second, and nothing is lost."""
+@pytest.mark.parametrize("dies", [dict(die_after=10), dict(die_after=1, slow=5)], ids=["later", "at once"])
+def test_a_server_that_comes_back_is_waited_for(answers_file, caplog, dies):
+    """It dies in the middle of a request; a new one takes its place after a second, and nothing is lost.
+
+    Its last words, HTTP 500, are not taken for a refusal of n > 1, even where no answer had come before.
+    """
     port = free_port()
     recipe = openai(f"http://127.0.0.1:{port}/v1", concurrency=4, retries=40)
-    with serving(answers_file, port, die_after=10) as dying, ThreadPoolExecutor() as thread:
+    with serving(answers_file, port, **dies) as dying, ThreadPoolExecutor() as thread:
         replies = thread.submit(lambda: list(generate(recipe, calls())))
         assert dying.process.wait(20) == 1
         time.sleep(1)
@@ -217,7 +226,7 @@ def test_empty_answers_are_answers(answers_file):
 
 REFUSALS = [
     (dict(api_key="secret"), {}, "HTTP 401: .*Invalid API key.*environment variable OPENAI_API_KEY"),
-    (dict(max_prompt=20), {}, "HTTP 400: .*maximum context length exceeded.*correct the recipe"),
+    (dict(max_prompt=20), {}, "HTTP 400: .*maximum context length is 20 tokens.*correct the recipe"),
     (dict(malformed=1.0, always=True), {}, r"gave no answer in 3 tries over .*last: a malformed answer \("),
     (dict(broken=1.0, always=True), {}, "last: HTTP 503 .*upstream"),
     (dict(model="one,two"), {}, r"has several models \(one, two\); name one as `served_model`"),
@@ -225,12 +234,13 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("options, keys, sentence", REFUSALS)
-def test_what_no_repetition_mends_is_one_sentence(answers_file, options, keys, sentence, monkeypatch):
+def test_what_no_repetition_mends_is_one_sentence(answers_file, options, keys, sentence, monkeypatch, caplog):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(answers_file, **options) as server:
         with pytest.raises(DataError, match=sentence) as error:
             list(generate(openai(server.url, retries=2, **keys), calls(3)))
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    assert "one by one" not in caplog.text
 
 
 def test_the_key_comes_from_the_environment(answers_file, monkeypatch):
@@ -716,6 +726,61 @@ def trained_on(recipe, tmp_path, run, train_recipe) -> list[list[int]]:
     return load_from_disk(tokens)["train"]["short_prompt_ids"]
 
 
+def by_generate(network, tokenizer, settings, call: Call) -> list[tuple[str, str]]:
+    """What transformers' `generate` gives for the call alone, as answers were made before they were made in batches."""
+    stop = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    draw = dict(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
+    draw = draw if settings.temperature else dict(do_sample=False)
+    n = len(call.ks) if settings.temperature else 1
+    prompt = torch.tensor([encode_prompt(tokenizer, chat_of(settings)[1], call.prompt)])
+    torch.manual_seed(call_seed(settings.seed, call))
+    network.generation_config = GenerationConfig()
+    output = network.generate(
+        prompt, attention_mask=torch.ones_like(prompt), eos_token_id=sorted(stop), num_return_sequences=n, **draw,
+        max_new_tokens=call.max_new_tokens or settings.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    answers = []
+    for ids in output[:, prompt.shape[1] :].tolist():
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        answers.append((tokenizer.decode(ids[:end], skip_special_tokens=True), "length" if end is None else "stop"))
+    return answers * (len(call.ks) // n)
+
+
+# More than one length of prompt and of answer, so that batches are padded and their rows end at different times; the
+# last one's answers do not fit a batch together.
+SHAPES = [(1, 4, None), (90, 2, None), (30, 3, 3), (30, 1, 60), (7, 4, 30), (60, 9, 5)]  # words, answers, tokens
+UNEQUAL = [Call(f"q{i}", tuple(range(n)), "word " * words + "?", limit) for i, (words, n, limit) in enumerate(SHAPES)]
+
+
+@pytest.mark.parametrize("drawing", [dict(temperature=0.85), dict(temperature=1.0, top_p=0.7), dict(temperature=0.0)])
+@pytest.mark.parametrize("architecture, shape", [("qwen2", {}), ("mistral", dict(sliding_window=16)), ("gpt2", {})])
+def test_transformers_answers_in_batches_as_one_by_one(tiny_model, tmp_path, architecture, shape, drawing):
+    """The prompt's ids too: they are the trainer's, and `generate` is given those."""
+    path = str(tmp_path / "model")
+    network = AutoModelForCausalLM.from_pretrained(tiny_model(architecture, **shape))
+    tokenizer = chat_of(local(tiny_model()))[0]
+    with torch.no_grad():  # so that some answers end by themselves
+        weight = network.get_output_embeddings().weight
+        weight.mul_(8)
+        weight[tokenizer.convert_tokens_to_ids("<|im_end|>")] = weight[400] * 1.02
+    network.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    # what is beside the weights must not matter
+    GenerationConfig(repetition_penalty=5.0, top_k=1, do_sample=True, max_length=4).save_pretrained(path)
+    settings = local(path, backend="transformers", max_new_tokens=40, concurrency=8, **drawing)
+    got = list(generate(settings, UNEQUAL))
+    assert {(reply.id, reply.ks) for reply in got} == {(call.id, call.ks) for call in UNEQUAL}
+    replies = {reply.id: reply for reply in got}
+    for call in UNEQUAL:
+        assert replies[call.id].answers == by_generate(network, tokenizer, settings, call)
+        ids = encode_prompt(tokenizer, chat_of(settings)[1], call.prompt)
+        assert replies[call.id].prompt_tokens == len(ids)
+    if architecture == "qwen2" and settings.temperature:
+        assert {reason for reply in got for _, reason in reply.answers} == {"stop", "length"}
+    others = list(generate(replace(settings, concurrency=3), reversed(UNEQUAL)))
+    assert {reply.id: reply for reply in others} == replies
+
+
 def sampled_by_hand(
     model, tokenizer, prompt: list[int], n: int, steps: int, temperature: float, seed: int
 ) -> list[str]:
@@ -730,28 +795,32 @@ def sampled_by_hand(
 
 def test_transformers_sees_the_trainers_ids(tiny_model, run, recipe, tmp_path, monkeypatch):
     """Also: an answer is drawn from its call alone, and the model's own generation_config is not used."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     model = str(tmp_path / "model")
     AutoModelForCausalLM.from_pretrained(tiny_model()).save_pretrained(model)
     chat_of(local(tiny_model()))[0].save_pretrained(model)
     GenerationConfig(repetition_penalty=5.0, top_k=1, do_sample=True, max_length=4).save_pretrained(model)
     seen = []
-    original = AutoModelForCausalLM.from_pretrained(model).__class__.generate
+    kind = AutoModelForCausalLM.from_pretrained(model).__class__
+    original = kind.forward
 
-    def spy(self, prompt, **kwargs):
-        seen.append(prompt[0].tolist())
-        return original(self, prompt, **kwargs)
+    @wraps(original)
+    def spy(self, input_ids, attention_mask, **kwargs):
+        if input_ids.shape[1] > 1:  # the prompts: each once, whatever the number of its answers
+            seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
+        return original(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    monkeypatch.setattr(AutoModelForCausalLM.from_pretrained(model).__class__, "generate", spy)
+    monkeypatch.setattr(kind, "forward", spy)
     settings = local(model, backend="transformers")
     got = list(generate(settings, PROMPTS))
-    assert seen == trained_on(settings, tmp_path, run, recipe)
-    assert [reply.prompt_tokens for reply in got] == list(map(len, seen))
+    monkeypatch.setattr(kind, "forward", original)
+    trained = trained_on(settings, tmp_path, run, recipe)
+    assert sorted(seen) == sorted(trained)
+    got.sort(key=lambda reply: reply.id)
+    assert [reply.prompt_tokens for reply in got] == list(map(len, trained))
     texts = by_answer(got)
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), chat_of(settings)[0]
     with torch.no_grad():
-        for call, prompt, reply in zip(PROMPTS, seen, got, strict=True):
+        for call, prompt, reply in zip(PROMPTS, trained, got, strict=True):
             by_hand = sampled_by_hand(loaded, tokenizer, prompt, 4, 8, 0.85, call_seed(settings.seed, call))
             assert [(text, "length") for text in by_hand] == reply.answers
     again = by_answer(generate(settings, reversed(PROMPTS)))
@@ -759,6 +828,41 @@ def test_transformers_sees_the_trainers_ids(tiny_model, run, recipe, tmp_path, m
     greedy = local(model, backend="transformers", temperature=0.0)
     alone = [call._replace(ks=(0,)) for call in PROMPTS]
     assert by_answer(generate(greedy, alone)) == by_answer(generate(greedy, reversed(alone)))
+
+
+def test_memory_that_is_out_halves_the_batch(tiny_model, monkeypatch, caplog):
+    """Begun answers too: batches of more than three are refused once their prompts are read."""
+    model = tiny_model()
+    kind = AutoModelForCausalLM.from_pretrained(model).__class__
+    settings, sizes = local(model, backend="transformers", concurrency=16), []
+    usual = {reply.id: reply for reply in generate(settings, UNEQUAL)}
+    original = kind.forward
+
+    @wraps(original)
+    def forward(self, input_ids, **kwargs):
+        if input_ids.shape[1] == 1:
+            sizes.append(len(input_ids))
+            if len(input_ids) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with caplog.at_level(logging.WARNING):
+        assert {reply.id: reply for reply in generate(settings, UNEQUAL)} == usual
+    said = [record.getMessage() for record in caplog.records if "Memory" in record.getMessage()]
+    assert said[:2] == [f"Memory is out with {n} answers at a time; going on with {n // 2}." for n in (16, 8)]
+    assert len([size for size in sizes if size > 3]) == len(said) and {2, 3} & set(sizes)
+
+    @wraps(original)
+    def too_large(self, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(kind, "forward", too_large)
+    with pytest.raises(DataError, match=r"memory is out with a single answer of up to \d+ tokens.*`max_input_tokens`"):
+        list(generate(settings, UNEQUAL))
+    monkeypatch.setattr(kind, "forward", wraps(original)(lambda self, **kwargs: torch.ones(2).view(3)))
+    with pytest.raises(RuntimeError, match="shape"):
+        list(generate(settings, UNEQUAL))
 
 
 def test_completions_send_the_trainers_ids(tiny_model, answers_file, tmp_path, monkeypatch):
@@ -804,39 +908,44 @@ def test_a_schema_is_sent_and_left_out_where_a_server_refuses_it(answers_file, t
     assert least <= len(with_schema) <= most  # of refusals there are those under way at a time, two
 
 
-def fake_vllm(seen: list) -> ModuleType:
-    """The part of vLLM's offline interface that is used; its answers tell what was asked."""
+def fake_vllm(seen: list) -> dict[str, ModuleType]:
+    """The parts of vLLM's offline interface that are used: the newest request ends first, an answer tells its seed."""
 
     class LLM:
         def __init__(self, **kwargs):
             seen.append(kwargs)
+            self.llm_engine, self.waiting = self, []
 
-        def generate(self, prompts, params, use_tqdm):
-            seen.append([prompt["prompt_token_ids"] for prompt in prompts])
-            return [
-                SimpleNamespace(
-                    outputs=[SimpleNamespace(text=f"{p.seed + i}", finish_reason="stop") for i in range(p.n)]
-                )
-                for p in params
-            ]
+        def add_request(self, request_id, prompt, params):
+            self.waiting.append((request_id, prompt["prompt_token_ids"], params))
 
-    module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, SimpleNamespace
-    return module
+        def step(self):
+            seen.append([ids for _, ids, _ in self.waiting])
+            unfinished = SimpleNamespace(finished=False, request_id=self.waiting[0][0], outputs=[])
+            request_id, _, params = self.waiting.pop()
+            outputs = [SimpleNamespace(text=f"{params.seed + i}", finish_reason="stop") for i in range(params.n)]
+            return [unfinished, SimpleNamespace(finished=True, request_id=request_id, outputs=outputs)]
+
+    modules = {name: ModuleType(name) for name in ("vllm", "vllm.sampling_params")}
+    modules["vllm"].LLM, modules["vllm"].SamplingParams = LLM, SimpleNamespace
+    modules["vllm.sampling_params"].RequestOutputKind = SimpleNamespace(FINAL_ONLY="final only")
+    return modules
 
 
-def test_vllm_gets_ids_seeds_and_chunks(tiny_model, monkeypatch):
+def test_vllm_gets_ids_and_seeds_and_is_never_idle(tiny_model, monkeypatch):
+    """An answer makes room for the next call at once; calls are read no earlier."""
     seen = []
-    recipe = local(tiny_model(), long_tokens=2048, tensor_parallel_size=2)
+    recipe = local(tiny_model(), long_tokens=2048, tensor_parallel_size=2, concurrency=2)
     tokenizer, template = chat_of(recipe)  # before the host can find the module that stands in for vLLM
-    monkeypatch.setitem(sys.modules, "vllm", fake_vllm(seen))
-    monkeypatch.setattr(vllm, "VLLM_CHUNK", 2)
+    for name, module in fake_vllm(seen).items():
+        monkeypatch.setitem(sys.modules, name, module)
     got = list(generate(recipe, iter(PROMPTS)))
     ids = [vllm.encode_prompt(tokenizer, template, call.prompt) for call in PROMPTS]
-    engine, *chunks = seen
-    assert chunks == [ids[:2], ids[2:]]
+    engine, *steps = seen
+    assert steps == [ids[:2], [ids[0], ids[2]], [ids[0]]]
     assert engine["max_model_len"] == 2056 and engine["tensor_parallel_size"] == 2
-    for reply, call, prompt in zip(got, PROMPTS, ids, strict=True):
+    for reply, i in zip(got, (1, 2, 0), strict=True):
+        call, prompt = PROMPTS[i], ids[i]
         seed = call_seed(recipe.seed, call)
         assert reply == Reply(call.id, call.ks, [(str(seed + i), "stop") for i in range(4)], len(prompt))
 

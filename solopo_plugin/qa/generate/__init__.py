@@ -1,4 +1,4 @@
-"""Get answers from a model: vLLM's offline engine, OpenAI-compatible servers, or transformers' `generate`.
+"""Get answers from a model: vLLM's offline engine, OpenAI-compatible servers, or transformers in batches.
 
 One function per backend, all of the same form: calls go in lazily, replies come out as they finish, in any order.
 Which prompt token ids the model sees: `vllm`, `transformers` and `openai` with `openai_endpoint: completions` (vLLM and

@@ -1,60 +1,113 @@
-"""Answer with transformers' `generate`, one call at a time, for small models."""
+"""Answer with a model of transformers in this process, many answers at a time."""
 
 import gc
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from ...host.template import encode_prompt
 from ..files import DataError
 from ..recipe import Sampling
-from .calls import Call, Model, Reply, call_seed, load_chat
+from .calls import Call, Model, Reply, load_chat
+
+if TYPE_CHECKING:  # torch and transformers take seconds to load
+    from .decode import Row
 
 log = logging.getLogger(__name__)
+AHEAD = 4  # times `concurrency` calls are read ahead and sorted by length, so that batches need little padding. Ours
+CPU_TOKENS = 2**16  # of a batch at most on a CPU, where no error tells that memory is out; 3 GB of SmolLM2-135M's. Ours
 
 
 def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
-    """Answer by transformers' `generate`, one call at a time. Nothing of generation_config.json is used."""
+    """Answer by transformers, `concurrency` answers at a time. Nothing of generation_config.json is used.
+
+    Memory that runs out halves the batch; what was not finished is begun again, with the same draws.
+
+    Raises:
+        DataError: A single answer takes more memory than there is.
+    """
     import torch
-    from transformers import GenerationConfig
+
+    from .decode import Job, Noise, decode
 
     tokenizer, template = load_chat(model.tokenizer, sampling)
-    stop = sorted(template.get_stop_token_ids(tokenizer))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stop = set(template.get_stop_token_ids(tokenizer))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(model, sampling.trust_remote_code).to(device).eval()
-    network.generation_config = GenerationConfig()
     window, warned = window_of(network.config.get_text_config()), False
-    draw: dict[str, Any] = dict(do_sample=False)
-    if sampling.temperature > 0:
-        draw = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+    room, calls = math.inf if device.type == "cuda" else CPU_TOKENS, iter(calls)
+
+    def job_of(call: Call) -> Job:
+        ids = encode_prompt(tokenizer, template, call.prompt)
+        return Job(call, ids, call.max_new_tokens or sampling.max_new_tokens)
+
     try:
-        for call in calls:
-            prompt = torch.tensor([encode_prompt(tokenizer, template, call.prompt)], device=device)
-            if not warned and (longest := prompt.shape[1] + (call.max_new_tokens or sampling.max_new_tokens)) > window:
+        while pool := list(map(job_of, islice(calls, AHEAD * sampling.concurrency))):
+            if not warned and (longest := max(job.tokens for job in pool)) > window:
                 warned = True
                 log.warning(
                     "%s: prompt and answer may have %d tokens, and its window is %d: answers beyond it are not to be "
                     "relied on; lower `max_input_tokens`, or widen the window by YaRN.",
                     model.adapter or model.path, longest, window,
                 )  # fmt: skip
-            torch.manual_seed(call_seed(sampling.seed, call))
-            config = GenerationConfig(
-                **draw, max_new_tokens=call.max_new_tokens or sampling.max_new_tokens, eos_token_id=stop,
-                num_return_sequences=len(call.ks), pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            with torch.inference_mode():
-                output = network.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-            answers = []
-            for ids in output[:, prompt.shape[1] :].tolist():
-                end = next((i for i, token in enumerate(ids) if token in stop), None)
-                text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-                answers.append((text, "length" if end is None else "stop"))
-            yield Reply(call.id, call.ks, answers, prompt.shape[1])
+            pool.sort(key=lambda job: (job.limit, len(job.ids)), reverse=True)  # the longest first: memory ends soon
+            rows = deque((job, i) for job in pool for i in range(len(job.call.ks)))
+            while batch := _next_batch(rows, sampling.concurrency, room):
+                left, failed = dict.fromkeys(batch), False
+                try:
+                    noise = Noise(sampling, device)
+                    for row, ids, ended in decode(network, batch, noise, stop, tokenizer.pad_token_id or 0):
+                        (job, i), _ = row, left.pop(row)
+                        text = tokenizer.decode(ids, skip_special_tokens=True)
+                        job.answers[i] = text, "stop" if ended else "length"
+                        if len(job.answers) == len(job.call.ks):
+                            answers = [answer for _, answer in sorted(job.answers.items())]
+                            yield Reply(job.call.id, job.call.ks, answers, len(job.ids))
+                except RuntimeError as error:
+                    if not (failed := _memory_is_out(error)):
+                        raise
+                if failed:  # out of the handler, whose error holds what filled the memory
+                    room = _halved(batch, model)
+                    rows.extendleft(reversed(left))
+                    gc.collect()
+                    torch.cuda.empty_cache()
     finally:  # the next model needs the memory
         del network
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _next_batch(rows: "deque[Row]", most: int, room: float) -> "list[Row]":
+    """Take from the front what may be answered together: `most` answers, `room` tokens with padding; at least one."""
+    batch: list[Row] = []
+    longest = 0
+    while rows and len(batch) < most:
+        longest = max(longest, rows[0][0].tokens)
+        if batch and (len(batch) + 1) * longest > room:
+            break
+        batch.append(rows.popleft())
+    return batch
+
+
+def _memory_is_out(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a GPU; of a CPU
+
+
+def _halved(batch: "list[Row]", model: Model) -> int:
+    """Return the tokens that a batch may have after this one was too large, and say so."""
+    longest = max(job.tokens for job, _ in batch)
+    if len(batch) == 1:
+        raise DataError(
+            f"{model.place}: memory is out with a single answer of up to {longest} tokens, prompt included; lower "
+            "`max_input_tokens` or `max_new_tokens`, or ask a server (`backend: openai`)."
+        )
+    log.warning("Memory is out with %d answers at a time; going on with %d.", len(batch), len(batch) // 2)
+    return len(batch) // 2 * longest
 
 
 def load_network(model: Model, trust_remote_code: bool = False):

@@ -25,6 +25,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after o
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
 LASTING = (501, 505, 511)  # those from 500 on that none will
 REFUSED = (400, 422, 500, 501)  # HTTP statuses of a server that does not know `n` or `response_format`
+DIED = "EngineCore encountered an issue"  # vLLM's last words, with status 500, before its server ends
+TOO_LONG = "context length"  # in vLLM's refusal of a prompt that its window does not hold
 SAME = 8  # answers, each like the first one to its question, after which that is said
 
 
@@ -129,6 +131,8 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
                 "POST", path, body, lambda data: read_answers(data, chat), final
             )
         except _Refused as refusal:
+            if TOO_LONG in str(refusal):
+                raise
             if schema and refusal.status in REFUSED:
                 _, reply = await ask(call._replace(schema=None))  # which is refused too, where that is not the reason
                 if reply.ks and takes_schema:
@@ -299,7 +303,7 @@ class _Servers:
                 problem = f"a malformed answer ({type(error).__name__}: {error}) {self._said(response)}"
                 raise _Passing(problem) from None
         status, said = response.status_code, self._said(response)
-        if _is_final(status) or status in final:
+        if _is_final(status) or (status in final and DIED not in said):
             raise _Refused(status, f"{place} refuses with HTTP {status}: {said}; {self._advice(status)}.")
         raise _Passing(f"HTTP {status} {said}", _retry_after(response))
 

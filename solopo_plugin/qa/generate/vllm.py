@@ -14,20 +14,18 @@ from ..recipe import Sampling
 from .calls import Call, Model, Reply, call_seed, load_chat
 from .local import yarn
 
-VLLM_CHUNK = 64  # prompts per call of the engine, whose answers reach the disk together
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 
 
 def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
-    """Answer by vLLM's offline engine, `VLLM_CHUNK` prompts at a time.
-
-    Written for its public interface; has not been run.
+    """Answer by vLLM's offline engine, which has `concurrency` calls under way until none are left.
 
     vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
     reproducible only as far as vLLM's own documentation says.
     """
     try:
         from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
     except ImportError as error:
         raise DataError(
             f"`backend: vllm` cannot be loaded ({error}): pip install '.[vllm]', or use `backend: openai`."
@@ -43,22 +41,26 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
         from vllm.lora.request import LoRARequest
 
         lora = {"lora_request": LoRARequest("adapter", 1, model.adapter)}
-    calls = iter(calls)
+    stop, numbered = sorted(template.get_stop_token_ids(tokenizer)), enumerate(calls)
+    under_way: dict[str, tuple[Call, int]] = {}
     try:
-        while chunk := list(islice(calls, VLLM_CHUNK)):
-            prompts = [{"prompt_token_ids": encode_prompt(tokenizer, template, call.prompt)} for call in chunk]
-            params = [
-                SamplingParams(
-                    n=len(call.ks), temperature=sampling.temperature, top_p=sampling.top_p,
+        while True:
+            for number, call in islice(numbered, sampling.concurrency - len(under_way)):
+                ids = encode_prompt(tokenizer, template, call.prompt)
+                params = SamplingParams(
+                    n=len(call.ks), temperature=sampling.temperature, top_p=sampling.top_p, stop_token_ids=stop,
                     seed=call_seed(sampling.seed, call), max_tokens=call.max_new_tokens or sampling.max_new_tokens,
-                    stop_token_ids=sorted(template.get_stop_token_ids(tokenizer)),
-                )
-                for call in chunk
-            ]  # fmt: skip
-            outputs = engine.generate(prompts, params, use_tqdm=False, **lora)
-            for call, prompt, output in zip(chunk, prompts, outputs, strict=True):
-                answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
-                yield Reply(call.id, call.ks, answers, len(prompt["prompt_token_ids"]))
+                    output_kind=RequestOutputKind.FINAL_ONLY,  # all answers of a call together, once
+                )  # fmt: skip
+                engine.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params, **lora)
+                under_way[str(number)] = call, len(ids)
+            if not under_way:
+                return
+            for output in engine.llm_engine.step():
+                if output.finished:
+                    call, tokens = under_way.pop(output.request_id)
+                    answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
+                    yield Reply(call.id, call.ks, answers, tokens)
     finally:  # the next model needs the memory
         del engine
         gc.collect()
