@@ -97,7 +97,8 @@ class Handler(BaseHTTPRequestHandler):
             running = Handler.running
         try:
             if options.die_after and total > options.die_after:
-                self.reply(500, error("EngineCore encountered an issue. See stack trace (above) for the root cause."))
+                if options.last_words:
+                    self.reply(500, error("EngineCore encountered an issue. See stack trace (above) for the cause."))
                 os._exit(1)
             fault = self.fault(raw, tries)
             about = {name: body.get(name) for name in ("model", "seed", "max_tokens", "temperature", "response_format")}
@@ -170,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hang-seconds", type=float, default=5.0)
     p.add_argument("--slow", type=float, default=0.0, help="seconds that every request takes")
     p.add_argument("--die-after", type=int, default=0, help="exit in the middle of the request after so many")
+    p.add_argument("--last-words", action="store_true", help="HTTP 500 for the request that it dies of, as vLLM's")
     p.add_argument("--max-n", type=int, default=1 << 30, help="choices at most, whatever `n` says (1: n is ignored)")
     p.add_argument("--refuse-n", action="store_true", help="HTTP 400 for n > 1")
     p.add_argument("--refuse-schema", type=int, default=0, help="this HTTP status for a `response_format`")

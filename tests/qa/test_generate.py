@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from types import ModuleType, SimpleNamespace
@@ -160,7 +159,10 @@ def test_retry_after_is_honoured(answers_file):
     assert servers._retry_after(httpx.Response(429, headers={"Retry-After": "soon"})) == 0
 
 
-@pytest.mark.parametrize("dies", [dict(die_after=10), dict(die_after=1, slow=5)], ids=["later", "at once"])
+DIES = [dict(die_after=10), dict(die_after=1, slow=5, last_words=True)]
+
+
+@pytest.mark.parametrize("dies", DIES, ids=["later", "at once"])
 def test_a_server_that_comes_back_is_waited_for(answers_file, caplog, dies):
     """It dies in the middle of a request; a new one takes its place after a second, and nothing is lost.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from material import make_questions
-from vllm_model import make_adapter, make_model
+from vllm_model import make_adapter, make_model, whole
 
 from solopo_plugin.qa.files import read_jsonl, write_jsonl
 from solopo_plugin.qa.generate import generate
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     write_jsonl(folder / "questions.jsonl", make_questions(QUESTIONS))
     recipe = dict(
         model_name_or_path=model, template="qwen", input=str(folder / "questions.jsonl"), work_dir=str(folder / "work"),
-        short_tokens=300, long_tokens=700, dataset_name="made", num_samples=N, max_new_tokens=24, temperature=1.0,
+        short_tokens=600, long_tokens=1200, dataset_name="made", num_samples=N, max_new_tokens=24, temperature=1.0,
         backend="vllm", concurrency=4, seed=3,
     )  # fmt: skip
     (folder / "recipe.json").write_text(json.dumps(recipe))
@@ -59,6 +59,7 @@ def test_the_engine_answers_greedily_as_transformers_does(folder):
     sampling = Sampling(**asked["sampling"], backend="transformers")
     for adapter in (None, asked["adapter"]):
         calls = [Call(name, (0,), prompt) for name, prompt in asked["prompts"].items()]
-        replies = generate(sampling, Model(asked["model"], adapter), calls)
-        assert {reply.id: [*reply.answers[0], reply.prompt_tokens] for reply in replies} == said[str(adapter)]
+        for reply in generate(sampling, Model(asked["model"], adapter), calls):
+            (text, ended), (own, *rest) = reply.answers[0], said[str(adapter)][reply.id]
+            assert [whole(text), ended, reply.prompt_tokens] == [whole(own), *rest]
     assert said["None"] != said[asked["adapter"]]

@@ -79,7 +79,7 @@ def recipe_at(folder: Path, server: Server, **keys):
     folder.mkdir(exist_ok=True)
     base = dict(
         backend="openai", server_urls=server.url, served_model="base", openai_endpoint="completions", num_samples=N,
-        max_new_tokens=24, temperature=1.0, short_tokens=300, long_tokens=700, concurrency=8, seed=3,
+        max_new_tokens=24, temperature=1.0, short_tokens=600, long_tokens=1200, concurrency=8, seed=3,
     )  # fmt: skip
     return data_recipe(folder, str(server.folder / "model"), make_questions(QUESTIONS), **base | keys)
 
@@ -88,7 +88,7 @@ def sampled(recipe) -> dict[tuple, tuple]:
     """Runs the pipeline up to the answers; returns them by side, question and number."""
     for stage in ("read", "contexts", "sample"):
         manifest = run_pipeline(recipe, stage)
-    counts = manifest["stages"]["sample"]
+    counts = manifest["stages"]["sample"]["counts"]
     for side in ("short", "long"):
         counted = {name: counts[side][name] for name in ("prompts", "answers", "prompt_tokens_differ")}
         assert counted == dict(prompts=QUESTIONS, answers=QUESTIONS * N, prompt_tokens_differ=0)

@@ -40,7 +40,12 @@ def make_adapter(base: str, folder: Path, seed: int) -> str:
     return str(folder)
 
 
+def whole(text: str) -> str:
+    """The text without a torn character at its end, of which vLLM shows nothing."""
+    return text.rstrip("\ufffd")
+
+
 def texts_of(folder: Path, model: str) -> dict[str, tuple]:
     """Prompt tokens, text and end of each answer of a model, by question."""
     rows = [row for row in read_jsonl(folder / "answers" / f"{model}.jsonl") if "fingerprint" not in row]
-    return {row["id"]: (row["prompt_tokens"], row["text"], row["finish_reason"]) for row in rows}
+    return {row["id"]: (row["prompt_tokens"], whole(row["text"]), row["finish_reason"]) for row in rows}
