@@ -2,7 +2,8 @@
 
     python scripts/make_demo_data.py [path]
 
-Beside it, demo_questions.jsonl: questions over two passages each, from which `build_data.py` makes rows.
+Beside it, demo_questions.jsonl: questions over two passages each, from which `build_data.py` makes rows; and
+demo_history.jsonl: traces of an agent that looks people up, whole and without the calls that lead nowhere.
 
 All text is made up here from the lists below, seeded per row, so the file is reproducible byte for byte. The rows are
 for trying the stage out: they teach nothing about long contexts (see docs/evidence.md).
@@ -86,6 +87,57 @@ def make_question(index: int, n_distractors: int = 4) -> dict:
     }
 
 
+TOOLS = [
+    {
+        "name": "look_up",
+        "description": "Tell what is known of a person.",
+        "parameters": {
+            "type": "object",
+            "properties": {"person": {"type": "string", "description": "First name and surname."}},
+            "required": ["person"],
+        },
+    }
+]
+
+
+def make_history(index: int, n_people: int = 8) -> dict:
+    """Make a row of two conversations with the same final turn: an agent's trace, and the same without needless calls.
+
+    In rows of even index the trace ends with the result that answers, in the others the user asks again behind it.
+    """
+    rng = random.Random(f"history {index}")
+    first, second, *others = rng.sample([f"{a} {b}" for a in NAMES for b in SURNAMES], n_people)
+    town, *elsewhere = rng.sample(PLACES, n_people - 1)
+    known = {who: passage(who, rng.choice(TRADES), place, rng) for who, place in zip(others, elsewhere, strict=True)}
+    known[first] = f"{first} shares a workshop with {second}. {first} {rng.choice(HABITS)}."
+    known[second] = passage(second, rng.choice(TRADES), town, rng)
+    start = [
+        {"from": "system", "value": "You look people up before you answer."},
+        {"from": "human", "value": f"In which town does the person work with whom {first} shares a workshop?"},
+    ]
+    end = [] if index % 2 == 0 else [
+        {"from": "gpt", "value": "I have looked them up."},
+        {"from": "human", "value": "Which town is it? End with `The answer is: ...`."},
+    ]  # fmt: skip
+
+    def trace(people: list[str]) -> list[dict]:
+        turns = []
+        for person in people:
+            call = json.dumps({"name": "look_up", "arguments": {"person": person}})
+            turns += [{"from": "function_call", "value": call}, {"from": "observation", "value": known[person]}]
+        return [*start, *turns, *end]
+
+    tried = rng.sample([first, *others], len(others) + 1)
+    said = "{} shares a workshop with {}, who works in {}. The answer is: {}"
+    return {
+        "messages": trace([first, second]),
+        "long_messages": trace([*tried, second]),
+        "tools": json.dumps(TOOLS),
+        "chosen": {"from": "gpt", "value": said.format(first, second, town, town)},
+        "rejected": {"from": "gpt", "value": said.format(first, others[0], elsewhere[0], elsewhere[0])},
+    }
+
+
 def write(target: Path, rows: list[dict]) -> None:
     """Write rows atomically."""
     partial = target.with_suffix(".partial")
@@ -94,10 +146,11 @@ def write(target: Path, rows: list[dict]) -> None:
     print(f"{len(rows)} rows written to {target}")
 
 
-def main(path: str = "data/demo_solopo.jsonl", n: int = 96, n_questions: int = 40) -> None:
-    """Write `n` rows, and beside them the questions."""
+def main(path: str = "data/demo_solopo.jsonl", n: int = 96, n_questions: int = 40, n_histories: int = 24) -> None:
+    """Write `n` rows, and beside them the questions and the traces."""
     write(Path(path), [make_row(i) for i in range(n)])
     write(Path(path).with_name("demo_questions.jsonl"), [make_question(i) for i in range(n_questions)])
+    write(Path(path).with_name("demo_history.jsonl"), [make_history(i) for i in range(n_histories)])
 
 
 if __name__ == "__main__":

@@ -371,5 +371,7 @@ def test_every_data_argument_of_the_host_changes_the_rows_or_is_said_not_to():
 
 def test_the_shipped_sample_is_registered_once_per_use():
     info = json.loads((ROOT / "data" / "dataset_info.json").read_text())
+    history = info.pop("demo_history")
+    assert history["file_name"] == "demo_history.jsonl" and "long_messages" in history["columns"]
     assert {entry["file_name"] for entry in info.values()} == {"demo_solopo.jsonl"}
     assert [name for name, entry in info.items() if "long_prompt" in entry["columns"]] == ["demo_solopo"]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import demo_rows
+from conftest import ROOT, demo_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -510,6 +510,62 @@ def test_tools_and_calls_of_sharegpt_train_as_the_hosts(template, tools):
     assert_pairs_are_the_hosts([row], host(template), attributes("sharegpt", TALK_TOOLS))
     row["chosen"] = {"from": "function_call", "value": json.dumps(CALL)}
     assert_pairs_are_the_hosts([row], host(template), attributes("sharegpt", TALK_TOOLS))
+
+
+def histories() -> list[dict]:
+    lines = (ROOT / "data" / "demo_history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_shipped_histories_are_as_generated_and_end_alike():
+    """The short trace is the long one without some calls and their results; who is asked about is looked up in both."""
+    from make_demo_data import make_history
+
+    rows = histories()
+    assert rows == [make_history(i) for i in range(24)]
+    for row in rows:
+        short, long = row["messages"], row["long_messages"]
+        left = iter(long)
+        assert all(turn in left for turn in short) and short[-1] == long[-1] and len(long) == len(short) + 12
+        said = "".join(turn["value"] for turn in short if turn["from"] == "observation")
+        town = row["chosen"]["value"].rpartition(": ")[2]
+        assert town in said and row["rejected"]["value"].rpartition(": ")[2] not in said
+    assert {row["messages"][-1]["from"] for row in rows} == {"human", "observation"}
+
+
+@pytest.mark.parametrize("template", ["qwen", "llama3", "glm4"])
+def test_a_short_and_a_long_history_train_as_the_hosts(template):
+    """Calls, results and tools in the template's own words, both sides token for token."""
+    model, attr = host(template, MODELS.get(template)), attributes("sharegpt", TALK_TOOLS)
+    assert_pairs_are_the_hosts(histories()[:6], model, attr)
+    short, long = (
+        model.tokenizer.decode(processed(histories()[:1], model, attr)[0][f"{side}_prompt_ids"])
+        for side in ("short", "long")
+    )
+    for text in (short, long):
+        assert "First name and surname." in text and "Fenna Drozd shares a workshop with" in text
+    assert "Fenna Holm" in long and "Fenna Holm" not in short
+
+
+def test_a_history_in_the_openai_formatting_is_the_same_history():
+    """Calls in `tool_calls`; such a trace must not end with a result, which the host's converter drops."""
+    row = histories()[1]
+
+    def turn(message: dict) -> dict:
+        role = {"human": "user", "gpt": "assistant", "observation": "tool", "system": "system"}
+        if message["from"] == "function_call":
+            calls = [{"id": "1", "type": "function", "function": json.loads(message["value"])}]
+            return {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"role": role[message["from"]], "content": message["value"]}
+
+    sides = {column: [turn(message) for message in row[column]] for column in ("messages", "long_messages")}
+    other = sides | {"tools": row["tools"]} | {name: turn(row[name]) for name in ("chosen", "rejected")}
+    for column in sides:
+        row[column][0]["value"] += (
+            "\n"  # which the host's openai converter adds to a system prompt where there are tools
+        )
+    attr = attributes("openai", TALK_TOOLS, tags=OPENAI_TAGS)
+    assert processed([other], host("qwen"), attr) == processed([row], host("qwen"), attributes("sharegpt", TALK_TOOLS))
 
 
 @pytest.mark.parametrize("formatting, row, columns", [("alpaca", GOOD, TOOLS), ("sharegpt", TALK, TALK_TOOLS)])

@@ -155,11 +155,12 @@ BASELINES = {
     "demo_expand_long_po": dict(stage="dpo", pref_loss="orpo"),
     "demo_sft_short": dict(stage="sft", pref_loss=None),
     "demo_sft_expand_long": dict(stage="sft", pref_loss=None),
+    "demo_history": dict(stage="solopo", pref_loss="orpo", cutoff_len=4096),
 }
 
 
 def test_the_shipped_file_serves_what_needs_no_answers_on_the_long_context(run, recipe, tmp_path):
-    """One file, five entries in dataset_info.json, each trained by its stage."""
+    """One file, five entries in dataset_info.json, each trained by its stage; and traces of an agent with its tools."""
     info = json.loads((ROOT / "data" / "dataset_info.json").read_text())
     assert list(info) == list(BASELINES)
     losses = {}

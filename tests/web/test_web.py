@@ -188,7 +188,7 @@ def test_stage_data_sets_and_preview_of_rows(page):
     choose_stage(page, "DPO")
     expect_offered(page, "Dataset", ["demo_short_po", "demo_expand_long_po"])
     choose_stage(page, "SoLoPO")
-    expect_offered(page, "Dataset", ["demo_solopo"])
+    expect_offered(page, "Dataset", ["demo_solopo", "demo_history"])
     choose(page, "Dataset", "demo_solopo")
     page.keyboard.press("Escape")
     press(page, "Preview dataset")
