@@ -1,7 +1,9 @@
 """From a folder of documents to rows, with a server whose questions and answers are planned."""
 
 import json
+import math
 import random
+import re
 import shutil
 import sqlite3
 import time
@@ -19,7 +21,7 @@ from scripted_server import serving
 
 from solopo_plugin.qa.files import read_jsonl
 from solopo_plugin.synthesis.filter import FILTERS
-from solopo_plugin.synthesis.look import gather, open_source
+from solopo_plugin.synthesis.look import gather, open_source, reader_row
 from solopo_plugin.synthesis.pipeline import run_pipeline, stages_of
 from solopo_plugin.synthesis.recipe import make_recipe
 
@@ -109,6 +111,40 @@ def test_every_count_from_documents_to_rows_is_the_planned_one(finished, planned
         for side, prompt in (("short", row["prompt"]), ("long", row["long_prompt"])):
             shown = [prompt[place["start"] : place["end"]] for place in row[f"{side}_evidence"]]
             assert all(quote in text for quote, text in zip(quotes[row["id"]], shown, strict=True))
+
+
+def test_the_reader_shows_source_and_quote_of_every_row(finished):
+    for rows in (finished / "work", finished / "data" / "town_solopo.jsonl"):
+        source = open_source(rows)
+        seen = [reader_row(split, row) for split, row in source.rows()]
+        assert len(seen) > 10
+        for row in seen:
+            evidence = [text for name, text in row["facts"].items() if name.startswith("evidence ")]
+            assert len(evidence) == row["facts"]["hops"]
+            assert all(re.fullmatch(r"\S.*\.\w+( \u203a .+)?: \u201c.+\u201d", text, re.DOTALL) for text in evidence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["solo_orpo", "longpo"])
+def test_the_same_rows_train_by_either_recipe(finished, run, tiny_model, tmp_path, name):
+    """The two shipped recipes of the handbook differ in the method alone; here on a tiny model."""
+    folder = ROOT / "examples" / "yaml" / "handbook"
+    both = [yaml.safe_load((folder / f"{file}.yaml").read_text()) for file in ("solo_orpo", "longpo")]
+    method = {"pref_loss", "pref_beta", "output_dir"}
+    assert {k for k in both[0].keys() | both[1].keys() if both[0].get(k) != both[1].get(k)} == method | {
+        "solopo_alpha", "solopo_detach_short", "solopo_objective", "solopo_longpo_lambda"
+    }  # fmt: skip
+    data = yaml.safe_load((folder.parent / "data" / "documents.yaml").read_text())
+    assert both[0]["dataset"] == f"{data['dataset_name']}_solopo" and both[0]["dataset_dir"] == data["dataset_dir"]
+    assert both[0]["cutoff_len"] == data["cutoff_len"]
+    run(both[name == "longpo"] | dict(
+        model_name_or_path=tiny_model(), dataset="town_solopo", dataset_dir=str(finished / "data"), max_steps=2,
+        output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False,
+    ))  # fmt: skip
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert all((entry["solopo/align_loss"] > 0) == (name == "solo_orpo") for entry in log if "loss" in entry)
 
 
 def test_what_documents_say_changes_no_place_and_no_setting(finished, planned):
