@@ -119,7 +119,7 @@ setup(
         "deepspeed": ["deepspeed>=0.18,<0.20", "ninja"],  # ZeRO-2/3; ninja builds its kernels on first use
         "data": ["bm25s>=0.3"],  # `distractors: bm25` in a data recipe; needs numpy and scipy alone
         # .pdf, .html and .docx files in a folder of documents; Markdown and plain text need nothing
-        "documents": ["pdfminer.six>=20250506", "markdownify>=1.0", "mammoth>=1.11"],
+        "documents": ["pdfminer.six>=20250506", "markdownify>=1.0", "beautifulsoup4>=4.12", "mammoth>=1.11"],
         # `harness_tasks` of an evaluation: the Open LLM Leaderboard's own program; its IFEval and MATH need more
         "eval": ["lm-eval[api,hf,ifeval,math]>=0.4.13,<0.5"],
         "flash-attn": ["flash-attn>=2.7"],  # `flash_attn: fa2` in a recipe; compiles against the installed torch

@@ -202,6 +202,7 @@ def test_requirements_are_the_tested_set(metadata):
 
 def test_every_package_that_is_imported_is_a_requirement(metadata):
     """A package that only another one brings along is missing on the day on which that one drops it."""
+    other_names = {"yaml": "pyyaml", "bs4": "beautifulsoup4", "pdfminer": "pdfminer-six"}
     declared = {re.sub("[-_.]+", "-", Requirement(text).name.lower()) for text in metadata.get_all("Requires-Dist")}
     for path in (ROOT / "solopo_plugin").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -212,7 +213,7 @@ def test_every_package_that_is_imported_is_a_requirement(metadata):
             else:
                 continue
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"solopo_plugin"}:
-                assert {"yaml": "pyyaml"}.get(name, name.replace("_", "-")) in declared, f"{path}: {name}"
+                assert other_names.get(name, name.replace("_", "-")) in declared, f"{path}: {name}"
 
 
 def test_this_environment_is_the_pinned_one():

@@ -50,7 +50,7 @@ class Noise:
         """Return a token for each row, (rows,), from logits in fp32, (rows, vocabulary)."""
         if not self.sampling.temperature:
             return logits.argmax(-1)
-        chances = self.warpers(None, logits).softmax(-1)
+        chances = self.warpers(None, logits).softmax(-1)  # type: ignore[arg-type]  # these look at no ids
         noise, places = torch.empty_like(chances), dict[Job, list[tuple[int, int]]]()
         for place, (job, i) in enumerate(rows):
             places.setdefault(job, []).append((place, i))
