@@ -1,4 +1,4 @@
-"""Which LLaMA-Factory the plugin was tested with, how its functions are wrapped, and what to say of another."""
+"""Name the LLaMA-Factory that the plugin was tested with, wrap its functions, and say what to do about another."""
 
 import sys
 from collections.abc import Callable

@@ -1,8 +1,9 @@
 """Lay documents and a question out as one prompt, and find the documents in a prompt again."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from .files import DataError
+from .files import DataError, as_data_error
 
 BETWEEN = "\n\n"  # documents
 LABEL = "Document"
@@ -62,6 +63,29 @@ def split_prompt(prompt: str | None) -> tuple[str, str]:
             )
     before, behind = prompt.split("{documents}")
     return before, behind
+
+
+def read_prompt_file(path: Path, named: str, places: Iterable[str]) -> str:
+    """Return the text of a file that is a prompt, without blanks around it.
+
+    Args:
+        path: Of the file.
+        named: How messages name it, with the recipe's key.
+        places: What has to be in it once each, such as `{question}`.
+
+    Raises:
+        DataError: The file cannot be read, or a place is not in it exactly once.
+    """
+    with as_data_error(path, "read"):
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise DataError(f"{named} is no text in UTF-8; save it as such.") from None
+    for place in places:
+        if (times := text.count(place)) != 1:
+            raise DataError(f"{named} must hold {place} once, it does so {times} times.")
+    return text
 
 
 def document_spans(prompt: str, n: int) -> list[tuple[int, int]] | None:

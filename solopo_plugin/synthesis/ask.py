@@ -19,10 +19,10 @@ from typing import Any
 from ..host.template import template_markers
 from ..qa.answers import behind_thought
 from ..qa.documents import marker_pattern
-from ..qa.files import DataError, as_data_error, read_jsonl, write_jsonl
+from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import Call, load_chat
 from ..qa.generate.stored import answer_missing
-from ..qa.prompts import document_text, lay_out
+from ..qa.prompts import document_text, lay_out, read_prompt_file
 from ..qa.recipe import Chat, Sampling, pick
 from ..qa.seeded import digest, generator
 from ..qa.store import Store
@@ -138,15 +138,8 @@ def read_prompt(recipe: DataRecipe, name: str, place: str) -> tuple[str, str]:
         DataError: The file cannot be read, or the place is not in it exactly once.
     """
     path = prompt_file(recipe, name)
-    with as_data_error(path, "read"):
-        content = path.read_bytes()
-    try:
-        before, *behind = content.decode("utf-8-sig").strip().split(place)
-    except UnicodeDecodeError:
-        raise DataError(f"`ask_prompts`: {path} is no text in UTF-8; save it as such.") from None
-    if len(behind) != 1:
-        raise DataError(f"`ask_prompts`: {path} must hold {place} once, it does so {len(behind)} times.")
-    return before, behind[0]
+    before, _, behind = read_prompt_file(path, f"`ask_prompts`: {path}", [place]).partition(place)
+    return before, behind
 
 
 def fields_of(hops: int) -> list[str]:

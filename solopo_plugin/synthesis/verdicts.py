@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..qa.answers import behind_thought
-from ..qa.files import DataError, as_data_error, read_jsonl, shown
+from ..qa.files import DataError, read_jsonl, shown
 from ..qa.generate.calls import Call, Reply
 from ..qa.generate.stored import Found, answer_missing
+from ..qa.prompts import read_prompt_file
 from ..qa.store import Store
 from .recipe import DataRecipe, outside_inputs, rubric_file
 
@@ -103,21 +104,13 @@ def read_rubric(recipe: DataRecipe) -> str:
         DataError: There is no such file, a place is not in it exactly once, or it does not ask for the last line.
     """
     path, form = rubric_file(recipe), recipe.judge_form
-    with as_data_error(path, "read"):
-        content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"`judge_rubric: {path}` is no text in UTF-8; save it as such.") from None
-    for place in PLACES[form]:
-        if (times := text.count(f"{{{place}}}")) != 1:
-            raise DataError(f"`judge_rubric: {path}` must hold {{{place}}} once, it does so {times} times.")
+    text = read_prompt_file(path, f"`judge_rubric: {path}`", [f"{{{place}}}" for place in PLACES[form]])
     if LAST_LINE[form].lower() not in text.lower():
         raise DataError(
             f"`judge_rubric: {path}` must ask for a last line that begins with `{LAST_LINE[form]}`, by which a "
             f"verdict of `judge_form: {form}` is read."
         )
-    return text.strip()
+    return text
 
 
 def read_verdict(form: str, reply: str) -> float | None:

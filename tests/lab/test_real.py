@@ -125,7 +125,7 @@ def scripted(sampling, model, calls):
 
 
 def test_no_paragraph_is_on_two_sides(task, tmp_path):
-    """Of copies of a paragraph one question is taken; a copy that goes on differently after 70 letters is one, too."""
+    """Take one question of copies of a paragraph; a copy that goes on differently after 70 letters is one, too."""
     asked = [question(i, copy) for i in range(120) for copy in range(3)]
     near = [question(i, 7) for i in range(120)]
     for row in near:

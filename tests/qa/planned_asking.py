@@ -20,7 +20,7 @@ WORDS = {"which", "word", "entry", "clerk", "number", "harbour", "ledger", "writ
 
 @dataclass
 class Plan:
-    """What the server says, by a part of the prompt; how many questions go for which reason; what is kept."""
+    """Hold what the server says, by a part of the prompt; how many questions go for which reason; what is kept."""
 
     said: dict[str, list[str]] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)

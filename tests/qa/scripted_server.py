@@ -55,7 +55,7 @@ def scripted(
 
 
 def error(message: str) -> bytes:
-    """What vLLM's server says of a request that it refuses or that its engine died of."""
+    """Return what vLLM's server says of a request that it refuses or that its engine died of."""
     return json.dumps({"error": {"message": message, "type": "Error", "param": None, "code": 0}}).encode()
 
 

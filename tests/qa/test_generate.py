@@ -729,7 +729,7 @@ def trained_on(recipe, tmp_path, run, train_recipe) -> list[list[int]]:
 
 
 def by_generate(network, tokenizer, settings, call: Call) -> list[tuple[str, str]]:
-    """What transformers' `generate` gives for the call alone, as answers were made before they were made in batches."""
+    """Return what transformers' `generate` gives for the call alone, as answers were made one by one."""
     stop = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     draw = dict(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
     draw = draw if settings.temperature else dict(do_sample=False)
