@@ -71,6 +71,11 @@ class SoloArguments:
         "do not fit otherwise: with checkpointing the MLP's intermediates are the largest part. Costs about one more "
         "forward of the MLPs per step. Dense models only.",
     )
+    solopo_sequence_parallel: int = _key(
+        1,
+        "Processes, so GPUs of one machine, that share every packed row, each a part of its tokens: for rows longer "
+        "than one GPU holds. Divides the number of processes and the model's attention heads; 1 is off.",
+    )
 
     @property
     def longpo(self) -> bool:

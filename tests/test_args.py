@@ -24,6 +24,7 @@ def test_defaults_are_the_papers_form():
         "solopo_reference": "cached",
         "solopo_logp_chunk": 1024,
         "solopo_mlp_chunk": 0,
+        "solopo_sequence_parallel": 1,
     }
     check_values(SoloArguments())
     check_values(SoloDataArguments())

@@ -28,6 +28,9 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "overlength": ({"solopo_overlength": "cut"}, "`solopo_overlength` must be one of error, drop; got 'cut'."),
     "forward": ({"solopo_forward": "fast"}, "`solopo_forward` must be one of auto, packed, two_stage; got 'fast'."),
     "chunk zero": ({"solopo_logp_chunk": 0}, "`solopo_logp_chunk` must be a whole number >= 1, got 0."),
+    "no process for a row": (
+        {"solopo_sequence_parallel": 0}, "`solopo_sequence_parallel` must be a whole number >= 1, got 0."
+    ),
     "mlp chunk negative": ({"solopo_mlp_chunk": -1}, "`solopo_mlp_chunk` must be a whole number >= 0, got -1."),
     "chunk fraction": ({"solopo_logp_chunk": 2.5}, "`solopo_logp_chunk` must be a whole number >= 1, got 2.5."),
     "loss": ({"pref_loss": "kto_pair"}, "`pref_loss` must be one of sigmoid, ipo, hinge, simpo, orpo for `stage: solopo`; got 'kto_pair'."),

@@ -112,7 +112,8 @@ FILLED = {
     "solopo_alpha": ("2.5", 2.5), "solopo_align": ("logp", "logp"), "solopo_align_on": ("both", "both"),
     "solopo_penalty": ("drop", "drop"), "solopo_detach_short": (True, True), "solopo_overlength": ("drop", "drop"),
     "solopo_forward": ("two_stage", "two_stage"), "solopo_reference": ("online", "online"),
-    "solopo_logp_chunk": (256, 256), "solopo_mlp_chunk": (64, 64), "simpo_gamma": (0.7, 0.7),
+    "solopo_logp_chunk": (256, 256), "solopo_mlp_chunk": (64, 64), "solopo_sequence_parallel": (2, 2),
+    "simpo_gamma": (0.7, 0.7),
     "pref_loss": ("simpo", "simpo"), "pref_beta": (0.3, 0.3), "pref_ftx": (0.5, 0.5),
 }  # fmt: skip
 

@@ -103,6 +103,13 @@ TEXTS = {
         "ko": ("MLP 청크", "MLP가 한 번에 처리하는 토큰 수, 매우 긴 행용; 0은 전체."),
         "ja": ("MLP チャンク", "MLP が一度に処理するトークン数（非常に長い行向け）。0 はすべて。"),
     },
+    "solopo_sequence_parallel": {
+        "en": ("Sequence parallel", "GPUs that share every row, for rows longer than one GPU holds; 1 is off."),
+        "ru": ("Параллелизм по длине", "Число GPU, делящих одну строку, если она не помещается на одном; 1 — выкл."),
+        "zh": ("序列并行", "共同处理一条数据的 GPU 数，用于单卡放不下的长数据；1 表示关闭。"),
+        "ko": ("시퀀스 병렬", "한 행을 나누어 처리하는 GPU 수, GPU 하나에 담기지 않는 긴 행용; 1은 끔."),
+        "ja": ("シーケンス並列", "1 行を分担する GPU 数（1 枚に収まらない長い行向け）。1 は無効。"),
+    },
     "simpo_gamma": {
         "en": ("SimPO gamma", "Target reward margin; only for the loss type simpo."),
         "ru": ("Гамма SimPO", "Целевой отрыв награды; только для типа потерь simpo."),
