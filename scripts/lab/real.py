@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from arms import table
@@ -21,6 +22,7 @@ from real_model import make
 from recall import ROOT
 
 from solopo_plugin.host.template import template_markers
+from solopo_plugin.probe import inside
 from solopo_plugin.qa.answers import judged_form
 from solopo_plugin.qa.contexts import Builder
 from solopo_plugin.qa.documents import count_tokens, make_pool
@@ -42,6 +44,7 @@ HUB = "rajpurkar/squad"  # of whoever gives no files
 SAME = 70  # letters and digits at the beginning by which a paragraph is known
 SEED = 42  # of splits, contexts and sampled answers: the same for all seeds of training
 SAVES = ROOT / "saves/lab"
+WHERE = ("paragraphs", "evidence")  # of a prompt: where the probe finds its evidence
 
 
 def one_of_each_paragraph(questions: Iterable[dict]) -> list[dict]:
@@ -114,7 +117,9 @@ class Real:
             (self.folder / f"splits/{name}.jsonl.new").rename(self.folder / f"splits/{name}.jsonl")
 
     def contexts(self, split: str, tokens: int) -> Iterator[dict]:
-        """Yield {"id", "prompt", "answers"} of a split's questions, contexts of at most `tokens` tokens.
+        """Yield questions of a split with contexts of at most `tokens` tokens.
+
+        Each is {"id", "question", "answers"} with the context's own "prompt", "tokens", "paragraphs" and "evidence".
 
         Questions whose evidence is longer than the shortest of `lengths` are left out at all lengths.
         """
@@ -131,7 +136,7 @@ class Real:
             built = builder.context(prepared, tokens, "short" if tokens == self.lengths[0] else "long")
             if isinstance(built, str):
                 raise DataError(f"{split}: {built} {tokens} tokens; the split needs more questions.")
-            yield {"id": question.id, "prompt": built.row["prompt"], "answers": question.answers}
+            yield built.row | {"id": question.id, "question": question.question, "answers": question.answers}
 
     def write_warmup(self) -> None:
         """Write the rows of the warm-up: short contexts, and gold answers in the form that the prompt asks for."""
@@ -188,6 +193,23 @@ class Real:
             write_jsonl(folder / f"{tokens}.jsonl", rows)
             found[tokens] = "".join(str(int(row["correct"])) for row in rows)
         return found
+
+    def look(self, model: Path, name: str) -> list[dict]:
+        """Compare where base and model look when they read the gold answers to validation questions.
+
+        Page and picture come into the folder `look`; returns the summary of solopo_plugin/probe/inside.py.
+        """
+        sides = {
+            side: [*self.contexts("validation", self.table["data"][f"{side}_tokens"])] for side in ("short", "long")
+        }
+        rows = []
+        for pair in islice(zip(*sides.values(), strict=True), self.table["look"]["questions"]):
+            row = {side + "_" + key: one[key] for side, one in zip(sides, pair, strict=True) for key in WHERE}
+            short, long = pair
+            row |= {key: short[key] for key in ("id", "question", "prompt")} | {"long_prompt": long["prompt"]}
+            rows.append(row | {"chosen": f"The answer is: {short['answers'][0]}"})
+        models = {"base": str(self.BASE), name: str(model)}
+        return inside.run(models, rows, self.folder / "look", **self.table["model"])["summary"]
 
     def answered(self, model: Path, folder: Path, tokens: int, rows: list[dict]) -> list[dict]:
         """Have a model answer what the store in `folder` lacks; returns {"id", "text", "answer", "correct", ...}."""

@@ -68,7 +68,15 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("orpo_short_lost", "orpo_short", "the same, ORPO on the short pair"),
     ("solo_dpo_ftx", "solo_dpo", "with NLL of the short chosen response against without"),
 )
-SHIPPED = ("arm", "rate", "seed", "accuracy", "marks", "cpu_seconds")  # of a result, in runs.json, where it has them
+SHIPPED = (
+    "arm",
+    "rate",
+    "seed",
+    "accuracy",
+    "marks",
+    "look",
+    "cpu_seconds",
+)  # of a result, in runs.json, where it has them
 WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart. Seeds differ by more
 
 

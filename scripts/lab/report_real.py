@@ -11,6 +11,7 @@ questions alone. The model, its warm-up and the rows are the same for all seeds.
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ DIFFERENCES = (  # first, second: what is asked
     ("solo_orpo_detached", "longpo", "against LongPO"),
     ("solo_orpo_detached", "solo_orpo", "detached against the paper's form"),
     ("solo_dpo_detached", "solo_dpo", "the same"),
+)
+LOOKED = (  # measures of solopo_plugin/probe/inside.py
+    "evidence's share of what falls on documents",
+    "attention per token, evidence / distractors",
+    "log-prob per response token",
 )
 
 
@@ -106,10 +112,27 @@ def differences(results: Marked) -> str:
     return markdown(["difference", "what", *(f"{n} tokens" for n in results.lengths)], lines)
 
 
+def inside(results: Marked) -> str:
+    """Table what the model of one run looks at in both contexts, and the base, when they read gold answers."""
+    found = [run["look"] for runs in results.all.values() for run in runs.values() if "look" in run]
+    if not found:
+        return ""
+    by_line = {(line["measure"], line["model"], line["side"]): line for line in found[0]}
+    models, sides = (list(dict.fromkeys(line[name] for line in found[0])) for name in ("model", "side"))
+    lines = []
+    for measure in LOOKED:
+        for model in models:
+            cells = [by_line.get((measure, model, side)) for side in sides]
+            lines.append(
+                [measure, model, *(f"{c['mean']:.4f} ({c['low']:.4f} to {c['high']:.4f})" if c else "" for c in cells)]
+            )
+    return markdown(["measure", "model", *sides], lines)
+
+
 def tables(results: Marked) -> dict[str, str]:
     """Return a size's tables: name of the marker in docs/lab.md -> Markdown."""
     name = results.task.replace(":", "_")
-    parts = {name: accuracies(results), f"{name}_differences": differences(results)}
+    parts = {name: accuracies(results), f"{name}_differences": differences(results), f"{name}_inside": inside(results)}
     return parts | ({f"{name}_sweep": sweep(results)} if results.task == "real" else {})
 
 
@@ -143,7 +166,10 @@ def main(words: list[str] | None = None) -> int:
     for folder in (args.output, *([RUNS.parent] if args.docs else [])):
         folder.mkdir(parents=True, exist_ok=True)
         for results in sizes:
-            draw(results, folder / f"{results.task.replace(':', '_')}.png")
+            name = results.task.replace(":", "_")
+            draw(results, folder / f"{name}.png")
+            if (picture := args.saves / name / "look/shares_by_layer.png").is_file():
+                shutil.copyfile(picture, folder / f"{name}_inside.png")
     runs = [run for results in sizes for run in results.shipped()]
     write_json(args.output / "real.json", runs)
     write(args.output / "real.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))

@@ -27,7 +27,7 @@ from pathlib import Path
 import lab_rows
 import real
 import two_hop
-from arms import arms, recipe, table
+from arms import arms, chosen_rate, recipe, table
 from recall import ROOT
 
 from solopo_plugin.qa.files import write_json
@@ -150,10 +150,22 @@ def train(job: dict) -> None:
         "log": json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"],
         "cpu_seconds": round(seconds, 1),
     }
+    if looked_at(job):
+        result["look"] = task.look(model, job["arm"])
     lengths = list(result["by_step"][earlier[0][0]]) if earlier else []
     result["by_step"][last[0]] = {length: result["accuracy"][length] for length in lengths}
     write_json(Path(job["result"]), result)
     shutil.rmtree(folder)
+
+
+def looked_at(job: dict) -> bool:
+    """Tell whether this is the run whose attention the task's table has compared with the base's."""
+    look = table(job["task"]).get("look")
+    return (
+        bool(look)
+        and (job["arm"], job["seed"]) == (look["arm"], look["seed"])
+        and job["rate"] == chosen_rate(job["arm"], job["task"])
+    )
 
 
 def taken_up(job: dict, folder: Path) -> dict | None:

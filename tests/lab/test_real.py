@@ -68,6 +68,7 @@ def test_table(task):
         assert keys["dataset"].removeprefix("real_") in {"warmup", *ENTRIES}
         assert recipe["cutoff_len"] >= table["data"]["long_tokens"] + table["data"]["max_new_tokens"]
         assert recipe["output_dir"] == f"saves/lab/{task.replace(':', '_')}/runs/{name}_0"
+    assert table["look"]["arm"] in table["arms_first"] and table["look"]["seed"] in table["seeds"]
     for first, second, _ in report_real.DIFFERENCES:
         assert {first, second} <= {"base", *table["arms"]}
     assert table["warmup"].get("use_cpu", False) == table["base"].get("use_cpu", False) == (task == TASK)
@@ -111,6 +112,7 @@ def task(tmp_path, tiny_model, monkeypatch):
         ("base", few),
     ):
         monkeypatch.setitem(table, part, table[part] | keys)
+    monkeypatch.setitem(table, "look", table["look"] | {"questions": 5})
     monkeypatch.setitem(generate.BACKENDS, "transformers", scripted)
     return real.Real(TASK)
 
@@ -220,12 +222,19 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert len(trained) == 1 and "resume_from_checkpoint" not in trained[0], "no step is made twice"
     result = json.loads(Path(jobs[0]["result"]).read_text())
     assert run_lab.done(jobs[0]) and not Path(jobs[0]["recipe"]["output_dir"]).exists()
+    look = json.loads((task.folder / "look/look.json").read_text())
+    assert (
+        result["look"] == look["summary"]
+        and len(look["rows"]["base"]) == 5
+        and look["models"].keys() == {"base", "solo_orpo_detached"}
+    )
     assert result["marks"] == base["marks"] and [entry["step"] for entry in result["log"]][-1] == 2
 
     for job in jobs[1:]:  # as if they had been trained: one arm like the base, of another the second seed all wrong
         wrong = job["arm"] == "orpo_short" and job["seed"] == 1
         marks = {n: 30 * "0" if wrong else m for n, m in base["marks"].items()}
         shares = {n: m.count("1") / 30 for n, m in marks.items()}
+        result.pop("look", None)
         keys = {name: job[name] for name in ("arm", "seed", "key", "recipe")} | {
             "rate": job["rate"],
             "accuracy": shares,
@@ -236,7 +245,9 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert "| solo_orpo_detached - orpo_short | against PO on the short pair |" in told
     assert f"| base | {even / 30:.3f} ± " in told and f"| solo_orpo_detached | {even / 30:.3f} ± " in told
     assert f"| orpo_short | {even / 60:.3f} ± " in told
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"real.md", "real.json", "real_small.png"}
+    drawn = {"real_small.png", "real_small_inside.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"real.md", "real.json", *drawn}
+    assert re.search(r"\| evidence's share of what falls on documents \| solo_orpo_detached \| 0\.\d{4} \(", told)
     again = report_real.Marked(tmp_path / "report/real.json", TASK)
     assert report_real.tables(again) == report_real.tables(report_real.Marked(task.folder / "results", TASK))
 
@@ -272,7 +283,7 @@ def test_page_is_what_its_runs_give():
     there = {run["task"] for run in json.loads(runs.read_text())} if runs.is_file() else set()
     for task in run_lab.SIZES:
         name = task.replace(":", "_")
-        names = [name, f"{name}_differences", *([f"{name}_sweep"] if task == "real" else [])]
+        names = [name, f"{name}_differences", f"{name}_inside", *([f"{name}_sweep"] if task == "real" else [])]
         empty = {part: f"<!-- {part} -->\n<!-- /{part} -->" for part in names}
         assert all((text in page) == (task not in there) for text in empty.values()), task
         if task in there:
