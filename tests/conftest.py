@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from fnmatch import fnmatchcase
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,14 @@ def tiny_model(tmp_path_factory):
     return factory
 
 
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> str:
+    """A folder that can be `model_name_or_path` of a data recipe: a tokenizer without a model, not to be written to."""
+    from material import save_tokenizer
+
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
 @pytest.fixture
 def recipe(tiny_model, tmp_path):
     """A small valid SoLoPO recipe as a dict; keyword arguments change or add keys, None removes one."""
@@ -216,6 +225,12 @@ def zygote():
     running = Zygote()
     yield running
     running.end()
+
+
+@pytest.fixture(scope="session")
+def build_data(zygote):
+    """Starts runs of build_data.py with a folder's recipe.yaml; see zygote.py."""
+    return partial(zygote.run, "scripts/build_data.py")
 
 
 def shell_environment(**env: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from material import save_tokenizer
 from planned_asking import make_passages
 from scripted_server import serving
 
@@ -14,11 +13,6 @@ from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import ask
 from solopo_plugin.synthesis.ask import choose, names_in, read_reply
 from solopo_plugin.synthesis.recipe import make_recipe, outside_inputs
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def recipe_for(model: str = "m", **keys):

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import ROOT
-from material import save_tokenizer
 from planned_asking import obviously_right, plan
 from scripted_server import serving
 
@@ -33,16 +32,6 @@ with {"question": "Who?", "answer": "Eve", "quote": "Eve"} alone. The answer is:
 
 The miller of Tarnvik grinds barley on Mondays and {documents} on Fridays, as {question} says, with two heavy wheels.
 """
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def zygote(zygote):
-    return partial(zygote.run, "scripts/build_data.py")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +65,9 @@ def planned(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def finished(planned, zygote) -> Path:
+def finished(planned, build_data) -> Path:
     folder = planned.prepare()
-    assert zygote(folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    assert build_data(folder) == 0, (folder / "log.txt").read_text()[-3000:]
     return folder
 
 
@@ -170,35 +159,35 @@ def results(folder: Path) -> dict[str, bytes | list]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_is_uninterrupted(planned, zygote):
+def test_killed_at_random_moments_is_uninterrupted(planned, build_data):
     rng, kills = random.Random(3), 0
     with serving(planned.said, verbatim=True, slow=0.02) as server:
         whole, folder = (planned.prepare_at(server.url, concurrency=2) for _ in range(2))
-        assert all(zygote(place, "--stage", "documents") == 0 for place in (whole, folder))
+        assert all(build_data(place, "--stage", "documents") == 0 for place in (whole, folder))
         for stage in ("ask", "filter"):
             began = time.monotonic()
-            assert zygote(whole, "--stage", stage) == 0
+            assert build_data(whole, "--stage", stage) == 0
             seconds, done, tries = time.monotonic() - began, 0, 0
             while done < KILLS // 2:
                 tries += 1
                 assert tries < 10 * KILLS
                 wait = rng.uniform(0.05, seconds)
-                status = zygote(folder, "--stage", stage, kill_after=wait)
+                status = build_data(folder, "--stage", stage, kill_after=wait)
                 done += status == -9
                 if status == 0:  # it was finished before: begin anew
-                    assert zygote(folder, "--stage", stage, "--no-resume", kill_after=wait / 2) in (0, -9)
+                    assert build_data(folder, "--stage", stage, "--no-resume", kill_after=wait / 2) in (0, -9)
             kills += done
-            assert zygote(folder, "--stage", stage) == 0, (folder / "log.txt").read_text()[-3000:]
+            assert build_data(folder, "--stage", stage) == 0, (folder / "log.txt").read_text()[-3000:]
     assert kills == KILLS and results(folder) == results(whole)
     assert {"asked.jsonl", "questions.jsonl", "corpus.jsonl", "asked.db", "checked.db"} <= set(results(whole))
     assert not list((folder / "work").glob("*.tmp"))
 
 
 @pytest.mark.slow
-def test_rows_whose_long_contexts_are_the_documents(planned, zygote):
+def test_rows_whose_long_contexts_are_the_documents(planned, build_data):
     """No check of the finished set finds a fault, and every long prompt is of the evidence's documents alone."""
     folder = planned.prepare(contexts="document", short_tokens=900)
-    assert zygote(folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    assert build_data(folder) == 0, (folder / "log.txt").read_text()[-3000:]
     statistics = gather(open_source(folder / "work"))
     assert statistics.splits.total() > 10 and not any(statistics.failed.values()), statistics.failed
     texts = {p["text"]: p["source"] for p in planned.passages}

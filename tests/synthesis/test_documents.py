@@ -9,7 +9,6 @@ import time
 import pytest
 from conftest import ROOT
 from made_files import page, write_docx, write_pdf
-from material import save_tokenizer
 
 from solopo_plugin.qa.files import DataError, read_jsonl
 from solopo_plugin.synthesis import documents
@@ -19,17 +18,12 @@ from solopo_plugin.synthesis.recipe import make_recipe
 HANDBOOK = ROOT / "data" / "handbook"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
-def read(tmp_path, model):
+def read(tmp_path, tokenizer):
     """Runs the stage in a work folder that stays: counts, and the passages."""
 
     def read(folder, work="work", **keys):
-        made = recipe(folder, tmp_path / work, model, **keys)
+        made = recipe(folder, tmp_path / work, tokenizer, **keys)
         counts = run_pipeline(made, "documents")["stages"]["documents"]["counts"]
         return counts, list(read_jsonl(tmp_path / work / "passages.jsonl"))
 
@@ -41,7 +35,7 @@ def recipe(folder, work, model, **keys):
     return make_recipe(base | dict(input=str(folder), input_format="documents", work_dir=str(work)) | keys)
 
 
-def test_the_handbook(read, model):
+def test_the_handbook(read):
     """Five files of five kinds; what a reader does not see is in no passage."""
     counts, passages = read(HANDBOOK, input_format="auto")
     assert counts == {"files": 5, "documents": 5, "passages": len(passages), "duplicates": 0, "skipped": {}}
@@ -203,7 +197,7 @@ def test_a_converted_file_is_kept_and_another_one_is_not(read, tmp_path, monkeyp
     assert [p["text"] for p in passages] == ["First text.", "Changed text.", "Third text."]
 
 
-def test_killed_at_random(read, tmp_path, model, monkeypatch):
+def test_killed_at_random(read, tmp_path, tokenizer, monkeypatch):
     """`kill -9` again and again; in the end all files are those of an uninterrupted run."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # threads do not survive a fork
     rng = random.Random(5)
@@ -218,7 +212,7 @@ def test_killed_at_random(read, tmp_path, model, monkeypatch):
     whole, killed, parts = time.monotonic() - started, 0, set()
     for _ in range(10):
         if not (child := os.fork()):
-            run_pipeline(recipe(folder, tmp_path / "killed", model), "documents")
+            run_pipeline(recipe(folder, tmp_path / "killed", tokenizer), "documents")
             os._exit(0)
         time.sleep(rng.random() * whole * 0.6)
         os.kill(child, signal.SIGKILL)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import SHARED_DATA
-from material import save_tokenizer
 from planned_asking import KINDS, Plan, make_passages, obviously_right, plan
 from scripted_server import serving
 
@@ -19,11 +18,6 @@ from solopo_plugin.synthesis.filter import FILTERS, Candidate, take_turns, verba
 from solopo_plugin.synthesis.recipe import make_recipe
 
 REAL = SHARED_DATA / "real" / "train" / "squad_train_44_articles.jsonl"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def recipe_for(tokenizer: str, url: str = "http://127.0.0.1:1/v1", **keys):

@@ -15,14 +15,13 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
-from material import make_questions, save_tokenizer
+from material import make_questions
 from scripted_server import scripted, serving
 
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
@@ -47,17 +46,6 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def zygote(zygote):
-    """Starts runs of build_data.py; see zygote.py."""
-    return partial(zygote.run, "scripts/build_data.py")
-
-
-@pytest.fixture(scope="module")
 def prepare(tmp_path_factory, server, tokenizer):
     """Folders, each with the same questions and recipe; paths in the recipe are relative to the folder."""
 
@@ -78,10 +66,10 @@ def prepare(tmp_path_factory, server, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def finished(prepare, zygote) -> Path:
+def finished(prepare, build_data) -> Path:
     """A folder with an uninterrupted run."""
     folder = prepare()
-    assert zygote(folder) == 0, (folder / "log.txt").read_text()
+    assert build_data(folder) == 0, (folder / "log.txt").read_text()
     return folder
 
 
@@ -131,14 +119,14 @@ def rows(folder: Path, part: str = "") -> list[dict]:
     return list(read_jsonl(folder / "data" / f"made_solopo{part}.jsonl"))
 
 
-def test_two_runs_are_byte_equal(finished, prepare, zygote):
+def test_two_runs_are_byte_equal(finished, prepare, build_data):
     """Also with other workers, another concurrency and answers one by one; the manifest too, but for those."""
     other = prepare(concurrency=3, num_workers=2)
-    assert zygote(other) == 0
+    assert build_data(other) == 0
     assert results(other) == results(finished)
     before = {name: (other / name).stat().st_mtime_ns for name in results(other) if name.startswith("work/")}
     (other / "work" / "contexts.jsonl.tmp").write_text("half")  # of a run that was killed
-    assert zygote(other) == 0 and results(other) == results(finished)
+    assert build_data(other) == 0 and results(other) == results(finished)
     assert before == {name: (other / name).stat().st_mtime_ns for name in before if name != "work/manifest.json"} | {
         "work/manifest.json": before["work/manifest.json"]
     }
@@ -147,44 +135,44 @@ def test_two_runs_are_byte_equal(finished, prepare, zygote):
 
 
 @pytest.mark.slow
-def test_killed_at_random_in_every_stage(finished, prepare, zygote):
+def test_killed_at_random_in_every_stage(finished, prepare, build_data):
     """`kill -9` again and again: a stage continues, and in the end every file is that of an uninterrupted run."""
     rng, folder, kills = random.Random(5), prepare(concurrency=2), 0
     for stage in STAGES:
-        seconds = duration(stage, finished, prepare, zygote)
+        seconds = duration(stage, finished, prepare, build_data)
         done, words = 0, ["--stage", stage]
         for _ in range(10 * KILLS):
-            status = zygote(folder, *words, kill_after=rng.uniform(0, 0.9) * seconds)
+            status = build_data(folder, *words, kill_after=rng.uniform(0, 0.9) * seconds)
             done += status == -signal.SIGKILL
             if done == KILLS:
                 break
             words = ["--stage", stage] + ["--no-resume"] * (status == 0)  # it was too quick: once more
         assert done == KILLS, f"{stage} ended before it could be killed ({seconds:.2f} s)"
-        assert zygote(folder, "--stage", stage) == 0, (folder / "log.txt").read_text()
+        assert build_data(folder, "--stage", stage) == 0, (folder / "log.txt").read_text()
         kills += done
     assert kills >= 20
-    assert zygote(folder) == 0, (folder / "log.txt").read_text()
+    assert build_data(folder) == 0, (folder / "log.txt").read_text()
     assert results(folder) == results(finished)
 
 
-def duration(stage: str, finished: Path, prepare, zygote) -> float:
+def duration(stage: str, finished: Path, prepare, build_data) -> float:
     """Seconds that a stage takes behind the finished ones before it."""
     folder = prepare(concurrency=2)
     shutil.copytree(finished / "work", folder / "work")
     shutil.copytree(finished / "data", folder / "data")
     started = time.monotonic()
-    assert zygote(folder, "--stage", stage, "--no-resume") == 0, (folder / "log.txt").read_text()
+    assert build_data(folder, "--stage", stage, "--no-resume") == 0, (folder / "log.txt").read_text()
     return time.monotonic() - started
 
 
 @pytest.mark.slow
-def test_killed_anywhere_on_the_whole_way(finished, prepare, zygote):
+def test_killed_anywhere_on_the_whole_way(finished, prepare, build_data):
     """One command, started again after each kill, as a user or a scheduler does it."""
     rng, folder = random.Random(6), prepare(concurrency=2)
     for _ in range(8):
-        if zygote(folder, kill_after=rng.uniform(0, 2.5)) == 0:
+        if build_data(folder, kill_after=rng.uniform(0, 2.5)) == 0:
             break
-    assert zygote(folder) == 0
+    assert build_data(folder) == 0
     assert results(folder) == results(finished)
 
 
@@ -192,7 +180,7 @@ def test_killed_anywhere_on_the_whole_way(finished, prepare, zygote):
 
 
 @pytest.mark.slow
-def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
+def test_what_depends_on_a_change_is_made_again(finished, prepare, build_data):
     """And only that; the log says why."""
     folder = prepare()
     for part in ("work", "data"):
@@ -200,7 +188,7 @@ def test_what_depends_on_a_change_is_made_again(finished, prepare, zygote):
 
     def again(*words: str) -> tuple[str, set[str]]:
         (folder / "log.txt").unlink(missing_ok=True)
-        assert zygote(folder, *words) == 0, (folder / "log.txt").read_text()
+        assert build_data(folder, *words) == 0, (folder / "log.txt").read_text()
         log = (folder / "log.txt").read_text()
         return log, {name for name in STAGES if f"{name}: made again, because" in log}
 
@@ -247,22 +235,22 @@ def test_a_model_that_has_changed_in_place(prepare, monkeypatch, tmp_path):
     assert outside_inputs(made, "contexts") != before[1]
 
 
-def test_a_model_that_was_moved_is_the_same_model(finished, prepare, zygote, tokenizer):
+def test_a_model_that_was_moved_is_the_same_model(finished, prepare, build_data, tokenizer):
     """Nothing is made again, one stage alone runs, and the rows are the same; what is in the folder decides."""
     folder = prepare(model_name_or_path="model")
     shutil.copytree(tokenizer, folder / "model")
-    assert zygote(folder) == 0, (folder / "log.txt").read_text()
+    assert build_data(folder) == 0, (folder / "log.txt").read_text()
     (folder / "model").rename(folder / "moved")
     (folder / "log.txt").unlink()
-    assert zygote(folder, "model_name_or_path=moved/") == 0
-    assert zygote(folder, "model_name_or_path=moved", "--stage", "select") == 0
+    assert build_data(folder, "model_name_or_path=moved/") == 0
+    assert build_data(folder, "model_name_or_path=moved", "--stage", "select") == 0
     log = (folder / "log.txt").read_text()
     assert log.count("finished before, kept.") == len(STAGES) and "made again" not in log and "anew" not in log
     assert {k: v for k, v in results(folder).items() if "manifest" not in k} == {
         k: v for k, v in results(finished).items() if "manifest" not in k
     }
     (folder / "moved" / "vocab.txt").write_text("another")
-    assert zygote(folder, "model_name_or_path=moved", "--stage", "select") == 1
+    assert build_data(folder, "model_name_or_path=moved", "--stage", "select") == 1
     log = (folder / "log.txt").read_text()
     assert "stage `contexts`, which ran with other settings (the files of `model_name_or_path` have changed);" in log
 
@@ -372,7 +360,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygote):
+def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, build_data):
     """The disk grows bit by bit: every try ends with one sentence, and the one that has room with the right files."""
     disk, grow = small_disk
     folder = prepare()
@@ -384,7 +372,7 @@ def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygot
     for size in [f"{k}k" for k in (64, 160, 320, 480, 600, 680, 760, 840, 1000, 1200, 1500, 2000, 3000, 5000)]:
         grow(size)
         (folder / "log.txt").unlink(missing_ok=True)
-        status = zygote(folder)
+        status = build_data(folder)
         log = (folder / "log.txt").read_text()
         if status == 0:
             break
@@ -399,7 +387,7 @@ def test_a_disk_that_is_full_in_every_stage(small_disk, finished, prepare, zygot
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the device that is always full")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.slow(keep=["read"])
-def test_no_room_for_a_stage(stage, finished, prepare, zygote):
+def test_no_room_for_a_stage(stage, finished, prepare, build_data):
     """Each file that a stage writes meets a full disk once; the others stay, and the next try succeeds."""
     folder = prepare()
     for part in ("work", "data"):
@@ -413,10 +401,10 @@ def test_no_room_for_a_stage(stage, finished, prepare, zygote):
         target.symlink_to("/dev/full")
         for output in TABLE[stage].outputs:
             (folder / "work" / output).unlink()
-        assert zygote(folder, "--stage", stage) == 1
+        assert build_data(folder, "--stage", stage) == 1
         assert "the disk is full" in (folder / "log.txt").read_text().splitlines()[-1]
         assert not target.is_symlink()
-        assert zygote(folder) == 0
+        assert build_data(folder) == 0
         assert results(folder) == before
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from material import make_questions, save_tokenizer
+from material import make_questions
 from scripted_judge import judging, verdict
 from scripted_server import share
 from small_work import answer, context, recipe_for
@@ -333,11 +333,6 @@ def test_agreement_with_the_rule_is_counted_where_there_are_both(tmp_path):
 # ---- the whole way, with questions that have no short answer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 def open_ended(n: int) -> list[dict]:
     """Questions without answers, whose evidence says where it comes from."""
     rows = []
@@ -392,7 +387,7 @@ def test_without_a_judge_such_questions_are_refused_as_before(tmp_path, tokenize
 
 
 @pytest.mark.slow
-def test_killed_at_random_while_it_judges(tmp_path_factory, tokenizer, zygote):
+def test_killed_at_random_while_it_judges(tmp_path_factory, tokenizer, build_data):
     """`kill -9` again and again: in the end the files are those of an uninterrupted run, and little is asked twice."""
     made = {}
     for name in ("whole", "killed"):
@@ -400,7 +395,7 @@ def test_killed_at_random_while_it_judges(tmp_path_factory, tokenizer, zygote):
         with judging(slow=0.01, malformed=0.02) as server:
             keys = whole_recipe(folder, tokenizer, server.url, concurrency=4)
             (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
-            start = partial(zygote.run, "scripts/build_data.py", folder)
+            start = partial(build_data, folder)
             for stage in ("read", "contexts", "sample"):
                 assert start("--stage", stage) == 0, (folder / "log.txt").read_text()
             before, kills, rng = len(server.seen), 0, random.Random(3)
