@@ -15,7 +15,7 @@ from recipe_command import recipe_parser, run_command
 
 from solopo_plugin.qa.ready import check_ready
 from solopo_plugin.synthesis.pipeline import TABLE, read_manifest, run_pipeline
-from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
+from solopo_plugin.synthesis.recipe import DataRecipe, from_documents, load_recipe
 
 
 def main(words: list[str] | None = None) -> int:
@@ -35,6 +35,10 @@ def build(args: argparse.Namespace) -> None:
         sampling, model = recipe.judging
         own = {} if sampling.backend == "openai" else {"judge_model_name_or_path": model.path}
         check_ready(sampling.backend, model.server_urls, own)
+    if args.stage is None and "ask" not in finished and from_documents(recipe) and recipe.asker != recipe:
+        asker = recipe.asker
+        own = {} if asker.backend == "openai" else {"ask_model_name_or_path": asker.model_name_or_path}
+        check_ready(asker.backend, asker.server_urls, own)
     manifest = run_pipeline(recipe, args.stage, args.resume)
     print(summary(recipe, manifest["stages"]))
 

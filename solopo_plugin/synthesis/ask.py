@@ -9,10 +9,12 @@ a special token of the chat template}. What cannot be read of a reply is null.
 """
 
 import json
+import logging
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..qa.answers import behind_thought
 from ..qa.documents import marker_pattern
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import Call, load_chat
-from ..qa.generate.stored import answer_missing
+from ..qa.generate.stored import StopUnreadable, answer_missing
 from ..qa.prompts import document_text, lay_out, read_prompt_file
 from ..qa.recipe import Chat, Sampling, pick
 from ..qa.seeded import digest, generator
@@ -29,6 +31,7 @@ from ..qa.store import Store
 from .recipe import DataRecipe, prompt_file
 from .sample import depends_on
 
+log = logging.getLogger(__name__)
 STORE = "asked.db"  # its name in a work folder
 BETWEEN_IDS = "//"  # of passages and the reply's number: no relative path has two slashes in a row
 COMMON = 20  # passages with the same name from which on it says nothing of them; ours
@@ -61,9 +64,16 @@ def run(recipe: DataRecipe, work: Path) -> dict:
             prompt, _ = lay_out(before, behind, "", map(document_text, chosen))
             yield Call(unit_id(chosen), tuple(range(recipe.candidates)), prompt, schema=schema_of(len(chosen)))
 
+    def readable(unit: str, text: str) -> bool:
+        return read_reply(text, len(unit.split(BETWEEN_IDS))) is not None
+
+    last, stop = "", partial(none_readable, recipe)  # what cannot be read, and the sentence on it
+
     def rows(store: Store) -> Iterator[dict]:
-        chosen_settings = asking_settings(recipe, recipe.candidates)
-        found = answer_missing(store, "ask", chosen_settings, calls, pick(recipe, Sampling), recipe.model)
+        nonlocal last
+        asker = recipe.asker
+        settings, see = asking_settings(asker, recipe.candidates), StopUnreadable(readable, stop).see
+        found = answer_missing(store, "ask", settings, calls, pick(asker, Sampling), asker.model, see=see)
         for chosen in asked_about:
             counts["single" if len(chosen) == 1 else "pairs"] += 1
             for k in range(recipe.candidates):
@@ -71,16 +81,31 @@ def run(recipe: DataRecipe, work: Path) -> dict:
                 row = make_row(chosen, k, reply, marker)
                 counts["replies"] += 1
                 counts["unreadable"] += row["question"] is None
+                last = reply["text"] if row["question"] is None else last
                 counts["cut_at_max_new_tokens"] += reply["finish_reason"] == "length"
                 yield row
 
     with Store(work / STORE) as store:
         write_jsonl(work / "asked.jsonl", rows(store))
+    if counts["unreadable"] == counts["replies"]:  # of a few; the filter stops then
+        log.warning(stop(counts["replies"], last))
     return dict(counts)
 
 
+def none_readable(recipe: DataRecipe, n: int, text: str) -> str:
+    """Return the sentence on a model that keeps to no form; `text` is one of its `n` replies."""
+    return (
+        f"None of {n} replies of the model that asks can be read: each must be JSON with `question`, `answer` and "
+        f"`quote`, and one begins with {text[:60]!r}; let another model ask (`ask_model_name_or_path`), or a server "
+        f"that keeps to a JSON schema (`ask_backend: openai`), or raise `max_new_tokens: {recipe.max_new_tokens}`."
+    )
+
+
 def asking_settings(recipe: DataRecipe, n: int) -> dict[str, Any]:
-    """Return all that `n` answers to a prompt depend on, but for the prompt: what samples depend on, and `n`."""
+    """Return all that `n` answers to a prompt depend on, but for the prompt: what samples depend on, and `n`.
+
+    The recipe is that of the model that answers, `DataRecipe.asker` perhaps.
+    """
     return {name: value for name, value in depends_on(recipe).items() if name != "num_samples"} | {"answers": n}
 
 

@@ -1,8 +1,9 @@
 """Keep the questions that can be used; reads asked.jsonl and passages.jsonl, writes questions.jsonl and corpus.jsonl.
 
 FILTERS are all reasons for which a question is left out, in the order in which they are looked at; the first that holds
-is counted. What a model has to be asked for, `check_samples` answers with the evidence and as many without it, is asked
-of the questions that are left by then, and is in checked.db as soon as it arrives.
+is counted. What a model has to be asked for, `check_samples` answers with the evidence, without it, and with either of
+two passages alone, is asked of the questions that are left by then, and is in checked.db as soon as it arrives. What
+the passages say is for the model to tell that asked, what is known without them for the one that is to be trained.
 
 The two files are as the stage `read` writes them. Paragraphs of the evidence have the title and the text of their
 passage, and its source, section and place; and the quote, as it stands in the text. corpus.jsonl has every passage, by
@@ -23,7 +24,7 @@ from ..qa.prompts import document_text, lay_out, split_prompt
 from ..qa.recipe import Sampling, pick
 from ..qa.seeded import digest
 from ..qa.store import Store
-from .ask import UPPER, asking_settings, read_prompt
+from .ask import BETWEEN_IDS, UPPER, asking_settings, read_prompt
 from .recipe import DataRecipe
 
 STORE = "checked.db"  # its name in a work folder
@@ -57,6 +58,7 @@ class Candidate:
     marked: bool  # holds a text that only the chat template may write
     agree: int = 0  # answers with the evidence that give the answer
     known: int = 0  # answers without it that do
+    alone: int = 0  # answers with one of two passages that do, of the passage with which more do
     repeats: bool = False  # one before it asks the same
     nth: int = 0  # of its document, in turn, from 0
     turn: int = 0  # of all, from 0
@@ -73,6 +75,7 @@ FILTERS: dict[str, Callable[[Candidate, DataRecipe], bool]] = {  # reason -> whe
     "does_not_stand_alone": lambda c, recipe: not stands_alone(c.question),
     "no_agreement": lambda c, recipe: c.agree < recipe.min_agreement,
     "known_without_evidence": lambda c, recipe: recipe.max_known is not None and c.known > recipe.max_known,
+    "one_passage_is_enough": lambda c, recipe: recipe.max_alone is not None and c.alone > recipe.max_alone,
     "asked_before": lambda c, recipe: c.repeats,
     "document_full": lambda c, recipe: recipe.max_per_document is not None and c.nth >= recipe.max_per_document,
     "beyond_max_questions": lambda c, recipe: recipe.max_questions is not None and c.turn >= recipe.max_questions,
@@ -92,6 +95,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         finds_out: dict[str, Callable[[list[Candidate]], None]] = {  # before a filter that needs it
             "no_agreement": lambda left: ask_with_evidence(recipe, store, left),
             "known_without_evidence": lambda left: ask_without(recipe, store, left),
+            "one_passage_is_enough": lambda left: ask_with_one(recipe, store, left),
             "asked_before": mark_repeats,
             "document_full": lambda left: take_turns(left, recipe.seed),
             "beyond_max_questions": lambda left: take_turns(left, recipe.seed),
@@ -158,36 +162,65 @@ def stands_alone(question: str) -> bool:
 
 
 def ask_with_evidence(recipe: DataRecipe, store: Store, left: list[Candidate]) -> None:
-    """Count the answers with the evidence, asked for as the stage `sample` does, that give the answer."""
-    before, behind = split_prompt(recipe.prompt)
-
-    def prompt(candidate: Candidate) -> str:
-        return lay_out(before, behind, candidate.question, map(document_text, candidate.passages))[0]
-
-    for candidate, right in zip(left, count_right(recipe, store, "with", left, prompt), strict=True):
+    """Count the answers with the evidence that give the answer, asked of the model that asks as `sample` does."""
+    asked = {c.id: (c, c.passages) for c in left}
+    rights = count_right(recipe.asker, store, "with", asked, with_passages(recipe))
+    for candidate, right in zip(left, rights, strict=True):
         candidate.agree = right
 
 
 def ask_without(recipe: DataRecipe, store: Store, left: list[Candidate]) -> None:
-    """Count the answers without any context that give the answer, if the recipe wants them."""
+    """Count the answers without any context that give the answer, asked of the model that is trained."""
     if recipe.max_known is None:
         return
     before, behind = read_prompt(recipe, "unaided.txt", "{question}")
-    rights = count_right(recipe, store, "without", left, lambda candidate: before + candidate.question + behind)
+    asked: Asked = {c.id: (c, []) for c in left}
+    rights = count_right(recipe, store, "without", asked, lambda c, _: before + c.question + behind)
     for candidate, right in zip(left, rights, strict=True):
         candidate.known = right
 
 
+def ask_with_one(recipe: DataRecipe, store: Store, left: list[Candidate]) -> None:
+    """Count the answers with either of two passages alone that give the answer, of the model that asks."""
+    if recipe.max_alone is None:
+        return
+    asked = {BETWEEN_IDS.join([c.id, p["id"]]): (c, [p]) for c in left if c.hops > 1 for p in c.passages}
+    rights = count_right(recipe.asker, store, "with part of", asked, with_passages(recipe))
+    for (candidate, _), right in zip(asked.values(), rights, strict=True):
+        candidate.alone = max(candidate.alone, right)
+
+
+def with_passages(recipe: DataRecipe) -> Callable[[Candidate, list[dict]], str]:
+    """Return a function that writes the prompt of the rows with a question and these passages."""
+    before, behind = split_prompt(recipe.prompt)
+    return lambda candidate, shown: lay_out(before, behind, candidate.question, map(document_text, shown))[0]
+
+
+Asked = dict[str, tuple[Candidate, list[dict]]]  # name of what is asked -> the question, and the passages beside it
+
+
 def count_right(
-    recipe: DataRecipe, store: Store, name: str, left: list[Candidate], prompt: Callable[[Candidate], str]
+    recipe: DataRecipe, store: Store, name: str, asked: Asked, prompt: Callable[[Candidate, list[dict]], str]
 ) -> list[int]:
-    """Return of each question how many of `check_samples` answers give its answer, by the judge's rule."""
+    """Return of all that is asked how many of `check_samples` answers give the question's, by the judge's rule.
+
+    Args:
+        recipe: Of the model that answers.
+        store: Where the answers are and go.
+        name: Of the answers there, which in front of `evidence` says what is checked.
+        asked: All questions.
+        prompt: Writes the prompt.
+    """
     n = recipe.check_samples
     found = answer_missing(
-        store, name, asking_settings(recipe, n), lambda: (Call(c.id, tuple(range(n)), prompt(c)) for c in left),
+        store, name, asking_settings(recipe, n),
+        lambda: (Call(id, tuple(range(n)), prompt(*shown)) for id, shown in asked.items()),
         pick(recipe, Sampling), recipe.model, desc=f"check {name} evidence",
     )  # fmt: skip
-    return [sum(gives_answer(store.get(found[c.id, k])["text"], [c.answer]) for k in range(n)) for c in left]
+    return [
+        sum(gives_answer(store.get(found[id, k])["text"], [candidate.answer]) for k in range(n))
+        for id, (candidate, _) in asked.items()
+    ]
 
 
 def mark_repeats(left: list[Candidate]) -> None:

@@ -140,6 +140,8 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
             _save(manifest, work)
     if name in ("documents", "contexts") and then_sample:
         check_backend(recipe.backend, recipe.server_urls)
+        if name == "documents":
+            check_backend(recipe.asker.backend, recipe.asker.server_urls)
         if recipe.judge == "model":
             verdicts.read_rubric(recipe)
             check_backend(recipe.judging[0].backend, recipe.judging[1].server_urls)

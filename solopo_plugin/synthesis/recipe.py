@@ -82,17 +82,41 @@ class DataRecipe:
     ask_prompts: str | None = key(
         None, "ask filter", "A folder whose ask_one.txt, ask_two.txt and unaided.txt take the place of ours."
     )
+    ask_model_name_or_path: str | None = key(
+        None, "ask filter", "The model that asks, and answers with the evidence; null: model_name_or_path."
+    )
+    ask_template: str | None = key(None, "ask filter", "The host's chat template of that model; null: template.")
+    ask_backend: kinds.Backend | None = key(None, "ask filter", "What asks that model; null: backend.")
+    ask_server_urls: str | None = key(None, "", "`openai`: that model's addresses; null: server_urls.")
+    ask_api_key_env: str | None = key(
+        None, "", "`openai`: the environment variable of that model's key; null: api_key_env."
+    )
+    ask_served_model: str | None = key(
+        None, "ask filter", "`openai`: that model's name at its server; null: ask_model_name_or_path, or served_model."
+    )
+    ask_openai_endpoint: kinds.Endpoint | None = key(
+        None, "ask filter", "As openai_endpoint, for that model; null: openai_endpoint."
+    )
+    ask_extra_body: kinds.Written | None = key(
+        None, "ask filter", "As extra_body, for that model; null: extra_body, and none for another model."
+    )
 
     # filter
     answer_words: kinds.Count = key(8, "filter", "Words of a gold answer at most. Ours.")
     check_samples: kinds.Count = key(
-        5, "filter", "Answers to each question with its evidence, and as many without it. Ours."
+        5, "filter", "Answers to each question with its evidence, without it, and with each of two passages. Ours."
     )
     min_agreement: kinds.Count = key(
         3, "filter", "So many of the answers with the evidence must give the gold answer. Ours."
     )
     max_known: kinds.Whole | None = key(
         1, "filter", "So many of the answers without the evidence may give the gold answer; null: not asked. Ours."
+    )
+    max_alone: kinds.Whole | None = key(
+        1,
+        "filter",
+        "Two hops: so many of the answers with only one of the passages may give the gold answer; null: not asked. "
+        "Ours.",
     )
     max_per_document: kinds.Count | None = key(
         None, "filter", "Questions of a document at most; null: as many as there are."
@@ -211,6 +235,18 @@ class DataRecipe:
         )
 
     @property
+    def asker(self) -> "DataRecipe":
+        """Return the recipe with the model that asks in place of the one that is trained, if it is another one.
+
+        Another model gets neither the system prompt of the one that is trained nor its `extra_body`.
+        """
+        own = {name: value for name in ASKER if (value := getattr(self, f"ask_{name}")) is not None}
+        if not own.keys() & {"model_name_or_path", "server_urls", "served_model"}:
+            return replace(self, **own)
+        others = {"default_system": None, "extra_body": None}
+        return replace(self, **others | ({} if "served_model" in own else {"served_model": None}) | own)
+
+    @property
     def judging(self) -> tuple[Sampling, Model]:
         """Return how the judge is asked, and which model it is: the one that answers, unless keys say otherwise."""
         sampling = replace(
@@ -228,6 +264,8 @@ class DataRecipe:
         )
 
 
+# keys of the model that is trained which, with `ask_` before them, are those of the model that asks
+ASKER = "model_name_or_path template backend server_urls api_key_env served_model openai_endpoint extra_body".split()
 FIELDS = {f.name: f for f in fields(DataRecipe)}
 PROMPTS = {"ask": ("ask_one.txt", "ask_two.txt"), "filter": ("unaided.txt",)}  # files of prompts, by stage
 ENTRY_NAME = re.compile(r"(?!\s)[^/\\,\x00-\x1f\x7f]+(?<!\s)")
@@ -272,13 +310,16 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
 
 
 def _hash_of_model(recipe: DataRecipe, stage: str) -> dict[str, str]:
-    """Return the hash of what a stage uses of the model's folder, if there is one."""
+    """Return the hash of what a stage uses of the model's folder, and of that of the model that asks, if it is one."""
     if "model_name_or_path" not in settings(recipe, stage):
         return {}
-    if stage in ("ask", "filter", "sample"):
-        return _answering(recipe.model_name_or_path, recipe.backend, recipe.served_model)
-    model = Path(recipe.model_name_or_path)
-    return {str(model): folder_hash(model, TOKENIZER)} if model.is_dir() else {}
+    answering = {"ask": [recipe.asker], "filter": [recipe.asker, recipe], "sample": [recipe]}.get(stage, [])
+    model, found = Path(recipe.model_name_or_path), {}
+    if recipe not in answering and model.is_dir():
+        found = {str(model): folder_hash(model, TOKENIZER)}
+    for who in answering:
+        found |= _answering(who.model_name_or_path, who.backend, who.served_model)
+    return found
 
 
 def _answering(name: str, backend: str, served_model: str | None) -> dict[str, str]:
@@ -302,9 +343,10 @@ def stage_settings(recipe: DataRecipe, stage: str) -> dict[str, Any]:
     """Return the keys on which a stage's results depend, with the recipe's values; `judge: rule` has no more than it.
 
     So a work folder from before there was another judge is finished as it was; from before there were other contexts
-    than `mixed`, too.
+    than `mixed`, another model that asks and `max_alone`, too.
     """
-    chosen = settings(recipe, stage)
+    later = ("max_alone", *(f"ask_{name}" for name in ASKER))
+    chosen = {name: v for name, v in settings(recipe, stage).items() if name not in later or v is not None}
     if recipe.contexts == "mixed":
         chosen.pop("contexts", None)
     if recipe.judge == "rule":

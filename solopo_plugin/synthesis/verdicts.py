@@ -14,21 +14,21 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..qa.answers import behind_thought
 from ..qa.files import DataError, read_jsonl, shown
-from ..qa.generate.calls import Call, Reply
-from ..qa.generate.stored import Found, answer_missing
+from ..qa.generate.calls import Call
+from ..qa.generate.stored import Found, StopUnreadable, answer_missing
 from ..qa.prompts import read_prompt_file
 from ..qa.store import Store
 from .recipe import DataRecipe, outside_inputs, rubric_file
 
 STORE = "verdicts.db"  # its name in a work folder
 LOWEST, HIGHEST = 1.0, 10.0  # grades
-STOP_AFTER = 64  # replies of which not one can be read, after which no more are asked for; ours
 PLACES = {"score": ("question", "first", "second"), "pairwise": ("question", "evidence", "first", "second")}
 LAST_LINE = {"score": "Score:", "pairwise": "Verdict:"}  # what the reply ends with
 _SCORE = re.compile(r"\bscore[\s*_`]*:[\s*_`\[(]*(\d+(?:\.\d+)?)(?![\d.]*\d)", re.I)
@@ -84,7 +84,9 @@ def grade_side(recipe: DataRecipe, work: Path, side: str, store: Store) -> Grade
         for trial in trials():
             yield from (Call(id, numbers, prompt) for id, prompt in zip(trial.ids(), trial.prompts, strict=True))
 
-    see = _Reader(recipe).see
+    see = StopUnreadable(
+        lambda _, text: read_verdict(recipe.judge_form, text) is not None, partial(none_readable, recipe)
+    ).see
     found = answer_missing(store, side, depends_on(recipe), calls, *recipe.judging, desc=f"judge {side}", see=see)
     return _average(recipe, trials(), store, found)
 
@@ -178,20 +180,6 @@ def _both_orders(
         return re.sub(r"\{(question|evidence|first|second)\}", lambda found: values.get(found[1], found[0]), rubric)
 
     return fill(*parts), fill(*parts[::-1])
-
-
-class _Reader:
-    """Stop asking a judge of whose replies not one can be read."""
-
-    def __init__(self, recipe: DataRecipe):
-        self.recipe, self.seen, self.good = recipe, 0, False
-
-    def see(self, reply: Reply) -> None:
-        for text, _ in () if self.good else reply.answers:
-            self.seen += 1
-            self.good = self.good or read_verdict(self.recipe.judge_form, text) is not None
-        if self.seen >= STOP_AFTER and not self.good:
-            raise DataError(none_readable(self.recipe, self.seen, text))
 
 
 def none_readable(recipe: DataRecipe, n: int, text: str) -> str:

@@ -11,9 +11,9 @@ from solopo_plugin.synthesis.ask import choose
 from solopo_plugin.synthesis.recipe import DataRecipe
 
 KINDS = {  # what becomes of a question -> its probability
-    "right": 0.45, "malformed": 0.07, "special_tokens": 0.03, "quote_not_in_passage": 0.07, "long_answer": 0.05,
+    "right": 0.39, "malformed": 0.07, "special_tokens": 0.03, "quote_not_in_passage": 0.07, "long_answer": 0.05,
     "answer_not_in_quote": 0.05, "answer_in_question": 0.05, "speaks_of_the_text": 0.05, "does_not_stand_alone": 0.03,
-    "no_agreement": 0.06, "known_without_evidence": 0.05, "asked_before": 0.04,
+    "no_agreement": 0.06, "known_without_evidence": 0.05, "one_passage_is_enough": 0.06, "asked_before": 0.04,
 }  # fmt: skip
 WORDS = {"which", "word", "entry", "clerk", "number", "harbour", "ledger", "write", "down", "text", "does", "keeps"}
 
@@ -24,6 +24,7 @@ class Plan:
 
     said: dict[str, list[str]] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
+    of_pairs: Counter = field(default_factory=Counter)  # of `counts`, those of two hops
     kept: list[dict] = field(default_factory=list)
 
 
@@ -35,7 +36,9 @@ def plan(recipe: DataRecipe, passages: list[dict], seed: int = 0) -> Plan:
         for k in range(recipe.candidates):
             kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
             kind = "right" if kind == "asked_before" and right is None else kind
+            kind = "right" if kind == "one_passage_is_enough" and len(chosen) == 1 else kind
             made.counts[kind] += 1
+            made.of_pairs[kind] += len(chosen) > 1
             reply = right if kind == "asked_before" else question_about(chosen, rng, used)
             if kind == "right":
                 right = right or reply
@@ -102,7 +105,17 @@ def spoil(kind: str, reply: dict, chosen: list[dict], recipe: DataRecipe, made: 
     )
     made.said[f"Question: {question}\n\nAnswer from the documents"] = answers(answer, agree, n, rng)
     made.said[f"Question: {question}\n\nThink step by step"] = answers(answer, known, n, rng)
+    one = [rng.randint(0, recipe.max_alone) for _ in chosen]
+    if kind == "one_passage_is_enough":
+        one[rng.randrange(len(one))] = rng.randint(recipe.max_alone + 1, n)
+    for passage, alone in zip(chosen, one, strict=True) if len(chosen) > 1 else ():
+        made.said[with_one(passage, question)] = answers(answer, alone, n, rng)
     return shown
+
+
+def with_one(passage: dict, question: str) -> str:
+    """A part that only the prompt with this passage alone has."""
+    return f"Document 1:{document_text(passage)}\n\nQuestion: {question}\n\nAnswer from the documents"
 
 
 def answers(answer: str, right: int, n: int, rng: random.Random) -> list[str]:
@@ -141,6 +154,9 @@ def obviously_right(question: dict, passages: dict[str, dict], recipe: DataRecip
     (alone,) = [texts for part, texts in said.items() if part == f"Question: {text}\n\nThink step by step"]
     assert sum(reply.endswith(f"The answer is: {answer}.") for reply in again) >= recipe.min_agreement
     assert sum(reply.endswith(f"The answer is: {answer}.") for reply in alone) <= recipe.max_known
+    for id in ids if len(ids) > 1 else ():
+        one = said[with_one(passages[id], text)]
+        assert sum(reply.endswith(f"The answer is: {answer}.") for reply in one) <= recipe.max_alone
 
 
 def make_passages(n: int = 40, per_document: int = 5, seed: int = 0) -> list[dict]:

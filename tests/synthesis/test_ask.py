@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ from planned_asking import make_passages
 from scripted_server import serving
 
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis import ask
 from solopo_plugin.synthesis.ask import choose, names_in, read_reply
-from solopo_plugin.synthesis.recipe import make_recipe, outside_inputs
+from solopo_plugin.synthesis.recipe import make_recipe, outside_inputs, stage_settings
 
 
 def recipe_for(model: str = "m", **keys):
@@ -167,7 +171,11 @@ def test_each_passage_stands_in_its_prompt_as_it_is(tokenizer, tmp_path, monkeyp
     for passage, text in zip(passages, INJECTED[:3], strict=False):
         passage["text"] = text
     prompts = []
-    monkeypatch.setattr(ask, "answer_missing", lambda store, name, chosen, calls, *rest: prompts.extend(calls()) or {})
+
+    def see(store, name, chosen, calls, *rest, **more):
+        return prompts.extend(calls()) or {}
+
+    monkeypatch.setattr(ask, "answer_missing", see)
     write_jsonl(tmp_path / "passages.jsonl", passages)
     with pytest.raises(KeyError):  # no answer is there
         ask.run(recipe_for(tokenizer), tmp_path)
@@ -211,3 +219,86 @@ def test_nothing_to_ask_about_is_a_sentence(tokenizer, tmp_path):
     write_jsonl(tmp_path / "passages.jsonl", [])
     with pytest.raises(DataError, match="There is no passage to ask about: 0 in .*passages.jsonl"):
         ask.run(recipe_for(tokenizer), tmp_path)
+
+
+# ---- which model asks
+
+
+def test_a_model_that_keeps_to_no_form_is_one_sentence(tokenizer, tmp_path):
+    """It is not asked to the end, and what it said is kept."""
+    with pytest.raises(DataError) as error:
+        asked(tokenizer, tmp_path, make_passages(100), {"Write one question": "I would rather not."})
+    assert re.search(
+        r"^None of 64 replies of the model that asks can be read: each must be JSON with `question`, `answer` and "
+        r"`quote`, and one begins with 'I would rather not\.'; let another model ask \(`ask_model_name_or_path`\), .*"
+        r"`ask_backend: openai`.*`max_new_tokens: 1024`\.$",
+        str(error.value),
+    )
+    assert 64 <= len((tmp_path / "log").read_text().splitlines()) < 64 + 64 + 1  # `concurrency` are under way
+
+
+def test_one_readable_reply_is_enough_to_go_on(tokenizer, tmp_path, caplog):
+    passages = make_passages(100)
+    said = {"Write one question": "No."} | {f"{passages[0]['text']}\n\nWrite one question": OBJECT}
+    counts, _ = asked(tokenizer, tmp_path, passages, said, concurrency=1)
+    assert counts["unreadable"] == counts["replies"] - 1 == 149 and "None of" not in caplog.text
+
+
+def test_a_few_unreadable_replies_are_said_at_the_end(tokenizer, tmp_path, caplog):
+    counts, _ = asked(tokenizer, tmp_path, make_passages(2), {"Write one question": "No."})
+    assert counts["unreadable"] == 3 and "None of 3 replies of the model that asks can be read" in caplog.text
+
+
+OWN = dict(
+    ask_model_name_or_path="org/big", ask_backend="openai", ask_server_urls="http://b/v1", ask_template="llama3",
+    ask_api_key_env="OTHER",
+)  # fmt: skip
+
+
+def test_the_model_that_is_trained_asks_unless_keys_say_otherwise():
+    """And a work folder from before there was another one is finished as it was."""
+    recipe = recipe_for(server_urls="http://a/v1", extra_body={"top_k": 1}, default_system="Be brief.")
+    assert recipe.asker == recipe
+    for stage in ("ask", "filter"):
+        assert not [name for name in stage_settings(recipe, stage) if name.startswith("ask_") and name != "ask_prompts"]
+    other = replace(recipe, **OWN)
+    asker, answers = other.asker, pick(other.asker, Sampling)
+    assert (asker.model.path, asker.model.server_urls, asker.model.served_model) == ("org/big", "http://b/v1", None)
+    assert (answers.backend, answers.template, answers.api_key_env) == ("openai", "llama3", "OTHER")
+    assert (answers.extra_body, answers.default_system) == (None, None) and answers.temperature == recipe.temperature
+    assert pick(other, Sampling) == pick(recipe, Sampling) and other.model == recipe.model
+    assert replace(recipe, ask_served_model="s").asker.model.served_model == "s"
+    moved = replace(recipe, ask_api_key_env="OTHER").asker
+    assert replace(moved, api_key_env=recipe.api_key_env, ask_api_key_env=None) == recipe
+
+
+def test_questions_depend_on_the_model_that_asks_and_not_on_where_it_is():
+    recipe = recipe_for(server_urls="http://a/v1", **OWN)
+    before = stage_settings(recipe, "ask"), ask.asking_settings(recipe.asker, 2)
+    for name, value, same in [("ask_server_urls", "http://c/v1", True), ("ask_api_key_env", "X", True),
+                              ("ask_model_name_or_path", "org/small", False), ("ask_template", "qwen", False),
+                              ("ask_extra_body", {"a": 1}, False), ("ask_served_model", "s", False)]:  # fmt: skip
+        changed = replace(recipe, **{name: value})
+        now = stage_settings(changed, "ask"), ask.asking_settings(changed.asker, 2)
+        assert [a == b for a, b in zip(before, now, strict=True)] == [same, same], name
+
+
+def test_the_files_of_either_model_are_known(tokenizer, tmp_path):
+    """Ask depends on the weights of the model that asks, the filter on those of both, samples on those of the other."""
+    folders = [tmp_path / name for name in ("trained", "big")]
+    for folder in folders:
+        shutil.copytree(tokenizer, folder)
+        (folder / "model.safetensors").write_bytes(b"weights")
+    trained, big = map(str, folders)
+    recipe = recipe_for(trained, backend="transformers", served_model=None, ask_model_name_or_path=big)
+
+    def known() -> list[dict]:
+        return [outside_inputs(recipe, stage) for stage in ("ask", "filter", "sample")]
+
+    before = known()
+    assert [set(found) for found in before] == [{trained, big}, {trained, big}, {trained}]
+    for path, changed in (("big", [True, True, False]), ("trained", [False, True, True])):
+        (tmp_path / path / "model.safetensors").write_bytes(b"others")
+        now = known()
+        assert [a != b for a, b in zip(before, now, strict=True)] == changed, path
+        before = now

@@ -15,7 +15,7 @@ from solopo_plugin.qa.documents import build_pool
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import ask, filter
 from solopo_plugin.synthesis.filter import FILTERS, Candidate, take_turns, verbatim
-from solopo_plugin.synthesis.recipe import make_recipe
+from solopo_plugin.synthesis.recipe import make_recipe, stage_settings
 
 REAL = SHARED_DATA / "real" / "train" / "squad_train_44_articles.jsonl"
 
@@ -69,6 +69,7 @@ BAD = [
     ("does_not_stand_alone", dict(question="Really when?")),
     ("no_agreement", dict(agree=2)),
     ("known_without_evidence", dict(known=2)),
+    ("one_passage_is_enough", dict(alone=2)),
     ("asked_before", dict(repeats=True)),
     ("document_full", dict(nth=7)),
     ("beyond_max_questions", dict(turn=9)),
@@ -89,7 +90,7 @@ def test_each_filter_leaves_out_what_it_is_for(reason, changes):
     "changes",
     [
         {},
-        dict(agree=3, known=1, nth=6, turn=8),
+        dict(agree=3, known=1, alone=1, nth=6, turn=8),
         dict(quotes=["Her brother built it."], answer="brother", question="Who built the Rosvik bridge?"),
         dict(question="In which year did Ada Holm open the bridge that her brother built?"),
         dict(question="When did the ferry office lose its documents?"),
@@ -115,6 +116,10 @@ def test_every_filter_has_a_bad_question():
 
 def test_what_a_model_knows_is_no_matter_where_the_recipe_says_so():
     assert reasons(candidate(known=5), max_known=None) == []
+
+
+def test_one_passage_may_be_enough_where_the_recipe_says_so():
+    assert reasons(candidate(alone=5), max_alone=None) == []
 
 
 def test_hops_and_documents_take_turns():
@@ -174,10 +179,11 @@ def test_every_count_is_the_planned_one_and_nothing_is_asked_twice(tokenizer, tm
         assert asked["unreadable"] == made.counts["malformed"]
         check_run(recipe, work, passages, made, counts)
         sent = [json.loads(line) for line in log.read_text().splitlines()]
-        checked = sum(made.counts[kind] for kind in ("right", "no_agreement", "known_without_evidence"))
-        checked += made.counts["asked_before"]
+        last = ("right", "one_passage_is_enough", "asked_before")  # reach the checks with one passage
+        checked = sum(made.counts[kind] for kind in (*last, "no_agreement", "known_without_evidence"))
+        both = sum(made.of_pairs[kind] for kind in last)
         assert sum(event["response_format"] is not None for event in sent) == 60
-        assert len(sent) == 60 + 2 * checked - made.counts["no_agreement"]
+        assert len(sent) == 60 + 2 * checked - made.counts["no_agreement"] + 2 * both and both > 20
         files = {path.name: path.read_bytes() for path in work.glob("*.jsonl")}
         assert run_both(recipe, work) == (asked, counts)
         stricter = recipe_for(tokenizer, server.url, candidates=3, min_agreement=5, max_known=0, max_questions=7)
@@ -194,8 +200,42 @@ def test_a_model_is_not_asked_without_evidence_where_the_recipe_says_so(tokenize
         counts = run_both(recipe_for(tokenizer, server.url, max_known=None), tmp_path / "work")[1]
     assert counts["dropped"]["known_without_evidence"] == 0
     assert counts["questions"] == made.counts["right"] + made.counts["known_without_evidence"]
-    checked = counts["questions"] + made.counts["no_agreement"] + made.counts["asked_before"]
-    assert len(log.read_text().splitlines()) == 30 + checked
+    checked = sum(made.counts.values()) - sum(made.counts[kind] for kind in list(FILTERS)[:8])
+    both = sum(made.of_pairs.values()) - sum(made.of_pairs[kind] for kind in list(FILTERS)[:9])
+    assert len(log.read_text().splitlines()) == 30 + checked + 2 * both and both > 3
+
+
+def test_another_model_asks_and_says_what_the_passages_tell(tokenizer, tmp_path):
+    """The one that is trained is asked what it knows, and nothing else; counts are those of the plan for both."""
+    passages, logs = make_passages(20), [tmp_path / "trained", tmp_path / "asks"]
+    made = plan(recipe_for(tokenizer), passages)
+    said = write_plan(tmp_path, passages, made)
+    with serving(said, verbatim=True, log=logs[0]) as trained, serving(said, verbatim=True, log=logs[1]) as asks:
+        keys = dict(ask_server_urls=asks.url, ask_served_model="big", ask_openai_endpoint="chat")
+        counts = run_both(recipe_for(tokenizer, trained.url, **keys), tmp_path / "work")[1]
+    check_run(recipe_for(tokenizer), tmp_path / "work", passages, made, counts)
+    sent = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+    assert [{event["model"] for event in events} for events in sent] == [{"scripted"}, {"big"}]
+    known = sum(made.counts.values()) - sum(made.counts[kind] for kind in list(FILTERS)[:9])
+    assert len(sent[0]) == known
+    both = sum(made.of_pairs.values()) - sum(made.of_pairs[kind] for kind in list(FILTERS)[:10])
+    assert len(sent[1]) == 30 + known + made.counts["no_agreement"] + 2 * both
+
+
+def test_what_one_passage_gives_is_not_asked_where_the_recipe_says_so(tokenizer, tmp_path):
+    passages = make_passages(20)
+    made = plan(recipe_for(tokenizer, candidates=3), passages)
+    assert made.counts["one_passage_is_enough"] == made.of_pairs["one_passage_is_enough"] > 0
+    with serving(write_plan(tmp_path, passages, made), verbatim=True) as server:
+        counts = run_both(recipe_for(tokenizer, server.url, candidates=3, max_alone=None), tmp_path / "work")[1]
+    assert counts["dropped"]["one_passage_is_enough"] == 0
+    assert counts["questions"] == made.counts["right"] + made.counts["one_passage_is_enough"]
+
+
+def test_a_work_folder_from_before_one_passage_was_asked_about():
+    """It is finished as it was where the check is left out, and says why it is made again where it is not."""
+    assert "max_alone" not in stage_settings(recipe_for("m", max_alone=None), "filter")
+    assert stage_settings(recipe_for("m"), "filter")["max_alone"] == 1
 
 
 def test_no_question_left_is_a_sentence(tokenizer, tmp_path):

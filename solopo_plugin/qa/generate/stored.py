@@ -15,6 +15,7 @@ from .calls import Call, Model, Reply
 log = logging.getLogger(__name__)
 Found = dict[tuple[str, int], int]  # question and number of the answer -> its place in the store
 Value = dict[str, str | int | None]
+STOP_AFTER = 64  # replies of which not one can be read, after which no more are asked for; ours
 
 
 def prompt_hash(prompt: str) -> str:
@@ -83,3 +84,23 @@ def _missing(calls: Iterable[Call], size: int, found: Found) -> Iterator[Call]:
                 yield call._replace(ks=group)
             else:
                 yield from (call._replace(ks=(k,)) for k in missing)
+
+
+class StopUnreadable:
+    """Stop asking a model of whose first `STOP_AFTER` replies not one can be read; its `see` is shown each of them."""
+
+    def __init__(self, readable: Callable[[str, str], bool], sentence: Callable[[int, str], str]):
+        """Keep how it is told, by question and text, and what is said, of how many replies and with the last one."""
+        self.readable, self.sentence, self.seen, self.good = readable, sentence, 0, False
+
+    def see(self, reply: Reply) -> None:
+        """Look at a reply.
+
+        Raises:
+            DataError: The sentence.
+        """
+        for text, _ in () if self.good else reply.answers:
+            self.seen += 1
+            self.good = self.good or self.readable(reply.id, text)
+        if self.seen >= STOP_AFTER and not self.good:
+            raise DataError(self.sentence(self.seen, text))
