@@ -69,7 +69,7 @@ test-cpu: .venv/.test
 	$(PIP) -e ".[quality]"
 	@touch $@
 
-# Whether every file is in form, all types but those of synthesis/ agree, and an index would take the package
+# Whether every file is in form, all types agree, and an index would take the package
 quality: .venv/.quality
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -139,7 +139,7 @@ def partners_in(passages: Passages) -> Callable[[int], list[int]]:
 
     def partners(i: int) -> list[int]:
         source, place = passages[i]["source"], passages[i]["place"]
-        near = {places.get((source, place + step)) for step in (-1, 1)} - {None}
+        near = {places[beside] for step in (-1, 1) if (beside := (source, place + step)) in places}
         return sorted(near.union(*(holders[name] for name in names[i] if len(holders[name]) < COMMON)) - {i})
 
     return partners
@@ -219,11 +219,10 @@ def _key(name: str) -> str:
 
 def _complete(named: dict, hops: int) -> dict | None:
     """Return question, answer and quotes as texts, None if one is missing or is no text; a number is one."""
-    question, answer, *quotes = (named.get(name) for name in fields_of(hops))
-    if not any(quotes) and isinstance(named.get("quotes"), list):
-        quotes = named["quotes"]
-    values = [question, answer, *quotes]
-    if len(quotes) != hops or not all(isinstance(v, str | int | float) and str(v).strip() for v in values):
+    values = [named.get(name) for name in fields_of(hops)]
+    if not any(values[2:]) and isinstance(named.get("quotes"), list):
+        values[2:] = named["quotes"]
+    if len(values) != 2 + hops or not all(isinstance(v, str | int | float) and str(v).strip() for v in values):
         return None
     question, answer, *quotes = (str(value).strip() for value in values)
     return {"question": " ".join(question.split()), "answer": " ".join(answer.split()), "quotes": quotes}

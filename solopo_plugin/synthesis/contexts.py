@@ -47,7 +47,8 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     builder = Builder(pick(recipe, ContextKeys), pool, tokenizer, template)
     builder.check_sums(questions, {"long": recipe.long_tokens, "short": recipe.short_tokens})
     passages = by_source(pool) if recipe.contexts == "document" else {}
-    dropped, left_out, lengths = Counter(), Counter(), {"short": [], "long": []}
+    dropped, left_out = Counter[str](), Counter[str]()
+    lengths: dict[str, list[int]] = {"short": [], "long": []}
 
     def rows() -> Iterator[dict]:
         results = _map(partial(make_row, builder, recipe, passages=passages), questions, recipe.num_workers)
@@ -127,9 +128,9 @@ def _mixed(builder: Builder, recipe: DataRecipe, prepared: PreparedQuestion, los
 
 def _of_retrieval(builder: Builder, recipe: DataRecipe, prepared: PreparedQuestion, lost: list[int]) -> Sides:
     """Build both contexts of what was retrieved, in its order: the passages with the answer, and as many as fit."""
-    question = prepared.question
-    rank = {i: n for n, i in enumerate(question.order)}
-    others = [i for i in question.order if i not in question.evidence]
+    question, order = prepared.question, prepared.question.order or []
+    rank = {i: n for n, i in enumerate(order)}
+    others = [i for i in order if i not in question.evidence]
     usable = [i for i in others if not builder.pool.has_marker[i]]
 
     def ranked(evidence: list[int], distractors: list[int]) -> list[int]:
@@ -163,7 +164,7 @@ def _of_documents(
 
 
 Make = Callable[[Question], tuple[dict | str, Counter]]
-_make: Make | None = None  # of the worker processes, which inherit it
+_make: Make  # of the worker processes, which inherit it
 
 
 def _map(make: Make, questions: list[Question], num_workers: int) -> Iterator[tuple[dict | str, Counter]]:

@@ -218,8 +218,10 @@ def _of_html(page: bytes | str) -> tuple[str, list[Block]]:
     for tag in soup.find_all(HIDDEN):
         tag.decompose()
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
-    options = {"heading_style": "atx", "strip": ["a", "img"], "escape_asterisks": False, "escape_underscores": False}
-    text = MarkdownConverter(**options).convert_soup(soup.body or soup)
+    converter = MarkdownConverter(
+        heading_style="atx", strip=["a", "img"], escape_asterisks=False, escape_underscores=False
+    )
+    text = converter.convert_soup(soup.body or soup)
     return title, list(markdown_blocks(clean(text)))
 
 

@@ -95,7 +95,8 @@ def _lay_out(
     builder: Builder, question: Question, sources: list[str], chosen: list[list[int]], passages: dict[str, list[int]]
 ) -> tuple[str, list[dict]]:
     """Return the prompt, and where in it each of the evidence stands."""
-    documents, within = [], {}
+    documents: list[str] = []
+    within: dict[int, tuple[int, int]] = {}
     for number, (source, window) in enumerate(zip(sources, chosen, strict=True)):
         document, starts = write_document(builder.pool, window, passages[source])
         documents.append(document)

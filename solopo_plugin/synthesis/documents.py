@@ -109,8 +109,8 @@ def read_file(path: Path, name: str, converted: Path, skip: Skip) -> Iterator[Do
     try:
         if path.suffix.lower() in NEEDS:
             kept = converted / f"{conversion(path, name)}.json"
-        known = kept is not None and kept.exists()
-        document = from_json(kept.read_bytes(), name) if known else read_document(path, name)
+        known = from_json(kept.read_bytes(), name) if kept and kept.exists() else None
+        document = known or read_document(path, name)
     except Exception as error:  # converters raise whatever they like at a broken file
         skip(name, error)
         return

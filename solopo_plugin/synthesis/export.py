@@ -7,7 +7,6 @@ anything is known: {"id", "origins": of each paragraph of the evidence, "grades"
 """
 
 import json
-import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ from ..qa.rows import SCHEMA, SOLO, write_parquet
 from .pairs import SETS
 from .recipe import DataRecipe
 
+BLANKS = " \t\r\n"  # of JSON
 ORIGINS = "_origins.jsonl"  # end of the name of the file beside the rows
 SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 LONG_PO = {"prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
@@ -171,7 +171,8 @@ def set_member(text: str, name: str, value: dict | None) -> str:
     """Add, replace or (None) remove one member of a JSON object's text, and change not a byte beside it."""
     spans, end = _members(text)
     names = [member for member, *_ in spans]
-    inner = re.match(r"\{(\s*)", text[text.index("{") :]).group(1)
+    opening = text.index("{") + 1
+    inner = text[opening : _behind(BLANKS, text, opening)]
     newline = "\r\n" if "\r\n" in text else "\n"
     lead = inner if spans and "\n" in inner else newline + "  "  # what stands before a member
     indent = lead.rpartition("\n")[2]
@@ -191,19 +192,25 @@ def set_member(text: str, name: str, value: dict | None) -> str:
     member = lead + json.dumps(name, ensure_ascii=False) + ": " + written
     if spans:
         return text[: spans[-1][3]] + "," + member + text[spans[-1][3] :]
-    opening = text.index("{") + 1
     return text[:opening] + member + newline + text[end:]
 
 
 def _members(text: str) -> tuple[list[tuple[str, int, int, int]], int]:
     """Return the members of a JSON object as (name, start, start of the value, its end), and where its `}` stands."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
-    place = blank.match(text, text.index("{") + 1).end()
+    decoder = json.JSONDecoder()
+    place = _behind(BLANKS, text, text.index("{") + 1)
     spans = []
     while text[place] != "}":
         name, after = decoder.raw_decode(text, place)
-        start = re.compile(r"\s*:\s*").match(text, after).end()
+        start = _behind(BLANKS + ":", text, after)
         _, end = decoder.raw_decode(text, start)
         spans.append((name, place, start, end))
-        place = blank.match(text, end).end()
+        place = _behind(BLANKS + ",", text, end)
     return spans, place
+
+
+def _behind(signs: str, text: str, at: int) -> int:
+    """Return the first place of a text from `at` on where none of these signs stands."""
+    while text[at] in signs:
+        at += 1
+    return at

@@ -20,7 +20,8 @@ def list_files(folder: Path) -> tuple[list[Path], Counter]:
     """
     if folder.is_file():
         return [folder], Counter()
-    files, passed = [], Counter()
+    files: list[Path] = []
+    passed: Counter = Counter()
     for place, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             path = Path(place, name)

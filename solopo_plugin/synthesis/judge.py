@@ -62,7 +62,8 @@ def advice(prompt: str | None) -> str:
 def judge_side(work: Path, side: str, golds: dict[str, list[str]], prompt: str | None = None) -> dict:
     """Judge the answers to one side's prompts; returns counts, mean scores and who forgot the marker."""
     counts: Counter = Counter(answers=0, correct=0, no_marker=0, no_answer=0, cut=0, em=0, ignored=0)
-    f1, right, without = 0.0, Counter(), []
+    f1, right = 0.0, Counter[str]()
+    without: list[dict] = []
 
     def rows() -> Iterator[dict]:
         nonlocal f1
@@ -102,7 +103,7 @@ def grade_side(recipe: DataRecipe, work: Path, side: str, golds: dict[str, list[
     """Have a model judge the answers to one side's prompts; returns counts, mean grade and agreement with the rule."""
     grades = verdicts.grade_side(recipe, work, side, store)
     counts: Counter = Counter(answers=0, correct=0, no_marker=0, not_judged=0, no_grade=0, cut=0)
-    agreement, right = Counter(both_right=0, only_model=0, only_rule=0, both_wrong=0), Counter()
+    agreement, right = Counter(both_right=0, only_model=0, only_rule=0, both_wrong=0), Counter[str]()
 
     def rows() -> Iterator[dict]:
         for sample in read_jsonl(work / f"samples.{side}.jsonl"):

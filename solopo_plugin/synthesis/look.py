@@ -159,7 +159,10 @@ def _pass_rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
 
 def gather(source: Source) -> Statistics:
     """Gather the facts of all rows in one pass."""
-    found, ids, questions, prompts = Statistics(), {}, {}, {}
+    found = Statistics()
+    ids: dict[str, set[str]] = {}
+    questions: dict[str, set[str]] = {}
+    prompts: dict[str, set[int]] = {}
     for split, row in source.rows():
         found.splits[split] += 1
         for part, values in found.tokens.items():
@@ -181,14 +184,15 @@ def gather(source: Source) -> Statistics:
         ids[split].add(row["id"])
         questions.setdefault(split, set()).add(key)
         prompts.setdefault(split, set()).update(texts)
-        for name in failed - {None}:
-            found.failed[name].append(row["id"])
+        for name in failed:
+            if name is not None:
+                found.failed[name].append(row["id"])
     return found
 
 
 def checks_of(row: dict) -> set[str | None]:
     """Return the checks that a row fails by itself; None among them if its documents cannot be told apart."""
-    failed = set()
+    failed: set[str | None] = set()
     shown = {}
     for side, prompt in (("short", row["prompt"]), ("long", row["long_prompt"])):
         places = row[f"{side}_evidence"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -86,7 +86,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     questions = list(_questions(recipe, work, dropped_answers, n_answers))
     names = list(SETS) if recipe.sample_long else ["solopo"]
     chosen = {name: choose(questions, name, recipe) for name in names}
-    counts = {"questions": len(questions)}
+    counts: dict[str, Any] = {"questions": len(questions)}
     for side in ("short", "long")[: 1 + recipe.sample_long]:
         reasons = Counter(q.sides[side].reason for q in questions)
         usable = reasons.pop(None, 0)
@@ -107,7 +107,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     for name in names:
         n_val = sum(q.key in validation for q in chosen[name])
         counts["rows"][name] = {"train": len(chosen[name]) - n_val, "val": n_val}
-    rows = (_row(name, q, q.key in validation) for name in names for q in chosen[name])
+    rows = (_row(name, q, pair, q.key in validation) for name in names for q in chosen[name] if (pair := q.pair(name)))
     write_jsonl(work / "pairs.jsonl", rows)
     return counts
 
@@ -264,14 +264,14 @@ def _questions(
         marked = any(marker in context[side]["prompt"] for side in ("short", "long") for marker in markers)
         drawn = {}
         for side in sides:
-            name, answers = next(judged[side], (None, ()))
+            name, found = next(judged[side], (None, ()))
             if name != context["id"]:
                 raise DataError(
                     f"{work}/judged.{side}.jsonl has question {name!r} where contexts.jsonl has {context['id']!r}; "
                     "run the stage `judge` again."
                 )
             rng = generator(recipe.seed, "pair", side, name)
-            answers = list(answers)
+            answers = list(found)
             n_answers[side] += len(answers)
             drawn[side] = draw_pair(answers, room, encode, markers, rng, recipe.balance_length, dropped[side], graded)
             if marked:
@@ -288,8 +288,8 @@ def _on_both(question: DrawnQuestion) -> bool:
     return all(question.pair(name) for name in ("solopo", "long_po"))
 
 
-def _row(name: str, question: DrawnQuestion, validation: bool) -> dict:
-    chosen, rejected = question.pair(name)
+def _row(name: str, question: DrawnQuestion, pair: tuple[dict, dict], validation: bool) -> dict:
+    chosen, rejected = pair
     rates = {f"pass_rate_{side}": question.sides[side].pass_rate for side in question.sides}
     return {
         "set": name,

@@ -61,7 +61,7 @@ def questions(recipe: DataRecipe, documents: Documents, counts: Counter) -> Iter
     def bad(where: str, error: DataError) -> None:
         _skip(where, error, recipe, counts, "bad")
 
-    rows = tqdm(lines(recipe), desc="read", unit=" lines", disable=None)
+    rows = iter(tqdm(lines(recipe), desc="read", unit=" lines", disable=None))
     yield from read_questions(rows, recipe.input_format, documents, counts, bad, recipe.judge == "model")
 
 

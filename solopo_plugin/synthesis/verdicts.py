@@ -193,7 +193,8 @@ def none_readable(recipe: DataRecipe, n: int, text: str) -> str:
 
 def _average(recipe: DataRecipe, trials: Iterator[Trial], store: Store, found: Found) -> Grades:
     """Return the mean of the verdicts on each answer, over both orders of the parts."""
-    grades, values, last = Grades(), {}, ""
+    grades, last = Grades(), ""
+    values: dict[tuple[str, int], list[float]] = {}
     for trial in trials:
         for sample in range(recipe.judge_samples):
             verdicts = []
