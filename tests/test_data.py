@@ -822,6 +822,20 @@ def test_a_response_of_which_nothing_is_left_is_refused(column):
     assert processed([GOOD | {column: THOUGHT + "Elsewhere."}], model) == processed([GOOD | {column: "Elsewhere."}], model)  # fmt: skip
 
 
+@pytest.mark.parametrize("template, enable_thinking, n", [("qwen3", True, 3), ("qwen3", False, 0), ("qwen", True, 0)])
+def test_empty_thoughts_that_are_trained_are_counted(template, enable_thinking, n):
+    """Of four responses one has a thought; where thinking is off the empty one is the prompt's."""
+    from datasets import Dataset
+
+    from solopo_plugin.host.data import warn_of_empty_thoughts
+
+    model, said = host(template, enable_thinking=enable_thinking), []
+    rows = [GOOD, GOOD | {"rejected": f"{THOUGHT}{GOOD['rejected']}"} if n else GOOD]
+    tokenised, logger = Dataset.from_list(processed(rows, model)), SimpleNamespace(warning_rank0=said.append)
+    warn_of_empty_thoughts(tokenised, model.template, model.tokenizer, False, logger)
+    assert len(said) == bool(n) and all(f"{n} of the 4 responses of the training rows have no" in line for line in said)
+
+
 def test_a_template_of_another_tokenizer_is_refused():
     """Its tokens have no number, which the host's tokenizer says in silence."""
     with pytest.raises(RowError, match=r"^rows\[0\]: the template writes a token that the tokenizer lacks"):

@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
-from ..data import COLUMNS, Aligned, RowError, build_row, check_text, expect, fits
+from ..data import COLUMNS, RESPONSES, Aligned, RowError, build_row, check_text, expect, fits
 from .template import encode_turn
 from .versions import wrap
 
@@ -345,6 +345,7 @@ def _counting(logger, get_preprocessed_dataset):
                 "raise `cutoff_len`."
             )
         log_rows(rows, len(dataset), data_args, is_eval, logger)
+        warn_of_empty_thoughts(rows, template, tokenizer, is_eval, logger)
         return rows
 
     return wrapper
@@ -366,3 +367,19 @@ def log_rows(rows, n_before: int, data_args, is_eval: bool, logger) -> None:
         )
     elif long < short:
         logger.warning_rank0(f"The long prompts of the {split} rows are the shorter ones: are the columns swapped?")
+
+
+def warn_of_empty_thoughts(rows, template, tokenizer, is_eval: bool, logger) -> None:
+    """Warn of responses without a thought before which a thinking template trains an empty one."""
+    from llamafactory.data.template import ReasoningTemplate
+
+    if not (isinstance(template, ReasoningTemplate) and template.enable_thinking):
+        return
+    empty = template.get_thought_word_ids(tokenizer)
+    n = sum(ids[: len(empty)] == empty for name in RESPONSES for ids in rows[f"{name}_ids"])
+    if n:
+        logger.warning_rank0(
+            f"{n} of the {2 * len(rows)} responses of the {'evaluation' if is_eval else 'training'} rows have no "
+            "thought, and `enable_thinking: true` trains them with an empty one in front: set `enable_thinking: "
+            "false`, which ends the prompt with it, unless the model shall choose not to think (docs/templates.md)."
+        )

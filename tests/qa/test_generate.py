@@ -700,6 +700,18 @@ def test_more_keys_of_the_body(answers_file, tmp_path):
     assert sent == sorted(["max_tokens", "messages", "model", "n", "seed", "temperature", "top_k", "top_p"])
 
 
+@pytest.mark.parametrize(
+    "beside", [{}, {"reasoning_content": None}, {"reasoning_content": "So."}, {"reasoning": "So."}]
+)
+def test_thoughts_that_a_server_takes_out_are_told_of_once(beside, caplog):
+    """As vLLM's reasoning parsers do, under the older and the newer name."""
+    body = {"choices": [{"index": 0, "message": {"content": "Here."} | beside}]}
+    with answering(lambda request: (200, body)) as server:
+        replies = list(generate(openai(server.url, served_model="m", num_samples=1), calls(3, (0,))))
+    assert [reply.answers for reply in replies] == [[("Here.", "")]] * 3
+    assert caplog.text.count("takes thoughts out of its answers") == ("So." in beside.values())
+
+
 def test_malformed_bodies_are_recognised():
     good = {"choices": [{"index": 1, "message": {"content": "b"}}, {"index": 0, "message": {"content": None}}]}
     assert read_answers(good, chat=True) == ([("", ""), ("b", "")], None)

@@ -109,7 +109,19 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
         tokenizer, template = load_chat(model.tokenizer, sampling)
         common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
     system = [{"role": "system", "content": sampling.default_system}] if sampling.default_system else []
-    takes_n, gave_n, takes_schema, kept_schema = True, False, True, False
+    takes_n, gave_n, takes_schema, kept_schema, keeps_thoughts = True, False, True, False, True
+
+    def read(data: dict) -> tuple[list[tuple[str, str]], int | None]:
+        nonlocal keeps_thoughts
+        found = read_answers(data, chat)
+        if chat and keeps_thoughts and without_thoughts(data):
+            keeps_thoughts = False
+            log.warning(
+                "The server takes thoughts out of its answers (`reasoning_content`): rows made of them would train "
+                "answers without a thought. For rows use `openai_endpoint: completions`, or serve without a reasoning "
+                "parser."
+            )
+        return found
 
     async def ask(call: Call) -> tuple[Call, Reply]:
         nonlocal takes_n, gave_n, takes_schema, kept_schema
@@ -127,9 +139,7 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
         path = "/chat/completions" if chat else "/completions"
         final = () if (gave_n or len(call.ks) == 1) and (kept_schema or not schema) else (500,)
         try:
-            answers, prompt_tokens = await servers.request(
-                "POST", path, body, lambda data: read_answers(data, chat), final
-            )
+            answers, prompt_tokens = await servers.request("POST", path, body, read, final)
         except _Refused as refusal:
             if TOO_LONG in str(refusal):
                 raise
@@ -195,6 +205,11 @@ def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | N
         raise ValueError("no answer in it")
     tokens = (data.get("usage") or {}).get("prompt_tokens")
     return answers, tokens if isinstance(tokens, int) else None
+
+
+def without_thoughts(data: dict) -> bool:
+    """Return whether a chat completion has a thought beside the text of an answer, under either name in use."""
+    return any(said["message"].get(name) for said in data["choices"] for name in ("reasoning_content", "reasoning"))
 
 
 class _Refused(DataError):
