@@ -112,31 +112,21 @@ def meter(cuda: bool, limit_gb: float | None):
 
 
 def use_variant(variant: str) -> None:
-    """Let the trainer's two stages keep all logits (S1, the paper's way) or those of the responses only (S2)."""
+    """Let the trainer's two stages keep all logits (S1, the paper's way)."""
     from llamafactory.train.trainer_utils import get_batch_logps
 
-    from solopo_plugin.forward import TwoStages
-    from solopo_plugin.logps import predicting_positions, response_logps
-    from solopo_plugin.trainer import SoloTrainer
+    from solopo_plugin.forward import SHORT_PAIR, TwoStages
 
     def long_logps(self, model, batch, chosen_B, rejected_B):
         logits_BTV = self.forward_long(model, batch, None).float()
         logps_B, counts_B = get_batch_logps(logits_BTV, batch["long_labels"])
         return [logps_B / counts_B if self.args.pref_loss in LENGTH_NORMALISED else logps_B]
 
-    def concatenated_forward(self, model, batch, is_ref_model=False):
-        labels_BT = batch.pop("labels")
-        positions_K = predicting_positions(labels_BT)
-        logits_BKV = model(**batch, logits_to_keep=positions_K, use_cache=False, return_dict=True).logits
-        sums_B, counts_B = response_logps(logits_BKV, labels_BT, positions_K)
-        means = (sums_B / counts_B).chunk(2)
-        pair = means if self.finetuning_args.pref_loss in LENGTH_NORMALISED else sums_B.chunk(2)
-        return {"chosen_logps": pair[0], "rejected_logps": pair[1], "chosen_logps_avg": means[0]}
+    def short_pair(self, model, batch):
+        return self.short_forward(model, {name: batch[name] for name in SHORT_PAIR})
 
     if variant == "S1":
-        TwoStages.long_logps = long_logps
-    elif variant == "S2":
-        SoloTrainer.concatenated_forward = concatenated_forward
+        TwoStages.long_logps, TwoStages._short_pair = long_logps, short_pair
 
 
 def use_random_weights(device: str) -> None:

@@ -115,7 +115,7 @@ def how_it_runs(config, recipe: dict, setup: Setup) -> tuple[str, str]:
         why = why_two_stages(forward, model)
         dtype = torch.bfloat16 if setup.element == 2 else torch.float32
         sentence = how_a_step_runs(model, why, torch.device("cuda"), dtype, (8, 0))  # a GPU since Ampere
-        variant = ("L2" if longpo else "P2") if why else ("L3" if longpo else "S3")
+        variant = ("L2" if longpo else "S2") if why else ("L3" if longpo else "S3")
     if variant in ("S3", "L3"):
         sentence += f" Packed, since `solopo_forward` is {forward} and {config.model_type} is among the tested models."
     elif attention == ATTENTION["fa2"]:

@@ -13,19 +13,18 @@ VARIANTS = {
     "V0": "the host's `stage: dpo` on the long pair",
     "S0": "three sequences padded into one batch",
     "S1": "two stages, logits everywhere (the paper's way)",
-    "S2": "two stages, logits at the responses only",
+    "S2": "two stages, logits at the responses only (`solopo_forward: two_stage`)",
     "S3": "one packed row (`solopo_forward: packed`)",
     "V*": "for comparison, nobody's code: a long pair that shares its prompt, logits at the responses only",
 }
 # What else a recipe may run; shown for such a recipe only.
 OTHERS = {
-    "P2": "two stages as the package has them: all logits of the short pair, those of the long responses",
     "L3": "LongPO, one packed row: the long pair shares its prompt; logits of the chosen sequence and both responses",
-    "L2": "LongPO, two stages: the padded long pair with all logits",
+    "L2": "LongPO, two stages: chosen, then rejected, padded; logits of the chosen sequence and the rejected response",
     "SFT": "the host's `stage: sft`: prompt and response, all logits",
 }
 RESPONSE_LOGITS = ("S2", "S3", "V*")
-TWO_FORWARDS = ("S1", "S2", "P2")
+TWO_FORWARDS = ("S1", "S2")
 GB = 1e9  # bytes
 # Bytes of optimizer state per trained parameter, of the host's `optim` values; in fp32 or, by name, 8 bits.
 OPTIMIZERS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "rmsprop": 4, "sgd": 0}
@@ -125,8 +124,7 @@ def counts(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[in
     parts = parts_of(variant, S, R, L, both)
     tokens = len(parts) * (L + R) if variant == "S0" else sum(new for new, _ in parts)
     kinds = {
-        "P2": (2 * (S + R), (1 + both) * R),
-        "L2": (0, tokens),
+        "L2": (0, L + 2 * R),
         "L3": (0, L + R - 1 + 2 * R),  # the NLL is of every token but the first
         **dict.fromkeys(RESPONSE_LOGITS, (0, len(parts) * R)),
     }
@@ -245,8 +243,9 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
     `step_flops`).
     """
     tokens, wide, narrow = (setup.batch * x for x in counts(variant, S, R, L, setup.both))
-    narrow += setup.batch * (L + R) * (variant == "L2")  # the NLL's tokens are picked out of the pair's: a copy
+    narrow += setup.batch * (L + R) * (variant == "L2")  # the NLL's tokens are picked out of the sequence's: a copy
     forward = setup.batch * max(2 * (S + R), (1 + setup.both) * (L + R)) if variant in TWO_FORWARDS else tokens
+    forward = setup.batch * (L + R) if variant == "L2" else forward
     trained, frozen, base = parameters_of(shape, setup)
     gathered = min(shape.parameters, setup.live) * setup.element if setup.zero == 3 else 0
     of_weights, of_gradients, of_optimizer = (setup.gpus if setup.zero >= stage else 1 for stage in (3, 2, 1))

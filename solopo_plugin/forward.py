@@ -9,6 +9,7 @@ Shape suffixes: B samples, T tokens, K kept positions, N scored spans, V vocabul
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from llamafactory.extras import logging
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from . import attention
 from .data import SoloCollator
-from .logps import predicting_positions, response_logps, token_logps
+from .logps import ResponseLogits, predicting_positions, response_logps, token_logps
 from .losses import LENGTH_NORMALISED, LogProbs
 from .packing import PackedCollator
 
 SHORT_PAIR = ("input_ids", "attention_mask", "labels")
+LONG_PAIR = tuple(f"long_{name}" for name in SHORT_PAIR)
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
 
@@ -84,21 +86,34 @@ class TwoStages:
         base = attention.base_of(model)
         self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         if not self.keeps_logits:
-            logger.warning_rank0(f"{type(base).__name__} has no `logits_to_keep`: the long forward keeps all logits.")
+            logger.warning_rank0(f"{type(base).__name__} has no `logits_to_keep`: both forwards keep all logits.")
 
     def policy(self, model, batch: dict) -> LogProbs:
         """Return all log-probs of the policy."""
         if self.args.longpo:
             return self._long_pair(model, batch)
-        short = self.short_forward(model, {name: batch[name] for name in SHORT_PAIR})
+        short = self._short_pair(model, batch)
         chosen_B, rejected_B, nll_B = short["chosen_logps"], short["rejected_logps"], -short["chosen_logps_avg"]
-        del short  # its fp32 logits of every position
+        del short  # its logits
         return LogProbs(chosen_B, rejected_B, nll_B, *self.long_logps(model, batch, chosen_B, rejected_B))
 
     def pair(self, model, batch: dict) -> tuple[Tensor, Tensor]:
         """Return a model's log-probs of the short pair, each (B,), as the loss has them."""
-        short = self.short_forward(model, {name: batch[name] for name in SHORT_PAIR})
+        short = self._short_pair(model, batch)
         return short["chosen_logps"], short["rejected_logps"]
+
+    def _short_pair(self, model, batch: dict) -> dict[str, Tensor]:
+        """Run the host's function, with a model that makes logits at responses only, where it can leave others out."""
+        short = {name: batch[name] for name in SHORT_PAIR}
+        if not self.keeps_logits:
+            return self.short_forward(model, short)
+        positions_K, tokens = predicting_positions(short["labels"]), short["labels"].shape[1]
+
+        def at_responses(**inputs):
+            logits_BKV = model(**inputs, logits_to_keep=positions_K).logits
+            return SimpleNamespace(logits=ResponseLogits(logits_BKV, positions_K, tokens, self.args.solopo_logp_chunk))
+
+        return self.short_forward(at_responses, short)
 
     def long_logps(self, model, batch: dict, chosen_B: Tensor, rejected_B: Tensor) -> list[Tensor]:
         """Return log-probs of the chosen (and, for `both`, rejected) responses given the long prompts, each (B,).
@@ -128,16 +143,24 @@ class TwoStages:
         return logits if keep or positions_K is None else logits[:, positions_K]
 
     def _long_pair(self, model, batch: dict) -> LogProbs:
-        """Score the pair given the long prompt, and the NLL of all of `x_long y_w`: all logits are kept."""
-        labels_BT, ids_BT = batch["long_labels"], batch["long_input_ids"]
-        size, chunk = len(ids_BT) // 2, self.args.solopo_logp_chunk
-        logits_BTV = self.forward_long(model, batch, None)
+        """Score the pair given the long prompt, and the NLL of all of `x_long y_w`, whose logits are all kept.
+
+        The rejected sequences run by themselves, so that they have logits at their responses only.
+        """
+        size, chunk = len(batch["long_input_ids"]) // 2, self.args.solopo_logp_chunk
+        chosen, rejected = (
+            {name: batch[name][rows] for name in LONG_PAIR} for rows in (slice(size), slice(size, None))
+        )
+        labels_BT, ids_BT = chosen["long_labels"], chosen["long_input_ids"]
+        logits_BTV = self.forward_long(model, chosen, None)
         positions_K = predicting_positions(labels_BT)
-        logps, _ = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K, chunk)
-        real = batch["long_attention_mask"][:size, 1:].bool()
-        tokens = token_logps(logits_BTV[:size, :-1][real], ids_BT[:size, 1:][real], chunk)
+        chosen_B, _ = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K, chunk)
+        real = chosen["long_attention_mask"][:, 1:].bool()
+        tokens = token_logps(logits_BTV[:, :-1][real], ids_BT[:, 1:][real], chunk)
         nll_B = -torch.zeros_like(real, dtype=tokens.dtype).masked_scatter(real, tokens).sum(-1) / real.sum(-1)
-        chosen_B, rejected_B = logps.split(size)
+        positions_K = predicting_positions(rejected["long_labels"])
+        logits_BKV = self.forward_long(model, rejected, positions_K)
+        rejected_B, _ = response_logps(logits_BKV, rejected["long_labels"], positions_K, chunk)
         return LogProbs(chosen_B, rejected_B, nll_B)
 
 

@@ -180,17 +180,20 @@ def tiny(name: str, seed: int = 0):
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages alive, their peak, and the shapes of all tensors made, forward and backward alike."""
+    """Bytes of all storages alive, their peak, and the shapes of all tensors made, forward and backward alike; those in
+    fp32 once more."""
 
     def __init__(self):
         super().__init__()
-        self.known, self.now, self.peak, self.made, self.shapes = {}, 0, 0, 0, set()
+        self.known, self.now, self.peak, self.made, self.shapes, self.fp32 = {}, 0, 0, 0, set(), set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_flatten(output)[0]:
             if isinstance(tensor, torch.Tensor):
                 self.shapes.add(tuple(tensor.shape))
+                if tensor.dtype == torch.float32:
+                    self.fp32.add(tuple(tensor.shape))
                 self.watch(tensor.untyped_storage())
         return output
 
@@ -214,13 +217,14 @@ def rows_of(prompt: int) -> list[dict]:
                  chosen_ids=ids[:8], rejected_ids=ids[6:12])]  # fmt: skip
 
 
-def watched_step(monkeypatch, vocabulary: int, prompt: int, forward="packed", change=lambda model: None, **shape):
-    """A training step on a two-layer Llama, changed as asked, under `Live`."""
+def watched_step(monkeypatch, vocabulary: int, prompt: int, forward="packed", change=lambda model: None, **changes):
+    """A training step on a two-layer Llama, changed as asked, under `Live`; keys of the recipe begin with `solopo_`."""
+    keys = {name: changes.pop(name) for name in [*changes] if name.startswith("solopo_")} | dict(pref_loss="orpo")
     shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192) | shape  # fmt: skip
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192) | changes  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**shape)).train()
     change(model)
     with Live() as live:
-        losses_B, _ = step(model, None, rows_of(prompt), solopo_forward=forward, **(BASE | dict(pref_loss="orpo")))
+        losses_B, _ = step(model, None, rows_of(prompt), solopo_forward=forward, **(BASE | keys))
         losses_B.mean().backward()
     return live

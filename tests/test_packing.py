@@ -27,6 +27,7 @@ from by_hand import (
 )
 
 from solopo_plugin import attention, packing
+from solopo_plugin.forward import TwoStages
 from solopo_plugin.packing import PackedCollator, Segment, pack
 
 # ---- the layout
@@ -406,15 +407,48 @@ def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
     assert attention.AttentionMaskInterface()[attention.SEGMENTS]() is None
 
 
-def test_no_tensor_is_positions_by_vocabulary(monkeypatch):
-    """Of every tensor that forward and backward make: a vocabulary's width comes with 22 responses' positions at most,
-    or is a weight's gradient. In two stages the short pair has its logits everywhere, and the watch sees that."""
+@pytest.mark.parametrize("keys, most", [({}, 22), (dict(solopo_align_on="both"), 28), (dict(solopo_logp_chunk=4), 22)])
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_no_tensor_is_positions_by_vocabulary(monkeypatch, forward, keys, most):
+    """Of every tensor that forward and backward make: a vocabulary's width comes with responses' positions at most, or
+    is a weight's gradient. Where the model cannot leave logits out, the watch sees them."""
     vocabulary, allowed = 4999, {(4999, 32), (32, 4999)}
-    wide = lambda forward: {  # noqa: E731
-        shape for shape in watched_step(monkeypatch, vocabulary, 500, forward).shapes
-        if vocabulary in shape and shape not in allowed and math.prod(shape) > 22 * vocabulary
+    wide = lambda: {  # noqa: E731
+        shape for shape in watched_step(monkeypatch, vocabulary, 500, forward, **keys).shapes
+        if vocabulary in shape and shape not in allowed and math.prod(shape) > most * vocabulary
     }  # fmt: skip
-    assert not wide("packed") and wide("two_stage")
+    assert not wide()
+    if forward == "two_stage":
+        monkeypatch.setattr(TwoStages, "keeps_logits", property(lambda *_: False, lambda *_: None), raising=False)
+        assert wide()
+
+
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_fp32_logits_exist_by_chunks(monkeypatch, forward):
+    """In bf16 the logits of responses are that wide; what is made of them in fp32 has `solopo_logp_chunk` rows."""
+    widths = {}
+    for chunk in (4, 1024):
+        live = watched_step(monkeypatch, 4999, 100, forward, change=lambda m: m.bfloat16(), solopo_logp_chunk=chunk)
+        widths[chunk] = max(math.prod(shape) // 4999 for shape in live.fp32 if shape[-1:] == (4999,))
+    assert widths[4] == 4 and widths[1024] >= 14
+
+
+def test_longpo_in_two_stages_has_all_logits_of_the_chosen_alone(monkeypatch):
+    """And those of the rejected, as those of the reference's pair, at responses: every row's are in the batch."""
+    model, ref_model, rows, heads = tiny("qwen2"), tiny("qwen2", 1), tiny_rows(), []
+    handles = [
+        m.lm_head.register_forward_hook(lambda _, a, y: heads.append(tuple(y.shape))) for m in (ref_model, model)
+    ]
+    keys = dict(pref_loss="sigmoid", solopo_objective="longpo", solopo_longpo_lambda=0.8, ref_model="a reference")
+    try:
+        step(model, ref_model, rows, solopo_forward="two_stage", **keys)
+    finally:
+        [handle.remove() for handle in handles]
+    spans = [(len(r[f"{side}_prompt_ids"]), len(r[f"{name}_ids"]), (side, name)) for r in rows
+             for side, name in (("short", "chosen"), ("short", "rejected"), ("long", "rejected"))]  # fmt: skip
+    union = [len({t for a, n, (of, _) in spans if of == side for t in range(a, a + n)}) for side in ("short", "long")]
+    width = max(len(r["long_prompt_ids"]) + len(r[f"{n}_ids"]) for r in rows for n in ("chosen", "rejected"))
+    assert heads == [(6, union[0], 40), (3, width, 40), (3, union[1], 40)]
 
 
 def test_memory_grows_with_the_prompt_by_activations_alone(monkeypatch):

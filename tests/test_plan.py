@@ -158,8 +158,8 @@ def test_tokens_and_logits_of_the_packages_own_forms(both):
     assert count("L3", 1004, 100, 8000) == (packed["input_ids"].shape[1], len(packed["positions_K"]))
     padded = SoloCollator(0, both)([row])
     short, long = padded["input_ids"].numel(), padded["long_input_ids"].numel()
-    assert counts("P2", 1004, 100, 8000, both) == (short + long, short, (1 + both) * 100)
-    assert counts("L2", 1004, 100, 8000) == (2 * 8100, 0, 2 * 8100)
+    assert counts("S2", 1004, 100, 8000, both) == (short + long, 0, (3 + both) * 100)
+    assert counts("L2", 1004, 100, 8000) == (2 * 8100, 0, 8100 + 100)
     assert counts("SFT", 1004, 100, 8000) == (8100, 8100, 0)
 
 
@@ -216,7 +216,7 @@ def test_all_logits_of_longpo_and_sft(qwen):
     S, R, L = 1024, 256, 16384
     sft, two, packed = (step_memory(qwen, v, S, R, L)["logits"] for v in ("SFT", "L2", "L3"))
     assert sft == qwen.vocabulary * 12 * (L + R) == step_memory(qwen, "V0", S, R, L)["logits"] / 2
-    assert two == qwen.vocabulary * (4 * 3 * (L + R) + 12 * 1024)
+    assert two == qwen.vocabulary * (4 * (2 * (L + R) + R) + 12 * 1024)
     assert packed == qwen.vocabulary * (4 * (L + R - 1 + 2 * R) + 12 * 1024)
 
 
@@ -509,7 +509,7 @@ def test_the_answer_of_two_stages(monkeypatch, tmp_path, capsys):
     answer = lines_of(monkeypatch, capsys, "--recipe", recipe)[0]
     assert answer.startswith(
         "Does not fit. A step runs in two stages, not packed: `solopo_forward: two_stage`; attention: "
-        "FlashAttention-2. Without the flash-attn package it is SDPA. It takes 144.6 GB on the GPU of 80 GB"
+        "FlashAttention-2. Without the flash-attn package it is SDPA. It takes 142.2 GB on the GPU of 80 GB"
     )
     assert answer.endswith("`stage: dpo` on the same long prompts, which takes 196.8 GB and fits at no length.")
     assert "No prompt fits: one of a single token would take 1" in answer

@@ -36,7 +36,7 @@ from solopo_plugin.qa.provenance import installed  # noqa: E402
 RATE = 250e12  # FLOP/s that a guess assumes; below what bf16 matrices reach on an H100
 SPARE = 2.5e9  # bytes of the card that a longest prompt leaves: the context, workspaces, fragments
 LONGEST = {"S3": (0.94, 1.02), "T": (0.94,), "V0": (0.94, 1.02)}  # shares of the length that peaks point to
-LIKE = {"T": "V*", "P2": "S1"}  # whose FLOPs stand for one that plan.py does not have, in guesses of its time only
+LIKE = {"T": "V*", "P2": "S2"}  # whose FLOPs stand for one that plan.py does not have, in guesses of its time only
 
 # What plan.py calls V0, S1, S3; P2: this package's own two stages; T: TRL's DPO. Reference as each has it at its best:
 # V0 and S1 run it in every step, the others have its log-probs beforehand.
