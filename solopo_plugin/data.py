@@ -2,11 +2,15 @@
 
 A tokenised row holds `short_prompt_ids`, `long_prompt_ids`, `chosen_ids`, `rejected_ids` (the response's tokens, the
 same behind either prompt), `long_is_short` (its two prompts are equal) and `name`, by which messages call it:
-`<dataset>[<index>]`.
+`<dataset>[<index>]`. Several rejected responses stand one behind another in `rejected_ids`, `BETWEEN` between them, so
+that rows with one have the columns, and the caches and files, that they always had.
+
+A pair is the chosen and one rejected response. Shape suffixes: B rows, P pairs.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +22,7 @@ from .logps import IGNORE
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns that reference.py adds, as the loss has them
 RESPONSES = ("chosen", "rejected")
 PARTS = ("short_prompt", "long_prompt", *RESPONSES)
+BETWEEN = -1  # no token's id
 COLUMNS = ("name", "long_is_short", "short_prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -63,7 +68,7 @@ class Aligned(NamedTuple):
         name: Of the row, for messages.
         prompt: Messages up to the last question, with the short context.
         long_prompt: The same with the long one.
-        response: The chosen and the rejected message.
+        response: The chosen message and the rejected ones.
         system: The system prompt before the short context.
         long_system: That before the long one.
         tools: Descriptions of functions as JSON text.
@@ -98,6 +103,7 @@ def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
     name = aligned.name
     _refuse_markers(aligned, markers)
     ids: dict[str, list[int]] = {}
+    rejected = response_names(len(aligned.response))[1:]
     for side, which, prompt_ids, response_ids in _encoded(aligned, encode):
         if None in prompt_ids or None in response_ids:
             raise RowError(f"{name}: the template writes a token that the tokenizer lacks; check `template`.")
@@ -110,16 +116,48 @@ def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
                 f"{name}: the template writes one {side} prompt before `chosen` and another before `rejected`, as "
                 "where only one of them has a thought; set `enable_thinking: true`, or give both a thought or none."
             )
-    if ids["chosen_ids"] == ids["rejected_ids"]:
-        raise RowError(f"{name}: `chosen` and `rejected` are the same tokens; remove the row.")
+    responses = {which: ids[f"{which}_ids"] for which in ("chosen", *rejected)}
+    refuse_equal(name, responses, "`{}` and `{}` are the same tokens")
     _, empty_ids = encode([{"role": "user", "content": "-"}, {"role": "assistant", "content": ""}], "", "")
-    for which in RESPONSES:
-        if ids[f"{which}_ids"] == empty_ids:
+    for which, response_ids in responses.items():
+        if response_ids == empty_ids:
             raise RowError(
                 f"{name}: nothing is left of `{which}` in the template (`enable_thinking: false` removes thoughts); "
                 "give it a text or remove the row."
             )
+    joined = ids.pop(f"{rejected[0]}_ids")
+    for which in rejected[1:]:
+        joined = [*joined, BETWEEN, *ids.pop(f"{which}_ids")]
+    ids["rejected_ids"] = joined
     return {"name": name, "long_is_short": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
+
+
+def response_names(n: int) -> list[str]:
+    """Return what messages call `n` responses: the chosen, then the rejected, or each of several by its index."""
+    return list(RESPONSES) if n == 2 else ["chosen", *(f"rejected[{m}]" for m in range(n - 1))]
+
+
+def refuse_equal(name: str, responses: dict[str, Any], said: str) -> None:
+    """Refuse a row two of whose responses are equal; what is `said` has room for what both are called."""
+    for (one, first), (other, second) in combinations(responses.items(), 2):
+        if first == second:
+            remove = "the row" if len(responses) == 2 else "one"
+            raise RowError(f"{name}: {said.format(one, other)}; remove {remove}.")
+
+
+def rejected_of(row: dict) -> list[list[int]]:
+    """Return the tokens of each rejected response of a tokenised row."""
+    ids, parts = row["rejected_ids"], []
+    while BETWEEN in ids:
+        end = ids.index(BETWEEN)
+        parts.append(ids[:end])
+        ids = ids[end + 1 :]
+    return [*parts, ids]
+
+
+def pairs_of(row: dict) -> list[dict]:
+    """Return the pairs of a tokenised row, each as a row with one rejected response."""
+    return [row | {"rejected_ids": ids} for ids in rejected_of(row)]
 
 
 def _refuse_markers(aligned: Aligned, markers: list[str]) -> None:
@@ -135,10 +173,10 @@ def _refuse_markers(aligned: Aligned, markers: list[str]) -> None:
 
 
 def _encoded(aligned: Aligned, encode: Encode) -> Iterator[tuple[str, str, list[int], list[int]]]:
-    """Yield `short` or `long`, `chosen` or `rejected`, and the ids of that prompt and that response, of all four."""
+    """Yield `short` or `long`, `chosen` or `rejected`, and the ids of that prompt and that response, of all."""
     sides = (("short", aligned.prompt, aligned.system), ("long", aligned.long_prompt, aligned.long_system))
     for side, prompt, system in sides:
-        for which, response in zip(RESPONSES, aligned.response, strict=True):
+        for which, response in zip(response_names(len(aligned.response)), aligned.response, strict=True):
             try:
                 prompt_ids, response_ids = encode([*prompt, response], system, aligned.tools)
             except Exception as error:  # whatever the template's code raises at a function call that it cannot read
@@ -165,7 +203,7 @@ def _unwritable(encode: Encode, side: str, prompt: list[dict], which: str, respo
 def row_length(row: dict) -> int:
     """Return the tokens of the row's longest sequence, whatever the objective, so that all train on the same rows."""
     prompt = max(len(row["short_prompt_ids"]), len(row["long_prompt_ids"]))
-    return prompt + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    return prompt + max(map(len, (row["chosen_ids"], *rejected_of(row))))
 
 
 def fits(row: dict, cutoff_len: int, overlength: str) -> bool:
@@ -180,10 +218,14 @@ def fits(row: dict, cutoff_len: int, overlength: str) -> bool:
 
 
 def part_lengths(dataset) -> dict[str, np.ndarray]:
-    """Return the tokens of each of the `PARTS`, shape (N rows,), in the order of the data set."""
+    """Return the tokens of each of the `PARTS`, and how many `pairs`: (N rows,) each, in the order of the data set."""
     # a data set may be a share of its table
     rows = slice(None) if dataset._indices is None else dataset._indices.column(0).to_numpy()
-    return {part: list_value_length(dataset.data.column(f"{part}_ids")).to_numpy()[rows] for part in PARTS}
+    n = {part: list_value_length(dataset.data.column(f"{part}_ids")).to_numpy() for part in PARTS}
+    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in dataset.data.column("rejected_ids").chunks])
+    more = np.add.reduceat(ids == BETWEEN, np.cumsum(n["rejected"]) - n["rejected"], dtype=int)
+    n |= {"rejected": n["rejected"] - more, "pairs": 1 + more}
+    return {name: of_rows[rows] for name, of_rows in n.items()}
 
 
 def step_lengths(dataset, longpo: bool, long_pair: bool) -> list[int]:
@@ -197,12 +239,15 @@ def step_lengths(dataset, longpo: bool, long_pair: bool) -> list[int]:
 def known_of(features: list[dict]) -> dict:
     """Return what a batch says of its rows in either form.
 
-    `long_is_short_B`, `names` and, where the rows have the columns `REFERENCE`, `reference_B2`: the reference's
-    log-probs of chosen and rejected.
+    `long_is_short_B`, `names`; where some row has several, `pairs`: how many each has; where the rows have the columns
+    `REFERENCE`, `reference_P2`: the reference's log-probs of chosen and rejected.
     """
     known = {"long_is_short_B": torch.tensor([f["long_is_short"] for f in features])}
     if REFERENCE[0] in features[0]:
-        known["reference_B2"] = torch.tensor([[f[column] for column in REFERENCE] for f in features])
+        sides = (np.concatenate([np.atleast_1d(f[column]) for f in features]) for column in REFERENCE)
+        known["reference_P2"] = torch.tensor(np.stack([*sides], 1), dtype=torch.float32)
+    if any(BETWEEN in f["rejected_ids"] for f in features):
+        known["pairs"] = [len(rejected_of(f)) for f in features]
     return known | {"names": [f["name"] for f in features]}
 
 
@@ -210,9 +255,9 @@ def known_of(features: list[dict]) -> dict:
 class SoloCollator:
     """Make one batch of right-padded tensors from rows.
 
-    `input_ids`, `attention_mask`, `labels`: the short pair, all chosen, then all rejected (2B, T), padded to a multiple
-    of 8, as the host's pairwise collator gives it. `long_*`: the long prompt with the chosen responses (B, T'), or with
-    chosen, then rejected (2B, T') where `long_pair`. The rest: see `known_of`.
+    `input_ids`, `attention_mask`, `labels`: the short pairs, all chosen, then all rejected (2P, T), padded to a
+    multiple of 8, as the host's pairwise collator gives it. `long_*`: the long prompt with the chosen responses
+    (B, T'), or with chosen, then rejected (B + P, T') where `long_pair`. The rest: see `known_of`.
     """
 
     pad_token_id: int
@@ -220,19 +265,22 @@ class SoloCollator:
 
     def __call__(self, features: list[dict]) -> dict:
         """Return the batch."""
-        long = self._pad(features, "long", RESPONSES if self.long_pair else RESPONSES[:1], multiple=1)
+        pairs = [pair for row in features for pair in pairs_of(row)]
+        long = _sequences(features, "long", "chosen")
+        if self.long_pair:
+            long += _sequences(pairs, "long", "rejected")
         return {
-            **self.short_pair(features),
-            **{f"long_{name}": tensor for name, tensor in long.items()},
+            **self.short_pair(pairs),
+            **{f"long_{name}": tensor for name, tensor in self._pad(long, multiple=1).items()},
             **known_of(features),
         }
 
-    def short_pair(self, features: list[dict]) -> dict:
-        """Return all that a reference is shown."""
-        return self._pad(features, "short", ("chosen", "rejected"), multiple=8)
+    def short_pair(self, pairs: list[dict]) -> dict:
+        """Return all that a reference is shown of rows with one rejected response each."""
+        sequences = (_sequences(pairs, "short", response) for response in RESPONSES)
+        return self._pad([*chain(*sequences)], multiple=8)
 
-    def _pad(self, features: list[dict], side: str, names: tuple[str, ...], multiple: int) -> dict[str, torch.Tensor]:
-        sequences = [(f[f"{side}_prompt_ids"], f[f"{name}_ids"]) for name in names for f in features]
+    def _pad(self, sequences: list[tuple[list[int], list[int]]], multiple: int) -> dict[str, torch.Tensor]:
         width = max(len(prompt) + len(response) for prompt, response in sequences)
         width = -(-width // multiple) * multiple
 
@@ -245,3 +293,7 @@ class SoloCollator:
             "labels": [padded([IGNORE] * len(prompt) + response, IGNORE) for prompt, response in sequences],
         }
         return {name: torch.tensor(ids) for name, ids in batch.items()}
+
+
+def _sequences(features: list[dict], side: str, response: str) -> list[tuple[list[int], list[int]]]:
+    return [(f[f"{side}_prompt_ids"], f[f"{response}_ids"]) for f in features]

@@ -4,7 +4,8 @@ A form takes a model and a batch of its collator. `policy` gives all that the ob
 log-probs of the short pair, as a reference is asked for them. "As the loss has them": summed over the response's
 tokens, or their mean for the losses that are length-normalised.
 
-Shape suffixes: B samples, T tokens, K kept positions, N scored spans, V vocabulary.
+Shape suffixes: B samples (of log-probs pairs, as `data.py` has them), T tokens, K kept positions, N scored spans,
+V vocabulary.
 """
 
 import inspect
@@ -131,8 +132,9 @@ class TwoStages:
             logps, counts = response_logps(logits_BKV, batch["long_labels"], positions_K, chunk)
             if self.args.pref_loss in LENGTH_NORMALISED:
                 logps = logps / counts
-        longs = logps.split(len(chosen_B))
-        is_long_B = ~batch["long_is_short_B"]
+        size = len(batch["names"])
+        longs = [of_pairs(logps[:size], batch), logps[size:]][: len(shorts)]
+        is_long_B = of_pairs(~batch["long_is_short_B"], batch)
         return [long_B.where(is_long_B, short_B) for long_B, short_B in zip(longs, shorts, strict=True)]
 
     def forward_long(self, model, batch: dict, positions_K: Tensor | None) -> Tensor:
@@ -147,7 +149,7 @@ class TwoStages:
 
         The rejected sequences run by themselves, so that they have logits at their responses only.
         """
-        size, chunk = len(batch["long_input_ids"]) // 2, self.args.solopo_logp_chunk
+        size, chunk = len(batch["names"]), self.args.solopo_logp_chunk
         chosen, rejected = (
             {name: batch[name][rows] for name in LONG_PAIR} for rows in (slice(size), slice(size, None))
         )
@@ -161,7 +163,12 @@ class TwoStages:
         positions_K = predicting_positions(rejected["long_labels"])
         logits_BKV = self.forward_long(model, rejected, positions_K)
         rejected_B, _ = response_logps(logits_BKV, rejected["long_labels"], positions_K, chunk)
-        return LogProbs(chosen_B, rejected_B, nll_B)
+        return LogProbs(of_pairs(chosen_B, batch), rejected_B, of_pairs(nll_B, batch))
+
+
+def of_pairs(x_B: Tensor, batch: dict) -> Tensor:
+    """Return what the samples have, once for each of their pairs."""
+    return x_B.repeat_interleave(torch.tensor(batch["pairs"], device=x_B.device)) if "pairs" in batch else x_B
 
 
 def all_tokens(batch: dict) -> dict[str, Tensor]:

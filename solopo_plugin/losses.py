@@ -4,7 +4,8 @@ Read `solopo` first: it is the whole objective, and all else here are its terms.
 
 Suffix `_B`: one value per sample, fp32, nats. "logps" below are what the loss in use works on: the *sum* over the
 response's tokens for `sigmoid` (DPO) and `hinge` (SLiC), the *mean* per token for `ipo`, `simpo` and `orpo`, exactly as
-the host computes them. Nothing is reduced over the batch here and nothing of LLaMA-Factory is imported.
+the host computes them. Nothing is reduced over the batch here and nothing of LLaMA-Factory is imported. Of
+several rejected responses each makes a pair that is a sample of its own here; `mean_of_pairs` brings them together.
 
     L_SoLoPO = L_PO(x_short; y_w, y_l) + alpha * s(r(x_short, y_w) - r(x_long, y_w))                      (eq. 9)
 """
@@ -87,6 +88,15 @@ def longpo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
         rewards = (spec.pref_beta * logps.ref_chosen_B, spec.pref_beta * logps.chosen_B)
     parts = _parts(logps, spec.pref_beta, po_B, torch.zeros_like(po_B), *rewards)
     return logps.nll_B + spec.solopo_longpo_lambda * po_B, parts
+
+
+def mean_of_pairs(x_P: Tensor, pairs: list[int]) -> Tensor:
+    """Return the mean over each sample's pairs, in order `pairs` many; shape (B, ...) of (P, ...).
+
+    Of losses it is the preference loss averaged over the rejected responses (LOGO, arXiv:2410.18533, eq. 4), and what
+    belongs to the chosen one alone, the same in each pair, once.
+    """
+    return torch.stack([of_sample.mean(0) for of_sample in x_P.split(pairs)])
 
 
 @torch.no_grad()

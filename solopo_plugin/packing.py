@@ -2,10 +2,13 @@
 
     per sample  [x_s y_w | y_l | x_l y_w]      `| y_l` once more, behind x_l, for `solopo_align_on: both`
 
+Of several rejected responses each is a `| y_l`: prompts and chosen response stand once for all of them.
+
 A segment's tokens attend to the segment itself and, for a `y_l`, to its prompt; positions restart with every prompt and
 continue from it. The prompt's last position predicts the first token of each response behind it.
 
-Shape suffixes: B samples, T tokens of the row, K scored tokens, N scored spans (responses; for LongPO also sequences).
+Shape suffixes: B samples, P pairs (data.py), T tokens of the row, K scored tokens, N scored spans (responses; for
+LongPO also sequences).
 """
 
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ from itertools import accumulate
 
 import torch
 
-from .data import known_of
+from .data import known_of, rejected_of
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and the responses behind it, token ids
 LONG = 6144  # tokens from which a segment may be attended to apart; ours: on an H200 4,352 were slower so, 8,448 faster
@@ -155,8 +158,9 @@ class PackedCollator:
 
     Where a reference has to be run, `reference`: its packed row.
 
-    `spans`: name of a log-prob -> which of the row's spans it is, shape (B,). A sample whose long prompt is its short
-    one has no long part; its long spans are its short ones, so that the gap is exactly 0 and nothing is paid for it.
+    `spans`: name of a log-prob -> which of the row's spans it is, shape (P,): the chosen response's span is that of all
+    of a sample's pairs. A sample whose long prompt is its short one has no long part; its long spans are its short
+    ones, so that the gap is exactly 0 and nothing is paid for it.
     """
 
     longpo: bool = False
@@ -166,7 +170,7 @@ class PackedCollator:
     def __call__(self, features: list[dict]) -> dict:
         """Return the batch."""
         known = known_of(features)
-        if self.reference and "reference_B2" not in known:
+        if self.reference and "reference_P2" not in known:
             known |= self.short_pair(features)
         policy = self._pack_pairs(features, "long", True) if self.longpo else self._pack_policy(features)
         return known | {"policy": policy}
@@ -179,14 +183,15 @@ class PackedCollator:
         groups, n = [], 0
         spans: dict[str, list[int]] = {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}
         for f in features:
-            pair = [f["chosen_ids"], f["rejected_ids"]]
-            groups.append((f["short_prompt_ids"], pair))
-            long = n if f["long_is_short"] else n + 2
-            for name, span in zip(spans, (n, n + 1, long, long + 1), strict=True):
-                spans[name].append(span)
-            n += 2
+            responses = [f["chosen_ids"], *rejected_of(f)]
+            groups.append((f["short_prompt_ids"], responses))
+            long = n if f["long_is_short"] else n + len(responses)
+            for m in range(1, len(responses)):
+                for name, span in zip(spans, (n, n + m, long, long + m), strict=True):
+                    spans[name].append(span)
+            n += len(responses)
             if not f["long_is_short"]:
-                aligned = pair if self.long_pair else pair[:1]
+                aligned = responses if self.long_pair else responses[:1]
                 groups.append((f["long_prompt_ids"], aligned))
                 n += len(aligned)
         if not self.long_pair:
@@ -194,7 +199,12 @@ class PackedCollator:
         return pack(groups) | {"spans": {name: torch.tensor(s) for name, s in spans.items()}}
 
     def _pack_pairs(self, features: list[dict], side: str, score_sequences: bool = False) -> dict:
-        groups = [(f[f"{side}_prompt_ids"], [f["chosen_ids"], f["rejected_ids"]]) for f in features]
-        names = ("sequence", "chosen", "rejected") if score_sequences else ("chosen", "rejected")
-        spans_BN = torch.arange(len(features) * len(names)).view(len(features), len(names))
-        return pack(groups, score_sequences) | {"spans": dict(zip(names, spans_BN.unbind(1), strict=True))}
+        groups = [(f[f"{side}_prompt_ids"], [f["chosen_ids"], *rejected_of(f)]) for f in features]
+        once, n = ("sequence", "chosen") if score_sequences else ("chosen",), 0
+        spans: list[list[int]] = []  # of each pair: those of its sample, and its rejected response's
+        for _, (_, *rejected) in groups:
+            behind = n + len(once)
+            spans += [[*range(n, behind), behind + m] for m in range(len(rejected))]
+            n = behind + len(rejected)
+        of_names = torch.tensor(spans).unbind(1)
+        return pack(groups, score_sequences) | {"spans": dict(zip((*once, "rejected"), of_names, strict=True))}

@@ -6,8 +6,9 @@ loaded for that and freed. Either way a step runs no reference.
 
 A folder of scores belongs to one identity, which says what the reference is: files and how they are combined, what is
 drawn and how, configuration, dtype, form of the forward, versions. In it a score belongs to one row, by a hash of its
-tokens (which is template, tokenizer and text). So what a killed run had scored, another alpha, a sub-set, or other long
-contexts find their scores, and nothing else does: before they are trusted, some are scored again.
+tokens (which is template, tokenizer and text); of several rejected responses each pair is such a row. So what a killed
+run had scored, another alpha, a sub-set, or other long contexts find their scores, and nothing else does: before they
+are trusted, some are scored again.
 
 Shape suffixes: B samples, N distinct rows, 2 chosen and rejected.
 """
@@ -37,7 +38,7 @@ from transformers.utils.hub import cached_file
 
 from . import __version__
 from .attention import base_of
-from .data import REFERENCE, data_sets
+from .data import REFERENCE, data_sets, pairs_of
 from .losses import LENGTH_NORMALISED
 from .qa.provenance import file_hash, installed
 
@@ -220,20 +221,27 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
     store.check()
 
     splits = data_sets(trainer.train_dataset, trainer.eval_dataset)
-    keys = {name: [row_key(row) for row in split.select_columns(SEEN)] for name, split in splits.items()}
-    rows: dict[str, tuple[Any, int]] = {}  # the distinct ones by key: data set and index
+    keys = {  # of each row's pairs
+        name: [[row_key(pair) for pair in pairs_of(row)] for row in split.select_columns(SEEN)]
+        for name, split in splits.items()
+    }
+    rows: dict[str, tuple[Any, int, int]] = {}  # the distinct ones by key: data set, index, number of the pair
     for name, split in splits.items():
-        for index, key in enumerate(keys[name]):
-            rows.setdefault(key, (split, index))
+        for index, of_row in enumerate(keys[name]):
+            for m, key in enumerate(of_row):
+                rows.setdefault(key, (split, index, m))
     known = store.read()
     logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in rows], dtype=torch.float32)
     logps_N2 = _score(trainer, reference, store, rows, _agree(logps_N2.to(trainer.args.device)))
     del reference
     torch_gc()
     scores = dict(zip(rows, logps_N2.tolist(), strict=True))
-    for name in splits:
-        for column, side in zip(REFERENCE, zip(*(scores[key] for key in keys[name]), strict=True), strict=True):
-            splits[name] = splits[name].add_column(column, np.asarray(side, dtype=np.float32))
+    for name, of_rows in keys.items():
+        single = all(len(of_row) == 1 for of_row in of_rows)
+        for side, column in enumerate(REFERENCE):
+            values = [[scores[key][side] for key in of_row] for of_row in of_rows]
+            values = np.asarray(values, dtype=np.float32)[:, 0] if single else values
+            splits[name] = splits[name].add_column(column, values)
     train = splits.pop(("train", ""), None)
     evaluated = {name: split for (_, name), split in splits.items()}
     return train, evaluated if isinstance(trainer.eval_dataset, dict) else evaluated.get("")
@@ -257,7 +265,7 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
             batches.append(batches[-1])
         logps_N2 = torch.full_like(known_N2, UNKNOWN)
         for batch in batches[rank::world]:
-            features = [split[index] for split, index in (places[n] for n in batch)]
+            features = [pairs_of(split[index])[m] for split, index, m in (places[n] for n in batch)]
             logps_B2 = trainer.score_pair(scorer, features).float()
             _check_finite(logps_B2, features)
             logps_N2[batch] = logps_B2.to(logps_N2.device)
@@ -271,8 +279,8 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
     with _ready_to_score(trainer, reference) as scorer, bar:
         live_N2 = score(again)
         for n in again:
-            split, index = places[n]
-            check_known(trainer, reference, store, split[index], known_N2[n].tolist(), live_N2[n].tolist())
+            split, index, m = places[n]
+            check_known(trainer, reference, store, pairs_of(split[index])[m], known_N2[n].tolist(), live_N2[n].tolist())
         return known_N2.maximum(score(missing, bar))
 
 

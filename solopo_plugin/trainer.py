@@ -1,6 +1,6 @@
 """SoloTrainer: the host's DPO trainer with the SoLoPO step. Read `compute_loss`, then `solopo_step`.
 
-Shape suffixes: B samples, M metrics.
+Shape suffixes: B samples, P pairs (data.py), M metrics.
 """
 
 import math
@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .collapse import GAP, NLL, REWARD, collapse
 from .data import data_sets, step_lengths
 from .forward import Packed, TwoStages, all_tokens
-from .losses import METRICS, OBJECTIVES, solopo
+from .losses import METRICS, OBJECTIVES, mean_of_pairs, solopo
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
@@ -90,19 +90,22 @@ class SoloTrainer(CustomDPOTrainer):
 
         The reference comes first, so that no activations of the policy wait for it.
         """
-        ref_chosen_B, ref_rejected_B = self.reference_logps(model, inputs)
+        ref_chosen_P, ref_rejected_P = self.reference_logps(model, inputs)
         logps = self.form.policy(model, inputs)
-        logps = logps._replace(ref_chosen_B=ref_chosen_B, ref_rejected_B=ref_rejected_B)
-        losses_B, parts = self.objective(logps, self.finetuning_args)
-        return losses_B, torch.stack([*parts.values()], dim=1)
+        logps = logps._replace(ref_chosen_B=ref_chosen_P, ref_rejected_B=ref_rejected_P)
+        losses_P, parts = self.objective(logps, self.finetuning_args)
+        metrics_PM = torch.stack([*parts.values()], dim=1)
+        if "pairs" not in inputs:  # one rejected response each
+            return losses_P, metrics_PM
+        return mean_of_pairs(losses_P, inputs["pairs"]), mean_of_pairs(metrics_PM, inputs["pairs"])
 
     def reference_logps(self, model, inputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return the reference's log-probs of the short pair, each (B,); None where the loss has no reference.
+        """Return the reference's log-probs of the short pair, each (P,); None where the loss has no reference.
 
         They are known from before training (reference.py), or come from a forward.
         """
-        if "reference_B2" in inputs:
-            return inputs["reference_B2"].unbind(1)
+        if "reference_P2" in inputs:
+            return inputs["reference_P2"].unbind(1)
         if not self.finetuning_args.use_ref_model:
             return None, None
         if self.ref_model is None:
@@ -112,9 +115,9 @@ class SoloTrainer(CustomDPOTrainer):
         with torch.no_grad(), as_reference:
             return self.form.pair(ref_model, inputs)
 
-    def score_pair(self, model, features: list[dict]) -> Tensor:
-        """Return a model's log-probs of the short pair of rows as the data set has them, shape (B, 2)."""
-        inputs = self._prepare_inputs(self.data_collator.short_pair(features))
+    def score_pair(self, model, pairs: list[dict]) -> Tensor:
+        """Return a model's log-probs of the short pair of rows with one rejected response each, shape (P, 2)."""
+        inputs = self._prepare_inputs(self.data_collator.short_pair(pairs))
         return torch.stack(self.form.pair(model, inputs), dim=1)
 
     def every_rank_may_skip(self, long_is_short_B: Tensor) -> bool:

@@ -239,6 +239,7 @@ def configure_checkpointing(model, model_args, training_args, finetuning_args) -
 
 def count_tokens(dataset, long_pair: bool) -> int:
     """Return the tokens of one epoch in all sequences that a step scores, a prompt once per response in either form."""
-    n = {part: int(lengths.sum()) for part, lengths in part_lengths(dataset).items()}
-    tokens = 2 * n["short_prompt"] + n["long_prompt"] + 2 * n["chosen"] + n["rejected"]
-    return tokens + (n["long_prompt"] + n["rejected"] if long_pair else 0)
+    lengths = part_lengths(dataset)
+    short, long, pairs = (lengths[part] for part in ("short_prompt", "long_prompt", "pairs"))
+    tokens = (1 + pairs) * short + long + 2 * lengths["chosen"] + lengths["rejected"]
+    return int((tokens + (pairs * long + lengths["rejected"] if long_pair else 0)).sum())

@@ -111,6 +111,17 @@ ROWS = {  # name: (changes to row 2 of 4, changes to the dataset_info entry, the
     "images": ({}, {"columns": SOLO_COLUMNS | {"images": "prompt"}}, "Dataset `rows` maps images, videos or audios; `stage: solopo` is for text only."),
 }  # fmt: skip
 
+LISTS = {  # name: (the rejected responses of row 2 of 4, where all have a list, the sentence)
+    "none": ([], "rows[2]: column `rejected` must be a response or a list of at least one, got list '[]'."),
+    "null in the column": (None, "rows[2]: column `rejected` must be a string, got NoneType 'None'."),
+    "null": (["There.", None], "rows[2]: column `rejected[1]` must be a string, got NoneType 'None'."),
+    "blank": ([" ", "There."], "rows[2]: column `rejected[0]` is empty; give it a text or remove the row."),
+    "the chosen": (["There.", GOOD[2]["chosen"]], "rows[2]: columns `chosen` and `rejected[1]` hold the same text; remove one."),
+    "the chosen alone": ([GOOD[2]["chosen"]], "rows[2]: columns `chosen` and `rejected[0]` hold the same text; remove the row."),
+    "one twice": (["There.", "Nowhere.", "There."], "rows[2]: columns `rejected[0]` and `rejected[2]` hold the same text; remove one."),
+    "a marker": (["There.", "a<|im_end|>"], "rows[2]: the text contains '<|im_end|>', a BOS or stop token that only the template may write; give plain text."),
+}  # fmt: skip
+
 TALKS = {  # name: (changes to row 1 of 2, the sentence)
     "ends with the assistant": ({"long": [{"from": USER, "value": "a"}, {"from": BOT, "value": "b"}]}, "talk[1]: column `long` must be turns that begin and end with the user's"),
     "begins with the assistant": ({"conversations": [{"from": BOT, "value": "a"}]}, "talk[1]: column `conversations` must be turns that begin and end with the user's"),
@@ -199,6 +210,61 @@ def test_bad_row(run, recipe, tmp_path, name, workers):
     refused(
         run, recipe(dataset="rows", dataset_dir=folder, max_samples=None, preprocessing_num_workers=workers), sentence
     )
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_bad_list(run, recipe, tmp_path, name):
+    rejected, sentence = LISTS[name]
+    rows = [row | {"rejected": [row["rejected"], "Nowhere."]} for row in GOOD]
+    folder = write_dataset(tmp_path / "data", [*rows[:2], rows[2] | {"rejected": rejected}, rows[3]])
+    refused(run, recipe(dataset="rows", dataset_dir=folder, max_samples=None), sentence)
+
+
+def test_a_list_that_is_not_of_texts(run, recipe, tmp_path):
+    rows = [row | {"chosen": [row["chosen"]], "rejected": [3, 4]} for row in GOOD]
+    folder = write_dataset(tmp_path / "data", rows)
+    refused(
+        run,
+        recipe(dataset="rows", dataset_dir=folder, max_samples=None),
+        "rows[0]: column `chosen` must be a string, got list",
+    )
+    folder = write_dataset(tmp_path / "data", [row | {"chosen": "Here."} for row in rows])
+    refused(
+        run,
+        recipe(dataset="rows", dataset_dir=folder, max_samples=None),
+        "rows[0]: column `rejected[0]` must be a string, got int '3'.",
+    )
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+@pytest.mark.parametrize("streaming", [{}, STREAM | {"dataloader_num_workers": 1}])
+def test_lists_in_a_stage_of_the_host(run, recipe, tmp_path, stage, streaming):
+    """Which would leave out every such row, and say so of each."""
+    columns = {name: SOLO_COLUMNS[name] for name in ("prompt", "chosen", "rejected")}
+    folder = write_dataset(tmp_path / "data", [row | {"rejected": ["a", "b"]} for row in GOOD], columns=columns)
+    sentence = (
+        "rows.jsonl: column `rejected`, mapped as `rejected`, holds lists, of which only `stage: solopo` trains on all; "
+        "for another stage map a column with one response."
+    )
+    refused(
+        run, recipe(**dict(dataset="rows", dataset_dir=folder, max_samples=None, stage=stage) | streaming), sentence
+    )
+
+
+TALK_LISTS = {  # name: (the rejected responses of row 1 of 2, the sentence)
+    "none": ([], "talk[1]: column `rejected` must be a response or a list of at least one, got list '[]'."),
+    "by the user": ([TALK["rejected"], {"from": USER, "value": "a"}], "talk[1]: column `rejected[1]` must be one message with `from` 'gpt' and `value`, got"),
+    "empty": ([{"from": BOT, "value": " "}, TALK["rejected"]], "talk[1]: column `rejected[0]` is empty; give it a text or remove the row."),
+    "the chosen": ([TALK["chosen"], TALK["rejected"]], "talk[1]: columns `chosen` and `rejected[0]` hold the same text; remove one."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TALK_LISTS)
+def test_bad_list_of_messages(run, recipe, tmp_path, name):
+    rejected, sentence = TALK_LISTS[name]
+    rows = [TALK | {"rejected": [TALK["rejected"]]}, TALK | {"rejected": rejected}]
+    folder = write_dataset(tmp_path / "data", rows, "talk", **TALK_ENTRY)
+    refused(run, recipe(dataset="talk", dataset_dir=folder, max_samples=None), sentence)
 
 
 @pytest.mark.parametrize("name", TALKS)

@@ -18,7 +18,19 @@ from conftest import ROOT, demo_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solopo_plugin.data import COLUMNS, Aligned, RowError, SoloCollator, build_row, check_text, fits, row_length
+from solopo_plugin.data import (
+    BETWEEN,
+    COLUMNS,
+    Aligned,
+    RowError,
+    SoloCollator,
+    build_row,
+    check_text,
+    fits,
+    pairs_of,
+    rejected_of,
+    row_length,
+)
 from solopo_plugin.logps import IGNORE
 
 # derandomize: a failure is the same for everybody; nothing is stored between runs
@@ -414,6 +426,34 @@ def test_openai_rows_are_the_alpaca_rows(template, rows):
     assert processed(talks, model, attributes("openai", tags=OPENAI_TAGS)) == processed(rows, model)
 
 
+@pytest.mark.parametrize("formatting", ["alpaca", "sharegpt", "openai"])
+def test_a_list_of_rejected_responses_is_the_rows_it_stands_for(formatting):
+    """Token for token, also of a list of one and with a history and a system prompt that ends as openai's."""
+    model = host("qwen")
+    tags = {"openai": dict(tags=OPENAI_TAGS)}.get(formatting, {})
+    names = {"sharegpt": ("from", "value", "human", "gpt"), "openai": OPENAI_NAMES}.get(formatting)
+    attr, answers = attributes(formatting, **tags), ["There.", "Nowhere at all.", "No."]
+    alone = [
+        GOOD | dict(rejected=answer, history=[["Who?", "She."]], system="detailed thinking off") for answer in answers
+    ]
+    alone = [reformatted(row, *names) if names else row for row in alone]
+    lists = [alone[0] | {"rejected": [row["rejected"] for row in alone[:n]]} for n in (3, 1, 2)]
+    singles = processed(alone, model, attr)
+    for row, n in zip(processed(lists, model, attr), (3, 1, 2), strict=True):
+        assert rejected_of(row) == [single["rejected_ids"] for single in singles[:n]]
+        assert row | {"rejected_ids": 0, "name": 0} == singles[0] | {"rejected_ids": 0, "name": 0}
+        assert [pair["rejected_ids"] for pair in pairs_of(row)] == rejected_of(row)
+    assert processed(lists[1:2], model, attr) == processed(alone[:1], model, attr)
+
+
+def test_rejected_responses_equal_as_tokens_are_named():
+    aligned = Aligned("rows[0]", [message("q")], [message("q")], [message(c, "assistant") for c in "abb"], "", "", "")
+    with pytest.raises(
+        RowError, match=r"^rows\[0\]: `rejected\[0\]` and `rejected\[1\]` are the same tokens; remove one\."
+    ):
+        build_row(aligned, encode, [])
+
+
 def test_openai_system_is_the_hosts_on_both_sides():
     """What the host adds to the system prompt stands in the short and in the long sequence alike."""
     row = dict(prompt="Where?", long_prompt="Where?", chosen="Here.", rejected="There.", system=None, history=[])
@@ -660,11 +700,12 @@ def test_a_conversation_that_the_converter_would_not_keep_names_row_turn_and_rol
     ({"role": "assistant", "content": None, "tool_calls": None}, "must be a string, got NoneType"),
     ({"role": None, "content": "a"}, "must be one message with `role` 'assistant'"),
     ({"role": "assistant"}, "must be one message with `role` 'assistant' and `content`"),
-    ([{"role": "assistant", "content": "a"}], "must be one message with `role` 'assistant'"),
+    ([[{"role": "assistant", "content": "a"}]], "must be one message with `role` 'assistant'"),
 ])  # fmt: skip
 @pytest.mark.parametrize("tags", [OPENAI_TAGS, BARE_TAGS])
 def test_a_response_that_the_converter_would_change_is_refused(tags, response, sentence, column):
-    with pytest.raises(RowError, match=rf"^rows\[0\]: column `{column}` {re.escape(sentence)}"):
+    called = rf"{column}\[0\]" if column == "rejected" and isinstance(response, list) else column
+    with pytest.raises(RowError, match=rf"^rows\[0\]: column `{called}` {re.escape(sentence)}"):
         processed([openai_row([USER]) | {column: response}], host("qwen"), attributes("openai", tags=tags))
 
 
@@ -770,7 +811,8 @@ def test_a_broken_row_trains_as_the_hosts_or_is_refused_by_name(formatting, data
         return
     if isinstance(row.get("tools"), list | dict):  # which only one of the host's converters takes
         row["tools"] = json.dumps(row["tools"], ensure_ascii=False)
-    assert_pairs_are_the_hosts([row], host("qwen"), attr)
+    rejected = row["rejected"] if isinstance(row["rejected"], list) else [row["rejected"]]
+    assert_pairs_are_the_hosts([row | {"rejected": response} for response in rejected], host("qwen"), attr)
 
 
 # ---- thoughts
@@ -877,6 +919,7 @@ def test_data_sets_of_any_form_stand_beside_each_other(streaming, mix):
         ([GOOD | {"tools": None, "system": None}], attributes(columns=TOOLS)),
         ([TALK | {"tools": json.dumps([TOOL])}], attributes("sharegpt", TALK_TOOLS)),
         ([openai | {"tools": [TOOL]}], attributes("openai", TALK_TOOLS, tags=OPENAI_TAGS)),
+        ([GOOD | {"rejected": ["There.", "Nowhere."]}], attributes()),
     ]  # fmt: skip
     alone = [list(aligned(rows, attr, streaming)) for rows, attr in sets]
     arguments = DataArguments(template="qwen", streaming=streaming, mix_strategy=mix)
@@ -929,6 +972,7 @@ def test_step_lengths_are_those_of_packed_rows(longpo, both):
         short_prompt=[3, 4, 5, 6, 7], long_prompt=[11, 4, 13, 14, 15], chosen=[2, 3, 1, 5, 4], rejected=[1, 2, 6, 1, 3]
     )
     columns = {f"{part}_ids": [[1] * length for length in lengths] for part, lengths in n.items()}
+    columns["rejected_ids"][1:3] = [[1, BETWEEN, 1, 1], [1, BETWEEN, 1, BETWEEN, 1, 1]]
     rows = Dataset.from_dict(columns | {"name": list("abcde"), "long_is_short": [False, True, False, False, False]})
     collator = PackedCollator(longpo, both)
     for dataset in (rows, rows.select([4, 1, 2]), rows.train_test_split(test_size=2, seed=1)["train"]):

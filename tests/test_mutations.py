@@ -54,8 +54,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     # chosen and rejected
     "chosen and rejected change places in the batch": (
         "data.py",
-        'self._pad(features, "short", ("chosen", "rejected"), multiple=8)',
-        'self._pad(features, "short", ("rejected", "chosen"), multiple=8)',
+        'sequences = (_sequences(pairs, "short", response) for response in RESPONSES)',
+        'sequences = (_sequences(pairs, "short", response) for response in RESPONSES[::-1])',
         "test_data.py::test_collator_by_hand",
     ),
     "chosen and rejected change places in the step": (
@@ -66,8 +66,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "chosen and rejected change places in the known reference": (
         "trainer.py",
-        'return inputs["reference_B2"].unbind(1)',
-        'return inputs["reference_B2"].flip(1).unbind(1)',
+        'return inputs["reference_P2"].unbind(1)',
+        'return inputs["reference_P2"].flip(1).unbind(1)',
         "test_losses.py::test_step_with_a_known_reference",
     ),
     # the wrong side
@@ -91,8 +91,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "equal prompts are aligned and different ones are not": (
         "forward.py",
-        'is_long_B = ~batch["long_is_short_B"]',
-        'is_long_B = batch["long_is_short_B"]',
+        'is_long_B = of_pairs(~batch["long_is_short_B"], batch)',
+        'is_long_B = of_pairs(batch["long_is_short_B"], batch)',
         f"{STEP}[hinge]",
     ),
     "the rejected response's rise is taken for a drop": (
@@ -234,5 +234,5 @@ def test_fault_is_caught(outcome, fault):
 def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
     assert len(FAULTS) == 25
-    ours = "po_B", "logps.", "*form", "short[", "is_long_B", "reference_B2"  # in solopo, longpo, forward.py, trainer.py
+    ours = "po_B", "logps.", "*form", "short[", "is_long_B", "reference_P2"  # in solopo, longpo, forward.py, trainer.py
     assert sum(any(word in source for word in ours) for _, source, *_ in FAULTS.values()) == 8

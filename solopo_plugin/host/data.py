@@ -13,7 +13,18 @@ from typing import Any
 from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
-from ..data import COLUMNS, RESPONSES, Aligned, RowError, build_row, check_text, expect, fits
+from ..data import (
+    COLUMNS,
+    RESPONSES,
+    Aligned,
+    RowError,
+    build_row,
+    check_text,
+    expect,
+    fits,
+    refuse_equal,
+    rejected_of,
+)
 from .template import encode_turn
 from .versions import wrap
 
@@ -135,15 +146,19 @@ class LongConverter:
                     f"Dataset `{attr.entry}` has no column `{column}`; it has: {', '.join(example)}. "
                     "Correct `columns` in dataset_info.json."
                 )
-        self.check_read(name, example)
-        short, long = self.short(example), self.long(example)
+        responses = self.responses(name, example)
+        self.check_read(name, example, responses)
+        pair, *others = (example | {attr.rejected: response} for response in [*responses.values()][1:])
+        short, long = self.short(pair), self.long(pair)
+        for other in others:
+            short["_response"] += self.short(other)["_response"][1:]
         if attr.formatting != "alpaca":
             for column, side in ((attr.messages, short), (self.long_column, long)):
                 self.check_turns(name, column, example[column], side["_prompt"])
-        for column, response in zip((attr.chosen, attr.rejected), short["_response"], strict=True):
+        turns = dict(zip(responses, short["_response"], strict=True))
+        for column, response in turns.items():
             check_text(name, column, response["content"])
-        if short["_response"][0] == short["_response"][1]:
-            raise RowError(f"{name}: columns `{attr.chosen}` and `{attr.rejected}` hold the same text; remove the row.")
+        refuse_equal(name, turns, "columns `{}` and `{}` hold the same text")
         # where there is no system prompt the host's openai converter writes one
         none = ("", None, "detailed thinking off") if attr.formatting == "openai" else ("", None)
         if (short["_system"] in none) != (long["_system"] in none):
@@ -155,7 +170,15 @@ class LongConverter:
         short |= {"_tools": tools, "_long_prompt": long["_prompt"], "_long_system": long["_system"], "_name": name}
         return {k: v for k, v in short.items() if k not in ("_images", "_videos", "_audios")}
 
-    def check_read(self, name: str, example: dict[str, Any]) -> None:
+    def responses(self, name: str, example: dict[str, Any]) -> dict[str, Any]:
+        """Return the chosen and the rejected response, or each of a list of them, by what messages call its column."""
+        attr, rejected = self.attr, example[self.attr.rejected]
+        if not isinstance(rejected, list):
+            return {attr.chosen: example[attr.chosen], attr.rejected: rejected}
+        expect(len(rejected) > 0, f"{name}: column `{attr.rejected}`", "a response or a list of at least one", rejected)
+        return {attr.chosen: example[attr.chosen]} | {f"{attr.rejected}[{m}]": one for m, one in enumerate(rejected)}
+
+    def check_read(self, name: str, example: dict[str, Any], responses: dict[str, Any]) -> None:
         """Refuse what the host's converters would leave out in silence, or crash on."""
         attr = self.attr
         if attr.kto_tag and isinstance(example[attr.kto_tag], bool):
@@ -171,11 +194,11 @@ class LongConverter:
         if attr.formatting != "alpaca":
             for column in (attr.messages, self.long_column):
                 self.check_messages(name, column, example[column])
-            for column in (attr.chosen, attr.rejected):
-                self.check_response(name, column, example[column])
+            for column, response in responses.items():
+                self.check_response(name, column, response)
             return
-        for column in (attr.prompt, self.long_column, attr.chosen, attr.rejected):
-            check_text(name, column, example[column])
+        for column, text in ({c: example[c] for c in (attr.prompt, self.long_column)} | responses).items():
+            check_text(name, column, text)
         history = (example[attr.history] if attr.history else None) or []
         for turn in history if isinstance(history, list) else [history]:
             good = isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
@@ -263,6 +286,7 @@ def holds_null(value: Any) -> bool:
 def _aligning(align_dataset):
     def wrapper(dataset, dataset_attr, data_args, training_args):
         if not (dataset_attr.long_prompt or dataset_attr.long_messages):
+            refuse_lists(dataset, dataset_attr)
             return align_dataset(dataset, dataset_attr, data_args, training_args)
         from datasets import Features, Value
         from llamafactory.data.converter import get_dataset_converter
@@ -290,6 +314,15 @@ def _aligning(align_dataset):
     return wrapper
 
 
+def refuse_lists(dataset, attr) -> None:
+    """Refuse several rejected responses in another stage, which would drop every such row."""
+    if attr.ranking and isinstance(next(iter(dataset), {}).get(attr.rejected), list):
+        raise ValueError(
+            f"{attr.dataset_name}: column `{attr.rejected}`, mapped as `rejected`, holds lists, of which only "
+            "`stage: solopo` trains on all; for another stage map a column with one response."
+        )
+
+
 class SoloDatasetProcessor:
     """Tokenise aligned rows (see `solopo_plugin.data`); the host calls it as one of its processors."""
 
@@ -312,8 +345,8 @@ class SoloDatasetProcessor:
     def print_data_example(self, example: dict[str, Any]) -> None:
         """Show the first row as the model sees it, a line for each part, long ones without their middle."""
         print(f"row: {example['name']}")
-        for name in ("short_prompt", "long_prompt", "chosen", "rejected"):
-            ids = example[f"{name}_ids"]
+        parts = [(name, example[f"{name}_ids"]) for name in ("short_prompt", "long_prompt", "chosen")]
+        for name, ids in parts + [("rejected", ids) for ids in rejected_of(example)]:
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
             text = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} [...] {text[-SHOWN // 2 :]}"
             print(f"{name} ({len(ids)} tokens): {text!r}")
@@ -376,10 +409,12 @@ def warn_of_empty_thoughts(rows, template, tokenizer, is_eval: bool, logger) -> 
     if not (isinstance(template, ReasoningTemplate) and template.enable_thinking):
         return
     empty = template.get_thought_word_ids(tokenizer)
-    n = sum(ids[: len(empty)] == empty for name in RESPONSES for ids in rows[f"{name}_ids"])
+    pairs = rows.select_columns([f"{name}_ids" for name in RESPONSES])
+    responses = [ids for row in pairs for ids in (row["chosen_ids"], *rejected_of(row))]
+    n = sum(ids[: len(empty)] == empty for ids in responses)
     if n:
         logger.warning_rank0(
-            f"{n} of the {2 * len(rows)} responses of the {'evaluation' if is_eval else 'training'} rows have no "
+            f"{n} of the {len(responses)} responses of the {'evaluation' if is_eval else 'training'} rows have no "
             "thought, and `enable_thinking: true` trains them with an empty one in front: set `enable_thinking: "
             "false`, which ends the prompt with it, unless the model shall choose not to think (docs/templates.md)."
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOSS_BOUND, ROOT, SGD, outcome, weight_bound, write_recipe
+from conftest import LOSS_BOUND, ROOT, SGD, demo_rows, outcome, weight_bound, write_dataset, write_recipe
 
 from solopo_plugin.trainer import METRICS
 
@@ -253,3 +253,18 @@ def test_a_packed_row_under_fsdp_with_mixed_precision(cli, version):
     out = cli("--standalone", "--nproc-per-node=2", script, version, program="torchrun", OMP_NUM_THREADS="1").out
     distances = [float(found) for found in re.findall(r"log-probs differ by (\S+) nats", out)]
     assert len(distances) == 2 and max(distances) < 6 * 2**-8
+
+
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_ddp_with_lists_of_rejected_responses(one_and_two, tmp_path, forward):
+    """Of one, two and three: a rank's rows have other numbers of pairs than the other's."""
+    rows = demo_rows(16)
+    for i, row in enumerate(rows):
+        row["rejected"] = [row["rejected"], "Nobody knows.", "It is not said."][: i % 3 + 1]
+    folder = write_dataset(tmp_path / "data", rows)
+    common = dict(dataset="rows", dataset_dir=folder, max_samples=None, solopo_forward=forward, solopo_align_on="both")
+    one, two, _ = one_and_two(DDP, val_size=4, eval_strategy="epoch", pref_loss="sigmoid", **common)
+    assert_equal(one, two)
+    evals = [[e for e in r.log if "eval_loss" in e][-1] for r in (one, two)]
+    for key in ("eval_loss", *(f"eval_{key}" for key in METRICS)):
+        assert evals[1][key] == pytest.approx(evals[0][key], rel=1e-4, abs=2e-5), key
