@@ -32,6 +32,7 @@ def ragged_rows() -> list[dict]:
 @pytest.fixture
 def float64(monkeypatch):
     """Nothing of a step is rounded to fp32: neither logits, which are asked for so, nor what is made for log-probs."""
+    qwen2_float64(POLICY), qwen2_float64(REFERENCE)  # which draw their weights in fp32
     to, zeros_like = torch.Tensor.to, torch.zeros_like
 
     def precise(value):
@@ -45,6 +46,9 @@ def float64(monkeypatch):
     monkeypatch.setattr(
         torch, "zeros_like", lambda x, **kwargs: zeros_like(x, **{k: precise(v) for k, v in kwargs.items()})
     )
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def keys_of(loss: str, **changes) -> dict:

@@ -20,6 +20,7 @@ SCHEMA = pa.schema(
     + [("short_dropped", pa.list_(pa.int64()))]  # evidence that a lossy short context lacks, from 0
     + [(f"pass_rate_{side}", pa.float64()) for side in ("short", "long")]
 )
+SEVERAL = SCHEMA.append(pa.field("all_rejected", pa.list_(pa.string())))  # `rejected` is its first
 
 
 def rows_of_file(path: Path) -> Iterator[dict]:
@@ -33,9 +34,9 @@ def rows_of_file(path: Path) -> Iterator[dict]:
         yield row
 
 
-def write_parquet(path: Path, rows: Iterable[dict]) -> None:
+def write_parquet(path: Path, rows: Iterable[dict], schema: pa.Schema = SCHEMA) -> None:
     """Write rows as a parquet file, atomically."""
     rows = iter(rows)
-    with replacing(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+    with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
         while part := list(islice(rows, 256)):
-            writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
+            writer.write_table(pa.Table.from_pylist(part, schema=schema))

@@ -4,6 +4,9 @@ A row has the stage's four columns (`prompt`, `long_prompt`, `chosen`, `rejected
 file holds the rows of several entries; `_val` files and entries are there with `val_size`. What rows have no column
 for, where their evidence comes from and how a model graded their answers, stands in <dataset_name>_origins.jsonl, if
 anything is known: {"id", "origins": of each paragraph of the evidence, "grades": {set: [chosen, rejected]}}.
+
+With `num_rejected` above 1 a row has one column more, `all_rejected`, the list that `stage: solopo` trains on;
+`rejected` is its first, for the host's stages, which take no list.
 """
 
 import json
@@ -13,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..qa.files import DataError, as_data_error, lock_folder, read_jsonl, replacing, write_jsonl
-from ..qa.rows import SCHEMA, SOLO, write_parquet
+from ..qa.rows import SCHEMA, SEVERAL, SOLO, write_parquet
 from .pairs import SETS
 from .recipe import DataRecipe
 
@@ -55,6 +58,8 @@ def run(recipe: DataRecipe, work: Path) -> dict:
             for val in ("", "_val"):
                 file_name = f"{name}_{rows}{val}.{recipe.export_format}"
                 ranking = {"ranking": True} if "chosen" in columns else {}
+                if columns == SOLO and recipe.num_rejected > 1:
+                    columns = SOLO | {"rejected": "all_rejected"}
                 entry = {"file_name": file_name, **ranking, "columns": columns}
                 text = set_member(text, f"{name}_{suffix}{val}", entry if file_name in counts else None)
         with replacing(info) as file:
@@ -74,7 +79,10 @@ def write_files(recipe: DataRecipe, work: Path) -> dict[str, int]:
     folder, contexts = Path(recipe.dataset_dir), Contexts(work / "contexts.jsonl")
     for file_name, pairs in parts.items():
         rows = (make_row(pair, contexts.get(pair["id"])) for pair in pairs)
-        (write_parquet if recipe.export_format == "parquet" else write_jsonl)(folder / file_name, rows)
+        if recipe.export_format == "parquet":
+            write_parquet(folder / file_name, rows, SEVERAL if recipe.num_rejected > 1 else SCHEMA)
+        else:
+            write_jsonl(folder / file_name, rows)
     return {file_name: len(pairs) for file_name, pairs in parts.items()}
 
 
@@ -118,12 +126,12 @@ class Contexts:
 
 
 def make_row(pair: dict, context: dict) -> dict:
-    """Return a row of the data set, with the names and in the order of `SCHEMA`."""
+    """Return a row of the data set, with the names and in the order of `SCHEMA`, or of `SEVERAL`."""
     row = {"prompt": context["short"]["prompt"], "long_prompt": context["long"]["prompt"]}
     row |= pair | {name: context[name] for name in ("id", "question", "answers", "hops")}
     for side in ("short", "long"):
         row |= {f"{side}_{what}": context[side][what] for what in ("tokens", "paragraphs", "evidence", "dropped")}
-    return {name: row[name] for name in SCHEMA.names}
+    return {name: row[name] for name in (SEVERAL if "all_rejected" in row else SCHEMA).names}
 
 
 def read_info(folder: Path) -> tuple[Path, str]:
@@ -159,10 +167,10 @@ def check_ours(folder: Path, text: str, dataset_name: str, ours: set[str]) -> No
 def _has_our_columns(path: Path) -> bool:
     try:
         if path.suffix == ".parquet":
-            return pq.read_schema(path).names == SCHEMA.names
+            return pq.read_schema(path).names in (SCHEMA.names, SEVERAL.names)
         if path.name.endswith(ORIGINS):
             return list(next(iter(read_jsonl(path)), {})) == ["id", "origins", "grades"]
-        return list(next(iter(read_jsonl(path)), {})) == SCHEMA.names
+        return list(next(iter(read_jsonl(path)), {})) in (SCHEMA.names, SEVERAL.names)
     except (DataError, pa.ArrowException):
         return False
 

@@ -21,6 +21,7 @@ from ..qa.rows import SCHEMA, rows_of_file
 from .export import ORIGINS, Contexts, make_row, read_origins
 from .pairs import SETS, question_key
 
+AND_ALSO = "\n\n-- rejected as well:\n\n"  # in the reader, between rejected answers
 EXAMPLES = 5  # rows that a failed check names
 CHECKS = {
     "answer_in_short_distractors": "An answer or alias stands in a distractor of the short context.",
@@ -207,14 +208,15 @@ def checks_of(row: dict) -> set[str | None]:
         distractors = (text for number, text in enumerate(documents, 1) if number not in evidence)
         if any(holds_answer(text, row["answers"]) for text in distractors):
             failed.add(f"answer_in_{side}_distractors")
+    rejected = row.get("all_rejected") or [row["rejected"]]
     kept = [text for i, text in enumerate(shown["long"]) if i not in (row["short_dropped"] or [])]
     checks = {
         "evidence_differs": kept != shown["short"] or not shown["long"],
         "chosen_in_prompt": row["chosen"] in row["prompt"] or row["chosen"] in row["long_prompt"],
-        "rejected_in_prompt": row["rejected"] in row["prompt"] or row["rejected"] in row["long_prompt"],
+        "rejected_in_prompt": any(text in row["prompt"] or text in row["long_prompt"] for text in rejected),
         # by the rule, which is not that of a model's grades
         "chosen_is_wrong": not row.get("grades") and not gives_answer(row["chosen"], row["answers"]),
-        "rejected_is_right": not row.get("grades") and gives_answer(row["rejected"], row["answers"]),
+        "rejected_is_right": not row.get("grades") and any(gives_answer(text, row["answers"]) for text in rejected),
         "long_not_longer": row["long_tokens"] <= row["short_tokens"],
     }
     return failed | {name for name, holds in checks.items() if holds}
@@ -243,7 +245,7 @@ def reader_row(split: str, row: dict) -> dict:
         "short": pieces(row["prompt"], row["short_evidence"]),
         "long": pieces(row["long_prompt"], row["long_evidence"]),
         "chosen": row["chosen"],
-        "rejected": row["rejected"],
+        "rejected": AND_ALSO.join(row.get("all_rejected") or [row["rejected"]]),
     }
 
 

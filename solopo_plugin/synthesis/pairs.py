@@ -12,7 +12,7 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ class DrawnPair:
     rejected: dict | None
     pass_rate: float  # share of all its answers that are right
     reason: str | None = None  # why there is no pair
+    more: list[dict] = field(default_factory=list)  # to reject as well
 
 
 @dataclass
@@ -52,15 +53,20 @@ class DrawnQuestion:
     sides: dict[str, DrawnPair]
     margin: float = 0.0  # grades that must lie between a pair's answers
 
-    def pair(self, name: str) -> tuple[dict, dict] | None:
-        """Return the pair for a set, if there is one."""
+    def pair(self, name: str) -> tuple[dict, list[dict]] | None:
+        """Return the answer to choose and those to reject for a set, if there are any."""
         side, other = SETS[name]
         if other not in self.sides:
             return None
         chosen, rejected = self.sides[side].chosen, self.sides[other].rejected
-        if not (chosen and rejected) or chosen["ids"] == rejected["ids"]:
+        if not (chosen and rejected):
             return None
-        return (chosen, rejected) if not self.margin or far_apart(chosen, rejected, self.margin) else None
+        fitting = [
+            answer
+            for answer in (rejected, *self.sides[other].more)
+            if answer["ids"] != chosen["ids"] and (not self.margin or far_apart(chosen, answer, self.margin))
+        ]
+        return (chosen, fitting) if fitting else None
 
 
 class Graded(NamedTuple):
@@ -107,7 +113,13 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     for name in names:
         n_val = sum(q.key in validation for q in chosen[name])
         counts["rows"][name] = {"train": len(chosen[name]) - n_val, "val": n_val}
-    rows = (_row(name, q, pair, q.key in validation) for name in names for q in chosen[name] if (pair := q.pair(name)))
+    several = recipe.num_rejected > 1
+    rows = (
+        _row(name, q, pair, q.key in validation, several)
+        for name in names
+        for q in chosen[name]
+        if (pair := q.pair(name))
+    )
     write_jsonl(work / "pairs.jsonl", rows)
     return counts
 
@@ -170,9 +182,9 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
 
 def draw_pair(
     answers: list[dict], room: int, encode: Callable[[str], list[int]], markers: set[str], rng: random.Random,
-    balance_length: bool, dropped: Counter, graded: Graded | None = None,
+    balance_length: bool, dropped: Counter, graded: Graded | None = None, num_rejected: int = 1,
 ) -> DrawnPair:  # fmt: skip
-    """Draw a random right and a random wrong answer among the usable ones.
+    """Draw a random right answer and random wrong ones among the usable ones.
 
     Args:
         answers: All judged answers of one side of a question.
@@ -184,6 +196,7 @@ def draw_pair(
         dropped: Counts the answers that are not usable by reason (`why_unusable`), and as `equal` those that have the
             tokens of the chosen one; with `graded` as `between` those that are neither right nor to be rejected.
         graded: Which answers a model's grades make a pair of; None: any wrong one is rejected.
+        num_rejected: Wrong answers to draw, no two of the same tokens; fewer where there are not so many.
     """
     right, wrong = [], []
     for answer in answers:
@@ -198,23 +211,26 @@ def draw_pair(
     both = bool(right and wrong)
     if graded and both:
         right = [answer for answer in right if any(far_apart(answer, other, graded.margin) for other in wrong)]
-    chosen, rejected = _with_ids(rng.choice(right), encode) if right else None, None
+    chosen = _with_ids(rng.choice(right), encode) if right else None
+    rejected: list[dict] = []
     rng.shuffle(wrong)
     if graded and chosen:
         wrong = [answer for answer in wrong if far_apart(chosen, answer, graded.margin)]
     if balance_length and chosen:
         wrong.sort(key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
     for candidate in (_with_ids(answer, encode) for answer in wrong):
-        if not chosen or candidate["ids"] != chosen["ids"]:
-            rejected = candidate
+        if chosen and candidate["ids"] == chosen["ids"]:
+            dropped["equal"] += 1
+        elif all(candidate["ids"] != other["ids"] for other in rejected):
+            rejected.append(candidate)
+        if len(rejected) == num_rejected:
             break
-        dropped["equal"] += 1
     n_right, reason = sum(answer["correct"] for answer in answers), None
     if not (chosen and rejected):
         reason = "within_margin" if both and not chosen else "no_usable_rejected" if chosen else "no_usable_chosen"
         if n_right in (0, len(answers)):
             reason = "all_correct" if n_right else "all_wrong"
-    return DrawnPair(chosen, rejected, n_right / len(answers), reason)
+    return DrawnPair(chosen, rejected[0] if rejected else None, n_right / len(answers), reason, rejected[1:])
 
 
 def why_unusable(
@@ -273,7 +289,9 @@ def _questions(
             rng = generator(recipe.seed, "pair", side, name)
             answers = list(found)
             n_answers[side] += len(answers)
-            drawn[side] = draw_pair(answers, room, encode, markers, rng, recipe.balance_length, dropped[side], graded)
+            drawn[side] = draw_pair(
+                answers, room, encode, markers, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected
+            )
             if marked:
                 drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
         yield DrawnQuestion(context["id"], question_key(context), drawn, graded.margin if graded else 0.0)
@@ -288,8 +306,8 @@ def _on_both(question: DrawnQuestion) -> bool:
     return all(question.pair(name) for name in ("solopo", "long_po"))
 
 
-def _row(name: str, question: DrawnQuestion, pair: tuple[dict, dict], validation: bool) -> dict:
-    chosen, rejected = pair
+def _row(name: str, question: DrawnQuestion, pair: tuple[dict, list[dict]], validation: bool, several: bool) -> dict:
+    chosen, (rejected, *more) = pair
     rates = {f"pass_rate_{side}": question.sides[side].pass_rate for side in question.sides}
     return {
         "set": name,
@@ -304,4 +322,5 @@ def _row(name: str, question: DrawnQuestion, pair: tuple[dict, dict], validation
         **({"chosen_grade": chosen["grade"], "rejected_grade": rejected["grade"]} if "grade" in chosen else {}),
         **{"pass_rate_long": None, **rates},
         "pair_on_both": _on_both(question),
+        **({"all_rejected": [answer["text"] for answer in (rejected, *more)]} if several else {}),
     }

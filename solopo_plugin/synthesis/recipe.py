@@ -208,6 +208,9 @@ class DataRecipe:
     val_size: kinds.NotNegative = key(
         0.0, "select", "Validation rows: a share below 1, or a number of rows; by question. 0 is the host's default."
     )
+    num_rejected: kinds.Count = key(
+        1, "select export", "Rejected answers of a row at most, as a list if above 1. 1 is the paper's."
+    )
     balance_length: bool = key(False, "select", "Choose pairs so that chosen and rejected are alike in length.")
     cutoff_len: kinds.Count = key(
         10240, "select", "Prompt + response at most, as in training; longer ones are dropped. That of our recipes."
@@ -343,12 +346,14 @@ def stage_settings(recipe: DataRecipe, stage: str) -> dict[str, Any]:
     """Return the keys on which a stage's results depend, with the recipe's values; `judge: rule` has no more than it.
 
     So a work folder from before there was another judge is finished as it was; from before there were other contexts
-    than `mixed`, another model that asks and `max_alone`, too.
+    than `mixed`, another model that asks, `max_alone` and `num_rejected`, too.
     """
     later = ("max_alone", *(f"ask_{name}" for name in ASKER))
     chosen = {name: v for name, v in settings(recipe, stage).items() if name not in later or v is not None}
     if recipe.contexts == "mixed":
         chosen.pop("contexts", None)
+    if recipe.num_rejected == 1:
+        chosen.pop("num_rejected", None)
     if recipe.judge == "rule":
         return {} if stage == "judge" else {name: v for name, v in chosen.items() if not name.startswith("judge")}
     return chosen

@@ -12,7 +12,7 @@ from small_work import TOKENIZER, Template, recipe_for, verdicts, write_work
 
 from solopo_plugin.qa.files import DataError, read_jsonl
 from solopo_plugin.synthesis import export, pairs
-from solopo_plugin.synthesis.export import ENTRIES, SCHEMA, set_member
+from solopo_plugin.synthesis.export import ENTRIES, SCHEMA, SEVERAL, set_member
 
 
 @pytest.fixture
@@ -221,3 +221,33 @@ def test_windows_line_ends_and_order_stay():
     after = set_member(text, "c", {"y": {"z": 1}})
     assert after == text[:-5] + ',\r\n    "c": {\r\n        "y": {\r\n            "z": 1\r\n        }\r\n    }\r\n}\r\n'
     assert set_member(after, "b", None) == '{\r\n    "a": 1' + after[after.index(',\r\n    "c"') :]
+
+
+def test_several_rejected_answers(work, tmp_path):
+    """A column more, mapped by the entries of this stage alone; ragged where a question has not so many."""
+    short = [verdicts(i, "1000"[: 2 + i % 3]) for i in range(8)]
+    write_work(work, short, [verdicts(i, "01") for i in range(8)])
+    folder = work.parent / "data"
+    run(work, val_size=2)
+    before, rows = content(folder), list(read_jsonl(folder / "toy_solopo.jsonl"))
+    run(work, val_size=2, num_rejected=2)
+    lists = list(read_jsonl(folder / "toy_solopo.jsonl"))
+    assert [{name: row[name] for name in SCHEMA.names} for row in lists] == rows
+    for row in lists:
+        assert list(row) == SEVERAL.names and row["all_rejected"][0] == row["rejected"]
+        assert len(set(row["all_rejected"])) == len(row["all_rejected"]) == min(2, 1 + int(row["id"][1:]) % 3)
+        assert all("No answer." in text for text in row["all_rejected"])
+    info = json.loads((folder / "dataset_info.json").read_text())
+    mapped = {name.removeprefix("toy_"): entry["columns"].get("rejected") for name, entry in info.items()}
+    assert {name for name, column in mapped.items() if column == "all_rejected"} == {
+        "solopo", "solopo_val", "longpo", "longpo_val"
+    }  # fmt: skip
+    assert mapped["short_po"] == mapped["expand_long_po"] == mapped["long_po"] == "rejected"
+    jsonl = content(folder)["toy_solopo.jsonl"]
+    run(work, val_size=2, num_rejected=2, export_format="parquet")
+    loaded = load_dataset("parquet", data_files=str(folder / "toy_solopo.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert [json.loads(json.dumps(row)) for row in loaded["train"]] == lists
+    run(work, val_size=2, num_rejected=2)
+    assert content(folder)["toy_solopo.jsonl"] == jsonl
+    run(work, val_size=2)
+    assert content(folder) == before  # which other settings have left nothing in

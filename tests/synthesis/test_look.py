@@ -67,6 +67,26 @@ def test_a_data_file_shows_the_same_rows(work, tmp_path):
     assert (tmp_path / "b" / "index.html").read_bytes() == before
 
 
+def test_all_rejected_answers_are_shown_and_checked(work, tmp_path):
+    """Of a work folder and of its file; a further one that is right, or stands in a prompt, is found."""
+    write_work(work, [verdicts(i, "1000") for i in range(6)], [verdicts(i, "01") for i in range(6)])
+    recipe = recipe_for(work, val_size=1, num_rejected=3)
+    for stage in (pairs, export):
+        stage.run(recipe, work)
+    data = tmp_path / "data" / "toy_solopo.jsonl"
+    for path in (work, data):
+        inspect(path, tmp_path / "out")
+        rows = json.loads(Page(tmp_path / "out" / "index.html").scripts[0])
+        assert rows and all(row["rejected"].count("The answer is: No answer.") == 3 for row in rows)
+        assert all(row["rejected"].count("-- rejected as well:") == 2 for row in rows)
+    rows = list(read_jsonl(data))
+    rows[0]["all_rejected"][2] = rows[0]["chosen"] + " indeed"
+    rows[1]["prompt"] += rows[1]["all_rejected"][1]
+    write_jsonl(data, rows)
+    found = inspect(data, tmp_path / "out").failed
+    assert found["rejected_is_right"] == [rows[0]["id"]] and found["rejected_in_prompt"] == [rows[1]["id"]]
+
+
 def put(row: dict, side: str, old: str, new: str) -> None:
     """Change a prompt behind its evidence, so that the recorded places stay true."""
     column = {"short": "prompt", "long": "long_prompt"}[side]

@@ -20,10 +20,11 @@ def toy_template(monkeypatch):
     monkeypatch.setattr(pairs_stage, "load_chat", lambda *_: (TOKENIZER, Template()))
 
 
-def draw(answers: list[dict], room=10_000, seed=0, balance_length=False):
+def draw(answers: list[dict], room=10_000, seed=0, balance_length=False, num_rejected=1):
     dropped = Counter()
     encode = lambda text: list(map(ord, text))  # noqa: E731
-    drawn = draw_pair(answers, room, encode, {"<|end|>"}, random.Random(seed), balance_length, dropped)
+    markers, rng = {"<|end|>"}, random.Random(seed)
+    drawn = draw_pair(answers, room, encode, markers, rng, balance_length, dropped, num_rejected=num_rejected)
     return drawn, {name: n for name, n in dropped.items() if n}
 
 
@@ -266,3 +267,38 @@ def test_properties(tmp_path_factory, bits, num_rows, val_size, seed):
         pairs_stage.write_jsonl(work / f"judged.{name}.jsonl", (row for question in answers[::-1] for row in question))
     pairs_stage.run(recipe, work)
     assert (work / "pairs.jsonl").read_bytes() == before
+
+
+def test_several_rejected_are_distinct_and_the_first_is_the_one_of_before():
+    """Up to so many; the chosen one is as ever, and every draw is the same for a seed."""
+    answers = verdicts(1, "10010010") + [answer("q1", 8, False, text=answer("q1", 1, False)["text"])]
+    firsts, sets = Counter(), Counter()
+    for seed in range(200):
+        one, _ = draw(answers, seed=seed)
+        drawn = [draw(answers, seed=seed, num_rejected=n)[0] for n in (3, 3, 20)]
+        assert drawn[0] == drawn[1] and one.more == []
+        for several, n in zip(drawn, (3, 3, 5), strict=True):
+            rejected = [several.rejected, *several.more]
+            assert (several.chosen, several.rejected) == (one.chosen, one.rejected) and len(rejected) == n
+            texts = {a["text"] for a in rejected}
+            assert len(texts) == n and all("No answer." in text for text in texts)
+        firsts[drawn[0].rejected["text"]] += 1
+        sets[frozenset(a["text"] for a in (drawn[0].rejected, *drawn[0].more))] += 1
+    assert len(firsts) == 5 and len(sets) == 10  # each of five texts, and each three of them
+
+
+def test_several_rejected_are_the_nearest_in_length():
+    answers = [answer("q1", k, k == 0, text=f"{'so ' * 3 * k}The answer is: {k}") for k in range(6)]
+    drawn, _ = draw(answers, balance_length=True, num_rejected=3)
+    assert [a["k"] for a in (drawn.rejected, *drawn.more)] == [1, 2, 3]
+
+
+def test_rows_of_longpo_reject_none_that_is_the_chosen(tmp_path):
+    """The wrong answers of the long side, of which one has the tokens of the chosen one of the short side."""
+    right = answer("q0", 0, True)
+    long = [answer("q0", 0, False, text=right["text"]), answer("q0", 1, False), answer("q0", 2, True)]
+    write_work(tmp_path, [[right, answer("q0", 1, False)]], [long])
+    pairs_stage.run(recipe_for(tmp_path, num_rejected=4), tmp_path)
+    rows = {row["set"]: row for row in pairs(tmp_path)}
+    assert rows["longpo"]["all_rejected"] == [long[1]["text"]] == [rows["longpo"]["rejected"]]
+    assert set(rows["long_po"]["all_rejected"]) == {long[0]["text"], long[1]["text"]}
