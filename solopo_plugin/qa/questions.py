@@ -160,6 +160,8 @@ def _format(row: dict) -> str:
         return "retrieval"
     found = {key: name for key in KEYS if key not in row for name in nearest(row, key)[:1]}
     near = "; nearest: " + ", ".join(f"`{name}` to `{key}`" for key, name in found.items()) if found else ""
+    if "text" in row and "question" not in row:
+        near = "; if each row is a document about which questions are to be asked, set `input_format: documents`"
     raise DataError(
         f"the format of the row cannot be told from its keys ({keys_of(row)}); musique has `paragraphs`, hotpotqa and "
         "2wikimultihopqa `supporting_facts`, squad `context` and `answers`, plain `evidence`, retrieval "

@@ -5,8 +5,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from ..qa.files import dump
+from ..qa.files import DataError, dump, read_jsonl
 from ..qa.provenance import file_hash
+from ..qa.sources import ROW_KEYS
 from .converters import KINDS
 
 ROWS = {".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zip"}  # of a data set in a folder
@@ -35,12 +36,31 @@ def list_files(folder: Path) -> tuple[list[Path], Counter]:
 
 
 def is_folder_of_documents(folder: Path) -> bool:
-    """Return whether a path is a folder with documents and without rows; a README may stand beside rows."""
-    if not folder.is_dir():
-        return False
-    files, _ = list_files(folder)
-    documents = any(path.suffix.lower() in KINDS and path.stem.lower() != "readme" for path in files)
-    return documents and not any(path.suffix.lower() in ROWS for path in files)
+    """Return whether a path is a folder with documents and without rows; a README may stand beside rows.
+
+    The lines of a .jsonl file are documents, not rows, if its first one is.
+    """
+    documents, rows = documents_and_rows(folder)
+    return bool(documents) and not rows
+
+
+def documents_and_rows(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of a folder that are documents, without a README, and those that hold rows."""
+    files = list_files(folder)[0] if folder.is_dir() else []
+    rows = {path: None for path in files if _holds_rows(path)}
+    others = (path for path in files if path not in rows and path.stem.lower() != "readme")
+    return [path for path in others if path.suffix.lower() in (*KINDS, ".jsonl")], list(rows)
+
+
+def _holds_rows(path: Path) -> bool:
+    """Return whether a file is of a kind that holds rows, and a .jsonl file one that begins with no document."""
+    if path.suffix.lower() != ".jsonl":
+        return path.suffix.lower() in ROWS
+    try:
+        first = next(read_jsonl(path), {})
+    except DataError:
+        return True
+    return not isinstance(first.get("text"), str) or not first.keys().isdisjoint(ROW_KEYS - {"text", "id", "_id"})
 
 
 def source_name(path: Path, folder: Path) -> str:

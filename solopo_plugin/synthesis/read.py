@@ -20,6 +20,7 @@ from ..qa.files import DataError, split_names, write_jsonl
 from ..qa.questions import Documents, id_at, make_paragraph, read_questions, with_place
 from ..qa.seeded import digest
 from ..qa.sources import Rows, file_rows, source_rows
+from .folder import documents_and_rows
 from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,18 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     Raises:
         DataError: A bad line (unless `skip_bad`), a format that cannot be told, or no question at all.
     """
+    try:
+        return _run(recipe, work)
+    except DataError as error:
+        documents, _ = documents_and_rows(Path(recipe.input))
+        if recipe.input_format != "auto" or not documents:
+            raise
+        name = documents[0].name
+        hint = f"`input` holds documents, too, such as {name}; if they are meant, set `input_format: documents`."
+        raise DataError(f"{error} {hint}") from None
+
+
+def _run(recipe: DataRecipe, work: Path) -> dict:
     counts: Counter = Counter(lines=0, bad=0, unanswerable=0, same_id=0, questions=0)
     documents = read_documents(recipe, counts)
     chosen = None

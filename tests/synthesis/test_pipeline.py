@@ -427,8 +427,31 @@ def test_documents_take_stages_of_their_own(prepare, monkeypatch, tmp_path):
     before = outside_inputs(by_itself, "documents")
     (folder / "deep" / "a.txt").write_text("another one")
     assert outside_inputs(by_itself, "documents") != before
+    (folder / "deep" / "more.jsonl").write_text('{"text": "a third", "title": "Third", "id": 3}')
+    assert stages_of(by_itself) == documents
     (folder / "deep" / "rows.jsonl").write_text("{}")
     assert list(stages_of(by_itself)) == STAGES
+
+
+@pytest.mark.parametrize("row", ['{"question": "Who?", "text": "x"}', '{"name": "Ada"}'])
+def test_a_folder_of_documents_and_rows_says_how_to_take_it(row, prepare, monkeypatch, tmp_path):
+    monkeypatch.chdir(prepare())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.md").write_text("a document")
+    (tmp_path / "in" / "rows.jsonl").write_text(row)
+    made = replace(load_recipe("recipe.yaml"), input=str(tmp_path / "in"), corpus=None)
+    said = r"cannot be told .* `input` holds documents, too, such as a.md; .* `input_format: documents`\.$"
+    with pytest.raises(DataError, match=said):
+        run_pipeline(made, "read")
+    with pytest.raises(DataError, match="Correct the line, or set `skip_bad: true`.$"):
+        run_pipeline(replace(made, input_format="plain"), "read")
+
+
+def test_a_file_of_documents_says_how_to_take_it(prepare, monkeypatch, tmp_path):
+    monkeypatch.chdir(prepare())
+    (tmp_path / "a.jsonl").write_text('{"text": "A document."}')
+    with pytest.raises(DataError, match="if each row is a document .*, set `input_format: documents`"):
+        run_pipeline(replace(load_recipe("recipe.yaml"), input=str(tmp_path / "a.jsonl"), corpus=None), "read")
 
 
 def test_the_scripted_server_is_what_it_says(server):
