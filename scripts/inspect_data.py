@@ -3,7 +3,8 @@
     python scripts/inspect_data.py WORK_FOLDER_OR_DATA_FILE [--output FOLDER] [--rows 100] [--id QUESTION_ID ...]
 
 Of a work folder the rows of `stage: solopo` are shown, and what was dropped on the way; of a data file its rows, and
-those of the `_val` file beside it.
+those of the `_val` file beside it. A data file is an export of build_data.py, or JSON lines of two conversations,
+`messages` and `long_messages`.
 """
 
 import argparse
@@ -33,11 +34,11 @@ def main(words: list[str] | None = None) -> int:
     for name, ids in found.failed.items():
         if ids:
             print(f"{len(ids)} rows: {CHECKS[name]} First: {', '.join(ids[:3])}")
-    print(f"{'':14s}{'mean':>8s}{'shortest':>10s}{'longest':>9s}  tokens")
+    print(f"{'':14s}{'mean':>8s}{'shortest':>10s}{'longest':>9s}  {found.unit}")
     for part, lengths in found.tokens.items():
         print(f"{part:14s}{mean(lengths):8.0f}{min(lengths):10d}{max(lengths):9d}")
     passed = sum(not ids for ids in found.failed.values())
-    print(f"{passed} of {len(CHECKS)} checks for leaks and faults found nothing.")
+    print(f"{passed} of {len(found.failed)} checks for leaks and faults found nothing.")
     print(f"{found.splits.total()} rows; the page is {output / 'index.html'}")
     return 0
 

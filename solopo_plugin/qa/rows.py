@@ -30,7 +30,7 @@ def rows_of_file(path: Path) -> Iterator[dict]:
         rows = (row for part in pq.ParquetFile(path).iter_batches(256) for row in part.to_pylist())
     for row in rows:
         if lacking := [name for name in SCHEMA.names if name not in row]:
-            raise DataError(f"{path} lacks the column `{lacking[0]}`; only exports of build_data.py can be inspected.")
+            raise DataError(f"{path} lacks the column `{lacking[0]}`; only exports of build_data.py have all of them.")
         yield row
 
 

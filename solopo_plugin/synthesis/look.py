@@ -19,6 +19,7 @@ from ..qa.pages import png, render
 from ..qa.prompts import split_documents
 from ..qa.rows import SCHEMA, rows_of_file
 from .export import ORIGINS, Contexts, make_row, read_origins
+from .histories import history_rows, is_history
 from .pairs import SETS, question_key
 
 AND_ALSO = "\n\n-- rejected as well:\n\n"  # in the reader, between rejected answers
@@ -35,8 +36,12 @@ CHECKS = {
     "rejected_in_prompt": "The rejected answer stands in a prompt, word for word.",
     "chosen_is_wrong": "The chosen answer does not hold a gold answer after its marker.",
     "rejected_is_right": "The rejected answer holds a gold answer after its marker.",
-    "long_not_longer": "The long prompt is not longer than the short one, in tokens.",
+    "long_not_longer": "The long prompt is not longer than the short one.",
 }
+OF_HISTORIES = (  # checks of rows whose gold answers and documents are not known
+    "evidence_differs", "evidence_repeated", "prompt_in_both_splits", "id_repeated", "chosen_in_prompt",
+    "rejected_in_prompt", "long_not_longer",
+)  # fmt: skip
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Source:
     rows: Callable[[], Iterator[tuple[str, dict]]]
     pass_rates: Callable[[], Iterator[tuple[int | None, str, float]]]
     stages: dict  # of the manifest; empty for a data file
+    checks: tuple[str, ...] = tuple(CHECKS)
+    unit: str = "tokens"  # of lengths
 
 
 PARTS = ("short", "long", "chosen", "rejected")
@@ -65,6 +72,7 @@ class Statistics:
     tokens: dict[str, list[int]] = field(default_factory=lambda: {part: [] for part in PARTS})
     depths: dict[str, list[float]] = field(default_factory=lambda: {"short": [], "long": []})
     failed: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in CHECKS})
+    unit: str = "tokens"  # of what `tokens` counts
     unparsed: int = 0  # rows whose documents could not be told apart
 
 
@@ -72,7 +80,7 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
     """Write index.html and the PNGs, and return what they show.
 
     Args:
-        path: A work folder of build_data.py, or a data file that it exported.
+        path: A work folder of build_data.py, a data file that it exported, or one of histories.
         output: Folder to write to.
         n_rows: Rows for the reader, spread evenly; those that a check names come on top.
         names: Question ids that the reader must have.
@@ -88,7 +96,7 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
     wanted = {*names, *(name for failed in statistics.failed.values() for name in failed[:EXAMPLES])}
     step = max(1, total // max(1, n_rows))
     shown = [
-        reader_row(split, row)
+        reader_row(split, row, source.unit)
         for i, (split, row) in enumerate(source.rows())
         if row["id"] in wanted or (i % step == 0 and i < n_rows * step)
     ]
@@ -101,7 +109,7 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
             file.write(pictures[-1][0])
     page = render(
         "synthesis/templates/look", title=source.title, summary=summary(source, statistics), pictures=pictures,
-        checks=[(meaning, statistics.failed[name]) for name, meaning in CHECKS.items()], examples=EXAMPLES,
+        checks=[(CHECKS[name], failed) for name, failed in statistics.failed.items()], examples=EXAMPLES,
         unparsed=statistics.unparsed, rows=shown, total=total,
     )  # fmt: skip
     with replacing(output / "index.html") as file:
@@ -120,6 +128,14 @@ def open_source(path: Path) -> Source:
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path} is neither a work folder nor a .jsonl or .parquet file.")
     validation = path.with_name(f"{path.stem}_val{path.suffix}")
+    if is_history(path):
+        files = {"train": path, "val": validation}
+
+        def histories() -> Iterator[tuple[str, dict]]:
+            for split, file in files.items():
+                yield from ((split, row) for row in (history_rows(file) if split == "train" or file.exists() else ()))
+
+        return Source(path.name, histories, lambda: iter(()), {}, OF_HISTORIES, "characters")
     found = re.fullmatch(rf"(.*)_({'|'.join(SETS)})(_val)?", path.stem)
     about = read_origins(path.with_name(f"{found[1]}{ORIGINS}")) if found else {}
 
@@ -160,7 +176,7 @@ def _pass_rates_of_work(work: Path) -> Iterator[tuple[int | None, str, float]]:
 
 def gather(source: Source) -> Statistics:
     """Gather the facts of all rows in one pass."""
-    found = Statistics()
+    found = Statistics(failed={name: [] for name in source.checks}, unit=source.unit)
     ids: dict[str, set[str]] = {}
     questions: dict[str, set[str]] = {}
     prompts: dict[str, set[int]] = {}
@@ -173,7 +189,7 @@ def gather(source: Source) -> Statistics:
                 points = (place["paragraph"] - 1 + (i + 0.5) / SPREAD for i in range(SPREAD))
                 depths += [point / row[f"{side}_paragraphs"] for point in points]
         failed = checks_of(row)
-        found.unparsed += None in failed
+        found.unparsed += None in failed and "answer_in_long_distractors" in source.checks
         key = question_key(row)
         if row["id"] in ids.setdefault(split, set()):
             failed.add("id_repeated")
@@ -186,7 +202,7 @@ def gather(source: Source) -> Statistics:
         questions.setdefault(split, set()).add(key)
         prompts.setdefault(split, set()).update(texts)
         for name in failed:
-            if name is not None:
+            if name in found.failed:
                 found.failed[name].append(row["id"])
     return found
 
@@ -201,7 +217,7 @@ def checks_of(row: dict) -> set[str | None]:
         if any(prompt.count(text) != 1 for text in shown[side]):
             failed.add("evidence_repeated")
         documents = split_documents(prompt, row[f"{side}_paragraphs"])
-        if documents is None:
+        if documents is None:  # of histories always
             failed.add(None)
             continue
         evidence = {place["paragraph"] for place in places}
@@ -222,8 +238,8 @@ def checks_of(row: dict) -> set[str | None]:
     return failed | {name for name, holds in checks.items() if holds}
 
 
-def reader_row(split: str, row: dict) -> dict:
-    """Return a row as the reader shows it: prompts in pieces of (text, whether it is evidence)."""
+def reader_row(split: str, row: dict, unit: str = "tokens") -> dict:
+    """Return a row as the reader shows it: prompts in pieces of (text, whether it is evidence); `unit`: of lengths."""
 
     def pieces(prompt: str, places: list[dict]) -> list[tuple[str, bool]]:
         parts, at = [], 0
@@ -232,7 +248,8 @@ def reader_row(split: str, row: dict) -> dict:
             at = place["end"]
         return [*parts, (prompt[at:], False)]
 
-    facts = {name: row[name] for name in SCHEMA.names if name.endswith("_tokens") or name.startswith("pass_rate")}
+    lengths = {name.replace("tokens", unit): row[name] for name in SCHEMA.names if name.endswith("_tokens")}
+    facts = lengths | {name: row[name] for name in SCHEMA.names if name.startswith("pass_rate")}
     facts |= dict(zip(("grade of chosen", "grade of rejected"), row["grades"] or (), strict=False))
     for number, origin in enumerate(row["origins"], 1):
         quote = [f"\u201c{origin['quote']}\u201d"] if origin.get("quote") else []
@@ -251,23 +268,28 @@ def reader_row(split: str, row: dict) -> dict:
 
 def draw_figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figure, str]]:
     """Draw all figures; each has its name and the sentence that says what it shows."""
-    tokens, depths = statistics.tokens, statistics.depths
+    tokens, depths, unit = statistics.tokens, statistics.depths, statistics.unit
+    how = "templated" if unit == "tokens" else "as texts"
     whose = "all questions that were sampled" if source.stages else "the rows' questions"
-    prompts = {f"tokens of the {side} prompt": tokens[side] for side in ("short", "long")}
-    responses = {f"tokens of the {part} answer": tokens[part] for part in ("chosen", "rejected")}
+    prompts = {f"{unit} of the {side} prompt": tokens[side] for side in ("short", "long")}
+    responses = {f"{unit} of the {part} answer": tokens[part] for part in ("chosen", "rejected")}
     documents = {f"depth in the {side} context": depths[side] for side in ("short", "long")}
     pictures = {
-        "prompt_lengths": (_histograms(prompts, "rows"), "Lengths of the templated prompts."),
+        "prompt_lengths": (
+            _histograms(prompts, "rows"),
+            f"Lengths of the prompts, {how}.",
+        ),
         "evidence_depth": (
             _histograms(documents, "paragraphs of the evidence", (0, 1), 1 / SPREAD),
-            "Where the evidence stands among the documents, from first (0) to last (1); level if placed uniformly.",
+            "Where the evidence stands among documents or turns: first (0) to last (1); level if placed uniformly.",
         ),
-        "pass_rates": (_pass_rates(source), f"Mean share of right answers by hops, of {whose}."),
         "response_lengths": (
             _histograms(responses, "rows", (0, max(max(values) for values in responses.values()) + 1)),
             "Lengths of the chosen and the rejected answers; far apart, they are a shortcut to learn.",
         ),
     }
+    if next(source.pass_rates(), None):
+        pictures["pass_rates"] = (_pass_rates(source), f"Mean share of right answers by hops, of {whose}.")
     if reasons := drop_reasons(source.stages):
         pictures["drop_reasons"] = (_bars(reasons), "Why questions and answers were dropped on the way.")
     return pictures
@@ -336,7 +358,7 @@ def summary(source: Source, statistics: Statistics) -> dict[str, str]:
         return sum(statistics.tokens[part]) / len(statistics.tokens[part])
 
     facts = {"rows": ", ".join(f"{n} {split}" for split, n in sorted(statistics.splits.items()))}
-    facts |= {f"{part} tokens, mean": f"{mean(part):.1f}" for part in statistics.tokens}
+    facts |= {f"{part} {statistics.unit}, mean": f"{mean(part):.1f}" for part in statistics.tokens}
     facts["compression rate short / long"] = f"{mean('short') / mean('long'):.3f}"
     for stage in ("contexts", "sample"):
         facts |= {f"`{key}`": str(value) for key, value in source.stages.get(stage, {}).get("settings", {}).items()}

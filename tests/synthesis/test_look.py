@@ -54,6 +54,20 @@ def test_a_sound_set_fails_no_check_and_shows_its_numbers(work, tmp_path):
                 assert marked == {f"Person {i} works for firm {i}.", f"Firm {i} sits in Town{i}ville."}
 
 
+def test_the_page_says_how_often_judge_and_gold_answers_agree(work, tmp_path):
+    manifest = json.loads((work / "manifest.json").read_text())
+    agreed = {"answers": 15, "share": 0.6, "both_right": 3, "only_model": 2, "only_rule": 4, "both_wrong": 6}
+    manifest["stages"]["judge"] = {"counts": {"short": {"agreement_with_rule": agreed}, "long": {}}}
+    write_json(work / "manifest.json", manifest)
+    inspect(work, tmp_path / "out")
+    text = Page(tmp_path / "out" / "index.html").text
+    assert "judge and gold answers, short" in text and "judge and gold answers, long" not in text
+    assert (
+        "agree on 60.0% of 15 answers: 3 right for both, 6 wrong for both, 2 right for the judge alone, 4 for the gold "
+        "answers alone"
+    ) in text
+
+
 def test_a_data_file_shows_the_same_rows(work, tmp_path):
     inspect(work, tmp_path / "a")
     inspect(tmp_path / "data" / "toy_solopo.jsonl", tmp_path / "b")

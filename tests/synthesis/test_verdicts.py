@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from build_data import PHRASES
 from material import make_questions
 from scripted_judge import judging, verdict
 from scripted_server import share
@@ -328,6 +329,11 @@ def test_agreement_with_the_rule_is_counted_where_there_are_both(tmp_path):
     agreed = {"answers": 15, "share": 0.6, "both_right": 3, "only_model": 3, "only_rule": 3, "both_wrong": 6}
     assert counts["agreement_with_rule"] == agreed
     assert [row["rule"] for row in judged(tmp_path).values()] == [*[right for right, _ in kinds] * 3, *[None] * 5]
+    assert PHRASES["judge"]({"short": counts}) == [
+        "short: 8 of 20 answers are right (40%); the rule says the same of 60%"
+    ]
+    del counts["agreement_with_rule"]
+    assert PHRASES["judge"]({"short": counts}) == ["short: 8 of 20 answers are right (40%)"]
 
 
 # ---- the whole way, with questions that have no short answer
