@@ -147,6 +147,7 @@ def fake_vllm(seen: list) -> dict[str, ModuleType]:
     modules = {name: ModuleType(name) for name in names}
     modules["vllm"].LLM, modules["vllm"].SamplingParams = LLM, SimpleNamespace
     modules["vllm.sampling_params"].RequestOutputKind = SimpleNamespace(FINAL_ONLY="final only")
+    modules["vllm.sampling_params"].StructuredOutputsParams = SimpleNamespace
     modules["vllm.lora.request"].LoRARequest = lambda *given: given
     modules["vllm.distributed"].cleanup_dist_env_and_memory = lambda: seen.append("freed")
     return modules

@@ -923,7 +923,7 @@ def test_a_schema_is_sent_and_left_out_where_a_server_refuses_it(answers_file, t
 
 
 def fake_vllm(seen: list) -> dict[str, ModuleType]:
-    """The parts of vLLM's offline interface that are used: the newest request ends first, an answer tells its seed."""
+    """The parts of vLLM's offline interface that are used: the newest request ends first, answers tell seed, schema."""
 
     class LLM:
         def __init__(self, **kwargs):
@@ -931,37 +931,44 @@ def fake_vllm(seen: list) -> dict[str, ModuleType]:
             self.llm_engine, self.waiting = self, []
 
         def add_request(self, request_id, prompt, params):
+            assert params.n == 1 or params.temperature, "vLLM refuses this"
             self.waiting.append((request_id, prompt["prompt_token_ids"], params))
 
         def step(self):
             seen.append([ids for _, ids, _ in self.waiting])
             unfinished = SimpleNamespace(finished=False, request_id=self.waiting[0][0], outputs=[])
             request_id, _, params = self.waiting.pop()
-            outputs = [SimpleNamespace(text=f"{params.seed + i}", finish_reason="stop") for i in range(params.n)]
+            schema = params.structured_outputs and params.structured_outputs.json
+            texts = [f"{params.seed + i} {schema}" for i in range(params.n)]
+            outputs = [SimpleNamespace(text=text, finish_reason="stop") for text in texts]
             return [unfinished, SimpleNamespace(finished=True, request_id=request_id, outputs=outputs)]
 
     modules = {name: ModuleType(name) for name in ("vllm", "vllm.sampling_params")}
     modules["vllm"].LLM, modules["vllm"].SamplingParams = LLM, SimpleNamespace
     modules["vllm.sampling_params"].RequestOutputKind = SimpleNamespace(FINAL_ONLY="final only")
+    modules["vllm.sampling_params"].StructuredOutputsParams = SimpleNamespace
     return modules
 
 
-def test_vllm_gets_ids_and_seeds_and_is_never_idle(tiny_model, monkeypatch):
+def test_vllm_gets_ids_seeds_and_schemas_and_is_never_idle(tiny_model, monkeypatch):
     """An answer makes room for the next call at once; calls are read no earlier."""
-    seen = []
+    seen, asked = [], [PROMPTS[0]._replace(schema={"type": "object"}), *PROMPTS[1:]]
     recipe = local(tiny_model(), long_tokens=2048, tensor_parallel_size=2, concurrency=2)
     tokenizer, template = chat_of(recipe)  # before the host can find the module that stands in for vLLM
     for name, module in fake_vllm(seen).items():
         monkeypatch.setitem(sys.modules, name, module)
-    got = list(generate(recipe, iter(PROMPTS)))
+    got = list(generate(recipe, iter(asked)))
     ids = [vllm.encode_prompt(tokenizer, template, call.prompt) for call in PROMPTS]
     engine, *steps = seen
     assert steps == [ids[:2], [ids[0], ids[2]], [ids[0]]]
     assert engine["max_model_len"] == 2056 and engine["tensor_parallel_size"] == 2
     for reply, i in zip(got, (1, 2, 0), strict=True):
-        call, prompt = PROMPTS[i], ids[i]
+        call, prompt = asked[i], ids[i]
         seed = call_seed(recipe.seed, call)
-        assert reply == Reply(call.id, call.ks, [(str(seed + i), "stop") for i in range(4)], len(prompt))
+        texts = [(f"{seed + i} {call.schema}", "stop") for i in range(4)]
+        assert reply == Reply(call.id, call.ks, texts, len(prompt))
+    (reply,) = generate(replace(recipe, temperature=0.0), PROMPTS[:1])
+    assert len(set(reply.answers)) == 1 and len(reply.answers) == 4
 
 
 def test_vllm_that_is_not_there_is_a_sentence(tiny_model, monkeypatch):

@@ -21,11 +21,11 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
     """Answer by vLLM's offline engine, which has `concurrency` calls under way until none are left.
 
     vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
-    reproducible only as far as vLLM's own documentation says.
+    reproducible only as far as vLLM's own documentation says. Answers keep to the call's JSON schema, if it has one.
     """
     try:
         from vllm import LLM, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
     except ImportError as error:
         raise DataError(
             f"`backend: vllm` cannot be loaded ({error}): pip install '.[vllm]', or use `backend: openai`."
@@ -47,10 +47,12 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
         while True:
             for number, call in islice(numbered, sampling.concurrency - len(under_way)):
                 ids = encode_prompt(tokenizer, template, call.prompt)
+                n = len(call.ks) if sampling.temperature else 1  # greedily vLLM refuses more, which would be the same
                 params = SamplingParams(
-                    n=len(call.ks), temperature=sampling.temperature, top_p=sampling.top_p, stop_token_ids=stop,
+                    n=n, temperature=sampling.temperature, top_p=sampling.top_p, stop_token_ids=stop,
                     seed=call_seed(sampling.seed, call), max_tokens=call.max_new_tokens or sampling.max_new_tokens,
                     output_kind=RequestOutputKind.FINAL_ONLY,  # all answers of a call together, once
+                    structured_outputs=StructuredOutputsParams(json=call.schema) if call.schema else None,
                 )  # fmt: skip
                 engine.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params, **lora)
                 under_way[str(number)] = call, len(ids)
@@ -60,7 +62,7 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
                 if output.finished:
                     call, tokens = under_way.pop(output.request_id)
                     answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
-                    yield Reply(call.id, call.ks, answers, tokens)
+                    yield Reply(call.id, call.ks, answers * (len(call.ks) // len(answers)), tokens)
     finally:  # the next model needs the memory
         del engine
         gc.collect()
