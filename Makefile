@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo story lab lab-rates lab-two-hop lab-real test test-all test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
+.PHONY: install demo story lab lab-rates lab-two-hop lab-real test test-all test-vllm test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
 
 install: .venv/.installed
 
@@ -65,6 +65,20 @@ test-cpu: .venv/.test
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_parity_host.py tests/test_packing.py
 
+# vLLM for CPUs, of a release for the host's torch, over .venv's packages: 0.3 GB to load, 1.2 GB on disk
+.venv-vllm/.installed: tests/serving/requirements.txt .venv/.test
+	rm -rf .venv-vllm
+	$(BIN)/pip --disable-pip-version-check download --quiet --no-deps -d .venv-vllm/wheels -r tests/serving/requirements.txt
+	bash scripts/gpu/install.sh .venv-vllm .venv-vllm/wheels
+	rm -r .venv-vllm/wheels
+	@touch $@
+
+# A real vLLM, its engine and its server. VLLM_SERVER=PYTHON: the server of another environment
+VLLM_SERVER = .venv-vllm/bin/python3
+test-vllm: .venv-vllm/.installed
+	VLLM_ENGINE=.venv-vllm/bin/python3 VLLM_SERVER=$(VLLM_SERVER) OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
+	$(BIN)/python -m pytest -q --durations=8 tests/serving
+
 .venv/.quality: .venv/.installed
 	$(PIP) -e ".[quality]"
 	@touch $@
@@ -111,4 +125,4 @@ benchmark-trl: .venv-trl/.installed
 	TRL_PYTHON=.venv-trl/bin/python3 $(BIN)/python scripts/benchmark_step.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-trl build dist *.egg-info saves .pytest_cache .hypothesis
+	rm -rf .venv .venv-trl .venv-vllm build dist *.egg-info saves .pytest_cache .hypothesis
