@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from material import make_questions
-from vllm_model import ON_CPU, make_adapter, make_model, whole
+from real_vllm import ON_CPU, SCHEMA, assert_keep_to_schema, make_adapter, make_model, whole
 
 from solopo_plugin.qa.files import read_jsonl, write_jsonl
 from solopo_plugin.qa.generate import generate
@@ -19,10 +19,6 @@ from solopo_plugin.qa.recipe import Sampling
 PYTHON = os.environ.get("VLLM_ENGINE", "")
 pytestmark = [pytest.mark.skipif(not PYTHON, reason="`make test-vllm` runs these"), pytest.mark.timeout(580)]
 QUESTIONS, N = 6, 32
-SCHEMA = {
-    "type": "object", "additionalProperties": False, "required": ["place", "count"],
-    "properties": {"place": {"enum": ["harbour", "orchard"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +73,7 @@ def test_the_engine_answers_greedily_as_transformers_does(folder, asked_and_said
 
 
 def test_the_engine_holds_answers_to_a_schema(asked_and_said):
-    """Even those of a model that knows no JSON; one that was cut is none."""
+    """Even those of a model that knows no JSON."""
     answers = [answer for own, _ in asked_and_said[1]["held"].values() for answer in own]
-    found = [json.loads(text) for text, reason in answers if reason == "stop"]
-    assert len(answers) == 32 and len(found) > 16
-    for value in found:
-        assert value.keys() == {"place", "count"} and value["place"] in ("harbour", "orchard")
-        assert value["count"] in range(10)
+    assert len(answers) == 32
+    assert_keep_to_schema(answers)

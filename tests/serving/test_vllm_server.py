@@ -4,9 +4,6 @@ Its answers are held against transformers' greedy ones in fp32, which is what th
 """
 
 import json
-import os
-import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,8 +13,7 @@ import pytest
 from evaluate import main as evaluate
 from material import make_questions
 from material import recipe as data_recipe
-from scripted_server import free_port
-from vllm_model import ON_CPU, make_adapter, make_model, texts_of
+from real_vllm import SCHEMA, SERVER, Server, assert_keep_to_schema, make_adapter, make_model, serving, texts_of
 
 from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
@@ -27,41 +23,8 @@ from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.qa.store import Store
 from solopo_plugin.synthesis.pipeline import run_pipeline
 
-PYTHON = os.environ.get("VLLM_SERVER", "")
-pytestmark = [pytest.mark.skipif(not PYTHON, reason="`make test-vllm` runs these"), pytest.mark.timeout(400)]
-WINDOW, QUESTIONS, N = 2048, 6, 32
-
-
-class Server:
-    """vLLM with a model and an adapter over it, called `base` and `tuned`."""
-
-    def __init__(self, folder: Path, port: int):
-        self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}/v1"
-        # With chunked prefill a request with a seed kills the engine of 0.32 on a CPU
-        words = f"""-m vllm.entrypoints.openai.api_server --model {folder / "model"} --served-model-name base
-            --max-model-len {WINDOW} --enforce-eager --dtype float32 --host 127.0.0.1 --port {port}
-            --no-enable-chunked-prefill --enable-lora --max-lora-rank 16
-            --lora-modules tuned={folder / "adapter"} --generation-config vllm"""
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= ON_CPU
-        with open(folder / "server.log", "a") as log:
-            self.process = subprocess.Popen(
-                [PYTHON, *words.split()], env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                httpx.get(f"{self.url}/models").raise_for_status()
-                return
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        pytest.fail((self.folder / "server.log").read_text()[-3000:])
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+pytestmark = [pytest.mark.skipif(not SERVER, reason="`make test-vllm` runs these"), pytest.mark.timeout(400)]
+QUESTIONS, N = 6, 32
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +32,9 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     make_model(folder / "model")
     make_adapter(str(folder / "model"), folder / "adapter", 1)
-    current = Server(folder, free_port())
-    current.wait()
-    yield current
-    current.kill()
+    lora = f"--enable-lora --max-lora-rank 16 --lora-modules tuned={folder / 'adapter'}"
+    with serving(folder, lora) as current:
+        yield current
 
 
 def recipe_at(folder: Path, server: Server, **keys):
@@ -140,7 +102,7 @@ def test_a_server_that_is_killed_and_started_again_changes_no_answer(server, by_
     server.kill()
     answered = len(added)
     assert answered < 2 * QUESTIONS
-    server.__init__(server.folder, server.port)
+    server.start()
     server.wait()
     thread.join(120)
     assert found == by_completions
@@ -161,6 +123,16 @@ def test_many_greedy_answers_are_asked_for_one_by_one(server, tmp_path):
     replies = list(generate(pick(recipe, Sampling), recipe.model, calls))
     assert sorted(reply.ks for reply in replies) == [(0,), (1,), (2,)]
     assert len({text for reply in replies for text, _ in reply.answers}) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_answers_keep_to_a_schema(server, tmp_path, endpoint, caplog):
+    """Even those of a model that knows no JSON."""
+    recipe = recipe_at(tmp_path / "held", server, openai_endpoint=endpoint, max_new_tokens=300)
+    calls = [Call(f"q{i}", tuple(range(4)), f"Where is lantern {i}?", schema=SCHEMA) for i in range(4)]
+    replies = list(generate(pick(recipe, Sampling), recipe.model, calls))
+    assert_keep_to_schema([answer for reply in replies for answer in reply.answers])
+    assert "asked without" not in caplog.text
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
