@@ -41,6 +41,37 @@ MODELS = {
         rms_norm_eps=1e-5, rope_parameters={
             "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}),
+    "llama3.2-3b": dict(
+        model_type="llama", hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=True,
+        rms_norm_eps=1e-5, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}),
+    "qwen3-4b": dict(
+        model_type="qwen3", hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=True,
+        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen3-8b": dict(
+        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+        tie_word_embeddings=False, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "mistral-7b-instruct-v0.3": dict(
+        model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32768, max_position_embeddings=32768, sliding_window=None,
+        tie_word_embeddings=False, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    # of these the language model; window and kinds of layers are the classes' own but for what is given
+    "gemma-3-1b-it": dict(
+        model_type="gemma3_text", hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, vocab_size=262144, sliding_window=512, max_position_embeddings=32768,
+        tie_word_embeddings=True),
+    "gemma-3-4b-it": dict(
+        model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208, sliding_window=1024,
+        max_position_embeddings=131072, tie_word_embeddings=True),
+    "qwen3.5-9b": dict(  # the defaults of transformers' class, which calls them "Qwen3.5-9B style"
+        model_type="qwen3_5_text", hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
+        num_attention_heads=16, num_key_value_heads=4, head_dim=256, vocab_size=248320, max_position_embeddings=32768,
+        tie_word_embeddings=False),
 }  # fmt: skip
 
 
@@ -74,8 +105,13 @@ def read_config(model: str):
 
 
 def window_of(config) -> int:
-    """Return the tokens that the model's positions reach, prompt and response together, with the config's YaRN."""
+    """Return the tokens that the model's positions reach, prompt and response together, with the config's YaRN.
+
+    Of other scalings, such as Llama 3.2's, `max_position_embeddings` is the widened one.
+    """
     rope, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", 1 << 24)
+    if rope.get("rope_type") != "yarn":
+        return window
     original = rope.get("original_max_position_embeddings") or window
     return max(window, int(original * (rope.get("factor") or 1)))
 
@@ -90,11 +126,15 @@ def on_meta(config):
 
 
 def shape_of(config) -> Shape:
-    """Count a model's matrices: exact for every dense architecture."""
+    """Count a model's matrices: exact for every dense architecture.
+
+    Attention is counted as full in every layer, which is an upper bound for windows and linear attention.
+    """
     import torch
 
     model = on_meta(config)
-    if any(p.dim() > 2 for p in model.parameters()):
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Conv1d)}  # of linear attention
+    if any(p.dim() > 2 and id(p) not in convolutions for p in model.parameters()):
         raise ValueError(f"`{config.model_type}` has experts, of which a token uses some; plan a dense model.")
     matrices = [m.weight.shape for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -45,6 +45,12 @@ def test_shapes_are_the_published_ones(qwen):
     llama = shape_of(read_config("meta-llama/Llama-3.1-8B-Instruct"))  # its hub name is known without the hub
     assert (llama.layers, llama.width, llama.vocabulary) == (32, 4096, 128256)
     assert llama.linear == pytest.approx(6.979e9, rel=1e-4) and llama.parameters == 8_030_261_248
+    published = {  # as on the hub; of Gemma 3 4B the language model
+        "Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360, "llama3.2-3b": 3_212_749_824,
+        "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552, "google/gemma-3-1b-it": 999_885_952,
+        "google/gemma-3-4b-it": 3_880_263_168,
+    }  # fmt: skip
+    assert {name: shape_of(read_config(name)).parameters for name in published} == published
     assert (qwen.key, qwen.query, llama.key, llama.query) == (4 * 128, 28 * 128, 8 * 128, 32 * 128)
 
 
@@ -71,6 +77,7 @@ def test_an_unknown_model_and_one_with_experts_are_refused():
 
 def test_the_window_counts_yarn(tmp_path):
     assert window_of(read_config("qwen2.5-7b")) == 32768 and window_of(read_config("llama3.1-8b")) == 131072
+    assert window_of(read_config("meta-llama/Llama-3.2-3B-Instruct")) == 131072  # not its factor 32 times 8192
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}  # as Qwen's model card has it
     config = AutoConfig.for_model(**TINY | {"max_position_embeddings": 32768}).to_dict()
     config.pop("rope_parameters")
@@ -295,7 +302,7 @@ def test_every_shipped_recipe_is_planned():
             continue
         assert read_recipe(path, gpus=4)[1].zero == 3 * ("deepspeed" in recipe)
         planned += 1
-    assert planned == 22
+    assert planned == 24
 
 
 @pytest.mark.parametrize(
