@@ -117,10 +117,10 @@ def use_variant(variant: str) -> None:
 
     from solopo_plugin.forward import SHORT_PAIR, TwoStages
 
-    def long_logps(self, model, batch, chosen_B, rejected_B):
+    def long_logps(self, model, batch, chosen_B, rejected_B, teachers_NV=None):
         logits_BTV = self.forward_long(model, batch, None).float()
         logps_B, counts_B = get_batch_logps(logits_BTV, batch["long_labels"])
-        return [logps_B / counts_B if self.args.pref_loss in LENGTH_NORMALISED else logps_B]
+        return [logps_B / counts_B if self.args.pref_loss in LENGTH_NORMALISED else logps_B], None
 
     def short_pair(self, model, batch):
         return self.short_forward(model, {name: batch[name] for name in SHORT_PAIR})

@@ -90,7 +90,8 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
 
 def references_of(recipe: dict) -> dict[str, str | None]:
     """Return each variant's reference: `online`, `cached`, or None where stage or loss has none."""
-    plain = recipe.get("stage") == "sft" or recipe.get("pref_loss", "sigmoid") in ("orpo", "simpo")
+    alone = recipe.get("pref_loss", "sigmoid") in ("orpo", "simpo") or recipe.get("solopo_objective") == "distill"
+    plain = recipe.get("stage") == "sft" or (alone and not recipe.get("solopo_anchor"))
     ours = recipe.get("solopo_reference", FIELDS["solopo_reference"].default)
     return {
         v: None if plain or v == "SFT" else "online" if v in HOSTS_REFERENCE else ours for v in (*VARIANTS, *OTHERS)

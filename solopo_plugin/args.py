@@ -25,10 +25,11 @@ class SoloArguments:
         "pair). The paper uses 1 to 4. DPO sums log-probs and SimPO/ORPO average them, so the same alpha pulls "
         "very differently per token.",
     )
-    solopo_align: Literal["reward", "logp"] = _key(
+    solopo_align: Literal["reward", "logp", "distill"] = _key(
         "reward",
-        "What is kept equal between short and long context: the reward of the loss in use (SoLo-RA, the paper's form) "
-        "or the log-probability (SoLo-KL; mean per token for ipo, simpo and orpo, sum otherwise).",
+        "What is kept equal between short and long context: the reward of the loss in use (SoLo-RA, the paper's form), "
+        "the log-probability (SoLo-KL; mean per token for ipo, simpo and orpo, sum otherwise), or the whole "
+        "distribution over the next token (`distill`), which given the short context is a constant teacher.",
     )
     solopo_align_on: Literal["chosen", "both"] = _key(
         "chosen",
@@ -43,12 +44,34 @@ class SoloArguments:
         False,
         "No gradient through the short side of the alignment term.",
     )
-    solopo_objective: Literal["solopo", "longpo"] = _key(
-        "solopo", "The objective: `solopo`, or `longpo` (arXiv:2502.13922) on rows of the same columns."
+    solopo_objective: Literal["solopo", "longpo", "distill"] = _key(
+        "solopo",
+        "The objective: `solopo`, or on rows of the same columns `longpo` (arXiv:2502.13922) or `distill`, the "
+        "alignment of that name alone, with `pref_ftx` times the NLL of the short chosen response.",
     )
     solopo_longpo_lambda: float = _key(
         0.01,
         "LongPO only: weight of the preference term; the NLL has weight 1. 0.01 is LongPO's.",
+    )
+    solopo_distill_kl: Literal["forward", "reverse", "jsd"] = _key(
+        "forward",
+        "Self-distillation's divergence per token, averaged over the response: `forward`, KL from the distribution "
+        "given the short context to that given the long one; `reverse`, the other way (OPSDL's, arXiv:2604.17535); "
+        "`jsd`, Jensen-Shannon's.",
+    )
+    solopo_distill_temperature: float = _key(
+        1.0,
+        "Self-distillation: by which the logits of both sides are divided, > 0.",
+    )
+    solopo_distill_topk: int = _key(
+        0,
+        "Self-distillation: the teacher's likeliest words that are compared one by one, all others together as one; "
+        "0 compares all.",
+    )
+    solopo_anchor: float = _key(
+        0.0,
+        "Weight of the KL, per token of the short responses, from the model as it starts (or `ref_model`) to the "
+        "policy, >= 0: against losing what short contexts could do. Needs a reference in every loss.",
     )
     solopo_forward: Literal["auto", "packed", "two_stage"] = _key(
         "auto",
@@ -87,6 +110,16 @@ class SoloArguments:
         """Return whether the rejected response is scored behind the long prompt too."""
         return self.longpo or self.solopo_align_on == "both"
 
+    @property
+    def distills(self) -> bool:
+        """Return whether the distribution given the short context teaches that given the long one."""
+        return self.solopo_objective == "distill" or (not self.longpo and self.solopo_align == "distill")
+
+    @property
+    def loss_refers(self) -> bool:
+        """Return whether the loss compares with a reference; the anchor asks for one besides."""
+        return self.solopo_objective != "distill" and self.pref_loss not in ("orpo", "simpo")
+
 
 @dataclass
 class SoloDataArguments:
@@ -99,8 +132,10 @@ class SoloDataArguments:
 
 
 FIELDS: dict[str, Any] = {f.name: f for declared in (SoloArguments, SoloDataArguments) for f in fields(declared)}
-SOLOPO_ONLY = ("solopo_alpha", "solopo_align", "solopo_align_on", "solopo_penalty", "solopo_detach_short")
-LONGPO_ONLY = ("solopo_longpo_lambda",)
+OF_SIDES = ("solopo_penalty", "solopo_detach_short")  # of an alignment of two numbers
+OF_DISTILL = ("solopo_distill_kl", "solopo_distill_temperature", "solopo_distill_topk")
+OF_LONGPO = ("solopo_longpo_lambda",)
+HOSTS_DEFAULTS = {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0}
 
 
 def check_keys(keys) -> None:
@@ -134,6 +169,17 @@ def check_values(args: SoloArguments | SoloDataArguments) -> None:
             raise ValueError(f"`{name}` must be one of {', '.join(get_args(spec.type))}; got {value!r}.")
 
 
+def without_effect(args) -> dict[str, tuple[str, ...]]:
+    """Return which keys a step does not read, by the key whose value is the reason."""
+    if args.longpo:
+        own = ("solopo_alpha", "solopo_align", "solopo_align_on", "solopo_anchor", *OF_SIDES, *OF_DISTILL)
+        return {"solopo_objective": (*own, "pref_ftx", "dpo_label_smoothing")}
+    if args.solopo_objective == "distill":
+        own = ("solopo_alpha", *OF_SIDES, *OF_LONGPO, *(() if args.solopo_align == "distill" else ("solopo_align",)))
+        return {"solopo_objective": (*own, "pref_loss", "pref_beta", "dpo_label_smoothing")}
+    return {"solopo_objective": OF_LONGPO, "solopo_align": OF_SIDES if args.distills else OF_DISTILL}
+
+
 def check_loss(args) -> None:
     """Refuse losses and host knobs that SoLoPO has no definition for.
 
@@ -148,15 +194,16 @@ def check_loss(args) -> None:
         )
     if args.longpo and args.pref_loss != "sigmoid":
         raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
-    ignored = {"pref_ftx": 0.0, "dpo_label_smoothing": 0.0} if args.longpo else {}
-    for name in SOLOPO_ONLY if args.longpo else LONGPO_ONLY:
-        ignored[name] = FIELDS[name].default
-    for name, default in ignored.items():
-        if getattr(args, name) != default:
-            raise ValueError(
-                f"`{name}: {getattr(args, name)}` has no effect with `solopo_objective: {args.solopo_objective}`; "
-                "remove it."
-            )
+    for reason, names in without_effect(args).items():
+        for name in names:
+            default = HOSTS_DEFAULTS[name] if name in HOSTS_DEFAULTS else FIELDS[name].default
+            if getattr(args, name) != default:
+                raise ValueError(
+                    f"`{name}: {getattr(args, name)}` has no effect with `{reason}: {getattr(args, reason)}`; "
+                    "remove it."
+                )
+    if not args.solopo_distill_temperature:
+        raise ValueError("`solopo_distill_temperature` must be > 0, got 0.0.")
     if not (math.isfinite(args.pref_beta) and args.pref_beta > 0):
         raise ValueError(f"`pref_beta` must be > 0, got {args.pref_beta!r}.")
     if not 0 <= args.dpo_label_smoothing < 0.5:

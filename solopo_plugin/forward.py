@@ -10,21 +10,41 @@ V vocabulary.
 
 import inspect
 from collections.abc import Callable
+from itertools import accumulate
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from llamafactory.extras import logging
 from torch import Tensor, nn
 
 from . import attention
 from .data import SoloCollator
-from .logps import ResponseLogits, predicting_positions, response_logps, token_logps
+from .distill import Form, Rows, Top, token_kl, top_of_rows
+from .logps import IGNORE, ResponseLogits, predicting_positions, response_logps, token_logps
 from .losses import LENGTH_NORMALISED, LogProbs
 from .packing import PackedCollator
 
 SHORT_PAIR = ("input_ids", "attention_mask", "labels")
 LONG_PAIR = tuple(f"long_{name}" for name in SHORT_PAIR)
+ANCHOR_TOP = 64  # likeliest words of the reference, beside which the anchor takes all others as one; ours
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
+
+
+class Pair(NamedTuple):
+    """Hold log-probs of the short pair, each (B,), as the loss has them, and what the anchor needs of the reference."""
+
+    chosen_B: Tensor | None
+    rejected_B: Tensor | None
+    top: Top | None = None
+
+
+def distill_form(args) -> Form:
+    """Return the divergence that a recipe asks for."""
+    return Form(
+        args.solopo_distill_kl, args.solopo_distill_temperature, args.solopo_distill_topk, args.solopo_logp_chunk
+    )
 
 
 class Packed:
@@ -35,23 +55,41 @@ class Packed:
     def __init__(self, args, *models: nn.Module | None):
         """Let the models, policy and reference, take packed rows; `args`: the recipe's finetuning arguments."""
         self.args = args
-        self.collator = PackedCollator(args.longpo, args.long_pair, args.use_ref_model)
+        needs = (args.longpo, args.long_pair, args.use_ref_model, args.distills, args.solopo_anchor > 0)
+        self.collator = PackedCollator(*needs)
         for model in filter(None, models):
             attention.prepare(model)
 
-    def policy(self, model, batch: dict) -> LogProbs:
+    def policy(self, model, batch: dict, anchor: Top | None = None) -> LogProbs:
         """Return all log-probs of the policy; `nll_B` is of the whole sequence where the row has one scored."""
-        logps, means = self._score(model, batch["policy"])
+        packed = batch["policy"]
+        logps, means, logits_KV = self._score(model, packed)
         nll_B = -means.get("sequence", means["chosen"])
-        return LogProbs(logps["chosen"], logps["rejected"], nll_B, logps.get("long_chosen"), logps.get("long_rejected"))
+        of_policy = LogProbs(
+            logps["chosen"], logps["rejected"], nll_B, logps.get("long_chosen"), logps.get("long_rejected")
+        )
+        if self.args.distills:
+            found = packed["distilled"]
+            teachers_N, students_N = found["rows"]
+            kl_N = token_kl(logits_KV, students_N, Rows(logits_KV, teachers_N), distill_form(self.args))
+            of_policy = of_policy._replace(distill_B=_added_means(kl_N, found))
+        if anchor is not None:
+            found = packed["anchored"]
+            kl_N = token_kl(logits_KV, found["rows"][0], anchor, Form(chunk=self.args.solopo_logp_chunk))
+            of_policy = of_policy._replace(anchor_B=_added_means(kl_N, found))
+        return of_policy
 
-    def pair(self, model, batch: dict) -> tuple[Tensor, Tensor]:
-        """Return a model's log-probs of the short pair, each (B,), as the loss has them."""
-        logps, _ = self._score(model, batch["reference"])
-        return logps["chosen"], logps["rejected"]
+    def pair(self, model, batch: dict) -> Pair:
+        """Return a model's log-probs of the short pair."""
+        packed = batch["reference"]
+        logps, _, logits_KV = self._score(model, packed)
+        top = None
+        if self.args.solopo_anchor:
+            top = top_of_rows(logits_KV, packed["anchored"]["rows"][0], ANCHOR_TOP, self.args.solopo_logp_chunk)
+        return Pair(logps["chosen"], logps["rejected"], top)
 
-    def _score(self, model, packed: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token."""
+    def _score(self, model, packed: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token; the logits."""
         logits_1KV = model(
             input_ids=packed["input_ids"],
             position_ids=packed["position_ids"],
@@ -64,7 +102,13 @@ class Packed:
         sums_N = torch.stack([span.sum() for span in logps_K.split(packed["counts"])])
         means_N = sums_N / packed["counts_N"]
         sums, means = ({name: x_N[at_B] for name, at_B in packed["spans"].items()} for x_N in (sums_N, means_N))
-        return (means if self.args.pref_loss in LENGTH_NORMALISED else sums), means
+        return (means if self.args.pref_loss in LENGTH_NORMALISED else sums), means, logits_1KV[0]
+
+
+def _added_means(kl_N: Tensor, found: dict) -> Tensor:
+    """Means over each response's tokens, 0 of none, added over a pair's responses: (P,)."""
+    means = torch.stack([part.sum() / max(len(part), 1) for part in kl_N.split(found["counts"])])
+    return means[found["responses_SP"]].sum(0)
 
 
 class TwoStages:
@@ -89,19 +133,28 @@ class TwoStages:
         if not self.keeps_logits:
             logger.warning_rank0(f"{type(base).__name__} has no `logits_to_keep`: both forwards keep all logits.")
 
-    def policy(self, model, batch: dict) -> LogProbs:
+    def policy(self, model, batch: dict, anchor: Top | None = None) -> LogProbs:
         """Return all log-probs of the policy."""
         if self.args.longpo:
             return self._long_pair(model, batch)
         short = self._short_pair(model, batch)
         chosen_B, rejected_B, nll_B = short["chosen_logps"], short["rejected_logps"], -short["chosen_logps_avg"]
+        anchor_P = None if anchor is None else self._from_anchor(short, batch, anchor)
+        is_long_P = of_pairs(~batch["long_is_short_B"], batch)
+        teachers = self._short_rows(short, batch, is_long_P[:, None]) if self.args.distills else None
         del short  # its logits
-        return LogProbs(chosen_B, rejected_B, nll_B, *self.long_logps(model, batch, chosen_B, rejected_B))
+        longs, distill_P = self.long_logps(model, batch, chosen_B, rejected_B, teachers)
+        of_policy = LogProbs(chosen_B, rejected_B, nll_B, *longs)
+        return of_policy._replace(distill_B=distill_P, anchor_B=anchor_P)
 
-    def pair(self, model, batch: dict) -> tuple[Tensor, Tensor]:
-        """Return a model's log-probs of the short pair, each (B,), as the loss has them."""
-        short = self._short_pair(model, batch)
-        return short["chosen_logps"], short["rejected_logps"]
+    def pair(self, model, batch: dict) -> Pair:
+        """Return a model's log-probs of the short pair."""
+        short, top = self._short_pair(model, batch), None
+        if self.args.solopo_anchor:
+            logits_NV = self._short_rows(short, batch)
+            rows_N = torch.arange(len(logits_NV), device=logits_NV.device)
+            top = top_of_rows(logits_NV, rows_N, ANCHOR_TOP, self.args.solopo_logp_chunk)
+        return Pair(short["chosen_logps"], short["rejected_logps"], top)
 
     def _short_pair(self, model, batch: dict) -> dict[str, Tensor]:
         """Run the host's function, with a model that makes logits at responses only, where it can leave others out."""
@@ -116,15 +169,48 @@ class TwoStages:
 
         return self.short_forward(at_responses, short)
 
-    def long_logps(self, model, batch: dict, chosen_B: Tensor, rejected_B: Tensor) -> list[Tensor]:
+    def _sides(self, batch: dict) -> list[tuple[str, Tensor]]:
+        """Of the aligned responses: the name of the short logits, and which of them predict a token of the response.
+
+        The chosen response is that of a sample's first pair.
+        """
+        labels_BT, pairs = batch["labels"], len(batch["labels"]) // 2
+        next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE) != IGNORE
+        mask_BK = next_BT[:, predicting_positions(labels_BT)] if self.keeps_logits else next_BT
+        chosen_PK = mask_BK[:pairs] & _first_of(batch, pairs, labels_BT.device)[:, None]
+        sides = [("chosen_logits", chosen_PK), ("rejected_logits", mask_BK[pairs:])]
+        return sides if self.args.long_pair else sides[:1]
+
+    def _short_rows(self, short: dict, batch: dict, pairs_P1: Tensor | bool = True) -> Tensor:
+        """Logits of the aligned responses, of some pairs, without gradient: (N, V)."""
+        return torch.cat([short[name].detach()[mask_PK & pairs_P1] for name, mask_PK in self._sides(batch)])
+
+    def _from_anchor(self, short: dict, batch: dict, anchor: Top) -> Tensor:
+        """Mean divergence from the reference over each response, added over the aligned ones: (P,)."""
+        form, means, done = Form(chunk=self.args.solopo_logp_chunk), [], 0
+        for name, mask_PK in self._sides(batch):
+            at_N = mask_PK.flatten().nonzero().squeeze(1)
+            own = Top(*(x[done : done + len(at_N)] for x in anchor))
+            means.append(_masked_means(token_kl(short[name].flatten(0, 1), at_N, own, form), mask_PK))
+            done += len(at_N)
+        means[0] = of_pairs(means[0][_first_of(batch, len(means[0]), means[0].device)], batch)
+        return torch.stack(means).sum(0)
+
+    def long_logps(
+        self, model, batch: dict, chosen_B: Tensor, rejected_B: Tensor, teachers_NV: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Return log-probs of the chosen (and, for `both`, rejected) responses given the long prompts, each (B,).
 
         As the loss has them. Where a sample's long prompt is its short prompt, the short log-prob itself; where that is
         so for the whole micro-batch on every rank, nothing is run. With alpha 0 the gap is only measured.
+
+        With the short context's logits, of the samples whose long prompt is another, also the mean divergence from them
+        over each response, added over the aligned ones, (B,).
         """
         shorts = [chosen_B, rejected_B] if self.args.long_pair else [chosen_B]
+        distill_P = None
         if self.may_skip(batch["long_is_short_B"]):
-            return shorts
+            return shorts, None if teachers_NV is None else torch.zeros_like(chosen_B)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.solopo_alpha > 0):
             positions_K = predicting_positions(batch["long_labels"])
             logits_BKV = self.forward_long(model, batch, positions_K)
@@ -132,10 +218,19 @@ class TwoStages:
             logps, counts = response_logps(logits_BKV, batch["long_labels"], positions_K, chunk)
             if self.args.pref_loss in LENGTH_NORMALISED:
                 logps = logps / counts
-        size = len(batch["names"])
+            size, is_long_B = len(batch["names"]), ~batch["long_is_short_B"]
+            is_long_P = of_pairs(is_long_B, batch)
+            if teachers_NV is not None:
+                is_long = torch.cat([is_long_B, is_long_P])[: len(logps)]
+                mask_BK = (batch["long_labels"][:, positions_K + 1] != IGNORE) & is_long[:, None]
+                at_N = mask_BK.flatten().nonzero().squeeze(1)
+                teacher = Rows(teachers_NV, torch.arange(len(teachers_NV), device=at_N.device))
+                kl_N = token_kl(logits_BKV.flatten(0, 1), at_N, teacher, distill_form(self.args))
+                means = _masked_means(kl_N, mask_BK)
+                distill_P = of_pairs(means[:size], batch) + (means[size:] if self.args.long_pair else 0)
         longs = [of_pairs(logps[:size], batch), logps[size:]][: len(shorts)]
-        is_long_B = of_pairs(~batch["long_is_short_B"], batch)
-        return [long_B.where(is_long_B, short_B) for long_B, short_B in zip(longs, shorts, strict=True)]
+        longs = [long_P.where(is_long_P, short_P) for long_P, short_P in zip(longs, shorts, strict=True)]
+        return longs, distill_P
 
     def forward_long(self, model, batch: dict, positions_K: Tensor | None) -> Tensor:
         """Return logits of the long sequences at the given positions (all where None), through the wrapped model."""
@@ -169,6 +264,21 @@ class TwoStages:
 def of_pairs(x_B: Tensor, batch: dict) -> Tensor:
     """Return what the samples have, once for each of their pairs."""
     return x_B.repeat_interleave(torch.tensor(batch["pairs"], device=x_B.device)) if "pairs" in batch else x_B
+
+
+def _first_of(batch: dict, pairs: int, device: torch.device) -> Tensor:
+    """Which pairs are the first of their sample, (P,)."""
+    first_P = torch.ones(pairs, dtype=torch.bool)
+    if "pairs" in batch:
+        first_P[:] = False
+        first_P[[0, *accumulate(batch["pairs"][:-1])]] = True
+    return first_P.to(device)
+
+
+def _masked_means(kl_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Means over the tokens of each row, 0 of none, (B,)."""
+    kl_BT = torch.zeros_like(mask_BT, dtype=kl_N.dtype).masked_scatter(mask_BT, kl_N)
+    return kl_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
 
 
 def all_tokens(batch: dict) -> dict[str, Tensor]:

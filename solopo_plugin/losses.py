@@ -26,7 +26,9 @@ class LogProbs(NamedTuple):
     """Hold what an objective needs of a step's forwards, each (B,), fp32, nats, as the loss in use has them.
 
     For `solopo` the pair is given the short prompt, for `longpo` the long one; the reference's always the short one.
-    `nll_B` is always a mean: of the chosen response or, for `longpo`, of all of `x_long y_w`.
+    `nll_B` is always a mean: of the chosen response or, for `longpo`, of all of `x_long y_w`. So are `distill_B`, the
+    divergence of the policy given the long prompt from itself given the short one, and `anchor_B`, that of the policy
+    given the short prompt from the reference (distill.py): over a response's tokens, added over the aligned responses.
     """
 
     chosen_B: Tensor
@@ -36,8 +38,11 @@ class LogProbs(NamedTuple):
     long_rejected_B: Tensor | None = None
     ref_chosen_B: Tensor | None = None
     ref_rejected_B: Tensor | None = None
+    distill_B: Tensor | None = None
+    anchor_B: Tensor | None = None
 
 
+ANCHOR = "solopo/anchor_kl"
 Parts = dict[str, Tensor]  # what is logged of a step, by its name in the log: (B,), fp32, without gradient
 
 
@@ -60,14 +65,42 @@ def solopo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
 
     assert logps.long_chosen_B is not None  # for the type checker: only LongPO has none
     form = (spec.pref_loss, spec.pref_beta, spec.solopo_align, spec.solopo_penalty, spec.solopo_detach_short)
-    align_B = alignment(logps.chosen_B, logps.long_chosen_B, *form)
-    if logps.long_rejected_B is not None:
-        align_B = align_B + alignment(logps.rejected_B, logps.long_rejected_B, *form, rise=True)
+    if logps.distill_B is not None:  # `solopo_align: distill`
+        align_B = logps.distill_B
+    else:
+        align_B = alignment(logps.chosen_B, logps.long_chosen_B, *form)
+        if logps.long_rejected_B is not None:
+            align_B = align_B + alignment(logps.rejected_B, logps.long_rejected_B, *form, rise=True)
     loss_B = po_B + spec.solopo_alpha * align_B if spec.solopo_alpha else po_B
+    return _anchored(loss_B, logps, spec), _parts(logps, spec.pref_beta, po_B, align_B, *_rewards(logps, spec))
 
-    with torch.no_grad():
-        rewards = [reward(spec.pref_loss, side_B, spec.pref_beta) for side_B in (logps.chosen_B, logps.long_chosen_B)]
-    return loss_B, _parts(logps, spec.pref_beta, po_B, align_B, *rewards)
+
+def distill(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
+    """Return self-distillation alone: the divergence from the policy given the short context, plus `pref_ftx` NLLs.
+
+    As OPSDL (arXiv:2604.17535) has it, but on the rows' responses, not on sampled ones; in its direction with
+    `solopo_distill_kl: reverse`.
+
+    Args:
+        logps: Of the policy.
+        spec: The recipe's keys as attributes: `pref_ftx`, `solopo_anchor`, and `pref_loss` and `pref_beta` for the log.
+
+    Returns:
+        The loss, shape (B,), with gradient, and its parts.
+    """
+    assert logps.distill_B is not None  # for the type checker
+    sft_B = spec.pref_ftx * logps.nll_B if spec.pref_ftx > 1e-6 else torch.zeros_like(logps.nll_B)
+    loss_B = _anchored(logps.distill_B + sft_B, logps, spec)
+    return loss_B, _parts(logps, spec.pref_beta, sft_B, logps.distill_B, *_rewards(logps, spec))
+
+
+def _anchored(loss_B: Tensor, logps: LogProbs, spec) -> Tensor:
+    return loss_B if logps.anchor_B is None else loss_B + spec.solopo_anchor * logps.anchor_B
+
+
+@torch.no_grad()
+def _rewards(logps: LogProbs, spec) -> list[Tensor]:
+    return [reward(spec.pref_loss, side_B, spec.pref_beta) for side_B in (logps.chosen_B, logps.long_chosen_B)]
 
 
 def longpo(logps: LogProbs, spec) -> tuple[Tensor, Parts]:
@@ -101,8 +134,8 @@ def mean_of_pairs(x_P: Tensor, pairs: list[int]) -> Tensor:
 
 @torch.no_grad()
 def _parts(logps: LogProbs, beta: float, po_B, align_B, reward_short_B, reward_long_B) -> Parts:
-    """Return what is logged, as docs/training.md defines it, the same set in the same order for both objectives."""
-    chosen_B, rejected_B, nll_B, *_, ref_chosen_B, ref_rejected_B = logps
+    """Return what is logged, as docs/training.md defines it, the same set in the same order; `ANCHOR` where it is."""
+    chosen_B, rejected_B, nll_B, *_, ref_chosen_B, ref_rejected_B, _, anchor_B = logps
     reward_chosen_B = beta * (chosen_B if ref_chosen_B is None else chosen_B - ref_chosen_B)
     reward_rejected_B = beta * (rejected_B if ref_rejected_B is None else rejected_B - ref_rejected_B)
     parts = {
@@ -118,11 +151,11 @@ def _parts(logps: LogProbs, beta: float, po_B, align_B, reward_short_B, reward_l
         "solopo/reward_long": reward_long_B,
         "solopo/reward_gap": (reward_short_B - reward_long_B).abs(),
         "solopo/nll": nll_B,
-    }
+    } | ({} if anchor_B is None else {ANCHOR: anchor_B})
     return {name: part_B.detach().float() for name, part_B in parts.items()}
 
 
-OBJECTIVES = {"solopo": solopo, "longpo": longpo}
+OBJECTIVES = {"solopo": solopo, "longpo": longpo, "distill": distill}
 METRICS = tuple(_parts(LogProbs(*[torch.zeros(1)] * 3), 1.0, *[torch.zeros(1)] * 4))  # the names of all parts
 
 

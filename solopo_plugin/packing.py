@@ -152,6 +152,31 @@ def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
     }
 
 
+def logits_of(row: dict, sides: list[list[tuple[int, ...]]]) -> dict:
+    """Return which of the row's logits some responses have, each once, though several pairs have a chosen one.
+
+    Args:
+        row: From `pack`.
+        sides: Per kind of response and pair: its span or, to be compared, those behind the short and the long prompt.
+            Where these are one, nothing is taken.
+
+    Returns:
+        `rows`: per place in those tuples the rows of logits, response after response, `counts`: their number in each.
+        `responses_SP`: which of these responses a pair has, shape (kinds, P).
+    """
+    ends, responses = [*accumulate(row["counts"])], [*dict.fromkeys(spans for side in sides for spans in side)]
+    counts = [row["counts"][spans[0]] if len({*spans}) == len(spans) else 0 for spans in responses]
+    taken = [spans for spans, count in zip(responses, counts, strict=True) if count]
+    rows = [[k for n in place for k in range(ends[n] - row["counts"][n], ends[n])] for place in zip(*taken, strict=True)]
+    rows = rows or [[] for _ in responses[0]]
+    which = [[responses.index(spans) for spans in side] for side in sides]
+    return {
+        "rows": [torch.tensor(of_place, dtype=torch.long) for of_place in rows],
+        "counts": counts,
+        "responses_SP": torch.tensor(which),
+    }
+
+
 @dataclass
 class PackedCollator:
     """Make one batch from rows: `policy`, a packed row with `spans`; the rest: see `known_of`.
@@ -160,12 +185,14 @@ class PackedCollator:
 
     `spans`: name of a log-prob -> which of the row's spans it is, shape (P,): the chosen response's span is that of all
     of a sample's pairs. A sample whose long prompt is its short one has no long part; its long spans are its short
-    ones, so that the gap is exactly 0 and nothing is paid for it.
+    ones, so that the gap is exactly 0 and nothing is paid for it. `distilled`, `anchored`: see `logits_of`.
     """
 
     longpo: bool = False
     long_pair: bool = False  # score the rejected response behind the long prompt too
     reference: bool = True  # the loss has one
+    distill: bool = False  # the aligned responses' distributions are compared
+    anchor: bool = False  # those given the short prompt are compared with the reference's
 
     def __call__(self, features: list[dict]) -> dict:
         """Return the batch."""
@@ -196,7 +223,19 @@ class PackedCollator:
                 n += len(aligned)
         if not self.long_pair:
             del spans["long_rejected"]
-        return pack(groups) | {"spans": {name: torch.tensor(s) for name, s in spans.items()}}
+        row = pack(groups) | {"spans": {name: torch.tensor(s) for name, s in spans.items()}}
+        if self.distill:
+            sides = [[*zip(spans[side], spans[f"long_{side}"], strict=True)] for side in self._aligned]
+            row["distilled"] = logits_of(row, sides)
+        return row | self._anchored(row)
+
+    @property
+    def _aligned(self) -> tuple[str, ...]:
+        return ("chosen", "rejected") if self.long_pair else ("chosen",)
+
+    def _anchored(self, row: dict) -> dict:
+        sides = [[(span,) for span in row["spans"][side].tolist()] for side in self._aligned]
+        return {"anchored": logits_of(row, sides)} if self.anchor else {}
 
     def _pack_pairs(self, features: list[dict], side: str, score_sequences: bool = False) -> dict:
         groups = [(f[f"{side}_prompt_ids"], [f["chosen_ids"], *rejected_of(f)]) for f in features]
@@ -207,4 +246,5 @@ class PackedCollator:
             spans += [[*range(n, behind), behind + m] for m in range(len(rejected))]
             n = behind + len(rejected)
         of_names = torch.tensor(spans).unbind(1)
-        return pack(groups, score_sequences) | {"spans": dict(zip((*once, "rejected"), of_names, strict=True))}
+        row = pack(groups, score_sequences) | {"spans": dict(zip((*once, "rejected"), of_names, strict=True))}
+        return row | self._anchored(row)

@@ -17,8 +17,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .collapse import GAP, NLL, REWARD, collapse
 from .data import data_sets, step_lengths
-from .forward import Packed, TwoStages, all_tokens
-from .losses import METRICS, OBJECTIVES, mean_of_pairs, solopo
+from .forward import Packed, Pair, TwoStages, all_tokens
+from .losses import ANCHOR, METRICS, OBJECTIVES, mean_of_pairs, solopo
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
@@ -73,7 +73,13 @@ class SoloTrainer(CustomDPOTrainer):
         self.train_means, self.eval_means = ExampleMeans(), ExampleMeans()
         self.window_weight = 1.0  # examples a full micro-batch stands for, see get_batch_samples
         # only through the short side can the alignment lower it
-        self.may_collapse = self.objective is solopo and args.solopo_alpha > 0 and not args.solopo_detach_short
+        detached = args.solopo_detach_short or args.distills
+        self.may_collapse = self.objective is solopo and args.solopo_alpha > 0 and not detached
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the names of what is logged of a step, in its order."""
+        return (*METRICS, ANCHOR) if self.finetuning_args.solopo_anchor else METRICS
 
     # ---- one step
 
@@ -90,24 +96,25 @@ class SoloTrainer(CustomDPOTrainer):
 
         The reference comes first, so that no activations of the policy wait for it.
         """
-        ref_chosen_P, ref_rejected_P = self.reference_logps(model, inputs)
-        logps = self.form.policy(model, inputs)
-        logps = logps._replace(ref_chosen_B=ref_chosen_P, ref_rejected_B=ref_rejected_P)
+        reference = self.reference_logps(model, inputs)
+        logps = self.form.policy(model, inputs, reference.top)
+        if self.finetuning_args.loss_refers:
+            logps = logps._replace(ref_chosen_B=reference.chosen_B, ref_rejected_B=reference.rejected_B)
         losses_P, parts = self.objective(logps, self.finetuning_args)
         metrics_PM = torch.stack([*parts.values()], dim=1)
         if "pairs" not in inputs:  # one rejected response each
             return losses_P, metrics_PM
         return mean_of_pairs(losses_P, inputs["pairs"]), mean_of_pairs(metrics_PM, inputs["pairs"])
 
-    def reference_logps(self, model, inputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return the reference's log-probs of the short pair, each (P,); None where the loss has no reference.
+    def reference_logps(self, model, inputs) -> Pair:
+        """Return the reference's log-probs of the short pair; None where the step has no reference.
 
         They are known from before training (reference.py), or come from a forward.
         """
         if "reference_P2" in inputs:
-            return inputs["reference_P2"].unbind(1)
+            return Pair(*inputs["reference_P2"].unbind(1))
         if not self.finetuning_args.use_ref_model:
-            return None, None
+            return Pair(None, None)
         if self.ref_model is None:
             ref_model, as_reference = model, self.accelerator.unwrap_model(model).disable_adapter()
         else:
@@ -118,7 +125,7 @@ class SoloTrainer(CustomDPOTrainer):
     def score_pair(self, model, pairs: list[dict]) -> Tensor:
         """Return a model's log-probs of the short pair of rows with one rejected response each, shape (P, 2)."""
         inputs = self._prepare_inputs(self.data_collator.short_pair(pairs))
-        return torch.stack(self.form.pair(model, inputs), dim=1)
+        return torch.stack(self.form.pair(model, inputs)[:2], dim=1)
 
     def every_rank_may_skip(self, long_is_short_B: Tensor) -> bool:
         """Return whether this micro-batch needs no long forward on any rank; under ZeRO-3 all must do the same."""
@@ -185,7 +192,7 @@ class SoloTrainer(CustomDPOTrainer):
         """Log as the Trainer does, with the means since the last log; the host's reduces by position and by batch."""
         if "loss" in logs and self.train_means.count:
             means = self.train_means.read(lambda t: self.accelerator.reduce(t, "sum"))
-            logs.update(zip(METRICS, means, strict=True))
+            logs.update(zip(self.metrics, means, strict=True))
             self.train_means = ExampleMeans()
         Trainer.log(self, logs, *args, **kwargs)
         self.warn_of_collapse()
@@ -216,10 +223,10 @@ class SoloTrainer(CustomDPOTrainer):
         return losses_B.mean(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Return the Trainer's output, with `METRICS` and the loss as means over the examples of the set."""
+        """Return the Trainer's output, with the metrics and the loss as means over the examples of the set."""
         self.eval_means = ExampleMeans()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = zip(("loss", *METRICS), self.eval_means.read(), strict=True)
+        means = zip(("loss", *self.metrics), self.eval_means.read(), strict=True)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means})
         return output
 

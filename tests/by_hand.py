@@ -50,7 +50,7 @@ def step(model, reference, rows, **keys):
     from solopo_plugin.attention import why_not_packed
     from solopo_plugin.forward import Packed, TwoStages
     from solopo_plugin.host.arguments import with_solo
-    from solopo_plugin.trainer import METRICS, SoloTrainer
+    from solopo_plugin.trainer import SoloTrainer
 
     args = with_solo(FinetuningArguments)(stage="solopo", **keys)
     trainer = SoloTrainer.__new__(SoloTrainer)
@@ -65,13 +65,31 @@ def step(model, reference, rows, **keys):
     else:
         trainer.form = TwoStages(args, model, trainer.concatenated_forward, trainer.every_rank_may_skip, 0)
     losses_B, metrics_BM = trainer.solopo_step(model, trainer.form.collator(rows))
-    return losses_B, dict(zip(METRICS, metrics_BM.unbind(1), strict=True))
+    return losses_B, dict(zip(trainer.metrics, metrics_BM.unbind(1), strict=True))
 
 
 def by_hand_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     """One sequence alone, all logits, float64: the token at position t is predicted by the logits at t - 1."""
     logps = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
     return torch.stack([logps[len(prompt) + i - 1, token] for i, token in enumerate(response)])
+
+
+def by_hand_kl(student: tuple, teacher: tuple, row: dict, response: str, kind="forward", temperature=1.0, k=0):
+    """Mean over a response's tokens of a divergence of (model, side) from (model, side), in float64, all logits."""
+
+    def p(model, side):
+        prompt, ids = row[f"{side}_prompt_ids"], row[f"{response}_ids"]
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        return (logits.double() / temperature).softmax(-1)
+
+    q, p = p(*student), p(*teacher).detach()
+    if k:
+        top = p.topk(k).indices
+        q, p = (torch.cat([x.gather(-1, top), 1 - x.gather(-1, top).sum(-1, keepdim=True)], -1) for x in (q, p))
+    m = (p + q) / 2
+    of = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
+    return {"forward": lambda: of(p, q), "reverse": lambda: of(q, p),
+            "jsd": lambda: (of(p, m) + of(q, m)) / 2}[kind]().mean()  # fmt: skip
 
 
 def by_hand_solopo(model, ref_model, row: dict, keys: dict) -> dict:
@@ -99,19 +117,31 @@ def by_hand_solopo(model, ref_model, row: dict, keys: dict) -> dict:
         "orpo": lambda: nll - beta * log_sigma(odds(w) - odds(r)),
     }[name]() + keys["pref_ftx"] * nll  # fmt: skip
 
+    alone, k = keys.get("solopo_objective") == "distill", keys.get("solopo_distill_topk", 0)
+    if alone:
+        po = keys["pref_ftx"] * nll
+    responses = ("chosen", "rejected") if keys["solopo_align_on"] == "both" else ("chosen",)
+    if alone or keys["solopo_align"] == "distill":
+        form = (keys.get("solopo_distill_kl", "forward"), keys.get("solopo_distill_temperature", 1.0), k)
+        align = sum(by_hand_kl((model, "long"), (model, "short"), row, name, *form) for name in responses)
     seen = reward if keys["solopo_align"] == "reward" else lambda x: x
     still = (lambda x: x.detach()) if keys["solopo_detach_short"] else lambda x: x
     s = {"drop": lambda t: torch.clamp(t, min=0), "squared": lambda t: t**2, "abs": torch.abs,
          "auto": (lambda t: 2 * t**2) if name == "ipo" else torch.abs}[keys["solopo_penalty"]]  # fmt: skip
-    align = s(seen(still(w)) - seen(long_w))
-    if keys["solopo_align_on"] == "both":
-        align = align + s(seen(long_r) - seen(still(r)))
+    if not alone and keys["solopo_align"] != "distill":
+        align = s(seen(still(w)) - seen(long_w))
+        if keys["solopo_align_on"] == "both":
+            align = align + s(seen(long_r) - seen(still(r)))
     gap = (reward(w) - reward(long_w)).abs()
-    return {
+    terms = {
         "loss": po + keys["solopo_alpha"] * align, "solopo/po_loss": po, "solopo/align_loss": align,
         "solopo/reward_short": reward(w), "solopo/reward_long": reward(long_w), "solopo/reward_gap": gap,
         "solopo/nll": nll, "logps/chosen": w, "logps/rejected": r,
     }  # fmt: skip
+    if weight := keys.get("solopo_anchor"):
+        anchor = sum(by_hand_kl((model, "short"), (ref_model, "short"), row, name) for name in responses)
+        terms |= {"loss": terms["loss"] + weight * anchor, "solopo/anchor_kl": anchor}
+    return terms
 
 
 BASE = dict(pref_beta=0.4, simpo_gamma=0.3, dpo_label_smoothing=0.0, pref_ftx=0.0, ref_model="a reference",
@@ -130,6 +160,20 @@ STEPS = {
     "ipo, detached": dict(solopo_detach_short=True),
     "orpo, logp, squared, detached": dict(solopo_align="logp", solopo_penalty="squared", solopo_detach_short=True),
     "orpo, alpha 0": dict(solopo_alpha=0.0),
+    "sigmoid, distill": dict(solopo_align="distill"),
+    "ipo, distill, reverse, both": dict(solopo_align="distill", solopo_distill_kl="reverse", solopo_align_on="both"),
+    "hinge, distill, top": dict(solopo_align="distill", solopo_distill_topk=3, solopo_distill_temperature=1.6),
+    "simpo, distill, jsd, ftx": dict(solopo_align="distill", solopo_distill_kl="jsd", pref_ftx=0.5),
+    "orpo, distill, chunked": dict(solopo_align="distill", solopo_logp_chunk=2),
+}
+ALONE = dict(solopo_objective="distill", solopo_alpha=1.0, pref_beta=0.1, ref_model=None)
+STEPS_OF_KL = {
+    "sigmoid, alone": ALONE,
+    "sigmoid, alone, ftx, both": ALONE | dict(pref_ftx=0.3, solopo_align_on="both", solopo_distill_kl="jsd"),
+    "sigmoid, alone, anchor": ALONE | dict(solopo_anchor=0.6, ref_model="a reference", solopo_reference="online"),
+    "orpo, anchor": dict(solopo_anchor=0.6, solopo_reference="online"),
+    "sigmoid, anchor, both": dict(solopo_anchor=0.6, solopo_align_on="both", solopo_reference="online"),
+    "simpo, distill, anchor": dict(solopo_anchor=0.6, solopo_align="distill", solopo_reference="online"),
 }
 
 # The model runs in float64; the step makes fp32 of its logits (size <= 10 here, asserted). A token's log-prob is a

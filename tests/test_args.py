@@ -19,6 +19,10 @@ def test_defaults_are_the_papers_form():
         "solopo_detach_short": False,
         "solopo_objective": "solopo",
         "solopo_longpo_lambda": 0.01,
+        "solopo_distill_kl": "forward",
+        "solopo_distill_temperature": 1.0,
+        "solopo_distill_topk": 0,
+        "solopo_anchor": 0.0,
         "solopo_overlength": "error",
         "solopo_forward": "auto",
         "solopo_reference": "cached",
@@ -59,11 +63,13 @@ def parse(index: int = 3, **recipe):
 @pytest.mark.parametrize(
     "pref_loss, objective, reference",
     [("sigmoid", "solopo", True), ("ipo", "solopo", True), ("hinge", "solopo", True), ("simpo", "solopo", False),
-     ("orpo", "solopo", False), ("sigmoid", "longpo", True)],
+     ("orpo", "solopo", False), ("sigmoid", "longpo", True), ("sigmoid", "distill", False)],
 )  # fmt: skip
 def test_reference_model_where_the_loss_has_one(pref_loss, objective, reference):
     args = parse(stage="solopo", pref_loss=pref_loss, solopo_objective=objective)
     assert args.use_ref_model is reference and args.stage == "solopo"
+    if objective != "longpo":
+        assert parse(stage="solopo", pref_loss=pref_loss, solopo_objective=objective, solopo_anchor=0.1).use_ref_model
 
 
 def test_qlora_arguments_are_accepted():

@@ -111,6 +111,7 @@ def test_the_section_is_below_the_rlhf_section(page):
 FILLED = {
     "solopo_alpha": ("2.5", 2.5), "solopo_align": ("logp", "logp"), "solopo_align_on": ("both", "both"),
     "solopo_penalty": ("drop", "drop"), "solopo_detach_short": (True, True), "solopo_overlength": ("drop", "drop"),
+    "solopo_anchor": ("0.1", 0.1),
     "solopo_forward": ("two_stage", "two_stage"), "solopo_reference": ("online", "online"),
     "solopo_logp_chunk": (256, 256), "solopo_mlp_chunk": (64, 64), "solopo_sequence_parallel": (2, 2),
     "simpo_gamma": (0.7, 0.7),
@@ -121,8 +122,10 @@ FILLED = {
 @pytest.mark.parametrize(
     "values",
     [FILLED, {}, {"solopo_objective": ("longpo", "longpo"), "solopo_longpo_lambda": ("0.1", 0.1)},
-     {"solopo_alpha": ("0", 0.0)}],
-    ids=["all", "defaults", "longpo", "zero"],
+     {"solopo_alpha": ("0", 0.0)},
+     {"solopo_align": ("distill", "distill"), "solopo_distill_kl": ("reverse", "reverse"),
+      "solopo_distill_temperature": ("2", 2.0), "solopo_distill_topk": (50, 50)}],
+    ids=["all", "defaults", "longpo", "zero", "distill"],
 )  # fmt: skip
 def test_preview_and_start_hand_over_what_was_filled_in(page, values):
     """The previewed command and the file that "Start" writes, parsed by the host's own parser."""

@@ -47,7 +47,7 @@ def told(**changes) -> list[str]:
 
 MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
     "misspelt key": ({"solopo_alfa": 1}, "Unknown key `solopo_alfa` in the recipe. Did you mean `solopo_alpha`? Allowed: "),
-    "value of a key": ({"solopo_align": "kl"}, "`solopo_align` must be one of reward, logp; got 'kl'."),
+    "value of a key": ({"solopo_align": "kl"}, "`solopo_align` must be one of reward, logp, distill; got 'kl'."),
     "bf16": ({"bf16": True, "use_cpu": False}, "`bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml use_cpu=true"),
     "fp16": ({"fp16": True, "use_cpu": False}, "`fp16: true` needs a GPU, and PyTorch finds none: "),
     "bitsandbytes": ({"quantization_bit": 4}, '`quantization_bit: 4` needs the package bitsandbytes: pip install ".[qlora]"'),

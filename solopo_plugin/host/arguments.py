@@ -78,6 +78,11 @@ def with_solo(host: type[Any]) -> type:
             solo.check_loss(self)
             with passing_as_dpo(self):  # its rules for DPO (reference, PiSSA, smoothing) hold
                 super().__post_init__()
+            self.use_ref_model = self.loss_refers or self.solopo_anchor > 0
+            if self.pissa_init and self.use_ref_model:
+                raise ValueError(
+                    "`pissa_init: true` changes the weights that `solopo_anchor` compares with; remove one of the two."
+                )
 
         def to_dict(self) -> dict[str, Any]:
             """Return the host's, for experiment trackers; other stages report what they report without the plugin."""
@@ -199,7 +204,8 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
     if finetuning_args.pref_loss != "simpo":
         unread["it is for `pref_loss: simpo`"] = {"simpo_gamma": 0.5}
     if not finetuning_args.use_ref_model:
-        unread[f"`pref_loss: {finetuning_args.pref_loss}` has no reference"] = {"ref_model": None}
+        own = "solopo_objective" if finetuning_args.solopo_objective == "distill" else "pref_loss"
+        unread[f"`{own}: {getattr(finetuning_args, own)}` has no reference"] = {"ref_model": None}
     if finetuning_args.ref_model is None:
         unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
     for reason, defaults in unread.items():

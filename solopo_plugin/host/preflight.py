@@ -210,7 +210,8 @@ def _launch(recipe: dict) -> Iterator[str]:
 
 def _models(recipe: dict) -> Iterator[str]:
     keys = ["model_name_or_path", "adapter_name_or_path"]
-    if recipe.get("pref_loss", "sigmoid") in WITH_REFERENCE and not recipe.get("train_from_scratch"):
+    refers = recipe.get("pref_loss", "sigmoid") in WITH_REFERENCE and recipe.get("solopo_objective") != "distill"
+    if (refers or recipe.get("solopo_anchor")) and not recipe.get("train_from_scratch"):
         keys.append("ref_model")
     for key in keys:
         for name in _names(recipe.get(key)) if key.startswith("adapter") else filter(None, [recipe.get(key)]):

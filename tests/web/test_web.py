@@ -203,9 +203,9 @@ def test_stage_data_sets_and_preview_of_rows(page):
 FILLED = {
     "solopo_alpha": "2.5", "solopo_align": "logp", "solopo_align_on": "both", "solopo_penalty": "drop",
     "solopo_detach_short": True, "solopo_objective": "solopo", "solopo_longpo_lambda": "0.01",
-    "solopo_overlength": "drop", "solopo_forward": "two_stage", "solopo_reference": "online",
-    "solopo_logp_chunk": "256", "solopo_mlp_chunk": "64", "solopo_sequence_parallel": "2",
-    "simpo_gamma": "0.7",
+    "solopo_distill_kl": "forward", "solopo_distill_temperature": "1.0", "solopo_distill_topk": "0",
+    "solopo_anchor": "0.1", "solopo_overlength": "drop", "solopo_forward": "two_stage", "solopo_reference": "online",
+    "solopo_logp_chunk": "256", "solopo_mlp_chunk": "64", "solopo_sequence_parallel": "2", "simpo_gamma": "0.7",
 }  # fmt: skip
 
 
