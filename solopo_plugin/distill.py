@@ -107,9 +107,7 @@ class _TokenKL(torch.autograd.Function):
     def backward(ctx, grad_N):
         student_MV, at_N, *teacher = ctx.saved_tensors
         grad_MV, done = torch.zeros_like(student_MV), 0
-        for at_n, ids_nK, _, slope_nC, share_nV in _by_chunk(
-            student_MV, at_N, ctx.kind_of_teacher(*teacher), ctx.form
-        ):
+        for at_n, ids_nK, _, slope_nC, share_nV in _by_chunk(student_MV, at_N, ctx.kind_of_teacher(*teacher), ctx.form):
             slope_nC = slope_nC * grad_N[done : done + len(at_n), None] / ctx.form.temperature
             done += len(at_n)
             if ids_nK is not None:  # the rest's part is dealt out among its words

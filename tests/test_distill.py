@@ -282,3 +282,34 @@ def test_equal_prompts_cost_nothing(forward, monkeypatch):
     keys = BASE | dict(pref_loss="orpo", solopo_align="distill", solopo_align_on="both", solopo_forward=forward)
     losses_B, metrics = step(qwen2_float64(POLICY), None, rows, **keys)
     assert losses_B.requires_grad and not metrics["solopo/align_loss"].any() and sum(seen) == 0
+
+
+# ---- in real runs
+
+
+RUN = dict(max_samples=6, num_train_epochs=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+           solopo_anchor=0.5, solopo_reference="online", learning_rate=1e-2)  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_run(run, recipe, tuning, forward):
+    """The loss is the sum that docs/training.md states; the anchor is 0 at the start alone; evaluation has it."""
+    from solopo_plugin.losses import ANCHOR, METRICS
+
+    keys = RUN | dict(pref_loss="orpo", solopo_align="distill", solopo_alpha=2.0, finetuning_type=tuning)
+    log = run(recipe(solopo_forward=forward, val_size=2, eval_strategy="epoch", **keys)).log
+    steps, (last,) = ([e for e in log if name in e] for name in ("loss", "eval_loss"))
+    assert steps[0][ANCHOR] == pytest.approx(0, abs=1e-6) and steps[-1][ANCHOR] > 1e-4 and last[f"eval_{ANCHOR}"] > 1e-4
+    for e in steps:
+        want = e["solopo/po_loss"] + 2 * e["solopo/align_loss"] + 0.5 * e[ANCHOR]
+        assert e["loss"] == pytest.approx(want, rel=1e-5) and {*METRICS, ANCHOR} == {k for k in e if "/" in k}
+        assert e["rewards/margins"] == pytest.approx(0.1 * (e["logps/chosen"] - e["logps/rejected"]), rel=1e-4)
+
+
+def test_distillation_alone_learns_the_short_contexts_answers(run, recipe):
+    """No reference is scored, and the divergence falls."""
+    keys = RUN | dict(solopo_objective="distill", solopo_anchor=None, solopo_reference=None, num_train_epochs=30.0)
+    steps = [e for e in run(recipe(**keys | dict(max_samples=2, learning_rate=3e-3))).log if "loss" in e]
+    assert steps[-1]["solopo/align_loss"] < steps[0]["solopo/align_loss"] / 2
+    assert steps[0]["loss"] == pytest.approx(steps[0]["solopo/align_loss"]) and steps[0]["solopo/po_loss"] == 0

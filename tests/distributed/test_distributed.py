@@ -147,6 +147,22 @@ def test_zero3_with_mlps_in_chunks(one_and_two):
     assert_equal(one, two)
 
 
+ANCHORED = dict(solopo_anchor=0.5, solopo_reference="online")
+
+
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_zero3_with_distillation_and_anchor(one_and_two, forward):
+    """The equal prompts of some rows leave ranks with different numbers of tokens to compare."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    keys = dict(pref_loss="orpo", solopo_align="distill", solopo_align_on="both", solopo_forward=forward, **ANCHORED)
+    assert_equal(*one_and_two(zero("z3"), max_samples=12, **keys)[:2])
+
+
+def test_ddp_lora_with_distillation_alone_and_anchor(one_and_two):
+    keys = dict(solopo_objective="distill", solopo_distill_kl="jsd", finetuning_type="lora", **ANCHORED)
+    assert_equal(*one_and_two(DDP, **keys)[:2])
+
+
 FORMS = [("z2", "packed"), ("z2_offload", "two_stage"), ("z3", "packed"), ("z3_offload", "packed"), ("z3", "two_stage")]
 
 
