@@ -115,11 +115,6 @@ class SoloArguments:
         """Return whether the distribution given the short context teaches that given the long one."""
         return self.solopo_objective == "distill" or (not self.longpo and self.solopo_align == "distill")
 
-    @property
-    def loss_refers(self) -> bool:
-        """Return whether the loss compares with a reference; the anchor asks for one besides."""
-        return self.solopo_objective != "distill" and self.pref_loss not in ("orpo", "simpo")
-
 
 @dataclass
 class SoloDataArguments:
@@ -167,6 +162,11 @@ def check_values(args: SoloArguments | SoloDataArguments) -> None:
                 raise ValueError(f"`{name}` must be true or false, got {value!r}.")
         elif value not in get_args(spec.type):
             raise ValueError(f"`{name}` must be one of {', '.join(get_args(spec.type))}; got {value!r}.")
+
+
+def loss_refers(args) -> bool:
+    """Return whether the loss compares with a reference; the anchor asks for one besides."""
+    return args.solopo_objective != "distill" and args.pref_loss not in ("orpo", "simpo")
 
 
 def without_effect(args) -> dict[str, tuple[str, ...]]:

@@ -35,8 +35,8 @@ logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logg
 class Pair(NamedTuple):
     """Hold log-probs of the short pair, each (B,), as the loss has them, and what the anchor needs of the reference."""
 
-    chosen_B: Tensor | None
-    rejected_B: Tensor | None
+    chosen_B: Tensor
+    rejected_B: Tensor
     top: Top | None = None
 
 

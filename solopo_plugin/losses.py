@@ -100,6 +100,7 @@ def _anchored(loss_B: Tensor, logps: LogProbs, spec) -> Tensor:
 
 @torch.no_grad()
 def _rewards(logps: LogProbs, spec) -> list[Tensor]:
+    assert logps.long_chosen_B is not None  # for the type checker: only LongPO has none
     return [reward(spec.pref_loss, side_B, spec.pref_beta) for side_B in (logps.chosen_B, logps.long_chosen_B)]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .args import loss_refers
 from .collapse import GAP, NLL, REWARD, collapse
 from .data import data_sets, step_lengths
 from .forward import Packed, Pair, TwoStages, all_tokens
@@ -97,8 +98,8 @@ class SoloTrainer(CustomDPOTrainer):
         The reference comes first, so that no activations of the policy wait for it.
         """
         reference = self.reference_logps(model, inputs)
-        logps = self.form.policy(model, inputs, reference.top)
-        if self.finetuning_args.loss_refers:
+        logps = self.form.policy(model, inputs, reference.top if reference else None)
+        if reference and loss_refers(self.finetuning_args):
             logps = logps._replace(ref_chosen_B=reference.chosen_B, ref_rejected_B=reference.rejected_B)
         losses_P, parts = self.objective(logps, self.finetuning_args)
         metrics_PM = torch.stack([*parts.values()], dim=1)
@@ -106,7 +107,7 @@ class SoloTrainer(CustomDPOTrainer):
             return losses_P, metrics_PM
         return mean_of_pairs(losses_P, inputs["pairs"]), mean_of_pairs(metrics_PM, inputs["pairs"])
 
-    def reference_logps(self, model, inputs) -> Pair:
+    def reference_logps(self, model, inputs) -> Pair | None:
         """Return the reference's log-probs of the short pair; None where the step has no reference.
 
         They are known from before training (reference.py), or come from a forward.
@@ -114,7 +115,7 @@ class SoloTrainer(CustomDPOTrainer):
         if "reference_P2" in inputs:
             return Pair(*inputs["reference_P2"].unbind(1))
         if not self.finetuning_args.use_ref_model:
-            return Pair(None, None)
+            return None
         if self.ref_model is None:
             ref_model, as_reference = model, self.accelerator.unwrap_model(model).disable_adapter()
         else:
