@@ -152,7 +152,7 @@ def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
     }
 
 
-def logits_of(row: dict, sides: list[list[tuple[int, ...]]]) -> dict:
+def logits_of(row: dict, sides: Sequence[Sequence[tuple[int, ...]]]) -> dict:
     """Return which of the row's logits some responses have, each once, though several pairs have a chosen one.
 
     Args:
@@ -167,8 +167,10 @@ def logits_of(row: dict, sides: list[list[tuple[int, ...]]]) -> dict:
     ends, responses = [*accumulate(row["counts"])], [*dict.fromkeys(spans for side in sides for spans in side)]
     counts = [row["counts"][spans[0]] if len({*spans}) == len(spans) else 0 for spans in responses]
     taken = [spans for spans, count in zip(responses, counts, strict=True) if count]
-    rows = [[k for n in place for k in range(ends[n] - row["counts"][n], ends[n])] for place in zip(*taken, strict=True)]
-    rows = rows or [[] for _ in responses[0]]
+    rows: list[list[int]] = [[] for _ in responses[0]]
+    for spans in taken:
+        for of_place, n in zip(rows, spans, strict=True):
+            of_place.extend(range(ends[n] - row["counts"][n], ends[n]))
     which = [[responses.index(spans) for spans in side] for side in sides]
     return {
         "rows": [torch.tensor(of_place, dtype=torch.long) for of_place in rows],

@@ -63,6 +63,10 @@ CASES = {
     **{f"{loss}, both": keys_of(loss, solopo_align_on="both") for loss in LOSSES},
     "orpo, drop, ftx": keys_of("orpo", solopo_align_on="both", solopo_penalty="drop", pref_ftx=0.5),
     "sigmoid, detached": keys_of("sigmoid", solopo_detach_short=True, dpo_label_smoothing=0.1),
+    "orpo, distill": keys_of("orpo", solopo_align="distill"),
+    "sigmoid, distill, anchor, both": keys_of("sigmoid", solopo_align="distill", solopo_align_on="both",
+                                              solopo_anchor=0.5, solopo_reference="online"),
+    "hinge, anchor": keys_of("hinge", solopo_anchor=0.5, solopo_reference="online"),
     "longpo": dict(pref_loss="sigmoid", pref_beta=0.4, ref_model="a", solopo_objective="longpo",
                    solopo_longpo_lambda=0.8),
 }  # fmt: skip
