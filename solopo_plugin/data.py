@@ -242,7 +242,7 @@ def known_of(features: list[dict]) -> dict:
     `long_is_short_B`, `names`; where some row has several, `pairs`: how many each has; where the rows have the columns
     `REFERENCE`, `reference_P2`: the reference's log-probs of chosen and rejected.
     """
-    known = {"long_is_short_B": torch.tensor([f["long_is_short"] for f in features])}
+    known: dict = {"long_is_short_B": torch.tensor([f["long_is_short"] for f in features])}
     if REFERENCE[0] in features[0]:
         sides = (np.concatenate([np.atleast_1d(f[column]) for f in features]) for column in REFERENCE)
         known["reference_P2"] = torch.tensor(np.stack([*sides], 1), dtype=torch.float32)

@@ -240,8 +240,8 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
         single = all(len(of_row) == 1 for of_row in of_rows)
         for side, column in enumerate(REFERENCE):
             values = [[scores[key][side] for key in of_row] for of_row in of_rows]
-            values = np.asarray(values, dtype=np.float32)[:, 0] if single else values
-            splits[name] = splits[name].add_column(column, values)
+            flat = np.asarray(values, dtype=np.float32)[:, 0] if single else values
+            splits[name] = splits[name].add_column(column, flat)
     train = splits.pop(("train", ""), None)
     evaluated = {name: split for (_, name), split in splits.items()}
     return train, evaluated if isinstance(trainer.eval_dataset, dict) else evaluated.get("")

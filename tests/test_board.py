@@ -349,10 +349,12 @@ def test_a_board_of_another_structure_starts_without_the_section(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """`rows` and `chat` are for SoLoPO; `pairs` for DPO; `plain` for SFT; `broken` for nobody."""
+    """`rows`, `lists` and `chat` are for SoLoPO; `pairs` for DPO; `plain` for SFT; `broken` for nobody."""
     rows = [row | {"note": "unused"} for row in demo_rows(3)]
     rows[0]["long_prompt"] = "a" * 5000 + "b" * 5000
+    lists = [row | {"rejected": [row["rejected"], "c" * 3000]} for row in rows]
     write_dataset(tmp_path / "data", rows)
+    write_dataset(tmp_path / "data", lists, "lists")
     long = {"messages": "m", "long_messages": "l", "chosen": "chosen", "rejected": "rejected"}
     chat = [{"m": [{"from": "human", "value": "q"}], "l": [{"from": "human", "value": "x" * 9000}], "chosen": {},
              "rejected": {}}]  # fmt: skip
@@ -365,7 +367,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(
     "stage, offered",
-    [(board.STAGE, ["rows", "chat"]), ("DPO", ["pairs"]), ("Reward Modeling", ["pairs"]),
+    [(board.STAGE, ["rows", "lists", "chat"]), ("DPO", ["pairs"]), ("Reward Modeling", ["pairs"]),
      ("Supervised Fine-Tuning", ["plain"]), ("KTO", ["plain"]), ("Pre-Training", ["plain"]), ("PPO", ["plain"])],
 )  # fmt: skip
 def test_each_stage_is_offered_the_data_sets_that_it_can_use(host, folder, stage, offered):
@@ -382,6 +384,8 @@ def test_preview_of_rows_shows_the_pair_and_both_prompts(host, folder):
     assert list(rows[0]) == ["prompt", "long_prompt", "chosen", "rejected"]
     assert rows[1] == {name: demo_rows(2)[1][name] for name in rows[1]}, "texts that fit are shown whole"
     assert rows[0]["long_prompt"] == "a" * 1000 + " [... 8,000 characters ...] " + "b" * 1000
+    _, (row, _), _ = host.data.get_preview(folder, ["lists"], 0)
+    assert row["rejected"] == [rows[0]["rejected"], "c" * 1000 + " [... 1,000 characters ...] " + "c" * 1000]
     _, (row,), _ = host.data.get_preview(folder, ["chat"], 0)
     assert list(row) == ["messages", "long_messages", "chosen", "rejected"]
     assert "[... 7,000 characters ...]" in row["long_messages"][0]["value"]
