@@ -10,7 +10,7 @@ A pair is the chosen and one rejected response. Shape suffixes: B rows, P pairs.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,21 +102,20 @@ def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
     """
     name = aligned.name
     _refuse_markers(aligned, markers)
-    ids: dict[str, list[int]] = {}
-    rejected = response_names(len(aligned.response))[1:]
+    prompts: dict[str, list[int]] = {}
+    responses: dict[str, list[int]] = {}
     for side, which, prompt_ids, response_ids in _encoded(aligned, encode):
         if None in prompt_ids or None in response_ids:
             raise RowError(f"{name}: the template writes a token that the tokenizer lacks; check `template`.")
-        if ids.setdefault(f"{which}_ids", response_ids) != response_ids:
+        if responses.setdefault(which, response_ids) != response_ids:
             raise RowError(
                 f"{name}: `{which}` tokenises differently behind the short and the long prompt; check `template`."
             )
-        if ids.setdefault(f"{side}_prompt_ids", prompt_ids) != prompt_ids:
+        if prompts.setdefault(f"{side}_prompt_ids", prompt_ids) != prompt_ids:
             raise RowError(
                 f"{name}: the template writes one {side} prompt before `chosen` and another before `rejected`, as "
                 "where only one of them has a thought; set `enable_thinking: true`, or give both a thought or none."
             )
-    responses = {which: ids[f"{which}_ids"] for which in ("chosen", *rejected)}
     refuse_equal(name, responses, "`{}` and `{}` are the same tokens")
     _, empty_ids = encode([{"role": "user", "content": "-"}, {"role": "assistant", "content": ""}], "", "")
     for which, response_ids in responses.items():
@@ -125,10 +124,8 @@ def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
                 f"{name}: nothing is left of `{which}` in the template (`enable_thinking: false` removes thoughts); "
                 "give it a text or remove the row."
             )
-    joined = ids.pop(f"{rejected[0]}_ids")
-    for which in rejected[1:]:
-        joined = [*joined, BETWEEN, *ids.pop(f"{which}_ids")]
-    ids["rejected_ids"] = joined
+    chosen, *rejected = responses.values()
+    ids = prompts | {"chosen_ids": chosen, "rejected_ids": [i for part in rejected for i in (BETWEEN, *part)][1:]}
     return {"name": name, "long_is_short": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
 
 
@@ -147,12 +144,9 @@ def refuse_equal(name: str, responses: dict[str, Any], said: str) -> None:
 
 def rejected_of(row: dict) -> list[list[int]]:
     """Return the tokens of each rejected response of a tokenised row."""
-    ids, parts = row["rejected_ids"], []
-    while BETWEEN in ids:
-        end = ids.index(BETWEEN)
-        parts.append(ids[:end])
-        ids = ids[end + 1 :]
-    return [*parts, ids]
+    ids = row["rejected_ids"]
+    ends = [-1, *(i for i, token in enumerate(ids) if token == BETWEEN), len(ids)]
+    return [ids[a + 1 : b] for a, b in pairwise(ends)]
 
 
 def pairs_of(row: dict) -> list[dict]:

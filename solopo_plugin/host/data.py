@@ -148,8 +148,8 @@ class LongConverter:
                 )
         responses = self.responses(name, example)
         self.check_read(name, example, responses)
-        pair, *others = (example | {attr.rejected: response} for response in [*responses.values()][1:])
-        short, long = self.short(pair), self.long(pair)
+        first, *others = (example | {attr.rejected: response} for response in [*responses.values()][1:])
+        short, long = self.short(first), self.long(first)
         for other in others:
             short["_response"] += self.short(other)["_response"][1:]
         if attr.formatting != "alpaca":
