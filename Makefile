@@ -65,7 +65,7 @@ test-cpu: .venv/.test
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_parity_host.py tests/test_packing.py
 
-# vLLM for CPUs, of a release for the host's torch, over .venv's packages: 0.3 GB to load, 1.2 GB on disk
+# vLLM for CPUs, of a release for the host's torch, over .venv's packages: 0.9 GB on disk
 .venv-vllm/.installed: tests/serving/requirements.txt .venv/.test
 	rm -rf .venv-vllm
 	$(BIN)/pip --disable-pip-version-check download --quiet --no-deps -d .venv-vllm/wheels -r tests/serving/requirements.txt
