@@ -19,7 +19,7 @@ from scripted_server import answering
 from transformers import AutoModelForCausalLM
 
 from solopo_plugin.qa.files import read_jsonl
-from solopo_plugin.qa.prompts import document_text, lay_out
+from solopo_plugin.qa.prompts import document_text, lay_out, split_prompt
 from solopo_plugin.qa.store import Store
 from solopo_plugin.synthesis.ask import choose, read_prompt
 from solopo_plugin.synthesis.filter import FILTERS
@@ -27,7 +27,8 @@ from solopo_plugin.synthesis.pipeline import run_pipeline, stages_of
 from solopo_plugin.synthesis.recipe import make_recipe
 
 pytestmark = [pytest.mark.skipif(not SERVER, reason="`make test-vllm` runs these"), pytest.mark.timeout(400)]
-FATES = ["right", "quote_not_in_passage", "right", "known_without_evidence", "no_agreement", "right"]  # two of pairs
+FATES = ["right", "quote_not_in_passage", "known_without_evidence", "no_agreement"]  # of questions about a passage
+FATES += ["right", "one_passage_is_enough"]  # about pairs
 PROMPTS = {  # shorter than the shipped ones, so that they are learnt in seconds
     "ask_one.txt": "{documents}\n\nAsk.",
     "ask_two.txt": "{documents}\n\nAsk about both.",
@@ -80,7 +81,7 @@ def learnt(tmp_path_factory):
 
 def plan(recipe) -> dict[str, list[str]]:
     """What is said to a prompt, by a part of it."""
-    said, rng, used = {}, random.Random(0), set()
+    said, rng, used, about = {}, random.Random(0), set(), split_prompt(recipe.prompt)
     for fate, chosen in zip(FATES, choose(recipe, list(read_jsonl(f"{recipe.work_dir}/passages.jsonl"))), strict=True):
         name, places = ("one", ["quote"]) if len(chosen) == 1 else ("two", ["quote_1", "quote_2"])
         asked = question_about(chosen, rng, used)
@@ -91,6 +92,8 @@ def plan(recipe) -> dict[str, list[str]]:
         right = f"The answer is: {asked['answer']}"
         said[f"Question: {asked['question']} Answer."] = [WRONG if fate == "no_agreement" else right]
         said[f"{asked['question']} Guess."] = [right if fate == "known_without_evidence" else WRONG]
+        for passage in chosen if fate == "right" and name == "two" else []:
+            said[lay_out(*about, asked["question"], [document_text(passage)])[0]] = [WRONG]
     return said
 
 
@@ -129,8 +132,8 @@ def test_from_documents_to_rows_by_a_real_server(learnt, monkeypatch):
     assert tuple(stages) == stages_of(recipe)
     counts = {name: stage["counts"] for name, stage in stages.items()}
     questions = FATES.count("right")
-    calls = [len(FATES), len(FATES) - 1, len(FATES) - 2, 2 * questions]  # asked, checked with and without, sampled
-    assert len(added) == sum(calls), "something was asked for twice"
+    calls = 6 + 5 + 4 + 2 * 2 + 2 * questions  # asked; with the passages, without, with one of two; sampled, both sides
+    assert len(added) == calls, "something was asked for twice"
     assert counts["ask"] | dict(replies=6, unreadable=0, cut_at_max_new_tokens=0) == counts["ask"]
     dropped = Counter(fate for fate in FATES if fate != "right")
     assert counts["filter"]["dropped"] == dict.fromkeys(FILTERS, 0) | dropped
