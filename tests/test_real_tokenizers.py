@@ -248,3 +248,15 @@ def test_tokenizers_are_the_ones_that_the_page_names(package):
     size = {"qwen3": 151669, "llama3_1": 128256, "gemma3": 262145}[package]
     assert len(tokenizer_of(package)) == size
     assert f"{size:,}" in PAGE.read_text(encoding="utf-8")
+
+
+def test_templates_that_are_told_of_without_a_tokenizer():
+    from llamafactory.data.template import TEMPLATES
+
+    written = TEMPLATES["gemma4"].format_system.apply(content=TEMPLATES["gemma4"].default_system)
+    assert written == ["<|turn>system\n<|think|>You are a helpful assistant.<turn|>\n"]
+    assert TEMPLATES["gemma4"].thought_words == ("<|channel>thought\n", "<channel|>")
+    new, old = TEMPLATES["qwen3_5"], TEMPLATES["qwen3"]
+    for part in ("format_user", "format_assistant", "format_system", "format_observation", "thought_words"):
+        assert getattr(new, part) == getattr(old, part), part
+    assert new.format_tools != old.format_tools
