@@ -204,7 +204,7 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
 
     def times(v: str, other: str) -> float:
         """Return a step's time of `v` over that of `other`: at measured rates if both have one, else by FLOPs."""
-        keys = dict(checkpointing=setup.checkpointing, lora=lora, both=setup.both)
+        keys = dict(checkpointing=setup.checkpointing, lora=lora, both=setup.both, rejected=setup.rejected)
         a, b = (sum(step_flops(shape, x, S, R, L, references[x], **keys).values()) for x in (v, other))
         return a / b * (seen[other].flops / seen[v].flops if v in seen and other in seen else 1)
 
@@ -270,7 +270,8 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
 def tables(shape: Shape, S: int, R: int, L: int, references: dict, setup: Setup, memory: float,
            window: int, shown: dict) -> tuple[str, str]:  # fmt: skip
     """Table TFLOP per sample and GB per GPU, by part, by arithmetic alone; a line per configuration."""
-    keys = dict(checkpointing=setup.checkpointing, lora=setup.lora_rank > 0, both=setup.both)
+    row = (setup.both, setup.rejected)
+    keys = dict(checkpointing=setup.checkpointing, lora=setup.lora_rank > 0, both=setup.both, rejected=setup.rejected)
     flops = {v: step_flops(shape, v, S, R, L, references[v], **keys) for v in shown}
     parts = {v: step_memory(shape, v, S, R, L, references[v], setup) for v in shown}
     work = [f"TFLOP  tokens{''.join(f'{n:>11}' for n in (*flops['V0'], 'step'))}   times as fast as V0"]
@@ -278,7 +279,7 @@ def tables(shape: Shape, S: int, R: int, L: int, references: dict, setup: Setup,
     for v in shown:
         total = sum(flops[v].values())
         cells = "".join(f"{n / 1e12:11.1f}" for n in (*flops[v].values(), total))
-        work.append(f"{v:5}{count(v, S, R, L, setup.both)[0]:8}{cells}{sum(flops['V0'].values()) / total:9.2f}")
+        work.append(f"{v:5}{count(v, S, R, L, *row)[0]:8}{cells}{sum(flops['V0'].values()) / total:9.2f}")
         cells = "".join(f"{n / 1e9:12.2f}" for n in (*parts[v].values(), peak(parts[v])))
         room.append(f"{v:5}{cells}{min(window - R, longest(shape, v, S, R, references[v], setup, memory)):9}")
     return "\n".join(work), "\n".join(room)
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=1024, help="tokens of the short prompt (%(default)s)")
     parser.add_argument("--long", type=int, help="of the long prompt; default: the recipe's cutoff_len less a response")
     parser.add_argument("--response", type=int, default=256, help="tokens of a response (%(default)s)")
+    parser.add_argument("--rejected", type=int, default=1, help="rejected responses of a row (%(default)s)")
     parser.add_argument("--gpus", type=int, default=1, help="in all (%(default)s)")
     parser.add_argument("--gpu-memory", type=float, default=80, help="GB of 1e9 bytes each (%(default)s)")
     parser.add_argument("--nodes", type=int, default=1, help="machines that the GPUs are in (%(default)s)")
@@ -303,7 +305,9 @@ def main() -> None:
         if args.recipe:
             recipe, setup = read_recipe(args.recipe, args.gpus)
         S, R, L = args.short, args.response, args.long or recipe.get("cutoff_len", 16384) - args.response
-        for name, value in (("short", S), ("long", L), ("response", R), ("gpus", args.gpus), ("nodes", args.nodes)):
+        setup = replace(setup, rejected=args.rejected)
+        given = dict(short=S, long=L, response=R, rejected=args.rejected, gpus=args.gpus, nodes=args.nodes)
+        for name, value in given.items():
             if value < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {value}.")
         if args.nodes > args.gpus:

@@ -2,7 +2,8 @@
 
 They count the multiplications that must be done and the tensors that must exist at the peak; fragmentation, workspaces
 and communication are left out. The accounting is ours; that of FLOPs is the usual one of 2 per multiplication and of
-causal attention at half cost. S, L, R: tokens of the short prompt, the long prompt, a response.
+causal attention at half cost. S, L, R: tokens of the short prompt, the long prompt, a response; `rejected`: how many a
+row has. The host's forms have a padded pair for each.
 """
 
 from dataclasses import dataclass
@@ -148,32 +149,35 @@ def shape_of(config) -> Shape:
 # ---- one step, per sample
 
 
-def parts_of(variant: str, S: int, R: int, L: int, both: bool = False) -> list[tuple[int, int]]:
+def parts_of(
+    variant: str, S: int, R: int, L: int, both: bool = False, rejected: int = 1
+) -> list[tuple[int, int]]:  # fmt: skip
     """List the sequences that a variant's forwards run: (new tokens, tokens of another's prompt that they share)."""
     short, long = (S + R, 0), (L + R, 0)
     if variant == "SFT":
         return [long]
     if variant in ("V0", "V*", "L2", "L3"):
-        return [long, (R, L) if variant in ("V*", "L3") else long]
-    packed = variant == "S3"
-    return [short, (R, S) if packed else short, long, *([(R, L) if packed else long] if both else [])]
+        behind = [(R, L) if variant in ("V*", "L3") else long] * rejected
+        return [long, *behind] if variant != "V0" else [*behind, *behind]
+    more = [(R, L) if variant == "S3" else long] * rejected * both
+    return [short, *[(R, S)] * rejected, long, *more] if variant == "S3" else [short] * 2 * rejected + [long, *more]
 
 
-def counts(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[int, int, int]:
+def counts(variant: str, S: int, R: int, L: int, both: bool = False, rejected: int = 1) -> tuple[int, int, int]:
     """Count tokens through the layers, padding included, and positions with logits, all in fp32 and by chunks."""
-    parts = parts_of(variant, S, R, L, both)
+    parts = parts_of(variant, S, R, L, both, rejected)
     tokens = len(parts) * (L + R) if variant == "S0" else sum(new for new, _ in parts)
     kinds = {
-        "L2": (0, L + 2 * R),
-        "L3": (0, L + R - 1 + 2 * R),  # the NLL is of every token but the first
+        "L2": (0, L + (1 + rejected) * R),
+        "L3": (0, L + R - 1 + (1 + rejected) * R),  # the NLL is of every token but the first
         **dict.fromkeys(RESPONSE_LOGITS, (0, len(parts) * R)),
     }
     return tokens, *kinds.get(variant, (tokens, 0))
 
 
-def count(variant: str, S: int, R: int, L: int, both: bool = False) -> tuple[int, int]:
+def count(variant: str, S: int, R: int, L: int, both: bool = False, rejected: int = 1) -> tuple[int, int]:
     """Count tokens that run through the layers, padding included, and positions that get logits."""
-    tokens, wide, narrow = counts(variant, S, R, L, both)
+    tokens, wide, narrow = counts(variant, S, R, L, both, rejected)
     return tokens, wide + narrow
 
 
@@ -188,18 +192,21 @@ def forward_flops(shape: Shape, parts: list[tuple[int, int]], tokens: int, logit
 
 
 def step_flops(shape: Shape, variant: str, S: int, R: int, L: int, reference: str | None = None,
-               checkpointing: bool = True, lora: bool = False, both: bool = False) -> dict[str, float]:  # fmt: skip
+               checkpointing: bool = True, lora: bool = False, both: bool = False,
+               rejected: int = 1) -> dict[str, float]:  # fmt: skip
     """Return the FLOPs of a training step per sample, by part; their sum is the step.
 
     Forward, backward and, under checkpointing, forward again: (4, 4.5, 3) times (linear, attention, head), (3, 3.5, 3)
     without; attention's backward computes its scores anew. Under LoRA frozen matrices need no weight gradient: one less
     for linear and head. `reference`: `online` adds a forward of the pair, `cached` and None add nothing.
     """
-    forward = forward_flops(shape, parts_of(variant, S, R, L, both), *count(variant, S, R, L, both))
+    row = (variant, S, R, L, both, rejected)
+    forward = forward_flops(shape, parts_of(*row), *count(*row))
     times = (3 + checkpointing - lora, 3.5 + checkpointing, 3 - lora)
-    pair = parts_of({"L3": "S3", "L2": "S2"}.get(variant, variant), S, R, L)[:2]  # LongPO's is on the short prompt
-    tokens = sum(new for new, _ in pair)
-    again = forward_flops(shape, pair, tokens, 2 * R if variant in (*RESPONSE_LOGITS, "L3") else tokens)
+    pairs = parts_of({"L3": "S3", "L2": "S2"}.get(variant, variant), S, R, L, False, rejected)  # LongPO's: short prompt
+    pairs = pairs if variant in ("V0", "V*", "SFT") else pairs[:-1]
+    tokens = sum(new for new, _ in pairs)
+    again = forward_flops(shape, pairs, tokens, len(pairs) * R if variant in (*RESPONSE_LOGITS, "L3") else tokens)
     flops = {name: f * k for name, f, k in zip(("linear", "attention", "head"), forward, times, strict=True)}
     return flops | {"reference": sum(again) if reference == "online" else 0.0}
 
@@ -224,6 +231,7 @@ class Setup:
     mlp_chunk: int = 0  # solopo_mlp_chunk; 0: all tokens at once
     batch: int = 1
     both: bool = False
+    rejected: int = 1  # responses of a row
 
 
 def setup_of(settings: dict, tuning: str) -> Setup:
@@ -282,10 +290,11 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
     gradients of its MLP; with `solopo_mlp_chunk` the MLP counts for one chunk only (its further forward is not among
     `step_flops`).
     """
-    tokens, wide, narrow = (setup.batch * x for x in counts(variant, S, R, L, setup.both))
+    tokens, wide, narrow = (setup.batch * x for x in counts(variant, S, R, L, setup.both, setup.rejected))
     narrow += setup.batch * (L + R) * (variant == "L2")  # the NLL's tokens are picked out of the sequence's: a copy
-    forward = setup.batch * max(2 * (S + R), (1 + setup.both) * (L + R)) if variant in TWO_FORWARDS else tokens
-    forward = setup.batch * (L + R) if variant == "L2" else forward
+    n_short, n_long = 2 * setup.rejected, 1 + setup.both * setup.rejected
+    forward = setup.batch * max(n_short * (S + R), n_long * (L + R)) if variant in TWO_FORWARDS else tokens
+    forward = setup.batch * setup.rejected * (L + R) if variant == "L2" else forward
     trained, frozen, base = parameters_of(shape, setup)
     gathered = min(shape.parameters, setup.live) * setup.element if setup.zero == 3 else 0
     of_weights, of_gradients, of_optimizer = (setup.gpus if setup.zero >= stage else 1 for stage in (3, 2, 1))

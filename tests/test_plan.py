@@ -12,11 +12,11 @@ import yaml
 from benchmark_step import PRESETS
 from conftest import ROOT
 from plan import Setup, Shape, count, longest, peak, read_config, read_recipe, shape_of, step_flops, step_memory
-from step_cost import counts, host_memory, layer_bytes, setup_of, window_of
+from step_cost import counts, forward_flops, host_memory, layer_bytes, parts_of, setup_of, window_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from solopo_plugin.data import SoloCollator
+from solopo_plugin.data import BETWEEN, SoloCollator
 from solopo_plugin.packing import PackedCollator
 
 TINY = dict(
@@ -155,6 +155,34 @@ def test_tokens_and_logits_of_every_variant():
     for both in (False, True):
         packed = PackedCollator(long_pair=both)([row])["policy"]
         assert count("S3", 1000, 100, 8000, both) == (packed["input_ids"].shape[1], len(packed["positions_K"]))
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("rejected", [2, 4])
+def test_tokens_and_logits_of_several_rejected_responses(qwen, both, rejected):
+    """As the collators lay a row out; its reference is shown the short pairs."""
+    lists = [i for _ in range(rejected) for i in (BETWEEN, *[4] * 100)][1:]
+    row = dict(name="r", long_is_short=False, short_prompt_ids=[1] * 1004, long_prompt_ids=[2] * 8000,
+               chosen_ids=[3] * 100, rejected_ids=lists)  # fmt: skip
+    lengths = (1004, 100, 8000)
+    packed, longpo = (PackedCollator(lp, both)([row]) for lp in (False, True))
+    for variant, batch in (("S3", packed), ("L3", longpo)):
+        want = (batch["policy"]["input_ids"].shape[1], len(batch["policy"]["positions_K"]))
+        assert count(variant, *lengths, both, rejected) == want
+        reference = step_flops(qwen, variant, *lengths, "online", both=both, rejected=rejected)["reference"]
+        again = batch["reference"]
+        alone = forward_flops(qwen, parts_of("S3", *lengths, False, rejected)[:-1], again["input_ids"].shape[1],
+                              len(again["positions_K"]))  # fmt: skip
+        assert reference == sum(alone)
+    padded = SoloCollator(0, both)([row])
+    short, long = padded["input_ids"].numel(), padded["long_input_ids"].numel()
+    assert counts("S2", *lengths, both, rejected) == (short + long, 0, (2 * rejected + 1 + both * rejected) * 100)
+    assert counts("L2", *lengths, rejected=rejected) == ((1 + rejected) * 8100, 0, 8100 + rejected * 100)
+    assert count("V0", *lengths, rejected=rejected)[0] == 2 * rejected * 8100
+    one, several = (step_memory(qwen, "S3", *lengths, None, Setup(both=both, rejected=n)) for n in (1, rejected))
+    tokens = [count("S3", *lengths, both, n)[0] for n in (1, rejected)]
+    assert several["checkpoints"] / one["checkpoints"] == tokens[1] / tokens[0]
+    assert tokens[1] - tokens[0] == (rejected - 1) * (1 + both) * 100
 
 
 @pytest.mark.parametrize("both", [False, True])
