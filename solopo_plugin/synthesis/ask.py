@@ -94,10 +94,12 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 
 def none_readable(recipe: DataRecipe, n: int, text: str) -> str:
     """Return the sentence on a model that keeps to no form; `text` is one of its `n` replies."""
+    held = recipe.asker.backend != "transformers"
+    other = "say it more plainly in `ask_prompts`" if held else "ask one that keeps to a JSON schema, behind a server"
     return (
         f"None of {n} replies of the model that asks can be read: each must be JSON with `question`, `answer` and "
-        f"`quote`, and one begins with {text[:60]!r}; let another model ask (`ask_model_name_or_path`), or a server "
-        f"that keeps to a JSON schema (`ask_backend: openai`), or raise `max_new_tokens: {recipe.max_new_tokens}`."
+        f"`quote`, and one begins with {text[:60]!r}; let a stronger model ask (`ask_model_name_or_path`), raise "
+        f"`max_new_tokens: {recipe.max_new_tokens}`, or {other}."
     )
 
 

@@ -59,9 +59,11 @@ def make_row(row: dict, name: str) -> dict:
     for side, prompt in (("short", "prompt"), ("long", "long_prompt")):
         made[prompt], made[f"{side}_evidence"] = _lay_out(turns[side], wanted)
         made |= {f"{side}_tokens": len(made[prompt]), f"{side}_paragraphs": len(turns[side])}
-    for part in ("chosen", "rejected"):
-        made[part] = _turn(row.get(part), part).text
-        made[f"{part}_tokens"] = len(made[part])
+    several = row["rejected"] if isinstance(row.get("rejected"), list) and row["rejected"] else None
+    rejected = [_turn(turn, "rejected").text for turn in several or [row.get("rejected")]]
+    made |= {"chosen": _turn(row.get("chosen"), "chosen").text, "rejected": rejected[0]}
+    made |= {"chosen_tokens": len(made["chosen"]), "rejected_tokens": len(rejected[0])}
+    made |= {"all_rejected": rejected} if several else {}
     made["question"] = next((turn.text for turn in reversed(turns["short"]) if turn.role in USERS), "")
     derived = [{"source": _source(turns["short"], k), "quote": turns["short"][k].text} for k in said]
     return made | {"origins": row.get("origins") or derived}

@@ -230,10 +230,12 @@ def test_a_model_that_keeps_to_no_form_is_one_sentence(tokenizer, tmp_path):
         asked(tokenizer, tmp_path, make_passages(100), {"Write one question": "I would rather not."})
     assert re.search(
         r"^None of 64 replies of the model that asks can be read: each must be JSON with `question`, `answer` and "
-        r"`quote`, and one begins with 'I would rather not\.'; let another model ask \(`ask_model_name_or_path`\), .*"
-        r"`ask_backend: openai`.*`max_new_tokens: 1024`\.$",
+        r"`quote`, and one begins with 'I would rather not\.'; let a stronger model ask \(`ask_model_name_or_path`\), "
+        r"raise `max_new_tokens: 1024`, or say it more plainly in `ask_prompts`\.$",
         str(error.value),
     )
+    of_no_server = ask.none_readable(recipe_for(backend="transformers"), 64, "I")
+    assert "or ask one that keeps to a JSON schema, behind a server." in of_no_server
     assert 64 <= len((tmp_path / "log").read_text().splitlines()) < 64 + 64 + 1  # `concurrency` are under way
 
 

@@ -70,6 +70,13 @@ def test_a_row_may_say_where_its_evidence_comes_from(tmp_path):
     assert seen[0]["facts"]["evidence 1"] == "log.txt › Day 2: “Fenna shares”" and "evidence 2" not in seen[0]["facts"]
 
 
+def test_several_rejected_answers_are_all_shown(tmp_path):
+    row = next(iter(read_jsonl(DEMO)))
+    write_jsonl(tmp_path / "a.jsonl", [row | {"rejected": [row["rejected"], {"from": "gpt", "value": "Who knows?"}]}])
+    (seen,) = shown(tmp_path / "a.jsonl", tmp_path / "page")
+    assert seen["rejected"].startswith(row["rejected"]["value"]) and seen["rejected"].endswith("\n\nWho knows?")
+
+
 def test_without_tools_the_evidence_is_what_the_user_said_before():
     said = ("human", "I am Ada."), ("gpt", "Hi."), ("human", "Who?")
     turns = [{"from": role, "value": text} for role, text in said]
