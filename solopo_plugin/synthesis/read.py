@@ -10,6 +10,7 @@ number). A paragraph is a text, {"title", "text"}, or {"id"} of a document of th
 
 import heapq
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ from ..qa.files import DataError, split_names, write_jsonl
 from ..qa.questions import Documents, id_at, make_paragraph, read_questions, with_place
 from ..qa.seeded import digest
 from ..qa.sources import Rows, file_rows, source_rows
-from .folder import documents_and_rows
+from .converters import KINDS
+from .folder import ROWS, documents_and_rows
 from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,12 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     try:
         return _run(recipe, work)
     except DataError as error:
-        documents, _ = documents_and_rows(Path(recipe.input))
+        documents, rows = documents_and_rows(Path(recipe.input))
+        if os.path.isdir(recipe.input) and not documents and not rows:
+            raise DataError(
+                f"`input: {recipe.input}` holds neither rows ({', '.join(sorted(ROWS))}) nor documents "
+                f"({', '.join(KINDS)}), a README aside."
+            ) from None
         if recipe.input_format != "auto" or not documents:
             raise
         name = documents[0].name

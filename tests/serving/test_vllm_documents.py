@@ -55,6 +55,7 @@ def learnt(tmp_path_factory):
             passage_tokens=60, max_passages=4, pairs_per_passage=0.5, candidates=1, check_samples=CHECKS,
             ask_prompts=str(folder / "prompts"), prompt="{documents}\n\nQuestion: {question} Answer.", short_tokens=300,
             long_tokens=700, cutoff_len=1200, num_samples=SAMPLES, max_new_tokens=300, temperature=0.4,
+            max_alone=None,
             backend="openai", served_model="base", openai_endpoint="completions", num_rows=10, server_urls=url,
             work_dir=str(folder / name / "work"), dataset_dir=str(folder / name / "data"), **more,
         ))  # fmt: skip

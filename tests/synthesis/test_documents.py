@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -238,3 +241,14 @@ def test_a_full_disk_is_no_broken_file(read, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "write_json", full)
     with pytest.raises(DataError, match="the disk is full"):
         read(tmp_path / "a.docx")
+
+
+@pytest.mark.slow
+def test_ten_thousand_passages_on_one_core():
+    """Read, split and compared in less than a minute of one core and 2 GB; with a tokenizer of 32,000 tokens."""
+    command = [sys.executable, ROOT / "scripts" / "benchmark_documents.py", "--passages", "10000"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()[-1]
+    numbers = [float(number) for number in re.findall(r"\d+\.?\d*", said)]
+    passages, repeated, _, _, busy, peak, _ = numbers
+    assert passages + repeated == 10000 and repeated > 900
+    assert busy < 60 and peak < 2000, said

@@ -447,6 +447,17 @@ def test_a_folder_of_documents_and_rows_says_how_to_take_it(row, prepare, monkey
         run_pipeline(replace(made, input_format="plain"), "read")
 
 
+@pytest.mark.parametrize("names", [[], ["a.png", "b.jpg"], ["README.md"]])
+def test_a_folder_of_neither_documents_nor_rows_says_so(names, prepare, monkeypatch, tmp_path):
+    monkeypatch.chdir(prepare())
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(b"\x89PNG")
+    made = replace(load_recipe("recipe.yaml"), input=str(tmp_path / "in"), corpus=None)
+    with pytest.raises(DataError, match=r"^`input: .*in` holds neither rows \(.*\) nor documents \(\.md.*\), a"):
+        run_pipeline(made, "read")
+
+
 def test_a_file_of_documents_says_how_to_take_it(prepare, monkeypatch, tmp_path):
     monkeypatch.chdir(prepare())
     (tmp_path / "a.jsonl").write_text('{"text": "A document."}')

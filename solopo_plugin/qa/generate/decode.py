@@ -82,10 +82,7 @@ def decode(
     """
     takes = inspect.signature(getattr(network, "get_base_model", lambda: network)().forward).parameters
     jobs, device = list(dict.fromkeys(job for job, _ in rows)), noise.device
-    lengths = torch.tensor([len(job.ids) for job in jobs], device=device)
-    width = int(lengths.max())
-    ids = torch.tensor([[pad] * (width - len(job.ids)) + job.ids for job in jobs], device=device)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    ids, mask, lengths = _pad([job.ids for job in jobs], pad, device)
 
     def step(ids: torch.Tensor, positions: torch.Tensor, cache=None) -> tuple:
         options = {"position_ids": positions, "logits_to_keep": 1}
@@ -117,3 +114,11 @@ def decode(
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         cache, logits = step(tokens[:, None], at[:, None], cache)
         at = at + 1
+
+
+def _pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return prompts padded on the left, (prompts, longest), the mask of what is no padding, and their lengths."""
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+    width = int(lengths.max())
+    ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long(), lengths

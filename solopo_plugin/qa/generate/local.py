@@ -46,13 +46,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
 
     try:
         while pool := list(map(job_of, islice(calls, AHEAD * sampling.concurrency))):
-            if not warned and (longest := max(job.tokens for job in pool)) > window:
-                warned = True
-                log.warning(
-                    "%s: prompt and answer may have %d tokens, and its window is %d: answers beyond it are not to be "
-                    "relied on; lower `max_input_tokens`, or widen the window by YaRN.",
-                    model.adapter or model.path, longest, window,
-                )  # fmt: skip
+            warned = warned or _beyond_window(max(job.tokens for job in pool), window, model)
             pool.sort(key=lambda job: (job.limit, len(job.ids)), reverse=True)  # the longest first: memory ends soon
             rows = deque((job, i) for job in pool for i in range(len(job.call.ks)))
             while batch := _next_batch(rows, sampling.concurrency, room):
@@ -60,12 +54,9 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
                 try:
                     noise = Noise(sampling, device)
                     for row, ids, ended in decode(network, batch, noise, stop, tokenizer.pad_token_id or 0):
-                        (job, i), _ = row, left.pop(row)
-                        text = tokenizer.decode(ids, skip_special_tokens=True)
-                        job.answers[i] = text, "stop" if ended else "length"
-                        if len(job.answers) == len(job.call.ks):
-                            answers = [answer for _, answer in sorted(job.answers.items())]
-                            yield Reply(job.call.id, job.call.ks, answers, len(job.ids))
+                        del left[row]
+                        if reply := _take_in(row, tokenizer.decode(ids, skip_special_tokens=True), ended):
+                            yield reply
                 except RuntimeError as error:
                     if not (failed := _memory_is_out(error)):
                         raise
@@ -78,6 +69,27 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
         del network
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _beyond_window(longest: int, window: float, model: Model) -> bool:
+    """Warn if prompt and answer may have more tokens than the model's window; returns whether they may."""
+    if longest > window:
+        log.warning(
+            "%s: prompt and answer may have %d tokens, and its window is %d: answers beyond it are not to be relied "
+            "on; lower `max_input_tokens`, or widen the window by YaRN.",
+            model.adapter or model.path, longest, window,
+        )  # fmt: skip
+    return longest > window
+
+
+def _take_in(row: "Row", text: str, ended: bool) -> Reply | None:
+    """Add an answer to its call; returns the call's reply if it was the last."""
+    job, i = row
+    job.answers[i] = text, "stop" if ended else "length"
+    if len(job.answers) < len(job.call.ks):
+        return None
+    answers = [answer for _, answer in sorted(job.answers.items())]
+    return Reply(job.call.id, job.call.ks, answers, len(job.ids))
 
 
 def _next_batch(rows: "deque[Row]", most: int, room: float) -> "list[Row]":
