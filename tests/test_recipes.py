@@ -27,7 +27,7 @@ from arms import arms  # noqa: E402
 from arms import recipe as lab_recipe  # noqa: E402
 
 DEMO = YAML / "demo_solo_orpo.yaml"
-FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora")
+FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora", "long")
 FILES = sorted(p.relative_to(YAML).as_posix() for f in FOLDERS for p in (YAML / f).rglob("*.yaml"))
 RUNS: dict[str, Run] = {  # output_dir below saves/ -> the row of the README's table
     re.fullmatch(r"output_dir=saves/(.+)", run.overrides[-1])[1]: run
@@ -57,9 +57,9 @@ def keys(name: str) -> dict:
 
 
 def test_count():
-    # Table 3: 12 runs of Qwen, 5 of Llama. LoRA: 1. In the table: expand-long 4 + 2, aligning both 3 + 1, KL 3 + 1,
-    # four alphas of each SoLo, LongPO on Llama.
-    assert len(FILES) == 12 + 5 + 1 == 18
+    # Table 3: 12 runs of Qwen, 5 of Llama. LoRA: 1. Long: 2. In the table: expand-long 4 + 2, aligning both 3 + 1, KL
+    # 3 + 1, four alphas of each SoLo, LongPO on Llama.
+    assert len(FILES) == 12 + 5 + 1 + 2 == 20
     assert len(RUNS) == 6 + 4 + 4 + 16 + 1 == 31
     assert len(ABLATIONS) == 24
     stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(FILES) - {DEMO.name}
@@ -111,10 +111,38 @@ LORA = {  # the keys in which the LoRA recipe differs
     "finetuning_type: lora  # ours",
     "gradient_accumulation_steps: 64  # ours; 64 rows a step are the paper's",
 }
+LONG = {  # recipe -> lines that it alone has; tests/test_plan.py looks at the figures of its header
+    "long/qwen2.5-7b_64k.yaml": (
+        "gradient_accumulation_steps: 32  # ours; x 2 rows at a time = 64 rows a step, which is the paper's",
+        "solopo_sequence_parallel: 2  # ours",
+        "cutoff_len: 65536  # ours; the model's window, with YaRN",
+    ),
+    "long/llama3.1-8b_128k.yaml": (
+        "gradient_accumulation_steps: 64  # ours; x 1 row at a time = 64 rows a step, which is the paper's",
+        "solopo_sequence_parallel: 4  # ours",
+        "cutoff_len: 131072  # ours; the model's window",
+    ),
+}
 RATES = {"sft": 1e-5, "dpo": 5e-7, "simpo": 1e-6, "orpo": 5e-6, "longpo": 5e-7, "solo_orpo_lora": 5e-5}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", LONG)
+def test_long_recipes_are_the_papers_run_but_for_what_they_say(name):
+    """Of the model's SoLo-ORPO; the batch is the paper's, whose rows are shared by groups of the 4 GPUs."""
+    assert {path for path in FILES if path.startswith("long/")} == set(LONG) and set(LONG[name]) <= set(lines(name))
+    model, size = re.fullmatch(r"long/(.+)_(\d+k)\.yaml", name).groups()
+    own, short = keys(name), keys(f"{model}/solo_orpo.yaml")
+    changed = {key for key in {**own, **short} if own.get(key) != short.get(key)}
+    other = {"deepspeed", "solopo_detach_short", "solopo_sequence_parallel", "dataset", "cutoff_len", "output_dir"}
+    other |= {"gradient_accumulation_steps"} | ({"model_name_or_path"} if model == "qwen2.5-7b" else set())
+    assert changed == other and own["solopo_detach_short"] is True
+    assert own["deepspeed"] == "examples/yaml/deepspeed/ds_z3.json"
+    assert own["gradient_accumulation_steps"] * 4 // own["solopo_sequence_parallel"] == 64
+    assert own["cutoff_len"] == 1024 * int(size[:-1]) and own["output_dir"] == f"saves/long/{model}_{size}"
+    assert own["dataset"] == short["dataset"].replace("_solopo", f"_{size}_solopo")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in LONG])
 def test_files_share_what_the_papers_runs_share(name):
     held, folder = lines(name), Path(name).parent.name
     wanted = [*SHARED, *OF_MODEL.get(folder, OF_MODEL["qwen2.5-7b"])]
@@ -175,15 +203,19 @@ def test_header(name):
     assert f"# {launch} llamafactory-cli train examples/yaml/{name}\n" in header
     assert "# Not run at 7B by this project.\n" in header
     model = "llama3.1-8b" if name.startswith("llama3.1-8b/") else "qwen2.5-7b"
+    model = Path(name).stem if name in LONG else model
     assert "# Not shipped: " in header and f"build_data.py examples/yaml/data/{model}.yaml\n" in header
     assert f"# Data: {keys(name)['dataset']}: " in header
     assert all(len(line) <= 120 for line in lines(name))
     batch = keys(name)["per_device_train_batch_size"] * keys(name)["gradient_accumulation_steps"] * gpus
-    assert batch == 64
+    assert batch // keys(name).get("solopo_sequence_parallel", 1) == 64
     assert '".[qlora]"' in header if gpus == 1 else '".[deepspeed]"' in header
     assert ('pip install --no-build-isolation ".[flash-attn]"' in header) == (keys(name)["stage"] != "solopo")
-    if gpus > 1:
+    if name in LONG:
+        assert "Has not been run." in header and "# One GPU" not in header
+    elif gpus > 1:
         assert "# One GPU of 80 GB: NPROC_PER_NODE=1, and " in header and "gradient_accumulation_steps=64" in header
+    if gpus > 1:
         assert f"plan.py --recipe examples/yaml/{name} " in header
         assert ("ds_z3_offload.json" in header) == name.endswith("/longpo.yaml")
 
@@ -233,7 +265,7 @@ def test_a_header_cites_the_papers_row_with_its_numbers_or_none():
         text = "\n".join(lines(name))
         row, numbers = ROW.findall(text), NUMBERS.findall(text)
         assert len(row) == len(numbers) <= 1 and text.count("Table") == len(row)
-        assert bool(row) != name.startswith("lora/")
+        assert bool(row) != name.startswith(("lora/", "long/"))
         if row:
             model, recipe = name.removesuffix(".yaml").split("/")
             assert row[0].lower().replace(", ", "_").replace("-", "_") == recipe
@@ -284,7 +316,7 @@ def test_only_the_papers_alpha_is_tagged_as_the_papers():
     tagged = re.compile(r"^solopo_alpha: .*  # (paper|ours)(.*)$", re.M)
     tags = {name: found[0] for name in FILES if (found := tagged.findall((YAML / name).read_text(encoding="utf-8")))}
     tags |= {name: re.match(r"alpha [\d.]+: (paper|ours)(.*)", RUNS[name].numbers).groups() for name in ABLATIONS}
-    assert len(tags) == 4 + 24 + 1
+    assert len(tags) == 4 + 24 + 1 + 2
     for name, (tag, more) in tags.items():
         known = name not in ABLATIONS or name.endswith("_both")
         assert tag == ("paper" if known else "ours"), name
@@ -308,7 +340,8 @@ def test_loss_and_data_belong_to_the_name(name):
 
 
 def test_recipes_ask_for_all_that_the_pipeline_registers_and_no_more():
-    named = {re.fullmatch(r"musique_(?:qwen2\.5_7b|llama3\.1_8b)_(\w+)", keys(name)["dataset"])[1] for name in RECIPES}
+    pattern = r"musique_(?:qwen2\.5_7b|llama3\.1_8b)(?:_64k|_128k)?_(\w+)"
+    named = {re.fullmatch(pattern, keys(name)["dataset"])[1] for name in RECIPES}
     assert named == set(ENTRIES)
 
 

@@ -118,14 +118,15 @@ def test_sources_are_the_files_that_are_there(tmp_path):
 
 EVAL_RECIPES = sorted((ROOT / "examples/yaml/eval").glob("*.yaml"))
 SHIPPED = (
-    "llama3.1-8b", "llama3.1-8b_longbench_v2", "niah", "plain", "qwen2.5-7b", "qwen2.5-7b_longbench_v2",
+    "llama3.1-8b", "llama3.1-8b_128k", "llama3.1-8b_longbench_v2", "niah", "plain", "qwen2.5-7b", "qwen2.5-7b_64k",
+    "qwen2.5-7b_longbench_v2",
     "select_checkpoint", "select_checkpoint_longbench", "tiny",
 )  # fmt: skip
 
 
 def test_shipped_recipes_are_all_looked_at():
     names = [path.stem for path in EVAL_RECIPES if path.stem != "leaderboard"]  # whose test is with the harness
-    assert tuple(names) == SHIPPED and len(SHIPPED) == 9
+    assert tuple(names) == SHIPPED and len(SHIPPED) == 11
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -143,12 +144,18 @@ def test_a_shipped_recipe(name):
     assert len(numbers) >= 5 and all(re.search(r"  # (paper|ours|LongBench|RULER)\b", line) for line in numbers)
     assert sum(type(v) in (int, float) for v in values.values()) >= 5  # none hides as text
     model = "llama3.1-8b" if "llama" in name else "qwen2.5-7b"
-    training = yaml.safe_load((ROOT / f"examples/yaml/{model}/solo_orpo.yaml").read_text())
+    longer = re.fullmatch(r".+_(\d+)k", name)  # trained on rows that several GPUs share
+    training = f"examples/yaml/{f'long/{name}' if longer else f'{model}/solo_orpo'}.yaml"
+    training = yaml.safe_load((ROOT / training).read_text())
     assert made.template == training["template"] and training["model_name_or_path"] in text
     trained = made.checkpoints or (list(made.models.values())[1:] if isinstance(made.models, dict) else [])
     assert all(folder == training["output_dir"] for folder in trained) and (trained or name == "plain")
     # an answer fits behind the longest prompt: Qwen2.5 has a window of 32K, and four times as much with YaRN
     window = 131072 if "llama" in name else 32768 * int(made.rope_factor or 1)
+    if longer:  # of Qwen2.5 its folder's YaRN, that of training: no `rope_factor` on top
+        window = training["cutoff_len"]
+        assert made.rope_factor is None and made.ruler_lengths[-1] == window == 1024 * int(longer[1])
+        assert made.max_input_tokens + made.max_new_tokens == window
     assert made.max_input_tokens + made.max_new_tokens <= window
     assert made.max_new_tokens == load_data_recipe(model).max_new_tokens
 

@@ -543,7 +543,7 @@ DATA_RECIPES = sorted((ROOT / "examples/yaml/data").glob("*.yaml"))
 def test_shipped_recipes():
     """Each loads, says where its numbers come from, and fits the training recipes that use its rows."""
     paper = {"num_samples": 32, "temperature": 0.85, "short_tokens": 1024}
-    assert len(DATA_RECIPES) == 2 + 3
+    assert len(DATA_RECIPES) == 2 + 2 + 3
     for path in DATA_RECIPES:
         text, made = path.read_text(encoding="utf-8"), load_recipe(str(path))
         assert f"build_data.py {path.relative_to(ROOT)}\n" in text and "Hardware:" in text
@@ -556,11 +556,17 @@ def test_shipped_recipes():
             assert values[key] == value and f"{key}: {value}  # paper" in text
         numbers = [line for line in text.splitlines() if re.match(r"\w+: -?[\d.]+\b", line)]
         assert len(numbers) == 11 and all(re.search(r"  # (paper|ours)", line) for line in numbers)
-        training = yaml.safe_load((ROOT / f"examples/yaml/{path.stem}/solo_orpo.yaml").read_text())
+        longer = re.fullmatch(r".+_(\d+)k", path.stem)
+        training = f"examples/yaml/{f'long/{path.stem}' if longer else f'{path.stem}/solo_orpo'}.yaml"
+        training = yaml.safe_load((ROOT / training).read_text())
         for key in ("model_name_or_path", "template", "dataset_dir"):
             assert values[key] == training[key]
         assert values["dataset_name"] == training["dataset"].removesuffix("_solopo")
-        assert (values["long_tokens"], values["cutoff_len"]) == (8192, training["cutoff_len"])
+        assert values["cutoff_len"] == training["cutoff_len"]
+        if longer:  # the window is full: the longest prompt and the longest answer
+            assert values["long_tokens"] + values["max_new_tokens"] == values["cutoff_len"] == 1024 * int(longer[1])
+        else:
+            assert values["long_tokens"] == 8192
 
 
 def test_longer_contexts_are_overrides_of_the_shipped_recipes():
