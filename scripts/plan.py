@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +22,12 @@ from step_cost import (
     MODELS,
     OPTIMIZERS,
     OTHERS,
+    PACKED,
     VARIANTS,
     Setup,
     Shape,
     count,
+    exchanged,
     host_memory,
     longest,
     on_meta,
@@ -42,6 +45,8 @@ from solopo_plugin.args import FIELDS, check_keys
 ROOT = Path(__file__).parent.parent
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"
 HOSTS_REFERENCE = ("V0", "S0", "S1")  # run it in every step
+TOGETHER = (1, 2, 4, 8)  # GPUs that are proposed to share a row, as machines have them; ours
+LINKS = {"an A100's NVLink": 300e9, "PCIe 4": 25e9}  # bytes a second each way, about
 ATTENTION = {"fa2": "flash_attention_2", "disabled": "eager"}  # the host's `flash_attn`, else SDPA
 
 
@@ -75,6 +80,7 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
     pure, half = recipe.get("pure_bf16", False), recipe.get("bf16", False) or recipe.get("fp16", False)
     low, element = bool(deepspeed and half) or pure, 2 if half or pure else 4
     states = OPTIMIZERS[optim] / (2 if pure and not optim.endswith("8bit") else 1)
+    shared = recipe.get("solopo_sequence_parallel", FIELDS["solopo_sequence_parallel"].default)
     return recipe, Setup(
         gpus, zero.get("stage", 0), *offload, float(zero.get("stage3_max_live_parameters", 1e9)),
         recipe.get("lora_rank", 8) if tuning == "lora" else 0,
@@ -85,6 +91,7 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
         chunk=recipe.get("solopo_logp_chunk", FIELDS["solopo_logp_chunk"].default),
         mlp_chunk=recipe.get("solopo_mlp_chunk", FIELDS["solopo_mlp_chunk"].default),
         batch=recipe.get("per_device_train_batch_size", 8), both=recipe.get("solopo_align_on") == "both",
+        sequence_parallel=shared,
     )  # fmt: skip
 
 
@@ -185,13 +192,83 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
+# ---- a row that several GPUs share
+
+
+def sharings(shape: Shape, setup: Setup) -> dict[int, Setup]:
+    """Return how many GPUs of one machine can share a row, and the setup for each, on as many GPUs as it needs."""
+    counts = {n for n in TOGETHER if shape.heads % n == 0} | {setup.sequence_parallel}
+    return {n: replace(setup, sequence_parallel=n, gpus=ceil(setup.gpus / n) * n) for n in sorted(counts)}
+
+
+def check_sharing(shape: Shape, variant: str, setup: Setup, nodes: int) -> None:
+    """Refuse a `solopo_sequence_parallel` that the model, the GPUs of a machine or the form of the step cannot have."""
+    shared = setup.sequence_parallel
+    if shared > 1 and variant not in PACKED:
+        raise ValueError(f"`solopo_sequence_parallel: {shared}` shares a packed row, and this recipe runs none; set 1.")
+    here = setup.gpus // nodes
+    if shape.heads % shared or here % shared:
+        would = [n for n in range(2, here + 1) if shape.heads % n == here % n == 0]
+        raise ValueError(
+            f"`solopo_sequence_parallel: {shared}` must divide the model's {shape.heads} attention heads and the "
+            f"{here} processes of a machine; {', '.join(map(str, would)) or 'nothing but 1'} would do."
+        )
+
+
+def sent(shape: Shape, variant: str, lengths: tuple[int, int, int], setup: Setup) -> int:
+    """Return the bytes that a GPU sends in a step to attend over rows that it shares."""
+    tokens, passes = setup.batch * count(variant, *lengths, setup.both, setup.rejected)[0], 2 + setup.checkpointing
+    return exchanged(shape, tokens, setup.sequence_parallel, setup.element, passes)
+
+
+def sharing(shape: Shape, variant: str, lengths: tuple[int, int, int], setup: Setup, seconds: float | None) -> str:
+    """Say what of a row a GPU has, and what the exchange costs; `seconds` of arithmetic beside it, if known."""
+    tokens = setup.batch * count(variant, *lengths, setup.both, setup.rejected)[0]
+    size, passes = sent(shape, variant, lengths, setup), 2 + setup.checkpointing
+    takes = " and ".join(f"{size / rate:.2g} s by {link} ({rate / 1e9:g} GB/s)" for link, rate in LINKS.items())
+    beside = f", beside {seconds:.3g} s of arithmetic at the measured rate" if seconds else ""
+    return (
+        f"Sharing: {setup.sequence_parallel} GPUs share a row of {tokens:,} tokens, "
+        f"{ceil(tokens / setup.sequence_parallel):,} each; a GPU sends {size / passes / shape.layers / 1e6:.1f} MB a "
+        f"layer and pass, {gb(size)} a step, {takes}{beside}."
+    )
+
+
+def proposal(shape: Shape, setup: Setup, in_memory, memory: float) -> str:
+    """Say how few GPUs to a row would make it fit; `in_memory` gives a setup's peak in bytes and longest prompt."""
+    form = f"ZeRO-{setup.zero}{' with offload' * setup.offload_optimizer}" if setup.zero else "the whole model on each"
+    for n, other in sharings(shape, setup).items():
+        need, most = in_memory(other)
+        if n > setup.sequence_parallel and need <= memory:
+            return (
+                f" It needs {other.gpus} x {memory / 1e9:g} GB with `solopo_sequence_parallel: {n}`, {form}: "
+                f"{gb(need)} on each; memory then allows {most:,} tokens."
+            )
+    return f" No `solopo_sequence_parallel` up to {max(sharings(shape, setup))} makes it fit."
+
+
+def sharing_table(shape: Shape, variant: str, lengths: tuple[int, int, int], setup: Setup, in_memory) -> str:
+    """Table what each `solopo_sequence_parallel` takes; `in_memory` as in `proposal`."""
+    lines = ["sequence_parallel    GPUs   peak, GB   longest, memory   sent a step, GB"]
+    for n, other in sharings(shape, setup).items():
+        need, most = in_memory(other)
+        lines.append(
+            f"{n:17}{other.gpus:8}{need / 1e9:11.2f}{most:17}{sent(shape, variant, lengths, other) / 1e9:18.2f}"
+        )
+    return "\n".join(lines)
+
+
 def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int, int, int], references: dict,
-           memory: float, nodes: int) -> tuple[str, list[str]]:  # fmt: skip
-    """Return the variant that runs, and sentences: the answer, host memory, how many GPUs, the basis, the setup."""
+           memory: float, nodes: int) -> tuple[str, list[str], str]:  # fmt: skip
+    """Return the variant that runs, sentences, and a table of shared rows, or an empty one.
+
+    The sentences: the answer, host memory, how many GPUs, how they share a row, the basis, the setup.
+    """
     S, R, L = lengths
     stage, lora = recipe.get("stage", "solopo"), setup.lora_rank > 0
     tuning = "lora" if lora else "full"
     variant, runs = how_it_runs(config, recipe, setup)
+    check_sharing(shape, variant, setup, nodes)
     seen, basis = calibration(tuning, L, references)
     factor = {v: seen[v].memory if v in seen else 1.0 for v in references}
     window = window_of(config)
@@ -199,8 +276,11 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
     def need(v: str, at: int = L, setup: Setup = setup) -> float:
         return peak(step_memory(shape, v, S, R, at, references[v], setup)) * factor[v]
 
-    def longest_of(v: str) -> int:
+    def longest_of(v: str, setup: Setup = setup) -> int:
         return longest(shape, v, S, R, references[v], setup, memory / factor[v])
+
+    def in_memory(setup: Setup) -> tuple[float, int]:
+        return need(variant, setup=setup), longest_of(variant, setup)
 
     def times(v: str, other: str) -> float:
         """Return a step's time of `v` over that of `other`: at measured rates if both have one, else by FLOPs."""
@@ -234,7 +314,11 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
         speed += f"; it {takes(ours)}."
     verdict = "Fits" if min(fits, room) >= L else "Does not fit"
     needs = f"It takes {gb(need(variant))} on {where} at a prompt of {L:,} tokens."
-    lines = [f"{verdict}. {runs} {needs} {limit} {speed}"]
+    lines, shared, table = [f"{verdict}. {runs} {needs} {limit} {speed}"], setup.sequence_parallel, ""
+    if variant in PACKED and fits < L:
+        lines[0] += proposal(shape, setup, in_memory, memory)
+    if variant in PACKED and (fits < L or shared > 1):
+        table = sharing_table(shape, variant, lengths, setup, in_memory)
 
     offloaded = host_memory(shape, references[variant], setup)
     if total := sum(offloaded.values()):
@@ -246,15 +330,24 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
         )
     else:
         lines.append("Host memory: nothing is offloaded.")
-    rows, alone = recipe.get("gradient_accumulation_steps", 1), need(variant, setup=replace(setup, gpus=1))
-    share = f"GPUs: an optimizer step has {setup.batch * rows * setup.gpus} rows, {setup.batch * rows} on each GPU. "
+    rows = setup.batch * recipe.get("gradient_accumulation_steps", 1)
+    alone = need(variant, setup=replace(setup, gpus=1, sequence_parallel=1))
+    each = f"each {shared} that share a row" if shared > 1 else "each GPU"
+    share = f"GPUs: an optimizer step has {rows * setup.gpus // shared} rows, {rows} on {each}. "
     if setup.zero == 0:
         share += "Each GPU holds the whole model with its optimizer, however many there are."
     elif setup.zero == 3 and setup.offload_optimizer and setup.offload_param:
         share += "A GPU holds the same on 1 as on many: the model's state is in host memory, only rows are shared."
     else:
         share += f"ZeRO-{setup.zero} divides the model's state among them; one GPU alone would take {gb(alone)}."
-    lines += [share, basis]
+    lines.append(share)
+    if shared > 1:
+        rate = seen[variant].flops if variant in seen else None
+        flops = step_flops(shape, variant, S, R, L, references[variant], setup.checkpointing, lora, setup.both,
+                           setup.rejected)  # fmt: skip
+        seconds = setup.batch * sum(flops.values()) / shared / rate if rate else None
+        lines.append(sharing(shape, variant, lengths, setup, seconds))
+    lines.append(basis)
     kept = f"{setup.weights:g} of weights, {setup.gradients:g} of gradients, {setup.optimizer:g} of optimizer"
     lines.append(
         f"Setup: {shape.parameters / 1e9:.2f} billion parameters, {shape.layers} layers of width {shape.width:,}, "
@@ -264,7 +357,7 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
         f"{'on' if setup.checkpointing else 'off'}; tokens: short prompt {S:,}, long {L:,}, response {R:,}; reference: "
         f"{references[variant] or 'none'}."
     )
-    return variant, lines
+    return variant, lines, table
 
 
 def tables(shape: Shape, S: int, R: int, L: int, references: dict, setup: Setup, memory: float,
@@ -317,13 +410,15 @@ def main() -> None:
         config = read_config(model)
         shape, references = shape_of(config), references_of(recipe)
         memory = args.gpu_memory * 1e9
-        variant, lines = answer(shape, config, recipe, setup, (S, R, L), references, memory, args.nodes)
+        variant, lines, table = answer(shape, config, recipe, setup, (S, R, L), references, memory, args.nodes)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     shown = VARIANTS | {v: OTHERS[v] for v in (variant,) if v in OTHERS}
     window = window_of(config)
     print(*lines, sep="\n", end="\n\n")
     print(*tables(shape, S, R, L, references, setup, memory, window, shown), sep="\n\n", end="\n\n")
+    if table:
+        print(table, end="\n\n")
     print(*(f"{name:4}{meaning}" for name, meaning in shown.items()), sep="\n")
 
 

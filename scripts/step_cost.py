@@ -7,6 +7,7 @@ row has. The host's forms have a padded pair for each.
 """
 
 from dataclasses import dataclass
+from math import ceil, lcm
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ OTHERS = {
 }
 RESPONSE_LOGITS = ("S2", "S3", "V*")
 TWO_FORWARDS = ("S1", "S2")
+PACKED = ("S3", "L3")
 GB = 1e9  # bytes
 # Bytes of optimizer state per trained parameter, of the host's `optim` values; in fp32 or, by name, 8 bits.
 OPTIMIZERS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "rmsprop": 4, "sgd": 0}
@@ -88,6 +90,8 @@ class Shape(NamedTuple):
     linear: int  # parameters of the layers' matrices
     parameters: int  # all, a tied head once
     fans: int  # inputs plus outputs of all those matrices: LoRA parameters per rank for `lora_target: all`
+    heads: int = 1  # of queries
+    key_heads: int = 1
 
 
 def read_config(model: str):
@@ -143,6 +147,7 @@ def shape_of(config) -> Shape:
         config.num_hidden_layers, config.hidden_size, head * config.num_attention_heads,
         head * config.num_key_value_heads, config.intermediate_size, config.vocab_size,
         sum(a * b for a, b in matrices), sum(p.numel() for p in model.parameters()), sum(a + b for a, b in matrices),
+        config.num_attention_heads, config.num_key_value_heads,
     )  # fmt: skip
 
 
@@ -232,6 +237,7 @@ class Setup:
     batch: int = 1
     both: bool = False
     rejected: int = 1  # responses of a row
+    sequence_parallel: int = 1  # GPUs that share a packed row, each an equal part of its tokens
 
 
 def setup_of(settings: dict, tuning: str) -> Setup:
@@ -250,6 +256,23 @@ def layer_bytes(shape: Shape, element: int) -> int:
     Two norms: input (in fp32), normalised, scaled. Queries, keys, values, attention's output. Four MLP tensors.
     """
     return 8 * shape.width + element * (4 * shape.width + 2 * shape.query + 2 * shape.key + 4 * shape.inner)
+
+
+def of_one(variant: str, S: int, R: int, L: int, setup: Setup) -> tuple[int, int]:
+    """Return a GPU's share of the tokens of a packed row and of its logits, of which it has a part of every span."""
+    ranks, whole = setup.sequence_parallel, counts(variant, S, R, L, setup.both, setup.rejected)
+    spans = [R] * (whole[2] // R) if variant == "S3" else [L + R - 1, *[R] * (1 + setup.rejected)]
+    return ceil(setup.batch * whole[0] / ranks), setup.batch * sum(ceil(span / ranks) for span in spans)
+
+
+def exchanged(shape: Shape, tokens: int, ranks: int, element: int, passes: int) -> int:
+    """Return the bytes that one of `ranks` GPUs sends to the others in a step, to attend over a row that they share.
+
+    In a layer and pass over it queries, keys and values go from tokens to heads, and attention's output back: of its
+    tokens' numbers a GPU keeps one part in `ranks`. Keys and values are repeated where `ranks` does not divide them.
+    """
+    numbers = 2 * (shape.heads + lcm(shape.key_heads, ranks)) * shape.query // shape.heads
+    return passes * shape.layers * ceil(tokens / ranks) * numbers * (ranks - 1) // ranks * element
 
 
 def logits_bytes(shape: Shape, wide: int, narrow: int, chunk: int, element: int, online: bool) -> int:
@@ -284,31 +307,43 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
     """Return bytes per GPU by part; `peak` says what they come to.
 
     weights, gradients, optimizer: ZeRO's accounting (arXiv:1910.02054); ZeRO-3 gathers `live` parameters at a time, on
-    one GPU as on many. What is offloaded is in `host_memory` instead. reference: a second copy of the model, the host's
-    way in full fine-tuning. checkpoints: the input of every layer, or without checkpointing all that the layers keep.
+    one GPU as on many. What is offloaded is in `host_memory` instead. Of a shared packed row a GPU has an equal part of
+    tokens and logits. reference: a second copy of the model, the host's way in full fine-tuning. checkpoints: the input
+    of every layer, or without checkpointing all that the layers keep.
     layer: what one layer in backward adds, for the longest forward: what it keeps, if that is recomputed, and three
     gradients of its MLP; with `solopo_mlp_chunk` the MLP counts for one chunk only (its further forward is not among
-    `step_flops`).
+    `step_flops`). Where a row is shared, a layer keeps attention's output twice, by heads and by tokens, and keys and
+    values as repeated; its exchanges, after the MLP's gradients, hold queries, keys and values three times.
     """
     tokens, wide, narrow = (setup.batch * x for x in counts(variant, S, R, L, setup.both, setup.rejected))
     narrow += setup.batch * (L + R) * (variant == "L2")  # the NLL's tokens are picked out of the sequence's: a copy
     n_short, n_long = 2 * setup.rejected, 1 + setup.both * setup.rejected
     forward = setup.batch * max(n_short * (S + R), n_long * (L + R)) if variant in TWO_FORWARDS else tokens
     forward = setup.batch * setup.rejected * (L + R) if variant == "L2" else forward
+    ranks = setup.sequence_parallel if variant in PACKED else 1
+    if ranks > 1:
+        tokens, narrow = of_one(variant, S, R, L, setup)
+        forward = tokens
     trained, frozen, base = parameters_of(shape, setup)
     gathered = min(shape.parameters, setup.live) * setup.element if setup.zero == 3 else 0
     of_weights, of_gradients, of_optimizer = (setup.gpus if setup.zero >= stage else 1 for stage in (3, 2, 1))
     here, computed = not setup.offload_param, not setup.offload_optimizer
     mlp, online = shape.inner * setup.element, reference == "online"
     kept = layer_bytes(shape, setup.element) - 4 * mlp * (setup.mlp_chunk > 0)  # chunks are computed again
+    buffers = 0
+    if ranks > 1:
+        key = shape.key // shape.key_heads * lcm(shape.key_heads, ranks)
+        kept += setup.element * (shape.query + 2 * (key - shape.key))
+        buffers = 3 * tokens * setup.element * (shape.query + 2 * key)
     chunk = min(forward, setup.mlp_chunk or forward)
+    of_mlp = chunk * mlp * (3 + 4 * (setup.mlp_chunk > 0))
     return {
         "weights": (frozen + trained * setup.weights) / of_weights * here + gathered,
         "gradients": trained * setup.gradients / of_gradients * computed,
         "optimizer": trained * setup.optimizer / of_optimizer * computed,
         "reference": base / of_weights * here * (online and not setup.lora_rank),
         "checkpoints": tokens * shape.layers * (shape.width * setup.element if setup.checkpointing else kept),
-        "layer": forward * kept * setup.checkpointing + chunk * mlp * (3 + 4 * (setup.mlp_chunk > 0)),
+        "layer": forward * kept * setup.checkpointing + max(of_mlp, buffers),
         "logits": logits_bytes(shape, wide, narrow, setup.chunk, setup.element, online and variant == "V0"),
     }
 

@@ -1,6 +1,7 @@
 """scripts/plan.py: published and hand-counted numbers, and counts of what torch really does."""
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -12,10 +13,21 @@ import yaml
 from benchmark_step import PRESETS
 from conftest import ROOT
 from plan import Setup, Shape, count, longest, peak, read_config, read_recipe, shape_of, step_flops, step_memory
-from step_cost import counts, forward_flops, host_memory, layer_bytes, parts_of, setup_of, window_of
+from step_cost import (
+    MODELS,
+    counts,
+    forward_flops,
+    host_memory,
+    layer_bytes,
+    on_meta,
+    parts_of,
+    setup_of,
+    window_of,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from solopo_plugin.attention import why_not_packed
 from solopo_plugin.data import BETWEEN, SoloCollator
 from solopo_plugin.packing import PackedCollator
 
@@ -330,7 +342,7 @@ def test_every_shipped_recipe_is_planned():
             continue
         assert read_recipe(path, gpus=4)[1].zero == 3 * ("deepspeed" in recipe)
         planned += 1
-    assert planned == 24
+    assert planned == 26
 
 
 @pytest.mark.parametrize(
@@ -556,6 +568,142 @@ def test_an_answer_beyond_the_window(monkeypatch, capsys):
     answer = lines_of(monkeypatch, capsys, "--model", "qwen2.5-7b", "--long", "32768", "--gpus", "4")[0]
     assert answer.startswith("Does not fit. ")
     assert "The longest prompt is 32,512 tokens, by the model's window of 32,768; memory allows 142,746." in answer
+
+
+# ---- a row that several GPUs share
+
+
+def test_a_shared_row_divides_activations_and_logits_and_nothing_else(qwen):
+    """By hand for Qwen2.5-7B: 28 heads over 4 of keys; ZeRO divides by all GPUs, whoever shares a row."""
+    one, four = (
+        step_memory(qwen, "S3", 1024, 256, 16000, None, Setup(gpus=8, zero=3, sequence_parallel=n)) for n in (1, 4)
+    )
+    row = 1024 + 2 * 256 + 16000 + 256
+    assert one["checkpoints"] == 4 * four["checkpoints"] == 28 * 3584 * 2 * row
+    assert all(four[part] == one[part] for part in ("weights", "gradients", "optimizer", "reference"))
+    assert four["logits"] == qwen.vocabulary * (4 + 12) * 3 * 64  # a quarter of each of three responses
+    assert four["layer"] == row // 4 * (layer_bytes(qwen, 2) + 2 * 3584 + 3 * 2 * 18944)  # attention's output twice
+    for variant in ("V0", "S2", "L2", "SFT"):  # not packed
+        alone, other = (step_memory(qwen, variant, 1024, 256, 16000, None, Setup(sequence_parallel=n)) for n in (1, 4))
+        assert alone == other
+
+
+def test_repeated_keys_and_buffers_of_a_shared_row(qwen):
+    """7 GPUs: 4 heads of keys become 28. With the MLP in small chunks the exchange's buffers are larger than it."""
+    keys, width, tokens = 28 * 128, 28 * 128, 17_794 // 7
+    whole, chunked = (
+        step_memory(qwen, "S3", 1024, 256, 16002, None, Setup(sequence_parallel=7, mlp_chunk=n))["layer"]
+        for n in (0, 16)
+    )
+    kept = layer_bytes(qwen, 2) + 2 * (width + 2 * (keys - 4 * 128))
+    assert whole == tokens * (kept + 3 * 2 * 18944)
+    assert chunked == tokens * (kept - 4 * 2 * 18944 + 3 * 2 * (width + 2 * keys))
+
+
+def yarn_by_the_page(folder, monkeypatch):
+    """Qwen2.5-7B's published configuration, changed by the command of docs/training.md."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"config\.json <<'END'\n(.*?)END\n", page, re.S)
+    published = MODELS["qwen2.5-7b"] | {"rope_theta": 1e6, "architectures": ["Qwen2ForCausalLM"]}
+    del published["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(published))
+    monkeypatch.setattr(sys, "argv", ["-", str(folder / "config.json")])
+    exec(code, {})
+    return folder
+
+
+def test_the_window_that_the_page_makes(tmp_path, monkeypatch):
+    """64K, by frequencies that do not depend on the row, and with the model's own base."""
+    config = read_config(str(yarn_by_the_page(tmp_path, monkeypatch)))
+    assert window_of(config) == 65536 == config.max_position_embeddings
+    assert config.rope_parameters == {
+        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6,
+    }  # fmt: skip
+    assert why_not_packed(on_meta(config)) is None
+
+
+LONG = {  # recipe -> GB on each of 4 GPUs with its own `solopo_sequence_parallel`, and with 1
+    "qwen2.5-7b_64k": ("50.8", "68.7"),
+    "llama3.1-8b_128k": ("52.6", "106.9"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_answers_of_the_long_recipes_are_those_of_their_header_and_of_the_page(name, monkeypatch, capsys, tmp_path):
+    path = ROOT / f"examples/yaml/long/{name}.yaml"
+    model = ["--model", str(yarn_by_the_page(tmp_path, monkeypatch))] if name.startswith("qwen") else []
+    lines = lines_of(monkeypatch, capsys, "--recipe", str(path), "--gpus", "4", *model)
+    shared = yaml.safe_load(path.read_text())["solopo_sequence_parallel"]
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(path.read_text().replace(f"solopo_sequence_parallel: {shared}", "solopo_sequence_parallel: 1"))
+    before = lines_of(monkeypatch, capsys, "--recipe", str(alone), "--gpus", "4", *model)[0]
+    takes = [re.search(r"It takes ([\d.]+) GB on each of 4 GPUs of 80 GB", line)[1] for line in (lines[0], before)]
+    assert tuple(takes) == LONG[name] and lines[0].startswith("Fits. A step runs packed")
+    assert f"# {takes[0]} GB on each; with solopo_sequence_parallel=1 {takes[1]} GB." in path.read_text()
+    assert lines[2].startswith(f"GPUs: an optimizer step has 64 rows, {16 * shared} on each {shared} that share a row.")
+    pattern = (
+        r"Sharing: (\d) GPUs share a row of ([\d,]+) tokens, ([\d,]+) each; a GPU sends ([\d.]+ MB) a layer and pass, "
+    )
+    n, tokens, each, layer, step, nvlink, pcie = re.match(
+        pattern + r"([\d.]+ GB) a step, (\S+) s by an A100's NVLink \(300 GB/s\) and (\S+) s by PCIe 4 \(25 GB/s\)\.$",
+        lines[3],
+    ).groups()
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    assert f"\n| `{name}.yaml` | {tokens} | {n} | {each} | {layer} | {step} |\n" in page
+    if "128k" in name:
+        (work,) = [float(line.split()[6]) for line in lines if line.startswith("S3 ") and len(line.split()) == 8]
+        assert f"take {nvlink} s over an A100's NVLink (300 GB/s each way) and {pcie} s over PCIe 4 (25 GB/s)" in page
+        assert f"beside {work / shared:,.0f} TFLOP of\narithmetic on each GPU" in page
+    table = lines[lines.index(next(line for line in lines if line.startswith("sequence_parallel "))) :][1:5]
+    assert [int(row.split()[0]) for row in table if row] == ([1, 2, 4] if "qwen" in name else [1, 2, 4, 8])
+
+
+def test_bytes_sent_are_counted_by_hand(qwen):
+    """T = 1001 in 4: 251 tokens each, three quarters of 28 heads of q and out and 4 of k and v, 128 wide, 2 bytes."""
+    lengths = (100, 50, 751)
+    assert count("S3", *lengths)[0] == 1001
+    size = plan.sent(qwen, "S3", lengths, Setup(sequence_parallel=4))
+    assert size == 3 * 28 * 251 * (2 * 28 + 2 * 4) * 128 * 2 * 3 // 4
+    assert plan.sent(qwen, "S3", lengths, Setup(sequence_parallel=4, checkpointing=False)) == size * 2 // 3
+    assert plan.sent(qwen, "S3", lengths, Setup()) == 0
+
+
+def test_what_does_not_fit_is_proposed_to_be_shared(monkeypatch, capsys, tmp_path):
+    """The fewest GPUs to a row; one more GPU where there are too few; nothing where one of them is enough."""
+    keys = dict(model_name_or_path="llama3.1-8b", bf16=True, pref_loss="orpo", per_device_train_batch_size=1)
+    keys |= dict(cutoff_len=131072, deepspeed="examples/yaml/deepspeed/ds_z3.json")
+    recipe = str(write(tmp_path, **keys))
+    four, one = (lines_of(monkeypatch, capsys, "--recipe", recipe, "--gpus", n) for n in ("4", "1"))
+    assert four[0].startswith("Does not fit. ") and four[0].endswith(
+        " It needs 4 x 80 GB with `solopo_sequence_parallel: 2`, ZeRO-3: 71.1 GB on each; memory then allows 162,926 "
+        "tokens."
+    )
+    assert " It needs 4 x 80 GB with `solopo_sequence_parallel: 4`, ZeRO-3: 52.6 GB on each;" in one[0]
+    assert any(line.startswith("sequence_parallel ") for line in one)
+    small = lines_of(monkeypatch, capsys, "--recipe", recipe, "--gpus", "4", "--gpu-memory", "24")
+    assert small[0].endswith(" No `solopo_sequence_parallel` up to 8 makes it fit.")
+    enough = lines_of(monkeypatch, capsys, "--recipe", recipe, "--gpus", "4", "--long", "8192")
+    assert "sequence_parallel" not in "\n".join(enough)
+
+
+@pytest.mark.parametrize(
+    "keys, argv, sentence",
+    [
+        (
+            {},
+            ["--gpus", "8"],
+            "must divide the model's 28 attention heads and the 8 processes of a machine; 2, 4 would do",
+        ),
+        ({}, ["--gpus", "16", "--nodes", "2"], "the model's 28 attention heads and the 8 processes"),
+        ({}, ["--gpus", "12"], "must divide the model's 28 attention heads and the 12 processes"),
+        ({"solopo_forward": "two_stage"}, ["--gpus", "8"], "shares a packed row, and this recipe runs none; set 1."),
+    ],
+)
+def test_a_row_that_cannot_be_shared_so_is_refused(monkeypatch, tmp_path, keys, argv, sentence):
+    keys |= dict(model_name_or_path="qwen2.5-7b", bf16=True, solopo_sequence_parallel=8)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", str(write(tmp_path, **keys)), *argv])
+    with pytest.raises(SystemExit, match=f"`solopo_sequence_parallel: 8` .*{sentence}"):
+        plan.main()
 
 
 # ---- calibration
