@@ -97,6 +97,9 @@ def test_widgets_start_at_the_defaults_and_offer_what_is_allowed(page):
         assert (board.number(elem.value) if field.type is float else elem.value) == field.default, name
         if get_args(field.type):
             assert tuple(value for _, value in elem.choices) == get_args(field.type), name
+        if field.type is int:  # tokens, or GPUs of one machine: a slider that can be set by hand
+            most = board.MACHINE if name == "solopo_sequence_parallel" else board.LARGEST
+            assert (elem.minimum, elem.maximum, elem.step) == (min(1, field.default), most, 1), name
 
 
 def test_the_section_is_below_the_rlhf_section(page):

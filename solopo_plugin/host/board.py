@@ -22,6 +22,7 @@ FROM_HOST = ("pref_beta", "pref_ftx", "pref_loss")  # widgets of the RLHF sectio
 WIDGETS = tuple(sorted((*FIELDS, "simpo_gamma"), key=[*board_texts.TEXTS].index))
 PER_ROW = 5
 LARGEST = 131072  # of a slider, tokens: that of the host's `cutoff_len`
+MACHINE = 16  # of a slider, GPUs of one machine; ours
 SHOWN = 2000  # characters of a text in the preview of rows
 IN_LOG = {"solopo/align_loss": "align_loss", "solopo/reward_gap": "reward_gap"}  # metric -> trainer_log.jsonl
 
@@ -156,7 +157,8 @@ def widget(name: str):
     if kind is bool:
         return gr.Checkbox(value=default)
     if kind is int:
-        return gr.Slider(minimum=min(1, default), maximum=LARGEST, value=default, step=1)
+        most = MACHINE if name == "solopo_sequence_parallel" else LARGEST
+        return gr.Slider(minimum=min(1, default), maximum=most, value=default, step=1)
     if kind is float:
         return gr.Textbox(value=str(default))
     return gr.Dropdown(choices=list(get_args(kind)), value=default)
