@@ -312,10 +312,12 @@ def _data(recipe: dict) -> Iterator[str]:
 
 def _how_to_make(name: str, registered: list[str]) -> str:
     """Say how to come by a data set: the nearest name, the data recipe that makes it, or the documentation."""
+    made = {}  # the longest name counts: rows of longer contexts are named after those of the paper
     for path in sorted(Path("examples/yaml/data").glob("*.yaml")):
-        made = re.search(r"^dataset_name: (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if made and name.startswith(f"{made[1]}_"):
-            return f"python scripts/build_data.py {path}"
+        names = re.findall(r"^dataset_name: (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        made |= {known: path for known in names if name.startswith(f"{known}_")}
+    if made:
+        return f"python scripts/build_data.py {made[max(made, key=len)]}"
     near = get_close_matches(name, registered, n=1)
     return (
         f"did you mean `{near[0]}`?" if near else "make rows (scripts/build_data.py), or register yours (docs/data.md)."
