@@ -3,15 +3,19 @@
 Rows of `recall_long_po` and the rejected responses of `recall_longpo` are sampled from the base on the long context, 32
 answers at temperature 0.85 as in the paper: a question whose answers are all right or all wrong is left out, and others
 are drawn for it.
+
+Rows of `recall_solopo_rejected_N` are those of `recall_solopo` with N rejected values of the short context, the same
+one first.
 """
 
 import json
+import random
 from pathlib import Path
 
 import torch
 from arms import table
 from make_rows import RESPONSES, make_rows
-from recall import BASE, CHOOSING, KEY, LONG, MEASURED, QUESTIONS, SHORT, VALUE, N, as_rows, profile, questions
+from recall import BASE, CHOOSING, KEY, LONG, MEASURED, QUESTIONS, SHORT, VALUE, N, as_rows, profile, questions, rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +24,7 @@ from solopo_plugin.qa.provenance import file_hash
 
 ROWS = 1600  # of each data set: 200 steps of 8
 COMPRESSED = (4, 25, 50, 100)  # pairs in the short context of `recall_solopo_N`, beside 8
+REJECTED = (2, 4)  # rejected values of a row of `recall_solopo_rejected_N`; LOGO has 2 (arXiv:2410.18533)
 SWEEP_SEED = table("recall")["sweep"]["seed"]
 SAMPLES, TEMPERATURE = 32, 0.85  # the paper's
 LOST = 0.25  # share of short contexts without the evidence in `recall_lost`
@@ -35,6 +40,7 @@ ENTRIES = {  # name -> file, columns
     "recall_solopo_lost": ("recall_lost", SOLO),
     "recall_short_po_lost": ("recall_lost", {"prompt": "prompt", **RESPONSES}),
     **{f"recall_solopo_{pairs}": (f"recall_{pairs}", SOLO) for pairs in COMPRESSED},
+    **{f"recall_solopo_rejected_{n}": ("recall_several", SOLO | {"rejected": f"rejected_{n}"}) for n in REJECTED},
 }
 
 
@@ -86,6 +92,17 @@ def without_evidence(drawn: tuple[Tensor, ...], generator: torch.Generator) -> t
     return torch.where(pair_BT & lost_B[:, None], spare_BT, short_BT), long_BT, right_B, wrong_B
 
 
+def several_rejected(n: int, seed: int) -> list[dict]:
+    """Draw the `n` rows of `recall_solopo`, with a column of rejected values of the short context for each number."""
+    drawn, generator = rows(n, seed), random.Random(seed)
+    for row in drawn:
+        values = row["prompt"].split()[1 : 2 * SHORT : 2]
+        others = [value for value in values if value not in (row["chosen"], row["rejected"])]
+        several = [row["rejected"], *generator.sample(others, max(REJECTED) - 1)]
+        row |= {f"rejected_{m}": several[:m] for m in REJECTED}
+    return drawn
+
+
 def prepare(folder: Path, seed: int) -> None:
     """Write everything that the arms train on, `ROWS` rows of each; dataset_info.json comes last."""
     files = {}
@@ -96,8 +113,9 @@ def prepare(folder: Path, seed: int) -> None:
     files["recall_lost"] = as_rows(*without_evidence(questions(ROWS, SHORT, LONG, generator), generator))
     base = AutoModelForCausalLM.from_pretrained(BASE).eval()
     files["recall_long"], files["recall_longpo"] = sampled_rows(base, ROWS, SAMPLING + seed)
-    for name, rows in files.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
+    files["recall_several"] = several_rejected(ROWS, seed)
+    for name, of_file in files.items():
+        write_jsonl(folder / f"{name}.jsonl", of_file)
     make_rows(folder, ROWS, seed)
     info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     for name, (file, columns) in ENTRIES.items():

@@ -188,7 +188,10 @@ def accuracy_of(task, model: Path, seed: int) -> dict:
 def prepare(task: str, folder: Path, seed: int) -> None:
     """Make the rows of a seed, again if what they depend on is another; the mark comes last."""
     mark, settings = folder / "made.json", json.loads(json.dumps(task_of(task).settings()))
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings:
+    info = folder / "dataset_info.json"
+    registered = json.loads(info.read_text(encoding="utf-8")).keys() if info.is_file() else set()
+    lacking = {keys["dataset"] for keys in arms(task).values()} - registered  # rows from before there was an arm
+    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings and not (registered and lacking):
         return
     mark.unlink(missing_ok=True)
     task_of(task).prepare(folder, seed)

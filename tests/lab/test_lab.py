@@ -26,7 +26,20 @@ import report  # noqa: E402
 import run as run_lab  # noqa: E402
 from make_base import learn_to_copy, tokenizer, untrained  # noqa: E402
 from make_rows import ENTRIES, make_rows  # noqa: E402
-from recall import BASE, LENGTHS, LONG, SHORT, VALUE, WORDS, accuracy, profile, questions, rows, text  # noqa: E402
+from recall import (  # noqa: E402
+    BASE,
+    COLUMNS,
+    LENGTHS,
+    LONG,
+    SHORT,
+    VALUE,
+    WORDS,
+    accuracy,
+    profile,
+    questions,
+    rows,
+    text,
+)
 from show_accuracy import main as show_accuracy  # noqa: E402
 
 from solopo_plugin.qa.files import write_json  # noqa: E402
@@ -124,7 +137,7 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 
 def test_table_of_arms():
     table = arms.table("recall")
-    assert len(arms.arms()) == 53 and len(table["beyond"]) == 10 and len(table["sweep"]["rates"]) == 19
+    assert len(arms.arms()) == 57 and len(table["beyond"]) == 14 and len(table["sweep"]["rates"]) == 19
     assert len(arms.arms("two_hop")) == 13 and len(arms.table("two_hop")["sweep"]["rates"]) == 7
     for name, keys in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
@@ -155,10 +168,14 @@ def test_an_arm_is_printed_as_a_recipe(capsys):
 def test_results_of_before_are_known(tmp_path):
     """The keys by which finished results are recognised are those with which the shipped runs were made.
 
-    The digest is of their keys. It changes with bases, rows, questions and recipes, and with nothing else.
+    The digest is of their keys. It changes with bases, rows, questions and recipes, and with nothing else. An arm that
+    has no shipped run yet is not among them.
     """
+    ran = {(run["task"], run["arm"]) for run in json.loads(report.RUNS.read_text())}
     wanted = {
-        task: run_lab.jobs(list(arms.arms(task)), arms.table(task)["seeds"], None, tmp_path, task)
+        task: run_lab.jobs(
+            [name for name in arms.arms(task) if (task, name) in ran], arms.table(task)["seeds"], None, tmp_path, task
+        )
         + run_lab.sweep_jobs(list(arms.table(task)["sweep"]["rates"]), None, None, tmp_path, task)
         for task in run_lab.TASKS
     }
@@ -260,6 +277,31 @@ def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
     (tmp_path / "base/model.safetensors").write_bytes(b"another base")
     monkeypatch.setattr(lab_rows, "BASE", tmp_path / "base")
     assert not run_lab.done(job())
+
+
+def test_rows_of_several_rejected_values():
+    """Those of the first task, each list its own wrong values of the short context, the known one first."""
+    several, plain = lab_rows.several_rejected(50, 3), rows(50, 3)
+    assert [{name: row[name] for name in COLUMNS} for row in several] == plain
+    assert several == lab_rows.several_rejected(50, 3) != lab_rows.several_rejected(50, 4)
+    for row in several:
+        assert row["rejected_2"] == row["rejected_4"][:2] and row["rejected_4"][0] == row["rejected"]
+        assert len({row["chosen"], *row["rejected_4"]}) == 5
+        assert {row["chosen"], *row["rejected_4"]} <= set(row["prompt"].split()[1::2])
+
+
+def test_rows_from_before_there_was_an_arm_are_made_again(tmp_path, monkeypatch):
+    def prepare(folder, seed):
+        made.append(seed)
+        write_json(folder / "dataset_info.json", {name: {} for name in ENTRIES | lab_rows.ENTRIES})
+
+    made, folder = [], tmp_path / "rows"
+    monkeypatch.setattr(lab_rows, "prepare", prepare)
+    run_lab.prepare("recall", folder, 3)
+    run_lab.prepare("recall", folder, 3)
+    write_json(folder / "dataset_info.json", {name: {} for name in ENTRIES})
+    run_lab.prepare("recall", folder, 3)
+    assert made == [3, 3]
 
 
 def test_rows_are_made_again_if_they_would_be_others(tmp_path, monkeypatch):
