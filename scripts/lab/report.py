@@ -134,7 +134,8 @@ def short_form(run: dict, task: str) -> dict:
     """Keep what tables need, and the log for the plots."""
     keys = run["recipe"]
     aligned = keys.get("solopo_objective") != "longpo" and keys["stage"] == "solopo"
-    watched = aligned and not keys.get("solopo_detach_short", False)
+    distills = "distill" in (keys.get("solopo_objective"), keys.get("solopo_align"))
+    watched = aligned and not distills and not keys.get("solopo_detach_short", False)
     kept = {key: run[key] for key in (*SHIPPED, "by_step", "log") if key in run}
     return {"task": task, **kept, "warned": watched and warned(run["log"])}
 

@@ -137,8 +137,8 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 
 def test_table_of_arms():
     table = arms.table("recall")
-    assert len(arms.arms()) == 57 and len(table["beyond"]) == 14 and len(table["sweep"]["rates"]) == 19
-    assert len(arms.arms("two_hop")) == 13 and len(arms.table("two_hop")["sweep"]["rates"]) == 7
+    assert len(arms.arms()) == 64 and len(table["beyond"]) == 21 and len(table["sweep"]["rates"]) == 19
+    assert len(arms.arms("two_hop")) == 20 and len(arms.table("two_hop")["sweep"]["rates"]) == 7
     for name, keys in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
     for task in run_lab.TASKS:
