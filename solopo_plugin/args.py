@@ -202,8 +202,6 @@ def check_loss(args) -> None:
                     f"`{name}: {getattr(args, name)}` has no effect with `{reason}: {getattr(args, reason)}`; "
                     "remove it."
                 )
-    if args.solopo_anchor and args.solopo_reference != "online":
-        raise ValueError(f"`solopo_anchor: {args.solopo_anchor}` needs `solopo_reference: online`.")
     if not args.solopo_distill_temperature:
         raise ValueError("`solopo_distill_temperature` must be > 0, got 0.0.")
     if not (math.isfinite(args.pref_beta) and args.pref_beta > 0):

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from pyarrow.compute import list_value_length
 
+from .distill import load_top
 from .logps import IGNORE
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns that reference.py adds, as the loss has them
+ANCHOR_FILES = "anchor_files"  # column that reference.py adds for `solopo_anchor`: each pair's `distill.Top`
 RESPONSES = ("chosen", "rejected")
 PARTS = ("short_prompt", "long_prompt", *RESPONSES)
 BETWEEN = -1  # no token's id
@@ -234,12 +236,18 @@ def known_of(features: list[dict]) -> dict:
     """Return what a batch says of its rows in either form.
 
     `long_is_short_B`, `names`; where some row has several, `pairs`: how many each has; where the rows have the columns
-    `REFERENCE`, `reference_P2`: the reference's log-probs of chosen and rejected.
+    `REFERENCE`, `reference_P2`: the reference's log-probs of chosen and rejected; where they have `ANCHOR_FILES`,
+    `anchor`: what makes a `distill.Top` of the anchored responses.
     """
     known: dict = {"long_is_short_B": torch.tensor([f["long_is_short"] for f in features])}
     if REFERENCE[0] in features[0]:
         sides = (np.concatenate([np.atleast_1d(f[column]) for f in features]) for column in REFERENCE)
         known["reference_P2"] = torch.tensor(np.stack([*sides], 1), dtype=torch.float32)
+    if ANCHOR_FILES in features[0]:  # the chosen responses, each once, then the rejected ones, where these are anchored
+        tops = [(len(f["chosen_ids"]), [load_top(path) for path in f[ANCHOR_FILES]]) for f in features]
+        parts = [[x[:n] for x in of_row[0]] for n, of_row in tops]
+        parts += [[x[n:] for x in top] for n, of_row in tops for top in of_row]
+        known["anchor"] = [torch.cat(x) for x in zip(*parts, strict=True)]
     if any(BETWEEN in f["rejected_ids"] for f in features):
         known["pairs"] = [len(rejected_of(f)) for f in features]
     return known | {"names": [f["name"] for f in features]}

@@ -1,4 +1,4 @@
-"""The divergence of two distributions over the next word, token by token, with exact gradients. Pure PyTorch.
+"""The divergence of two distributions over the next word, token by token, with exact gradients.
 
 A teacher's logits are constants, a student's get gradients. What is large, both in fp32 over the vocabulary, exists for
 some positions at a time and is made again in backward; in between nothing is kept but the logits that there are anyway.
@@ -7,9 +7,13 @@ Shape suffixes: N tokens, M rows of logits among which they are, V vocabulary, K
 words, or K and one for the rest).
 """
 
+import os
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -78,6 +82,20 @@ def top_of_rows(logits_MV: Tensor, at_N: Tensor, k: int, chunk: int) -> Top:
     """Return the `k` likeliest words of some rows, of which `chunk` are fp32 at a time."""
     parts = [top_of(_raised(logits_MV[at_n]), k) for at_n in at_N.split(chunk)]
     return Top(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def save_top(path: Path, top: Top) -> None:
+    """Write a teacher to a file, at once: 4 bytes for each word and 4 for each log-prob."""
+    draft = path.with_name(f"{uuid.uuid4().hex}.tmp")  # other processes may write the same file
+    with draft.open("wb") as file:
+        np.savez(file, ids=top.ids_NK.int().cpu().numpy(), logps=top.logps_NC.float().cpu().numpy())
+    os.replace(draft, path)
+
+
+def load_top(path: str | Path) -> Top:
+    """Read what `save_top` wrote."""
+    with np.load(path) as file:
+        return Top(torch.from_numpy(file["ids"]).long(), torch.from_numpy(file["logps"]))
 
 
 def token_kl(student_MV: Tensor, at_N: Tensor, teacher: Rows | Top, form: Form) -> Tensor:

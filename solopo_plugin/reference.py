@@ -38,7 +38,9 @@ from transformers.utils.hub import cached_file
 
 from . import __version__
 from .attention import base_of
-from .data import REFERENCE, data_sets, pairs_of
+from .data import ANCHOR_FILES, REFERENCE, data_sets, pairs_of
+from .distill import Top, save_top
+from .forward import ANCHOR_TOP, Pair
 from .losses import LENGTH_NORMALISED
 from .qa.provenance import file_hash, installed
 
@@ -136,19 +138,21 @@ def row_key(row: dict) -> str:
 class Store:
     """Keep the scores of one identity: `identity.json`, and lines of `{"row", "chosen", "rejected"}` in `*.jsonl`.
 
-    `row` is a `row_key`. Several processes may write at once, each to a file of its own.
+    `row` is a `row_key`. Several processes may write at once, each to a file of its own. For `solopo_anchor` each row
+    has a file besides: the reference's likeliest words at the tokens of the anchored responses.
     """
 
-    def __init__(self, facts: dict):
+    def __init__(self, facts: dict, anchored: str | None = None):
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         self.facts, self.folder = facts, cache_folder() / name
         self.path = self.folder / f"{uuid.uuid4().hex}.jsonl"
+        self.anchored = anchored  # `chosen` or `both`
         self.stream: TextIO | None = None
 
     def open(self) -> None:
         """Make the folder, or see that it is what its name says."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.tops if self.anchored else self.folder).mkdir(parents=True, exist_ok=True)
             if not (self.folder / "identity.json").exists() and not any(self.folder.glob("*.jsonl")):
                 draft = self.folder / f"{uuid.uuid4().hex}.tmp"
                 draft.write_text(json.dumps(self.facts, indent=1, sort_keys=True))
@@ -184,6 +188,24 @@ class Store:
                     continue
         return scores
 
+    @property
+    def tops(self) -> Path:
+        """Return the folder of the files for the anchor."""
+        return self.folder / f"top{ANCHOR_TOP}_{self.anchored}"
+
+    def top(self, key: str) -> Path:
+        """Return a row's file for the anchor."""
+        return self.tops / f"{key}.npz"
+
+    def write_tops(self, keys: list[str], features: list[dict], top: Top) -> None:
+        """Write the rows' files for the anchor, from what a forward of them gave."""
+        sides = ("chosen", "rejected") if self.anchored == "both" else ("chosen",)
+        counts = [len(f[f"{side}_ids"]) for side in sides for f in features]
+        ids, logps = (x.split(counts) for x in top)
+        for i, key in enumerate(keys):
+            of_row = slice(i, None, len(keys))
+            save_top(self.top(key), Top(torch.cat(ids[of_row]), torch.cat(logps[of_row])))
+
     def write(self, keys: list[str], logps_B2: Tensor) -> None:
         """Append scores to this writer's file, at once."""
         if self.stream is None:
@@ -214,7 +236,8 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
         raise ValueError("`solopo_reference: cached` does not run under FSDP; set `online`, or use DeepSpeed ZeRO-3.")
     reference = trainer.model if load is None else load()
     main = trainer.args.process_index == 0
-    store = Store(_from_main(identity(trainer, reference, model_args, finetuning_args) if main else None))
+    facts = _from_main(identity(trainer, reference, model_args, finetuning_args) if main else None)
+    store = Store(facts, finetuning_args.solopo_align_on if finetuning_args.solopo_anchor else None)
     if trainer.args.local_process_index == 0:
         store.open()
     trainer.accelerator.wait_for_everyone()
@@ -230,9 +253,14 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
         for index, of_row in enumerate(keys[name]):
             for m, key in enumerate(of_row):
                 rows.setdefault(key, (split, index, m))
-    known = store.read()
+    known = {key: pair for key, pair in store.read().items() if not store.anchored or store.top(key).is_file()}
     logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in rows], dtype=torch.float32)
     logps_N2 = _score(trainer, reference, store, rows, _agree(logps_N2.to(trainer.args.device)))
+    if store.anchored and (gone := [key for key in rows if not store.top(key).is_file()]):
+        raise ValueError(
+            f"{len(gone)} of {len(rows)} files that the anchor needs are not in {store.tops} of this machine; set "
+            "SOLOPO_CACHE to a folder that all machines share, or `solopo_reference: online`."
+        )
     del reference
     torch_gc()
     scores = dict(zip(rows, logps_N2.tolist(), strict=True))
@@ -242,6 +270,9 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
             values = [[scores[key][side] for key in of_row] for of_row in of_rows]
             flat = np.asarray(values, dtype=np.float32)[:, 0] if single else values
             splits[name] = splits[name].add_column(column, flat)
+        if store.anchored:
+            files = [[str(store.top(key)) for key in of_row] for of_row in of_rows]
+            splits[name] = splits[name].add_column(ANCHOR_FILES, files)
     train = splits.pop(("train", ""), None)
     evaluated = {name: split for (_, name), split in splits.items()}
     return train, evaluated if isinstance(trainer.eval_dataset, dict) else evaluated.get("")
@@ -266,10 +297,13 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
         logps_N2 = torch.full_like(known_N2, UNKNOWN)
         for batch in batches[rank::world]:
             features = [pairs_of(split[index])[m] for split, index, m in (places[n] for n in batch)]
-            logps_B2 = trainer.score_pair(scorer, features).float()
+            pair: Pair = trainer.score_pair(scorer, features)
+            logps_B2 = torch.stack([pair.chosen_B, pair.rejected_B], dim=1).float()
             _check_finite(logps_B2, features)
             logps_N2[batch] = logps_B2.to(logps_N2.device)
             if bar is not None:
+                if pair.top is not None:  # first: a row with a line has its file
+                    store.write_tops([keys[n] for n in batch], features, pair.top)
                 store.write([keys[n] for n in batch], logps_B2)
                 bar.update(min(len(batch) * world, bar.total - bar.n))
         return _agree(logps_N2)

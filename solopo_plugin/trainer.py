@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .args import loss_refers
 from .collapse import GAP, NLL, REWARD, collapse
 from .data import data_sets, step_lengths
+from .distill import Top
 from .forward import Packed, Pair, TwoStages, all_tokens
 from .losses import ANCHOR, METRICS, OBJECTIVES, mean_of_pairs, solopo
 
@@ -113,7 +114,7 @@ class SoloTrainer(CustomDPOTrainer):
         They are known from before training (reference.py), or come from a forward.
         """
         if "reference_P2" in inputs:
-            return Pair(*inputs["reference_P2"].unbind(1))
+            return Pair(*inputs["reference_P2"].unbind(1), Top(*inputs["anchor"]) if "anchor" in inputs else None)
         if not self.finetuning_args.use_ref_model:
             return None
         if self.ref_model is None:
@@ -123,10 +124,9 @@ class SoloTrainer(CustomDPOTrainer):
         with torch.no_grad(), as_reference:
             return self.form.pair(ref_model, inputs)
 
-    def score_pair(self, model, pairs: list[dict]) -> Tensor:
-        """Return a model's log-probs of the short pair of rows with one rejected response each, shape (P, 2)."""
-        inputs = self._prepare_inputs(self.data_collator.short_pair(pairs))
-        return torch.stack(self.form.pair(model, inputs)[:2], dim=1)
+    def score_pair(self, model, pairs: list[dict]) -> Pair:
+        """Return a model's log-probs of the short pair of rows with one rejected response each."""
+        return self.form.pair(model, self._prepare_inputs(self.data_collator.short_pair(pairs)))
 
     def every_rank_may_skip(self, long_is_short_B: Tensor) -> bool:
         """Return whether this micro-batch needs no long forward on any rank; under ZeRO-3 all must do the same."""

@@ -69,8 +69,7 @@ def test_reference_model_where_the_loss_has_one(pref_loss, objective, reference)
     args = parse(stage="solopo", pref_loss=pref_loss, solopo_objective=objective)
     assert args.use_ref_model is reference and args.stage == "solopo"
     if objective != "longpo":
-        anchored = dict(solopo_anchor=0.1, solopo_reference="online")
-        assert parse(stage="solopo", pref_loss=pref_loss, solopo_objective=objective, **anchored).use_ref_model
+        assert parse(stage="solopo", pref_loss=pref_loss, solopo_objective=objective, solopo_anchor=0.1).use_ref_model
 
 
 def test_qlora_arguments_are_accepted():

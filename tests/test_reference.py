@@ -31,6 +31,9 @@ KINDS = {
     "lora": dict(finetuning_type="lora", pref_loss="hinge"),
     "freeze": dict(finetuning_type="freeze", freeze_trainable_layers=1),
     "longpo": dict(solopo_objective="longpo"),
+    "anchor": dict(solopo_anchor=0.5, pref_loss="orpo", solopo_align="distill"),
+    "anchor, both, lora": dict(solopo_anchor=0.5, solopo_align_on="both", finetuning_type="lora"),
+    "anchor, alone": dict(solopo_anchor=0.5, solopo_objective="distill"),
 }
 
 
@@ -103,6 +106,33 @@ def test_who_may_not_reuse_scores_does_not(run, recipe, tiny_model, tmp_path, ca
     run(recipe(**base))
     assert scored(host_log) == [(0, 4)] * 6
     assert len(list(cache.iterdir())) == 5  # the other template's rows are other rows of the same model
+
+
+def test_an_anchor_scores_what_has_no_file_and_nothing_twice(run, recipe, tmp_path, cache, host_log):
+    """A cache of log-probs alone is scored anew for it; then it is reused, also by a run that went on after a kill."""
+    keys = dict(pref_loss="ipo", max_steps=1, max_samples=6)
+    plain = run(recipe(**keys))
+    first = run(recipe(solopo_anchor=0.5, **keys))
+    again = run(recipe(solopo_anchor=0.5, **keys))
+    assert_same(first, again)
+    assert first.losses == plain.losses  # at the start the anchor is 0
+    files = sorted(cache.glob("*/top64_chosen/*.npz"))
+    assert len(files) == 6 and not list(cache.glob("*/*/*.tmp"))
+    for file in files[:2]:  # a killed writer leaves a line only for a row whose file is there
+        file.unlink()
+    assert_same(run(recipe(solopo_anchor=0.5, **keys)), first)
+    run(recipe(solopo_anchor=0.5, solopo_align_on="both", **keys))
+    assert scored(host_log) == [(0, 6), (0, 6), (6, 0), (4, 2), (0, 6)]
+
+
+def test_files_that_another_machine_has_are_asked_for(run, recipe, monkeypatch):
+    from solopo_plugin import reference
+
+    monkeypatch.setattr(reference, "save_top", lambda path, top: None)
+    with pytest.raises(
+        ValueError, match=r"4 of 4 files that the anchor needs are not in \S+top64_chosen of this machine"
+    ):
+        run(recipe(solopo_anchor=1, max_samples=4))
 
 
 def test_a_foreign_folder_is_refused(run, recipe, tiny_model, cache):

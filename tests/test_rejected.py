@@ -233,6 +233,19 @@ def test_ragged_lists_train_with_a_known_reference_as_with_one_in_every_step(
         assert entry == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("forward", FORMS)
+def test_an_anchor_on_disk_is_the_one_of_every_step(run, recipe, folders, tmp_path, cache, forward):
+    """Files are of pairs; a sample's chosen response is taken from the first."""
+    common = dict(dataset="rows", dataset_dir=folders["lists"], max_samples=None, num_train_epochs=1.0, **SGD)
+    common |= dict(solopo_align_on="both", pref_loss="orpo", solopo_anchor=5.0, solopo_forward=forward)
+    cached, online = (
+        run(recipe(solopo_reference=how, output_dir=str(tmp_path / how), **common)) for how in ("cached", "online")
+    )
+    for entry, other in zip(numbers(cached), numbers(online), strict=True):
+        assert entry == pytest.approx(other, rel=1e-4, abs=1e-4)
+    assert numbers(cached)[-2]["solopo/anchor_kl"] > 1e-3
+
+
 @pytest.mark.slow
 def test_lists_in_packed_rows_are_lists_in_two_stages(run, recipe, folders, tmp_path):
     common = dict(dataset="rows", dataset_dir=folders["lists"], max_samples=None, num_train_epochs=1.0, **SGD)
