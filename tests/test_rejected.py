@@ -242,8 +242,8 @@ def test_an_anchor_on_disk_is_the_one_of_every_step(run, recipe, folders, tmp_pa
         run(recipe(solopo_reference=how, output_dir=str(tmp_path / how), **common)) for how in ("cached", "online")
     )
     for entry, other in zip(numbers(cached), numbers(online), strict=True):
-        assert entry == pytest.approx(other, rel=1e-4, abs=1e-4)
-    assert numbers(cached)[-2]["solopo/anchor_kl"] > 1e-3
+        assert entry == pytest.approx(other, rel=1e-4, abs=2e-5)
+    assert numbers(cached)[-2]["solopo/anchor_kl"] > 5e-4
 
 
 @pytest.mark.slow
