@@ -9,8 +9,10 @@ Shape suffixes: H heads, T tokens, D head size.
 """
 
 import inspect
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,17 @@ IN_WORDS = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}
 # Equal to each sequence alone, in loss and gradients, in tests/test_packing.py. `auto` does not guess about others.
 TESTED = (
     *("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "phi", "phi3", "olmo2"),
-    *("glm4", "granite", "smollm3"),
+    *("glm4", "granite", "smollm3", "gemma3_text", "gemma4_text", "ministral", "ministral3", "olmo3", "starcoder2"),
 )
+# Of these, with a sliding window in all or some of their layers: what they ask of attention is what they mask.
+WINDOWED = (
+    *("qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "smollm3", "gemma3_text", "gemma4_text"),
+    *("ministral", "ministral3", "olmo3", "starcoder2"),
+)
+BLOCK = 1024  # queries whose mask exists at a time where a window is kept without varlen; ours
 GRAIN = 512  # tokens to whose multiple a segment of its own is padded: cuDNN prepares anew for every length; ours
-ROPES = ("default", "linear", "yarn", "llama3")  # `dynamic` and `longrope` choose frequencies by the row's longest part
+# `dynamic` and `longrope` choose frequencies by the row's longest part.
+ROPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
 def why_not_packed(model: nn.Module) -> str | None:
@@ -42,7 +51,9 @@ def why_not_packed(model: nn.Module) -> str | None:
     of_model = getattr(config, "rope_parameters", None) or {}
     ropes = [r for r in of_model.values() if isinstance(r, dict)] or [of_model]  # one per kind of layer, or one for all
     kinds = {r.get("rope_type", "default") for r in ropes} - set(ROPES)
+    windowed = config.model_type in WINDOWED
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    other_layers -= {"sliding_attention"} if windowed else set()
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if config.get_text_config() is not config:
@@ -53,8 +64,10 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "its attention does not go through transformers' AttentionInterface"
     if getattr(model, "_is_stateful", False) or other_layers:
         return f"it has layers other than full attention ({', '.join(sorted(other_layers)) or 'recurrent'})"
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+    if not windowed and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return f"its attention has a sliding window ({config.sliding_window})"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "its attention is bidirectional"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention has softcapping"
     if kinds:
@@ -98,12 +111,18 @@ def how_a_step_runs(
         runs = config._attn_implementation
         return f"A step runs in two stages, not packed: {not_packed}; attention: {IN_WORDS.get(runs, runs)}."
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds, wider = getattr(config, "layer_types", None), getattr(config, "global_head_dim", None)
     if not runs_varlen(device, dtype, head_size, capability):
         how = "SDPA, segment by segment"
-    elif runs_cudnn(device, head_size, capability):
+    elif runs_cudnn(device, head_size, capability) and not (window and kinds is None):
         how = f"torch's FlashAttention-2 in one call, segments from {LONG:,} tokens by cuDNN"
+        how += ", where a layer has no window" if window else ""
     else:
         how = "torch's FlashAttention-2, all segments in one call"
+        if wider and not runs_varlen(device, dtype, wider, capability):
+            how += f"; in layers without a window, with heads of {wider}, SDPA, segment by segment"
+    how += f"; windows of {window:,} tokens" if window else ""
     return f"A step runs packed; attention: {how}."
 
 
@@ -156,7 +175,7 @@ class _Switch:
 
 def _refuse(module, plan: Plan | None, kwargs: dict) -> None:
     """Refuse what a model asks of its attention beyond causal softmax, which segments do not have."""
-    asked = [n for n in ("softcap", "s_aux", "sliding_window", "position_bias") if kwargs.get(n) is not None]
+    asked = [n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None]
     if plan is None or asked:
         raise RuntimeError(
             f"{type(module).__name__} cannot run a packed row ({', '.join(asked) or 'it drops keyword arguments'}); "
@@ -166,12 +185,14 @@ def _refuse(module, plan: Plan | None, kwargs: dict) -> None:
 
 
 def attend(
-    module, query_1HTD, key_1HTD, value_1HTD, attention_mask, scaling=None, dropout=0.0, solopo_segments=None, **kwargs
-):
+    module, query_1HTD, key_1HTD, value_1HTD, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
+    solopo_segments=None, **kwargs,
+):  # fmt: skip
     """Attend within a packed row's segments: by the fastest of torch's kernels that run here.
 
     The parameters are transformers' for its attention functions. Queries: shape (1, H, T, D); keys and values with as
-    many or, for grouped queries, fewer heads.
+    many or, for grouped queries, fewer heads. `sliding_window`: keys that a query sees at most, its own among them; a
+    segment's keys lie in a row as they do in its sequence, so the window is the sequence's.
 
     Returns:
         Shape (1, T, H, D), and None for the weights.
@@ -182,11 +203,15 @@ def attend(
         dtype = torch.get_autocast_dtype(device.type)
     states = [x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD)]
     head_size = query_1HTD.shape[-1]
+    layout = solopo_segments.layout(device)
+    window = sliding_window if sliding_window and sliding_window < layout.longest_keys else None
     if dropout or not runs_varlen(device, dtype, head_size):
-        function: Callable[..., Tensor] = partial(sdpa_segments, dropout=dropout)
+        function: Callable[..., Tensor] = partial(sdpa_segments, dropout=dropout, window=window)
+    elif window is None and runs_cudnn(device, head_size):  # cuDNN's SDPA has no windows
+        function = long_apart_segments
     else:
-        function = long_apart_segments if runs_cudnn(device, head_size) else varlen_segments
-    return function(*states, solopo_segments.layout(device), scale=scaling), None
+        function = partial(varlen_segments, window=window)
+    return function(*states, layout, scale=scaling), None
 
 
 def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int, capability=None) -> bool:
@@ -210,8 +235,13 @@ def runs_cudnn(device: torch.device, head_size: int, capability=None) -> bool:
 
 
 @torch.compiler.disable  # lengths are constants to the compiler: it would compile every row anew
-def varlen_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Attend within all segments in one call; the causal mask is aligned to a segment's last query and last key."""
+def varlen_segments(
+    query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, layout: Layout, scale: float, window: int | None = None
+) -> Tensor:
+    """Attend within all segments in one call; the causal mask is aligned to a segment's last query and last key.
+
+    `varlen_attn` counts the keys before a query's own, a window with it.
+    """
     query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
     order = [i for keys in layout.keys for i in keys]
     if order != [*range(len(layout.pieces))]:  # a shared prompt's keys come once per response; or some are left out
@@ -219,7 +249,7 @@ def varlen_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, la
             torch.cat([pieces[i] for i in order]) for pieces in (key.split(layout.pieces), value.split(layout.pieces))
         )
     lengths = (layout.cu_queries, layout.cu_keys, layout.longest_queries, layout.longest_keys)
-    output = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))
+    output = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(window - 1 if window else -1, 0))
     assert isinstance(output, Tensor)  # for the type checker: asked for more, it returns a tuple
     return output[None]
 
@@ -248,8 +278,9 @@ def long_apart_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor
 
 
 def sdpa_segments(
-    query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, layout: Layout, scale: float, dropout: float = 0.0
-) -> Tensor:
+    query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, layout: Layout, scale: float, dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attend by `F.scaled_dot_product_attention`, segment by segment; what shares a prompt alone has a mask.
 
     Queries and keys are split once: a split's backward writes each gradient once, every slice's a whole row of zeros.
@@ -261,6 +292,9 @@ def sdpa_segments(
             pieces[keys[0]] if len(keys) == 1 else torch.cat([pieces[i] for i in keys], dim=2)
             for pieces in (key_pieces, value_pieces)
         )
+        if window and window < key.shape[2]:
+            outputs.append(sdpa_window(query, key, value, window, dropout_p=dropout, scale=scale, enable_gqa=grouped))
+            continue
         shared = query.shape[2] < key.shape[2]
         mask = lower_right(query.shape[2], key.shape[2], query.device) if shared else None
         output = F.scaled_dot_product_attention(
@@ -270,9 +304,30 @@ def sdpa_segments(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return the causal mask in which the last query sees the last key, True where a key is seen."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def sdpa_window(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, window: int, **options) -> Tensor:
+    """Attend within one segment and a window, by blocks of queries: a mask is as wide as a block and its window.
+
+    The keys are cut where a block of queries begins, and a block sees whole parts of them.
+    """
+    keys = key_1HTD.shape[2]
+    ahead, outputs = keys - query_1HTD.shape[2], []
+    cuts = [0, *range(ahead % BLOCK or BLOCK, keys, BLOCK), keys]
+    key_parts, value_parts = (x.split([b - a for a, b in pairwise(cuts)], dim=2) for x in (key_1HTD, value_1HTD))
+    for at, query in enumerate(query_1HTD.split(BLOCK, dim=2), cuts.index(ahead)):
+        first = bisect_right(cuts, max(0, cuts[at] - window + 1)) - 1
+        key, value = (torch.cat(parts[first : at + 1], dim=2) for parts in (key_parts, value_parts))
+        mask = lower_right(query.shape[2], key.shape[2], query.device, window)
+        outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options))
+    return torch.cat(outputs, dim=2)
+
+
+def lower_right(queries: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
+    """Return the causal mask in which the last query sees the last key, True where a key is seen.
+
+    With a window, a query sees so many keys at most, its own and those before.
+    """
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask.triu_(keys - queries - window + 1) if window else mask
 
 
 AttentionInterface.register(SEGMENTS, attend)

@@ -201,6 +201,17 @@ MODELS |= {
     "llama, llama3": ("llama", dict(rope_parameters=LLAMA3)),
     "llama, one head of keys": ("llama", dict(num_key_value_heads=1)),
 }
+# Every second layer has a window of 5 tokens, or all where an architecture has no kinds of layers: less than any prompt
+# but one, and less than some responses. Gemma's full layers turn at another base; Gemma 4's have larger heads.
+WINDOW = dict(sliding_window=5, use_sliding_window=True, layer_types=["sliding_attention", "full_attention"])
+ALL_LAYERS = ("mistral", "mixtral", "phi3", "ministral3", "starcoder2")
+GEMMA4 = dict(
+    hidden_size_per_layer_input=8, vocab_size_per_layer_input=40, global_head_dim=16, final_logit_softcapping=3.0
+)
+MODELS |= {
+    f"{name}, window": (name, {"sliding_window": 5} if name in ALL_LAYERS else WINDOW) for name in attention.WINDOWED
+}
+MODELS |= {"gemma4_text": ("gemma4_text", GEMMA4), "gemma4_text, window": ("gemma4_text", WINDOW | GEMMA4)}
 
 
 @cache
@@ -212,7 +223,7 @@ def tiny(name: str, seed: int = 0):
     shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=8, initializer_range=0.25, use_cache=False, pad_token_id=0,
                  eos_token_id=0, bos_token_id=0, max_position_embeddings=256)  # fmt: skip
-    if architecture in ("mistral", "mixtral", "phi3"):
+    if architecture in ALL_LAYERS:
         shape["sliding_window"] = None
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -5,6 +5,7 @@ Models are built from tiny configurations with weights large enough for the cont
 
 import math
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from by_hand import (
 )
 
 from solopo_plugin import attention, packing
-from solopo_plugin.forward import TwoStages
+from solopo_plugin.forward import Packed, TwoStages
 from solopo_plugin.packing import PackedCollator, Segment, pack
 
 # ---- the layout
@@ -223,21 +224,23 @@ def test_chunks_of_log_probs_change_nothing():
 def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest_keys, *, scale, window_size):
     """By its documentation what `torch.nn.attention.varlen.varlen_attn` does: sequences are told by `cu_*` alone, the
     causal mask is aligned to the last query and key, heads of keys are shared. It runs on a GPU only."""
-    assert window_size == (-1, 0) and cu_queries.dtype == cu_keys.dtype == torch.int32
+    left, right = window_size  # keys before a query's own, -1 for all of them
+    assert right == 0 and cu_queries.dtype == cu_keys.dtype == torch.int32
     assert longest_queries == cu_queries.diff().max() and longest_keys == cu_keys.diff().max()
     assert query.dim() == 3 and query.shape[0] == cu_queries[-1] and key.shape[0] == value.shape[0] == cu_keys[-1]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outputs = []
     for a, b, c, d in zip(cu_queries, cu_queries[1:], cu_keys, cu_keys[1:], strict=False):
         scores_HQK = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) * scale
-        seen_QK = torch.arange(d - c)[None] <= torch.arange(b - a)[:, None] + (d - c) - (b - a)
+        back_QK = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
+        seen_QK = (back_QK >= 0) & ((back_QK <= left) | (left == -1))
         weights_HQK = scores_HQK.masked_fill(~seen_QK, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", weights_HQK, value[c:d]))
     return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("long", [10**9, 16, 1])
-@pytest.mark.parametrize("name", ["qwen2", "llama, one head of keys", "phi", "olmo2"])
+@pytest.mark.parametrize("name", ["qwen2", "llama, one head of keys", "phi", "olmo2", "gemma3_text, window"])
 def test_one_call_is_two_stages(monkeypatch, name, long):
     """Losses, metrics and gradients; with both responses shared, so that keys come twice.
 
@@ -250,6 +253,109 @@ def test_one_call_is_two_stages(monkeypatch, name, long):
     monkeypatch.setattr(attention, "varlen_attn", lambda *args, **kw: calls.append(1) or loop_varlen(*args, **kw))
     assert_equal(*both_ways(name, tiny_rows(), pref_loss="sigmoid", solopo_align_on="both"))
     assert len(calls) == 4  # two layers, policy and reference
+
+
+# ---- windows
+
+
+def test_a_window_counts_the_querys_own_key_as_transformers_does():
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    for window in (1, 2, 5, 12, 30):
+        seen = sliding_window_causal_mask_function(window)
+        theirs = [[bool(seen(0, 0, torch.tensor(q), torch.tensor(k))) for k in range(12)] for q in range(12)]
+        assert attention.lower_right(12, 12, torch.device("cpu"), window).tolist() == theirs
+
+
+def masked_softmax(query, key, value, row: dict, scale: float, window: int):
+    """By one mask of the whole row: of its segment's keys a query sees those at most `window` - 1 positions before."""
+    places = row["position_ids"][0]
+    back = places[:, None] - places[None]
+    seen = torch.zeros_like(back, dtype=torch.bool)
+    for segment in row["plan"].segments:
+        for part in segment.keys:
+            seen[slice(*segment.query), slice(*part)] = True
+    seen &= torch.ones_like(seen).tril() & (back >= 0) & (back < window)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    weights = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 1024])
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 13, 28, 1000])
+def test_a_window_is_a_masked_softmax(monkeypatch, window, block):
+    """In float64, output and gradients, of both ways; prompts shorter and longer than the window, responses too."""
+    row = pack([(range(9), [range(5), range(4)]), (range(23), [range(6), range(11)]), ([1], [[2], range(14)])])
+    layout, make = row["plan"].layout(torch.device("cpu")), torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(1, *shape, generator=make, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    states = [draw(heads, sum(layout.queries), 8) for heads in (4, 2, 2)]
+    truth = masked_softmax(*states, row, 0.3, window)
+    slope = draw(*truth.shape[1:]).detach()
+    gradients = torch.autograd.grad(truth, states, slope)
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "varlen_attn", loop_varlen)
+    for way in (attention.sdpa_segments, attention.varlen_segments):
+        output = way(*states, layout, 0.3, window=window)
+        torch.testing.assert_close(output, truth, rtol=0, atol=1e-13)
+        for a, b in zip(torch.autograd.grad(output, states, slope), gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("window")])
+def test_packed_windows_are_each_sequence_alone(name):
+    """Log-probs and gradients; alone and unpadded, by transformers' eager attention with its own masks."""
+    model, rows = tiny(name), tiny_rows()
+    sides = [(side, response) for side in ("short", "long") for response in ("chosen", "rejected")]
+    try:
+        model.config._attn_implementation = "eager"
+        alone = [[by_hand_logps(model, r[f"{side}_prompt_ids"], r[f"{response}_ids"]).sum() for r in rows]
+                 for side, response in sides]  # fmt: skip
+    finally:
+        model.config._attn_implementation = "sdpa"
+    alone = torch.stack([torch.stack(of) for of in alone])
+    row = PackedCollator(long_pair=True)(rows)["policy"]
+    form = Packed(SimpleNamespace(longpo=False, long_pair=True, use_ref_model=False, pref_loss="sigmoid",
+                                  solopo_logp_chunk=1024), model)  # fmt: skip
+    found, _ = form._score(model, row)
+    packed = torch.stack([found["chosen"], found["rejected"], found["long_chosen"], found["long_rejected"]])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5 * alone.abs().max().item())
+    slope = torch.linspace(-1, 1, 12).view(4, 3)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    one, other = (torch.autograd.grad((x * slope).sum(), parameters, allow_unused=True, materialize_grads=True)
+                  for x in (packed, alone))  # fmt: skip
+    largest = max(g.abs().max().item() for g in other)
+    assert largest > 0.1
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-5 * largest)  # fp32, summed over twelve sequences
+
+
+def test_cudnn_has_no_windows(monkeypatch):
+    """A layer with a window runs in varlen whole, one without has its long segments apart."""
+    seen = []
+
+    def watched(*args, **keys):
+        seen.append((keys["window_size"], len(args[3]) - 1))
+        return loop_varlen(*args, **keys)
+
+    monkeypatch.setattr(attention, "runs_varlen", lambda *_: True)
+    monkeypatch.setattr(attention, "runs_cudnn", lambda *_: True)
+    monkeypatch.setattr(packing, "LONG", 8)
+    monkeypatch.setattr(attention, "varlen_attn", watched)
+    step(tiny("gemma3_text, window"), None, tiny_rows(), solopo_forward="packed", **(BASE | dict(pref_loss="simpo")))
+    segments = 2 + 1 + 2 + 1 + 2
+    assert seen == [((4, 0), segments), ((-1, 0), 3)]  # the rejected ones: all others are long and see themselves alone
+
+
+def test_no_mask_is_wider_than_a_block_and_its_window(monkeypatch):
+    sizes = []
+    lower_right = attention.lower_right
+    monkeypatch.setattr(attention, "lower_right", lambda *size: sizes.append(size[:2]) or lower_right(*size))
+    row = pack([(range(7000), [range(300), range(1500)])])
+    layout = row["plan"].layout(torch.device("cpu"))
+    states = [torch.randn(1, 1, sum(layout.queries), 4) for _ in range(3)]
+    attention.sdpa_segments(*states, layout, 0.5, window=600)
+    assert len(sizes) == 8 + 2 and max(queries for queries, _ in sizes) == attention.BLOCK
+    assert max(keys for _, keys in sizes) <= 2 * attention.BLOCK
 
 
 def test_long_segments_apart(monkeypatch):
@@ -489,7 +595,9 @@ def test_bf16_rounds_no_worse_than_two_stages():
 @pytest.mark.parametrize(
     "architecture, changes, reason",
     [
-        ("mistral", dict(sliding_window=8), r"sliding window \(8\)"),
+        ("phimoe", dict(sliding_window=8), r"sliding window \(8\)"),
+        ("qwen2_moe", dict(use_sliding_window=True, sliding_window=8), "sliding_attention"),
+        ("gemma3_text", dict(use_bidirectional_attention=True), "bidirectional"),
         ("gemma2", {}, "sliding_attention"),
         ("gemma2", dict(layer_types=["full_attention"] * 2), "sliding window|softcapping"),
         ("gpt_oss", {}, "sliding_attention"),
@@ -582,6 +690,25 @@ def test_which_attention_a_packed_row_has(tiny_model, monkeypatch, device, dtype
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
     model.config.head_dim = head_size
     assert attention.how_a_step_runs(model, None, device, dtype) == f"A step runs packed; attention: {how}."
+
+
+@pytest.mark.parametrize(
+    "name, head_size, capability, how",
+    [
+        ("mistral, window", 128, (9, 0), f"{ONE_CALL}; windows of 5 tokens"),
+        ("gemma3_text, window", 128, (9, 0), f"{APART}, where a layer has no window; windows of 5 tokens"),
+        ("gemma3_text, window", 256, (9, 0), f"{ONE_CALL}; windows of 5 tokens"),
+        ("gemma4_text, window", 256, (8, 0), f"{ONE_CALL}; in layers without a window, with heads of 512, {BY_SDPA}; "
+                                             "windows of 5 tokens"),
+        ("qwen3, window", 128, (7, 5), f"{BY_SDPA}; windows of 5 tokens"),
+        ("qwen3", 128, (8, 0), ONE_CALL),
+    ],
+)  # fmt: skip
+def test_the_log_names_windows(name, head_size, capability, how):
+    model = SimpleNamespace(config=deepcopy(tiny(name).config))
+    model.config.head_dim, model.config.global_head_dim = head_size, 512 if name.startswith("gemma4") else None
+    said = attention.how_a_step_runs(model, None, GPU, torch.bfloat16, capability)
+    assert said == f"A step runs packed; attention: {how}."
 
 
 @pytest.mark.parametrize("implementation, said", [("sdpa", "SDPA"), ("eager", "eager"),

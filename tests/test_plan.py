@@ -763,7 +763,8 @@ def test_other_fine_tuning_and_a_dry_run_are_not_used(monkeypatch, capsys, tunin
 
 
 def test_a_model_that_cannot_be_packed_runs_in_two_stages(monkeypatch, capsys, tmp_path):
-    config = AutoConfig.for_model(**TINY | {"model_type": "mistral", "sliding_window": 64})
+    full = ["full_attention"] * TINY["num_hidden_layers"]
+    config = AutoConfig.for_model(**TINY | {"model_type": "gemma2", "sliding_window": 64, "layer_types": full})
     config.save_pretrained(tmp_path)
     answer = lines_of(monkeypatch, capsys, "--model", str(tmp_path), "--long", "128")[0]
     assert answer.startswith("Fits. A step runs in two stages, not packed: its attention has a sliding window (64);")

@@ -54,13 +54,17 @@ PATHS = {
 
 
 def loop_varlen(query, key, value, cu_queries, cu_keys, longest_queries, longest_keys, *, scale, window_size):
-    """Do what `torch.nn.attention.varlen.varlen_attn` is documented to do with a window of (-1, 0), on a CPU."""
+    """Do what `torch.nn.attention.varlen.varlen_attn` is documented to do, on a CPU.
+
+    `window_size`: how many keys before its own a query sees, -1 for all; then 0.
+    """
     outputs, groups = [], query.shape[1] // key.shape[1]
     q, k = cu_queries.tolist(), cu_keys.tolist()
     for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False):
         keys, values = (x[c:d].float().repeat_interleave(groups, 1) for x in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query[a:b].float(), keys) * scale
-        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a))
+        seen, ahead = torch.ones(b - a, d - c, dtype=torch.bool), (d - c) - (b - a)
+        seen = seen.tril(ahead).triu(ahead - window_size[0]) if window_size[0] >= 0 else seen.tril(ahead)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
     return torch.cat(outputs).to(query.dtype)
 
@@ -110,15 +114,18 @@ def states(T, H, K, D, device, dtype=torch.bfloat16, seed=0):
     return [x.detach().requires_grad_() for x in raw]
 
 
-def masked_softmax(query, key, value, plan, scale):
-    """Return attention by the whole T x T softmax, with a mask made of the plan; shape (1, T, H, D)."""
+def masked_softmax(query, key, value, row, scale, window=None):
+    """Return attention by the whole T x T softmax, with a mask made of the row's plan; shape (1, T, H, D)."""
     T, groups = query.shape[2], query.shape[1] // key.shape[1]
     seen = torch.zeros(T, T, dtype=torch.bool, device=query.device)
-    for segment in plan.segments:
+    for segment in row["plan"].segments:
         a, b = segment.query
         for c, d in segment.keys:
             seen[a:b, c:d] = True
     seen &= torch.ones_like(seen).tril()
+    if window:
+        places = row["position_ids"][0].to(query.device)
+        seen &= places[:, None] - places[None] < window
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
@@ -163,17 +170,19 @@ def op(dry: bool, device: str) -> dict:
         for label, shapes in rows.items():
             row, _ = row_of(shapes)
             given, layout, scale = states(row["input_ids"].shape[1], H, K, D, device), row["plan"].layout, D**-0.5
-            exact = [x.detach().float().requires_grad_() for x in given]
-            want = masked_softmax(*exact, row["plan"], scale)
-            slope = torch.randn(want.shape, generator=torch.Generator(device).manual_seed(1), device=device)
-            want.backward(slope)
             for name, function in PATHS.items():
-                x = [t.detach().clone().requires_grad_() for t in given]
-                with attending(name, dry):
-                    got = function(*x, layout(torch.device(device)), scale)
-                got.backward(slope.to(got.dtype))
-                errors = [far(got, want), *(far(a.grad, b.grad) for a, b in zip(x, exact, strict=True))]
-                found[f"{H}/{K}x{D} {label} {name}"] = [round(e, 5) for e in errors]
+                for window in (None, 64) if name != "long apart" else (None,):
+                    exact = [x.detach().float().requires_grad_() for x in given]
+                    want = masked_softmax(*exact, row, scale, window)
+                    slope = torch.randn(want.shape, generator=torch.Generator(device).manual_seed(1), device=device)
+                    want.backward(slope)
+                    x = [t.detach().clone().requires_grad_() for t in given]
+                    with attending(name, dry):
+                        of_window = {"window": window} if window else {}
+                        got = function(*x, layout(torch.device(device)), scale, **of_window)
+                    got.backward(slope.to(got.dtype))
+                    errors = [far(got, want), *(far(a.grad, b.grad) for a, b in zip(x, exact, strict=True))]
+                    found[f"{H}/{K}x{D} {label}{' window' * bool(window)} {name}"] = [round(e, 5) for e in errors]
     worst = {name: max(max(errors) for key, errors in found.items() if key.endswith(name)) for name in PATHS}
     right = all(is_right(worst[name], worst["sdpa"]) for name in PATHS)
     return {"right": right, "worst": worst, "all": found}
