@@ -65,9 +65,7 @@ def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
     """Return what the host gives of the tokenizer and of the data sets, by the trainer's names."""
     tokenizer_module = load_tokenizer(model_args)
     if tokenizer_module["processor"] is not None:
-        raise ValueError(
-            f"`stage: solopo` is for text models; {model_args.model_name_or_path} has a multimodal processor."
-        )
+        logger.info_rank0(f"{model_args.model_name_or_path} is multimodal: it is trained as a text model.")
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     with refusing(), recorded(data_args, training_args, tokenizer, template):
