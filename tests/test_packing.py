@@ -28,7 +28,7 @@ from by_hand import (
 )
 
 from solopo_plugin import attention, packing
-from solopo_plugin.forward import Packed, TwoStages
+from solopo_plugin.forward import TwoStages
 from solopo_plugin.packing import PackedCollator, Segment, pack
 
 # ---- the layout
@@ -314,10 +314,12 @@ def test_packed_windows_are_each_sequence_alone(name):
         model.config._attn_implementation = "sdpa"
     alone = torch.stack([torch.stack(of) for of in alone])
     row = PackedCollator(long_pair=True)(rows)["policy"]
-    form = Packed(SimpleNamespace(longpo=False, long_pair=True, use_ref_model=False, pref_loss="sigmoid",
-                                  solopo_logp_chunk=1024), model)  # fmt: skip
-    found, _ = form._score(model, row)
-    packed = torch.stack([found["chosen"], found["rejected"], found["long_chosen"], found["long_rejected"]])
+    attention.prepare(model)
+    logits_1KV = model(input_ids=row["input_ids"], position_ids=row["position_ids"], solopo_segments=row["plan"],
+                       logits_to_keep=row["positions_K"], use_cache=False).logits  # fmt: skip
+    logps_K = logits_1KV[0].log_softmax(-1).gather(1, row["targets_K"][:, None]).squeeze(1)
+    sums_N = torch.stack([span.sum() for span in logps_K.split(row["counts"])])
+    packed = torch.stack([sums_N[row["spans"][n]] for n in ("chosen", "rejected", "long_chosen", "long_rejected")])
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5 * alone.abs().max().item())
     slope = torch.linspace(-1, 1, 12).view(4, 3)
     parameters = [p for p in model.parameters() if p.requires_grad]
