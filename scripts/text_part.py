@@ -1,4 +1,4 @@
-"""Save the language model of a multimodal checkpoint alone, as `stage: solopo` takes it.
+"""Save the language model of a multimodal checkpoint alone, which `stage: solopo` packs where its kind allows it.
 
     python scripts/text_part.py google/gemma-3-4b-it saves/gemma-3-4b-text
 
