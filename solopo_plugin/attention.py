@@ -51,9 +51,9 @@ def why_not_packed(model: nn.Module) -> str | None:
     of_model = getattr(config, "rope_parameters", None) or {}
     ropes = [r for r in of_model.values() if isinstance(r, dict)] or [of_model]  # one per kind of layer, or one for all
     kinds = {r.get("rope_type", "default") for r in ropes} - set(ROPES)
-    windowed = config.model_type in WINDOWED
-    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    other_layers -= {"sliding_attention"} if windowed else set()
+    windowed = getattr(config, "model_type", None) in WINDOWED
+    packs = {"full_attention", "sliding_attention"} if windowed else {"full_attention"}
+    other_layers = set(getattr(config, "layer_types", None) or ()) - packs
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if config.get_text_config() is not config:
