@@ -114,7 +114,8 @@ class SoloTrainer(CustomDPOTrainer):
         They are known from before training (reference.py), or come from a forward.
         """
         if "reference_P2" in inputs:
-            return Pair(*inputs["reference_P2"].unbind(1), Top(*inputs["anchor"]) if "anchor" in inputs else None)
+            chosen_P, rejected_P = inputs["reference_P2"].unbind(1)
+            return Pair(chosen_P, rejected_P, Top(*inputs["anchor"]) if "anchor" in inputs else None)
         if not self.finetuning_args.use_ref_model:
             return None
         if self.ref_model is None:

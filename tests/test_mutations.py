@@ -66,8 +66,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "chosen and rejected change places in the known reference": (
         "trainer.py",
-        'return inputs["reference_P2"].unbind(1)',
-        'return inputs["reference_P2"].flip(1).unbind(1)',
+        'inputs["reference_P2"].unbind(1)',
+        'inputs["reference_P2"].flip(1).unbind(1)',
         "test_losses.py::test_step_with_a_known_reference",
     ),
     # the wrong side
@@ -91,8 +91,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "equal prompts are aligned and different ones are not": (
         "forward.py",
-        'is_long_B = of_pairs(~batch["long_is_short_B"], batch)',
-        'is_long_B = of_pairs(batch["long_is_short_B"], batch)',
+        'is_long_P = of_pairs(is_long_B, batch)',
+        'is_long_P = of_pairs(~is_long_B, batch)',
         f"{STEP}[hinge]",
     ),
     "the rejected response's rise is taken for a drop": (
