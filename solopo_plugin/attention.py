@@ -68,6 +68,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"its attention has a sliding window ({config.sliding_window})"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "its attention is bidirectional"
+    if getattr(config, "num_kv_shared_layers", 0):  # whose gradients reentrant checkpointing loses, the host's default
+        return "its last layers share the keys and values of others"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention has softcapping"
     if kinds:

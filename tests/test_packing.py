@@ -600,6 +600,11 @@ def test_bf16_rounds_no_worse_than_two_stages():
         ("phimoe", dict(sliding_window=8), r"sliding window \(8\)"),
         ("qwen2_moe", dict(use_sliding_window=True, sliding_window=8), "sliding_attention"),
         ("gemma3_text", dict(use_bidirectional_attention=True), "bidirectional"),
+        (
+            "gemma4_text",
+            dict(num_kv_shared_layers=1, layer_types=["full_attention"] * 2, hidden_size_per_layer_input=0),
+            "share the keys",
+        ),
         ("gemma2", {}, "sliding_attention"),
         ("gemma2", dict(layer_types=["full_attention"] * 2), "sliding window|softcapping"),
         ("gpt_oss", {}, "sliding_attention"),
