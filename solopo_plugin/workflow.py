@@ -215,13 +215,17 @@ def configure_checkpointing(model, model_args, training_args, finetuning_args) -
     the gradient (measured: gradient norm 3.38 for 2.85). An optimizer that steps within backward steps twice, from half
     a gradient each (layer-wise GaLore on a tiny model: 24 of 27 parameters). Non-reentrant checkpointing is right on
     all of them. A packed step has one forward before its backward, and either kind is right.
+
+    Where layers share the keys of others (small Gemma 4), the reentrant kind loses gradients that come through them.
     """
     distributed = training_args.parallel_mode == ParallelMode.DISTRIBUTED
     within_backward = finetuning_args.galore_layerwise or finetuning_args.apollo_layerwise
     within_backward = within_backward or any(kind in training_args.optim for kind in ("layerwise", "lomo"))
-    if not (distributed or within_backward) or model_args.disable_gradient_checkpointing:
+    shares = getattr(base_of(model).config.get_text_config(), "num_kv_shared_layers", 0)
+    if not (distributed or within_backward or shares) or model_args.disable_gradient_checkpointing:
         return
-    needed = "on several ranks" if distributed else "by an optimizer that steps within backward"
+    needed = "by an optimizer that steps within backward" if within_backward else "where layers share keys"
+    needed = "on several ranks" if distributed else needed
     if model_args.use_unsloth_gc:
         raise ValueError(
             f"`use_unsloth_gc: True` is reentrant: two forwards a step need the other kind {needed}; remove it."
