@@ -10,7 +10,7 @@ Shape suffixes: H heads, T tokens, D head size.
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -173,6 +173,8 @@ class _Switch:
                 f"{plan.calls} of {self.layers} layers attended within the packed row's segments; this model mixes "
                 "tokens in another way. Set `solopo_forward: two_stage`."
             )
+        if whole and plan.part is not None:
+            output.last_hidden_state = plan.part.to_scorers(output.last_hidden_state)
 
 
 def _refuse(module, plan: Plan | None, kwargs: dict) -> None:
@@ -203,7 +205,10 @@ def attend(
     device, dtype = query_1HTD.device, query_1HTD.dtype
     if torch.is_autocast_enabled(device.type):  # it casts for plain attention, but not for custom operators
         dtype = torch.get_autocast_dtype(device.type)
-    states = [x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD)]
+    states: Sequence[Tensor] = [x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD)]
+    part = solopo_segments.part
+    if part is not None:
+        states = part.to_heads(*states)
     head_size = query_1HTD.shape[-1]
     layout = solopo_segments.layout(device)
     window = sliding_window if sliding_window and sliding_window < layout.longest_keys else None
@@ -213,7 +218,8 @@ def attend(
         function = long_apart_segments
     else:
         function = partial(varlen_segments, window=window)
-    return function(*states, layout, scale=scaling), None
+    output = function(*states, layout, scale=scaling)
+    return (output if part is None else part.to_tokens(output)), None
 
 
 def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int, capability=None) -> bool:

@@ -25,6 +25,7 @@ from .distill import Form, Rows, Top, token_kl, top_of_rows
 from .logps import IGNORE, ResponseLogits, predicting_positions, response_logps, token_logps
 from .losses import LENGTH_NORMALISED, LogProbs
 from .packing import PackedCollator
+from .sequence_parallel import Ranks
 
 SHORT_PAIR = ("input_ids", "attention_mask", "labels")
 LONG_PAIR = tuple(f"long_{name}" for name in SHORT_PAIR)
@@ -52,9 +53,15 @@ class Packed:
 
     name = "packed"
 
-    def __init__(self, args, *models: nn.Module | None):
-        """Let the models, policy and reference, take packed rows; `args`: the recipe's finetuning arguments."""
-        self.args = args
+    def __init__(self, args, *models: nn.Module | None, ranks: Ranks | None = None):
+        """Let the models, policy and reference, take packed rows.
+
+        Args:
+            args: The recipe's finetuning arguments.
+            models: Those that will run.
+            ranks: Of which several share a row; None where none do.
+        """
+        self.args, self.ranks = args, ranks
         needs = (args.longpo, args.long_pair, args.use_ref_model, args.distills, args.solopo_anchor > 0)
         self.collator = PackedCollator(*needs)
         for model in filter(None, models):
@@ -90,16 +97,19 @@ class Packed:
 
     def _score(self, model, packed: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token; the logits."""
+        row = self.ranks.part_of(packed) if self.ranks else packed
         logits_1KV = model(
-            input_ids=packed["input_ids"],
-            position_ids=packed["position_ids"],
-            logits_to_keep=packed["positions_K"],
+            input_ids=row["input_ids"],
+            position_ids=row["position_ids"],
+            logits_to_keep=row["positions_K"],
             use_cache=False,
             return_dict=True,
-            solopo_segments=packed["plan"],
+            solopo_segments=row["plan"],
         ).logits
-        logps_K = token_logps(logits_1KV[0], packed["targets_K"], self.args.solopo_logp_chunk)
-        sums_N = torch.stack([span.sum() for span in logps_K.split(packed["counts"])])
+        logps_K = token_logps(logits_1KV[0], row["targets_K"], self.args.solopo_logp_chunk)
+        sums_N = torch.stack([span.sum() for span in logps_K.split(row["counts"])])
+        if self.ranks:
+            sums_N = self.ranks.total(sums_N)
         means_N = sums_N / packed["counts_N"]
         sums, means = ({name: x_N[at_B] for name, at_B in packed["spans"].items()} for x_N in (sums_N, means_N))
         return (means if self.args.pref_loss in LENGTH_NORMALISED else sums), means, logits_1KV[0]

@@ -44,8 +44,9 @@ class Plan:
     dataclass: FSDP2 copies those for each layer when it casts inputs, and a layer would count on its own copy.
     """
 
-    def __init__(self, segments: tuple[Segment, ...]):
+    def __init__(self, segments: tuple[Segment, ...], part=None):
         self.segments, self.calls = segments, 0
+        self.part = part  # of this rank, where several share the row: sequence_parallel.py's `Part`
         self._layouts: dict[torch.device, Layout] = {}
 
     def layout(self, device: torch.device) -> "Layout":

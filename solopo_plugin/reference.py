@@ -284,7 +284,7 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
     Each rank has its share of the batches; equally many on every rank, as ZeRO-3 needs it.
     """
     args, keys, places = trainer.args, list(rows), list(rows.values())
-    size, rank, world = args.per_device_eval_batch_size, args.process_index, args.world_size
+    size, rank, world = args.per_device_eval_batch_size, trainer.ranks.group, trainer.ranks.groups
     is_known = known_N2.isfinite().all(1)
     known, missing = (mask.nonzero().squeeze(1).tolist() for mask in (is_known, ~is_known))
     again = known[:: -(-len(known) // (size * world)) or 1]  # one batch a rank, spread over all rows
@@ -301,14 +301,14 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
             logps_B2 = torch.stack([pair.chosen_B, pair.rejected_B], dim=1).float()
             _check_finite(logps_B2, features)
             logps_N2[batch] = logps_B2.to(logps_N2.device)
-            if bar is not None:
+            if bar is not None and trainer.ranks.rank == 0:
                 if pair.top is not None:  # first: a row with a line has its file
                     store.write_tops([keys[n] for n in batch], features, pair.top)
                 store.write([keys[n] for n in batch], logps_B2)
                 bar.update(min(len(batch) * world, bar.total - bar.n))
         return _agree(logps_N2)
 
-    quiet = args.disable_tqdm or rank > 0
+    quiet = args.disable_tqdm or args.process_index > 0
     bar = tqdm(total=len(missing), desc="Scoring the reference", unit="row", disable=quiet)
     with _ready_to_score(trainer, reference) as scorer, bar:
         live_N2 = score(again)

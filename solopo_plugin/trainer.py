@@ -21,6 +21,7 @@ from .data import data_sets, step_lengths
 from .distill import Top
 from .forward import Packed, Pair, TwoStages, all_tokens
 from .losses import ANCHOR, METRICS, OBJECTIVES, mean_of_pairs, solopo
+from .sequence_parallel import Ranks
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
@@ -66,8 +67,10 @@ class SoloTrainer(CustomDPOTrainer):
         super().__init__(model=model, **kwargs)
         args, pad_id = self.finetuning_args, self.processing_class.pad_token_id
         self.form: Packed | TwoStages
+        self.ranks = Ranks.of(args.solopo_sequence_parallel, self.accelerator)
         if packed:
-            self.form = Packed(args, model, kwargs["ref_model"])
+            shared = self.ranks if self.ranks.size > 1 else None
+            self.form = Packed(args, model, kwargs["ref_model"], ranks=shared)
         else:
             self.form = TwoStages(args, model, self.concatenated_forward, self.every_rank_may_skip, pad_id)
         self.data_collator = self.form.collator
@@ -169,7 +172,7 @@ class SoloTrainer(CustomDPOTrainer):
             return super()._get_train_sampler(train_dataset)
         args, dataset = self.finetuning_args, self.train_dataset if train_dataset is None else train_dataset
         return GroupedByLength(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.ranks.groups,
             lengths=step_lengths(dataset, args.longpo, args.long_pair),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             epoch=lambda: int(self.state.epoch or 0),  # accelerate's `set_epoch` does not reach it on several ranks
@@ -236,5 +239,9 @@ class SoloTrainer(CustomDPOTrainer):
         super()._track_num_input_tokens(all_tokens(inputs))
 
     def floating_point_ops(self, inputs):
-        """Return the Trainer's estimate for all that is run."""
-        return super().floating_point_ops(all_tokens(inputs))
+        """Return the Trainer's estimate for all that is run; ranks that share a row run a part each."""
+        return super().floating_point_ops(all_tokens(inputs)) / self.ranks.size
+
+    def get_total_train_batch_size(self, args):
+        """Return the Trainer's, for groups of ranks."""
+        return super().get_total_train_batch_size(args) // self.ranks.size

@@ -202,10 +202,41 @@ def _launch(recipe: dict) -> Iterator[str]:
         yield f"`deepspeed: {settings}`: there is no such file below {Path.cwd()}; start in the repository's folder."
     if settings and not _under_torchrun():
         yield f"`deepspeed` is started by torchrun: {_again(before='FORCE_TORCHRUN=1')}"
-    processes = os.environ.get("LOCAL_WORLD_SIZE") or (_under_torchrun() and os.environ.get("NPROC_PER_NODE")) or "1"
-    devices = get_device_count()
-    if processes.isdigit() and int(processes) > devices > 0 and not recipe.get("use_cpu"):
+    processes, devices = _processes(), get_device_count()
+    if processes > devices > 0 and not recipe.get("use_cpu"):
         yield f"NPROC_PER_NODE={processes}, and there are {devices} GPUs: {_again(before=f'NPROC_PER_NODE={devices}')}"
+
+
+def _processes() -> int:
+    """Return how many there are or will be on this machine; the host's own rule."""
+    from llamafactory.extras.misc import get_device_count
+
+    asked = os.environ.get("NPROC_PER_NODE") or str(get_device_count()) if _under_torchrun() else "1"
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or asked
+    return int(processes) if processes.isdigit() else 1
+
+
+def _shared_rows(recipe: dict) -> Iterator[str]:
+    size = recipe.get("solopo_sequence_parallel", 1)
+    if not isinstance(size, int) or size <= 1:
+        return
+    from ..sequence_parallel import why_not_shared
+
+    off = {"solopo_forward: two_stage": "only a packed row can be shared", "streaming: true": "streams are dealt out "
+           "to single processes", "fsdp": "use DeepSpeed ZeRO-3"}  # fmt: skip
+    for key, reason in off.items():
+        name, _, value = key.partition(": ")
+        if str(recipe.get(name, "")).lower() == value if value else recipe.get(name):
+            yield f"`solopo_sequence_parallel: {size}` does not run with `{key}`: {reason}; remove one of the two."
+    heads = None
+    with suppress(OSError, ValueError, AttributeError):  # the hub's, or the host's to refuse
+        config = json.loads(Path(str(recipe.get("model_name_or_path")), "config.json").read_text(encoding="utf-8"))
+        heads = config.get("num_attention_heads")
+    if (processes := _processes()) < size:
+        again = _again(before=f"FORCE_TORCHRUN=1 NPROC_PER_NODE={size}")
+        yield f"`solopo_sequence_parallel: {size}` needs {size} processes, there would be {processes}: {again}"
+    elif sentence := why_not_shared(size, heads, processes):
+        yield sentence
 
 
 def _models(recipe: dict) -> Iterator[str]:
@@ -330,4 +361,13 @@ def _names(value: object) -> list[str]:
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
-PARTS = (_keys, _device, _packages, _launch, _models, _template, _data)  # each yields a sentence for what is missing
+PARTS = (
+    _keys,
+    _device,
+    _packages,
+    _launch,
+    _shared_rows,
+    _models,
+    _template,
+    _data,
+)  # each yields a sentence for what is missing

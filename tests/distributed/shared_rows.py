@@ -1,0 +1,145 @@
+"""Loss and gradients of rows that ranks share against one process, in float64: torchrun shared_rows.py SIZE ...
+
+Every case prints a line of JSON per rank: how far loss, log-probs and the gradient (averaged over all ranks, as DDP
+does) are from one process's on all groups' rows, relative; and the bytes that attention sent, counted and by formula.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from solopo_plugin import forward
+from solopo_plugin.data import BETWEEN
+from solopo_plugin.forward import Packed
+from solopo_plugin.losses import OBJECTIVES
+from solopo_plugin.sequence_parallel import Ranks, bytes_exchanged
+
+LAYERS, HEAD, WIDTH = 2, 8, 8  # the last: bytes of a float64
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+draw = torch.Generator().manual_seed(1)
+sent: list[int] = []
+exchange = dist.all_to_all_single
+
+
+def counted(output, tensor, output_split_sizes=None, input_split_sizes=None, group=None):
+    """Attention's exchanges have equal parts, one per rank, of which a rank's own stays."""
+    if input_split_sizes is None:
+        sent.append(tensor[1:].numel() * tensor.element_size())
+    return exchange(output, tensor, output_split_sizes, input_split_sizes, group=group)
+
+
+dist.all_to_all_single = counted
+
+
+def ranks_of(size: int) -> Ranks:
+    links = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
+    return Ranks(size, rank % size, world // size, rank // size, links[rank // size])
+
+
+def exact_logps(logits, targets, chunk):  # in float64 throughout, where the step's own are fp32
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+forward.token_logps = exact_logps
+
+
+def tokens(n: int) -> list[int]:
+    return torch.randint(1, 64, (n,), generator=draw).tolist()
+
+
+def samples(*lengths, rejected: int = 1) -> list[dict]:
+    """Rows of given lengths: short prompt, long prompt (None: the short one), chosen, rejected ones."""
+    rows = []
+    for short, long, chosen, worse in lengths:
+        row = dict(short_prompt_ids=tokens(short), chosen_ids=tokens(chosen))
+        row["rejected_ids"] = [*tokens(worse), *([BETWEEN, *tokens(worse + 1)] if rejected == 2 else [])]
+        row["long_prompt_ids"] = row["short_prompt_ids"] if long is None else tokens(long)
+        rows.append(row | dict(long_is_short=long is None, name="row"))
+    return rows
+
+
+def model_of(kind: str, heads: int, kv_heads: int, checkpointing: bool | None):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=heads * HEAD, intermediate_size=48, num_hidden_layers=LAYERS)
+    shape |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=HEAD, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).double().train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model
+
+
+def settings(**changes) -> SimpleNamespace:
+    keys = dict(
+        longpo=False, long_pair=False, distills=False, solopo_anchor=0.0,
+        use_ref_model=False, solopo_logp_chunk=1024, pref_loss="orpo", pref_beta=0.3,
+        simpo_gamma=0.5, dpo_label_smoothing=0.0, pref_ftx=0.2, solopo_alpha=2.0, solopo_align="reward",
+        solopo_penalty="auto", solopo_detach_short=False, solopo_longpo_lambda=0.5, solopo_objective="solopo",
+    )  # fmt: skip
+    return SimpleNamespace(**keys | changes)
+
+
+def step(model, rows, args, ranks=None):
+    """Loss, all metrics and the gradient of a micro-batch, and the tokens of its row."""
+    model.zero_grad()
+    form = Packed(args, model, ranks=ranks)
+    batch = form.collator(rows)
+    with torch.no_grad():
+        reference = form.pair(model, form.collator.short_pair(rows))
+    sent.clear()
+    logps = form.policy(model, batch)
+    if args.pref_loss in ("sigmoid", "ipo", "hinge"):
+        logps = logps._replace(ref_chosen_B=reference.chosen_B + 1, ref_rejected_B=reference.rejected_B)
+    losses_B, parts = OBJECTIVES[args.solopo_objective](logps, args)
+    losses_B.mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return losses_B.detach(), torch.stack([*parts.values()]), gradient.clone(), batch["policy"]["input_ids"].shape[1]
+
+
+def case(
+    ranks: Ranks, name: str, lengths, kind="qwen2", heads=4, kv_heads=2, checkpointing=None, rejected=1, **changes
+) -> None:
+    args, model = settings(**changes), model_of(kind, heads, kv_heads, checkpointing)
+    by_group = [samples(*lengths, rejected=rejected) for _ in range(ranks.groups)]
+    alone = [step(model, rows, args) for rows in by_group]
+    losses, metrics, gradient, length = step(model, by_group[ranks.group], args, ranks)
+    exchanged = sum(sent)
+    dist.all_reduce(gradient)
+    gradient /= world
+    wanted = torch.stack([one[2] for one in alone]).mean(0)
+    shape = dict(layers=LAYERS, heads=heads, kv_heads=kv_heads, head_size=HEAD, width=WIDTH)
+    formula = bytes_exchanged(length, ranks.size, passes=2 if checkpointing is None else 3, **shape)
+    own = alone[ranks.group]
+    found = dict(
+        case=name, size=ranks.size, rank=rank, loss=float((losses - own[0]).abs().max() / own[0].abs().max()),
+        metrics=float((metrics - own[1]).abs().max() / own[1].abs().max()),
+        gradient=float((gradient - wanted).norm() / wanted.norm()), sent=exchanged, formula=formula,
+    )  # fmt: skip
+    print("\n" + json.dumps(found), flush=True)
+
+
+USUAL = ((9, 33, 6, 5), (7, 21, 3, 8))
+for ranks in map(ranks_of, map(int, sys.argv[1:])):
+    case(ranks, "orpo", USUAL)
+    case(ranks, "simpo, both", USUAL, pref_loss="simpo", long_pair=True)
+    case(ranks, "sigmoid", USUAL, pref_loss="sigmoid")
+    case(ranks, "ipo", USUAL, pref_loss="ipo")
+    case(ranks, "hinge, detached", USUAL, pref_loss="hinge", solopo_detach_short=True)
+    case(ranks, "longpo", USUAL, pref_loss="sigmoid", longpo=True, long_pair=True, solopo_objective="longpo")
+    case(ranks, "long is short", ((9, None, 6, 5), (7, 21, 3, 8)))
+    case(ranks, "two rejected", USUAL, rejected=2)
+    case(ranks, "one token each", ((1, None, 1, 1),))
+    case(ranks, "shorter than the ranks are many", ((1, 1, 1, 1),))
+    case(ranks, "one key head", USUAL, kv_heads=1)
+    case(ranks, "three key heads", USUAL, heads=12, kv_heads=3)
+    case(ranks, "a head each", USUAL, kv_heads=4)
+    case(ranks, "llama, checkpointed, reentrant", USUAL, kind="llama", checkpointing=True)
+    case(ranks, "qwen3, checkpointed", USUAL, kind="qwen3", checkpointing=False)
+dist.barrier()
+os._exit(0)
