@@ -300,12 +300,16 @@ def test_published_numbers_stand_once_more_in_the_evaluation():
 def test_ablation_changes_its_own_key(name):
     """And SoLo-KL the weight, where rewards are beta times log-probs: to alpha x beta, which pulls as hard as alpha."""
     model, recipe = name.split("/")
-    main, study = re.fullmatch(r"(solo_[a-z]+)_(both|kl|alpha_[\d.]+)", recipe).groups()
+    main, study = re.fullmatch(r"(solo_[a-z]+)_(both|kl|distill|alpha_[\d.]+)", recipe).groups()
     before, after = keys(f"{model}/{main}.yaml"), keys(name)
     assert before.keys() == after.keys() and RUNS[name].recipe == f"{model}/{main}.yaml"
     changed = {k: v for k, v in after.items() if v != before[k]}
     assert changed.pop("output_dir") == f"saves/{model}/{recipe}"
-    expected = {"both": {"solopo_align_on": "both"}, "kl": {"solopo_align": "logp"}}
+    expected = {
+        "both": {"solopo_align_on": "both"},
+        "kl": {"solopo_align": "logp"},
+        "distill": {"solopo_align": "distill"},
+    }
     if study == "kl" and main != "solo_orpo":
         assert changed.pop("solopo_alpha") == pytest.approx(before["solopo_alpha"] * before["pref_beta"], rel=1e-12)
     assert changed == expected.get(study) or changed == {"solopo_alpha": float(study.removeprefix("alpha_"))}
@@ -316,7 +320,7 @@ def test_only_the_papers_alpha_is_tagged_as_the_papers():
     tagged = re.compile(r"^solopo_alpha: .*  # (paper|ours)(.*)$", re.M)
     tags = {name: found[0] for name in FILES if (found := tagged.findall((YAML / name).read_text(encoding="utf-8")))}
     tags |= {name: re.match(r"alpha [\d.]+: (paper|ours)(.*)", RUNS[name].numbers).groups() for name in ABLATIONS}
-    assert len(tags) == 4 + 24 + 1 + 2
+    assert len(tags) == 4 + 25 + 1 + 2
     for name, (tag, more) in tags.items():
         known = name not in ABLATIONS or name.endswith("_both")
         assert tag == ("paper" if known else "ours"), name
