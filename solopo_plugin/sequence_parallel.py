@@ -131,27 +131,6 @@ class Part:
         return all_to_all_single(received, parts.contiguous(), got, sent, group=self.ranks.link)
 
 
-def bytes_exchanged(
-    tokens: int, size: int, *, layers: int, heads: int, kv_heads: int, head_size: int, width: int = 2, passes: int = 3
-) -> int:
-    """Return the bytes that each rank sends to others for one row's attention.
-
-    A pass over a layer sends, of the rank's tokens, (P - 1) / P of all queries, keys, values and outputs.
-
-    Args:
-        tokens: Of the row.
-        size: P, the ranks that share it.
-        layers: Of the model.
-        heads: Its query heads.
-        kv_heads: Its key/value heads, which are repeated where P does not divide them.
-        head_size: Numbers per head.
-        width: Bytes per number.
-        passes: 1 forward and 1 backward; 3 with gradient checkpointing, which repeats the forward. 1 for a reference.
-    """
-    here, numbers = -(-tokens // size), (2 * heads + 2 * lcm(kv_heads, size)) * head_size
-    return passes * layers * here * numbers * (size - 1) // size * width
-
-
 def why_not_shared(size: int, heads: int | None = None, processes: int | None = None) -> str | None:
     """Return why rows cannot be shared by so many ranks, and what is possible; None where they can.
 

@@ -1,12 +1,14 @@
 """Loss and gradients of rows that ranks share against one process, in float64: torchrun shared_rows.py SIZE ...
 
 Every case prints a line of JSON per rank: how far loss, log-probs and the gradient (averaged over all ranks, as DDP
-does) are from one process's on all groups' rows, relative; and the bytes that attention sent, counted and by formula.
+does) are from one process's on all groups' rows, relative; and the bytes that attention sent, counted and by
+scripts/step_cost.py's formula.
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -17,7 +19,10 @@ from solopo_plugin import forward
 from solopo_plugin.data import BETWEEN
 from solopo_plugin.forward import Packed
 from solopo_plugin.losses import OBJECTIVES
-from solopo_plugin.sequence_parallel import Ranks, bytes_exchanged
+from solopo_plugin.sequence_parallel import Ranks
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from step_cost import exchanged  # noqa: E402
 
 LAYERS, HEAD, WIDTH = 2, 8, 8  # the last: bytes of a float64
 dist.init_process_group("gloo")
@@ -109,17 +114,17 @@ def case(
     by_group = [samples(*lengths, rejected=rejected) for _ in range(ranks.groups)]
     alone = [step(model, rows, args) for rows in by_group]
     losses, metrics, gradient, length = step(model, by_group[ranks.group], args, ranks)
-    exchanged = sum(sent)
+    counted_bytes = sum(sent)
     dist.all_reduce(gradient)
     gradient /= world
     wanted = torch.stack([one[2] for one in alone]).mean(0)
-    shape = dict(layers=LAYERS, heads=heads, kv_heads=kv_heads, head_size=HEAD, width=WIDTH)
-    formula = bytes_exchanged(length, ranks.size, passes=2 if checkpointing is None else 3, **shape)
+    shape = SimpleNamespace(layers=LAYERS, heads=heads, key_heads=kv_heads, query=heads * HEAD)
+    formula = exchanged(shape, length, ranks.size, WIDTH, passes=2 if checkpointing is None else 3)
     own = alone[ranks.group]
     found = dict(
         case=name, size=ranks.size, rank=rank, loss=float((losses - own[0]).abs().max() / own[0].abs().max()),
         metrics=float((metrics - own[1]).abs().max() / own[1].abs().max()),
-        gradient=float((gradient - wanted).norm() / wanted.norm()), sent=exchanged, formula=formula,
+        gradient=float((gradient - wanted).norm() / wanted.norm()), sent=counted_bytes, formula=formula,
     )  # fmt: skip
     print("\n" + json.dumps(found), flush=True)
 
