@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, SGD, outcome, write_recipe
+from conftest import ROOT, SGD, demo_rows, outcome, write_dataset, write_recipe
 from test_distributed import ADAM, DDP, METRICS, assert_equal, scores, with_adam, zero
 
 pytestmark = pytest.mark.slow
@@ -158,3 +158,15 @@ REFUSED = (
     (2, SHARED | dict(streaming=True, max_steps=1), "does not run with `streaming: true`: streams are dealt out"),
     (2, SHARED | dict(fsdp="full_shard"), "does not run with `fsdp`: use DeepSpeed ZeRO-3; remove one of the two."),
 )  # fmt: skip
+
+
+def test_two_share_rows_with_lists_of_rejected_responses(train, run, recipe, tmp_path, monkeypatch):
+    """Of one, two and three, with a reference of each pair."""
+    monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "one_cache"))
+    rows = demo_rows(6)
+    for i, row in enumerate(rows):
+        row["rejected"] = [row["rejected"], "Nobody knows.", "It is not said."][: i % 3 + 1]
+    folder = write_dataset(tmp_path / "data", rows)
+    keys = BASE | dict(dataset="rows", dataset_dir=folder, max_samples=None, solopo_align_on="both")
+    two, _ = train(2, lists=keys | DDP | SHARED)
+    same_numbers(run(recipe(**keys, output_dir=str(tmp_path / "lists_one"))), two["lists"])
