@@ -19,7 +19,7 @@ from scripted_server import answering
 from transformers import AutoModelForCausalLM
 
 from solopo_plugin.qa.files import read_jsonl
-from solopo_plugin.qa.prompts import document_text, lay_out, split_prompt
+from solopo_plugin.qa.prompts import document_text, lay_out
 from solopo_plugin.qa.store import Store
 from solopo_plugin.synthesis.ask import choose, read_prompt
 from solopo_plugin.synthesis.filter import FILTERS
@@ -27,8 +27,7 @@ from solopo_plugin.synthesis.pipeline import run_pipeline, stages_of
 from solopo_plugin.synthesis.recipe import make_recipe
 
 pytestmark = [pytest.mark.skipif(not SERVER, reason="`make test-vllm` runs these"), pytest.mark.timeout(400)]
-FATES = ["right", "quote_not_in_passage", "known_without_evidence", "no_agreement"]  # of questions about a passage
-FATES += ["right", "one_passage_is_enough"]  # about pairs
+FATES = ["right", "quote_not_in_passage", "right", "known_without_evidence", "no_agreement", "right"]  # two of pairs
 PROMPTS = {  # shorter than the shipped ones, so that they are learnt in seconds
     "ask_one.txt": "{documents}\n\nAsk.",
     "ask_two.txt": "{documents}\n\nAsk about both.",
@@ -82,7 +81,7 @@ def learnt(tmp_path_factory):
 
 def plan(recipe) -> dict[str, list[str]]:
     """What is said to a prompt, by a part of it."""
-    said, rng, used, about = {}, random.Random(0), set(), split_prompt(recipe.prompt)
+    said, rng, used = {}, random.Random(0), set()
     for fate, chosen in zip(FATES, choose(recipe, list(read_jsonl(f"{recipe.work_dir}/passages.jsonl"))), strict=True):
         name, places = ("one", ["quote"]) if len(chosen) == 1 else ("two", ["quote_1", "quote_2"])
         asked = question_about(chosen, rng, used)
@@ -93,8 +92,6 @@ def plan(recipe) -> dict[str, list[str]]:
         right = f"The answer is: {asked['answer']}"
         said[f"Question: {asked['question']} Answer."] = [WRONG if fate == "no_agreement" else right]
         said[f"{asked['question']} Guess."] = [right if fate == "known_without_evidence" else WRONG]
-        for passage in chosen if fate == "right" and name == "two" else []:
-            said[lay_out(*about, asked["question"], [document_text(passage)])[0]] = [WRONG]
     return said
 
 
@@ -106,7 +103,7 @@ def learn(folder: str, examples: list[tuple[list[int], list[int]]], end: int) ->
         both = torch.tensor([*prompt, *reply, end])
         ids[row, : len(both)], labels[row, len(prompt) : len(both)] = both, both[len(prompt) :]
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    for _ in range(80):
+    for _ in range(100):
         network(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -133,7 +130,7 @@ def test_from_documents_to_rows_by_a_real_server(learnt, monkeypatch):
     assert tuple(stages) == stages_of(recipe)
     counts = {name: stage["counts"] for name, stage in stages.items()}
     questions = FATES.count("right")
-    calls = 6 + 5 + 4 + 2 * 2 + 2 * questions  # asked; with the passages, without, with one of two; sampled, both sides
+    calls = 6 + 5 + 4 + 2 * questions  # asked; with the passages and without; sampled on both sides
     assert len(added) == calls, "something was asked for twice"
     assert counts["ask"] | dict(replies=6, unreadable=0, cut_at_max_new_tokens=0) == counts["ask"]
     dropped = Counter(fate for fate in FATES if fate != "right")
