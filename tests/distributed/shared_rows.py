@@ -138,6 +138,7 @@ for ranks in map(ranks_of, map(int, sys.argv[1:])):
     case(ranks, "hinge, detached", USUAL, pref_loss="hinge", solopo_detach_short=True)
     case(ranks, "longpo", USUAL, pref_loss="sigmoid", longpo=True, long_pair=True, solopo_objective="longpo")
     case(ranks, "long is short", ((9, None, 6, 5), (7, 21, 3, 8)))
+    case(ranks, "cut within the chosen response", ((14, None, 16, 4),))
     case(ranks, "two rejected", USUAL, rejected=2)
     case(ranks, "one token each", ((1, None, 1, 1),))
     case(ranks, "shorter than the ranks are many", ((1, 1, 1, 1),))

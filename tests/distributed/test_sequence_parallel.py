@@ -40,7 +40,7 @@ def test_loss_and_gradients_in_float64(cli):
     script = str(HERE / "shared_rows.py")
     out = cli("--standalone", "--nproc-per-node=4", script, "4", "2", program="torchrun", OMP_NUM_THREADS="1").out
     found = [json.loads(line) for line in re.findall(r"\{.*\}", out)]
-    assert len(found) == 2 * 4 * 15
+    assert len(found) == 2 * 4 * 16
     for case in found:
         assert max(case[name] for name in ("loss", "metrics", "gradient")) < 1e-14, case
         assert case["sent"] == case["formula"], case
