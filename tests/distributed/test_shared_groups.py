@@ -1,0 +1,98 @@
+"""Rows that ranks share, beyond test_sequence_parallel.py: what a rank keeps, ZeRO-3 groups, four to a row, bf16."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from step_cost import Setup, exchanged, of_one, read_config, shape_of
+from test_distributed import DDP, zero
+from test_sequence_parallel import BASE, SHARED, same_numbers, train  # noqa: F401
+
+from solopo_plugin.packing import PackedCollator
+from solopo_plugin.sequence_parallel import Ranks, bytes_exchanged
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("variant, both, batch", [("S3", False, 1), ("S3", True, 2), ("L3", False, 3)])
+def test_a_gpus_share_of_a_row_is_what_the_step_takes(variant, both, batch):
+    """The real part of every rank of 4: its tokens, and at most so many logits."""
+    S, R, L = 33, 10, 101
+    row = dict(name="r", long_is_short=False, short_prompt_ids=[1] * S, long_prompt_ids=[2] * L, chosen_ids=[3] * R,
+               rejected_ids=[4] * R)  # fmt: skip
+    packed = PackedCollator(longpo=variant == "L3", long_pair=both)([row] * batch)["policy"]
+    parts = [Ranks(4, rank, 1, 0).part_of(packed) for rank in range(4)]
+    tokens, logits = of_one(variant, S, R, L, Setup(batch=batch, both=both, sequence_parallel=4))
+    assert {part["input_ids"].shape[1] for part in parts} == {tokens}
+    assert max(sum(part["counts"]) for part in parts) == logits == max(len(part["targets_K"]) for part in parts)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+def test_the_plans_bytes_are_those_of_the_step(ranks):
+    shape = shape_of(read_config("qwen2.5-7b"))
+    keys = dict(layers=28, heads=28, kv_heads=4, head_size=128, width=2, passes=3)
+    assert exchanged(shape, 67_073, ranks, 2, 3) == bytes_exchanged(67_073, ranks, **keys)
+
+
+def test_a_rank_keeps_of_a_layer_what_is_counted(cli):
+    """By autograd's own count, byte for byte, with fewer key heads than ranks and with a number P does not divide."""
+    script = str(ROOT / "tests" / "distributed" / "shared_memory.py")
+    out = cli("--standalone", "--nproc-per-node=4", script, "4", "2", program="torchrun", OMP_NUM_THREADS="1").out
+    found = [json.loads(line) for line in re.findall(r"\{.*\}", out)]
+    assert len(found) == 2 * 4 * 4 and {case["kv_heads"] for case in found} == {1, 3, 4}
+    for case in found:
+        assert case["kept"] == case["counted"], case
+
+
+def no_ties(found):
+    """The outcome without accuracies where the policy still is the reference, whose rewards differ by rounding."""
+    for entry in found.log:
+        if abs(entry.get("rewards/margins", 1)) < 1e-6:
+            entry["rewards/accuracies"] = 0.5
+    return found
+
+
+GROUPS = {
+    "lora": dict(pref_loss="ipo", finetuning_type="lora", solopo_align_on="both", disable_shuffling=None),
+    "longpo": dict(solopo_objective="longpo", solopo_longpo_lambda=0.5, disable_shuffling=None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_groups_under_zero3(train, case):  # noqa: F811
+    """Two groups of two and two ranks with whole rows: LoRA with its adapter off as reference, LongPO; rows shuffled.
+
+    13 rows, batches of 2: a group fills up its last batch as a rank does. Each in a start of its own, as DeepSpeed
+    keeps process groups that the host ends with a run.
+    """
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    common = BASE | zero("z3") | dict(max_samples=13, per_device_train_batch_size=2) | GROUPS[case]
+    two, _ = train(2, two=common)
+    four, _ = train(4, four=common | SHARED)
+    same_numbers(no_ties(two["two"]), no_ties(four["four"]))
+
+
+def test_four_to_a_row_equal_two_and_one(train):  # noqa: F811
+    """The tiny model has 4 heads over 2 of keys: each of four ranks has one, of repeated keys."""
+    common = BASE | DDP | dict(pref_loss="simpo", pref_ftx=0.5, solopo_align="logp", max_samples=5)
+    (one, _), (two, _), (four, _) = (
+        train(n, **{f"by_{n}": common | dict(solopo_sequence_parallel=n)}) for n in (1, 2, 4)
+    )
+    same_numbers(one["by_1"], two["by_2"])
+    same_numbers(one["by_1"], four["by_4"])
+
+
+def test_bf16(train):  # noqa: F811
+    """Autocast to bf16 exchanges bf16: losses and metrics within a few of its roundings (2^-8) of one process's."""
+    common = BASE | DDP | dict(pref_loss="orpo", bf16=True, learning_rate=1e-3)
+    (one, _), (two, _) = (train(n, **{f"by_{n}": common | dict(solopo_sequence_parallel=n)}) for n in (1, 2))
+    logs = [[e for e in found.log if "loss" in e] for found in (one["by_1"], two["by_2"])]
+    assert len(logs[0]) == len(logs[1]) >= 3
+    for a, b in zip(*logs, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=4 * 2**-8)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=8 * 2**-8)
+    assert one["by_1"].weights.keys() == two["by_2"].weights.keys()
+    moved = [torch.cat([w.float().flatten() for _, w in sorted(r.weights.items())]) for r in (one["by_1"], two["by_2"])]
+    assert not moved[0].equal(moved[1])  # the two round apart, so that equal numbers would mean that nothing was shared
