@@ -77,9 +77,9 @@ class SoloTrainer(CustomDPOTrainer):
         self.objective = OBJECTIVES[args.solopo_objective]
         self.train_means, self.eval_means = ExampleMeans(), ExampleMeans()
         self.window_weight = 1.0  # examples a full micro-batch stands for, see get_batch_samples
-        # only through the short side can the alignment lower it
-        detached = args.solopo_detach_short or args.distills
-        self.may_collapse = self.objective is solopo and args.solopo_alpha > 0 and not detached
+        # the alignment can lower the short side through its gradient, self-distillation through the weights it shares
+        aligned = self.objective is solopo and args.solopo_alpha > 0 and (args.distills or not args.solopo_detach_short)
+        self.may_collapse = aligned or args.solopo_objective == "distill"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -209,10 +209,13 @@ class SoloTrainer(CustomDPOTrainer):
         self.may_collapse = False
         start, now = seen
         reward, gap, nll = (f"`{name}` {start[name]:.3g} -> {now[name]:.3g}" for name in (REWARD, GAP, NLL))
+        cure = "set `solopo_detach_short: true` or a smaller `solopo_alpha`"
+        if self.finetuning_args.distills:
+            cure = "keep a `pref_loss` beside it (`solopo_align: distill`), or lower `solopo_alpha` or `learning_rate`"
         logger.warning_rank0(
             f"The alignment loss falls because the short answer is being unlearned (steps {start['step']} to "
-            f"{now['step']}: {reward}, {gap}, {nll} nats per token): stop and set `solopo_detach_short: true` "
-            "or a smaller `solopo_alpha`; see Diagnostics in docs/training.md."
+            f"{now['step']}: {reward}, {gap}, {nll} nats per token): stop and {cure}; see Diagnostics in "
+            "docs/training.md."
         )
 
     @torch.no_grad()

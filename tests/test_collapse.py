@@ -85,6 +85,11 @@ def test_long_answers_lose_little_per_token():
     assert first(logs((2.3, 3.1, 0.15), *[(-0.3, 0.7, 0.9)] * 9)) == 40
 
 
+def test_a_teacher_that_drifts():
+    """Self-distillation alone on the lab's second task, logs of steps 10, 50, 90 and on: no answer was right."""
+    assert first(logs((-0.18, 1.51, 0.13), (-0.62, 0.76, 0.44), *[(-1.71, 0.43, 1.22)] * 3, (-4.62, 0.32, 3.3))) == 50
+
+
 def test_noise_is_not_persistence():
     """Two logs of unlearned answers in three are not enough; nor are fewer logs than a comparison needs."""
     good, bad = (-0.1, 6.0, 0.1), (-5.0, 1.0, 5.0)
@@ -126,6 +131,14 @@ def test_said_once_with_values_and_what_to_do(run, recipe, host_log, seen):
     assert "(steps 1 to 3: " in message and "`solopo_detach_short: true` or" in message
     for name in ("solopo/reward_short", "solopo/reward_gap", "solopo/nll"):
         assert f"`{name}` {log[0][name]:.3g} -> {log[2][name]:.3g}" in message
+
+
+@pytest.mark.parametrize("keys", [dict(solopo_objective="distill"), dict(solopo_align="distill", pref_loss="orpo")])
+def test_said_of_self_distillation(run, recipe, host_log, seen, keys):
+    """Its teacher gets no gradient and shares the weights, so that it can drift."""
+    run(recipe(max_steps=4, **keys))
+    (message,) = said(host_log)
+    assert "keep a `pref_loss` beside it" in message and "detach" not in message
 
 
 @pytest.mark.parametrize(
