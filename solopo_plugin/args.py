@@ -202,11 +202,6 @@ def check_loss(args) -> None:
                     f"`{name}: {getattr(args, name)}` has no effect with `{reason}: {getattr(args, reason)}`; "
                     "remove it."
                 )
-    if args.solopo_sequence_parallel > 1 and (args.distills or args.solopo_anchor):
-        raise ValueError(
-            f"`solopo_sequence_parallel: {args.solopo_sequence_parallel}` does not run with self-distillation or "
-            "`solopo_anchor`; remove one of the two."
-        )
     if not args.solopo_distill_temperature:
         raise ValueError("`solopo_distill_temperature` must be > 0, got 0.0.")
     if not (math.isfinite(args.pref_beta) and args.pref_beta > 0):

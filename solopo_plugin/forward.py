@@ -25,7 +25,7 @@ from .distill import Form, Rows, Top, token_kl, top_of_rows
 from .logps import IGNORE, ResponseLogits, predicting_positions, response_logps, token_logps
 from .losses import LENGTH_NORMALISED, LogProbs
 from .packing import PackedCollator
-from .sequence_parallel import Ranks
+from .sequence_parallel import Part, Ranks
 
 SHORT_PAIR = ("input_ids", "attention_mask", "labels")
 LONG_PAIR = tuple(f"long_{name}" for name in SHORT_PAIR)
@@ -70,33 +70,49 @@ class Packed:
     def policy(self, model, batch: dict, anchor: Top | None = None) -> LogProbs:
         """Return all log-probs of the policy; `nll_B` is of the whole sequence where the row has one scored."""
         packed = batch["policy"]
-        logps, means, logits_KV = self._score(model, packed)
+        logps, means, logits_KV, part = self._score(model, packed)
         nll_B = -means.get("sequence", means["chosen"])
         of_policy = LogProbs(
             logps["chosen"], logps["rejected"], nll_B, logps.get("long_chosen"), logps.get("long_rejected")
         )
         if self.args.distills:
-            found = packed["distilled"]
-            teachers_N, students_N = found["rows"]
-            kl_N = token_kl(logits_KV, students_N, Rows(logits_KV, teachers_N), distill_form(self.args))
-            of_policy = of_policy._replace(distill_B=_added_means(kl_N, found))
+            distill_P = self._kl(logits_KV, part, packed["distilled"], None, distill_form(self.args))
+            of_policy = of_policy._replace(distill_B=distill_P)
         if anchor is not None:
-            found = packed["anchored"]
-            kl_N = token_kl(logits_KV, found["rows"][0], anchor, Form(chunk=self.args.solopo_logp_chunk))
-            of_policy = of_policy._replace(anchor_B=_added_means(kl_N, found))
+            anchor_P = self._kl(logits_KV, part, packed["anchored"], anchor, Form(chunk=self.args.solopo_logp_chunk))
+            of_policy = of_policy._replace(anchor_B=anchor_P)
         return of_policy
 
     def pair(self, model, batch: dict) -> Pair:
         """Return a model's log-probs of the short pair."""
         packed = batch["reference"]
-        logps, _, logits_KV = self._score(model, packed)
+        logps, _, logits_KV, part = self._score(model, packed)
         top = None
         if self.args.solopo_anchor:
-            top = top_of_rows(logits_KV, packed["anchored"]["rows"][0], ANCHOR_TOP, self.args.solopo_logp_chunk)
+            (at_N,) = packed["anchored"]["rows"]
+            own_n = at_N if part is None else part.own(at_N)[1]
+            top = top_of_rows(logits_KV, own_n, ANCHOR_TOP, self.args.solopo_logp_chunk)
+            top = top if part is None else Top(*(part.whole(x, at_N) for x in top))
         return Pair(logps["chosen"], logps["rejected"], top)
 
-    def _score(self, model, packed: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token; the logits."""
+    def _kl(self, logits_KV: Tensor, part: Part | None, found: dict, teacher: Top | None, form: Form) -> Tensor:
+        """Means of a divergence over each response's tokens, 0 of none, added over a pair's responses: (P,)."""
+        rows, counts = found["rows"], found["counts"]
+        totals = torch.tensor(counts, device=logits_KV.device).clamp(min=1)
+        if part is not None:  # the same tokens of both sides: responses of one length are dealt out alike
+            mine_N, _ = part.own(rows[-1])
+            rows, counts = [part.own(at_N)[1] for at_N in rows], [int(mine.sum()) for mine in mine_N.split(counts)]
+            teacher = teacher and Top(*(x[mine_N] for x in teacher))
+        kl_N = token_kl(logits_KV, rows[-1], teacher or Rows(logits_KV, rows[0]), form)
+        sums = torch.stack([tokens.sum() for tokens in kl_N.split(counts)])
+        sums = sums if part is None else part.ranks.total(sums)
+        return (sums / totals)[found["responses_SP"]].sum(0)
+
+    def _score(self, model, packed: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Part | None]:
+        """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token.
+
+        Then the logits, and where ranks share the row, which of it this one has scored.
+        """
         row = self.ranks.part_of(packed) if self.ranks else packed
         logits_1KV = model(
             input_ids=row["input_ids"],
@@ -112,13 +128,7 @@ class Packed:
             sums_N = self.ranks.total(sums_N)
         means_N = sums_N / packed["counts_N"]
         sums, means = ({name: x_N[at_B] for name, at_B in packed["spans"].items()} for x_N in (sums_N, means_N))
-        return (means if self.args.pref_loss in LENGTH_NORMALISED else sums), means, logits_1KV[0]
-
-
-def _added_means(kl_N: Tensor, found: dict) -> Tensor:
-    """Means over each response's tokens, 0 of none, added over a pair's responses: (P,)."""
-    means = torch.stack([part.sum() / max(len(part), 1) for part in kl_N.split(found["counts"])])
-    return means[found["responses_SP"]].sum(0)
+        return (means if self.args.pref_loss in LENGTH_NORMALISED else sums), means, logits_1KV[0], row["plan"].part
 
 
 class TwoStages:

@@ -126,6 +126,18 @@ class Part:
         held = hidden_1tE[0][self.send.to(hidden_1tE.device)]
         return self._exchange(held, self.sent, self.got)[self.order.to(held.device)][None]
 
+    def own(self, at_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of some scored tokens this rank scores, and their places among what it scores."""
+        scored_K = self.scored_K.to(at_N.device)
+        mine_N = scored_K[at_N]
+        return mine_N, (scored_K.cumsum(0) - 1)[at_N[mine_N]]
+
+    def whole(self, own: Tensor, at_N: Tensor) -> Tensor:
+        """Return what all ranks know of some scored tokens, (N, ...), from what each knows of its own; no gradient."""
+        known = own.new_zeros(len(at_N), *own.shape[1:])
+        known[self.own(at_N)[0]] = own
+        return self.ranks.total(known)
+
     def _exchange(self, parts: Tensor, sent: list[int] | None = None, got: list[int] | None = None) -> Tensor:
         received = parts.new_empty(len(parts) if got is None else sum(got), *parts.shape[1:])
         return all_to_all_single(received, parts.contiguous(), got, sent, group=self.ranks.link)

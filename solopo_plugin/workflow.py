@@ -38,7 +38,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     if training_args.do_train:
         check_resume(training_args)
     if (size := finetuning_args.solopo_sequence_parallel) > 1:
-        check_sharing(size, model_args, data_args, training_args, finetuning_args)
+        check_sharing(size, model_args, data_args, training_args)
     tokenizer_module, dataset_module = load_data(model_args, data_args, training_args)
     with drawn_from(training_args.seed):
         model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
@@ -66,13 +66,11 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
-def check_sharing(size: int, model_args, data_args, training_args, finetuning_args) -> None:
+def check_sharing(size: int, model_args, data_args, training_args) -> None:
     """Refuse a model, a number of processes or a way of training with which ranks cannot share rows."""
     with refusing():
         if data_args.streaming or training_args.fsdp or is_env_enabled("ACCELERATE_USE_FSDP"):
             raise ValueError(f"`solopo_sequence_parallel: {size}` runs neither on streams nor under FSDP.")
-        if finetuning_args.distills or finetuning_args.solopo_anchor:
-            raise ValueError(f"`solopo_sequence_parallel: {size}` runs neither self-distillation nor the anchor yet.")
         heads = load_config(model_args).get_text_config().num_attention_heads
         if reason := why_not_shared(size, heads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
             raise ValueError(reason)

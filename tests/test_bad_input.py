@@ -69,8 +69,6 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "beta of distill alone": ({"solopo_objective": "distill", "pref_beta": 0.2}, "`pref_beta: 0.2` has no effect with `solopo_objective: distill`; remove it."),
     "reference of distill alone": ({"solopo_objective": "distill", "ref_model": "a/model"}, "`ref_model: a/model` has no effect in `stage: solopo`: `solopo_objective: distill` has no reference; remove it."),
     "anchor in longpo": ({"solopo_objective": "longpo", "solopo_anchor": 1}, "`solopo_anchor: 1.0` has no effect with `solopo_objective: longpo`; remove it."),
-    "shared rows in distill": ({"solopo_align": "distill", "solopo_sequence_parallel": 2}, "`solopo_sequence_parallel: 2` does not run with self-distillation or `solopo_anchor`; remove one of the two."),
-    "shared rows of an anchor": ({"solopo_anchor": 1, "solopo_sequence_parallel": 2}, "`solopo_sequence_parallel: 2` does not run with self-distillation or `solopo_anchor`; remove one of the two."),
     "topk in longpo": ({"solopo_objective": "longpo", "solopo_distill_topk": 9}, "`solopo_distill_topk: 9` has no effect with `solopo_objective: longpo`; remove it."),
     "anchored pissa": ({"solopo_anchor": 1, "pref_loss": "orpo", "finetuning_type": "lora", "pissa_init": True}, "`pissa_init: true` changes the weights that `solopo_anchor` compares with; remove one of the two."),
     "neftune": ({"neftune_noise_alpha": 5}, "`neftune_noise_alpha: 5` does not work with `stage: solopo`: its noise depends on the length of what runs as one row, so the short and the long context get different noise"),

@@ -73,6 +73,7 @@ def model_of(kind: str, heads: int, kv_heads: int, checkpointing: bool | None):
     torch.manual_seed(0)
     shape = dict(vocab_size=64, hidden_size=heads * HEAD, intermediate_size=48, num_hidden_layers=LAYERS)
     shape |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=HEAD, initializer_range=0.2)
+    shape |= dict(sliding_window=8) if kind == "mistral" else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).double().train()
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
@@ -86,6 +87,7 @@ def settings(**changes) -> SimpleNamespace:
         use_ref_model=False, solopo_logp_chunk=1024, pref_loss="orpo", pref_beta=0.3,
         simpo_gamma=0.5, dpo_label_smoothing=0.0, pref_ftx=0.2, solopo_alpha=2.0, solopo_align="reward",
         solopo_penalty="auto", solopo_detach_short=False, solopo_longpo_lambda=0.5, solopo_objective="solopo",
+        solopo_distill_kl="forward", solopo_distill_temperature=1.5, solopo_distill_topk=0,
     )  # fmt: skip
     return SimpleNamespace(**keys | changes)
 
@@ -98,7 +100,8 @@ def step(model, rows, args, ranks=None):
     with torch.no_grad():
         reference = form.pair(model, form.collator.short_pair(rows))
     sent.clear()
-    logps = form.policy(model, batch)
+    top = reference.top and reference.top._replace(logps_NC=(reference.top.logps_NC / 2).log_softmax(-1))
+    logps = form.policy(model, batch, top)
     if args.pref_loss in ("sigmoid", "ipo", "hinge"):
         logps = logps._replace(ref_chosen_B=reference.chosen_B + 1, ref_rejected_B=reference.rejected_B)
     losses_B, parts = OBJECTIVES[args.solopo_objective](logps, args)
@@ -137,6 +140,11 @@ for ranks in map(ranks_of, map(int, sys.argv[1:])):
     case(ranks, "ipo", USUAL, pref_loss="ipo")
     case(ranks, "hinge, detached", USUAL, pref_loss="hinge", solopo_detach_short=True)
     case(ranks, "longpo", USUAL, pref_loss="sigmoid", longpo=True, long_pair=True, solopo_objective="longpo")
+    case(ranks, "distill", USUAL, distills=True, solopo_align="distill")
+    case(ranks, "distill, both, likeliest, small chunks", USUAL, rejected=2, long_pair=True, distills=True,
+         solopo_align="distill", solopo_distill_kl="reverse", solopo_distill_topk=5, solopo_logp_chunk=2)  # fmt: skip
+    case(ranks, "distill, long is short", ((9, None, 6, 5), (7, 21, 1, 8)), distills=True, solopo_align="distill")
+    case(ranks, "anchor", USUAL, use_ref_model=True, solopo_anchor=0.7)
     case(ranks, "long is short", ((9, None, 6, 5), (7, 21, 3, 8)))
     case(ranks, "cut within the chosen response", ((14, None, 16, 4),))
     case(ranks, "two rejected", USUAL, rejected=2)
@@ -146,6 +154,7 @@ for ranks in map(ranks_of, map(int, sys.argv[1:])):
     case(ranks, "three key heads", USUAL, heads=12, kv_heads=3)
     case(ranks, "a head each", USUAL, kv_heads=4)
     case(ranks, "llama, checkpointed, reentrant", USUAL, kind="llama", checkpointing=True)
+    case(ranks, "mistral, a window", USUAL, kind="mistral")
     case(ranks, "qwen3, checkpointed", USUAL, kind="qwen3", checkpointing=False)
 dist.barrier()
 os._exit(0)

@@ -40,7 +40,7 @@ def test_loss_and_gradients_in_float64(cli):
     script = str(HERE / "shared_rows.py")
     out = cli("--standalone", "--nproc-per-node=4", script, "4", "2", program="torchrun", OMP_NUM_THREADS="1").out
     found = [json.loads(line) for line in re.findall(r"\{.*\}", out)]
-    assert len(found) == 2 * 4 * 16
+    assert len(found) == 2 * 4 * 21
     for case in found:
         assert max(case[name] for name in ("loss", "metrics", "gradient")) < 1e-14, case
         assert case["sent"] == case["formula"], case
@@ -52,6 +52,7 @@ RUNS = {
     "ipo": dict(pref_loss="ipo", finetuning_type="lora"),
     "hinge": dict(pref_loss="hinge", solopo_reference="online", solopo_mlp_chunk=50),
     "simpo": dict(pref_loss="simpo", solopo_align_on="both", disable_gradient_checkpointing=True),
+    "distill": dict(pref_loss="orpo", solopo_align="distill", solopo_align_on="both", solopo_anchor=0.5),
     "longpo": dict(solopo_objective="longpo", solopo_longpo_lambda=0.5, include_num_input_tokens_seen="non_padding"),
     # 7 training rows, windows of 4 and 3, the last micro-batch of one row; 4 evaluation rows in batches of 3
     "orpo": dict(
@@ -77,7 +78,7 @@ def same_numbers(one, two, operations: bool = True) -> None:
 
 
 def test_two_that_share_equal_one(train, run, recipe, tmp_path, monkeypatch):
-    """Every loss, LongPO, LoRA, with and without checkpointing, MLPs in chunks, references cached and online."""
+    """Every loss, LongPO, LoRA, an anchor, with and without checkpointing, MLPs in chunks, references of both kinds."""
     monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "one_cache"))
     two, _ = train(2, **{name: BASE | DDP | SHARED | changes for name, changes in RUNS.items()})
     for name, changes in RUNS.items():
