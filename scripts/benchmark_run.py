@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from step_cost import GB
@@ -109,6 +109,27 @@ def meter(cuda: bool, limit_gb: float | None):
             raise Finished
 
     return Meter()
+
+
+@contextmanager
+def put_back():
+    """Put back what a configuration replaces for its variant, so that the next one finds the package's own."""
+    from transformers import AutoModelForCausalLM
+
+    import solopo_plugin.workflow as workflow
+    from solopo_plugin.forward import TwoStages
+
+    places = [(TwoStages, "long_logps"), (TwoStages, "_short_pair"), (AutoModelForCausalLM, "from_config"),
+              (workflow, "recorded")]  # fmt: skip
+    before = [(owner, name, owner.__dict__.get(name)) for owner, name in places]
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is not None:
+                setattr(owner, name, value)
+            elif name in owner.__dict__:
+                delattr(owner, name)
 
 
 def use_variant(variant: str) -> None:

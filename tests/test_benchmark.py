@@ -35,20 +35,11 @@ def command(monkeypatch, tmp_path):
 @pytest.fixture
 def in_this_process(monkeypatch, tmp_path):
     """Let configurations run here and not in processes of their own, each of which imports the host for seconds."""
-    from transformers import AutoModelForCausalLM
-
-    import solopo_plugin.workflow
-    from solopo_plugin.forward import TwoStages
-    from solopo_plugin.trainer import SoloTrainer
 
     def measure(settings, run, folder):
         if not (folder / f"{run['length']}-dpo").exists():
             benchmark_run.write_rows(folder, settings, run["length"])
-        with monkeypatch.context() as restored:
-            for owner, name in ((TwoStages, "long_logps"), (SoloTrainer, "concatenated_forward"),
-                                (AutoModelForCausalLM, "from_config"),
-                                (solopo_plugin.workflow, "recorded")):  # fmt: skip
-                restored.setattr(owner, name, getattr(owner, name))
+        with benchmark_run.put_back():
             seen = benchmark_run.run_here(settings, run, folder)
         return seen | {"median_s": seen["step_s"][0]}
 

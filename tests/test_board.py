@@ -116,7 +116,7 @@ FILLED = {
     "solopo_penalty": ("drop", "drop"), "solopo_detach_short": (True, True), "solopo_overlength": ("drop", "drop"),
     "solopo_anchor": ("0.1", 0.1),
     "solopo_forward": ("two_stage", "two_stage"), "solopo_reference": ("online", "online"),
-    "solopo_logp_chunk": (256, 256), "solopo_mlp_chunk": (64, 64), "solopo_sequence_parallel": (2, 2),
+    "solopo_logp_chunk": (256, 256), "solopo_mlp_chunk": (64, 64), "solopo_sequence_parallel": (1, 1),
     "simpo_gamma": (0.7, 0.7),
     "pref_loss": ("simpo", "simpo"), "pref_beta": (0.3, 0.3), "pref_ftx": (0.5, 0.5),
 }  # fmt: skip

@@ -58,10 +58,10 @@ def keys(name: str) -> dict:
 
 def test_count():
     # Table 3: 12 runs of Qwen, 5 of Llama. LoRA: 1. Long: 2. In the table: expand-long 4 + 2, aligning both 3 + 1, KL
-    # 3 + 1, four alphas of each SoLo, LongPO on Llama.
+    # 3 + 1, four alphas of each SoLo, LongPO on Llama, self-distillation.
     assert len(FILES) == 12 + 5 + 1 + 2 == 20
-    assert len(RUNS) == 6 + 4 + 4 + 16 + 1 == 31
-    assert len(ABLATIONS) == 24
+    assert len(RUNS) == 6 + 4 + 4 + 16 + 1 + 1 == 32
+    assert len(ABLATIONS) == 25
     stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(FILES) - {DEMO.name}
     stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "data").glob("*.yaml")}  # tests/qa/test_questions.py
     stray -= {p.relative_to(YAML).as_posix() for p in (YAML / "eval").glob("*.yaml")}  # tests/evaluation

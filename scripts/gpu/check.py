@@ -293,9 +293,9 @@ def small_trainings(dry: bool, device: str):
 
     The penalty is squared: the absolute one has a kink at 0, where rounding alone turns a gradient round.
     """
+    from benchmark_run import put_back
     from llamafactory.train.tuner import run_exp
     from make_tiny_model import train_tokenizer
-    from steps import put_back
 
     lengths = dict(short=24, response=8, L=64) if dry else dict(short=200, response=40, L=1500)
     settings = dict(model={"vocab_size": 512}, device=device, attention="sdpa", optim="sgd", **lengths)

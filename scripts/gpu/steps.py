@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 import traceback
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -79,35 +78,13 @@ def reference_of(variant: str, loss: str) -> str | None:
     return None if loss in ("orpo", "simpo") else "online" if variant in ("V0", "S1") else "cached"
 
 
-@contextmanager
-def put_back():
-    """Put back the methods that benchmark_run replaces for a variant, so that the next one finds the package's own."""
-    from transformers import AutoModelForCausalLM
-
-    import solopo_plugin.workflow as workflow
-    from solopo_plugin.forward import TwoStages
-    from solopo_plugin.trainer import SoloTrainer
-
-    places = [(TwoStages, "long_logps"), (SoloTrainer, "concatenated_forward"), (AutoModelForCausalLM, "from_config"),
-              (workflow, "recorded")]  # fmt: skip
-    before = [(owner, name, owner.__dict__.get(name)) for owner, name in places]
-    try:
-        yield
-    finally:
-        for owner, name, value in before:
-            if value is not None:
-                setattr(owner, name, value)
-            elif name in owner.__dict__:
-                delattr(owner, name)
-
-
 def run_one(settings: dict, run: dict, folder: Path) -> dict:
     """Run one configuration here with whichever library it is of."""
     if run["variant"] == "T":
         return importlib.import_module("trl_dpo").run_here(settings, run, folder)
     if not (folder / f"{run['length']}-dpo").exists():
         benchmark_run.write_rows(folder, settings, run["length"])
-    with put_back():
+    with benchmark_run.put_back():
         return benchmark_run.run_here(settings, run, folder)
 
 

@@ -205,7 +205,7 @@ FILLED = {
     "solopo_detach_short": True, "solopo_objective": "solopo", "solopo_longpo_lambda": "0.01",
     "solopo_distill_kl": "forward", "solopo_distill_temperature": "1.0", "solopo_distill_topk": "0",
     "solopo_anchor": "0.1", "solopo_overlength": "drop", "solopo_forward": "two_stage", "solopo_reference": "online",
-    "solopo_logp_chunk": "256", "solopo_mlp_chunk": "64", "solopo_sequence_parallel": "2", "simpo_gamma": "0.7",
+    "solopo_logp_chunk": "256", "solopo_mlp_chunk": "64", "solopo_sequence_parallel": "1", "simpo_gamma": "0.7",
 }  # fmt: skip
 
 
