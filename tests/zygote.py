@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import select
 import signal
@@ -127,6 +128,15 @@ def fork(work, *args) -> int:
     return child
 
 
+def free_port() -> int:
+    """Find a port below those that the system gives away by itself: it could give one to another test meanwhile."""
+    for port in random.sample(range(20000, 32768), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", port))
+            return port
+    raise OSError("None of 100 ports from 20000 to 32767 is free.")
+
+
 def torchrun(words: list[str]) -> int:
     """Fork the ranks of one machine with the environment that torchrun gives; if one fails, all are ended."""
     parser = argparse.ArgumentParser()
@@ -139,9 +149,7 @@ def torchrun(words: list[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args(words)
     if given.master_port is None:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            given.master_port = str(free.getsockname()[1])
+        given.master_port = str(free_port())
     n = str(given.nproc_per_node)
     world = dict(MASTER_ADDR=given.master_addr, MASTER_PORT=given.master_port, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
 
