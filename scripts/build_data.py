@@ -33,14 +33,17 @@ def build(args: argparse.Namespace) -> None:
         check_ready(recipe.backend, recipe.server_urls, {"model_name_or_path": recipe.model_name_or_path})
     if args.stage is None and "judge" not in finished and recipe.judge == "model" and recipe.judge_model_name_or_path:
         sampling, model = recipe.judging
-        own = {} if sampling.backend == "openai" else {"judge_model_name_or_path": model.path}
-        check_ready(sampling.backend, model.server_urls, own)
+        check_other(sampling.backend, model.server_urls, "judge_model_name_or_path", model.path)
     if args.stage is None and "ask" not in finished and from_documents(recipe) and recipe.asker != recipe:
         asker = recipe.asker
-        own = {} if asker.backend == "openai" else {"ask_model_name_or_path": asker.model_name_or_path}
-        check_ready(asker.backend, asker.server_urls, own)
+        check_other(asker.backend, asker.server_urls, "ask_model_name_or_path", asker.model_name_or_path)
     manifest = run_pipeline(recipe, args.stage, args.resume)
     print(summary(recipe, manifest["stages"]))
+
+
+def check_other(backend: str, server_urls, key: str, path: str) -> None:
+    """Refuse a model beside the trained one that cannot be asked; behind a server its path is the server's matter."""
+    check_ready(backend, server_urls, {} if backend == "openai" else {key: path})
 
 
 def summary(recipe: DataRecipe, stages: dict) -> str:

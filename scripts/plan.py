@@ -203,28 +203,29 @@ def sharings(shape: Shape, setup: Setup) -> dict[int, Setup]:
 
 def check_sharing(shape: Shape, variant: str, setup: Setup, nodes: int) -> None:
     """Refuse a `solopo_sequence_parallel` that the model, the GPUs of a machine or the form of the step cannot have."""
+    from solopo_plugin.sequence_parallel import why_not_shared  # torch, which --help does without
+
     shared = setup.sequence_parallel
     if shared > 1 and variant not in PACKED:
         raise ValueError(f"`solopo_sequence_parallel: {shared}` shares a packed row, and this recipe runs none; set 1.")
-    here = setup.gpus // nodes
-    if shape.heads % shared or here % shared:
-        would = [n for n in range(2, here + 1) if shape.heads % n == here % n == 0]
-        raise ValueError(
-            f"`solopo_sequence_parallel: {shared}` must divide the model's {shape.heads} attention heads and the "
-            f"{here} processes of a machine; {', '.join(map(str, would)) or 'nothing but 1'} would do."
-        )
+    if reason := why_not_shared(shared, shape.heads, setup.gpus // nodes):
+        raise ValueError(reason)
+
+
+def shared_row(variant: str, lengths: tuple[int, int, int], setup: Setup) -> tuple[int, int]:
+    """Return the tokens of a micro-batch's row, and how often a step passes over a layer."""
+    return setup.batch * count(variant, *lengths, setup.both, setup.rejected)[0], 2 + setup.checkpointing
 
 
 def sent(shape: Shape, variant: str, lengths: tuple[int, int, int], setup: Setup) -> int:
     """Return the bytes that a GPU sends in a step to attend over rows that it shares."""
-    tokens, passes = setup.batch * count(variant, *lengths, setup.both, setup.rejected)[0], 2 + setup.checkpointing
+    tokens, passes = shared_row(variant, lengths, setup)
     return exchanged(shape, tokens, setup.sequence_parallel, setup.element, passes)
 
 
 def sharing(shape: Shape, variant: str, lengths: tuple[int, int, int], setup: Setup, seconds: float | None) -> str:
     """Say what of a row a GPU has, and what the exchange costs; `seconds` of arithmetic beside it, if known."""
-    tokens = setup.batch * count(variant, *lengths, setup.both, setup.rejected)[0]
-    size, passes = sent(shape, variant, lengths, setup), 2 + setup.checkpointing
+    (tokens, passes), size = shared_row(variant, lengths, setup), sent(shape, variant, lengths, setup)
     takes = " and ".join(f"{size / rate:.2g} s by {link} ({rate / 1e9:g} GB/s)" for link, rate in LINKS.items())
     beside = f", beside {seconds:.3g} s of arithmetic at the measured rate" if seconds else ""
     return (

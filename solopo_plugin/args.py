@@ -130,6 +130,7 @@ FIELDS: dict[str, Any] = {f.name: f for declared in (SoloArguments, SoloDataArgu
 OF_SIDES = ("solopo_penalty", "solopo_detach_short")  # of an alignment of two numbers
 OF_DISTILL = ("solopo_distill_kl", "solopo_distill_temperature", "solopo_distill_topk")
 OF_LONGPO = ("solopo_longpo_lambda",)
+WITH_REFERENCE = ("sigmoid", "ipo", "hinge")  # values of `pref_loss`
 HOSTS_DEFAULTS = {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0}
 
 
@@ -164,9 +165,9 @@ def check_values(args: SoloArguments | SoloDataArguments) -> None:
             raise ValueError(f"`{name}` must be one of {', '.join(get_args(spec.type))}; got {value!r}.")
 
 
-def loss_refers(args) -> bool:
+def loss_refers(pref_loss: str, objective: str) -> bool:
     """Return whether the loss compares with a reference; the anchor asks for one besides."""
-    return args.solopo_objective != "distill" and args.pref_loss not in ("orpo", "simpo")
+    return objective != "distill" and pref_loss in WITH_REFERENCE
 
 
 def without_effect(args) -> dict[str, tuple[str, ...]]:

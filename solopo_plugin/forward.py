@@ -96,12 +96,13 @@ class Packed:
         return Pair(logps["chosen"], logps["rejected"], top)
 
     def _kl(self, logits_KV: Tensor, part: Part | None, found: dict, teacher: Top | None, form: Form) -> Tensor:
-        """Means of a divergence over each response's tokens, 0 of none, added over a pair's responses: (P,)."""
+        """Average a divergence over each response's tokens, 0 of none, added over a pair's responses: (P,)."""
         rows, counts = found["rows"], found["counts"]
         totals = torch.tensor(counts, device=logits_KV.device).clamp(min=1)
         if part is not None:  # the same tokens of both sides: responses of one length are dealt out alike
             mine_N, _ = part.own(rows[-1])
-            rows, counts = [part.own(at_N)[1] for at_N in rows], [int(mine.sum()) for mine in mine_N.split(counts)]
+            rows = [part.own(at_N)[1] for at_N in rows]
+            counts = [int(mine.sum()) for mine in mine_N.split(counts)]
             teacher = teacher and Top(*(x[mine_N] for x in teacher))
         kl_N = token_kl(logits_KV, rows[-1], teacher or Rows(logits_KV, rows[0]), form)
         sums = torch.stack([tokens.sum() for tokens in kl_N.split(counts)])
@@ -190,7 +191,7 @@ class TwoStages:
         return self.short_forward(at_responses, short)
 
     def _sides(self, batch: dict) -> list[tuple[str, Tensor]]:
-        """Of the aligned responses: the name of the short logits, and which of them predict a token of the response.
+        """List the aligned responses: the name of the short logits, and which of them predict a token of the response.
 
         The chosen response is that of a sample's first pair.
         """
@@ -202,11 +203,11 @@ class TwoStages:
         return sides if self.args.long_pair else sides[:1]
 
     def _short_rows(self, short: dict, batch: dict, pairs_P1: Tensor | bool = True) -> Tensor:
-        """Logits of the aligned responses, of some pairs, without gradient: (N, V)."""
+        """Gather logits of the aligned responses, of some pairs, without gradient: (N, V)."""
         return torch.cat([short[name].detach()[mask_PK & pairs_P1] for name, mask_PK in self._sides(batch)])
 
     def _from_anchor(self, short: dict, batch: dict, anchor: Top) -> Tensor:
-        """Mean divergence from the reference over each response, added over the aligned ones: (P,)."""
+        """Average the divergence from the reference over each response, added over the aligned ones: (P,)."""
         form, means, done = Form(chunk=self.args.solopo_logp_chunk), [], 0
         for name, mask_PK in self._sides(batch):
             at_N = mask_PK.flatten().nonzero().squeeze(1)
@@ -287,7 +288,7 @@ def of_pairs(x_B: Tensor, batch: dict) -> Tensor:
 
 
 def _first_of(batch: dict, pairs: int, device: torch.device) -> Tensor:
-    """Which pairs are the first of their sample, (P,)."""
+    """Mark the pairs that are the first of their sample, (P,)."""
     first_P = torch.ones(pairs, dtype=torch.bool)
     if "pairs" in batch:
         first_P[:] = False
@@ -296,7 +297,7 @@ def _first_of(batch: dict, pairs: int, device: torch.device) -> Tensor:
 
 
 def _masked_means(kl_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """Means over the tokens of each row, 0 of none, (B,)."""
+    """Average over the tokens of each row, 0 of none, (B,)."""
     kl_BT = torch.zeros_like(mask_BT, dtype=kl_N.dtype).masked_scatter(mask_BT, kl_N)
     return kl_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
 

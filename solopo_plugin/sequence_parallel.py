@@ -87,7 +87,7 @@ class Ranks:
 
 
 class Part:
-    """What a rank holds and scores of one row, and its exchanges with the other ranks of its group.
+    """Hold which part of one row is a rank's and what it scores, and exchange with the other ranks of its group.
 
     Args:
         ranks: The group.

@@ -103,7 +103,7 @@ class SoloTrainer(CustomDPOTrainer):
         """
         reference = self.reference_logps(model, inputs)
         logps = self.form.policy(model, inputs, reference.top if reference else None)
-        if reference and loss_refers(self.finetuning_args):
+        if reference and loss_refers(self.finetuning_args.pref_loss, self.finetuning_args.solopo_objective):
             logps = logps._replace(ref_chosen_B=reference.chosen_B, ref_rejected_B=reference.rejected_B)
         losses_P, parts = self.objective(logps, self.finetuning_args)
         metrics_PM = torch.stack([*parts.values()], dim=1)

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from collections import Counter
 from dataclasses import replace
 
 import plan
@@ -12,6 +11,7 @@ import torch
 import yaml
 from benchmark_step import PRESETS
 from conftest import ROOT
+from kept import bytes_kept
 from plan import Setup, Shape, count, longest, peak, read_config, read_recipe, shape_of, step_flops, step_memory
 from step_cost import (
     MODELS,
@@ -298,16 +298,7 @@ def test_a_layer_keeps_what_is_counted(dtype):
     for layers in (2, 3):
         config = AutoConfig.for_model(**TINY | {"num_hidden_layers": layers, "dtype": dtype})
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-        own, kept, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, Counter(), []
-
-        def keep(tensor, own=own, kept=kept, alive=alive):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                alive.append(tensor)  # or its address could be another's later
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with bytes_kept(model) as kept:
             model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
         saved.append(sum(kept.values()))
     expected = layer_bytes(shape_of(config), dtype.itemsize) + 4 * (2 + config.num_attention_heads)

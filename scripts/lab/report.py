@@ -68,15 +68,8 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("orpo_short_lost", "orpo_short", "the same, ORPO on the short pair"),
     ("solo_dpo_ftx", "solo_dpo", "with NLL of the short chosen response against without"),
 )
-SHIPPED = (
-    "arm",
-    "rate",
-    "seed",
-    "accuracy",
-    "marks",
-    "look",
-    "cpu_seconds",
-)  # of a result, in runs.json, where it has them
+# of a result, in runs.json, where it has them
+SHIPPED = ("arm", "rate", "seed", "accuracy", "marks", "look", "cpu_seconds")
 WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart. Seeds differ by more
 
 
@@ -134,8 +127,7 @@ def short_form(run: dict, task: str) -> dict:
     """Keep what tables need, and the log for the plots."""
     keys = run["recipe"]
     aligned = keys.get("solopo_objective") != "longpo" and keys["stage"] == "solopo"
-    distills = "distill" in (keys.get("solopo_objective"), keys.get("solopo_align"))
-    watched = aligned and not distills and not keys.get("solopo_detach_short", False)
+    watched = aligned and not keys.get("solopo_detach_short", False)
     kept = {key: run[key] for key in (*SHIPPED, "by_step", "log") if key in run}
     return {"task": task, **kept, "warned": watched and warned(run["log"])}
 

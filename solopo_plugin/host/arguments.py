@@ -78,7 +78,7 @@ def with_solo(host: type[Any]) -> type:
             solo.check_loss(self)
             with passing_as_dpo(self):  # its rules for DPO (reference, PiSSA, smoothing) hold
                 super().__post_init__()
-            self.use_ref_model = solo.loss_refers(self) or self.solopo_anchor > 0
+            self.use_ref_model = solo.loss_refers(self.pref_loss, self.solopo_objective) or self.solopo_anchor > 0
             if self.pissa_init and self.use_ref_model:
                 raise ValueError(
                     "`pissa_init: true` changes the weights that `solopo_anchor` compares with; remove one of the two."

@@ -22,7 +22,6 @@ from .versions import wrap
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun in each of its processes
 DEBUG = "LLAMAFACTORY_VERBOSITY"  # DEBUG: a sentence comes with its traceback
-WITH_REFERENCE = ("sigmoid", "ipo", "hinge")  # values of `pref_loss`
 PACKAGES = {  # key of a recipe -> package, how it is installed
     "deepspeed": ("deepspeed", 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"'),
     "quantization_bit": ("bitsandbytes", 'pip install ".[qlora]"'),
@@ -241,7 +240,7 @@ def _shared_rows(recipe: dict) -> Iterator[str]:
 
 def _models(recipe: dict) -> Iterator[str]:
     keys = ["model_name_or_path", "adapter_name_or_path"]
-    refers = recipe.get("pref_loss", "sigmoid") in WITH_REFERENCE and recipe.get("solopo_objective") != "distill"
+    refers = solo.loss_refers(recipe.get("pref_loss", "sigmoid"), recipe.get("solopo_objective", "solopo"))
     if (refers or recipe.get("solopo_anchor")) and not recipe.get("train_from_scratch"):
         keys.append("ref_model")
     for key in keys:
@@ -361,13 +360,5 @@ def _names(value: object) -> list[str]:
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
-PARTS = (
-    _keys,
-    _device,
-    _packages,
-    _launch,
-    _shared_rows,
-    _models,
-    _template,
-    _data,
-)  # each yields a sentence for what is missing
+# each yields a sentence for what is missing
+PARTS = (_keys, _device, _packages, _launch, _shared_rows, _models, _template, _data)

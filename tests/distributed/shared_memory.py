@@ -7,7 +7,6 @@ layers less one of two, parameters apart), and what scripts/step_cost.py counts.
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("scripts", "tests")]
+from kept import bytes_kept  # noqa: E402
 from step_cost import Setup, shape_of, step_memory  # noqa: E402
 
 from solopo_plugin.forward import Packed  # noqa: E402
@@ -38,16 +38,7 @@ def saved(layers: int, kv_heads: int, dtype: torch.dtype, ranks: Ranks) -> int:
     form = Packed(SimpleNamespace(longpo=False, long_pair=False, use_ref_model=False, distills=False, solopo_anchor=0.0,
                                   solopo_logp_chunk=8, pref_loss="orpo"), model, ranks=ranks)  # fmt: skip
     row = pack([([1] * PROMPT, [[2] * RESPONSE])]) | {"spans": {"chosen": torch.zeros(1, dtype=torch.long)}}
-    own, kept, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, Counter(), []
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            alive.append(tensor)  # or its address could be another's later
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with bytes_kept(model) as kept:
         form._score(model, row)
     return sum(kept.values())
 

@@ -273,7 +273,7 @@ def test_a_packed_row_under_fsdp_with_mixed_precision(cli, version):
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_ddp_with_lists_of_rejected_responses(one_and_two, tmp_path, forward):
-    """Of one, two and three: a rank's rows have other numbers of pairs than the other's."""
+    """Train on rows of one, two and three: a rank's rows have other numbers of pairs than the other's."""
     rows = demo_rows(16)
     for i, row in enumerate(rows):
         row["rejected"] = [row["rejected"], "Nobody knows.", "It is not said."][: i % 3 + 1]

@@ -162,7 +162,7 @@ REFUSED = (
 
 
 def test_two_share_rows_with_lists_of_rejected_responses(train, run, recipe, tmp_path, monkeypatch):
-    """Of one, two and three, with a reference of each pair."""
+    """Share rows of one, two and three, with a reference of each pair."""
     monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "one_cache"))
     rows = demo_rows(6)
     for i, row in enumerate(rows):
