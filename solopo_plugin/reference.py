@@ -263,7 +263,14 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
         )
     del reference
     torch_gc()
-    scores = dict(zip(rows, logps_N2.tolist(), strict=True))
+    _add_columns(splits, keys, dict(zip(rows, logps_N2.tolist(), strict=True)), store)
+    train = splits.pop(("train", ""), None)
+    evaluated = {name: split for (_, name), split in splits.items()}
+    return train, evaluated if isinstance(trainer.eval_dataset, dict) else evaluated.get("")
+
+
+def _add_columns(splits: dict, keys: dict, scores: dict[str, list[float]], store: Store) -> None:
+    """Give every set the columns `REFERENCE`: a number of each row, or a list where a row has several pairs."""
     for name, of_rows in keys.items():
         single = all(len(of_row) == 1 for of_row in of_rows)
         for side, column in enumerate(REFERENCE):
@@ -273,9 +280,6 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
         if store.anchored:
             files = [[str(store.top(key)) for key in of_row] for of_row in of_rows]
             splits[name] = splits[name].add_column(ANCHOR_FILES, files)
-    train = splits.pop(("train", ""), None)
-    evaluated = {name: split for (_, name), split in splits.items()}
-    return train, evaluated if isinstance(trainer.eval_dataset, dict) else evaluated.get("")
 
 
 def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Tensor:
