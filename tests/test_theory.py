@@ -20,6 +20,7 @@ from plan import read_config, shape_of, step_flops
 from torch import Tensor
 
 from solopo_plugin import losses
+from solopo_plugin.distill import KINDS, Form, Rows, token_kl
 
 PAGE = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())
@@ -282,6 +283,99 @@ def test_chosen_only_absolute_value_is_no_bound(pref_loss):
     assert (long <= both + 1e-12).all()
 
 
+# ---- self-distillation
+
+
+def long_and_short(tokens: int = 40, words: int = 7) -> tuple[Tensor, Tensor]:
+    """Logits given the long context, with gradient, and given the short one: of size 3."""
+    draw = torch.Generator().manual_seed(17)
+    long, short = (3 * torch.randn(tokens, words, generator=draw, dtype=torch.float64) for _ in range(2))
+    return long.requires_grad_(), short
+
+
+def distilled(long: Tensor, short: Tensor, kind: str = "forward", temperature: float = 1.0, top: int = 0) -> Tensor:
+    """The code's divergence of each token."""
+    at = torch.arange(len(long))
+    return token_kl(long, at, Rows(short, at), Form(kind, temperature, top))
+
+
+def by_definition(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) over the last dimension."""
+    return (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_gradient_of_distillation_is_the_difference_of_probabilities(temperature):
+    """By the code and by autograd through the definition; and what is left of it where T is large."""
+    long, short = long_and_short()
+    q, p = ((x / temperature).softmax(-1) for x in (long, short))
+    for value in (distilled(long, short, temperature=temperature), by_definition(p, q)):
+        (gradient,) = torch.autograd.grad(value.sum(), long, retain_graph=True)
+        torch.testing.assert_close(gradient, (q - p) / temperature, rtol=0, atol=1e-13)
+    apart = (long - short).detach()
+    apart = apart - apart.mean(-1, keepdim=True)
+    hot = distilled(long, short, temperature=1e4)  # where the next term of the series is 1e-3 of this one
+    (gradient,) = torch.autograd.grad(hot.sum(), long)
+    torch.testing.assert_close(gradient * 1e8, apart / apart.shape[-1], rtol=0, atol=1e-2)
+    torch.testing.assert_close(hot.detach() * 1e8, apart.pow(2).mean(-1) / 2, rtol=1e-2, atol=0)
+
+
+def test_near_agreement_jsd_is_a_quarter_of_the_others():
+    """0 at the same logits, more than 0 elsewhere, and half a squared distance by Fisher's information between."""
+    long, short = long_and_short()
+    for kind in KINDS:
+        value = distilled(long, long.detach(), kind)
+        assert not value.any() and not torch.autograd.grad(value.sum(), long)[0].any()
+        assert (distilled(long, short, kind) > 1e-3).all()
+    step = 1e-4 * (short - long.detach())
+    p = short.softmax(-1)
+    fisher = (p * step**2).sum(-1) - (p * step).sum(-1) ** 2
+    for kind, share in (("forward", 1 / 2), ("reverse", 1 / 2), ("jsd", 1 / 8)):
+        torch.testing.assert_close(distilled(short - step, short, kind), share * fisher, rtol=1e-2, atol=0)
+
+
+def test_forward_alone_pulls_at_a_word_that_the_long_context_has_lost():
+    long, short = long_and_short(400)
+    forward, reverse, jsd = (distilled(4 * long, 4 * short, kind) for kind in KINDS)
+    assert (jsd <= LOG2).all() and (jsd <= (forward + reverse) / 4).all() and jsd.max() > 0.9 * LOG2
+    assert min(forward.max(), reverse.max()) > 20
+    lost = torch.tensor([[-30.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    of_short = torch.tensor([[2.0, 0.0, 0.0]], dtype=torch.float64)
+    p, q = ((x / 2).softmax(-1)[0, 0].item() for x in (of_short, lost))
+    pulls = [torch.autograd.grad(distilled(lost, of_short, kind, 2.0).sum(), lost)[0][0, 0].item() for kind in KINDS]
+    assert p > 0.5 and q < 1e-6 and pulls[0] == pytest.approx(-p / 2, rel=1e-6) and max(map(abs, pulls[1:])) < 1e-5
+
+
+def test_distillation_bounds_what_sampled_answers_lose():
+    """All 343 responses of three words: the chain rule, and the worst set of right answers of all there are."""
+    long, short = (x.detach() for x in long_and_short(1 + 7 + 49))  # a token's logits behind each beginning
+    kl = distilled(long, short)
+    p, q = (x.softmax(-1) for x in (short, long))
+    reached = torch.cat([torch.ones(1), p[0], (p[0][:, None] * p[1:8]).flatten()]).double()  # by the short context
+    of = lambda x: (x[0][:, None, None] * x[1:8][:, :, None] * x[8:].view(7, 7, 7)).flatten()  # noqa: E731
+    total = (reached * kl).sum()
+    assert total.item() == pytest.approx(by_definition(of(p), of(q)).item(), rel=1e-12)
+    for scale in (1.0, 0.3, 0.01):  # short contexts that differ less and less
+        nearer = long + scale * (short - long)
+        p = nearer.softmax(-1)
+        worst = (of(p) - of(q)).clamp(min=0).sum()  # right is what the long context finds less often
+        assert 0 < worst <= (by_definition(of(p), of(q)) / 2).sqrt()
+    assert worst > 0.5 * (by_definition(of(p), of(q)) / 2).sqrt()  # it is not loose by much
+
+
+@pytest.mark.parametrize("top", [1, 3, 5])
+def test_likeliest_words_hide_the_divergence_among_the_others(top):
+    long, short = (x.detach() for x in long_and_short())
+    p, q = short.softmax(-1), long.softmax(-1)
+    others = p.argsort(dim=-1, descending=True)[:, top:]
+    p_rest, q_rest = p.gather(-1, others), q.gather(-1, others)
+    mass = p_rest.sum(-1)
+    hidden = mass * by_definition(p_rest / mass[:, None], q_rest / q_rest.sum(-1, keepdim=True))
+    shown = distilled(long, short, top=top)
+    torch.testing.assert_close(shown + hidden, distilled(long, short), rtol=1e-12, atol=1e-12)
+    assert (hidden > 0).all()
+
+
 # ---- cost
 
 
@@ -342,7 +436,7 @@ def test_every_statement_of_the_page_names_a_test_that_exists():
         assert name in functions[file], f"{file}::{name}"
     statements = re.split(r"^(?=\d+\. )", PAGE, flags=re.M)[1:]
     assert [int(text.split(".")[0]) for text in statements] == list(range(1, len(statements) + 1))
-    assert len(statements) == 15 and all("`tests/" in text for text in statements)
+    assert len(statements) == 20 and all("`tests/" in text for text in statements)
 
 
 def test_every_test_here_stands_on_the_page():
