@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from by_hand import BASE, by_hand_solopo, step, tiny, tiny_rows
-from conftest import demo_rows
+from conftest import SGD, demo_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
 from solopo_plugin import attention
@@ -133,3 +133,38 @@ def test_a_multimodal_checkpoint_trains_as_a_text_model(run, recipe, tmp_path, h
     said = "\n".join(host_log)
     assert "is multimodal: it is trained as a text model." in said
     assert "A step runs in two stages, not packed: it is multimodal; attention: SDPA." in said
+
+
+SHARE = dict(num_kv_shared_layers=1, vocab_size_per_layer_input=1024, hidden_size_per_layer_input=8)
+SHARING = {  # the last layer has the keys and values of the one before
+    "gemma4_text": SHARE | dict(layer_types=["full_attention"] * 2, global_head_dim=8),
+    "gemma3n_text": SHARE | dict(layer_types=["full_attention"] * 2, laurel_rank=4, altup_num_inputs=2),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_layers_that_share_keys_are_checkpointed_as_their_gradients_need(
+    run, recipe, tiny_model, tmp_path, host_log, monkeypatch, name
+):
+    """Bit for bit the run without checkpointing; the host's reentrant kind loses what reaches the shared keys later."""
+    from solopo_plugin import workflow
+
+    keys = dict(
+        model_name_or_path=tiny_model(name, **SHARING[name]),
+        max_samples=4,
+        max_steps=1,
+        pref_loss="orpo",
+        max_grad_norm=0.0,
+        **SGD,
+    )
+    off = run(recipe(disable_gradient_checkpointing=True, output_dir=str(tmp_path / "off"), **keys))
+    assert not any("use_reentrant_gc" in message for message in host_log)
+    on = run(recipe(output_dir=str(tmp_path / "on"), **keys))
+    assert any(message.endswith("it is needed where layers share keys.") for message in host_log)
+    assert on.losses == off.losses
+    assert all(torch.equal(weight, on.weights[name]) for name, weight in off.weights.items())
+    monkeypatch.setattr(workflow, "configure_checkpointing", lambda *_: None)
+    lost = run(recipe(output_dir=str(tmp_path / "lost"), **keys))
+    assert lost.losses == off.losses
+    others = {name for name, weight in off.weights.items() if not torch.equal(weight, lost.weights[name])}
+    assert "model.layers.0.self_attn.k_proj.weight" in others and "lm_head.weight" not in others
