@@ -1,8 +1,9 @@
-"""Real tokenizers of Qwen3, Llama 3 and Gemma 3: the trainer's prompt = the pipeline's = the model's own chat template.
+"""Real tokenizers and chat templates: the trainer's prompt = the pipeline's = the model's own chat template.
 
-Where the host's template writes another prompt than the model's own, docs/templates.md has it in its table, which is
+Where the host's template writes another prompt than the model's own, docs/templates.md has it in its tables, which are
 held here against what both write. The package of Llama 3.1 brings that model's vocabulary with the names and the
-template of Llama 3; what Llama 3.1's own template adds stands in `DATES`.
+template of Llama 3; its own template, which adds `DATES`, comes from where those of Qwen3.5 and Gemma 4 do, of which no
+package brings the tokenizer: Qwen3's and Gemma 3's stand in for it, so that texts are compared and not tokens.
 """
 
 import copy
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from real_tokenizers import real_tokenizer
+from real_tokenizers import real_template, real_tokenizer
 from test_data import OPENAI_TAGS, SHAREGPT, attributes, processed
 
 from solopo_plugin.data import RowError
@@ -21,7 +22,7 @@ from solopo_plugin.data import RowError
 pytestmark = pytest.mark.slow  # a network, 30 MB
 
 PAGE = ROOT / "docs/templates.md"
-# column of the page's table -> package, the host's template, `enable_thinking`, what the model's own template is given
+# column of the page's tables -> package, the host's template, `enable_thinking`, what the model's own template is given
 COLUMNS = {
     "`qwen3`": ("qwen3", "qwen3", True, {}),
     "`qwen3`, `enable_thinking: false`": ("qwen3", "qwen3", False, {"enable_thinking": False}),
@@ -29,6 +30,15 @@ COLUMNS = {
     "`llama3`": ("llama3_1", "llama3", True, {}),
     "`gemma3`": ("gemma3", "gemma3", True, {}),
 }
+ALONE = {  # whose template comes by itself
+    "Qwen3 2507, `qwen3_nothink`": ("qwen3", "qwen3_nothink", True, {"chat_template": "qwen3_instruct_2507"}),
+    "Llama 3.1, `llama3`": ("llama3_1", "llama3", True, {"chat_template": "llama3_1"}),
+    "Qwen3.5, `qwen3_5`": ("qwen3", "qwen3_5", True, {"chat_template": "qwen3_5_think"}),
+    "Qwen3.5, `enable_thinking: false`": (
+        "qwen3", "qwen3_5", False, {"chat_template": "qwen3_5_think", "enable_thinking": False}),
+    "Gemma 4, `gemma4`": ("gemma3", "gemma4", True, {"chat_template": "gemma4_v5", "enable_thinking": True}),
+}  # fmt: skip
+OPENED = {"Qwen3.5, `qwen3_5`": "<think>\n"}  # how the model's own prompt ends; the response's first tokens in a row
 THOUGHT = "<think>\nIt says so.\n</think>\n\n"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # of Llama 3.1's own template, always
 TOOL = {
@@ -117,12 +127,15 @@ def own(package: str, messages: list[dict], tools: bool, **keys) -> str:
         message["role"] = {"result": "tool"}.get(message["role"], message["role"])
     tools = [{"type": "function", "function": TOOL}] if tools else None
     keys = {"add_generation_prompt": True, **keys}
+    if "chat_template" in keys:
+        keys["chat_template"] = real_template(keys["chat_template"])
     return tokenizer_of(package).apply_chat_template(messages, tools=tools, tokenize=False, **keys)
 
 
 # how the model's own prompt follows from the host's, by the words of the table
 HEADER = "<|start_header_id|>system<|end_header_id|>\n\n<|eot_id|>"
 CALLED = '<tool_call>\n{"name": "look'
+SYSTEM = HEADER.removesuffix("<|eot_id|>")  # of Llama
 DIFFERENCES = {
     "equal": lambda host: host,
     "no system turn": lambda host: (
@@ -137,25 +150,35 @@ DIFFERENCES = {
     "blanks stay": lambda host: host.replace(" Where?\n", "Where?"),
     "the thought stays": lambda host: host.replace("<think>Well.</think>", "").replace(THOUGHT, ""),
     "the thought goes": lambda host: host.replace(CALLED, THOUGHT + CALLED),
+    "a line break less": lambda host: host.replace(CALLED, "\n" + CALLED).replace("<|think|>", "<|think|>\n"),
+    "no dates": lambda host: (
+        host.replace(SYSTEM, SYSTEM + DATES)
+        if SYSTEM in host
+        else host.replace("<|begin_of_text|>", f"<|begin_of_text|>{SYSTEM}{DATES}<|eot_id|>")
+    ),
+    "the host's system prompt": lambda host: host.replace("<|think|>You are a helpful assistant.", "<|think|>\n"),
 }
-OWN_WORDS = "the host's words"  # of tools that the model's own template does not know
+OWN_WORDS = "the host's words"  # of tools that the model's own template does not know, or tells of in other words
 
 
 def table() -> dict[tuple[str, str], str]:
-    """The page's table: (case, column) -> its cell."""
+    """The page's tables: (case, column) -> its cell."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in PAGE.read_text(encoding="utf-8").splitlines()
         if re.match(r"\| (case|" + "|".join(map(re.escape, CASES)) + r") \|", line)
     ]
-    assert rows[0] == ["case", *COLUMNS] and [row[0] for row in rows[1:]] == list(CASES)
-    return {(row[0], column): cell for row in rows[1:] for column, cell in zip(COLUMNS, row[1:], strict=True)}
+    both, cells = (rows[: len(rows) // 2], rows[len(rows) // 2 :]), {}
+    for columns, (head, *cases) in zip((COLUMNS, ALONE), both, strict=True):
+        assert head == ["case", *columns] and [row[0] for row in cases] == list(CASES)
+        cells |= {(row[0], column): cell for row in cases for column, cell in zip(columns, row[1:], strict=True)}
+    return cells
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", COLUMNS | ALONE)
 @pytest.mark.parametrize("case", CASES)
 def test_prompts_are_the_models_own_but_for_what_the_page_says(case, column):
-    package, template, thinking, keys = COLUMNS[column]
+    package, template, thinking, keys = (COLUMNS | ALONE)[column]
     messages, tools, told = CASES[case], case.startswith("tools"), table()[case, column]
     model = host_of(package, template, thinking)
     if told == "refused":
@@ -165,10 +188,18 @@ def test_prompts_are_the_models_own_but_for_what_the_page_says(case, column):
     ids = trained(model, messages, tools, none="[]" if "`[]`" in case else "")["short_prompt_ids"]
     host = model.tokenizer.decode(ids, skip_special_tokens=False)
     if told == OWN_WORDS:
-        assert TOOL["description"] in host and "tools" not in tokenizer_of(package).chat_template
+        assert tools and TOOL["description"] in host
+        if column in ALONE:
+            assert TOOL["description"] in own(package, messages, tools, **keys) != host
+        else:
+            assert "tools" not in tokenizer_of(package).chat_template
         return
     expected = own(package, messages, tools, **keys)
-    assert DIFFERENCES[told](host) == expected
+    assert expected.endswith(opened := OPENED.get(column, ""))
+    expected, changed = expected.removesuffix(opened), host
+    for difference in told.split(", "):
+        changed = DIFFERENCES[difference](changed)
+    assert changed == expected
     assert (host == expected) == (told == "equal")
     if told == "equal":  # token by token, not only as a text
         assert ids == tokenizer_of(package).encode(expected, add_special_tokens=False)
@@ -209,18 +240,44 @@ def test_a_whole_row_is_the_models_own_conversation(column, response):
     assert chosen.startswith(empty) == (template == "qwen3" and thinking and response == "There.")
 
 
-def test_llama_3_1s_own_prompt_is_had_by_a_system_prompt():
+@pytest.mark.parametrize("system", ["", "Answer briefly."])
+def test_llama_3_1s_own_prompt_is_had_by_a_system_prompt(system):
     """The page gives the key; Llama 3.1's template writes the dates into a system turn, whatever is asked."""
     assert f'default_system: {json.dumps(DATES)}' in PAGE.read_text(encoding="utf-8")  # fmt: skip
     from solopo_plugin.host.template import encode_prompt
 
-    model = host_of("llama3_1", "llama3", True, DATES)
+    model = host_of("llama3_1", "llama3", True, DATES + system)
     ids = encode_prompt(model.tokenizer, model.template, "Where?")
-    assert model.tokenizer.decode(ids, skip_special_tokens=False) == (
-        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{DATES}<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nWhere?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
+    messages = [{"role": "system", "content": system}] * bool(system) + CASES["one question"]
+    expected = own("llama3_1", messages, False, chat_template="llama3_1")
+    assert ids == tokenizer_of("llama3_1").encode(expected, add_special_tokens=False) and DATES in expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_3_2s_template_is_3_1s_with_todays_date(case):
+    messages, tools = CASES[case], case.startswith("tools")
+    today, fixed = (own("llama3_2", messages, tools, **k) for k in ({}, {"date_string": "26 Jul 2024"}))
+    assert today != fixed == own("llama3_1", messages, tools, chat_template="llama3_1")
+
+
+def test_gemma_4s_own_prompt_is_had_by_a_line_break():
+    """Where it thinks; where it does not the host's has the sign all the same, and an empty thought at the end."""
+    assert 'default_system: "\\n"' in PAGE.read_text(encoding="utf-8")
+    from solopo_plugin.host.template import encode_prompt
+
+    for thinking in (True, False):
+        model = host_of("gemma3", "gemma4", thinking, "\n")
+        host = model.tokenizer.decode(encode_prompt(model.tokenizer, model.template, "Where?"))
+        expected = own("gemma3", CASES["one question"], False, chat_template="gemma4_v5", enable_thinking=thinking)
+        if not thinking:
+            host = host.replace("<|turn>system\n<|think|>\n<turn|>\n", "").removesuffix("<|channel>thought\n<channel|>")
+            assert "<|think|>" not in expected
+        assert host == expected
+
+
+@pytest.mark.parametrize("package, name", [("llama3_1", "llama3"), ("llama3_2", "llama3_2"), ("gemma3", "gemma3")])
+def test_two_packages_bring_the_same_template(package, name):
+    assert tokenizer_of(package).chat_template == real_template(name)
 
 
 def test_the_hosts_tools_for_llama_hold_todays_date(monkeypatch):
@@ -250,13 +307,16 @@ def test_tokenizers_are_the_ones_that_the_page_names(package):
     assert f"{size:,}" in PAGE.read_text(encoding="utf-8")
 
 
-def test_templates_that_are_told_of_without_a_tokenizer():
+def test_qwen3_5s_tools_are_told_in_other_words_than_qwen3s():
     from llamafactory.data.template import TEMPLATES
 
-    written = TEMPLATES["gemma4"].format_system.apply(content=TEMPLATES["gemma4"].default_system)
-    assert written == ["<|turn>system\n<|think|>You are a helpful assistant.<turn|>\n"]
-    assert TEMPLATES["gemma4"].thought_words == ("<|channel>thought\n", "<channel|>")
     new, old = TEMPLATES["qwen3_5"], TEMPLATES["qwen3"]
     for part in ("format_user", "format_assistant", "format_system", "format_observation", "thought_words"):
         assert getattr(new, part) == getattr(old, part), part
     assert new.format_tools != old.format_tools
+    model, messages = host_of("qwen3", "qwen3_5", True), CASES["tools, system prompt"]
+    host = model.tokenizer.decode(trained(model, messages, True)["short_prompt_ids"])
+    theirs = own("qwen3", messages, True, chat_template="qwen3_5_think")
+    assert ['"type": "function"' in text for text in (host, theirs)] == [False, True]
+    assert [text.index("briefly") < text.index("# Tools") for text in (host, theirs)] == [True, False]
+    assert TEMPLATES["gemma4"].thought_words == ("<|channel>thought\n", "<channel|>")
