@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
-from llamafactory.extras.misc import is_env_enabled
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
@@ -38,7 +37,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     if training_args.do_train:
         check_resume(training_args)
     if (size := finetuning_args.solopo_sequence_parallel) > 1:
-        check_sharing(size, model_args, data_args, training_args)
+        check_sharing(size, model_args)
     tokenizer_module, dataset_module = load_data(model_args, data_args, training_args)
     with drawn_from(training_args.seed):
         model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
@@ -66,11 +65,9 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
-def check_sharing(size: int, model_args, data_args, training_args) -> None:
-    """Refuse a model, a number of processes or a way of training with which ranks cannot share rows."""
+def check_sharing(size: int, model_args) -> None:
+    """Refuse a model or a number of processes with which ranks cannot share rows."""
     with refusing():
-        if data_args.streaming or training_args.fsdp or is_env_enabled("ACCELERATE_USE_FSDP"):
-            raise ValueError(f"`solopo_sequence_parallel: {size}` runs neither on streams nor under FSDP.")
         heads = load_config(model_args).get_text_config().num_attention_heads
         if reason := why_not_shared(size, heads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
             raise ValueError(reason)
@@ -96,10 +93,9 @@ def choose_form(model, ref_model, model_args, training_args, finetuning_args) ->
     reason = why_two_stages(finetuning_args.solopo_forward, model, ref_model)
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else base_of(model).dtype
     logger.info_rank0(how_a_step_runs(model, reason, training_args.device, dtype))
-    if reason and finetuning_args.solopo_sequence_parallel > 1:
-        raise ValueError(
-            f"`solopo_sequence_parallel: {finetuning_args.solopo_sequence_parallel}` needs packed rows: {reason}."
-        )
+    if reason and (size := finetuning_args.solopo_sequence_parallel) > 1:
+        with refusing():
+            raise ValueError(f"`solopo_sequence_parallel: {size}` needs packed rows: {reason}; set it to 1.")
     if reason:
         configure_checkpointing(model, model_args, training_args, finetuning_args)
     return reason is None

@@ -670,6 +670,8 @@ def test_what_does_not_fit_is_proposed_to_be_shared(monkeypatch, capsys, tmp_pat
         "tokens."
     )
     assert " It needs 4 x 80 GB with `solopo_sequence_parallel: 4`, ZeRO-3: 52.6 GB on each;" in one[0]
+    qwen = lines_of(monkeypatch, capsys, "--recipe", recipe, "--model", "qwen2.5-7b", "--long", "131072", "--gpus", "2")
+    assert " It needs 4 x 80 GB with `solopo_sequence_parallel: 4`, ZeRO-3: 50.6 GB on each;" in qwen[0]
     assert any(line.startswith("sequence_parallel ") for line in one)
     small = lines_of(monkeypatch, capsys, "--recipe", recipe, "--gpus", "4", "--gpu-memory", "24")
     assert small[0].endswith(" No `solopo_sequence_parallel` up to 8 makes it fit.")

@@ -221,12 +221,6 @@ def _shared_rows(recipe: dict) -> Iterator[str]:
         return
     from ..sequence_parallel import why_not_shared
 
-    off = {"solopo_forward: two_stage": "only a packed row can be shared", "streaming: true": "streams are dealt out "
-           "to single processes", "fsdp": "use DeepSpeed ZeRO-3"}  # fmt: skip
-    for key, reason in off.items():
-        name, _, value = key.partition(": ")
-        if str(recipe.get(name, "")).lower() == value if value else recipe.get(name):
-            yield f"`solopo_sequence_parallel: {size}` does not run with `{key}`: {reason}; remove one of the two."
     heads = None
     with suppress(OSError, ValueError, AttributeError):  # the hub's, or the host's to refuse
         config = json.loads(Path(str(recipe.get("model_name_or_path")), "config.json").read_text(encoding="utf-8"))

@@ -1,18 +1,19 @@
 """Loss and gradients of rows that ranks share against one process, in float64: torchrun shared_rows.py SIZE ...
 
 Every case prints a line of JSON per rank: how far loss, log-probs and the gradient (averaged over all ranks, as DDP
-does) are from one process's on all groups' rows, relative; and the bytes that attention sent, counted and by
-scripts/step_cost.py's formula.
+does) are from one process's on all groups' rows, relative; the bytes that attention sent, counted and by
+scripts/step_cost.py's formula; and those of the scored tokens' hidden states, with what they are at most.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from llamafactory.model.model_utils.checkpointing import _gradient_checkpointing_enable
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from solopo_plugin import forward
@@ -29,17 +30,23 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 draw = torch.Generator().manual_seed(1)
 sent: list[int] = []
-exchange = dist.all_to_all_single
+scored: list[int] = []
+exchange, to = dist.all_to_all_single, torch.Tensor.to
 
 
 def counted(output, tensor, output_split_sizes=None, input_split_sizes=None, group=None):
-    """Attention's exchanges have equal parts, one per rank, of which a rank's own stays."""
+    """Attention's exchanges have equal parts, one per rank, of which a rank's own stays; those to scorers have not."""
     if input_split_sizes is None:
         sent.append(tensor[1:].numel() * tensor.element_size())
+    else:
+        away = sum(input_split_sizes) - input_split_sizes[dist.get_rank(group)]
+        scored.append(away * tensor[0].numel() * tensor.element_size() if len(tensor) else 0)
     return exchange(output, tensor, output_split_sizes, input_split_sizes, group=group)
 
 
 dist.all_to_all_single = counted
+# the host's `use_unsloth_gc` brings hidden states back from the CPU to "cuda", which here is the CPU
+torch.Tensor.to = lambda x, *a, **k: to(x, *["cpu" if d == "cuda" else d for d in a], **k)
 
 
 def ranks_of(size: int) -> Ranks:
@@ -69,14 +76,16 @@ def samples(*lengths, rejected: int = 1) -> list[dict]:
     return rows
 
 
-def model_of(kind: str, heads: int, kv_heads: int, checkpointing: bool | None):
+def model_of(kind: str, heads: int, kv_heads: int, checkpointing: str | None):
     torch.manual_seed(0)
     shape = dict(vocab_size=64, hidden_size=heads * HEAD, intermediate_size=48, num_hidden_layers=LAYERS)
     shape |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=HEAD, initializer_range=0.2)
     shape |= dict(sliding_window=8) if kind == "mistral" else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).double().train()
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        how = {"use_reentrant": checkpointing == "reentrant"}
+        enable = MethodType(_gradient_checkpointing_enable, model)
+        enable(how, use_unsloth_gc=checkpointing == "unsloth")
         model.enable_input_require_grads()
     return model
 
@@ -93,13 +102,14 @@ def settings(**changes) -> SimpleNamespace:
 
 
 def step(model, rows, args, ranks=None):
-    """Loss, all metrics and the gradient of a micro-batch, and the tokens of its row."""
+    """Loss, all metrics and the gradient of a micro-batch, and its row."""
     model.zero_grad()
     form = Packed(args, model, ranks=ranks)
     batch = form.collator(rows)
     with torch.no_grad():
         reference = form.pair(model, form.collator.short_pair(rows))
     sent.clear()
+    scored.clear()
     top = reference.top and reference.top._replace(logps_NC=(reference.top.logps_NC / 2).log_softmax(-1))
     logps = form.policy(model, batch, top)
     if args.pref_loss in ("sigmoid", "ipo", "hinge"):
@@ -107,7 +117,7 @@ def step(model, rows, args, ranks=None):
     losses_B, parts = OBJECTIVES[args.solopo_objective](logps, args)
     losses_B.mean().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    return losses_B.detach(), torch.stack([*parts.values()]), gradient.clone(), batch["policy"]["input_ids"].shape[1]
+    return losses_B.detach(), torch.stack([*parts.values()]), gradient.clone(), batch["policy"]
 
 
 def case(
@@ -116,18 +126,22 @@ def case(
     args, model = settings(**changes), model_of(kind, heads, kv_heads, checkpointing)
     by_group = [samples(*lengths, rejected=rejected) for _ in range(ranks.groups)]
     alone = [step(model, rows, args) for rows in by_group]
-    losses, metrics, gradient, length = step(model, by_group[ranks.group], args, ranks)
-    counted_bytes = sum(sent)
+    losses, metrics, gradient, packed = step(model, by_group[ranks.group], args, ranks)
+    counted_bytes, hidden = sum(sent), torch.tensor(sum(scored))
+    dist.all_reduce(hidden, group=ranks.link)
     dist.all_reduce(gradient)
     gradient /= world
     wanted = torch.stack([one[2] for one in alone]).mean(0)
     shape = SimpleNamespace(layers=LAYERS, heads=heads, key_heads=kv_heads, query=heads * HEAD)
-    formula = exchanged(shape, length, ranks.size, WIDTH, passes=2 if checkpointing is None else 3)
+    formula = exchanged(
+        shape, packed["input_ids"].shape[1], ranks.size, WIDTH, passes=2 if checkpointing is None else 3
+    )
     own = alone[ranks.group]
     found = dict(
         case=name, size=ranks.size, rank=rank, loss=float((losses - own[0]).abs().max() / own[0].abs().max()),
         metrics=float((metrics - own[1]).abs().max() / own[1].abs().max()),
         gradient=float((gradient - wanted).norm() / wanted.norm()), sent=counted_bytes, formula=formula,
+        scored=int(hidden), most=2 * sum(packed["counts"]) * heads * HEAD * WIDTH,
     )  # fmt: skip
     print("\n" + json.dumps(found), flush=True)
 
@@ -153,8 +167,9 @@ for ranks in map(ranks_of, map(int, sys.argv[1:])):
     case(ranks, "one key head", USUAL, kv_heads=1)
     case(ranks, "three key heads", USUAL, heads=12, kv_heads=3)
     case(ranks, "a head each", USUAL, kv_heads=4)
-    case(ranks, "llama, checkpointed, reentrant", USUAL, kind="llama", checkpointing=True)
+    case(ranks, "llama, checkpointed, reentrant", USUAL, kind="llama", checkpointing="reentrant")
     case(ranks, "mistral, a window", USUAL, kind="mistral")
-    case(ranks, "qwen3, checkpointed", USUAL, kind="qwen3", checkpointing=False)
+    case(ranks, "qwen3, checkpointed", USUAL, kind="qwen3", checkpointing="non-reentrant")
+    case(ranks, "checkpoints on the CPU", USUAL, checkpointing="unsloth")
 dist.barrier()
 os._exit(0)

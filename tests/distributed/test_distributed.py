@@ -29,12 +29,12 @@ def zero(name: str) -> dict:
 ADAM = dict(optim="adamw_torch", adam_epsilon=1.0, learning_rate=0.1)
 
 
-def with_adam(two: dict, folder: Path) -> dict:
+def with_adam(two: dict, folder: Path, **more) -> dict:
     """The shipped configuration with its optimizer named, as the one that accelerate puts in takes no epsilon."""
     config = json.loads(Path(two["deepspeed"]).read_text())
     params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
     path = folder / "deepspeed.json"
-    path.write_text(json.dumps(config | {"optimizer": {"type": "AdamW", "params": params}}))
+    path.write_text(json.dumps(config | {"optimizer": {"type": "AdamW", "params": params}} | more))
     return two | dict(deepspeed=str(path))
 
 

@@ -2,16 +2,17 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from step_cost import Setup, of_one
-from test_distributed import DDP, zero
+from test_distributed import DDP, METRICS, zero
 from test_sequence_parallel import BASE, SHARED, same_numbers, train  # noqa: F401
 
 from solopo_plugin.packing import PackedCollator
-from solopo_plugin.sequence_parallel import Ranks
+from solopo_plugin.sequence_parallel import Part, Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +79,7 @@ def test_four_to_a_row_equal_two_and_one(train):  # noqa: F811
 
 
 def test_bf16(train):  # noqa: F811
-    """Autocast to bf16 exchanges bf16: losses and metrics within a few of its roundings (2^-8) of one process's."""
+    """Autocast to bf16 exchanges bf16: losses, metrics and weights within a few of its roundings (2^-8) of one's."""
     common = BASE | DDP | dict(pref_loss="orpo", bf16=True, learning_rate=1e-3)
     (one, _), (two, _) = (train(n, **{f"by_{n}": common | dict(solopo_sequence_parallel=n)}) for n in (1, 2))
     logs = [[e for e in found.log if "loss" in e] for found in (one["by_1"], two["by_2"])]
@@ -86,6 +87,19 @@ def test_bf16(train):  # noqa: F811
     for a, b in zip(*logs, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=4 * 2**-8)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=8 * 2**-8)
+        for key in METRICS:
+            assert b[key] == pytest.approx(a[key], rel=4 * 2**-8, abs=0.01), key
     assert one["by_1"].weights.keys() == two["by_2"].weights.keys()
-    moved = [torch.cat([w.float().flatten() for _, w in sorted(r.weights.items())]) for r in (one["by_1"], two["by_2"])]
-    assert not moved[0].equal(moved[1])  # the two round apart, so that equal numbers would mean that nothing was shared
+    a, b = (torch.cat([w.float().flatten() for _, w in sorted(r.weights.items())]) for r in (one["by_1"], two["by_2"]))
+    assert (b - a).norm() < 8 * 2**-8 * 1e-3 * len(logs[0])  # of a step of norm 1 times the learning rate, each
+    assert not a.equal(b)  # the two round apart, so that equal numbers would mean that nothing was shared
+
+
+def test_one_to_a_row_runs_what_ran_before(run, recipe, monkeypatch):
+    """With 1, the default, nothing of sequence_parallel.py is called in training or evaluation, nor is accelerate's own
+    changed: rows are dealt out and gathered by it as ever."""  # fmt: skip
+    assert Ranks.of(1, SimpleNamespace(num_processes=6, process_index=4)) == Ranks(1, 0, 6, 4)  # all that it looks at
+    for kind, name in ((Ranks, "total"), (Ranks, "part_of"), (Part, "__init__"), (Part, "_exchange")):
+        monkeypatch.setattr(kind, name, None)
+    found = run(recipe(**BASE, pref_loss="sigmoid", val_size=2, eval_strategy="epoch"))
+    assert len(found.losses) == 2 and "eval_loss" in found.log[-2]
