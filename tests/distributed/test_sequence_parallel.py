@@ -159,19 +159,20 @@ def test_two_groups_of_two_equal_two_and_four(train):
     same_numbers(four["halves"], four["shuffled_4"])
 
 
-def test_killed_and_resumed(train, recipe, tmp_path):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_killed_and_resumed(train, recipe, tmp_path, groups):
     """A run that was killed between checkpoints ends with the weights of one that was not, to the last bit."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     common = BASE | SHARED | zero("z2") | dict(
-        pref_loss="ipo", save_strategy="steps", save_steps=2, max_samples=10, num_train_epochs=2.0,
-        optim="adamw_torch", learning_rate=1e-3, disable_shuffling=None, overwrite_output_dir=None,
+        pref_loss="ipo", per_device_train_batch_size=2 // groups, save_strategy="steps", save_steps=2, max_samples=10,
+        num_train_epochs=2.0, optim="adamw_torch", learning_rate=1e-3, disable_shuffling=None, overwrite_output_dir=None,
     )  # fmt: skip
-    whole, _ = train(2, whole=common)
-    train(2, check=False, env=dict(DIE_AT_STEP="7"), parts=common)
+    whole, _ = train(2 * groups, whole=common)
+    train(2 * groups, check=False, env=dict(DIE_AT_STEP="7"), parts=common)
     assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] and not (
         tmp_path / "parts" / "all_results.json"
     ).exists()
-    parts, out = train(2, parts=common)
+    parts, out = train(2 * groups, parts=common)
     assert "10 rows are in" in out  # the reference was scored before
     assert [e["step"] for e in parts["parts"].log if "loss" in e] == [*range(1, 11)]
     for name, weight in whole["whole"].weights.items():
@@ -192,12 +193,13 @@ def test_refused_in_a_sentence(cli, recipe, tmp_path, tiny_model):
     assert done.returncode and sentence in done.out and "Traceback" not in done.out, done.out[-3000:]
 
 
+STREAM = SHARED | dict(streaming=True, max_steps=1, max_samples=None)
 REFUSED = (
     (1, SHARED, "Error: `solopo_sequence_parallel: 2` needs 2 processes, there would be 1: FORCE_TORCHRUN=1 NPROC_PER"),
     (3, SHARED, "Error: `solopo_sequence_parallel: 2` must divide"),
     (8, dict(solopo_sequence_parallel=8), "the model's 4 attention heads and the 8 processes of a machine; 2, 4 would"),
     (2, SHARED | dict(solopo_forward="two_stage"), "does not run with `solopo_forward: two_stage`: only a packed row"),
-    (2, SHARED | dict(streaming=True, max_steps=1, max_samples=None), "does not run with `streaming: true`: streams are dealt out"),
+    (2, STREAM, "does not run with `streaming: true`: streams are dealt out to single processes"),
     (2, SHARED | dict(fsdp="full_shard"), "does not run with `fsdp`: use DeepSpeed ZeRO-3; remove one of the two."),
     (2, SHARED, "does not run with `fsdp`: use DeepSpeed", ("ACCELERATE_USE_FSDP", "true")),
 )  # fmt: skip
