@@ -165,7 +165,8 @@ def test_killed_and_resumed(train, recipe, tmp_path, groups):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     common = BASE | SHARED | zero("z2") | dict(
         pref_loss="ipo", per_device_train_batch_size=2 // groups, save_strategy="steps", save_steps=2, max_samples=10,
-        num_train_epochs=2.0, optim="adamw_torch", learning_rate=1e-3, disable_shuffling=None, overwrite_output_dir=None,
+        num_train_epochs=2.0, optim="adamw_torch", learning_rate=1e-3, disable_shuffling=None,
+        overwrite_output_dir=None,
     )  # fmt: skip
     whole, _ = train(2 * groups, whole=common)
     train(2 * groups, check=False, env=dict(DIE_AT_STEP="7"), parts=common)
