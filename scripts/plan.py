@@ -81,6 +81,8 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
     low, element = bool(deepspeed and half) or pure, 2 if half or pure else 4
     states = OPTIMIZERS[optim] / (2 if pure and not optim.endswith("8bit") else 1)
     shared = recipe.get("solopo_sequence_parallel", FIELDS["solopo_sequence_parallel"].default)
+    objective = recipe.get("solopo_objective")
+    distills = objective == "distill" or (objective != "longpo" and recipe.get("solopo_align") == "distill")
     return recipe, Setup(
         gpus, zero.get("stage", 0), *offload, float(zero.get("stage3_max_live_parameters", 1e9)),
         recipe.get("lora_rank", 8) if tuning == "lora" else 0,
@@ -91,7 +93,7 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
         chunk=recipe.get("solopo_logp_chunk", FIELDS["solopo_logp_chunk"].default),
         mlp_chunk=recipe.get("solopo_mlp_chunk", FIELDS["solopo_mlp_chunk"].default),
         batch=recipe.get("per_device_train_batch_size", 8), both=recipe.get("solopo_align_on") == "both",
-        sequence_parallel=shared,
+        divergences=distills + bool(recipe.get("solopo_anchor")), sequence_parallel=shared,
     )  # fmt: skip
 
 
@@ -352,6 +354,7 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
     kept = f"{setup.weights:g} of weights, {setup.gradients:g} of gradients, {setup.optimizer:g} of optimizer"
     lines.append(
         f"Setup: {shape.parameters / 1e9:.2f} billion parameters, {shape.layers} layers of width {shape.width:,}, "
+        f"{f'{shape.windowed} of them with a window of {shape.window:,} tokens, ' if shape.windowed else ''}"
         f"vocabulary {shape.vocabulary:,}; "
         + (f"LoRA of rank {setup.lora_rank} on weights of {8 * setup.frozen:g} bits" if lora else "full fine-tuning")
         + f"; bytes per trained parameter: {kept}; activations in {8 * setup.element} bits, gradient checkpointing "

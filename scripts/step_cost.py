@@ -92,6 +92,8 @@ class Shape(NamedTuple):
     fans: int  # inputs plus outputs of all those matrices: LoRA parameters per rank for `lora_target: all`
     heads: int = 1  # of queries
     key_heads: int = 1
+    windowed: int = 0  # layers in which a query sees `window` keys at most
+    window: int = 0
 
 
 def read_config(model: str):
@@ -133,7 +135,7 @@ def on_meta(config):
 def shape_of(config) -> Shape:
     """Count a model's matrices: exact for every dense architecture.
 
-    Attention is counted as full in every layer, which is an upper bound for windows and linear attention.
+    Linear attention is counted as full, which is an upper bound.
     """
     import torch
 
@@ -143,11 +145,14 @@ def shape_of(config) -> Shape:
         raise ValueError(f"`{config.model_type}` has experts, of which a token uses some; plan a dense model.")
     matrices = [m.weight.shape for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    windowed = kinds.count("sliding_attention") if window else 0
     return Shape(
         config.num_hidden_layers, config.hidden_size, head * config.num_attention_heads,
         head * config.num_key_value_heads, config.intermediate_size, config.vocab_size,
         sum(a * b for a, b in matrices), sum(p.numel() for p in model.parameters()), sum(a + b for a, b in matrices),
-        config.num_attention_heads, config.num_key_value_heads,
+        config.num_attention_heads, config.num_key_value_heads, windowed, window,
     )  # fmt: skip
 
 
@@ -186,13 +191,21 @@ def count(variant: str, S: int, R: int, L: int, both: bool = False, rejected: in
     return tokens, wide + narrow
 
 
+def seen(q: int, p: int, window: int = 0) -> int:
+    """Return twice the keys that q causal queries behind p shared tokens see, with a window of keys at most each."""
+    free = min(q, max(0, window - p)) if window else q  # queries that see all there is
+    return free * (2 * p + free) + 2 * (q - free) * window
+
+
 def forward_flops(shape: Shape, parts: list[tuple[int, int]], tokens: int, logits: int) -> list[float]:
     """Return [linear, attention, head] of a forward: 2 N t, the sum of 4 n d q p + 2 n d q^2, and 2 d V h.
 
-    n layers of width d and N parameters, t tokens, h logits; q new tokens see p shared ones and, causally, themselves.
-    Attention among padding is not counted.
+    n layers of width d and N parameters, t tokens, h logits; q new tokens see p shared ones and, causally, themselves,
+    in layers with a window no more than that. Attention among padding is not counted.
     """
-    attention = sum(2 * shape.layers * shape.query * q * (2 * p + q) for q, p in parts)
+    full = shape.layers - shape.windowed
+    pairs = sum(full * seen(q, p) + shape.windowed * seen(q, p, shape.window) for q, p in parts)
+    attention = 2 * shape.query * pairs
     return [2 * shape.linear * tokens, attention, 2 * shape.width * shape.vocabulary * logits]
 
 
@@ -237,6 +250,7 @@ class Setup:
     batch: int = 1
     both: bool = False
     rejected: int = 1  # responses of a row
+    divergences: int = 0  # of a step: self-distillation's and the anchor's
     sequence_parallel: int = 1  # GPUs that share a packed row, each an equal part of its tokens
 
 
@@ -281,6 +295,15 @@ def logits_bytes(shape: Shape, wide: int, narrow: int, chunk: int, element: int,
     By chunks, `narrow`: logits and their gradient in the model's precision, and three of fp32 for one chunk.
     """
     return shape.vocabulary * (wide * (16 if online else 12) + 2 * element * narrow + 12 * min(narrow, chunk))
+
+
+def divergence_bytes(shape: Shape, narrow: int, aligned: int, setup: Setup) -> int:
+    """Return what divergences of aligned responses add to the logits' bytes: each another gradient of all logits.
+
+    And nine in fp32 for half a chunk (distill.py) where log-probs have three for a whole one; by kept tensors, ours.
+    """
+    fp32 = 36 * min(aligned, max(1, setup.chunk // 2)) - 12 * min(narrow, setup.chunk)
+    return shape.vocabulary * (setup.divergences * setup.element * narrow + max(0, fp32)) if setup.divergences else 0
 
 
 def parameters_of(shape: Shape, setup: Setup) -> tuple[float, float, float]:
@@ -335,6 +358,8 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
         key = shape.key // shape.key_heads * lcm(shape.key_heads, ranks)
         kept += setup.element * (shape.query + 2 * (key - shape.key))
         buffers = 3 * tokens * setup.element * (shape.query + 2 * key)
+    aligned = ceil(setup.batch * R * (1 + setup.both * setup.rejected) / ranks)
+    of_kl = divergence_bytes(shape, narrow, aligned, setup) if variant in ("S2", "S3") else 0
     chunk = min(forward, setup.mlp_chunk or forward)
     of_mlp = chunk * mlp * (3 + 4 * (setup.mlp_chunk > 0))
     return {
@@ -344,7 +369,7 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
         "reference": base / of_weights * here * (online and not setup.lora_rank),
         "checkpoints": tokens * shape.layers * (shape.width * setup.element if setup.checkpointing else kept),
         "layer": forward * kept * setup.checkpointing + max(of_mlp, buffers),
-        "logits": logits_bytes(shape, wide, narrow, setup.chunk, setup.element, online and variant == "V0"),
+        "logits": logits_bytes(shape, wide, narrow, setup.chunk, setup.element, online and variant == "V0") + of_kl,
     }
 
 

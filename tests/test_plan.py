@@ -10,15 +10,18 @@ import pytest
 import torch
 import yaml
 from benchmark_step import PRESETS
+from by_hand import watched_step
 from conftest import ROOT
 from kept import bytes_kept
 from plan import Setup, Shape, count, longest, peak, read_config, read_recipe, shape_of, step_flops, step_memory
 from step_cost import (
     MODELS,
     counts,
+    divergence_bytes,
     forward_flops,
     host_memory,
     layer_bytes,
+    logits_bytes,
     on_meta,
     parts_of,
     setup_of,
@@ -158,6 +161,31 @@ def test_attention_is_the_number_of_visible_pairs():
     assert flops["attention"] == 3.5 * 4 * shape.layers * shape.query * pairs
 
 
+@pytest.mark.parametrize("window", [1, 350, 900, 2301])
+def test_a_window_is_what_its_queries_see(window):
+    """Key by key of a packed row, in two layers of three; the half query that the diagonal leaves out is left out."""
+    shape, S, R, L = Shape(3, 64, 48, 16, 0, 0, 0, 0, 0, windowed=2, window=window), 400, 300, 2000
+    row = dict(name="r", long_is_short=False, short_prompt_ids=[1] * S, long_prompt_ids=[2] * L, chosen_ids=[3] * R,
+               rejected_ids=[4] * R)  # fmt: skip
+    full, cut = 0.0, 0.0
+    for segment in PackedCollator()([row])["policy"]["plan"].segments:
+        queries, keys = segment.query[1] - segment.query[0], sum(b - a for a, b in segment.keys)
+        before = range(keys - queries, keys)  # keys before a query's own
+        full += sum(n + 1 / 2 for n in before)
+        cut += sum(n + 1 / 2 if n < window else window for n in before)
+    attention = step_flops(shape, "S3", S, R, L, None, checkpointing=False)["attention"]
+    assert attention == 3.5 * 4 * shape.query * (full + 2 * cut) and (cut == full) == (window == 2301)
+
+
+def test_layers_with_a_window_are_read_from_the_configuration(monkeypatch, capsys):
+    gemma, qwen = (shape_of(read_config(name)) for name in ("gemma-3-1b-it", "qwen2.5-7b"))
+    assert (gemma.windowed, gemma.window, qwen.windowed) == (22, 512, 0)  # every sixth of 26 layers is full
+    config = AutoConfig.for_model(**TINY | {"model_type": "mistral", "sliding_window": 64})
+    assert (shape_of(config).windowed, shape_of(config).window) == (2, 64)
+    said = lines_of(monkeypatch, capsys, "--model", "gemma-3-1b-it", "--long", "8192")[4]
+    assert "26 layers of width 1,152, 22 of them with a window of 512 tokens, vocabulary 262,144;" in said
+
+
 def test_tokens_and_logits_of_every_variant():
     counts = {variant: count(variant, 1000, 100, 8000) for variant in VARIANTS}
     assert counts == {"V0": (16200, 16200), "S0": (24300, 24300), "S1": (10300, 10300), "S2": (10300, 300),
@@ -288,6 +316,29 @@ def test_parts_of_memory_follow_the_setup(qwen):
     assert peak(full) == sum(full.values()) - full["layer"] and full["layer"] < full["logits"]
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("dtype, chunk", [(torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 1024)])
+def test_self_distillation_takes_what_is_counted(monkeypatch, dtype, chunk, both):
+    """Rows of the vocabulary's width at a step's peak: what two vocabularies differ by, less embedding and head."""
+    size = dtype.itemsize
+    keys = dict(solopo_logp_chunk=chunk, solopo_align_on="both" if both else "chosen", solopo_align="distill",
+                hidden_size=4, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8)  # fmt: skip
+    small, large = (
+        watched_step(monkeypatch, v, 40, change=lambda model: model.to(dtype), **keys).peak for v in (20000, 40000)
+    )
+    rows = (large - small) / 20000 / size - (4 + 4)
+    shape = Shape(2, 4, 4, 2, 8, 1, 0, 0, 0)
+    setup = Setup(element=size, chunk=chunk, both=both, divergences=1)
+    narrow, aligned = (28, 14) if both else (22, 8)  # responses of 8 and 6 tokens
+    counted = logits_bytes(shape, 0, narrow, chunk, size, False) + divergence_bytes(shape, narrow, aligned, setup)
+    assert 0.85 * counted <= rows * size <= 1.02 * counted
+    plain = logits_bytes(shape, 0, narrow, chunk, size, False)
+    assert counted - plain >= narrow * size
+    for variant, more in (("S3", True), ("S2", True), ("V0", False), ("L3", False)):
+        of = [step_memory(shape, variant, 1, 1, 1, None, replace(setup, divergences=n))["logits"] for n in (0, 1)]
+        assert (of[0] < of[1]) == more
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_keeps_what_is_counted(dtype):
     """Bytes that autograd saves per token and layer: a model of three layers less one of two, parameters apart.
@@ -374,6 +425,9 @@ def write(tmp_path, **keys):
         (dict(pure_bf16=True, optim="sgd", disable_gradient_checkpointing=True, solopo_logp_chunk=64,
               solopo_mlp_chunk=32, solopo_align_on="both", per_device_train_batch_size=1),
          Setup(optimizer=0, checkpointing=False, chunk=64, mlp_chunk=32, both=True)),
+        (dict(solopo_align="distill", solopo_anchor=0.1, pure_bf16=True, optim="sgd"),
+         Setup(optimizer=0, batch=8, divergences=2)),
+        (dict(solopo_objective="distill", pure_bf16=True, optim="sgd"), Setup(optimizer=0, batch=8, divergences=1)),
     ],
 )  # fmt: skip
 def test_precision_and_zero_of_a_recipe(tmp_path, keys, expected):
