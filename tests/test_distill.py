@@ -17,6 +17,7 @@ from by_hand import (
     STEPS_OF_KL,
     Live,
     assert_gradients_close,
+    by_hand_kl,
     by_hand_solopo,
     qwen2_float64,
     step,
@@ -256,6 +257,30 @@ def test_step_is_the_loop_by_hand(case, forward):
     assert_gradients_close(*(torch.autograd.grad(x.mean(), parameters) for x in (losses_B, by_hand)))
     assert metrics["solopo/align_loss"][2] == 0  # exactly: the row's long prompt is its short prompt
     assert metrics["solopo/align_loss"][:2].min() > 0.05 and ("solopo/anchor_kl" in metrics) == ("anchor" in case)
+
+
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+@pytest.mark.parametrize("kind, temperature, top", FORMS)
+def test_every_form_in_a_step(kind, temperature, top, forward):
+    """Direction, temperature, likeliest words; and an anchor to fewer words than there are, which the cases lack."""
+    from solopo_plugin import forward as module
+
+    model, ref_model, rows = qwen2_float64(POLICY), qwen2_float64(REFERENCE), tiny_rows()
+    keys = BASE | dict(pref_loss="orpo", solopo_align="distill", solopo_distill_kl=kind, solopo_distill_topk=top,
+                       solopo_distill_temperature=temperature, solopo_anchor=0.6, solopo_reference="online",
+                       solopo_forward=forward)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ANCHOR_TOP", 3)
+        losses_B, metrics = step(model, ref_model, rows, **keys)
+    of_policy = [by_hand_kl((model, "long"), (model, "short"), row, "chosen", kind, temperature, top) for row in rows]
+    of_anchor = [by_hand_kl((model, "short"), (ref_model, "short"), row, "chosen", k=3) for row in rows]
+    for name, truth in (("solopo/align_loss", of_policy), ("solopo/anchor_kl", of_anchor)):
+        assert metrics[name].tolist() == pytest.approx([x.item() for x in truth], rel=0, abs=STEP_TOLERANCE), name
+    parameters = list(model.parameters())
+    plain = step(model, None, rows, **BASE | dict(pref_loss="orpo", solopo_alpha=0.0, solopo_forward=forward))[0]
+    of_both = 0.7 * torch.stack(of_policy) + 0.6 * torch.stack(of_anchor)
+    got, po, want = (torch.autograd.grad(x.mean(), parameters) for x in (losses_B, plain, of_both))
+    assert_gradients_close([a - b for a, b in zip(got, po, strict=True)], want)
 
 
 @pytest.mark.parametrize("name", MODELS)

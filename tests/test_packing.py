@@ -301,8 +301,8 @@ def test_a_window_is_a_masked_softmax(monkeypatch, window, block):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("window")])
-def test_packed_windows_are_each_sequence_alone(name):
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_is_each_sequence_alone_on_every_architecture(name):
     """Log-probs and gradients; alone and unpadded, by transformers' eager attention with its own masks."""
     model, rows = tiny(name), tiny_rows()
     sides = [(side, response) for side in ("short", "long") for response in ("chosen", "rejected")]
@@ -515,7 +515,19 @@ def test_logits_and_masks_exist_only_where_responses_are(monkeypatch):
     assert attention.AttentionMaskInterface()[attention.SEGMENTS]() is None
 
 
-@pytest.mark.parametrize("keys, most", [({}, 22), (dict(solopo_align_on="both"), 28), (dict(solopo_logp_chunk=4), 22)])
+DISTILL = dict(solopo_align="distill", solopo_logp_chunk=4)
+
+
+@pytest.mark.parametrize(
+    "keys, most",
+    [
+        ({}, 22),
+        (dict(solopo_align_on="both"), 28),
+        (dict(solopo_logp_chunk=4), 22),
+        (DISTILL, 22),
+        (DISTILL | dict(solopo_align_on="both", solopo_distill_topk=5), 28),
+    ],
+)
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_no_tensor_is_positions_by_vocabulary(monkeypatch, forward, keys, most):
     """Of every tensor that forward and backward make: a vocabulary's width comes with responses' positions at most, or
