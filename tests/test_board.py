@@ -127,8 +127,9 @@ FILLED = {
     [FILLED, {}, {"solopo_objective": ("longpo", "longpo"), "solopo_longpo_lambda": ("0.1", 0.1)},
      {"solopo_alpha": ("0", 0.0)},
      {"solopo_align": ("distill", "distill"), "solopo_distill_kl": ("reverse", "reverse"),
-      "solopo_distill_temperature": ("2", 2.0), "solopo_distill_topk": (50, 50)}],
-    ids=["all", "defaults", "longpo", "zero", "distill"],
+      "solopo_distill_temperature": ("2", 2.0), "solopo_distill_topk": (50, 50)},
+     {"solopo_sequence_parallel": (2, 2)}],
+    ids=["all", "defaults", "longpo", "zero", "distill", "shared"],
 )  # fmt: skip
 def test_preview_and_start_hand_over_what_was_filled_in(page, values):
     """The previewed command and the file that "Start" writes, parsed by the host's own parser."""
@@ -173,6 +174,10 @@ def test_extra_arguments_win(page):
         ({"solopo_objective": "longpo", "pref_loss": "orpo"}, {"solopo_objective": "longpo", "pref_loss": "orpo"}),
         ({"solopo_longpo_lambda": "0.5"}, {"solopo_longpo_lambda": 0.5}),
         ({"packing": True}, {"packing": True}),
+        (
+            {"solopo_sequence_parallel": 2, "solopo_forward": "two_stage"},
+            {"solopo_sequence_parallel": 2, "solopo_forward": "two_stage"},
+        ),
         ({"extra_args": '{"solopo_alfa": 1}'}, {"solopo_alfa": 1}),
         ({"extra_args": '{"ld_alpha": 0.5}'}, {"ld_alpha": 0.5}),
         ({"neftune_alpha": 5.0}, {"neftune_noise_alpha": 5.0}),
