@@ -98,12 +98,11 @@ class Part:
 
     def __init__(self, ranks: Ranks, here: int, positions_K: Tensor, owner_K: Tensor):
         self.ranks, holder_K = ranks, positions_K // here
-        self.scored_K = owner_K == ranks.rank
-        sent = [((holder_K == ranks.rank) & (owner_K == rank)).nonzero()[:, 0] for rank in range(ranks.size)]
-        got = [(self.scored_K & (holder_K == rank)).nonzero()[:, 0] for rank in range(ranks.size)]
-        self.send = positions_K[torch.cat(sent)] - ranks.rank * here
-        self.order = torch.cat(got).argsort()
-        self.sent, self.got = ([len(part) for part in parts] for parts in (sent, got))
+        held_K, self.scored_K = holder_K == ranks.rank, owner_K == ranks.rank
+        sent, got = owner_K[held_K], holder_K[self.scored_K]  # to and from which ranks
+        self.send = (positions_K[held_K] - ranks.rank * here)[sent.argsort(stable=True)]
+        self.order = got.argsort(stable=True).argsort()
+        self.sent, self.got = (x.bincount(minlength=ranks.size).tolist() for x in (sent, got))
 
     def to_heads(self, *states: Tensor) -> tuple[Tensor, ...]:
         """Exchange queries, keys and values, each (1, H, t, D), in one call: (1, h, T, D), a P-th of the heads.
