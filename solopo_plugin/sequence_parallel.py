@@ -97,6 +97,7 @@ class Part:
     """
 
     def __init__(self, ranks: Ranks, here: int, positions_K: Tensor, owner_K: Tensor):
+        """Find what this rank sends to which scorer, and the order of what it gets."""
         self.ranks, holder_K = ranks, positions_K // here
         held_K, self.scored_K = holder_K == ranks.rank, owner_K == ranks.rank
         sent, got = owner_K[held_K], holder_K[self.scored_K]  # to and from which ranks
