@@ -14,7 +14,7 @@ from pathlib import Path
 from recipe_command import recipe_parser, run_command
 
 from solopo_plugin.qa.ready import check_ready
-from solopo_plugin.synthesis.pipeline import TABLE, read_manifest, run_pipeline
+from solopo_plugin.synthesis.pipeline import TABLE, read_manifest, run_pipeline, stages_of
 from solopo_plugin.synthesis.recipe import DataRecipe, from_documents, load_recipe
 
 
@@ -38,7 +38,7 @@ def build(args: argparse.Namespace) -> None:
         asker = recipe.asker
         check_other(asker.backend, asker.server_urls, "ask_model_name_or_path", asker.model_name_or_path)
     manifest = run_pipeline(recipe, args.stage, args.resume)
-    print(summary(recipe, manifest["stages"]))
+    print(summary(recipe, manifest["stages"], args.stage))
 
 
 def check_other(backend: str, server_urls, key: str, path: str) -> None:
@@ -46,12 +46,21 @@ def check_other(backend: str, server_urls, key: str, path: str) -> None:
     check_ready(backend, server_urls, {} if backend == "openai" else {key: path})
 
 
-def summary(recipe: DataRecipe, stages: dict) -> str:
-    """Return a table of what each finished stage has made, where it is, and the commands that come next."""
-    counts = {name: stage["counts"] for name, stage in stages.items()}
-    lines = [f"{name:10s}{part}" for name in counts for part in PHRASES[name](counts[name])]
+def summary(recipe: DataRecipe, stages: dict, last: str | None = None) -> str:
+    """Return a table of what each finished stage has made, where it is, and the commands that come next.
+
+    Args:
+        recipe: Of data.
+        stages: Of the manifest.
+        last: The only stage that was run, if it was one; what later ones had made before may be out of date.
+    """
+    names = [name for name in stages_of(recipe) if name in stages]
+    shown = names[: names.index(last) + 1] if last else names
+    lines = [f"{name:10s}{part}" for name in shown for part in PHRASES[name](stages[name]["counts"])]
     lines = ["", *lines, "", f"counts    {recipe.work_dir}/manifest.json"]
-    if "export" in counts:
+    if later := names[len(shown) :]:
+        lines.append(f"not shown {', '.join(later)}: of an earlier run; without `--stage` what has changed is made again")
+    if "export" in shown:
         data = f"dataset_dir={recipe.dataset_dir} dataset={recipe.dataset_name}_solopo"
         lines.append(f"look      python scripts/inspect_data.py {recipe.work_dir}")
         lines.append(f"train     llamafactory-cli train RECIPE {data}")

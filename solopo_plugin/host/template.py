@@ -3,6 +3,7 @@
 Nothing stays patched. Host: 0.9.5.
 """
 
+import re
 from copy import copy
 
 from ..qa.files import did_you_mean
@@ -52,6 +53,23 @@ def unknown_template(name: str) -> str | None:
         return None
     hint = did_you_mean(name, TEMPLATES).strip() or "LLaMA-Factory's README lists them."
     return f"`template: {name}` is no template of the host; {hint[0].lower()}{hint[1:]}"
+
+
+def written_markers(name: str) -> set[str]:
+    """Return the texts in brackets that a template of the host writes around turns, told without any tokenizer.
+
+    Raises:
+        ValueError: No such template.
+    """
+    from llamafactory.data.template import TEMPLATES
+
+    if sentence := unknown_template(name):
+        raise ValueError(sentence)
+    template = TEMPLATES[name]
+    parts = template.format_prefix, template.format_system, template.format_user, template.format_assistant
+    slots = [slot for part in parts for slot in part.slots if not isinstance(slot, set)]  # a set names a token: bos, eos
+    text = "".join(slot if isinstance(slot, str) else slot["token"] for slot in slots)
+    return {*template.stop_words, *re.findall(r"<[^<>\s{}]+>|\[/?[A-Z]+\]", text)}
 
 
 def encode_turn(tokenizer, template, messages: list[dict], *context: str | None) -> tuple[list[int], list[int]]:

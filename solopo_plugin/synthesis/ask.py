@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..host.template import template_markers
+from ..host.template import template_markers, written_markers
 from ..qa.answers import behind_thought
 from ..qa.documents import marker_pattern
 from ..qa.files import DataError, read_jsonl, write_jsonl
@@ -49,7 +49,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         DataError: There is no passage to ask about, or a prompt lacks its place.
     """
     passages = list(read_jsonl(work / "passages.jsonl"))
-    marker = marker_pattern(template_markers(*load_chat(recipe.model.tokenizer, pick(recipe, Chat))))
+    marker = marker_pattern(markers_of(recipe))
     usable = [passage for passage in passages if not marker.search(document_text(passage))]
     if not usable:
         raise DataError(f"There is no passage to ask about: {len(passages)} in {work / 'passages.jsonl'}.")
@@ -90,6 +90,25 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     if counts["unreadable"] == counts["replies"]:  # of a few; the filter stops then
         log.warning(stop(counts["replies"], last))
     return dict(counts)
+
+
+def markers_of(recipe: DataRecipe) -> set[str]:
+    """Return the texts that only a chat template may write: that of the model that is trained, or of one that asks.
+
+    A server's chat endpoint needs no tokenizer here: what `ask_template` writes is all that is known of its model then.
+
+    Raises:
+        DataError: There is no such template or tokenizer.
+    """
+    asker, found = recipe.asker, template_markers(*load_chat(recipe.model.tokenizer, pick(recipe, Chat)))
+    if asker == recipe:
+        return found
+    if asker.backend != "openai" or asker.openai_endpoint != "chat":
+        return found | template_markers(*load_chat(asker.model.tokenizer, pick(asker, Chat)))
+    try:
+        return found | written_markers(asker.template)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def none_readable(recipe: DataRecipe, n: int, text: str) -> str:

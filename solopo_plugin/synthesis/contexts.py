@@ -32,7 +32,7 @@ from ..qa.files import DataError, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.recipe import Chat, ContextKeys, pick
 from .document_contexts import build_document_context, by_source
-from .recipe import DataRecipe
+from .recipe import DataRecipe, from_documents
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
@@ -47,6 +47,11 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     builder = Builder(pick(recipe, ContextKeys), pool, tokenizer, template)
     builder.check_sums(questions, {"long": recipe.long_tokens, "short": recipe.short_tokens})
     passages = by_source(pool) if recipe.contexts == "document" else {}
+    if recipe.contexts == "document" and not passages:
+        raise DataError(
+            "`contexts: document` is for questions about a folder of documents, `input_format: documents`; leave "
+            "`contexts` out."
+        )
     dropped, left_out = Counter[str](), Counter[str]()
     lengths: dict[str, list[int]] = {"short": [], "long": []}
 
@@ -65,7 +70,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     if not count:
         raise DataError(
             f"None of {len(questions)} questions gives a short and a long context ({dict(dropped)}); raise "
-            "`short_tokens`, lower `long_tokens`, or add documents with `corpus`."
+            f"`short_tokens`, {_remedy(recipe)}."
         )
     whole = left_out.pop("tokenised_whole", 0)  # prompts whose tokens do not add up
     return {
@@ -80,6 +85,13 @@ def run(recipe: DataRecipe, work: Path) -> dict:
             side: {"min": min(v), "mean": round(sum(v) / len(v), 1), "max": max(v)} for side, v in lengths.items()
         },
     }
+
+
+def _remedy(recipe: DataRecipe) -> str:
+    """Say what, beside a higher `short_tokens`, helps where no question has both contexts."""
+    if recipe.contexts == "document":
+        return "give longer documents, or take `contexts: mixed`"
+    return f"lower `long_tokens`, or {'give more documents' if from_documents(recipe) else 'add documents with `corpus`'}"
 
 
 def make_row(

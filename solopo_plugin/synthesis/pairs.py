@@ -26,7 +26,7 @@ from ..qa.generate.calls import load_chat
 from ..qa.recipe import Chat, pick
 from ..qa.seeded import generator
 from .judge import advice
-from .recipe import DataRecipe
+from .recipe import DataRecipe, from_documents
 
 log = logging.getLogger(__name__)
 TURN_END = 16  # tokens that a template puts behind a response, at most
@@ -176,7 +176,8 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
     }
     found = {name: dropped for name in reasons if (dropped := counts["dropped_answers"].get(name))}
     if 2 * sum(found.values()) <= n:
-        return "for more rows give more questions"
+        more = f"raise `candidates: {recipe.candidates}`, or give more documents"
+        return f"for more rows {more if from_documents(recipe) else 'give more questions'}"
     return "; ".join(f"{k} of {n} answers ({100 * k / n:.1f} %) {reasons[name]}" for name, k in found.items())
 
 

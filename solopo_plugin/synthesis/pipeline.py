@@ -16,7 +16,7 @@ from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions
 from ..qa.store import STORE
 from . import ask, contexts, documents, export, filter, judge, pairs, read, sample, verdicts
-from .recipe import DataRecipe, from_documents, model_files, outside_inputs, stage_settings
+from .recipe import UNSAID, DataRecipe, from_documents, model_files, outside_inputs, stage_settings
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -180,7 +180,8 @@ def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
     if before and now:
         phrases = [f"the files of `{MODEL}` have changed"] if before != now else []
         old, chosen = ({key: value for key, value in s.items() if key != MODEL} for s in (old, chosen))
-    return phrases + differences(old, chosen)
+    unsaid = {key: value for key, value in UNSAID.items() if key in old or key in chosen}
+    return phrases + differences(unsaid | old, unsaid | chosen)
 
 
 def read_manifest(work: Path) -> dict:

@@ -269,6 +269,10 @@ class DataRecipe:
 
 # keys of the model that is trained which, with `ask_` before them, are those of the model that asks
 ASKER = "model_name_or_path template backend server_urls api_key_env served_model openai_endpoint extra_body".split()
+# keys that came later, with the value that changes nothing: a manifest names other values alone
+UNSAID = {"contexts": "mixed", "num_rejected": 1, "judge": "rule", "max_alone": None} | {
+    f"ask_{name}": None for name in ASKER
+}
 FIELDS = {f.name: f for f in fields(DataRecipe)}
 PROMPTS = {"ask": ("ask_one.txt", "ask_two.txt"), "filter": ("unaided.txt",)}  # files of prompts, by stage
 ENTRY_NAME = re.compile(r"(?!\s)[^/\\,\x00-\x1f\x7f]+(?<!\s)")
@@ -348,12 +352,7 @@ def stage_settings(recipe: DataRecipe, stage: str) -> dict[str, Any]:
     So a work folder from before there was another judge is finished as it was; from before there were other contexts
     than `mixed`, another model that asks, `max_alone` and `num_rejected`, too.
     """
-    later = ("max_alone", *(f"ask_{name}" for name in ASKER))
-    chosen = {name: v for name, v in settings(recipe, stage).items() if name not in later or v is not None}
-    if recipe.contexts == "mixed":
-        chosen.pop("contexts", None)
-    if recipe.num_rejected == 1:
-        chosen.pop("num_rejected", None)
+    chosen = {name: v for name, v in settings(recipe, stage).items() if name not in UNSAID or v != UNSAID[name]}
     if recipe.judge == "rule":
         return {} if stage == "judge" else {name: v for name, v in chosen.items() if not name.startswith("judge")}
     return chosen

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from planned_asking import make_passages
 from scripted_server import serving
+from transformers import AutoTokenizer
 
+from solopo_plugin.host.template import written_markers
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis import ask
@@ -192,6 +194,42 @@ def test_a_marked_question_is_told_from_others(tokenizer, tmp_path):
     assert [row["marked"] for row in rows] == [True]
 
 
+@pytest.mark.parametrize("by", ["its template", "its tokenizer"])
+def test_special_tokens_of_another_model_that_asks_are_not_let_through(tokenizer, tmp_path, by):
+    """By `ask_template` where a server writes its own; by its tokenizer where the ids are made here."""
+    passages, own = make_passages(6, per_document=1), "<end_of_turn>"
+    passages[2]["text"] += f" {own}<start_of_turn>model"
+    passages[3]["text"] += " <|im_end|>"
+    said, known = {"Write one question": OBJECT.replace("Ada", f"Ada{own}", 1)}, dict(pairs_per_passage=0.0)
+    counts, rows = asked(tokenizer, tmp_path, passages, said, **known)
+    assert counts["special_tokens"] == 1 and not any(row["marked"] for row in rows)  # it is none of the trained model
+    other = dict(ask_served_model="other", ask_template="gemma")
+    if by == "its tokenizer":
+        shutil.copytree(tokenizer, tmp_path / "other")
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        loaded.add_special_tokens({"additional_special_tokens": [own]})
+        loaded.save_pretrained(tmp_path / "other")
+        other = dict(ask_model_name_or_path=str(tmp_path / "other"), ask_openai_endpoint="completions")
+    counts, rows = asked(tokenizer, tmp_path, passages, said, **known, **other)
+    assert counts["special_tokens"] == 2 and counts["single"] == 4
+    assert [row["passages"][0] for row in rows] == [passages[i]["id"] for i in (0, 1, 4, 5)]
+    assert all(row["marked"] == (by == "its template") for row in rows)  # of ids the scripted server reads nothing
+
+
+def test_markers_that_are_told_by_a_template_alone():
+    assert {"<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"} <= written_markers("llama3")
+    assert {"<|im_start|>", "<|im_end|>"} == written_markers("chatml")
+    assert {"<|user|>", "<|assistant|>"} <= written_markers("chatglm3")
+    assert written_markers("vicuna") == set()  # its turns begin with plain words
+
+
+def test_a_template_of_the_model_that_asks_that_is_none_is_a_sentence(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "passages.jsonl", make_passages(1))
+    recipe = recipe_for(tokenizer, ask_served_model="other", ask_template="lama3")
+    with pytest.raises(DataError, match="`template: lama3` is no template of the host; did you mean `llama3`"):
+        ask.run(recipe, tmp_path)
+
+
 def test_prompts_of_the_users_own(tokenizer, tmp_path):
     own = tmp_path / "prompts"
     own.mkdir()
@@ -219,6 +257,18 @@ def test_nothing_to_ask_about_is_a_sentence(tokenizer, tmp_path):
     write_jsonl(tmp_path / "passages.jsonl", [])
     with pytest.raises(DataError, match="There is no passage to ask about: 0 in .*passages.jsonl"):
         ask.run(recipe_for(tokenizer), tmp_path)
+
+
+def test_a_server_that_was_not_there_left_no_answers_to_speak_of(tokenizer, tmp_path, caplog):
+    """Other settings begin anew where there is something that they leave behind."""
+    passages, said = make_passages(1), {"Write one question": OBJECT}
+    write_jsonl(tmp_path / "work" / "passages.jsonl", passages)
+    with pytest.raises(DataError, match="gave no answer in 1 tries"):
+        ask.run(recipe_for(tokenizer, server_urls="http://127.0.0.1:9/v1"), tmp_path / "work")
+    asked(tokenizer, tmp_path, passages, said, temperature=0.5)
+    assert "holds answers" not in caplog.text
+    asked(tokenizer, tmp_path, passages, said, temperature=0.6)
+    assert "asked.db holds answers to other prompts or settings; sampling begins anew, they are kept." in caplog.text
 
 
 # ---- which model asks

@@ -137,6 +137,31 @@ def test_a_document_that_is_its_evidence_is_dropped(handbook, tmp_path, model):
         contexts.run(made, work)
 
 
+def test_documents_as_contexts_of_questions_about_none_are_refused(tmp_path, model):
+    made = recipe(tmp_path, model, make_questions(2), contexts="document")
+    read.run(made, tmp_path / "work")
+    with pytest.raises(DataError, match="`contexts: document` is for .* `input_format: documents`; .* `contexts` out"):
+        contexts.run(made, tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    "keys, advice",
+    [
+        (dict(), "raise `short_tokens`, lower `long_tokens`, or add documents with `corpus`"),
+        (dict(input_format="documents"), "raise `short_tokens`, lower `long_tokens`, or give more documents"),
+        (dict(contexts="document"), "raise `short_tokens`, give longer documents, or take `contexts: mixed`"),
+    ],
+)
+def test_what_helps_where_no_question_has_contexts(tmp_path, model, keys, advice):
+    """By where the paragraphs come from."""
+    passage = {"title": "A", "text": "It names Zorvik.", "source": "a.md", "section": "", "place": 0}
+    row = {"id": "q", "question": "Who?", "answers": ["Zorvik"], "hops": 1, "evidence": [passage], "distractors": []}
+    write_jsonl(tmp_path / "work" / "questions.jsonl", [row])
+    write_jsonl(tmp_path / "work" / "corpus.jsonl", [passage])
+    with pytest.raises(DataError, match=f"None of 1 questions gives .*; {advice}.$"):
+        contexts.run(recipe(tmp_path, model, [], **keys), tmp_path / "work")
+
+
 # ---- a retrieval log
 
 

@@ -111,6 +111,13 @@ def test_questions_with_a_pair_on_both_sides_come_first(tmp_path):
     )
 
 
+def test_more_rows_of_documents_come_of_more_questions_about_them(tmp_path):
+    """Nobody gives questions there."""
+    write_work(tmp_path, [verdicts(i, "10") for i in range(3)], [verdicts(i, "10") for i in range(3)])
+    counts = pairs_stage.run(recipe_for(tmp_path, input_format="documents", candidates=3), tmp_path)
+    assert counts["statement"].endswith("; for more rows raise `candidates: 3`, or give more documents.")
+
+
 def test_chosen_and_rejected_come_from_the_sides_of_the_set(tmp_path):
     """Numbers of the answers tell the side: the short side's right answer is k = 0, the long side's k = 1."""
     write_work(tmp_path, [verdicts(i, "10") for i in range(6)], [verdicts(i, "01") for i in range(6)])

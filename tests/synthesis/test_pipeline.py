@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from build_data import summary
 from conftest import ROOT
 from material import make_questions
 from scripted_server import scripted, serving
@@ -29,7 +30,7 @@ from solopo_plugin.qa.recipe import settings
 from solopo_plugin.qa.store import STORE
 from solopo_plugin.synthesis import pipeline, sample
 from solopo_plugin.synthesis.pipeline import FROM_DOCUMENTS, TABLE, run_pipeline, stages_of
-from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs
+from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs, stage_settings
 
 N_QUESTIONS, N_SAMPLES, RIGHT, UNMARKED = 60, 6, 0.5, 0.1
 KILLS = 4  # of every stage
@@ -338,6 +339,46 @@ def test_the_command_line_says_one_sentence(prepare):
     assert len(process.stderr.strip().splitlines()) == 1
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0 and f" {N_QUESTIONS} questions and " in process.stdout
+
+
+def test_the_summary_of_one_stage_leaves_out_what_an_earlier_run_made_of_others(prepare, monkeypatch):
+    """Later stages may be out of date, and are named; the stages come in their order, whichever ran last."""
+    monkeypatch.chdir(prepare())
+    made = load_recipe("recipe.yaml")
+    run_pipeline(made)
+    whole = run_pipeline(made)["stages"]
+    names = [line.split(" ")[0] for line in summary(made, whole).splitlines() if line]
+    assert list(dict.fromkeys(names)) == [*STAGES, "counts", "look", "train"]
+    fewer = replace(made, max_questions=20)
+    stages = run_pipeline(fewer, "read")["stages"]
+    assert list(stages)[-1] == "read" and len(stages) == len(STAGES)
+    said = summary(fewer, stages, "read")
+    assert " 20 questions and " in said and "select" not in said.partition("not shown")[0]
+    assert said.splitlines()[-1] == (
+        "not shown contexts, sample, judge, select, export: of an earlier run; without `--stage` what has changed is "
+        "made again"
+    )
+    assert "train " not in said and "not shown" not in summary(made, whole, "export")
+    stages = run_pipeline(fewer)["stages"]
+    assert summary(fewer, stages).index("read ") < summary(fewer, stages).index("contexts ")
+
+
+def test_a_key_that_an_earlier_version_did_not_name_had_the_value_that_changes_nothing(prepare, monkeypatch):
+    """And that is what a sentence on another value says."""
+    monkeypatch.chdir(prepare())
+    made = load_recipe("recipe.yaml")
+    for stage, key, value, said in [
+        ("contexts", "contexts", "document", "`contexts` was 'mixed' and is 'document'"),
+        ("select", "num_rejected", 2, "`num_rejected` was 1 and is 2"),
+        ("filter", "ask_template", "llama3", "`ask_template` was None and is 'llama3'"),
+    ]:
+        before, now = (stage_settings(recipe, stage) for recipe in (made, replace(made, **{key: value})))
+        assert key not in before
+        assert pipeline._changed_settings({"settings": before, "inputs": {}}, now, {}) == [said]
+        assert pipeline._changed_settings({"settings": now, "inputs": {}}, now, {}) == []
+    now = stage_settings(replace(made, judge="model"), "select")
+    said = pipeline._changed_settings({"settings": stage_settings(made, "select"), "inputs": {}}, now, {})
+    assert "`judge` was 'rule' and is 'model'" in said
 
 
 # ---- a full disk

@@ -48,7 +48,7 @@ def answer_missing(
     for call in calls():
         hashes[call.id], numbers[call.id] = prompt_hash(call.prompt), call.ks
     found, others = store.find(set_id, hashes)
-    if not found and (others or (before and before[1] != settings)):
+    if not found and (others or (before and before[1] != settings and store.find(before[0], {})[0])):
         log.warning(f"{store.path} holds answers to other prompts or settings; sampling begins anew, they are kept.")
     total = sum(map(len, numbers.values()))
     have = sum((id, k) in found for id, ks in numbers.items() for k in ks)
