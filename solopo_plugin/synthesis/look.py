@@ -251,7 +251,7 @@ def reader_row(split: str, row: dict, unit: str = "tokens") -> dict:
     lengths = {name.replace("tokens", unit): row[name] for name in SCHEMA.names if name.endswith("_tokens")}
     facts = lengths | {name: row[name] for name in SCHEMA.names if name.startswith("pass_rate")}
     facts |= dict(zip(("grade of chosen", "grade of rejected"), row["grades"] or (), strict=False))
-    for number, origin in enumerate(row["origins"], 1):
+    for number, origin in enumerate(row["origins"] or titles_of(row), 1):
         quote = [f"\u201c{origin['quote']}\u201d"] if origin.get("quote") else []
         places = [str(origin[name]) for name in ("source", "section") if origin.get(name)]
         facts[f"evidence {number}"] = ": ".join(filter(None, [" \u203a ".join(places), *quote]))
@@ -264,6 +264,14 @@ def reader_row(split: str, row: dict, unit: str = "tokens") -> dict:
         "chosen": row["chosen"],
         "rejected": AND_ALSO.join(row.get("all_rejected") or [row["rejected"]]),
     }
+
+
+def titles_of(row: dict) -> list[dict]:
+    """Return the titles of a row's evidence as its sources, or the documents' numbers where there is none."""
+    documents = split_documents(row["long_prompt"], row["long_paragraphs"]) or []
+    titles = {number: text.split("\n", 1)[0].strip() for number, text in enumerate(documents, 1)}
+    numbers = [place["paragraph"] for place in row["long_evidence"]]
+    return [{"source": titles.get(number) or f"document {number} of the long prompt"} for number in numbers]
 
 
 def draw_figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figure, str]]:
@@ -291,14 +299,17 @@ def draw_figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figu
     if next(source.pass_rates(), None):
         pictures["pass_rates"] = (_pass_rates(source), f"Mean share of right answers by hops, of {whose}.")
     if reasons := drop_reasons(source.stages):
-        pictures["drop_reasons"] = (_bars(reasons), "Why questions and answers were dropped on the way.")
+        pictures["drop_reasons"] = (_bars(reasons), "What was left out on the way, from files and questions on, with the reason.")
     return pictures
 
 
 def drop_reasons(stages: dict) -> dict[str, int]:
     """Count what was dropped where, by the manifest; nothing for a data file, which does not say."""
-    contexts = stages.get("contexts", {}).get("counts", {})
-    reasons = {f"question: {name}": n for name, n in contexts.get("dropped", {}).items()}
+    documents, asked, contexts = (stages.get(name, {}).get("counts", {}) for name in ("documents", "filter", "contexts"))
+    reasons = {f"documents: {name}": n for name, n in documents.get("skipped", {}).items()}
+    reasons |= {"documents: repeated passages": n for n in [documents.get("duplicates")] if n}
+    reasons |= {f"asked: {name}": n for name, n in asked.get("dropped", {}).items() if n}
+    reasons |= {f"question: {name}": n for name, n in contexts.get("dropped", {}).items()}
     select = stages.get("select", {}).get("counts", {})
     for side in ("short", "long"):
         for kind in ("questions", "answers"):

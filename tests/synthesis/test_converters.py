@@ -4,6 +4,7 @@ import random
 
 import pytest
 from made_files import page, write_docx, write_pdf
+from PIL import Image
 
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.synthesis.converters import KINDS, Block, NoText, markdown_blocks, read_document, rst_blocks, unwrap
@@ -95,8 +96,11 @@ def test_a_pdf_has_its_words_whole_and_no_page_numbers(tmp_path):
 
 def test_what_holds_no_text_says_so(tmp_path):
     write_pdf(tmp_path / "scan.pdf", [[], []])
-    with pytest.raises(NoText, match="it holds no text; a scan must go through OCR first"):
-        read_document(tmp_path / "scan.pdf", "scan.pdf")
+    pages = [Image.effect_noise((300, 400), 50) for _ in range(2)]  # as a scanner leaves them: a picture of each page
+    pages[0].save(tmp_path / "pictures.pdf", save_all=True, append_images=pages[1:])
+    for name in ("scan.pdf", "pictures.pdf"):
+        with pytest.raises(NoText, match="it holds no text; a scan must go through OCR first"):
+            read_document(tmp_path / name, name)
     for name, content in {"a.md": "# only a heading\n", "b.txt": " \n", "c.html": "<script>alert(1)</script>"}.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(NoText, match="it holds no text$"):

@@ -12,7 +12,7 @@ from small_work import TOKENIZER, Template, context, recipe_for, verdicts, write
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
 from solopo_plugin.qa.prompts import split_documents
 from solopo_plugin.synthesis import export, pairs
-from solopo_plugin.synthesis.look import CHECKS, checks_of, inspect
+from solopo_plugin.synthesis.look import CHECKS, checks_of, drop_reasons, inspect
 
 BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
 
@@ -66,6 +66,42 @@ def test_the_page_says_how_often_judge_and_gold_answers_agree(work, tmp_path):
         "agree on 60.0% of 15 answers: 3 right for both, 6 wrong for both, 2 right for the judge alone, 4 for the gold "
         "answers alone"
     ) in text
+
+
+def test_every_reason_from_the_folder_of_documents_on_is_shown(work, tmp_path):
+    """Files, questions that a model asked, contexts and answers; a reason that held for none is not."""
+    stages = {
+        "documents": {"counts": {"skipped": {"broken": 2, "links": 1}, "duplicates": 3}},
+        "filter": {"counts": {"dropped": {"malformed": 5, "long_answer": 0}}},
+        "contexts": {"counts": {"dropped": {"evidence_longer_than_short": 4}}},
+        "select": {"counts": {"short": {"dropped_questions": {"all_correct": 6}, "dropped_answers": {"cut": 7}}}},
+    }
+    assert drop_reasons(stages) == {
+        "documents: broken": 2, "documents: links": 1, "documents: repeated passages": 3,
+        "asked: malformed": 5, "question: evidence_longer_than_short": 4, "question, short: all_correct": 6,
+        "answer, short: cut": 7,
+    }  # fmt: skip
+    manifest = json.loads((work / "manifest.json").read_text())
+    write_json(work / "manifest.json", {"stages": stages | manifest["stages"]})
+    inspect(work, tmp_path / "out")
+    assert "from files and questions on, with the reason" in Page(tmp_path / "out" / "index.html").text
+
+
+def test_rows_that_say_nothing_of_their_source_show_the_titles_of_the_evidence(work, tmp_path):
+    """Those of questions that were read, a retrieval log's among them; without a title it is the document's number."""
+    data = tmp_path / "data" / "toy_solopo.jsonl"
+    rows = list(read_jsonl(data))
+    rows[1]["long_prompt"] = rows[1]["long_prompt"].replace("Document ", "Text ")
+    i = rows[2]["id"][1:]
+    rows[2]["long_prompt"] = rows[2]["long_prompt"].replace(f": Person {i}\n", f":{' ' * 8}{i}\n".replace(i, " " * len(i)))
+    write_jsonl(data, rows)
+    inspect(data, tmp_path / "out")
+    shown = {row["id"]: row["facts"] for row in json.loads(Page(tmp_path / "out" / "index.html").scripts[0])}
+    for k, row in enumerate(rows):
+        i, (first, second) = row["id"][1:], (place["paragraph"] for place in row["long_evidence"])
+        of_number = [f"document {n} of the long prompt" for n in (first, second)]
+        expected = {1: of_number, 2: [of_number[0], f"Firm {i}"]}.get(k, [f"Person {i}", f"Firm {i}"])
+        assert [shown[row["id"]][f"evidence {n}"] for n in (1, 2)] == expected
 
 
 def test_a_data_file_shows_the_same_rows(work, tmp_path):
