@@ -59,7 +59,7 @@ def summary(recipe: DataRecipe, stages: dict, last: str | None = None) -> str:
     lines = [f"{name:10s}{part}" for name in shown for part in PHRASES[name](stages[name]["counts"])]
     lines = ["", *lines, "", f"counts    {recipe.work_dir}/manifest.json"]
     if later := names[len(shown) :]:
-        lines.append(f"not shown {', '.join(later)}: of an earlier run; without `--stage` what has changed is made again")
+        lines.append(f"not shown {', '.join(later)}: of an earlier run; without `--stage` they are brought up to date")
     if "export" in shown:
         data = f"dataset_dir={recipe.dataset_dir} dataset={recipe.dataset_name}_solopo"
         lines.append(f"look      python scripts/inspect_data.py {recipe.work_dir}")

@@ -67,7 +67,7 @@ def written_markers(name: str) -> set[str]:
         raise ValueError(sentence)
     template = TEMPLATES[name]
     parts = template.format_prefix, template.format_system, template.format_user, template.format_assistant
-    slots = [slot for part in parts for slot in part.slots if not isinstance(slot, set)]  # a set names a token: bos, eos
+    slots = [slot for part in parts for slot in part.slots if not isinstance(slot, set)]  # which name bos and eos
     text = "".join(slot if isinstance(slot, str) else slot["token"] for slot in slots)
     return {*template.stop_words, *re.findall(r"<[^<>\s{}]+>|\[/?[A-Z]+\]", text)}
 

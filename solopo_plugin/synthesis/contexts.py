@@ -91,7 +91,8 @@ def _remedy(recipe: DataRecipe) -> str:
     """Say what, beside a higher `short_tokens`, helps where no question has both contexts."""
     if recipe.contexts == "document":
         return "give longer documents, or take `contexts: mixed`"
-    return f"lower `long_tokens`, or {'give more documents' if from_documents(recipe) else 'add documents with `corpus`'}"
+    more = "give more documents" if from_documents(recipe) else "add documents with `corpus`"
+    return f"lower `long_tokens`, or {more}"
 
 
 def make_row(

@@ -299,15 +299,16 @@ def draw_figures(statistics: Statistics, source: Source) -> dict[str, tuple[Figu
     if next(source.pass_rates(), None):
         pictures["pass_rates"] = (_pass_rates(source), f"Mean share of right answers by hops, of {whose}.")
     if reasons := drop_reasons(source.stages):
-        pictures["drop_reasons"] = (_bars(reasons), "What was left out on the way, from files and questions on, with the reason.")
+        pictures["drop_reasons"] = (_bars(reasons), "What was left out on the way, and why.")
     return pictures
 
 
 def drop_reasons(stages: dict) -> dict[str, int]:
     """Count what was dropped where, by the manifest; nothing for a data file, which does not say."""
-    documents, asked, contexts = (stages.get(name, {}).get("counts", {}) for name in ("documents", "filter", "contexts"))
-    reasons = {f"documents: {name}": n for name, n in documents.get("skipped", {}).items()}
-    reasons |= {"documents: repeated passages": n for n in [documents.get("duplicates")] if n}
+    counts = {name: stage.get("counts", {}) for name, stage in stages.items()}
+    documents, asked, contexts = (counts.get(name, {}) for name in ("documents", "filter", "contexts"))
+    skipped = documents.get("skipped", {}) | {"repeated passages": documents.get("duplicates")}
+    reasons = {f"documents: {name}": n for name, n in skipped.items() if n}
     reasons |= {f"asked: {name}": n for name, n in asked.get("dropped", {}).items() if n}
     reasons |= {f"question: {name}": n for name, n in contexts.get("dropped", {}).items()}
     select = stages.get("select", {}).get("counts", {})

@@ -84,7 +84,10 @@ def test_every_reason_from_the_folder_of_documents_on_is_shown(work, tmp_path):
     manifest = json.loads((work / "manifest.json").read_text())
     write_json(work / "manifest.json", {"stages": stages | manifest["stages"]})
     inspect(work, tmp_path / "out")
-    assert "from files and questions on, with the reason" in Page(tmp_path / "out" / "index.html").text
+    assert "What was left out on the way, and why." in Page(tmp_path / "out" / "index.html").text
+
+
+BLANK = dict.fromkeys(range(128), " ")
 
 
 def test_rows_that_say_nothing_of_their_source_show_the_titles_of_the_evidence(work, tmp_path):
@@ -92,8 +95,8 @@ def test_rows_that_say_nothing_of_their_source_show_the_titles_of_the_evidence(w
     data = tmp_path / "data" / "toy_solopo.jsonl"
     rows = list(read_jsonl(data))
     rows[1]["long_prompt"] = rows[1]["long_prompt"].replace("Document ", "Text ")
-    i = rows[2]["id"][1:]
-    rows[2]["long_prompt"] = rows[2]["long_prompt"].replace(f": Person {i}\n", f":{' ' * 8}{i}\n".replace(i, " " * len(i)))
+    title = f"Person {rows[2]['id'][1:]}\n"  # in the place of which nothing stands, of the same length
+    rows[2]["long_prompt"] = rows[2]["long_prompt"].replace(f": {title}", f": {title.strip().translate(BLANK)}\n")
     write_jsonl(data, rows)
     inspect(data, tmp_path / "out")
     shown = {row["id"]: row["facts"] for row in json.loads(Page(tmp_path / "out" / "index.html").scripts[0])}

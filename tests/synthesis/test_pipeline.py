@@ -355,8 +355,8 @@ def test_the_summary_of_one_stage_leaves_out_what_an_earlier_run_made_of_others(
     said = summary(fewer, stages, "read")
     assert " 20 questions and " in said and "select" not in said.partition("not shown")[0]
     assert said.splitlines()[-1] == (
-        "not shown contexts, sample, judge, select, export: of an earlier run; without `--stage` what has changed is "
-        "made again"
+        "not shown contexts, sample, judge, select, export: of an earlier run; without `--stage` they are "
+        "brought up to date"
     )
     assert "train " not in said and "not shown" not in summary(made, whole, "export")
     stages = run_pipeline(fewer)["stages"]
