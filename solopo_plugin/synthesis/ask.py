@@ -5,7 +5,7 @@ are asked about depends on the seed and on passages.jsonl alone. Every reply is 
 
 asked.jsonl has a line for each reply, in the order of the passages: {"id", "hops", "passages": their ids, "text": the
 reply, "finish_reason", "question", "answer", "quotes": one of each passage, "marked": the question or the answer holds
-a special token of the chat template}. What cannot be read of a reply is null.
+a special token of a chat template}. What cannot be read of a reply is null.
 """
 
 import json
