@@ -300,15 +300,13 @@ def sdpa_segments(
             pieces[keys[0]] if len(keys) == 1 else torch.cat([pieces[i] for i in keys], dim=2)
             for pieces in (key_pieces, value_pieces)
         )
+        options = dict(dropout_p=dropout, scale=scale, enable_gqa=grouped)
         if window and window < key.shape[2]:
-            outputs.append(sdpa_window(query, key, value, window, dropout_p=dropout, scale=scale, enable_gqa=grouped))
+            outputs.append(sdpa_window(query, key, value, window, **options))
             continue
         shared = query.shape[2] < key.shape[2]
-        mask = lower_right(query.shape[2], key.shape[2], query.device) if shared else None
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=not shared, scale=scale, enable_gqa=grouped
-        )
-        outputs.append(output)
+        options |= dict(attn_mask=lower_right(query.shape[2], key.shape[2], query.device)) if shared else {}
+        outputs.append(F.scaled_dot_product_attention(query, key, value, is_causal=not shared, **options))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 

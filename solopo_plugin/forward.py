@@ -229,21 +229,19 @@ class TwoStages:
         over each response, added over the aligned ones, (B,).
         """
         shorts = [chosen_B, rejected_B] if self.args.long_pair else [chosen_B]
-        distill_P = None
+        distill_P = None if teachers_NV is None else torch.zeros_like(chosen_B)
         if self.may_skip(batch["long_is_short_B"]):
-            return shorts, None if teachers_NV is None else torch.zeros_like(chosen_B)
+            return shorts, distill_P
+        labels_BT, is_long_B, size = batch["long_labels"], ~batch["long_is_short_B"], len(batch["names"])
+        positions_K, is_long_P = predicting_positions(labels_BT), of_pairs(is_long_B, batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.solopo_alpha > 0):
-            positions_K = predicting_positions(batch["long_labels"])
             logits_BKV = self.forward_long(model, batch, positions_K)
-            chunk = self.args.solopo_logp_chunk
-            logps, counts = response_logps(logits_BKV, batch["long_labels"], positions_K, chunk)
+            logps, counts = response_logps(logits_BKV, labels_BT, positions_K, self.args.solopo_logp_chunk)
             if self.args.pref_loss in LENGTH_NORMALISED:
                 logps = logps / counts
-            size, is_long_B = len(batch["names"]), ~batch["long_is_short_B"]
-            is_long_P = of_pairs(is_long_B, batch)
             if teachers_NV is not None:
                 is_long = torch.cat([is_long_B, is_long_P])[: len(logps)]
-                mask_BK = (batch["long_labels"][:, positions_K + 1] != IGNORE) & is_long[:, None]
+                mask_BK = (labels_BT[:, positions_K + 1] != IGNORE) & is_long[:, None]
                 at_N = mask_BK.flatten().nonzero().squeeze(1)
                 teacher = Rows(teachers_NV, torch.arange(len(teachers_NV), device=at_N.device))
                 kl_N = token_kl(logits_BKV.flatten(0, 1), at_N, teacher, distill_form(self.args))
@@ -289,11 +287,8 @@ def of_pairs(x_B: Tensor, batch: dict) -> Tensor:
 
 def _first_of(batch: dict, pairs: int, device: torch.device) -> Tensor:
     """Mark the pairs that are the first of their sample, (P,)."""
-    first_P = torch.ones(pairs, dtype=torch.bool)
-    if "pairs" in batch:
-        first_P[:] = False
-        first_P[[0, *accumulate(batch["pairs"][:-1])]] = True
-    return first_P.to(device)
+    firsts = {0, *accumulate(batch.get("pairs", [1] * pairs)[:-1])}
+    return torch.tensor([n in firsts for n in range(pairs)], device=device)
 
 
 def _masked_means(kl_N: Tensor, mask_BT: Tensor) -> Tensor:
