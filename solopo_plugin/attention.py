@@ -300,7 +300,7 @@ def sdpa_segments(
             pieces[keys[0]] if len(keys) == 1 else torch.cat([pieces[i] for i in keys], dim=2)
             for pieces in (key_pieces, value_pieces)
         )
-        options = dict(dropout_p=dropout, scale=scale, enable_gqa=grouped)
+        options: dict = dict(dropout_p=dropout, scale=scale, enable_gqa=grouped)
         if window and window < key.shape[2]:
             outputs.append(sdpa_window(query, key, value, window, **options))
             continue
