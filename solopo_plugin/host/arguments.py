@@ -175,8 +175,6 @@ def _checking_keys(parser, parse_train_args):
 
 def check_recipe(model_args, data_args, training_args, finetuning_args, generating_args) -> None:
     """Refuse what would change or bypass the step, and what would have no effect on it, before anything is loaded."""
-    from llamafactory.extras.misc import is_env_enabled
-
     groups = (model_args, data_args, training_args, finetuning_args, generating_args, training_args.accelerator_config)
 
     def given(key: str):
@@ -193,16 +191,15 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
         if given(key):
             raise ValueError(f"`{key}: {given(key)}` does not work with `stage: solopo`: {reason}; remove it.")
     if (size := finetuning_args.solopo_sequence_parallel) > 1:
+        from llamafactory.extras.misc import is_env_enabled
+
         alone = {
             "solopo_forward: two_stage": (given("solopo_forward") == "two_stage", "only a packed row can be shared"),
             "streaming: true": (data_args.streaming, "streams are dealt out to single processes"),
             "fsdp": (training_args.fsdp or is_env_enabled("ACCELERATE_USE_FSDP"), "use DeepSpeed ZeRO-3"),
         }
-        for key, (asked, reason) in alone.items():
-            if asked:
-                raise ValueError(
-                    f"`solopo_sequence_parallel: {size}` does not run with `{key}`: {reason}; remove one of the two."
-                )
+        if why := next((f"`{key}`: {reason}" for key, (asked, reason) in alone.items() if asked), None):
+            raise ValueError(f"`solopo_sequence_parallel: {size}` does not run with {why}; remove one of the two.")
 
     strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
     if strategy not in (None, *ORDERS):
