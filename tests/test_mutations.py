@@ -91,8 +91,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "equal prompts are aligned and different ones are not": (
         "forward.py",
-        'is_long_P = of_pairs(is_long_B, batch)',
-        'is_long_P = of_pairs(~is_long_B, batch)',
+        'predicting_positions(labels_BT), of_pairs(is_long_B, batch)',
+        'predicting_positions(labels_BT), of_pairs(~is_long_B, batch)',
         f"{STEP}[hinge]",
     ),
     "the rejected response's rise is taken for a drop": (
@@ -137,6 +137,49 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
         "for module in (model.base_model, *layers):",
         "for module in (model.base_model,):",
         "test_packing.py::test_checkpointing_recomputes_in_segments[llama-reentrant]",
+    ),
+    "a window is a key too wide": (
+        "attention.py",
+        "triu_(keys - queries - window + 1)",
+        "triu_(keys - queries - window)",
+        "test_packing.py::test_a_window_is_a_masked_softmax",
+    ),
+    # self-distillation, the anchor, several rejected responses
+    "the long context teaches the short one": (
+        "forward.py",
+        "token_kl(logits_KV, rows[-1], teacher or Rows(logits_KV, rows[0]), form)",
+        "token_kl(logits_KV, rows[0], teacher or Rows(logits_KV, rows[-1]), form)",
+        "test_distill.py::test_every_form_in_a_step",
+    ),
+    "the divergence is turned round": (
+        "distill.py",
+        'if kind == "forward":',
+        'if kind == "reverse":',
+        "test_distill.py::test_two_words_by_hand",
+    ),
+    "the temperature is left out of the gradient": (
+        "distill.py",
+        "None] / ctx.form.temperature",
+        "None]",
+        "test_distill.py::test_value_and_gradient_are_the_definitions",
+    ),
+    "words beside the likeliest get no gradient": (
+        "distill.py",
+        "(share_nV * slope_nC[:, -1:])",
+        "(0 * share_nV)",
+        "test_distill.py::test_value_and_gradient_are_the_definitions",
+    ),
+    "the anchor pushes away": (
+        "losses.py",
+        "loss_B + spec.solopo_anchor *",
+        "loss_B - spec.solopo_anchor *",
+        "test_distill.py::test_step_is_the_loop_by_hand",
+    ),
+    "losses of a row's pairs are added": (
+        "losses.py",
+        "of_sample.mean(0)",
+        "of_sample.sum(0)",
+        "test_rejected.py::test_a_row_is_the_mean_of_its_pairs",
     ),
     # scale and edge
     "ORPO's odds are not clamped": (
@@ -233,6 +276,6 @@ def test_fault_is_caught(outcome, fault):
 
 def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
-    assert len(FAULTS) == 25
+    assert len(FAULTS) == 32
     ours = "po_B", "logps.", "*form", "short[", "is_long_B", "reference_P2"  # in solopo, longpo, forward.py, trainer.py
     assert sum(any(word in source for word in ours) for _, source, *_ in FAULTS.values()) == 8

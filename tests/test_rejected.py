@@ -198,9 +198,11 @@ def lines(cache) -> list[dict]:
     return [json.loads(line) for file in cache.glob("*/*.jsonl") for line in file.read_text().splitlines()]
 
 
-def test_a_list_of_one_trains_bit_for_bit_as_its_text(run, recipe, folders, tmp_path, cache):
+@pytest.mark.parametrize("forward", FORMS)
+def test_a_list_of_one_trains_bit_for_bit_as_its_text(run, recipe, folders, tmp_path, cache, forward):
     """In loss, metrics and weights; and it finds the scores of the reference that the text has left."""
     common = dict(dataset="rows", max_samples=None, val_size=3, eval_strategy="epoch", num_train_epochs=1.0)
+    common |= dict(solopo_forward=forward, solopo_align_on="both")
     text, one = (
         run(recipe(dataset_dir=folders[name], output_dir=str(tmp_path / f"out_{name}"), **common))
         for name in ("single", "lists_of_one")
