@@ -273,7 +273,7 @@ class TwoStages:
         chosen_B, _ = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K, chunk)
         real = chosen["long_attention_mask"][:, 1:].bool()
         tokens = token_logps(logits_BTV[:, :-1][real], ids_BT[:, 1:][real], chunk)
-        nll_B = -torch.zeros_like(real, dtype=tokens.dtype).masked_scatter(real, tokens).sum(-1) / real.sum(-1)
+        nll_B = -_masked_means(tokens, real)
         positions_K = predicting_positions(rejected["long_labels"])
         logits_BKV = self.forward_long(model, rejected, positions_K)
         rejected_B, _ = response_logps(logits_BKV, rejected["long_labels"], positions_K, chunk)

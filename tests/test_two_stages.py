@@ -57,12 +57,13 @@ def built(name: str):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "5_moe" in n else n for n in MODELS])
-def test_two_stages_are_each_sequence_alone(name):
+@pytest.mark.parametrize("align", ["reward", "distill"])
+def test_two_stages_are_each_sequence_alone(name, align):
     """Losses, metrics and gradients, in fp32, and logits at responses only."""
     model, rows, heads = built(name), tiny_rows(), []
     assert attention.why_not_packed(model) is not None
     handle = model.lm_head.register_forward_hook(lambda m, a, output: heads.append(output.shape[1]))
-    keys = BASE | dict(pref_loss="simpo", solopo_align_on="both")
+    keys = BASE | dict(pref_loss="simpo", solopo_align_on="both", solopo_align=align)
     losses_B, metrics = step(model, None, rows, solopo_forward="two_stage", **(keys | dict(ref_model=None)))
     handle.remove()
     responses = {side: {t for r in rows for n in ("chosen", "rejected")
@@ -70,10 +71,10 @@ def test_two_stages_are_each_sequence_alone(name):
                  for side in ("short", "long")}  # fmt: skip
     assert heads == [len(responses["short"]), len(responses["long"])]
     truth = [by_hand_solopo(model, model, row, keys) for row in rows]
-    by_hand = torch.stack([t["loss"] for t in truth])
+    by_hand = torch.stack([t["loss"] for t in truth]).float()  # a divergence by hand is in float64
     torch.testing.assert_close(losses_B, by_hand, rtol=1e-4, atol=1e-4)
     for metric in ("logps/chosen", "logps/rejected", "solopo/reward_long", "solopo/align_loss"):
-        want = torch.stack([t[metric] for t in truth]).detach()
+        want = torch.stack([t[metric] for t in truth]).detach().float()
         torch.testing.assert_close(metrics[metric], want, rtol=1e-4, atol=1e-4)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours, theirs = (torch.autograd.grad(x.mean(), parameters, allow_unused=True, materialize_grads=True)
@@ -90,15 +91,19 @@ class KeepsAll(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask, use_cache=use_cache, return_dict=return_dict)
 
 
-def test_a_model_that_keeps_all_logits_is_told_so(host_log):
+DISTILL = dict(solopo_align="distill", solopo_align_on="both", solopo_anchor=0.5, solopo_reference="online")
+
+
+@pytest.mark.parametrize("changes", [{}, DISTILL])
+def test_a_model_that_keeps_all_logits_is_told_so(host_log, changes):
     """And computes the same; in every other model nothing is said."""
-    model = tiny("llama")
+    model, reference = tiny("llama"), tiny("llama", 1)
     other = KeepsAll(model.config).train()
     other.load_state_dict(model.state_dict())
-    keys = BASE | dict(pref_loss="orpo", solopo_forward="two_stage")
-    ours = step(model, None, tiny_rows(), **keys)[0]
+    keys = BASE | dict(pref_loss="orpo", solopo_forward="two_stage") | changes
+    ours = step(model, reference, tiny_rows(), **keys)[0]
     assert not any("logits" in message for message in host_log)
-    kept = step(other, None, tiny_rows(), **keys)[0]
+    kept = step(other, reference, tiny_rows(), **keys)[0]
     torch.testing.assert_close(kept, ours, rtol=1e-5, atol=0)
     assert host_log[-1] == "KeepsAll has no `logits_to_keep`: both forwards keep all logits."
 
