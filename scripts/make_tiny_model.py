@@ -56,6 +56,6 @@ def build(path, texts: list[str], architecture="qwen2", bos: str | None = None, 
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("data/demo_solopo.jsonl")
+    source = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[1] / "data/demo_solopo.jsonl"
     build(sys.argv[1], source.read_text(encoding="utf-8").splitlines())
     print(f"tiny model saved to {sys.argv[1]}")
