@@ -3,7 +3,8 @@
     python scripts/lab/report.py                # saves/lab/report: tables.md, runs.json and the pictures
     python scripts/lab/report.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
 
-A method stands with the learning rate that was chosen from the sweep, everything else with the rate of all.
+With --docs the runs of docs/lab/runs.json stay that were not made again and whose recipe, base, rows and questions are
+those of today. A method stands with the learning rate that was chosen from the sweep, everything else with the rate of all.
 """
 
 import argparse
@@ -66,10 +67,21 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("solo_orpo_lost_detached", "solo_orpo_detached", "the same, detached"),
     ("solo_orpo_lost_drop_detached", "solo_orpo_drop_detached", "the same, one-sided and detached"),
     ("orpo_short_lost", "orpo_short", "the same, ORPO on the short pair"),
+    ("solo_orpo_rejected_2_detached", "solo_orpo_detached", "two rejected answers against one, both detached"),
+    ("solo_orpo_rejected_4_detached", "solo_orpo_detached", "four, the same"),
+    ("distill_forward", "solo_orpo", "self-distillation alone against SoLo-ORPO, the paper's form"),
+    ("distill_forward", "solo_orpo_detached", "the same, detached"),
+    ("distill_reverse", "distill_forward", "reverse against forward KL"),
+    ("distill_jsd", "distill_forward", "Jensen-Shannon against forward KL"),
+    ("solo_orpo_distill", "solo_orpo_detached", "ORPO with distillation against detached SoLo-ORPO"),
+    ("solo_orpo_distill_reverse", "solo_orpo_distill", "reverse against forward KL, with ORPO"),
+    ("solo_orpo_distill", "distill_forward", "ORPO with distillation against distillation alone"),
+    ("solo_orpo_detached_anchor_0.1", "solo_orpo_detached", "with an anchor of 0.1 against without, both detached"),
+    ("solo_orpo_detached_anchor_1", "solo_orpo_detached", "the same, an anchor of 1"),
     ("solo_dpo_ftx", "solo_dpo", "with NLL of the short chosen response against without"),
 )
 # of a result, in runs.json, where it has them
-SHIPPED = ("arm", "rate", "seed", "accuracy", "marks", "look", "cpu_seconds")
+SHIPPED = ("arm", "rate", "seed", "key", "accuracy", "marks", "look", "cpu_seconds")
 WITHIN = 0.03  # ours; near the top, about what 256 questions cannot tell apart. Seeds differ by more
 
 
@@ -80,31 +92,47 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), float(half)
 
 
-def read(source: Path, task: str) -> dict[tuple[str, float], dict[int, dict]]:
+def read(source: Path, task: str, shipped: Path | None = None) -> dict[tuple[str, float], dict[int, dict]]:
     """Read results, (arm, rate) -> seed -> result, from a folder of them or from runs.json, which has no logs.
 
     A result of another recipe, base, rows or questions than those of today is left out and named.
+
+    Args:
+        source: The folder or file.
+        task: Whose results.
+        shipped: A runs.json whose runs stand where the folder has none.
     """
-    if source.suffix == ".json":
-        runs = [
-            run
-            for run in json.loads(source.read_text(encoding="utf-8"))
-            if run["task"] == task and run["arm"] != "base"
-        ]
-    else:
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(source.glob("*.json"))]
-        settings, fresh, stale = task_of(task).settings(), [], []
-        for run in runs:
-            current = run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)
-            (fresh if current else stale).append(run)
-        if stale:
-            names = sorted({run["arm"] for run in stale})
-            print(f"{len(stale)} results are of other settings and left out: {', '.join(names)}", file=sys.stderr)
-        runs = [short_form(run, task) for run in fresh]
     found = {}
+    if source.suffix == ".json":
+        runs = from_file(source, task)
+    else:
+        kept = current(from_file(shipped, task), task) if shipped else []
+        made = from_folder(source)
+        fresh = current(made, task)
+        if stale := sorted({run["arm"] for run in made if run not in fresh}):
+            count = len(made) - len(fresh)
+            print(f"{count} results are of other settings and left out: {', '.join(stale)}", file=sys.stderr)
+        runs = [*kept, *(short_form(run, task) for run in fresh)]
     for run in runs:
         found.setdefault((run["arm"], run["rate"]), {})[run["seed"]] = run
     return found
+
+
+def current(runs: list[dict], task: str) -> list[dict]:
+    """Return the runs whose recipe, base, rows and questions are those of today."""
+    settings = task_of(task).settings()
+    return [run for run in runs if run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)]
+
+
+def from_folder(folder: Path) -> list[dict]:
+    """Return the results of a folder, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def from_file(path: Path, task: str) -> list[dict]:
+    """Return a task's runs of a runs.json, without its base."""
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    return [run for run in runs if run["task"] == task and run["arm"] != "base"]
 
 
 def base_accuracy(source: Path, task: str) -> dict[int, float]:
@@ -140,9 +168,9 @@ def warned(log: list[dict]) -> bool:
 class Results:
     """Hold a task's runs by arm and rate; what the tables show is at an arm's own rate and not of the sweep's seed."""
 
-    def __init__(self, source: Path, task: str = "recall"):
-        self.all, self.task = read(source, task), task
-        self.base = base_accuracy(source, task)
+    def __init__(self, source: Path, task: str = "recall", shipped: Path | None = None):
+        self.all, self.task = read(source, task, shipped), task
+        self.base = base_accuracy(source, task) or (base_accuracy(shipped, task) if shipped else {})
         self.unit = "pairs" if task == "recall" else "tokens"
         self.lengths = MEASURED if task == "recall" else table(task).get("lengths", LENGTHS)
         self.ends = (SHORT, LONG) if task == "recall" else (self.lengths[0], self.lengths[-1])
@@ -230,12 +258,13 @@ def differences(results: Results) -> str:
 
 def tables(recall: Results, two_hop: Results) -> dict[str, str]:
     """Return all tables: name of the marker in docs/lab.md -> Markdown."""
-    solos = [name for name in table("recall")["arms"] if name.startswith("solo_")]
+    of_recall = table("recall")
+    solos = [name for name in of_recall["arms"] if name.startswith("solo_")]
     return {
         "sweep": sweep(recall),
-        "methods": accuracies(recall, list(table("recall")["sweep"]["rates"])),
+        "methods": accuracies(recall, [name for name in of_recall["sweep"]["rates"] if name in of_recall["arms"]]),
         "ablations": accuracies(recall, solos, RATE),
-        "beyond": accuracies(recall, ["orpo_short_lost", *table("recall")["beyond"]], RATE),
+        "beyond": accuracies(recall, ["orpo_short_lost", *of_recall["beyond"]]),
         "differences": differences(recall),
         "two_hop_sweep": sweep(two_hop),
         "two_hop": accuracies(two_hop, list(arms("two_hop"))),
@@ -324,6 +353,11 @@ def curve(runs: list[dict], key: str) -> tuple[list[int], list[float]]:
     return list(logged[0]), [statistics.mean(log[step] for log in logged) for step in logged[0]]
 
 
+def has_logs(results: Results) -> bool:
+    """Tell whether all runs that `dynamics` draws have their log, which runs.json does not."""
+    return all("log" in run for name in DRAWN for run in results.runs(name).values())
+
+
 def dynamics(results: Results, path: Path) -> None:
     """Draw training, one row a loss: margin, rejected log-prob, reward gap, short reward, accuracy at both ends."""
     logged = ("rewards/margins", "logps/rejected", "solopo/reward_gap", "solopo/reward_short")
@@ -381,7 +415,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab/report")
     parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
     args = parser.parse_args(words)
-    recall, two_hop = Results(args.results), Results(args.results.parent / "two_hop/results", "two_hop")
+    shipped = RUNS if args.docs else None
+    recall = Results(args.results, "recall", shipped)
+    two_hop = Results(args.results.parent / "two_hop/results", "two_hop", shipped)
     if not recall.all and not two_hop.all:
         sys.exit(f"{args.results} holds no results; run scripts/lab/run.py first.")
     parts = tables(recall, two_hop)
@@ -389,9 +425,9 @@ def main(words: list[str] | None = None) -> int:
     for folder, more in ((args.output, []), *([(RUNS.parent, retired())] if args.docs else [])):
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in PLOTS.items():
-            draw(recall, folder / f"{name}.png")
-            if name in OF_BOTH and two_hop.names:
-                draw(two_hop, folder / f"two_hop_{name}.png")
+            for results, beginning in ((recall, ""), (two_hop, "two_hop_")):
+                if results.names and (not beginning or name in OF_BOTH) and (draw != dynamics or has_logs(results)):
+                    draw(results, folder / f"{beginning}{name}.png")
         write_json(folder / "runs.json", runs + more)
     write(args.output / "tables.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
     if args.docs:

@@ -223,8 +223,8 @@ def in_parallel(pool, calls: dict, what: str) -> list[str]:
 
 def wanted_arms(args, parser) -> list[str]:
     """Return the arms that the command line asks for."""
-    if args.beyond and (args.sweep or args.arms or args.task != "recall"):
-        parser.error("--beyond is of the first task, and not with --sweep or --arms.")
+    if args.beyond and (args.sweep or args.arms or not table(args.task)["beyond"]):
+        parser.error("--beyond is of the first two tasks, and not with --sweep or --arms.")
     if unknown := [name for name in args.arms or () if name not in arms(args.task)]:
         parser.error(f"--arms: {unknown[0]} is none of {', '.join(arms(args.task))}.")
     if args.sweep:

@@ -68,6 +68,7 @@ NEW_TOKENS = 24  # an answer has 14 and the stop token
 QUESTIONS_ASKED = 4 * N_NAMES["person"]  # of a set of rows: four of each person
 HELD_OUT = 2**20  # seed of the questions on which accuracy is measured; no training rows have it
 MEASURED = 256  # of them
+REJECTED = (2, 4)  # rejected answers of a row of `two_hop_rejected_N_solopo` at most
 ASKED, ASKED_BY_STEP = 128, 64  # of those, of a run's finished model and of a checkpoint
 
 
@@ -187,6 +188,9 @@ def prepare(folder: Path, seed: int = 0, n: int = QUESTIONS_ASKED, **keys) -> No
     places = dict(input=folder / "questions.jsonl", dataset_dir=folder, work_dir=folder / "work")
     keys = places | {"model_name_or_path": BASE, "seed": seed} | keys
     words = [f"{key}={value}" for key, value in keys.items()]
+    for several in REJECTED:  # of the same answers; the pairs that stay in the work folder are the paper's
+        more = [f"num_rejected={several}", f"dataset_name=two_hop_rejected_{several}"]
+        run_pipeline(load_recipe(str(RECIPE), words + more))
     run_pipeline(load_recipe(str(RECIPE), words))
 
 

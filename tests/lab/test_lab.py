@@ -137,8 +137,8 @@ def test_copying_is_being_learnt_or_the_script_says_so(capsys):
 
 def test_table_of_arms():
     table = arms.table("recall")
-    assert len(arms.arms()) == 64 and len(table["beyond"]) == 21 and len(table["sweep"]["rates"]) == 19
-    assert len(arms.arms("two_hop")) == 20 and len(arms.table("two_hop")["sweep"]["rates"]) == 7
+    assert len(arms.arms()) == 64 and len(table["beyond"]) == 21 and len(table["sweep"]["rates"]) == 28
+    assert len(arms.arms("two_hop")) == 22 and len(arms.table("two_hop")["sweep"]["rates"]) == 9
     for name, keys in arms.arms().items():
         assert keys["dataset"] in ENTRIES | lab_rows.ENTRIES, name
     for task in run_lab.TASKS:
@@ -316,9 +316,9 @@ def test_rows_are_made_again_if_they_would_be_others(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--beyond", "--task", "two_hop"], "--beyond is of the first task, and not with --sweep or --arms"),
-        (["--beyond", "--sweep"], "--beyond is of the first task, and not with --sweep or --arms"),
-        (["--beyond", "--arms", "solo_orpo"], "--beyond is of the first task, and not with --sweep or --arms"),
+        (["--beyond", "--task", "real"], "--beyond is of the first two tasks, and not with --sweep or --arms"),
+        (["--beyond", "--sweep"], "--beyond is of the first two tasks, and not with --sweep or --arms"),
+        (["--beyond", "--arms", "solo_orpo"], "--beyond is of the first two tasks, and not with --sweep or --arms"),
         (["--sweep", "--arms", "solo_orpo_kl"], "--sweep: solo_orpo_kl is none of sft_short"),
         (["--arms", "solo_orpo", "solo_opro"], "--arms: solo_opro is none of sft_short"),
     ],
@@ -337,6 +337,24 @@ def test_report_leaves_out_what_is_stale(tmp_path, capsys):
     assert "1 results are of other settings and left out: orpo_short" in capsys.readouterr().err
 
 
+def run_name(run: dict) -> tuple:
+    return run["task"], run["arm"], run.get("rate"), run.get("seed")
+
+
+def runs_by_name(path: Path) -> dict[tuple, dict]:
+    return {run_name(run): run for run in json.loads(path.read_text())}
+
+
+def test_shipped_runs_of_other_settings_are_not_kept(tmp_path):
+    leave(tmp_path, "orpo_short", 3e-4, {0: 0.5})
+    runs = json.loads(report.RUNS.read_text())
+    stale = [run | {"key": "of before"} if run["arm"] == "orpo_short" and run["seed"] == 1 else run for run in runs]
+    write_json(tmp_path / "runs.json", stale)
+    kept = report.Results(tmp_path / "results", shipped=tmp_path / "runs.json")
+    assert sorted(kept.runs("orpo_short")) == [0, 2, 3, 4] and sorted(kept.runs("dpo_long")) == [0, 1, 2, 3, 4]
+    assert kept.runs("orpo_short")[0]["accuracy"]["8"] == 0.5
+
+
 def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch):
     monkeypatch.setitem(arms.table("recall")["arms"]["orpo_long"], "learning_rate", 6e-4)
     leave(tmp_path, "orpo_long", 3e-4, {0: 0.9, 1: 0.9})
@@ -348,7 +366,7 @@ def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch)
     monkeypatch.setattr(report, "DOCS", tmp_path / "docs/lab.md")
     monkeypatch.setattr(report, "RUNS", tmp_path / "docs/lab/runs.json")
     retired = report.retired()
-    report.main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "out"), "--docs"])
+    report.main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "out")])
     written = (tmp_path / "out/tables.md").read_text()
     # mean 0.7, standard deviation 0.1414, t 12.706 for one degree of freedom: 12.706 * 0.1414 / sqrt(2) = 1.271
     assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in written
@@ -358,8 +376,18 @@ def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch)
         "dynamics.png",
     }  # fmt: skip
     made = json.loads((tmp_path / "out/runs.json").read_text())
-    assert len(made) == 7 and json.loads(report.RUNS.read_text()) == made + retired, "what nobody can run again is kept"
-    assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in report.DOCS.read_text()
+    assert len(made) == 7
+
+    drawn = (tmp_path / "docs/lab/dynamics.png").read_bytes()
+    before = runs_by_name(report.RUNS)
+    report.main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "out"), "--docs"])
+    after = runs_by_name(report.RUNS)
+    mine = {run_name(run): run for run in made}
+    assert after == {**before, **mine}, "what was not run again is kept, so is what nobody can run again"
+    assert retired and json.loads(report.RUNS.read_text())[-len(retired) :] == retired
+    page = report.DOCS.read_text()
+    assert "| orpo_long | 0.700 ± 1.271 | 0.700 ± 1.271 |" in page and "| orpo_short | 0.991 ± 0.006 |" in page
+    assert (tmp_path / "docs/lab/dynamics.png").read_bytes() == drawn, "kept runs have no logs to draw"
     with pytest.raises(SystemExit, match="holds no results; run scripts/lab/run.py first"):
         report.main(["--results", str(tmp_path / "nothing")])
 
@@ -399,7 +427,8 @@ def test_page_is_what_its_runs_give():
     runs, page = report.DOCS.with_suffix("") / "runs.json", report.DOCS.read_text(encoding="utf-8")
     parts = report.tables(report.Results(runs), report.Results(runs, "two_hop"))
     assert report.filled(page, parts) == page
-    assert parts["methods"].count("\n") == len(arms.table("recall")["sweep"]["rates"]) + 3
+    swept = [name for name in arms.table("recall")["sweep"]["rates"] if name in arms.table("recall")["arms"]]
+    assert len(swept) == 19 and parts["methods"].count("\n") == len(swept) + 3
     for name in re.findall(r"\(lab/(.*?)\)", page):
         assert (runs.parent / name).is_file(), name
 
