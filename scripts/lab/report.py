@@ -73,6 +73,7 @@ DIFFERENCES = (  # first, second: what the paper or the question behind it says 
     ("distill_forward", "solo_orpo_detached", "the same, detached"),
     ("distill_reverse", "distill_forward", "reverse against forward KL"),
     ("distill_jsd", "distill_forward", "Jensen-Shannon against forward KL"),
+    ("distill_forward_anchor_1", "distill_forward", "with an anchor of 1 against without"),
     ("solo_orpo_distill", "solo_orpo_detached", "ORPO with distillation against detached SoLo-ORPO"),
     ("solo_orpo_distill_reverse", "solo_orpo_distill", "reverse against forward KL, with ORPO"),
     ("solo_orpo_distill", "distill_forward", "ORPO with distillation against distillation alone"),
