@@ -30,17 +30,18 @@ def fetched(folder: Path, package: str, command: list[str], unpack: Callable[[Pa
     """
     if folder.is_dir():
         return folder
+    tool = Path(command[0]).name
     if not shutil.which(command[0]):
-        pytest.skip(f"{command[0]}, which fetches {package}, is not installed")
+        pytest.skip(f"{tool}, which fetches {package}, is not installed")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             done = subprocess.run([*command, scratch], capture_output=True, text=True, timeout=SECONDS, cwd=scratch)
         except subprocess.TimeoutExpired:
-            pytest.skip(f"{command[0]} did not fetch {package} in {SECONDS} s")
+            pytest.skip(f"{tool} did not fetch {package} in {SECONDS} s")
         if done.returncode:  # the rest of its words names the registry, perhaps with a password
             code = re.search(r"code (\w+)", done.stderr)
-            pytest.skip(f"{command[0]} cannot fetch {package}: {code[1] if code else done.returncode}")
+            pytest.skip(f"{tool} cannot fetch {package}: {code[1] if code else done.returncode}")
         try:
             os.rename(unpack(Path(scratch)), folder)
         except OSError:

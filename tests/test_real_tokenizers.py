@@ -19,7 +19,7 @@ from test_data import OPENAI_TAGS, SHAREGPT, attributes, processed
 
 from solopo_plugin.data import RowError
 
-pytestmark = pytest.mark.slow  # a network, 30 MB
+pytestmark = pytest.mark.slow  # a network, 50 MB
 
 PAGE = ROOT / "docs/templates.md"
 # column of the page's tables -> package, the host's template, `enable_thinking`, what the model's own template is given
