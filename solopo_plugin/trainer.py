@@ -211,7 +211,8 @@ class SoloTrainer(CustomDPOTrainer):
         reward, gap, nll = (f"`{name}` {start[name]:.3g} -> {now[name]:.3g}" for name in (REWARD, GAP, NLL))
         cure = "set `solopo_detach_short: true` or a smaller `solopo_alpha`"
         if self.finetuning_args.distills:
-            cure = "keep a `pref_loss` beside it (`solopo_align: distill`), or lower `solopo_alpha` or `learning_rate`"
+            anchor = "" if self.finetuning_args.solopo_anchor else "add `solopo_anchor: 1.0`, "
+            cure = f"{anchor}keep a `pref_loss` beside it (`solopo_align: distill`), or lower the `learning_rate`"
         logger.warning_rank0(
             f"The alignment loss falls because the short answer is being unlearned (steps {start['step']} to "
             f"{now['step']}: {reward}, {gap}, {nll} nats per token): stop and {cure}; see Diagnostics in "

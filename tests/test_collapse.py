@@ -133,12 +133,20 @@ def test_said_once_with_values_and_what_to_do(run, recipe, host_log, seen):
         assert f"`{name}` {log[0][name]:.3g} -> {log[2][name]:.3g}" in message
 
 
-@pytest.mark.parametrize("keys", [dict(solopo_objective="distill"), dict(solopo_align="distill", pref_loss="orpo")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(solopo_objective="distill"),
+        dict(solopo_align="distill", pref_loss="orpo"),
+        dict(solopo_objective="distill", solopo_anchor=1.0),
+    ],
+)
 def test_said_of_self_distillation(run, recipe, host_log, seen, keys):
     """Its teacher gets no gradient and shares the weights, so that it can drift."""
     run(recipe(max_steps=4, **keys))
     (message,) = said(host_log)
     assert "keep a `pref_loss` beside it" in message and "detach" not in message
+    assert ("add `solopo_anchor: 1.0`" in message) == ("solopo_anchor" not in keys)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
     python scripts/lab/report.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
 
 With --docs the runs of docs/lab/runs.json stay that were not made again and whose recipe, base, rows and questions are
-those of today. A method stands with the learning rate that was chosen from the sweep, everything else with the rate of all.
+those of today. A method stands with the learning rate that was chosen from the sweep, everything else with the rate of
+all.
 """
 
 import argparse
@@ -403,6 +404,11 @@ def retired() -> list[dict]:
     return [run for run in json.loads(RUNS.read_text("utf-8")) if run["arm"] not in {"base", *arms(run["task"])}]
 
 
+def place(run: dict) -> tuple:
+    """Return by what runs.json is sorted: the base of a task first, then its arms by name."""
+    return run["task"], run["arm"] != "base", run["arm"], run.get("rate"), run.get("seed")
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as file:
@@ -429,7 +435,7 @@ def main(words: list[str] | None = None) -> int:
             for results, beginning in ((recall, ""), (two_hop, "two_hop_")):
                 if results.names and (not beginning or name in OF_BOTH) and (draw != dynamics or has_logs(results)):
                     draw(results, folder / f"{beginning}{name}.png")
-        write_json(folder / "runs.json", runs + more)
+        write_json(folder / "runs.json", sorted(runs + more, key=place))
     write(args.output / "tables.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
     if args.docs:
         write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))
