@@ -308,7 +308,7 @@ def bars(results: Results, path: Path) -> None:
     labels = [name + ("" if rate == RATE else f" ({rate:g})") for name, rate in rates.items()]
     axes.set(yticks=[i + 0.2 for i in range(len(names))], yticklabels=labels, xlabel="accuracy", xlim=(0, 1.05))
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=2)
     save(figure, path)
 
 
