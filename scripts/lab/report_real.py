@@ -36,6 +36,7 @@ DIFFERENCES = (  # first, second: what is asked
     ("solo_orpo_detached", "longpo", "against LongPO"),
     ("solo_orpo_detached", "solo_orpo", "detached against the paper's form"),
     ("solo_dpo_detached", "solo_dpo", "the same"),
+    ("solo_orpo_distill", "solo_orpo_detached", "ORPO with self-distillation against detached SoLo-ORPO"),
 )
 LOOKED = (  # measures of solopo_plugin/probe/inside.py
     "evidence's share of what falls on documents",

@@ -177,6 +177,11 @@ def test_prepared_rows(tmp_path):
     two_hop.prepare(tmp_path, seed=7, n=40, long_tokens=256, num_samples=8)
     info = json.loads((tmp_path / "dataset_info.json").read_text())
     assert {f"two_hop_{suffix}" for suffix in ENTRIES} <= info.keys()
+    one = [row["rejected"] for row in read_jsonl(tmp_path / "two_hop_solopo.jsonl")]
+    for most in two_hop.REJECTED:
+        entry = info[f"two_hop_rejected_{most}_solopo"]
+        lists = [row[entry["columns"]["rejected"]] for row in read_jsonl(tmp_path / entry["file_name"])]
+        assert [texts[0] for texts in lists] == one and 1 < max(map(len, lists)) <= most
     rows = list(read_jsonl(tmp_path / "two_hop_solopo.jsonl"))
     assert len(rows) >= 10
     for row in rows:
@@ -221,4 +226,5 @@ def test_recipe_and_arms_fit():
     assert common["cutoff_len"] == recipe.cutoff_len >= LONG + two_hop.NEW_TOKENS
     assert common["template"] == recipe.template and ROOT / common["model_name_or_path"] == BASE
     for name, keys in arms.arms("two_hop").items():
-        assert keys["dataset"].removeprefix(f"{recipe.dataset_name}_") in ENTRIES, name
+        several = re.sub("^rejected_[24]_", "", keys["dataset"].removeprefix(f"{recipe.dataset_name}_"))
+        assert several in ENTRIES, name
