@@ -40,7 +40,7 @@ from step_cost import (
     window_of,
 )  # fmt: skip
 
-from solopo_plugin.args import FIELDS, check_keys
+from solopo_plugin.args import FIELDS, check_keys, distills
 
 ROOT = Path(__file__).parent.parent
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"
@@ -81,8 +81,7 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
     low, element = bool(deepspeed and half) or pure, 2 if half or pure else 4
     states = OPTIMIZERS[optim] / (2 if pure and not optim.endswith("8bit") else 1)
     shared = recipe.get("solopo_sequence_parallel", FIELDS["solopo_sequence_parallel"].default)
-    objective = recipe.get("solopo_objective")
-    distills = objective == "distill" or (objective != "longpo" and recipe.get("solopo_align") == "distill")
+    taught = distills(recipe.get("solopo_objective"), recipe.get("solopo_align"))
     return recipe, Setup(
         gpus, zero.get("stage", 0), *offload, float(zero.get("stage3_max_live_parameters", 1e9)),
         recipe.get("lora_rank", 8) if tuning == "lora" else 0,
@@ -93,7 +92,7 @@ def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
         chunk=recipe.get("solopo_logp_chunk", FIELDS["solopo_logp_chunk"].default),
         mlp_chunk=recipe.get("solopo_mlp_chunk", FIELDS["solopo_mlp_chunk"].default),
         batch=recipe.get("per_device_train_batch_size", 8), both=recipe.get("solopo_align_on") == "both",
-        divergences=distills + bool(recipe.get("solopo_anchor")), sequence_parallel=shared,
+        divergences=taught + bool(recipe.get("solopo_anchor")), sequence_parallel=shared,
     )  # fmt: skip
 
 

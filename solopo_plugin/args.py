@@ -113,7 +113,7 @@ class SoloArguments:
     @property
     def distills(self) -> bool:
         """Return whether the distribution given the short context teaches that given the long one."""
-        return self.solopo_objective == "distill" or (not self.longpo and self.solopo_align == "distill")
+        return distills(self.solopo_objective, self.solopo_align)
 
 
 @dataclass
@@ -163,6 +163,11 @@ def check_values(args: SoloArguments | SoloDataArguments) -> None:
                 raise ValueError(f"`{name}` must be true or false, got {value!r}.")
         elif value not in get_args(spec.type):
             raise ValueError(f"`{name}` must be one of {', '.join(get_args(spec.type))}; got {value!r}.")
+
+
+def distills(objective: str | None, align: str | None) -> bool:
+    """Return whether a step teaches itself: `distill` is the objective, or the alignment of one that aligns."""
+    return objective == "distill" or (objective != "longpo" and align == "distill")
 
 
 def loss_refers(pref_loss: str, objective: str) -> bool:

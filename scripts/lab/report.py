@@ -104,26 +104,26 @@ def read(source: Path, task: str, shipped: Path | None = None) -> dict[tuple[str
         task: Whose results.
         shipped: A runs.json whose runs stand where the folder has none.
     """
-    found = {}
+    settings, found, stale = task_of(task).settings(), {}, []
+
+    def of_today(run: dict) -> bool:
+        return run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)
+
     if source.suffix == ".json":
         runs = from_file(source, task)
     else:
-        kept = current(from_file(shipped, task), task) if shipped else []
-        made = from_folder(source)
-        fresh = current(made, task)
-        if stale := sorted({run["arm"] for run in made if run not in fresh}):
-            count = len(made) - len(fresh)
-            print(f"{count} results are of other settings and left out: {', '.join(stale)}", file=sys.stderr)
-        runs = [*kept, *(short_form(run, task) for run in fresh)]
+        runs = [run for run in from_file(shipped, task) if of_today(run)] if shipped else []
+        for run in from_folder(source):
+            if of_today(run):
+                runs.append(short_form(run, task))
+            else:
+                stale.append(run["arm"])
+    if stale:
+        names = ", ".join(sorted(set(stale)))
+        print(f"{len(stale)} results are of other settings and left out: {names}", file=sys.stderr)
     for run in runs:
         found.setdefault((run["arm"], run["rate"]), {})[run["seed"]] = run
     return found
-
-
-def current(runs: list[dict], task: str) -> list[dict]:
-    """Return the runs whose recipe, base, rows and questions are those of today."""
-    settings = task_of(task).settings()
-    return [run for run in runs if run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)]
 
 
 def from_folder(folder: Path) -> list[dict]:

@@ -132,7 +132,7 @@ def test_evaluation_without_training(train, tuner, recipe, tmp_path):
 
 
 def rates(found, processes: int) -> list[float]:
-    """What was counted for the rates that a run reports: rates times seconds."""
+    """Return what was counted for the rates that a run reports: rates times seconds."""
     results = json.loads((found.dir / "train_results.json").read_text())
     counts = [results[f"train_{name}_per_second"] for name in ("samples", "steps")]
     counts = [count * results["train_runtime"] for count in (*counts, processes * results["effective_tokens_per_sec"])]

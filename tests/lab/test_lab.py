@@ -597,7 +597,7 @@ def test_what_is_said_of_self_distillation_anchors_and_lists_of_rejected_answers
     for name in ("distill_forward", "distill_reverse", "distill_jsd"):
         assert [shares(two_hop, name, end, 3e-4) for end in (0, 1)] == [[0.0] * 3, [0.0] * 3]
     short, long = ([mean(recall, f"distill_{kl}", end) for kl in ("forward", "reverse", "jsd")] for end in (0, 1))
-    assert short == ["1.00", "0.91", "0.94"] or short == ["1.00", "0.91", "0.95"]
+    assert short == ["1.00", "0.91", "0.94"]
     assert long == ["0.90", "0.67", "0.68"] and less(recall, "distill_forward") == "0.05 ± 0.05"
     assert mean(recall, "solo_orpo_distill", 1) == "0.92" and less(recall, "solo_orpo_distill") == "0.03 ± 0.01"
     assert mean(recall, "solo_orpo_distill_reverse", 1) == "0.86"

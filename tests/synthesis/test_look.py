@@ -91,7 +91,7 @@ BLANK = dict.fromkeys(range(128), " ")
 
 
 def test_rows_that_say_nothing_of_their_source_show_the_titles_of_the_evidence(work, tmp_path):
-    """Those of questions that were read, a retrieval log's among them; without a title it is the document's number."""
+    """Show titles for questions that were read, a retrieval log's among them; without a title the document's number."""
     data = tmp_path / "data" / "toy_solopo.jsonl"
     rows = list(read_jsonl(data))
     rows[1]["long_prompt"] = rows[1]["long_prompt"].replace("Document ", "Text ")

@@ -150,7 +150,7 @@ def environment() -> dict:
 @pytest.mark.slow
 def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, max_n):
     rng = random.Random(max_n)
-    with serving(work.parent / "answers.json", slow=0.01, max_n=max_n) as server:
+    with serving(work.parent / "answers.json", slow=0.03, max_n=max_n) as server:  # so that no look misses too many
         sample.run(recipe_for(server.url), tmp_path_with_contexts(work, tmp_path / "whole"))
         lengths, kills = [], 0
         while not (work / "samples.long.jsonl").exists():
@@ -164,8 +164,7 @@ def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, 
                 time.sleep(0.001)
             assert process.wait() in (0, -signal.SIGKILL)
             lengths.append(lines(work))
-    # five, unless a busy machine answers the rest between two looks
-    assert kills >= 3 and all(a <= b for a, b in zip(lengths[: kills - 1], lengths[1:kills], strict=True))
+    assert kills == 5 and all(a <= b for a, b in zip(lengths[:4], lengths[1:5], strict=True))
     assert final(work) == final(tmp_path / "whole")
 
 
