@@ -20,7 +20,7 @@ def main(words: list[str] | None = None) -> int:
     """Write the page; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a work folder of build_data.py, or a .jsonl or .parquet file")
-    parser.add_argument("--output", type=Path, help="folder to write to; default: `inspection` beside the data")
+    parser.add_argument("--output", type=Path, help="folder to write to; default: `NAME_inspection` beside the data")
     parser.add_argument("--rows", type=int, default=100, help="rows for the reader, spread evenly (default 100)")
     parser.add_argument("--id", action="append", default=[], help="a question that the reader must have")
     args = parser.parse_args(words)

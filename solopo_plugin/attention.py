@@ -236,7 +236,7 @@ def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int, capabi
 def runs_cudnn(device: torch.device, head_size: int, capability=None) -> bool:
     """Return whether SDPA attends by cuDNN, in 16 bits: where torch prefers it, on an H100, H200, B100 or B200.
 
-    On an H200 it is 1.5 to 1.8 times as fast as FlashAttention-2, which is not written for that card (docs/benchmarks).
+    On an H200 it is 1.4 to 1.8 times as fast as FlashAttention-2, which is not written for that card (docs/benchmarks).
     """
     capability = capability or torch.cuda.get_device_capability(device)
     return capability in ((9, 0), (10, 0)) and head_size <= 128 and torch.backends.cuda.cudnn_sdp_enabled()

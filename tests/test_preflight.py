@@ -63,6 +63,10 @@ MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
     "misspelt data set": ({"dataset": "demo_solpo"}, "is not registered in {data}: did you mean `demo_solopo`?"),
     "data set of a data recipe": ({"dataset": "musique_qwen2.5_7b_solopo"}, "`dataset: musique_qwen2.5_7b_solopo` is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b.yaml"),
     "data set of a longer data recipe": ({"dataset": "musique_qwen2.5_7b_64k_solopo"}, "`dataset: musique_qwen2.5_7b_64k_solopo` is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b_64k.yaml"),
+    "data set by overrides": ({"dataset": "musique_qwen2.5_7b_16k_solopo"}, "is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b.yaml with the overrides of examples/yaml/README.md"),
+    "data set of today's models": ({"dataset": "musique_qwen3_4b_solopo"}, "is not registered in {data}: python scripts/build_data.py examples/yaml/models/data.yaml"),
+    "data set of the story": ({"dataset": "story_solopo"}, "is not registered in {data}: python scripts/build_data.py examples/yaml/story/data.yaml"),
+    "data set like another": ({"dataset": "demo_solo"}, "did you mean `demo_solopo`? If not, make rows (scripts/build_data.py), or register yours (docs/data.md)."),
     "unknown data set": ({"eval_dataset": "xyz"}, "`eval_dataset: xyz` is not registered in {data}: make rows (scripts/build_data.py), or register yours (docs/data.md)."),
 }  # fmt: skip
 
@@ -92,7 +96,7 @@ def test_gpus(machine, monkeypatch):
     machine(gpus=2, packages=True)
     monkeypatch.setenv("NPROC_PER_NODE", "4")
     assert told(use_cpu=False) == [
-        "NPROC_PER_NODE=4, and there are 2 GPUs: NPROC_PER_NODE=2 llamafactory-cli train recipe.yaml"
+        "NPROC_PER_NODE=4, and there are 2 GPUs: FORCE_TORCHRUN=1 NPROC_PER_NODE=2 llamafactory-cli train recipe.yaml"
     ]
     assert told() == []  # processes on the CPU
 

@@ -17,8 +17,6 @@ import record  # noqa: E402
 from check import PARTS  # noqa: E402
 from steps import JOBS, LONGEST, reference_of, settings_of  # noqa: E402
 
-from solopo_plugin.packing import LONG as FROM  # noqa: E402
-
 GB = 1e9
 MEANS = {
     "V0": "the host's `stage: dpo` on the long pair",
@@ -153,8 +151,8 @@ def attention(check: dict) -> list[str]:
     lines = [
         "## Attention of a packed row, forward and backward", "",
         "One layer's: 28 heads over 4 of keys, size 128. Visible pairs alone are counted.",
-        f"`long apart`: segments from {FROM:,} tokens by SDPA, the others in one varlen call. New: the first call at a "
-        "length, for which cuDNN prepares.", "",
+        f"`long apart`: segments from {part['apart_from']:,} tokens by SDPA, the others in one varlen call. New: the "
+        "first call at a length, for which cuDNN prepares.", "",
         "| L, kernel | ms | at a new length, ms | TFLOP/s |", "|---|---|---|---|",
     ]  # fmt: skip
     columns = ("ms", "new_ms", "TFLOP/s")

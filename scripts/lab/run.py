@@ -97,8 +97,9 @@ def done(job: dict) -> bool:
 
 
 def environment(out: Path, cpu: bool = True) -> None:
-    """Set the environment that workers inherit: one thread each, no GPU but where one is meant, the lab's caches."""
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {}))
+    """Set the environment that workers inherit: one thread each, no GPU or the first one, the lab's caches."""
+    card = "" if cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # more would multiply a step's rows
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=card)
     os.environ.update(SOLOPO_CACHE=str(out / "cache"), HF_DATASETS_CACHE=str(out / "cache/datasets"))
 
 

@@ -203,7 +203,8 @@ def _launch(recipe: dict) -> Iterator[str]:
         yield f"`deepspeed` is started by torchrun: {_again(before='FORCE_TORCHRUN=1')}"
     processes, devices = _processes(), get_device_count()
     if processes > devices > 0 and not recipe.get("use_cpu"):
-        yield f"NPROC_PER_NODE={processes}, and there are {devices} GPUs: {_again(before=f'NPROC_PER_NODE={devices}')}"
+        again = _again(before=f"FORCE_TORCHRUN=1 NPROC_PER_NODE={devices}")
+        yield f"NPROC_PER_NODE={processes}, and there are {devices} GPUs: {again}"
 
 
 def _processes() -> int:
@@ -337,15 +338,16 @@ def _data(recipe: dict) -> Iterator[str]:
 def _how_to_make(name: str, registered: list[str]) -> str:
     """Say how to come by a data set: the nearest name, the data recipe that makes it, or the documentation."""
     made: dict[str, Path] = {}  # the longest name counts: rows of longer contexts are named after those of the paper
-    for path in sorted(Path("examples/yaml/data").glob("*.yaml")):
+    for path in sorted(Path("examples/yaml").rglob("*.yaml")):
         names = re.findall(r"^dataset_name: (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         made |= {known: path for known in names if name.startswith(f"{known}_")}
     if made:
-        return f"python scripts/build_data.py {made[max(made, key=len)]}"
+        known = max(made, key=len)
+        longer = " with the overrides of examples/yaml/README.md" * bool(re.match(r"\d+k_", name[len(known) + 1 :]))
+        return f"python scripts/build_data.py {made[known]}{longer}"
     near = get_close_matches(name, registered, n=1)
-    return (
-        f"did you mean `{near[0]}`?" if near else "make rows (scripts/build_data.py), or register yours (docs/data.md)."
-    )
+    meant = f"did you mean `{near[0]}`? If not, " if near else ""
+    return f"{meant}make rows (scripts/build_data.py), or register yours (docs/data.md)."
 
 
 def _names(value: object) -> list[str]:

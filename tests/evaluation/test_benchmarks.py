@@ -136,6 +136,10 @@ def test_longbench(tmp_path, ask):
         ),
         ({"longbench_data": str(tmp_path / "qasper.jsonl")}, "is a file; give the folder in which LongBench's files"),
         ({"longbench_data": "no where"}, "`longbench_data`: there is no file no where, and it is no name of the hub"),
+        (
+            {"longbench_data": str(tmp_path / "longbench")},
+            f"`longbench_data: {tmp_path / 'longbench'}` is not there: unpack LongBench's data.zip into it",
+        ),
         ({"longbench_data": "no/where"}, "`longbench_data: no/where` cannot be loaded (subset 'narrativeqa', split"),
     ):
         with pytest.raises(DataError, match=re.escape(message)):

@@ -45,6 +45,11 @@ def _source(data: str, task: str) -> str:
     if Path(data).is_file():
         raise DataError(f"`longbench_data: {data}` is a file; give the folder in which LongBench's files are.")
     if not Path(data).is_dir():
+        if Path(data).parent.is_dir() and "/" in data:  # that of a hub's name, the owner, is no folder
+            raise DataError(
+                f"`longbench_data: {data}` is not there: unpack LongBench's data.zip into it (docs/evaluation.md, "
+                "Where the files are)."
+            )
         return data
     names = [name for end in (".jsonl", ".jsonl.gz") for name in (f"{task}{end}", f"data/{task}{end}")]
     found = [path for name in names if (path := Path(data, name)).exists()]
