@@ -8,6 +8,9 @@ from copy import copy
 
 from ..qa.files import did_you_mean
 
+# templates whose thoughts begin and end with special tokens, told without the host, which takes seconds to load
+MARKED_BY_TOKENS = {"gemma4", "gemma4n", "gpt_oss"}
+
 
 def load_template(
     model_name_or_path: str,
@@ -94,3 +97,13 @@ def template_markers(tokenizer, template) -> set[str]:
     """Return the texts that only the template may write: special tokens and the words that end its turns."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return {*tokenizer.all_special_tokens, *added, *template.stop_words}
+
+
+def thought_markers(tokenizer, template) -> set[str]:
+    """Return the special tokens by which a template's thoughts begin and end; empty where plain text marks them.
+
+    Whoever decodes an answer must keep these: without them a thought is text of the answer.
+    """
+    ids = {i for word in template.thought_words for i in tokenizer.encode(word, add_special_tokens=False)}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    return {tokenizer.convert_ids_to_tokens(i) for i in ids & special}

@@ -20,6 +20,7 @@ from .seeded import generator
 log = logging.getLogger(__name__)
 PASSED_OVER = 20  # paragraphs that do not fit any more before a context counts as full; ours
 CHECKED = 32  # questions of which the sum of tokens is compared with the tokenised prompt; ours
+FILLED = 0.5  # of a target's tokens that a context has at least, or paragraphs are too long to fill one; ours
 ROUNDS = 6  # attempts at a length where tokens do not add up; ours
 
 

@@ -11,6 +11,7 @@ A file is known by its content, not by its name. It is read row by row and may b
 All but parquet may be packed by gzip.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,8 +24,10 @@ import ijson
 
 from .files import Bytes, DataError, as_data_error, parse_line, reading, shown
 
+log = logging.getLogger(__name__)
 Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it or raises DataError
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ROW_FILE = re.compile(r"(?!dataset_info|config\.|state\.)[^.].*\.(jsonl?|ndjson|parquet|arrow|csv|tsv|gz|zip)", re.I)
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|parquet|csv|tsv|txt|gz|zip)", re.IGNORECASE)  # no data set of the hub
 BOM = b"\xef\xbb\xbf"
 PACKED = (b"PK", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # zip, bzip2, xz, zstd
@@ -219,14 +222,23 @@ def _library_rows(name: str, place: str, key: str, subset: str | None, split: st
         split: Split of a hub data set.
         place: For the library; of a folder the absolute path, which it cannot take for a name.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     try:
         rows = load_dataset(place, subset, split=split)
+        files = load_dataset_builder(place, subset).config.data_files if os.path.isdir(place) else None
     except Exception as error:  # of the hub, the network, the reader: whatever it is, the user must know the name
         raise DataError(
             f"`{key}: {name}` cannot be loaded (subset {subset!r}, split {split!r}): "
             f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
         ) from None
+    if files:
+        read = {os.path.realpath(file) for file in files.get(split.split("[")[0], [])}
+        others = (path for path in sorted(Path(place).rglob("*")) if ROW_FILE.fullmatch(path.name) and path.is_file())
+        if unread := [str(path.relative_to(place)) for path in others if os.path.realpath(path) not in read]:
+            log.warning(
+                f"`{key}: {name}`: {', '.join(unread[:9])}{', ...' * (len(unread) > 9)} not read: by their names other "
+                f"files are the split {split!r}; if they are meant, give the names of files, with commas between them."
+            )
     for index, row in enumerate(rows):
         yield f"{name}[{index}]", partial(dict, row)

@@ -30,6 +30,7 @@ _TABLES = (
     "UNIQUE (name, hash))",
     "CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, set_id INTEGER, question TEXT, k INTEGER, "
     "prompt TEXT, value TEXT, UNIQUE (set_id, question, k, prompt))",
+    "CREATE TABLE IF NOT EXISTS served (hash TEXT PRIMARY KEY, name TEXT)",  # the server's name of who answered
 )
 _FULL = "free some space and start again, what is finished is kept"
 _REASONS = {  # second word of SQLite's name for an error -> what is said; {} is SQLite's own sentence
@@ -100,6 +101,18 @@ class Store:
                 run("PRAGMA wal_checkpoint")
             self._synced = time.monotonic()
 
+    def keep_served(self, set_id: int, name: str) -> str:
+        """Keep what a server calls who answers with a set's settings, unless that is known; returns what is kept.
+
+        Without an answer with these settings nothing is known. Sets from before names were kept have none.
+        """
+        answered = "EXISTS (SELECT 1 FROM answers JOIN sets b ON set_id = b.id WHERE b.hash = a.hash)"
+        known = f"EXISTS (SELECT 1 FROM served WHERE hash = a.hash) AND {answered}"
+        put = f"INSERT OR REPLACE INTO served SELECT hash, ? FROM sets a WHERE id = ? AND NOT ({known})"
+        with self._transaction() as run:
+            run(put, (name, set_id))
+            return run("SELECT b.name FROM sets a JOIN served b USING (hash) WHERE id = ?", (set_id,)).fetchone()[0]
+
     def find(self, set_id: int, prompts: dict[str, str]) -> tuple[dict[tuple[str, int], int], set[str]]:
         """Return the place of every answer of a set by question and number; of several to one question the last.
 
@@ -144,6 +157,8 @@ class Store:
     def copy(self, other: int, set_id: int, n: int) -> int:
         """Copy into a set the first `n` answers to each question of another set; returns how many were not there."""
         with self._transaction() as run:
+            served = "SELECT a.hash, served.name FROM sets a, sets b JOIN served ON served.hash = b.hash"
+            run(f"INSERT OR IGNORE INTO served {served} WHERE a.id = ? AND b.id = ?", (set_id, other))
             copy = "INSERT OR IGNORE INTO answers SELECT NULL, ?, question, k, prompt, value FROM answers"
             return run(f"{copy} WHERE set_id = ? AND k < ? ORDER BY id", (set_id, other, n)).rowcount
 

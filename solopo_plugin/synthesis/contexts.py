@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..host.template import template_markers
-from ..qa.contexts import Builder, PreparedQuestion
+from ..qa.contexts import FILLED, Builder, PreparedQuestion
 from ..qa.documents import Question, build_pool, count_tokens
 from ..qa.files import DataError, write_jsonl
 from ..qa.generate.calls import load_chat
@@ -92,7 +92,7 @@ def _remedy(recipe: DataRecipe) -> str:
     if recipe.contexts == "document":
         return "give longer documents, or take `contexts: mixed`"
     more = "give more documents" if from_documents(recipe) else "add documents with `corpus`"
-    return f"lower `long_tokens`, or {more}"
+    return f"lower `long_tokens`, {more}, or split paragraphs that are too long"
 
 
 def make_row(
@@ -134,6 +134,8 @@ def _mixed(builder: Builder, recipe: DataRecipe, prepared: PreparedQuestion, los
         built = builder.context(prepared, target, name, dropped, only)
         if isinstance(built, str):
             return f"{built}_{name}"
+        if name == "long" and built.row["tokens"] < FILLED * target:
+            return "paragraphs_too_long_for_long"
         sides[name] = built.row
         only = built.distractors if recipe.short_subset_of_long else None
     return sides

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..host.template import encode_turn, template_markers
+from ..host.template import encode_turn, template_markers, thought_markers
 from ..qa.answers import normalize_answer
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import load_chat
@@ -268,6 +268,7 @@ def _questions(
     """Yield all questions with what was drawn for them, in the contexts' order; `n_answers` counts by side."""
     tokenizer, template = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
     markers = template_markers(tokenizer, template)
+    unwanted = markers - (thought_markers(tokenizer, template) - {*template.stop_words})
 
     def encode(text: str) -> list[int]:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
@@ -291,7 +292,7 @@ def _questions(
             answers = list(found)
             n_answers[side] += len(answers)
             drawn[side] = draw_pair(
-                answers, room, encode, markers, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected
+                answers, room, encode, unwanted, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected
             )
             if marked:
                 drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")

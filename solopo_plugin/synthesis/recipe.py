@@ -232,10 +232,14 @@ class DataRecipe:
     @property
     def model(self) -> Model:
         """Return the model that answers, with room for the long contexts."""
-        window = self.long_tokens + self.max_new_tokens
+        own = [name for name in ASKED if getattr(self, f"ask_{name}") is not None]
+        asks = own and all(getattr(self, name) == getattr(self, f"ask_{name}") for name in own)  # is an `asker`
         return Model(
-            self.model_name_or_path, server_urls=self.server_urls, served_model=self.served_model, window=window
-        )
+            self.model_name_or_path, server_urls=self.server_urls, served_model=self.served_model,
+            window=self.long_tokens + self.max_new_tokens,
+            shorten="lower `long_tokens` or `max_new_tokens`, or set `sample_long: false`",
+            served_key="ask_served_model" if asks else "served_model",
+        )  # fmt: skip
 
     @property
     def asker(self) -> "DataRecipe":
@@ -244,7 +248,7 @@ class DataRecipe:
         Another model gets neither the system prompt of the one that is trained nor its `extra_body`.
         """
         own = {name: value for name in ASKER if (value := getattr(self, f"ask_{name}")) is not None}
-        if not own.keys() & {"model_name_or_path", "server_urls", "served_model"}:
+        if not own.keys() & ASKED:
             return replace(self, **own)
         others = {"default_system": None, "extra_body": None}
         return replace(self, **others | ({} if "served_model" in own else {"served_model": None}) | own)
@@ -258,17 +262,20 @@ class DataRecipe:
             api_key_env=self.judge_api_key_env or self.api_key_env, extra_body=self.judge_extra_body,
             openai_endpoint=self.judge_openai_endpoint, max_new_tokens=self.judge_max_new_tokens,
         )  # fmt: skip
-        own = self.judge_model_name_or_path
+        own, another = self.judge_model_name_or_path, self.judge_model_name_or_path or self.judge_server_urls
         return sampling, Model(
             own or self.model_name_or_path,
             server_urls=self.judge_server_urls or self.server_urls,
-            served_model=self.judge_served_model or (None if own or self.judge_server_urls else self.served_model),
+            served_model=self.judge_served_model or (None if another else self.served_model),
+            served_key="judge_served_model" if another else "served_model",
+            shorten="lower `short_tokens`, `max_new_tokens` or `judge_max_new_tokens`",
             window=self.short_tokens + 2 * self.max_new_tokens + RUBRIC_TOKENS + self.judge_max_new_tokens,
         )
 
 
 # keys of the model that is trained which, with `ask_` before them, are those of the model that asks
 ASKER = "model_name_or_path template backend server_urls api_key_env served_model openai_endpoint extra_body".split()
+ASKED = {"model_name_or_path", "server_urls", "served_model"}  # those of them that say which model it is
 # keys that came later, with the value that changes nothing: a manifest names other values alone
 UNSAID = {"contexts": "mixed", "num_rejected": 1, "judge": "rule", "max_alone": None} | {
     f"ask_{name}": None for name in ASKER
@@ -300,7 +307,11 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
     """
     if stage == "read":
         names = [*split_names(recipe.input), *([recipe.corpus] if recipe.corpus else [])]
-        return {name: file_hash(name) for name in names if os.path.isfile(name)}
+        return {
+            name: file_hash(name) if os.path.isfile(name) else folder_digest(Path(name))
+            for name in names
+            if os.path.isfile(name) or os.path.isdir(name)
+        }
     if stage == "judge":
         found = {"the rule of `gives_answer`": str(RULE)}
         if recipe.judge == "rule":

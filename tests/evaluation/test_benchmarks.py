@@ -551,6 +551,16 @@ def test_one_length_that_cannot_be_is_named(questions, ask):
         ask("ruler_qa", ruler_data={"mine": questions.plain}, ruler_lengths=[600, 90_000])
 
 
+def test_paragraphs_too_long_to_fill_a_length(ask, tmp_path):
+    made = make_questions(4, distractors=5)
+    for q in made:
+        for distractor in q["distractors"]:
+            distractor["text"] += " harbour" * 5000
+    write_jsonl(tmp_path / "q.jsonl", made)
+    with pytest.raises(DataError, match=r"of 4000 tokens \({'paragraphs_too_long_for_4000': 4}\).*more, or shorter"):
+        ask("ruler_qa", ruler_data={"x": str(tmp_path / "q.jsonl")}, ruler_lengths=[4000])
+
+
 def test_questions_that_do_not_fit_are_replaced_and_counted(questions, ask, tmp_path, caplog):
     """By the next of the draw, for all lengths; special tokens of the model are no question of ours."""
     caplog.set_level(logging.INFO)

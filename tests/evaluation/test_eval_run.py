@@ -408,6 +408,21 @@ def test_each_model_is_asked_under_its_own_name(benchmarks, model, tmp_path):
         assert names() == {"scripted": 20, "one": 20}
 
 
+def test_another_model_behind_the_same_address_is_refused(benchmarks, model, tmp_path, monkeypatch):
+    right, original = answers_for(tmp_path / "answers.json"), ask.generate
+    with serving(right, model="a") as server:
+        recipe = served(tmp_path, [model], server)
+        monkeypatch.setattr(ask, "generate", lambda *given: (r for r in original(*given) if '"q7"' not in r.id))
+        with pytest.raises(DataError, match="1 questions got no answer"):
+            answer_all(recipe, find_models(recipe))
+        monkeypatch.setattr(ask, "generate", original)
+    with serving(right, model="b") as server:
+        recipe = served(tmp_path, [model], server)
+        with pytest.raises(DataError, match="the server's model a, and it now has b; serve a again, or set `serv"):
+            answer_all(recipe, find_models(recipe))
+        answer_all(recipe, find_models(recipe), resume=False)
+
+
 def test_a_question_has_its_own_limit_and_greedy_is_temperature_0(benchmarks, model, server, tmp_path):
     benchmarks["plain"] = lambda *_: (toy.item(i, max_new_tokens=None if i else 77) for i in range(3))
     recipe = served(tmp_path, [model], server, max_new_tokens=33, concurrency=1)

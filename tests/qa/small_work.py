@@ -8,13 +8,13 @@ from solopo_plugin.qa.files import write_jsonl
 from solopo_plugin.synthesis.export import SCHEMA
 from solopo_plugin.synthesis.recipe import make_recipe
 
-TOKENIZER = SimpleNamespace(all_special_tokens=["<|end|>"], added_tokens_decoder={}, eos_token_id=0)
+TOKENIZER = SimpleNamespace(all_special_tokens=["<|end|>"], all_special_ids=[], added_tokens_decoder={}, eos_token_id=0)
 
 
 class Template:
     """A chat template of one token per character, and a stop token behind the response."""
 
-    stop_words, efficient_eos = ["<|end|>"], True
+    stop_words, efficient_eos, thought_words = ["<|end|>"], True, ()
 
     def encode_oneturn(self, tokenizer, messages):
         return [1], list(map(ord, messages[-1]["content"]))

@@ -443,6 +443,21 @@ def test_a_pool_that_is_too_small(model, tmp_path):
         build(tmp_path, str(tmp_path / "none"), make_questions(3))
 
 
+def test_paragraphs_too_long_to_fill_a_context(model, tmp_path):
+    """A long context of little but the evidence is none; half of the target is enough."""
+    questions = make_questions(4, distractors=0)
+    for name, words, long_tokens, n in (("long", 5000, 4000, 0), ("half", 2500, 4000, 4)):
+        write_jsonl(tmp_path / "corpus.jsonl", [{"id": i, "text": f"no. {i}" + " harbour" * words} for i in range(50)])
+        keys = dict(corpus=str(tmp_path / "corpus.jsonl"), long_tokens=long_tokens)
+        if n:
+            rows, counts = build(tmp_path / name, model, questions, **keys)
+            assert len(rows) == n and counts["dropped"] == {}
+            assert all(2500 < row["long"]["tokens"] < 3600 for row in rows)
+            continue
+        with pytest.raises(DataError, match="paragraphs_too_long_for_long': 4.*or split paragraphs that are too long"):
+            build(tmp_path / name, model, questions, **keys)
+
+
 @pytest.mark.slow
 def test_benchmark_prints_time_and_memory(tmp_path):
     write_jsonl(tmp_path / "q.jsonl", make_questions(20))

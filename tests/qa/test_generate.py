@@ -21,13 +21,14 @@ from conftest import demo_rows
 from material import make_questions, save_tokenizer
 from material import recipe as material_recipe
 from scripted_server import answering, free_port, scripted, serving
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from solopo_plugin.host.template import encode_prompt
+from solopo_plugin.host.template import MARKED_BY_TOKENS, encode_prompt, template_markers, thought_markers
+from solopo_plugin.qa.answers import gives_answer
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate import addresses, servers, vllm
 from solopo_plugin.qa.generate import generate as generate_with
-from solopo_plugin.qa.generate.calls import Call, Reply, call_seed, load_chat
+from solopo_plugin.qa.generate.calls import Call, Model, Reply, call_seed, load_chat
 from solopo_plugin.qa.generate.servers import read_answers
 from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis.pipeline import run_pipeline
@@ -712,6 +713,25 @@ def test_thoughts_that_a_server_takes_out_are_told_of_once(beside, caplog):
     assert caplog.text.count("takes thoughts out of its answers") == ("So." in beside.values())
 
 
+def test_the_key_that_names_a_servers_model_is_that_of_its_role(answers_file, caplog):
+    servers._warn_once.cache_clear()
+    roles = {
+        "served_model": openai("-", judge="model").judging[1],
+        "judge_served_model": openai("-", judge="model", judge_server_urls="http://b").judging[1],
+        "ask_served_model": openai("-", ask_server_urls="http://b").asker.model,
+    }
+    assert [model.served_key for model in roles.values()] == list(roles)
+    assert openai("-", ask_server_urls="http://b").model.served_key == "served_model"
+    with serving(answers_file) as one, serving(answers_file, model="x,y") as two:
+        for key, model in roles.items():
+            for _ in range(2):
+                list(generate_with(pick(openai("-"), Sampling), replace(model, server_urls=one.url), calls(1)))
+            with pytest.raises(DataError, match=rf"has several models \(x, y\); name one as `{key}`\."):
+                list(generate_with(pick(openai("-"), Sampling), replace(model, server_urls=two.url), calls(1)))
+    assert caplog.text.count("The server's only model is scripted, not none: it is asked") == 3  # once for each role
+    assert all(caplog.text.count(f"name it as `{key}`.") == 1 for key in roles)
+
+
 def test_malformed_bodies_are_recognised():
     good = {"choices": [{"index": 1, "message": {"content": "b"}}, {"index": 0, "message": {"content": None}}]}
     assert read_answers(good, chat=True) == ([("", ""), ("b", "")], None)
@@ -720,6 +740,11 @@ def test_malformed_bodies_are_recognised():
     for bad in ({}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]}, []):
         with pytest.raises((KeyError, TypeError, ValueError)):
             read_answers(bad, chat=True)
+    for reason in ("abort", "error"):  # of an engine that breaks off: another try may end
+        with pytest.raises(ValueError, match=f"it ended with `finish_reason: {reason}`"):
+            read_answers({"choices": [{"text": "The answer is", "finish_reason": reason}]}, chat=False)
+    filtered = {"choices": [{"text": "The", "finish_reason": "content_filter"}]}
+    assert read_answers(filtered, chat=False) == ([("", "content_filter")], None)
 
 
 def local(model: str, **keys):
@@ -872,8 +897,12 @@ def test_memory_that_is_out_halves_the_batch(tiny_model, monkeypatch, caplog):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(kind, "forward", too_large)
-    with pytest.raises(DataError, match=r"memory is out with a single answer of up to \d+ tokens.*`max_input_tokens`"):
+    with pytest.raises(DataError, match=r"memory is out with a single answer of up to \d+ tokens.*lower `long_tokens`"):
         list(generate(settings, UNEQUAL))
+    with pytest.raises(DataError, match="included; lower `max_input_tokens` or `max_new_tokens`, or ask a server"):
+        list(generate_with(pick(settings, Sampling), Model(model), UNEQUAL))
+    with pytest.raises(DataError, match="lower `short_tokens`, `max_new_tokens` or `judge_max_new_tokens`, or ask"):
+        list(generate_with(pick(settings, Sampling), replace(settings, judge="model").judging[1], UNEQUAL))
     monkeypatch.setattr(kind, "forward", wraps(original)(lambda self, **kwargs: torch.ones(2).view(3)))
     with pytest.raises(RuntimeError, match="shape"):
         list(generate(settings, UNEQUAL))
@@ -969,6 +998,70 @@ def test_vllm_gets_ids_seeds_and_schemas_and_is_never_idle(tiny_model, monkeypat
         assert reply == Reply(call.id, call.ks, texts, len(prompt))
     (reply,) = generate(replace(recipe, temperature=0.0), PROMPTS[:1])
     assert len(set(reply.answers)) == 1 and len(reply.answers) == 4
+
+
+MARKS = ("<|channel>", "<channel|>")
+THOUGHT = "<|channel>thought\nAn island. The answer is: Karvik<channel|>The documents do not tell."
+
+
+@pytest.fixture
+def marked_model(tiny_model, tmp_path) -> str:
+    """A tiny model whose tokenizer has the marks of Gemma 4's thoughts as special tokens."""
+    path = str(shutil.copytree(tiny_model(), tmp_path / "marked"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_special_tokens_that_mark_a_thought_stay(marked_model, tiny_model, answers_file, tmp_path, monkeypatch):
+    """Of every backend, for templates whose thoughts they mark; no other answer or request changes."""
+    from llamafactory.data.template import TEMPLATES
+
+    from solopo_plugin.qa.generate import decode
+
+    words = {name: "".join(template.thought_words) for name, template in TEMPLATES.items()}
+    assert {name for name, text in words.items() if "<|" in text or "|>" in text} == MARKED_BY_TOKENS
+    think, plain = local(marked_model, template="gemma4"), local(marked_model, template="qwen3")
+    assert thought_markers(*chat_of(think)) == {*MARKS} < template_markers(*chat_of(think))
+    assert thought_markers(*chat_of(plain)) == thought_markers(*chat_of(local(tiny_model()))) == set()
+    ids = chat_of(think)[0].encode(THOUGHT, add_special_tokens=False)
+    monkeypatch.setattr(decode, "decode", lambda network, rows, *_: ((row, ids, True) for row in rows))
+    texts = [set(by_answer(generate(replace(recipe, backend="transformers"), PROMPTS)).values())
+             for recipe in (think, plain)]  # fmt: skip
+    assert texts == [{THOUGHT}, {THOUGHT.replace(MARKS[0], "").replace(MARKS[1], "")}]
+    assert not gives_answer(THOUGHT, ["Karvik"])
+
+    said, log = [], tmp_path / "log"
+    with serving(answers_file, log=log) as server:
+        for template in ("gemma4", "qwen3"):
+            for endpoint in ("chat", "completions"):
+                keys = dict(backend="openai", server_urls=server.url, openai_endpoint=endpoint)
+                list(generate(local(marked_model, template=template, served_model="m", **keys), calls(1)))
+                said.append("skip_special_tokens" in json.loads(log.read_text())["keys"])
+                log.unlink()
+    assert said == [True, True, False, False]
+
+    for name, module in fake_vllm([]).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    params = []
+    made = lambda **given: params.append(given) or SimpleNamespace(**given)  # noqa: E731
+    monkeypatch.setattr(sys.modules["vllm"], "SamplingParams", made)
+    for recipe in (think, plain):
+        list(generate(recipe, PROMPTS[:1]))
+    assert [given.get("skip_special_tokens", "as it is") for given in params] == [False, "as it is"]
+
+
+def test_a_server_that_does_not_know_of_special_tokens_is_asked_as_before(caplog):
+    def reply(request):
+        if "skip_special_tokens" in request.body:
+            return 400, {"error": "Unrecognized request argument supplied: skip_special_tokens"}
+        return 200, said("Here.")
+
+    with answering(reply) as server:
+        recipe = openai(server.url, template="gemma4", served_model="m", num_samples=1, concurrency=2)
+        assert set(by_answer(generate(recipe, calls(4, (0,)))).values()) == {"Here."}
+    assert caplog.text.count("cannot be told to keep what marks a thought") == 1
 
 
 def test_vllm_that_is_not_there_is_a_sentence(tiny_model, monkeypatch):

@@ -208,6 +208,22 @@ def test_lists_folders_and_several_inputs(tmp_path):
     assert (counts["lines"], counts["same_id"], counts["unanswerable"]) == (7, 2, 1)
 
 
+def test_files_of_a_folder_that_are_not_read_are_named_and_a_changed_folder_is_another(tmp_path, caplog):
+    """The library takes files for a split by their names; none is left out without a word."""
+    folder = tmp_path / "folder"
+    write_jsonl(folder / "musique_train.jsonl", [MUSIQUE_ROW])
+    assert len(run(tmp_path, folder)[0]) == 1 and "not read" not in caplog.text
+    before = outside_inputs(recipe(tmp_path, "none", folder), "read")
+    write_jsonl(folder / "own.jsonl", [PLAIN_ROW])
+    assert len(run(tmp_path, folder)[0]) == 1
+    assert f"`input: {folder}`: own.jsonl not read: by their names other files are the split 'train'" in caplog.text
+    added = outside_inputs(recipe(tmp_path, "none", folder), "read")
+    write_jsonl(folder / "own.jsonl", [PLAIN_ROW | {"question": "Another?"}])
+    changed = outside_inputs(recipe(tmp_path, "none", folder), "read")
+    assert list(before) == list(changed) == [str(folder)]
+    assert len({str(found) for found in (before, added, changed)}) == 3
+
+
 @pytest.mark.skipif(not MUSIQUE.exists(), reason=f"no MuSiQue sample at {MUSIQUE}; set SOLOPO_SHARED_DATA")
 def test_real_questions(tmp_path):
     questions, counts = run(tmp_path, MUSIQUE, input=f"{MUSIQUE},{HOTPOTQA}")

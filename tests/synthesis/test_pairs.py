@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from small_work import TOKENIZER, Template, answer, recipe_for, verdicts, write_work
 
-from solopo_plugin.qa.files import DataError, read_jsonl
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import pairs as pairs_stage
 from solopo_plugin.synthesis.pairs import draw_pair
 
@@ -49,6 +50,29 @@ def test_what_is_dropped_and_why(answers, reason, dropped):
     assert (drawn.reason, counted) == (reason, dropped)
     if reason is None:
         assert (drawn.chosen["k"], drawn.rejected["k"]) == (0, 1)
+
+
+def test_what_marks_a_thought_is_no_marker_of_the_template_in_an_answer(tmp_path, monkeypatch):
+    """As of Gemma 4, whose marks are special tokens; in a prompt, and a stop word anywhere, they still are."""
+    token, template = SimpleNamespace(content="<|channel>", special=True), Template()
+    template.thought_words = ("<|channel>", "<|end|>")
+    tokenizer = SimpleNamespace(
+        **vars(TOKENIZER) | dict(added_tokens_decoder={7: token}, all_special_ids=[0]),
+        encode=lambda text, **_: [7 if text == "<|channel>" else 0],
+        convert_ids_to_tokens={7: "<|channel>", 0: "<|end|>"}.get,
+    )  # fmt: skip
+    monkeypatch.setattr(pairs_stage, "load_chat", lambda *_: (tokenizer, template))
+    rows = [verdicts(i, "10") for i in range(3)]
+    rows[0][0]["text"] = "<|channel>" + rows[0][0]["text"]
+    rows[1][0]["text"] = "<|end|>" + rows[1][0]["text"]
+    write_work(tmp_path, rows)
+    contexts = list(read_jsonl(tmp_path / "contexts.jsonl"))
+    contexts[2]["short"]["prompt"] += "<|channel>"
+    write_jsonl(tmp_path / "contexts.jsonl", contexts)
+    counts = pairs_stage.run(recipe_for(tmp_path, sample_long=False), tmp_path)
+    assert [row["id"] for row in pairs(tmp_path)] == ["q0"]
+    assert counts["short"]["dropped_answers"] == {"template_marker": 1}
+    assert counts["short"]["dropped_questions"] == {"no_usable_chosen": 1, "template_marker_in_prompt": 1}
 
 
 def test_a_response_may_fill_the_room_exactly():

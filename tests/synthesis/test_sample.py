@@ -294,6 +294,36 @@ def test_a_recipe_asks_in_parts(work, tmp_path):
     assert sorted(event["n"] for event in sent) == [2] * 30 + [4] * 30 and len({e["seed"] for e in sent}) == 60
 
 
+def test_answers_of_two_models_behind_one_address_do_not_mix(work, tmp_path, caplog):
+    """Neither in a side, nor in both, nor through answers that are kept; an old folder knows no name and goes on."""
+
+    def run(model, folder=work, **keys):
+        with serving(work.parent / "answers.json", model=model, right=0.0 if model == "b" else 0.5) as server:
+            return sample.run(recipe_for(server.url, **keys), folder)
+
+    run("a", sample_long=False)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    told = "The server's only model is a, not none: it is asked; if another one is meant, stop and serve that, or name"
+    assert [text.startswith(told) for text in warnings] == [True]
+    before, old = final(work), shutil.copytree(work, tmp_path / "old")
+    for keys in ({}, {"num_samples": 8, "answers_per_call": 6}):
+        with pytest.raises(DataError) as error:
+            run("b", **keys)
+        assert str(error.value) == (
+            f"{work / STORE}: the answers so far are those of the server's model a, and it now has b; serve a again, "
+            "or set `served_model: b`, with which all answers are asked for anew."
+        )
+    with pytest.raises(DataError, match="are those of the server's model a, and it now has none; serve a again"):
+        run("none")
+    run("a")
+    assert final(work)["samples.short.jsonl"] == before["samples.short.jsonl"]
+    run("b", served_model="b")
+    assert final(work)["samples.short.jsonl"] != before["samples.short.jsonl"]
+    with closing(sqlite3.connect(old / STORE)) as store, store:
+        store.execute("DROP TABLE served")
+    run("b", old)
+
+
 MORE = {  # (num_samples, answers_per_call) before and after -> answers of each further call for a prompt
     ((4, 2), (8, 2)): [2, 2],
     ((4, None), (8, 4)): [4],

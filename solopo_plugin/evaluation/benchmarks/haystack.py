@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...host.template import template_markers
-from ...qa.contexts import Builder, BuiltContext, PreparedQuestion
+from ...qa.contexts import FILLED, Builder, BuiltContext, PreparedQuestion
 from ...qa.documents import Question, count_tokens, make_pool
 from ...qa.files import DataError
 from ...qa.questions import PARSERS, read_questions, with_place
@@ -74,7 +74,7 @@ class Haystack:
         if not built:
             raise DataError(
                 f"{self.what}: none of {sum(dropped.values())} questions gives contexts of {lengths} tokens "
-                f"({dict(dropped)}); ask for other lengths, or give a file with more paragraphs."
+                f"({dict(dropped)}); ask for other lengths, or give a file with more, or shorter, paragraphs."
             )
         log.log(
             logging.WARNING if built < wanted else logging.INFO,
@@ -91,6 +91,8 @@ class Haystack:
             built = self.builder.context(prepared, target, NAME)
             if isinstance(built, str):
                 return f"{built}_{length}"
+            if built.row["tokens"] < FILLED * target:
+                return f"paragraphs_too_long_for_{length}"
             contexts[length] = built
         return contexts
 

@@ -36,6 +36,8 @@ class Model:
     served_model: str | None = None  # what the servers call it; None: they are asked
     window: int = 0  # tokens of prompt and answer at most, which vLLM makes room for
     alone: bool = True  # if a server has a single model, that one is meant, whatever its name
+    served_key: str = "served_model"  # the recipe's key that says what the servers call it, for messages
+    shorten: str = "lower `max_input_tokens` or `max_new_tokens`"  # so that prompt and answer fit, for messages
 
     def __post_init__(self):
         """Fill in the name and the tokenizer where they are not given."""
@@ -51,13 +53,15 @@ class Model:
 class Reply(NamedTuple):
     """Hold answers `ks` of a question as (text, finish reason); a call may come back in several replies.
 
-    `prompt_tokens`: what the server says that it was given, None where nothing is said.
+    `prompt_tokens`: what the server says that it was given, None where nothing is said. `served`: what the server calls
+    its only model, if that was asked for want of a known name; "" for a name of ours, None where nothing tells.
     """
 
     id: str
     ks: tuple[int, ...]
     answers: list[tuple[str, str]]
     prompt_tokens: int | None
+    served: str | None = None
 
 
 def counts_differently(counted: int | None, tokens: int, question: str, template: str) -> bool:

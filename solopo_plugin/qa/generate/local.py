@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ...host.template import encode_prompt
+from ...host.template import encode_prompt, thought_markers
 from ..files import DataError
 from ..recipe import Sampling
 from .calls import Call, Model, Reply, load_chat
@@ -34,7 +34,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
     from .decode import Job, Noise, decode
 
     tokenizer, template = load_chat(model.tokenizer, sampling)
-    stop = set(template.get_stop_token_ids(tokenizer))
+    stop, skip = set(template.get_stop_token_ids(tokenizer)), not thought_markers(tokenizer, template)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(model, sampling.trust_remote_code).to(device).eval()
     window, warned = window_of(network.config.get_text_config()), False
@@ -55,7 +55,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
                     noise = Noise(sampling, device)
                     for row, ids, ended in decode(network, batch, noise, stop, tokenizer.pad_token_id or 0):
                         del left[row]
-                        if reply := _take_in(row, tokenizer.decode(ids, skip_special_tokens=True), ended):
+                        if reply := _take_in(row, tokenizer.decode(ids, skip_special_tokens=skip), ended):
                             yield reply
                 except RuntimeError as error:
                     if not (failed := _memory_is_out(error)):
@@ -76,8 +76,8 @@ def _beyond_window(longest: int, window: float, model: Model) -> bool:
     if longest > window:
         log.warning(
             "%s: prompt and answer may have %d tokens, and its window is %d: answers beyond it are not to be relied "
-            "on; lower `max_input_tokens`, or widen the window by YaRN.",
-            model.adapter or model.path, longest, window,
+            "on; %s, or widen the window by YaRN.",
+            model.adapter or model.path, longest, window, model.shorten,
         )  # fmt: skip
     return longest > window
 
@@ -115,8 +115,8 @@ def _halved(batch: "list[Row]", model: Model) -> int:
     longest = max(job.tokens for job, _ in batch)
     if len(batch) == 1:
         raise DataError(
-            f"{model.place}: memory is out with a single answer of up to {longest} tokens, prompt included; lower "
-            "`max_input_tokens` or `max_new_tokens`, or ask a server (`backend: openai`)."
+            f"{model.place}: memory is out with a single answer of up to {longest} tokens, prompt included; "
+            f"{model.shorten}, or ask a server (`backend: openai`)."
         )
     log.warning("Memory is out with %d answers at a time; going on with %d.", len(batch), len(batch) // 2)
     return len(batch) // 2 * longest

@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
 
 import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
 
-from ...host.template import encode_prompt
+from ...host.template import MARKED_BY_TOKENS, encode_prompt, thought_markers
 from ..files import DataError
 from ..recipe import Sampling
 from .addresses import Address, addresses, api_key, transports
@@ -104,10 +105,13 @@ class _Sameness:
 async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
     """Return a function from a call to (call, reply), the reply with as many answers as the server gave."""
     chat = sampling.openai_endpoint == "chat"
-    common = dict(model=await _model_name(model, servers), temperature=sampling.temperature, top_p=sampling.top_p)
+    name, served = await _model_name(model, servers)
+    common = dict(model=name, temperature=sampling.temperature, top_p=sampling.top_p)
+    keeps_marks = sampling.template in MARKED_BY_TOKENS
     if not chat:
         tokenizer, template = load_chat(model.tokenizer, sampling)
         common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
+        keeps_marks = bool(thought_markers(tokenizer, template))
     system = [{"role": "system", "content": sampling.default_system}] if sampling.default_system else []
     takes_n, gave_n, takes_schema, kept_schema, keeps_thoughts = True, False, True, False, True
 
@@ -124,13 +128,14 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
         return found
 
     async def ask(call: Call) -> tuple[Call, Reply]:
-        nonlocal takes_n, gave_n, takes_schema, kept_schema
+        nonlocal takes_n, gave_n, takes_schema, kept_schema, keeps_marks
         if len(call.ks) > 1 and not takes_n:
             return call, Reply(call.id, (), [], None)
         user = {"role": "user", "content": call.prompt}
         prompt = {"messages": [*system, user]} if chat else {"prompt": encode_prompt(tokenizer, template, call.prompt)}
         own: dict[str, object] = {"n": len(call.ks), "seed": call_seed(sampling.seed, call)}
         own["max_tokens"] = call.max_new_tokens or sampling.max_new_tokens
+        own |= {"skip_special_tokens": False} if keeps_marks else {}
         schema = call.schema if takes_schema else None
         if schema:
             shape = {"name": "answer", "strict": True, "schema": schema}
@@ -143,6 +148,11 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
         except _Refused as refusal:
             if TOO_LONG in str(refusal):
                 raise
+            if "skip_special_tokens" in own and "skip_special_tokens" in str(refusal):
+                if keeps_marks:
+                    log.warning("The server cannot be told to keep what marks a thought, which may count as an answer.")
+                keeps_marks = False
+                return await ask(call)
             if schema and refusal.status in REFUSED:
                 _, reply = await ask(call._replace(schema=None))  # which is refused too, where that is not the reason
                 if reply.ks and takes_schema:
@@ -157,32 +167,44 @@ async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
             return call, Reply(call.id, (), [], None)
         answers = answers[: len(call.ks)]
         gave_n, kept_schema = gave_n or len(answers) > 1, kept_schema or schema is not None
-        return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens)
+        return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens, served)
 
     return ask
 
 
-async def _model_name(model: Model, servers: "_Servers") -> str:
-    """Return `served_model`, else the model's name or place if the server has it, else the only one that it has."""
+async def _model_name(model: Model, servers: "_Servers") -> tuple[str, str | None]:
+    """Return `served_model`, else the model's name or place if the server has it, else the only one that it has.
+
+    The second value is `Reply.served`.
+    """
     if model.served_model:
-        return model.served_model
+        return model.served_model, None
 
     def names(data: dict) -> list[str]:
         return [str(served["id"]) for served in data["data"]]
 
     served, own = await servers.request("GET", "/models", None, names), list(dict.fromkeys((model.name, model.place)))
     if found := [name for name in own if name in served]:
-        return found[0]
+        return found[0], ""
     if not served:
-        return model.name
+        return model.name, None
     if len(served) == 1 and model.alone:
-        return served[0]
+        _warn_once(
+            f"The server's only model is {served[0]}, not {' or '.join(own)}: it is asked; if another one is meant, "
+            f"stop and serve that, or name it as `{model.served_key}`."
+        )
+        return served[0], served[0]
     raise DataError(
-        f"The server has several models ({', '.join(served)}); name one as `served_model`."
+        f"The server has several models ({', '.join(served)}); name one as `{model.served_key}`."
         if model.alone
         else f"The server has {', '.join(served)}, none of which is called {' or '.join(own)}; say which it is "
         f"with `served_model: {{{model.name}: ...}}`."
     )
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    log.warning(sentence)
 
 
 def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | None]:
@@ -190,7 +212,8 @@ def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | N
 
     Raises:
         DataError: An answer is no text, which another try will not change.
-        KeyError, TypeError, ValueError: The body is not of that form. `null` counts as an empty answer.
+        KeyError, TypeError, ValueError: The body is not of that form, or an answer was broken off. `null` and what a
+            filter took out count as empty answers.
     """
     answers = []
     for choice in sorted(data["choices"], key=lambda choice: choice.get("index") or 0):
@@ -200,7 +223,10 @@ def read_answers(data: dict, chat: bool) -> tuple[list[tuple[str, str]], int | N
         text = said["content" if chat else "text"]
         if not isinstance(text, str | None):
             raise DataError(f"an answer that is a {type(text).__name__} and no text")
-        answers.append((text or "", choice.get("finish_reason") or ""))
+        reason = choice.get("finish_reason") or ""
+        if reason in ("abort", "error"):
+            raise ValueError(f"it ended with `finish_reason: {reason}`")
+        answers.append(("" if reason == "content_filter" else text or "", reason))
     if not answers:
         raise ValueError("no answer in it")
     tokens = (data.get("usage") or {}).get("prompt_tokens")

@@ -57,6 +57,7 @@ def answer_missing(
     size = size or (8 if sampling.backend == "transformers" else max(map(len, numbers.values())))
     with tqdm(total=total, initial=have, unit=" answers", desc=desc or name) as bar:
         for reply in generate(sampling, model, _missing(calls(), size, found)):
+            check_served(store, set_id, reply, model)
             store.add(set_id, reply_rows(reply, hashes))
             bar.update(len(reply.ks))
             see(reply)
@@ -65,6 +66,21 @@ def answer_missing(
         if lacking := sum((id, k) not in found for k in ks):
             raise DataError(f"{store.path}: question {id} lacks {lacking} answers; start the stage again.")
     return found
+
+
+def check_served(store: Store, set_id: int, reply: Reply, model: Model) -> None:
+    """Refuse to add a reply to answers that another model of the server has given.
+
+    Raises:
+        DataError: The server had another model under its address before, and no key says which one is meant.
+    """
+    if reply.served is None or (kept := store.keep_served(set_id, reply.served)) == reply.served:
+        return
+    before, now = kept or model.name, reply.served or model.name
+    raise DataError(
+        f"{store.path}: the answers so far are those of the server's model {before}, and it now has {now}; serve "
+        f"{before} again, or set `{model.served_key}: {now}`, with which all answers are asked for anew."
+    )
 
 
 def reply_rows(reply: Reply, hashes: dict[str, str]) -> Iterator[tuple[str, int, str, Value]]:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...host.template import encode_prompt
+from ...host.template import encode_prompt, thought_markers
 from ..files import DataError
 from ..recipe import Sampling
 from .calls import Call, Model, Reply, call_seed, load_chat
@@ -42,6 +42,7 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
 
         lora = {"lora_request": LoRARequest("adapter", 1, model.adapter)}
     stop, numbered = sorted(template.get_stop_token_ids(tokenizer)), enumerate(calls)
+    marks = {"skip_special_tokens": False} if thought_markers(tokenizer, template) else {}
     under_way: dict[str, tuple[Call, int]] = {}
     try:
         while True:
@@ -52,7 +53,7 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Ite
                     n=n, temperature=sampling.temperature, top_p=sampling.top_p, stop_token_ids=stop,
                     seed=call_seed(sampling.seed, call), max_tokens=call.max_new_tokens or sampling.max_new_tokens,
                     output_kind=RequestOutputKind.FINAL_ONLY,  # all answers of a call together, once
-                    structured_outputs=StructuredOutputsParams(json=call.schema) if call.schema else None,
+                    structured_outputs=StructuredOutputsParams(json=call.schema) if call.schema else None, **marks,
                 )  # fmt: skip
                 engine.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params, **lora)
                 under_way[str(number)] = call, len(ids)
