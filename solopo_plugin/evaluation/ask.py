@@ -21,7 +21,7 @@ from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate import generate
 from ..qa.generate.calls import Call, Model, counts_differently, load_chat
 from ..qa.generate.stored import check_served
-from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, differences, folder_hash
+from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, differences, model_hash
 from ..qa.recipe import Chat, Sampling, pick, settings
 from ..qa.store import STORE, Store
 from .items import Item, read_items
@@ -146,7 +146,7 @@ def fingerprint(recipe: EvalRecipe, model: Model) -> dict[str, Any]:
     apart = model.tokenizer if model.tokenizer != model.path else None  # where it is not the model's own
     for what, place in (("model", model.path), ("adapter", model.adapter), ("tokenizer", apart)):
         if place and Path(place).is_dir():
-            chosen[f"files of the {what}"] = folder_hash(Path(place), patterns[what])
+            chosen[f"files of the {what}"] = model_hash(Path(place), patterns[what])
         else:
             chosen[what] = place
     return chosen

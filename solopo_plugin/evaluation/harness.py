@@ -26,7 +26,7 @@ from ..qa.files import DataError, as_data_error, write_json
 from ..qa.generate.addresses import addresses, api_key, is_local
 from ..qa.generate.local import window_of
 from ..qa.generate.vllm import max_lora_rank
-from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, folder_hash
+from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, model_hash
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,6 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     Raises:
         DataError: lm-evaluation-harness is not installed, or its run ended with an error.
     """
-    if not recipe.harness_tasks:
-        return []
     folder = Path(output_dir) / "harness" / model.name
     config = configuration(model, recipe)
     made_from = {"config": config, "files": _files(model, config)}
@@ -192,7 +190,7 @@ def _files(model: Any, config: dict) -> dict[str, str]:
     """Hashes of what the harness reads from this machine: weights, adapter, task definitions of the user's own."""
     tasks = config.get("include_path")
     places = {model.path: TOKENIZER + WEIGHTS, model.adapter: ADAPTER, tasks: ("**/*.yaml", "**/*.py", "**/*.jsonl")}
-    return {place: folder_hash(Path(place), kinds) for place, kinds in places.items() if place and Path(place).is_dir()}
+    return {place: model_hash(Path(place), kinds) for place, kinds in places.items() if place and Path(place).is_dir()}
 
 
 def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:

@@ -1,12 +1,12 @@
 """Define a question of a benchmark, as it is asked and judged: what readers of benchmarks make and all else uses."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..qa.files import DataError, read_jsonl
+from ..qa.prompts import prompt_hash
 
 # benchmark -> metric of its table; the others are reported beside it
 MAIN_METRIC = {
@@ -59,7 +59,7 @@ class Item:
     @property
     def prompt_hash(self) -> str:
         """Hash of the uncut prompt: an answer with another one was given to another question."""
-        return hashlib.sha256(self.prompt.encode("utf-8", "replace")).hexdigest()[:32]
+        return prompt_hash(self.prompt)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line of items.jsonl."""

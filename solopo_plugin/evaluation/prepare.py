@@ -61,7 +61,7 @@ def _made_from(recipe: EvalRecipe, benchmark: str, tokenizer: str) -> dict:
     """Return all on which a benchmark's questions depend: keys, files, the tokenizer that measures lengths."""
     files = {}
     for path in sources(recipe, benchmark):
-        files[str(path)] = folder_hash(path, ("**/*",)) if path.is_dir() else file_hash(path)
+        files[str(path)] = folder_hash(path, ("**/*",), None) if path.is_dir() else file_hash(path)
     is_folder = Path(tokenizer).is_dir()
     return {
         "settings": settings(recipe, "items") | settings(recipe, benchmark),

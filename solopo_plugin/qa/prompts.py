@@ -1,5 +1,6 @@
 """Lay documents and a question out as one prompt, and find the documents in a prompt again."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from .files import DataError, as_data_error
 BETWEEN = "\n\n"  # documents
 LABEL = "Document"
 SEAM = BETWEEN + LABEL
+
+
+def prompt_hash(prompt: str) -> str:
+    """Return by what the store and files of answers know a prompt."""
+    return hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()[:32]
 
 
 def document_text(paragraph: dict) -> str:

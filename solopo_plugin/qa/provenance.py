@@ -4,10 +4,13 @@ import hashlib
 import os
 import platform
 import re
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .files import as_data_error, dump
+
+PLACES, PIECE = 64, 1 << 16  # of a large file that are read beside its ends, and the bytes at each; ours
 
 
 def file_hash(path: Path | str) -> str:
@@ -19,23 +22,39 @@ def file_hash(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int = 1 << 24) -> str:
+def model_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Return `folder_hash` of a model's folder; of a whole model that a training run has saved `PLACES` are read, too.
+
+    A run that trains some layers (`finetuning_type: freeze`) may change nothing near the ends of a large file.
+    """
+    trained = (folder / "config.json").exists() and (folder / "training_args.bin").exists()
+    return folder_hash(folder, patterns, places=PLACES if trained else 0)
+
+
+def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int | None = 1 << 24, places: int = 0) -> str:
     """Return SHA-256 over names and contents of the files in `folder` that match a pattern.
 
     Args:
         folder: Where the files are; folders within it are not read unless a pattern says so.
         patterns: As of `Path.glob`.
         whole: Bytes up to which a file is read whole; of a larger one, such as weights, both ends of half that size.
+            None: all files are read whole.
+        places: Of a larger one also `PIECE` bytes at so many evenly spaced places.
     """
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         with as_data_error(path, "read"), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(dump([path.name, size]))
-            digest.update(file.read(whole if size <= whole else whole // 2))
-            if size > whole:
-                file.seek(-(whole // 2), os.SEEK_END)
-                digest.update(file.read())
+            if whole is None or size <= whole:
+                for piece in iter(partial(file.read, 1 << 24), b""):
+                    digest.update(piece)
+                continue
+            half = whole // 2
+            spots = [(size * n // (places + 1), PIECE) for n in range(1, places + 1)]
+            for start, length in [(0, half), (size - half, half), *spots]:
+                file.seek(start)
+                digest.update(file.read(length))
     return digest.hexdigest()
 
 

@@ -52,6 +52,7 @@ class DrawnQuestion:
     key: str  # see `question_key`
     sides: dict[str, DrawnPair]
     margin: float = 0.0  # grades that must lie between a pair's answers
+    evidence: frozenset[int] = frozenset()  # hashes of its passages, of this process alone
 
     def pair(self, name: str) -> tuple[dict, list[dict]] | None:
         """Return the answer to choose and those to reject for a set, if there are any."""
@@ -109,6 +110,14 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     if len(chosen["solopo"]) < recipe.num_rows:
         log.warning(counts["statement"])
     validation = split(chosen["solopo"], recipe)
+    if validation:
+        counts["val_with_training_evidence"] = shared = _shares_evidence(chosen["solopo"], validation)
+        if shared:
+            log.warning(
+                "%d of %d validation rows share a passage of their evidence with a training row: their questions are "
+                "held out, their passages are not.",
+                shared, sum(q.key in validation for q in chosen["solopo"]),
+            )  # fmt: skip
     counts["rows"] = {}
     for name in names:
         n_val = sum(q.key in validation for q in chosen[name])
@@ -148,6 +157,12 @@ def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
         return generator(recipe.seed, "val", key).random(), key
 
     return set(sorted((q.key for q in questions), key=rank)[:n_val])
+
+
+def _shares_evidence(questions: list[DrawnQuestion], validation: set[str]) -> int:
+    """Return how many validation questions have a passage of their evidence that a training question has, too."""
+    trained = {passage for q in questions if q.key not in validation for passage in q.evidence}
+    return sum(q.key in validation and not trained.isdisjoint(q.evidence) for q in questions)
 
 
 def statement(counts: dict, recipe: DataRecipe) -> str:
@@ -296,7 +311,9 @@ def _questions(
             )
             if marked:
                 drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
-        yield DrawnQuestion(context["id"], question_key(context), drawn, graded.margin if graded else 0.0)
+        long = context["long"]
+        evidence = frozenset(hash(long["prompt"][place["start"] : place["end"]]) for place in long["evidence"])
+        yield DrawnQuestion(context["id"], question_key(context), drawn, graded.margin if graded else 0.0, evidence)
 
 
 def question_key(row: dict) -> str:

@@ -3,9 +3,7 @@
 Writes questions.jsonl, {"id", "question", "answers", "hops", "evidence", "distractors"} with paragraphs as {"title",
 "text"}, and corpus.jsonl, further paragraphs that may serve as distractors.
 
-The plain format is one JSON object a line: `id` (text or number), `question`, `answers` (a text or a list: the gold
-answer, then its aliases), `evidence` and optionally `distractors` (lists of paragraphs), and optionally `hops` (a
-number). A paragraph is a text, {"title", "text"}, or {"id"} of a document of the recipe's `corpus`.
+The formats are those of qa/questions.py.
 """
 
 import heapq

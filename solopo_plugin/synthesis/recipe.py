@@ -16,7 +16,7 @@ from ..qa import kinds
 from ..qa.answers import RULE
 from ..qa.files import DataError, split_names
 from ..qa.generate.calls import Model
-from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash
+from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash, model_hash
 from ..qa.recipe import Sampling, build, key, pick, read_values, settings, shared
 from .folder import folder_digest, is_folder_of_documents
 
@@ -349,7 +349,7 @@ def _answering(name: str, backend: str, served_model: str | None) -> dict[str, s
         return {str(model): folder_hash(model, TOKENIZER)}
     if backend == "openai" and not any(any(model.glob(kind)) for kind in BINARIES):
         return {}
-    return {str(model): folder_hash(model, TOKENIZER + WEIGHTS)}
+    return {str(model): model_hash(model, TOKENIZER + WEIGHTS)}
 
 
 def rubric_file(recipe: DataRecipe) -> Path:

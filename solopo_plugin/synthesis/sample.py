@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..qa.files import dump, parse_line, read_jsonl, write_jsonl
 from ..qa.generate.calls import Call, Reply, counts_differently
-from ..qa.generate.stored import Found, answer_missing, prompt_hash, reply_rows
+from ..qa.generate.stored import Found, answer_missing, reply_rows
+from ..qa.prompts import prompt_hash
 from ..qa.provenance import file_hash
 from ..qa.recipe import Sampling, pick, settings
 from ..qa.store import STORE, Store

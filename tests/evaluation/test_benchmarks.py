@@ -25,6 +25,7 @@ from material import HOTPOTQA, MUSIQUE, make_questions, paragraph, save_tokenize
 
 from solopo_plugin.evaluation.benchmarks import BENCHMARKS, niah, plain  # noqa: E402
 from solopo_plugin.evaluation.items import MAIN_METRIC  # noqa: E402
+from solopo_plugin.evaluation.score import source_of  # noqa: E402
 from solopo_plugin.host.template import encode_prompt, load_template  # noqa: E402
 from solopo_plugin.qa.answers import extract_answer, longbench_v2_choice  # noqa: E402
 from solopo_plugin.qa.documents import Question  # noqa: E402
@@ -158,7 +159,22 @@ def test_files_of_niah_plus(tmp_path, ask):
             ("needle_squad", "n1/1000/33#2", 1000, 33.0), ("needle_hotpotqa", "n1/128000/33+100", 128000, 33.0),
         ]  # fmt: skip
         assert items[0].prompt == filled(NIAH_ROW["context"], "Who keeps it?") and items[0].answers == ["Ola"]
+        assert [source_of(item) for item in items].count(source_of(items[0])) == 3
         assert [item.groups for item in items] == [{}, {}, {}, {"depths": "33+100"}]
+
+
+def test_a_question_of_niah_plus_is_one_whatever_the_ids_of_its_rows(tmp_path, ask):
+    rows = [NIAH_ROW | {"id": f"row{i}", "depth_percent": depth} for i, depth in enumerate((0, 50, 100))]
+    rows += [NIAH_ROW | {"id": "row3", "answers": ["Per"]}, NIAH_ROW | {"id": "row4", "dataset": "needle_hotpotqa"}]
+    write_jsonl(tmp_path / "needle.jsonl", rows)
+    first, *others = map(source_of, ask("niah_plus", niah_data=str(tmp_path / "needle.jsonl")))
+    assert [other == first for other in others] == [True, True, False, False]
+
+
+def test_of_gold_answers_those_that_can_be_found_count(tmp_path, ask):
+    write_jsonl(tmp_path / "p.jsonl", [{"id": 1, "prompt": "Who?", "answers": ["A", "Ola", "!"]}])
+    (item,) = ask("plain", plain_data=str(tmp_path / "p.jsonl"))
+    assert item.answers == ["Ola"]
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
@@ -216,7 +232,7 @@ def test_plain_questions(tmp_path, ask):
     forms = [
         base | {"id": 1, "context": "Rosvik is a town."}, base | {"id": "2", "documents": documents, "task": "mine"},
         base | {"id": 3, "evidence": documents, "distractors": ["Third."]}, 
-        {"id": 4, "prompt": "Q?", "answers": ["a", "b"]},
+        {"id": 4, "prompt": "Q?", "answers": ["c", "b"]},
         base | {"id": 5, "context": "C.", "choices": ["Oslo", "Rosvik"], "answers": "Rosvik"},
         base | {"id": 6, "documents": documents, "choices": ["x", "y", "z"], "answers": ["C"]},
         base | {"id": 6, "prompt": "Which? (A) or (B)?", "choices": ["B", "A"], "answers": "A", "context": None},
@@ -225,7 +241,7 @@ def test_plain_questions(tmp_path, ask):
     items = ask("plain", plain_data=str(tmp_path / "own.json"))
     assert [(i.task, i.id, i.kind, i.answers) for i in items] == [
         ("questions", "1", "qa", ["Rosvik"]), ("mine", "2", "qa", ["Rosvik"]), ("questions", "3", "qa", ["Rosvik"]),
-        ("questions", "4", "qa", ["a", "b"]), ("questions", "5", "choice", ["B"]), ("questions", "6", "choice", ["C"]),
+        ("questions", "4", "qa", ["c", "b"]), ("questions", "5", "choice", ["B"]), ("questions", "6", "choice", ["C"]),
         ("questions", "6#2", "choice", ["A"]),
     ]  # fmt: skip
     before, behind = PROMPT.replace("{question}", "Where?").split("{documents}")
@@ -348,6 +364,8 @@ BAD = [
         ({"prompt": "?", "choices": ["y", "z"]}, ":1: `answers` must be one of the letters A, B or choices, got"),
         ({"prompt": "?", "choices": ["y", "y"], "answers": "y"}, ":1: `choices` must differ, got"),
         ({"prompt": "?", "task": 1}, f":1: `task` {TEXT} int 1."),
+        ({"prompt": "?", "answers": "A"}, ":1: there is no usable answer in list ['A']: articles and punctuation do"),
+        ({"prompt": "?", "answers": ["", "The", "!"]}, "for a question of multiple choice give its `choices`."),
     ]),
     ("validation", "validation_data", "v.jsonl", VALIDATION_ROW, [
         ({}, ":1: `long_prompt` must be a text that is not empty, and is missing (there is id, "),

@@ -26,6 +26,7 @@ from solopo_plugin.evaluation.harness import (
 from solopo_plugin.evaluation.models import complete
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.evaluation.report.tables import harness_table
+from solopo_plugin.evaluation.run import harness_results
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate.calls import Model
 
@@ -164,7 +165,7 @@ def test_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"which is not installed: pip install '\.\[eval\]'"):
         run_harness(model(), recipe(), tmp_path)
-    assert run_harness(model(), recipe(harness_tasks=None), tmp_path) == []
+    assert harness_results(recipe(harness_tasks=None), model(), False) == []
 
 
 SERVER = dict(backend="openai", server_urls="http://one:8000, http://two:8000/v1")

@@ -78,18 +78,22 @@ def slow_words(text: str) -> list[tuple[str, bool]]:
         pieces, word, at = [], "", 0
         while at < len(group):
             sign = group[at]
-            if sign.isdigit() and not (at and (group[at - 1].isdigit() or group[at - 1] in ",.")):  # a number begins
-                end = at
-                while end < len(group) and (group[end].isdigit() or group[end] in ",."):
+            minus = sign in "-–−" and (not at or not (group[at - 1].isalnum() or group[at - 1] in "_)]%-–—−"))
+            begin = at + minus
+            before, digit = group[begin - 1 : begin], group[begin : begin + 1].isdigit()
+            if digit and not before.isdigit() and before not in (*",.:/",):
+                end = begin  # of a number
+                while end < len(group) and (group[end].isdigit() or group[end] in ",.:/"):
                     end += 1
-                run = group[at:end].rstrip(",.")
+                run = group[begin:end].rstrip(",.:/")
                 whole, *rest = run.split(".")
                 thousands = whole.split(",")
-                decimal = len(thousands) == 1 and len(rest) == 1
+                signs = [c for c in run if not c.isdigit()]
+                parted = signs in (["."], [":"]) or signs == ["/"] and max(map(len, run.split("/"))) <= 3
                 grouped = len(thousands) > 1 and len(thousands[0]) <= 3 and {*map(len, thousands[1:])} == {3}
-                if decimal or grouped and len(rest) <= 1:
-                    word += run.replace(",", "").replace(".", "")
-                    at += len(run)
+                if parted or grouped and len(rest) <= 1 or minus and not signs:
+                    word += "-" * minus + run.replace(",", "")
+                    at = begin + len(run)
                     continue
             kind = unicodedata.category(sign)
             if kind == "Cf":

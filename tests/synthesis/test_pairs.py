@@ -253,6 +253,26 @@ def test_the_same_question_twice_is_on_one_side(tmp_path):
         assert not validation & training and counts["rows"]["solopo"]["val"] in (6, 5)
 
 
+def test_validation_rows_whose_passages_are_trained_on_are_counted_and_told_of_once(tmp_path, caplog):
+    """Twelve questions, of each pair both have a passage; which rows are drawn is as without."""
+    write_work(tmp_path, [verdicts(i, "10") for i in range(12)])
+    recipe = recipe_for(tmp_path, num_rows=12, val_size=4, sample_long=False)
+    counts = pairs_stage.run(recipe, tmp_path)
+    before = [(row["id"], row["split"]) for row in pairs(tmp_path)]
+    assert counts["val_with_training_evidence"] == 0 and "share a passage" not in caplog.text
+    rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
+    for row, other in zip(rows[::2], rows[1::2], strict=True):
+        row["long"] = other["long"]
+    write_jsonl(tmp_path / "contexts.jsonl", rows)
+    counts = pairs_stage.run(recipe, tmp_path)
+    assert [(row["id"], row["split"]) for row in pairs(tmp_path)] == before
+    split = {int(name[1:]): split for name, split in before}
+    shared = sum(split[i] == "val" and split[i ^ 1] == "train" for i in split)
+    assert counts["val_with_training_evidence"] == shared > 0
+    assert caplog.text.count(f"{shared} of 4 validation rows share a passage of their evidence") == 1
+    assert "val_with_training_evidence" not in pairs_stage.run(recipe_for(tmp_path, sample_long=False), tmp_path)
+
+
 BITS = st.lists(st.tuples(*[st.text("01", min_size=3, max_size=3)] * 2), min_size=1, max_size=12)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
+from ...qa.answers import judged_form
 from ...qa.files import DataError, shown
 from ...qa.questions import id_at, list_at, make_paragraph, texts
 from ..items import Item
@@ -45,12 +46,18 @@ def _item(prompt: str | None, row: dict) -> Iterator[Item]:
         raise DataError(f"a question needs one of {', '.join(FORMS)}; it has {', '.join(forms) or 'none'}.")
     question = text_at(row, "question") if row.get("question") is not None or forms != ["prompt"] else ""
     answers, choices, asked = texts(row, "answers"), row.get("choices"), question
+    usable = [answer for answer in answers if judged_form(answer)]
+    if choices is None and not usable:
+        raise DataError(
+            f"there is no usable answer in {shown(answers)}: articles and punctuation do not count; for a question of "
+            "multiple choice give its `choices`."
+        )
     if choices is not None:
-        answers, prompt, asked = [_letter(texts(row, "choices"), answers)], PROMPT, with_choices(question, choices)
+        usable, prompt, asked = [_letter(texts(row, "choices"), answers)], PROMPT, with_choices(question, choices)
     made, places = _prompt(forms[0], prompt, asked, row)
     task = text_at(row, "task") if row.get("task") is not None else "questions"
     kind: Literal["qa", "choice"] = "qa" if choices is None else "choice"
-    yield Item("plain", task, id_at(row), made, question, answers, kind, evidence=places)
+    yield Item("plain", task, id_at(row), made, question, usable, kind, evidence=places)
 
 
 def _prompt(form: str, prompt: str | None, asked: str, row: dict) -> tuple[str, list[dict]]:

@@ -1,12 +1,12 @@
 """Answer calls through a store: what it has is kept, and only what it lacks is asked for."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
 from ..files import DataError
+from ..prompts import prompt_hash
 from ..recipe import Sampling
 from ..store import Store
 from . import generate
@@ -16,11 +16,6 @@ log = logging.getLogger(__name__)
 Found = dict[tuple[str, int], int]  # question and number of the answer -> its place in the store
 Value = dict[str, str | int | None]
 STOP_AFTER = 64  # replies of which not one can be read, after which no more are asked for; ours
-
-
-def prompt_hash(prompt: str) -> str:
-    """Return by what the store knows a prompt."""
-    return hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()[:32]
 
 
 def answer_missing(

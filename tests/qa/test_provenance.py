@@ -1,0 +1,47 @@
+"""What a model is known by: names, sizes and contents of its files, of large ones a part."""
+
+import pytest
+
+from solopo_plugin.qa import provenance
+from solopo_plugin.qa.provenance import TOKENIZER, WEIGHTS, folder_hash, model_hash
+
+SIZE = 40 << 20  # bytes; a sparse file
+
+
+@pytest.fixture
+def model(tmp_path):
+    for name in ("config.json", "training_args.bin"):
+        (tmp_path / name).write_text("{}")
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(SIZE)
+    return tmp_path
+
+
+def train(model, start: int, length: int) -> None:
+    with open(model / "model.safetensors", "r+b") as file:
+        file.seek(start)
+        file.write(b"1" * length)
+
+
+def test_a_trained_model_is_known_by_the_middle_of_its_files_too(model):
+    """Of a model that no run has saved the hash is that of before, so that its answers stay."""
+    before, ends = model_hash(model, WEIGHTS + TOKENIZER), folder_hash(model, WEIGHTS + TOKENIZER)
+    train(model, SIZE // 2, SIZE // 32)  # one of 32 layers
+    assert model_hash(model, WEIGHTS + TOKENIZER) != before
+    assert folder_hash(model, WEIGHTS + TOKENIZER) == ends != before
+    (model / "training_args.bin").unlink()
+    assert model_hash(model, WEIGHTS) == folder_hash(model, WEIGHTS)
+
+
+def test_data_is_read_whole(model):
+    before = folder_hash(model, ("*.safetensors",), None)
+    train(model, 12345678, 1)
+    assert folder_hash(model, ("*.safetensors",), None) != before
+
+
+def test_hashes_are_those_of_before(tmp_path):
+    """Which stored answers are known by."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 16)
+    found = folder_hash(tmp_path, WEIGHTS), folder_hash(tmp_path, WEIGHTS, 100), model_hash(tmp_path, WEIGHTS)
+    assert [text[:8] for text in found] == ["ad4b65ca", "3ec847cb", "ad4b65ca"]
+    assert provenance.PLACES * provenance.PIECE == 4 << 20
