@@ -34,6 +34,8 @@ from ..qa.recipe import Chat, ContextKeys, pick
 from .document_contexts import build_document_context, by_source
 from .recipe import DataRecipe, from_documents
 
+TOO_LONG = "paragraphs_too_long_for_long"  # why a question is dropped
+
 
 def run(recipe: DataRecipe, work: Path) -> dict:
     """Build the contexts of all questions; returns what was built, dropped and left out.
@@ -70,7 +72,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     if not count:
         raise DataError(
             f"None of {len(questions)} questions gives a short and a long context ({dict(dropped)}); raise "
-            f"`short_tokens`, {_remedy(recipe)}."
+            f"`short_tokens`, {_remedy(recipe)}{', or split long paragraphs' * (TOO_LONG in dropped)}."
         )
     whole = left_out.pop("tokenised_whole", 0)  # prompts whose tokens do not add up
     return {
@@ -92,7 +94,7 @@ def _remedy(recipe: DataRecipe) -> str:
     if recipe.contexts == "document":
         return "give longer documents, or take `contexts: mixed`"
     more = "give more documents" if from_documents(recipe) else "add documents with `corpus`"
-    return f"lower `long_tokens`, {more}, or split paragraphs that are too long"
+    return f"lower `long_tokens`, or {more}"
 
 
 def make_row(
@@ -135,7 +137,7 @@ def _mixed(builder: Builder, recipe: DataRecipe, prepared: PreparedQuestion, los
         if isinstance(built, str):
             return f"{built}_{name}"
         if name == "long" and built.row["tokens"] < FILLED * target:
-            return "paragraphs_too_long_for_long"
+            return TOO_LONG
         sides[name] = built.row
         only = built.distractors if recipe.short_subset_of_long else None
     return sides

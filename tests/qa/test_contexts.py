@@ -454,7 +454,7 @@ def test_paragraphs_too_long_to_fill_a_context(model, tmp_path):
             assert len(rows) == n and counts["dropped"] == {}
             assert all(2500 < row["long"]["tokens"] < 3600 for row in rows)
             continue
-        with pytest.raises(DataError, match="paragraphs_too_long_for_long': 4.*or split paragraphs that are too long"):
+        with pytest.raises(DataError, match="paragraphs_too_long_for_long': 4.*, or split long paragraphs"):
             build(tmp_path / name, model, questions, **keys)
 
 
