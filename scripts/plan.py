@@ -37,10 +37,10 @@ from step_cost import (
     shape_of,
     step_flops,
     step_memory,
-    window_of,
 )  # fmt: skip
 
 from solopo_plugin.args import FIELDS, check_keys, distills
+from solopo_plugin.qa.window import window_of
 
 ROOT = Path(__file__).parent.parent
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"

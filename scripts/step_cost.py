@@ -111,18 +111,6 @@ def read_config(model: str):
         raise ValueError(f"No model config at {model}: give a folder, a config.json or one of {[*MODELS]}.") from error
 
 
-def window_of(config) -> int:
-    """Return the tokens that the model's positions reach, prompt and response together, with the config's YaRN.
-
-    Of other scalings, such as Llama 3.2's, `max_position_embeddings` is the widened one.
-    """
-    rope, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", 1 << 24)
-    if rope.get("rope_type") != "yarn":
-        return window
-    original = rope.get("original_max_position_embeddings") or window
-    return max(window, int(original * (rope.get("factor") or 1)))
-
-
 def on_meta(config):
     """Build the model on torch's meta device, where no weight exists."""
     import torch

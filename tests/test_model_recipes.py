@@ -128,7 +128,9 @@ def longest_prompts(row: Row) -> tuple[str, list[str]]:
     from dataclasses import replace
 
     from plan import how_it_runs, read_recipe
-    from step_cost import longest, shape_of, window_of
+    from step_cost import longest, shape_of
+
+    from solopo_plugin.qa.window import window_of
 
     config = config_of(row)
     shape, window, found = shape_of(config), window_of(config), []

@@ -25,7 +25,6 @@ from step_cost import (
     on_meta,
     parts_of,
     setup_of,
-    window_of,
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from solopo_plugin.attention import why_not_packed
 from solopo_plugin.data import BETWEEN, SoloCollator
 from solopo_plugin.packing import PackedCollator
+from solopo_plugin.qa.window import window_of
 
 TINY = dict(
     model_type="qwen2", hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,

@@ -24,9 +24,9 @@ import httpx
 
 from ..qa.files import DataError, as_data_error, write_json
 from ..qa.generate.addresses import addresses, api_key, is_local
-from ..qa.generate.local import window_of
 from ..qa.generate.vllm import max_lora_rank
 from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, model_hash
+from ..qa.window import window_of
 
 log = logging.getLogger(__name__)
 

@@ -29,10 +29,11 @@ from ..host.template import encode_turn, load_template
 from ..logps import token_logps
 from ..qa.files import DataError, as_data_error, replacing, write_json
 from ..qa.generate.calls import Model
-from ..qa.generate.local import load_network, window_of
+from ..qa.generate.local import load_network
 from ..qa.pages import png
 from ..qa.prompts import BETWEEN, document_spans
 from ..qa.rows import rows_of_file
+from ..qa.window import window_of
 from .page import as_html, draw_shares
 
 # evidence: documents of the row's evidence, label, title and text; question: that and the instruction;

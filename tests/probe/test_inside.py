@@ -23,8 +23,8 @@ from solopo_plugin.logps import IGNORE, predicting_positions, response_logps
 from solopo_plugin.probe import inside
 from solopo_plugin.probe.inside import REGIONS, attend, encode_row, look, token_texts, unit_of_tokens, units_of
 from solopo_plugin.qa.files import DataError, write_jsonl
-from solopo_plugin.qa.generate.local import window_of
 from solopo_plugin.qa.rows import write_parquet
+from solopo_plugin.qa.window import window_of
 
 TEMPLATES = {"qwen2": "qwen", "llama": "llama3", "mistral": "qwen", "gemma2": "qwen"}
 SHAPES = {  # what attends in another way: a window shorter than the prompt, a soft cap on the scores

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...host.template import encode_prompt, thought_markers
 from ..files import DataError
 from ..recipe import Sampling
+from ..window import window_of
 from .calls import Call, Model, Reply, load_chat
 
 if TYPE_CHECKING:  # torch and transformers take seconds to load
@@ -158,16 +159,3 @@ def yarn(config, model: Model) -> dict[str, Any]:
     window = config.max_position_embeddings
     rope |= {"rope_type": "yarn", "factor": model.rope_factor, "original_max_position_embeddings": window}
     return {"rope_parameters": rope, "max_position_embeddings": int(window * model.rope_factor)}
-
-
-def window_of(config) -> float:
-    """Return the tokens that a model was made for.
-
-    With YaRN some configurations name the window before it is widened (Qwen2.5's card), others the one after it; of
-    other scalings, such as Llama 3.1's, `max_position_embeddings` is the widened one.
-    """
-    window = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "yarn":
-        return window
-    return max(window, (rope.get("original_max_position_embeddings") or window) * (rope.get("factor") or 1))
