@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import chain
 
 import torch
 from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -60,11 +61,23 @@ class GroupedByLength(LengthGroupedSampler):
         return super().__iter__()
 
 
+def disable_dropout(*models: nn.Module) -> None:
+    """Turn off dropout that a module does by a function, at a rate that it holds; TRL turns off modules of dropout.
+
+    Falcon, Persimmon and BLT read a rate, by default 0, from the configuration, which is saved and stays as it is.
+    """
+    for module in chain.from_iterable(model.modules() for model in models):
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 class SoloTrainer(CustomDPOTrainer):
     """Add to the host's trainer the step, example-weighted accumulation, and metrics that are means over examples."""
 
     def __init__(self, model, packed: bool = False, **kwargs):
         super().__init__(model=model, **kwargs)
+        disable_dropout(*filter(None, (model, kwargs["ref_model"])))
         args, pad_id = self.finetuning_args, self.processing_class.pad_token_id
         self.form: Packed | TwoStages
         self.ranks = Ranks.of(args.solopo_sequence_parallel, self.accelerator)

@@ -250,6 +250,20 @@ def test_bf16_is_near_fp32(run, recipe, tmp_path):
     assert mixed.losses != full.losses
 
 
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_dropout_is_off(run, recipe, tiny_model, forward, kind):
+    """Also where a model does it by a function: steps that move nothing have one loss, that of evaluation."""
+    rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
+    log = run(recipe(
+        model_name_or_path=tiny_model("starcoder2", **rates), finetuning_type=kind, pref_loss="orpo", max_samples=4,
+        eval_dataset="demo_solopo", eval_strategy="epoch", per_device_eval_batch_size=2, num_train_epochs=2.0,
+        learning_rate=1e-12, optim="sgd", solopo_forward=forward,
+    )).log  # fmt: skip
+    losses = [entry[name] for entry in log for name in ("loss", "eval_loss") if name in entry]
+    assert len(losses) == 4 and losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["freeze", "lora"])
 def test_partial_fine_tuning(run, recipe, tmp_path, kind):
     extra = dict(freeze_trainable_layers=1) if kind == "freeze" else dict(lora_rank=4)
