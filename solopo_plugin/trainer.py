@@ -8,8 +8,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import chain
+from types import MethodType
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from torch import Tensor, nn
@@ -93,6 +95,23 @@ class SoloTrainer(CustomDPOTrainer):
         # the alignment can lower the short side through its gradient, self-distillation through the weights it shares
         aligned = self.objective is solopo and args.solopo_alpha > 0 and (args.distills or not args.solopo_detach_short)
         self.may_collapse = aligned or args.solopo_objective == "distill"
+
+    def create_accelerator_and_postprocess(self):
+        """Do the Trainer's, but leave logits in 16 bits where accelerate, with autocast, makes all fp32 at once.
+
+        Log-probs and divergences raise them chunk by chunk. DeepSpeed does not raise them either.
+        """
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+
+        def prepare_model(model, *args, **kwargs):
+            prepared = prepare(model, *args, **kwargs)  # changes `forward` of the model, which it may wrap
+            raising = getattr(getattr(model.forward, "__func__", None), "__wrapped__", None)
+            if isinstance(raising, ConvertOutputsToFp32):
+                model.forward = MethodType(raising.model_forward, model)
+            return prepared
+
+        self.accelerator.prepare_model = prepare_model
 
     @property
     def metrics(self) -> tuple[str, ...]:

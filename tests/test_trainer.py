@@ -250,6 +250,35 @@ def test_bf16_is_near_fp32(run, recipe, tmp_path):
     assert mixed.losses != full.losses
 
 
+@pytest.mark.parametrize("kind, forward", [("full", "packed"), ("full", "two_stage"), ("lora", "packed")])
+def test_logits_stay_in_16_bits(run, recipe, tmp_path, monkeypatch, kind, forward):
+    """Where accelerate makes all fp32 at once; losses and, with one use of the logits, weights are the same bits."""
+    from transformers import Trainer
+
+    from solopo_plugin.trainer import SoloTrainer
+
+    results, step, dtypes = [], SoloTrainer.solopo_step, []
+
+    def seen(self, model, inputs):
+        hook = model.register_forward_hook(lambda module, given, output: dtypes.append(output.logits.dtype))
+        losses = step(self, model, inputs)
+        hook.remove()
+        return losses
+
+    monkeypatch.setattr(SoloTrainer, "solopo_step", seen)
+    args = recipe(bf16=True, pref_loss="orpo", finetuning_type=kind, solopo_forward=forward, max_steps=3,
+                  solopo_logp_chunk=8, eval_dataset="demo_solopo", eval_strategy="steps", eval_steps=3, **SGD)  # fmt: skip
+    for name, dtype in (("ours", torch.bfloat16), ("accelerate's", torch.float32)):
+        results.append(run(args | dict(output_dir=str(tmp_path / name))))
+        assert set(dtypes) == {dtype}
+        dtypes.clear()
+        post = Trainer.create_accelerator_and_postprocess
+        monkeypatch.setattr(SoloTrainer, "create_accelerator_and_postprocess", post)
+    ours, theirs = results
+    assert ours.losses == theirs.losses and ours.log[-2]["eval_loss"] == theirs.log[-2]["eval_loss"]
+    assert all(torch.equal(weight, theirs.weights[name]) for name, weight in ours.weights.items())
+
+
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_dropout_is_off(run, recipe, tiny_model, forward, kind):
