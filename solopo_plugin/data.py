@@ -228,7 +228,7 @@ def step_lengths(dataset, longpo: bool, long_pair: bool) -> list[int]:
     """Return the tokens that a packed step runs of each row, by which `group_by_length` groups in either form."""
     n = part_lengths(dataset)
     short = n["short_prompt"] + n["chosen"] + n["rejected"]
-    long = n["long_prompt"] + n["chosen"] + (n["rejected"] if longpo or long_pair else 0)
+    long = n["long_prompt"] + n["chosen"] + (n["rejected"] if long_pair else 0)
     return (long if longpo else short + np.where(dataset["long_is_short"], 0, long)).tolist()
 
 

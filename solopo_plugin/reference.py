@@ -71,10 +71,9 @@ def identity(trainer, reference, model_args, finetuning_args) -> dict:
         adapters = [path.strip() for path in (finetuning_args.ref_model_adapters or "").split(",") if path]
         arguments["quantization_bit"] = finetuning_args.ref_model_quantization_bit
         last = "active" if hasattr(reference, "disable_adapter") else "merged"
-    else:  # the host merges adapters before it puts a new one on, where it can; else it trains on with the last
+    else:
         adapters = model_args.adapter_name_or_path or []
-        merges = finetuning_args.create_new_adapter and not zero3 and not getattr(base, "quantization_method", None)
-        last = "merged" if merges else "off"
+        last = "off" if goes_on(base, model_args, finetuning_args) else "merged"
     states = ["merged"] * (len(adapters) - 1) + [last]
     facts = {
         "versions": {"solopo": __version__, **{name: installed(name) for name in PACKAGES}},
@@ -94,6 +93,12 @@ def identity(trainer, reference, model_args, finetuning_args) -> dict:
     if model_args.train_from_scratch or model_args.resize_vocab:  # weights that are drawn, not read
         facts["drawn"] = {"seed": args.seed, "descriptions": model_args._special_token_descriptions}
     return json.loads(json.dumps(facts, default=str))
+
+
+def goes_on(model, model_args, finetuning_args) -> bool:
+    """Return whether training goes on with a given adapter: the host merges all before a new one, where it can."""
+    can = not is_deepspeed_zero3_enabled() and not getattr(base_of(model), "quantization_method", None)
+    return bool(model_args.adapter_name_or_path) and not (finetuning_args.create_new_adapter and can)
 
 
 def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:

@@ -8,6 +8,7 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
@@ -18,13 +19,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 
 from . import __version__
+from .args import loss_refers
 from .attention import base_of, how_a_step_runs, prepare, why_two_stages
 from .chunked_mlp import chunk_mlps
-from .data import data_sets, part_lengths
+from .data import data_sets, part_lengths, step_lengths
 from .host.preflight import check_vocabulary, refusing
 from .host.saved import recorded
+from .losses import ANCHOR
 from .qa.provenance import installed
-from .reference import with_reference_logps
+from .qa.window import window_of
+from .reference import goes_on, with_reference_logps
 from .sequence_parallel import why_not_shared
 from .trainer import SoloTrainer
 
@@ -43,12 +47,15 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
     if finetuning_args.solopo_mlp_chunk:
         chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
+    warn_of_window(model, data_args, dataset_module)
 
     elsewhere, ref_model = finetuning_args.ref_model is not None, None
     cached = reference_is_cached(data_args, training_args, finetuning_args)
     load_ref = partial(load_ref_model, model_args, finetuning_args, training_args.seed)
     if finetuning_args.use_ref_model and not cached:  # evaluation of a model against itself needs no second one
         ref_model = load_ref() if elsewhere or training_args.do_train else model
+    if finetuning_args.use_ref_model and not elsewhere:
+        warn_of_reference(model, model_args, finetuning_args, training_args.do_train)
 
     packed = choose_form(model, ref_model, model_args, training_args, finetuning_args)
     given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
@@ -101,14 +108,51 @@ def choose_form(model, ref_model, model_args, training_args, finetuning_args) ->
     return reason is None
 
 
+def warn_of_window(model, data_args, dataset_module: dict) -> None:
+    """Warn of rows with more tokens than the model was made for; a stream's, which are unknown, have `cutoff_len`.
+
+    Of several rejected responses the mean counts.
+    """
+    window, lengths = window_of(base_of(model).config.get_text_config()), [np.array([data_args.cutoff_len])]
+    if not data_args.streaming:
+        sets = data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
+        lengths = [
+            np.maximum(n["short_prompt"], n["long_prompt"]) + np.maximum(n["chosen"], n["rejected"] // n["pairs"])
+            for n in map(part_lengths, sets)
+        ]
+    tokens = np.concatenate(lengths)
+    if beyond := (tokens > window).sum():
+        rows = "Rows of a stream" if data_args.streaming else f"{beyond:,} of {len(tokens):,} rows"
+        logger.warning_rank0(
+            f"{rows} have up to {tokens.max():,} tokens, and the model was made for {window:,}: widen its window by "
+            f'YaRN (docs/training.md, "Rows longer than one GPU"), or set `cutoff_len: {window}`, with '
+            "`solopo_overlength: drop` to leave longer rows out."
+        )
+
+
+def warn_of_reference(model, model_args, finetuning_args, trains: bool) -> None:
+    """Warn where the reference, without a `ref_model`, is not the model before training."""
+    if not trains:
+        logger.warning_rank0(
+            "An evaluation alone has no reference but the model itself: metrics that compare the two say nothing and "
+            "are not saved; to have them set `ref_model` to the model before training."
+        )
+    elif goes_on(model, model_args, finetuning_args):
+        logger.warning_rank0(
+            f"Training goes on with the adapter {model_args.adapter_name_or_path[-1]}, and the reference is the model "
+            "without it, as in the host's DPO; for the model as it starts set `create_new_adapter: true`, which merges "
+            "the adapter (not under ZeRO-3, nor on quantized weights), or `ref_model` and `ref_model_adapters`."
+        )
+
+
 def train(trainer: SoloTrainer) -> None:
     """Train, and save the model, its metrics and curves as the host's stages do."""
     args, finetuning_args = trainer.args, trainer.finetuning_args
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if finetuning_args.include_effective_tokens_per_second:
-        tokens = count_tokens(trainer.train_dataset, finetuning_args.long_pair)
-        rate = tokens * result.metrics["epoch"] / result.metrics["train_runtime"]
+        tokens = step_lengths(trainer.train_dataset, finetuning_args.longpo, finetuning_args.long_pair)
+        rate = sum(tokens) * result.metrics["epoch"] / result.metrics["train_runtime"]
         result.metrics["effective_tokens_per_sec"] = rate / args.world_size
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -121,10 +165,13 @@ def train(trainer: SoloTrainer) -> None:
 
 
 def evaluate(trainer: SoloTrainer, against_itself: bool) -> None:
-    """Evaluate, and save the metrics as the host's stages do, without rewards where they are all 0."""
-    metrics = trainer.evaluate(metric_key_prefix="eval")
+    """Evaluate, and save the metrics as the host's stages do, without those that compare the model with itself."""
+    metrics, args = trainer.evaluate(metric_key_prefix="eval"), trainer.finetuning_args
     if against_itself:
-        metrics = {name: value for name, value in metrics.items() if "rewards" not in name}
+        refers = loss_refers(args.pref_loss, args.solopo_objective)
+        losses = [name for name in metrics if name.endswith("_loss") and not name.endswith("align_loss")]
+        empty = (ANCHOR, *(("rewards/", *losses) if refers else ()))
+        metrics = {name: value for name, value in metrics.items() if not any(part in name for part in empty)}
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
 
@@ -252,11 +299,3 @@ def configure_checkpointing(model, model_args, training_args, finetuning_args) -
     # `gradient_checkpointing: true` makes the Trainer enable it once more, and there the host's default is reentrant
     own = training_args.gradient_checkpointing_kwargs or {}
     training_args.gradient_checkpointing_kwargs = {**own, "use_reentrant": False}
-
-
-def count_tokens(dataset, long_pair: bool) -> int:
-    """Return the tokens of one epoch in all sequences that a step scores, a prompt once per response in either form."""
-    lengths = part_lengths(dataset)
-    short, long, pairs = (lengths[part] for part in ("short_prompt", "long_prompt", "pairs"))
-    tokens = (1 + pairs) * short + long + 2 * lengths["chosen"] + lengths["rejected"]
-    return int((tokens + (pairs * long + lengths["rejected"] if long_pair else 0)).sum())

@@ -960,7 +960,7 @@ def test_all_long_prompts_equal_is_noticed():
     assert said([same, GOOD]) == []
 
 
-@pytest.mark.parametrize("longpo, both", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("longpo, both", [(False, False), (False, True), (True, True)])
 def test_step_lengths_are_those_of_packed_rows(longpo, both):
     """Also of a data set that is a shuffled share of its table, and of rows whose prompts are equal."""
     from datasets import Dataset

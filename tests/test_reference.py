@@ -231,8 +231,14 @@ def check_on_one_cache(run, recipe, tmp_path, adapters, online, names) -> None:
 
 @pytest.mark.parametrize("order", itertools.permutations(("switched off", "merged", "elsewhere")), ids=", ".join)
 @pytest.mark.slow(keep=["switched off, merged, elsewhere"])
-def test_an_adapter_that_is_off_merged_or_elsewhere(run, recipe, tmp_path, adapters, online, order):
+def test_an_adapter_that_is_off_merged_or_elsewhere(run, recipe, tmp_path, adapters, online, order, host_log):
+    """A run that goes on with an adapter says that the reference is the model without it; no other run does."""
+    runs = 1 + ("switched off" not in online)
     check_on_one_cache(run, recipe, tmp_path, adapters, online, order)
+    path = adapters["switched off"]["adapter_name_or_path"]
+    told = f"Training goes on with the adapter {path}, and the reference is the model without it, as in the host's DPO"
+    assert sum(message.startswith(told) for message in host_log) == runs
+    assert sum(message.startswith("Training goes on") for message in host_log) == runs
 
 
 @pytest.mark.slow

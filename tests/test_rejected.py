@@ -271,20 +271,3 @@ def test_tokenised_lists_are_saved_and_used_again(run, recipe, folders, tmp_path
     plain = dict(disable_shuffling=True, output_dir=str(tmp_path / "plain"))
     a, b = (run(recipe(**common | changes)) for changes in (streamed, plain))
     assert [e["loss"] for e in a.log if "loss" in e] == [e["loss"] for e in b.log if "loss" in e]
-
-
-def test_tokens_of_an_epoch():
-    """A prompt once for each response that is scored behind it."""
-    from datasets import Dataset
-
-    from solopo_plugin.workflow import count_tokens
-
-    rows = ragged_rows()
-    for long_pair in (False, True):
-        want = sum(
-            len(row[f"{side}_prompt_ids"]) + len(response)
-            for row in rows
-            for side in ("short", "long")
-            for response in [row["chosen_ids"], *(rejected_of(row) if long_pair or side == "short" else [])]
-        )
-        assert count_tokens(Dataset.from_list(rows), long_pair) == want

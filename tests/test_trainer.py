@@ -267,7 +267,7 @@ def test_logits_stay_in_16_bits(run, recipe, tmp_path, monkeypatch, kind, forwar
 
     monkeypatch.setattr(SoloTrainer, "solopo_step", seen)
     args = recipe(bf16=True, pref_loss="orpo", finetuning_type=kind, solopo_forward=forward, max_steps=3,
-                  solopo_logp_chunk=8, eval_dataset="demo_solopo", eval_strategy="steps", eval_steps=3, **SGD)  # fmt: skip
+                  solopo_logp_chunk=8, eval_dataset="demo_solopo", eval_strategy="epoch", **SGD)  # fmt: skip
     for name, dtype in (("ours", torch.bfloat16), ("accelerate's", torch.float32)):
         results.append(run(args | dict(output_dir=str(tmp_path / name))))
         assert set(dtypes) == {dtype}
@@ -319,7 +319,7 @@ def test_gradient_checkpointing_changes_nothing(run, recipe, tmp_path):
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_counters_see_both_contexts(run, recipe, tiny_model, forward):
-    """What was run: in two stages the short prompt twice, packed once. The effective rate counts all sequences."""
+    """What was run: in two stages the short prompt twice, packed once. The effective rate is of packed rows."""
     result = run(recipe(
         max_samples=2, num_train_epochs=1.0, include_num_input_tokens_seen="non_padding",
         include_effective_tokens_per_second=True, solopo_forward=forward,
@@ -329,11 +329,11 @@ def test_counters_see_both_contexts(run, recipe, tiny_model, forward):
         for key in (("short", "chosen"), ("short", "rejected"), ("long", "chosen")):
             prompt, response = sequences[key]
             tokens += len(prompt) + len(response)
-        shared += len(sequences["short", "rejected"][0]) if forward == "packed" else 0
+        shared += len(sequences["short", "rejected"][0])
     seen = [e for e in result.log if "num_input_tokens_seen" in e][-1]["num_input_tokens_seen"]
-    assert seen == tokens - shared
+    assert seen == (tokens - shared if forward == "packed" else tokens)
     metrics = json.loads((result.dir / "train_results.json").read_text())
-    rate = tokens / metrics["train_runtime"]
+    rate = (tokens - shared) / metrics["train_runtime"]
     assert metrics["effective_tokens_per_sec"] == pytest.approx(rate, rel=1e-3)
 
 
@@ -356,6 +356,24 @@ def test_packed_runs_are_two_stage_runs(run, recipe, tmp_path, host_log, kind):
         torch.testing.assert_close(auto.weights[name], weight, **weight_bound(6))
 
 
+def test_rows_beyond_the_window_are_told(run, recipe, tiny_model, host_log):
+    """With YaRN the window is the widened one; a stream's rows may have `cutoff_len`."""
+    stream = dict(streaming=True, max_samples=None, dataloader_num_workers=1)
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=256, rope_theta=1e4)
+    for window, changes, keys in (
+        (128, {}, {}),
+        (256, dict(rope_parameters=yarn), {}),
+        (1024, {}, stream),
+        (128, {}, stream),
+    ):
+        model = tiny_model(max_position_embeddings=window, **changes)
+        run(recipe(model_name_or_path=model, pref_loss="orpo", **(dict(max_samples=4, max_steps=1) | keys)))
+    told = [message for message in host_log if "the model was made for" in message]
+    assert len(told) == 2
+    assert re.match(r"4 of 4 rows have up to \d+ tokens, and the model was made for 128: widen its window", told[0])
+    assert told[1].startswith("Rows of a stream have up to 1,024 tokens, and the model was made for 128: ")
+
+
 def test_a_model_that_cannot_be_packed(run, recipe, tiny_model, host_log):
     """`auto` says so once and trains in two stages; `packed` is refused with the reason."""
     args = recipe(model_name_or_path=tiny_model("gemma2"), max_steps=1)
@@ -374,8 +392,29 @@ def test_evaluation_alone(run, recipe, tmp_path):
     args = recipe(do_train=False, do_eval=True, dataset=None, eval_dataset="demo_solopo", max_samples=5)
     run_exp(args)
     metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
-    assert metrics["eval_loss"] > 0 and not any("rewards/" in name for name in metrics)
+    assert metrics["eval_solopo/align_loss"] > 0 and not any("rewards/" in name for name in metrics)
     assert str(ROOT) not in json.dumps(metrics)
+
+
+OF_PAIRS = {"loss", "solopo/po_loss", *(name for name in METRICS if name.startswith("rewards/"))}
+
+
+@pytest.mark.parametrize("changes, empty", [
+    ({}, OF_PAIRS),
+    (dict(solopo_anchor=1.0, eval_on_each_dataset=True), OF_PAIRS | {"solopo/anchor_kl"}),
+    (dict(solopo_anchor=1.0, pref_loss="orpo"), {"solopo/anchor_kl"}),
+    (dict(pref_loss="orpo"), set()),
+])  # fmt: skip
+def test_evaluation_against_itself_says_so(run, recipe, tmp_path, host_log, changes, empty):
+    """Only what needs no other model is saved."""
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(recipe(do_train=False, do_eval=True, dataset=None, eval_dataset="demo_solopo", max_samples=5, **changes))
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    asked = (*METRICS, "loss", *(["solopo/anchor_kl"] if "solopo_anchor" in changes else []))
+    prefix = "eval_demo_solopo_" if "eval_on_each_dataset" in changes else "eval_"
+    assert {name for name in asked if prefix + name not in metrics} == empty
+    assert sum("no reference but the model itself" in message for message in host_log) == bool(empty)
 
 
 # ---- the order of the rows
