@@ -40,6 +40,7 @@ from step_cost import (
 )  # fmt: skip
 
 from solopo_plugin.args import FIELDS, check_keys, distills
+from solopo_plugin.host.arguments import PURE_BF16_LR
 from solopo_plugin.qa.window import window_of
 
 ROOT = Path(__file__).parent.parent
@@ -349,6 +350,8 @@ def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int,
                            setup.rejected)  # fmt: skip
         seconds = setup.batch * sum(flops.values()) / shared / rate if rate else None
         lines.append(sharing(shape, variant, lengths, setup, seconds))
+    if recipe.get("pure_bf16") and not lora and float(recipe.get("learning_rate", 5e-5)) < PURE_BF16_LR:
+        lines.append("Precision: `pure_bf16` rounds most of AdamW's updates away at this rate (docs/training.md).")
     lines.append(basis)
     kept = f"{setup.weights:g} of weights, {setup.gradients:g} of gradients, {setup.optimizer:g} of optimizer"
     lines.append(

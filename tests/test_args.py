@@ -72,6 +72,33 @@ def test_reference_model_where_the_loss_has_one(pref_loss, objective, reference)
         assert parse(stage="solopo", pref_loss=pref_loss, solopo_objective=objective, solopo_anchor=0.1).use_ref_model
 
 
+@pytest.mark.parametrize("keys", [
+    dict(metric_for_best_model="solopo/nll", greater_is_better=False),
+    dict(metric_for_best_model="solopo/nll", greater_is_better=True),
+    dict(metric_for_best_model="rewards/accuracies"), dict(metric_for_best_model="solopo/align_loss"),
+])  # fmt: skip
+def test_a_metric_that_names_the_best_checkpoint_as_it_should(keys):
+    parse(stage="solopo", **keys)
+
+
+@pytest.mark.parametrize("keys, told", [
+    (dict(pure_bf16=True, learning_rate=9e-5), True), (dict(pure_bf16=True, learning_rate=1e-4), False),
+    (dict(bf16=True, learning_rate=9e-5), False),
+    (dict(pure_bf16=True, learning_rate=9e-5, finetuning_type="lora"), False),
+    (dict(pure_bf16=True, learning_rate=9e-5, do_train=False, do_eval=True, eval_dataset="demo_solopo"), False),
+])  # fmt: skip
+def test_bf16_weights_at_small_rates_are_told(host_log, keys, told, monkeypatch):
+    from llamafactory.hparams import parser
+
+    monkeypatch.setattr(parser, "is_torch_bf16_gpu_available", lambda: True)
+    keys = dict(stage="solopo", do_train=True, finetuning_type="full", dataset="demo_solopo", template="qwen") | keys
+    parser.get_train_args(keys | dict(model_name_or_path="unused", output_dir="unused", use_cpu=True))
+    assert told == any(
+        message.startswith("`pure_bf16: true` rounds most of AdamW's updates away at `learning_rate: 9e-05`")
+        for message in host_log
+    )
+
+
 def test_qlora_arguments_are_accepted():
     from llamafactory.hparams.parser import get_train_args
 

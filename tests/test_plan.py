@@ -609,6 +609,18 @@ def test_the_answer_of_two_stages(monkeypatch, tmp_path, capsys):
     assert any(line.startswith("L2 ") for line in lines_of(monkeypatch, capsys, "--recipe", recipe))
 
 
+@pytest.mark.parametrize("keys, told", [
+    (dict(pure_bf16=True, learning_rate="5e-6"), True), (dict(pure_bf16=True), True),
+    (dict(pure_bf16=True, learning_rate=1e-4), False), (dict(bf16=True, learning_rate=5e-6), False),
+    (dict(pure_bf16=True, finetuning_type="lora"), False),
+])  # fmt: skip
+def test_bf16_weights_at_small_rates_are_told(monkeypatch, tmp_path, capsys, keys, told):
+    """YAML reads `5e-6` as a text; without the key the rate is the host's 5e-5."""
+    recipe = str(write(tmp_path, model_name_or_path="qwen2.5-7b", pref_loss="orpo", **keys))
+    line = "Precision: `pure_bf16` rounds most of AdamW's updates away at this rate (docs/training.md)."
+    assert (line in lines_of(monkeypatch, capsys, "--recipe", recipe)) == told
+
+
 def test_an_answer_beyond_the_window(monkeypatch, capsys):
     answer = lines_of(monkeypatch, capsys, "--model", "qwen2.5-7b", "--long", "32768", "--gpus", "4")[0]
     assert answer.startswith("Does not fit. ")

@@ -58,6 +58,8 @@ UNREAD: dict[str, dict[str, Any]] = {
         "reward_model_type": "lora",
     },
 }  # fmt: skip
+LOWER = ("solopo/nll", "solopo/reward_gap", "solopo/anchor_kl", "logps/rejected", "rewards/rejected")  # is better
+PURE_BF16_LR = 1e-4  # about the step of a bf16 weight of 0.02, below which updates are lost; ours
 ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
 
 
@@ -162,6 +164,12 @@ def _checking_keys(parser, parse_train_args):
         recipe = args if isinstance(args, dict) else flags(args)
         stage, ours = recipe.get("stage"), [key for key in recipe if key.startswith("solopo")]
         solo.check_keys(ours)
+        best = str(recipe.get("metric_for_best_model"))
+        if stage == "solopo" and best.endswith(LOWER) and recipe.get("greater_is_better") is None:
+            raise ValueError(
+                f"`metric_for_best_model: {best}` is better when lower, and the host would keep the checkpoint with "
+                "the highest; set `greater_is_better: false`."
+            )
         if ours and stage != "solopo":
             raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
         parsed = parse_train_args(args)
@@ -182,6 +190,12 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
 
     if data_args.streaming and data_args.solopo_overlength == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
+    if data_args.streaming and data_args.val_size:
+        raise ValueError(
+            f"`val_size: {data_args.val_size:g}` does not work with `streaming: true`: the host shuffles anew for each "
+            "pass, and from the second on it trains on rows that it validates on; set `eval_dataset`, or "
+            "`streaming: false`."
+        )
     if model_args.train_from_scratch and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
         raise ValueError(
             f"`train_from_scratch: true` would draw the weights of `ref_model: {finetuning_args.ref_model}` too, not "
@@ -215,13 +229,23 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
         unread["it is for `pref_loss: simpo`"] = {"simpo_gamma": 0.5}
     if not finetuning_args.use_ref_model:
         own = "solopo_objective" if finetuning_args.solopo_objective == "distill" else "pref_loss"
-        unread[f"`{own}: {getattr(finetuning_args, own)}` has no reference"] = {"ref_model": None}
+        without = {"ref_model": None, "solopo_reference": "cached"}
+        unread[f"`{own}: {getattr(finetuning_args, own)}` has no reference"] = without
     if finetuning_args.ref_model is None:
         unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
     for reason, defaults in unread.items():
         for key, default in defaults.items():
             if given(key) not in (None, default):
                 raise ValueError(f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
+    rate = training_args.learning_rate
+    if training_args.do_train and finetuning_args.pure_bf16 and rate < PURE_BF16_LR:
+        if finetuning_args.finetuning_type in ("full", "freeze"):
+            from llamafactory.extras import logging
+
+            logging.get_logger(f"llamafactory.{__name__}").warning_rank0(
+                f"`pure_bf16: true` rounds most of AdamW's updates away at `learning_rate: {rate}` (docs/training.md); "
+                "set `bf16: true`, with `deepspeed` where memory is short, or train LoRA."
+            )
 
 
 def _checking_recipe(get_train_args):

@@ -37,6 +37,7 @@ IGNORED = "which the host's converter ignores there; give a call as the JSON tex
 ALIGNED = tuple(f"_{field}" for field in Aligned._fields)  # columns, named as the host names them
 TURNS = ("_prompt", "_long_prompt", "_response")
 SHOWN = 400  # characters of a text of the example row
+WRITTEN = "detailed thinking off"  # by the host's openai converter
 HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
 
 
@@ -48,11 +49,12 @@ def apply(module) -> None:
         return
     chosen_by = ("data_args", "stage", "template", "tokenizer", "processor", "do_generate")
     arguments = ("dataset", "data_args", "training_args", "stage", "template", "tokenizer", "processor", "is_eval")
+    aligned = ("dataset", "dataset_attr", "data_args", "training_args")
     merged = ("dataset_names", "model_args", "data_args", "training_args", "stage", "return_dict")
     wrap(
         (module, "get_dataset_list", ("dataset_names", "dataset_dir"), _naming),
         (module, "_get_merged_dataset", merged, partial(_merging, module)),
-        (module, "align_dataset", ("dataset", "dataset_attr", "data_args", "training_args"), _aligning),
+        (module, "align_dataset", aligned, partial(_aligning, module.logger)),
         (module, "_get_dataset_processor", chosen_by, _processing),
         (module, "_get_preprocessed_dataset", arguments, partial(_counting, module.logger)),
     )
@@ -160,7 +162,7 @@ class LongConverter:
             check_text(name, column, response["content"])
         refuse_equal(name, turns, "columns `{}` and `{}` hold the same text")
         # where there is no system prompt the host's openai converter writes one
-        none = ("", None, "detailed thinking off") if attr.formatting == "openai" else ("", None)
+        none = ("", None, WRITTEN) if attr.formatting == "openai" else ("", None)
         if (short["_system"] in none) != (long["_system"] in none):
             raise RowError(f"{name}: only one of `{self.prompt_column}` and `{self.long_column}` has a system prompt.")
         tools = short["_tools"]
@@ -283,7 +285,7 @@ def holds_null(value: Any) -> bool:
     return isinstance(value, list) and any(map(holds_null, value))
 
 
-def _aligning(align_dataset):
+def _aligning(logger, align_dataset):
     def wrapper(dataset, dataset_attr, data_args, training_args):
         if not (dataset_attr.long_prompt or dataset_attr.long_messages):
             refuse_lists(dataset, dataset_attr)
@@ -291,6 +293,12 @@ def _aligning(align_dataset):
         from datasets import Features, Value
         from llamafactory.data.converter import get_dataset_converter
 
+        if dataset_attr.formatting == "openai":
+            logger.warning_rank0(
+                f"Dataset `{dataset_attr.entry}`: in rows without tools the host's openai converter appends "
+                f"`{WRITTEN}` to the system prompt, and where there is none writes it as one; without it register "
+                "the rows with `formatting: sharegpt`."
+            )
         converter = LongConverter(dataset_attr, data_args, get_dataset_converter)
         first = next(iter(dataset), None)
         if first is None:

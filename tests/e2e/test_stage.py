@@ -46,10 +46,10 @@ OPENAI_TAGS = {
 }
 
 
-def test_the_same_content_in_every_formatting_trains_the_same(run, recipe, tmp_path):
+def test_the_same_content_in_every_formatting_trains_the_same(run, recipe, tmp_path, host_log):
     """alpaca with system and history columns = sharegpt = openai, loss for loss.
 
-    The host's openai converter appends a line to the system prompt, so the others are given that line too.
+    The host's openai converter appends a line to the system prompt, so the others are given that line too; it is told.
     """
     rows = demo_rows(6)
     system = "Be brief.\ndetailed thinking off"
@@ -65,6 +65,8 @@ def test_the_same_content_in_every_formatting_trains_the_same(run, recipe, tmp_p
     assert len(expected) == 2
     for name in ("share", "openai"):
         assert first_losses(run, recipe, tmp_path, name[0], dataset=name, dataset_dir=folder) == expected
+        told = [message for message in host_log if "`detailed thinking off`" in message]
+        assert [message.partition(":")[0] for message in told] == ["Dataset `openai`"] * (name == "openai")
     plain = write_dataset(tmp_path, rows, "plain")
     assert first_losses(run, recipe, tmp_path, "p", dataset="plain", dataset_dir=plain) != expected
 
@@ -122,8 +124,8 @@ def test_mixed_data_sets_sizes_and_splits(run, recipe, tmp_path):
 def test_streaming(run, recipe, tmp_path):
     folder = write_dataset(tmp_path, demo_rows(8))
     args = recipe(
-        dataset="rows", dataset_dir=folder, max_samples=None, streaming=True, max_steps=3, buffer_size=4, val_size=2,
-        eval_strategy="steps", eval_steps=3, num_train_epochs=None, dataloader_num_workers=1,
+        dataset="rows", dataset_dir=folder, max_samples=None, streaming=True, max_steps=3, buffer_size=4,
+        eval_dataset="rows", eval_strategy="steps", eval_steps=3, num_train_epochs=None, dataloader_num_workers=1,
     )  # fmt: skip
     result = run(args)
     assert len(result.losses) == 3 and all(map(math.isfinite, result.losses))
