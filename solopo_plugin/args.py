@@ -70,8 +70,9 @@ class SoloArguments:
     )
     solopo_anchor: float = _key(
         0.0,
-        "Weight of the KL, per token of the short responses, from the model as it starts (or `ref_model`) to the "
-        "policy, >= 0: against losing what short contexts could do. Needs a reference in every loss.",
+        "Weight of the KL, per token of the short responses, from the reference to the policy, >= 0: against "
+        "losing what short contexts could do. Needs a reference in every loss: `ref_model`, or the model as it starts, "
+        "without an adapter that is trained.",
     )
     solopo_forward: Literal["auto", "packed", "two_stage"] = _key(
         "auto",
@@ -82,7 +83,8 @@ class SoloArguments:
     solopo_reference: Literal["cached", "online"] = _key(
         "cached",
         "The reference's log-probs (sigmoid, ipo, hinge, longpo): `cached`, scored once before training by the model "
-        "as it starts and kept on disk, without a second model; `online`, a forward of the reference in every step.",
+        "as it starts, without an adapter that is trained, and kept on disk; no second model stays; `online`, a "
+        "forward of the reference in every step.",
     )
     solopo_logp_chunk: int = _key(
         1024,
