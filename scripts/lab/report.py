@@ -104,7 +104,8 @@ def read(source: Path, task: str, shipped: Path | None = None) -> dict[tuple[str
         task: Whose results.
         shipped: A runs.json whose runs stand where the folder has none.
     """
-    settings, found, stale = task_of(task).settings(), {}, []
+    settings = {} if source.suffix == ".json" else task_of(task).settings()  # which need the task's files
+    found, stale = {}, []
 
     def of_today(run: dict) -> bool:
         return run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)

@@ -16,6 +16,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import real
 from arms import chosen_rate
 from report import DOCS, ROOT, Results, cell, filled, interval, markdown, plt, save, sweep, write
 from run import SIZES, base_of
@@ -159,6 +160,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab/report")
     parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
     args = parser.parse_args(words)
+    real.SAVES = args.saves  # where a size's settings are read, too
     there = [task for task in SIZES if (args.saves / task.replace(":", "_") / "base.json").is_file()]
     if not there:
         sys.exit(f"{args.saves} holds no run of the real model; run scripts/lab/run.py --task real first.")

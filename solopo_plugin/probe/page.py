@@ -28,10 +28,10 @@ def draw_shares(looks: dict[str, list[dict]]) -> Figure:
                     panels[1, column].plot(np.mean(per_token, 0), **line | {"label": None})
             panels[0, column].set(title=f"{side} context", ylim=(0, 1))
             panels[1, column].axhline(1, color="grey", linewidth=0.8)
-            panels[1, column].set(xlabel="layer", ylim=(0, None))
+            panels[1, column].set(xlabel="layer")
             panels[1, column].xaxis.get_major_locator().set_params(integer=True)
     panels[0, 0].set(ylabel="share of attention")
-    panels[1, 0].set(ylabel="attention per token / uniform")
+    panels[1, 0].set(ylabel="attention per token / uniform", ylim=(0, None))  # when all is drawn: it ends the scaling
     made.legend(loc="outside right upper")
     return made
 
