@@ -20,7 +20,7 @@ from ..host.template import encode_prompt
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate import generate
 from ..qa.generate.calls import Call, Model, counts_differently, load_chat
-from ..qa.generate.stored import check_served
+from ..qa.generate.stored import of_one_model
 from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, differences, model_hash
 from ..qa.recipe import Chat, Sampling, pick, settings
 from ..qa.store import STORE, Store
@@ -62,8 +62,8 @@ def ask(
         pending: dict[str, dict] = {}
         warned = False
         with tqdm(total=len(hashes), initial=len(hashes) - missing, unit=" answers", desc=model.name) as bar:
-            for reply in generate(pick(recipe, Sampling), model, _calls(recipe, model, have, pending)):
-                check_served(store, set_id, reply, model)
+            replies = generate(pick(recipe, Sampling), model, _calls(recipe, model, have, pending))
+            for reply in of_one_model(replies, store, set_id, model):
                 answer = pending.pop(reply.id)
                 name = f"{answer['task']}/{answer['id']}"
                 counted = reply.prompt_tokens, answer["prompt_tokens"], name, recipe.template

@@ -237,15 +237,19 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
         for key, default in defaults.items():
             if given(key) not in (None, default):
                 raise ValueError(f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
-    rate = training_args.learning_rate
-    if training_args.do_train and finetuning_args.pure_bf16 and rate < PURE_BF16_LR:
-        if finetuning_args.finetuning_type in ("full", "freeze"):
-            from llamafactory.extras import logging
+    warn_of_rounding(training_args, finetuning_args)
 
-            logging.get_logger(f"llamafactory.{__name__}").warning_rank0(
-                f"`pure_bf16: true` rounds most of AdamW's updates away at `learning_rate: {rate}` (docs/training.md); "
-                "set `bf16: true`, with `deepspeed` where memory is short, or train LoRA."
-            )
+
+def warn_of_rounding(training_args, finetuning_args) -> None:
+    """Warn of weights in 16 bits at a learning rate whose updates are mostly rounded away."""
+    from llamafactory.extras import logging
+
+    rate, trains_weights = training_args.learning_rate, finetuning_args.finetuning_type in ("full", "freeze")
+    if training_args.do_train and finetuning_args.pure_bf16 and trains_weights and rate < PURE_BF16_LR:
+        logging.get_logger(f"llamafactory.{__name__}").warning_rank0(
+            f"`pure_bf16: true` rounds most of AdamW's updates away at `learning_rate: {rate}` (docs/training.md); "
+            "set `bf16: true`, with `deepspeed` where memory is short, or train LoRA."
+        )
 
 
 def _checking_recipe(get_train_args):

@@ -83,6 +83,10 @@ class BuiltContext:
     full: bool
     row: dict
 
+    def fills(self, tokens: int) -> bool:
+        """Return whether it has at least `FILLED` of a length; if not, its paragraphs are too long to fill one."""
+        return self.row["tokens"] >= FILLED * tokens
+
 
 @dataclass
 class PreparedQuestion:

@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..host.template import template_markers
-from ..qa.contexts import FILLED, Builder, PreparedQuestion
+from ..qa.contexts import Builder, PreparedQuestion
 from ..qa.documents import Question, build_pool, count_tokens
 from ..qa.files import DataError, write_jsonl
 from ..qa.generate.calls import load_chat
@@ -136,7 +136,7 @@ def _mixed(builder: Builder, recipe: DataRecipe, prepared: PreparedQuestion, los
         built = builder.context(prepared, target, name, dropped, only)
         if isinstance(built, str):
             return f"{built}_{name}"
-        if name == "long" and built.row["tokens"] < FILLED * target:
+        if name == "long" and not built.fills(target):
             return TOO_LONG
         sides[name] = built.row
         only = built.distractors if recipe.short_subset_of_long else None

@@ -247,7 +247,7 @@ def adapter(tiny_model, tmp_path_factory) -> Path:
 
 
 def test_the_picture_shows_every_line_whole():
-    """What is drawn last, on the long context, may be the highest."""
+    """Draw the highest line last, on the long context."""
     uniform = {"evidence": 0.2, "distractors": 0.2}
     sides = {
         side: {"share_by_layer": {"evidence": [0.1, share], "distractors": [0.1, 0.1]}, "uniform": uniform}

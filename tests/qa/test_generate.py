@@ -1015,7 +1015,7 @@ def marked_model(tiny_model, tmp_path) -> str:
 
 
 def test_special_tokens_that_mark_a_thought_stay(marked_model, tiny_model, answers_file, tmp_path, monkeypatch):
-    """Of every backend, for templates whose thoughts they mark; no other answer or request changes."""
+    """Check every backend, for templates whose thoughts they mark; no other answer or request changes."""
     from llamafactory.data.template import TEMPLATES
 
     from solopo_plugin.qa.generate import decode

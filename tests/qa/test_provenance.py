@@ -1,4 +1,4 @@
-"""What a model is known by: names, sizes and contents of its files, of large ones a part."""
+"""Know a model by names, sizes and contents of its files, of large ones by a part."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def train(model, start: int, length: int) -> None:
 
 
 def test_a_trained_model_is_known_by_the_middle_of_its_files_too(model):
-    """Of a model that no run has saved the hash is that of before, so that its answers stay."""
+    """Keep the hash of before for a model that no run has saved, so that its answers stay."""
     before, ends = model_hash(model, WEIGHTS + TOKENIZER), folder_hash(model, WEIGHTS + TOKENIZER)
     train(model, SIZE // 2, SIZE // 32)  # one of 32 layers
     assert model_hash(model, WEIGHTS + TOKENIZER) != before
@@ -40,7 +40,7 @@ def test_data_is_read_whole(model):
 
 
 def test_hashes_are_those_of_before(tmp_path):
-    """Which stored answers are known by."""
+    """Compare with hashes by which stored answers are known."""
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 16)
     found = folder_hash(tmp_path, WEIGHTS), folder_hash(tmp_path, WEIGHTS, 100), model_hash(tmp_path, WEIGHTS)
     assert [text[:8] for text in found] == ["ad4b65ca", "3ec847cb", "ad4b65ca"]

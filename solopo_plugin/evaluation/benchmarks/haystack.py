@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...host.template import template_markers
-from ...qa.contexts import FILLED, Builder, BuiltContext, PreparedQuestion
+from ...qa.contexts import Builder, BuiltContext, PreparedQuestion
 from ...qa.documents import Question, count_tokens, make_pool
 from ...qa.files import DataError
 from ...qa.questions import PARSERS, read_questions, with_place
@@ -91,7 +91,7 @@ class Haystack:
             built = self.builder.context(prepared, target, NAME)
             if isinstance(built, str):
                 return f"{built}_{length}"
-            if built.row["tokens"] < FILLED * target:
+            if not built.fills(target):
                 return f"paragraphs_too_long_for_{length}"
             contexts[length] = built
         return contexts

@@ -51,8 +51,7 @@ def answer_missing(
         return found
     size = size or (8 if sampling.backend == "transformers" else max(map(len, numbers.values())))
     with tqdm(total=total, initial=have, unit=" answers", desc=desc or name) as bar:
-        for reply in generate(sampling, model, _missing(calls(), size, found)):
-            check_served(store, set_id, reply, model)
+        for reply in of_one_model(generate(sampling, model, _missing(calls(), size, found)), store, set_id, model):
             store.add(set_id, reply_rows(reply, hashes))
             bar.update(len(reply.ks))
             see(reply)
@@ -63,19 +62,24 @@ def answer_missing(
     return found
 
 
-def check_served(store: Store, set_id: int, reply: Reply, model: Model) -> None:
-    """Refuse to add a reply to answers that another model of the server has given.
+def of_one_model(replies: Iterable[Reply], store: Store, set_id: int, model: Model) -> Iterator[Reply]:
+    """Yield replies; refuse them where another model of the server has given the answers that are there.
 
     Raises:
         DataError: The server had another model under its address before, and no key says which one is meant.
     """
-    if reply.served is None or (kept := store.keep_served(set_id, reply.served)) == reply.served:
-        return
-    before, now = kept or model.name, reply.served or model.name
-    raise DataError(
-        f"{store.path}: the answers so far are those of the server's model {before}, and it now has {now}; serve "
-        f"{before} again, or set `{model.served_key}: {now}`, with which all answers are asked for anew."
-    )
+    known = None
+    for reply in replies:
+        if reply.served not in (None, known):  # a server is asked for its name once: this is looked at once
+            known, kept = reply.served, store.keep_served(set_id, reply.served)
+            if kept != known:
+                before, now = kept or model.name, known or model.name
+                raise DataError(
+                    f"{store.path}: the answers so far are those of the server's model {before}, and it now has {now}; "
+                    f"serve {before} again, or set `{model.served_key}: {now}`, with which all answers are asked for "
+                    "anew."
+                )
+        yield reply
 
 
 def reply_rows(reply: Reply, hashes: dict[str, str]) -> Iterator[tuple[str, int, str, Value]]:
