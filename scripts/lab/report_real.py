@@ -97,7 +97,8 @@ def accuracies(results: Marked) -> str:
         if name == "base":  # one run, whatever the number of seeds
             seeds = {length: values[:1] for length, values in seeds.items()}
         runs = list(results.runs(name).values()) if name != "base" else []
-        cost = f"{statistics.mean(run['cpu_seconds'] for run in runs):.0f}" if runs else ""
+        known = [run["cpu_seconds"] for run in runs if run["cpu_seconds"] is not None]
+        cost = f"{statistics.mean(known):.0f}" if known else ""
         rate = f"{chosen_rate(name, results.task):g}" if runs else ""
         cells = [cell(*over_both(values)) for values in seeds.values()]
         lines.append([name, *cells, rate, str(len(runs) or ""), cost])

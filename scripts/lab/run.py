@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import lab_rows
@@ -135,13 +136,15 @@ def train(job: dict) -> None:
     clock = time.process_time if recipe.get("use_cpu") else time.perf_counter  # a GPU's work is no time of a core
     start, model = clock(), folder
     if job["task"] in SIZES:  # these are long enough to be killed: the model is the last checkpoint
-        keys = taken_up(job, folder)
+        keys, took = taken_up(job, folder), folder / "seconds.json"
         if keys is not None:
             run_exp(recipe | {"disable_tqdm": True} | keys)
+            write_json(took, None if keys else round(clock() - start, 1))  # not known of a run that was killed
         model = real.checkpoints(folder)[-1]
+        seconds = json.loads(took.read_text(encoding="utf-8")) if took.is_file() else None
     else:
         run_exp(recipe | {"disable_tqdm": True})
-    seconds = clock() - start
+        seconds = round(clock() - start, 1)
     *earlier, last = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
     earlier = earlier if job["task"] in TASKS else []  # to measure a real model takes long
     result = {
@@ -149,7 +152,7 @@ def train(job: dict) -> None:
         **accuracy_of(task, model, job["seed"]),
         "by_step": {step: task.measured(path, job["seed"], ends=True) for step, path in earlier},
         "log": json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"],
-        "cpu_seconds": round(seconds, 1),
+        "cpu_seconds": seconds,
     }
     if looked_at(job):
         result["look"] = task.look(model, job["arm"])
@@ -210,15 +213,34 @@ def measure_base(job: dict) -> None:
     write_json(Path(job["result"]), {"key": job["key"], **accuracy_of(task, task.BASE, 0)})
 
 
-def in_parallel(pool, calls: dict, what: str) -> list[str]:
-    """Run `calls` (name -> (function, log, *arguments)) with a progress bar; returns what failed, one line each."""
+def in_parallel(workers: int, calls: dict, what: str) -> list[str]:
+    """Run `calls` (name -> (function, log, *arguments)) with a progress bar; returns what failed, one line each.
+
+    A process that is killed, as one is where memory runs out, breaks its pool: the rest then runs one at a time.
+    """
     from tqdm import tqdm
 
-    waiting = {pool.submit(run_quietly, *call): name for name, call in calls.items()}
-    failed = []
-    for future in tqdm(as_completed(waiting), total=len(waiting), desc=what):
-        if error := future.exception():
-            failed.append(f"{waiting[future]}: {type(error).__name__}: {error}; see {calls[waiting[future]][1]}")
+    left, failed, context = dict(calls), [], multiprocessing.get_context("spawn")
+    bar = tqdm(total=len(calls), desc=what)
+    while left:
+        with ProcessPoolExecutor(workers, context, begin) as pool:
+            waiting = {pool.submit(run_quietly, *call): name for name, call in left.items()}
+            for future in as_completed(waiting):
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    continue
+                name = waiting[future]
+                bar.update()
+                del left[name]
+                if error:
+                    failed.append(f"{name}: {type(error).__name__}: {error}; see {calls[name][1]}")
+        if left and workers == 1:  # the first one was running
+            name = next(iter(left))
+            failed.append(f"{name}: its process was killed, mostly for lack of memory; see {left.pop(name)[1]}")
+        elif left:
+            bar.write("A process was killed, mostly for lack of memory; the rest runs one at a time.", file=sys.stderr)
+            workers = 1
+    bar.close()
     return failed
 
 
@@ -275,15 +297,14 @@ def main(words: list[str] | None = None) -> int:
     base = {} if done(base) else {"base": (measure_base, out / "log/base.txt", base)}
     if missing or base:
         environment(out, cpu)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs or (os.cpu_count() if cpu else 2), context, begin) as pool:
-            folders = {rows_of(args.task, out, job["seed"]): job["seed"] for job in missing}
-            rows = {f.name: (prepare, out / f"log/{f.name}.txt", args.task, f, s) for f, s in sorted(folders.items())}
-            failed = in_parallel(pool, base | rows, "rows")
-            if not failed:
-                tags = {Path(job["result"]).stem: job for job in missing}
-                runs = {tag: (train, out / f"log/{tag}.txt", job) for tag, job in tags.items()}
-                failed = in_parallel(pool, runs, "runs")
+        workers = args.jobs or (os.cpu_count() if cpu else 2)
+        folders = {rows_of(args.task, out, job["seed"]): job["seed"] for job in missing}
+        rows = {f.name: (prepare, out / f"log/{f.name}.txt", args.task, f, s) for f, s in sorted(folders.items())}
+        failed = in_parallel(workers, base | rows, "rows")
+        if not failed:
+            tags = {Path(job["result"]).stem: job for job in missing}
+            runs = {tag: (train, out / f"log/{tag}.txt", job) for tag, job in tags.items()}
+            failed = in_parallel(workers, runs, "runs")
     print("\n".join([*failed, f"results  {out / 'results'}"]), file=sys.stderr if failed else sys.stdout)
     return bool(failed)
 

@@ -5,6 +5,7 @@ the real trainer on the shipped base.
 """
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -266,6 +267,17 @@ def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
     (tmp_path / "base/model.safetensors").write_bytes(b"another base")
     monkeypatch.setattr(lab_rows, "BASE", tmp_path / "base")
     assert not run_lab.done(job())
+
+
+@pytest.mark.slow
+def test_a_killed_process_takes_no_other_run_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lab, "begin", None)  # which imports torch
+    calls = {n: (print, tmp_path / n, n) for n in ("one", "two", "three")}
+    calls = {"dies": (os._exit, tmp_path / "dies", 9), **calls, "fails": (int, tmp_path / "fails", "x")}
+    dies, fails = sorted(run_lab.in_parallel(2, calls, "runs"))
+    assert dies == f"dies: its process was killed, mostly for lack of memory; see {tmp_path / 'dies'}"
+    assert fails.startswith("fails: ValueError: invalid literal")
+    assert [(tmp_path / n).read_text() for n in ("one", "two", "three")] == ["one\n", "two\n", "three\n"]
 
 
 def test_rows_of_several_rejected_values():

@@ -218,9 +218,11 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
         killed.setattr(real.Real, "marks", lambda *args, **keys: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_lab.train(jobs[0])
+    seconds = json.loads(Path(jobs[0]["recipe"]["output_dir"], "seconds.json").read_text())
     run_lab.train(jobs[0])
     assert len(trained) == 1 and "resume_from_checkpoint" not in trained[0], "no step is made twice"
     result = json.loads(Path(jobs[0]["result"]).read_text())
+    assert result["cpu_seconds"] == seconds > 0, "of the training, whenever it was"
     assert run_lab.done(jobs[0]) and not Path(jobs[0]["recipe"]["output_dir"]).exists()
     look = json.loads((task.folder / "look/look.json").read_text())
     assert (
@@ -238,6 +240,7 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
         keys = {name: job[name] for name in ("arm", "seed", "key", "recipe")} | {
             "rate": job["rate"],
             "accuracy": shares,
+            "cpu_seconds": None if job["arm"] == "solo_orpo_detached" else 9.0,
         }
         Path(job["result"]).write_text(json.dumps(result | keys | {"marks": marks}))
     report_real.main(["--saves", str(tmp_path), "--output", str(tmp_path / "report")])
@@ -245,6 +248,7 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert "| solo_orpo_detached - orpo_short | against PO on the short pair |" in told
     assert f"| base | {even / 30:.3f} ± " in told and f"| solo_orpo_detached | {even / 30:.3f} ± " in told
     assert f"| orpo_short | {even / 60:.3f} ± " in told
+    assert re.search(rf"\| solo_orpo_detached \|.*\| 2 \| {seconds:.0f} \|", told), "a run of unknown seconds counts not"
     drawn = {"real_small.png", "real_small_inside.png"}
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"real.md", "real.json", *drawn}
     assert re.search(r"\| evidence's share of what falls on documents \| solo_orpo_detached \| 0\.\d{4} \(", told)
