@@ -222,11 +222,12 @@ def _library_rows(name: str, place: str, key: str, subset: str | None, split: st
         split: Split of a hub data set.
         place: For the library; of a folder the absolute path, which it cannot take for a name.
     """
-    from datasets import load_dataset, load_dataset_builder
+    from datasets import load_dataset_builder
 
     try:
-        rows = load_dataset(place, subset, split=split)
-        files = load_dataset_builder(place, subset).config.data_files if os.path.isdir(place) else None
+        builder = load_dataset_builder(place, subset)
+        builder.download_and_prepare()
+        rows, files = builder.as_dataset(split), builder.config.data_files if os.path.isdir(place) else None
     except Exception as error:  # of the hub, the network, the reader: whatever it is, the user must know the name
         raise DataError(
             f"`{key}: {name}` cannot be loaded (subset {subset!r}, split {split!r}): "

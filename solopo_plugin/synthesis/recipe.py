@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -30,6 +30,8 @@ class DataRecipe:
 
     Token counts are of the templated prompt, in the model's tokens.
     """
+
+    served_key: ClassVar[str] = "served_model"  # what the recipe calls the served name of the model that answers
 
     # model
     model_name_or_path: kinds.Needed = key(
@@ -232,13 +234,11 @@ class DataRecipe:
     @property
     def model(self) -> Model:
         """Return the model that answers, with room for the long contexts."""
-        own = [name for name in ASKED if getattr(self, f"ask_{name}") is not None]
-        asks = own and all(getattr(self, name) == getattr(self, f"ask_{name}") for name in own)  # is an `asker`
         return Model(
             self.model_name_or_path, server_urls=self.server_urls, served_model=self.served_model,
             window=self.long_tokens + self.max_new_tokens,
             shorten="lower `long_tokens` or `max_new_tokens`, or set `sample_long: false`",
-            served_key="ask_served_model" if asks else "served_model",
+            served_key=self.served_key,
         )  # fmt: skip
 
     @property
@@ -250,8 +250,8 @@ class DataRecipe:
         own = {name: value for name in ASKER if (value := getattr(self, f"ask_{name}")) is not None}
         if not own.keys() & ASKED:
             return replace(self, **own)
-        others = {"default_system": None, "extra_body": None}
-        return replace(self, **others | ({} if "served_model" in own else {"served_model": None}) | own)
+        others = {"default_system": None, "extra_body": None, "served_model": None}
+        return _Asker(**vars(self) | others | own)
 
     @property
     def judging(self) -> tuple[Sampling, Model]:
@@ -271,6 +271,12 @@ class DataRecipe:
             shorten="lower `short_tokens`, `max_new_tokens` or `judge_max_new_tokens`",
             window=self.short_tokens + 2 * self.max_new_tokens + RUBRIC_TOKENS + self.judge_max_new_tokens,
         )
+
+
+class _Asker(DataRecipe):
+    """Hold the keys of a recipe with another model that asks in place of the one that is trained."""
+
+    served_key = "ask_served_model"
 
 
 # keys of the model that is trained which, with `ask_` before them, are those of the model that asks

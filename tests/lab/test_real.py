@@ -248,7 +248,7 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert "| solo_orpo_detached - orpo_short | against PO on the short pair |" in told
     assert f"| base | {even / 30:.3f} ± " in told and f"| solo_orpo_detached | {even / 30:.3f} ± " in told
     assert f"| orpo_short | {even / 60:.3f} ± " in told
-    assert re.search(rf"\| solo_orpo_detached \|.*\| 2 \| {seconds:.0f} \|", told), "a run of unknown seconds counts not"
+    assert re.search(rf"\| solo_orpo_detached \|.*\| 2 \| {seconds:.0f} \|", told), "unknown seconds do not count"
     drawn = {"real_small.png", "real_small_inside.png"}
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"real.md", "real.json", *drawn}
     assert re.search(r"\| evidence's share of what falls on documents \| solo_orpo_detached \| 0\.\d{4} \(", told)

@@ -56,11 +56,12 @@ async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> A
     sameness = _Sameness(sampling.temperature)
     async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=direct, mounts=by_proxy) as client:
         servers = _Servers(sampling, client, places, key)
-        ask = await _asker(sampling, model, servers)
+        asker = _Asker(sampling, model, servers)
+        await asker.find_model()
         try:
             while True:
                 while len(running) < sampling.concurrency and (call := rest.popleft() if rest else next(calls, None)):
-                    running.add(asyncio.create_task(ask(call)))
+                    running.add(asyncio.create_task(asker.ask(call)))
                 if not running:
                     sameness.tell()
                     return
@@ -102,74 +103,93 @@ class _Sameness:
         self.over = True
 
 
-async def _asker(sampling: Sampling, model: Model, servers: "_Servers"):
-    """Return a function from a call to (call, reply), the reply with as many answers as the server gave."""
-    chat = sampling.openai_endpoint == "chat"
-    name, served = await _model_name(model, servers)
-    common = dict(model=name, temperature=sampling.temperature, top_p=sampling.top_p)
-    keeps_marks = sampling.template in MARKED_BY_TOKENS
-    if not chat:
-        tokenizer, template = load_chat(model.tokenizer, sampling)
-        common["stop_token_ids"] = sorted(template.get_stop_token_ids(tokenizer))
-        keeps_marks = bool(thought_markers(tokenizer, template))
-    system = [{"role": "system", "content": sampling.default_system}] if sampling.default_system else []
-    takes_n, gave_n, takes_schema, kept_schema, keeps_thoughts = True, False, True, False, True
+class _Asker:
+    """Turn calls into requests to servers of one model, and remember what they turn out not to know."""
 
-    def read(data: dict) -> tuple[list[tuple[str, str]], int | None]:
-        nonlocal keeps_thoughts
-        found = read_answers(data, chat)
-        if chat and keeps_thoughts and without_thoughts(data):
-            keeps_thoughts = False
+    def __init__(self, sampling: Sampling, model: Model, servers: "_Servers"):
+        self.sampling, self.model, self.servers = sampling, model, servers
+        self.chat = sampling.openai_endpoint == "chat"
+        self.path = "/chat/completions" if self.chat else "/completions"
+        self.common: dict[str, object] = dict(temperature=sampling.temperature, top_p=sampling.top_p)
+        self.keeps_marks = sampling.template in MARKED_BY_TOKENS
+        if not self.chat:
+            self.tokenizer, self.template = load_chat(model.tokenizer, sampling)
+            self.common["stop_token_ids"] = sorted(self.template.get_stop_token_ids(self.tokenizer))
+            self.keeps_marks = bool(thought_markers(self.tokenizer, self.template))
+        self.takes_n, self.takes_schema, self.keeps_thoughts = True, True, True
+        self.gave_n, self.kept_schema = False, False
+
+    async def find_model(self) -> None:
+        """Ask the servers what they call the model, before the first call."""
+        self.common["model"], self.served = await _model_name(self.model, self.servers)
+
+    async def ask(self, call: Call) -> tuple[Call, Reply]:
+        """Return the call and its reply, with as many answers as the server gave."""
+        if len(call.ks) > 1 and not self.takes_n:
+            return call, Reply(call.id, (), [], None)
+        own = self._own(call)
+        schema = "response_format" in own
+        body = self.common | self._prompt(call) | own | (self.sampling.extra_body or {})
+        final = () if (self.gave_n or len(call.ks) == 1) and (self.kept_schema or not schema) else (500,)
+        try:
+            answers, prompt_tokens = await self.servers.request("POST", self.path, body, self._read, final)
+        except _Refused as refusal:
+            return await self._without(call, own, refusal)
+        answers = answers[: len(call.ks)]
+        self.gave_n, self.kept_schema = self.gave_n or len(answers) > 1, self.kept_schema or schema
+        return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens, self.served)
+
+    def _prompt(self, call: Call) -> dict[str, object]:
+        """Return the prompt as messages, or as ids of the template."""
+        if not self.chat:
+            return {"prompt": encode_prompt(self.tokenizer, self.template, call.prompt)}
+        system = self.sampling.default_system
+        said = [{"role": "system", "content": system}] if system else []
+        return {"messages": [*said, {"role": "user", "content": call.prompt}]}
+
+    def _own(self, call: Call) -> dict[str, object]:
+        """Return what belongs to one request alone, as far as the servers know it."""
+        own: dict[str, object] = {"n": len(call.ks), "seed": call_seed(self.sampling.seed, call)}
+        own["max_tokens"] = call.max_new_tokens or self.sampling.max_new_tokens
+        own |= {"skip_special_tokens": False} if self.keeps_marks else {}
+        if call.schema and self.takes_schema:
+            shape = {"name": "answer", "strict": True, "schema": call.schema}
+            own["response_format"] = {"type": "json_schema", "json_schema": shape}
+        return own
+
+    async def _without(self, call: Call, own: dict[str, object], refusal: "_Refused") -> tuple[Call, Reply]:
+        """Ask once more without what the server may not know of a request; raise what is refused for another reason."""
+        if TOO_LONG in str(refusal):
+            raise refusal
+        if "skip_special_tokens" in own and "skip_special_tokens" in str(refusal):
+            if self.keeps_marks:
+                log.warning("The server cannot be told to keep what marks a thought, which may count as an answer.")
+            self.keeps_marks = False
+            return await self.ask(call)
+        if "response_format" in own and refusal.status in REFUSED:
+            _, reply = await self.ask(call._replace(schema=None))  # refused too, where that is not the reason
+            if reply.ks and self.takes_schema:
+                log.warning(f"HTTP {refusal.status} where answers are to keep to a JSON schema: asked without.")
+                self.takes_schema = False
+            return call, reply
+        if len(call.ks) == 1 or refusal.status not in REFUSED:
+            raise refusal
+        if self.takes_n:
+            log.warning(f"HTTP {refusal.status} where n = {len(call.ks)}: answers are now asked for one by one.")
+        self.takes_n = False  # some servers refuse n > 1; if something else is wrong, the single call will say so
+        return call, Reply(call.id, (), [], None)
+
+    def _read(self, data: dict) -> tuple[list[tuple[str, str]], int | None]:
+        """Return what `read_answers` does, and say once that thoughts are taken out."""
+        found = read_answers(data, self.chat)
+        if self.chat and self.keeps_thoughts and without_thoughts(data):
+            self.keeps_thoughts = False
             log.warning(
                 "The server takes thoughts out of its answers (`reasoning_content`): rows made of them would train "
                 "answers without a thought. For rows use `openai_endpoint: completions`, or serve without a reasoning "
                 "parser."
             )
         return found
-
-    async def ask(call: Call) -> tuple[Call, Reply]:
-        nonlocal takes_n, gave_n, takes_schema, kept_schema, keeps_marks
-        if len(call.ks) > 1 and not takes_n:
-            return call, Reply(call.id, (), [], None)
-        user = {"role": "user", "content": call.prompt}
-        prompt = {"messages": [*system, user]} if chat else {"prompt": encode_prompt(tokenizer, template, call.prompt)}
-        own: dict[str, object] = {"n": len(call.ks), "seed": call_seed(sampling.seed, call)}
-        own["max_tokens"] = call.max_new_tokens or sampling.max_new_tokens
-        own |= {"skip_special_tokens": False} if keeps_marks else {}
-        schema = call.schema if takes_schema else None
-        if schema:
-            shape = {"name": "answer", "strict": True, "schema": schema}
-            own["response_format"] = {"type": "json_schema", "json_schema": shape}
-        body = common | prompt | own | (sampling.extra_body or {})
-        path = "/chat/completions" if chat else "/completions"
-        final = () if (gave_n or len(call.ks) == 1) and (kept_schema or not schema) else (500,)
-        try:
-            answers, prompt_tokens = await servers.request("POST", path, body, read, final)
-        except _Refused as refusal:
-            if TOO_LONG in str(refusal):
-                raise
-            if "skip_special_tokens" in own and "skip_special_tokens" in str(refusal):
-                if keeps_marks:
-                    log.warning("The server cannot be told to keep what marks a thought, which may count as an answer.")
-                keeps_marks = False
-                return await ask(call)
-            if schema and refusal.status in REFUSED:
-                _, reply = await ask(call._replace(schema=None))  # which is refused too, where that is not the reason
-                if reply.ks and takes_schema:
-                    log.warning(f"HTTP {refusal.status} where answers are to keep to a JSON schema: asked without.")
-                    takes_schema = False
-                return call, reply
-            if len(call.ks) == 1 or refusal.status not in REFUSED:
-                raise
-            if takes_n:
-                log.warning(f"HTTP {refusal.status} where n = {len(call.ks)}: answers are now asked for one by one.")
-            takes_n = False  # some servers refuse n > 1; if something else is wrong, the single call will say so
-            return call, Reply(call.id, (), [], None)
-        answers = answers[: len(call.ks)]
-        gave_n, kept_schema = gave_n or len(answers) > 1, kept_schema or schema is not None
-        return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens, served)
-
-    return ask
 
 
 async def _model_name(model: Model, servers: "_Servers") -> tuple[str, str | None]:
