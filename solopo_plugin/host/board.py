@@ -3,7 +3,7 @@
 What: functions of `llamafactory.webui` are wrapped once `llamafactory.webui.interface` has loaded all of it, and the
 stage is added to the host's two tables of stages. Why: the board has no registry; its tab is one function, and its
 runner knows each stage by name. If the board is not the known one it starts without the section, and says so.
-In the training process, `log_alignment` adds two numbers to the log that the board plots. Host: 0.9.5.
+In the training process, stage.py adds two numbers to the log that the board plots. Host: 0.9.5.
 """
 
 import sys
@@ -14,6 +14,7 @@ from ..args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_v
 from . import board_texts
 from .arguments import check_recipe
 from .data import LONG_COLUMN, check_stage
+from .stage import IN_LOG
 from .versions import expect_signature
 
 STAGE = "SoLoPO"  # as the stage list shows it
@@ -24,7 +25,6 @@ PER_ROW = 5
 LARGEST = 131072  # of a slider, tokens: that of the host's `cutoff_len`
 MACHINE = 16  # of a slider, GPUs of one machine; ours
 SHOWN = 2000  # characters of a text in the preview of rows
-IN_LOG = {"solopo/align_loss": "align_loss", "solopo/reward_gap": "reward_gap"}  # metric -> trainer_log.jsonl
 
 
 def apply(interface) -> None:
@@ -380,28 +380,6 @@ def _saving(build_config_dict):
 
 
 # ---- its chart
-
-
-def log_alignment(callback) -> None:
-    """Let the host's `LogCallback` write alignment loss and reward gap into `trainer_log.jsonl`, beside its own."""
-    try:
-        expect_signature(type(callback), "on_log", ("self", "args", "state", "control", "kwargs"))
-        expect_signature(type(callback), "_write_log", ("self", "output_dir", "logs"))
-    except RuntimeError as error:
-        print(f"[WARNING] solopo_plugin: no alignment loss in trainer_log.jsonl: {error}", file=sys.stderr)
-        return
-    on_log, write = callback.on_log, callback._write_log
-
-    def wrapper(args, state, control, **kwargs):
-        ours = {
-            name: state.log_history[-1][metric] for metric, name in IN_LOG.items() if metric in state.log_history[-1]
-        }
-        callback._write_log = lambda output_dir, logs: write(
-            output_dir, logs | ours
-        )  # which `on_log` hands to a thread
-        return on_log(args, state, control, **kwargs)
-
-    callback.on_log = wrapper
 
 
 def _plotting(gen_loss_plot):

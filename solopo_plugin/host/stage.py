@@ -5,12 +5,15 @@ in "Unknown task"; rather than copy it, the stage passes as `dpo` between parsin
 `run_dpo` is reached, which hands it to `run_solopo`. Host: 0.9.5.
 """
 
+import sys
 from contextlib import ExitStack, nullcontext
 
 from .arguments import passing_as_dpo
 from .preflight import check, is_ours, recipe_of, refusing
 from .verbosity import quiet
-from .versions import wrap
+from .versions import expect_signature, wrap
+
+IN_LOG = {"solopo/align_loss": "align_loss", "solopo/reward_gap": "reward_gap"}  # metric -> trainer_log.jsonl
 
 
 def apply(tuner) -> None:
@@ -40,7 +43,6 @@ def _dispatching(run_dpo):
         if disguise is None:
             return run_dpo(model_args, data_args, training_args, finetuning_args, callbacks)
         from ..workflow import run_solopo
-        from .board import log_alignment
 
         disguise.close()
         for callback in callbacks or []:
@@ -50,3 +52,22 @@ def _dispatching(run_dpo):
             return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
 
     return wrapper
+
+
+def log_alignment(callback) -> None:
+    """Let the host's `LogCallback` write alignment loss and reward gap into `trainer_log.jsonl`, beside its own."""
+    try:
+        expect_signature(type(callback), "on_log", ("self", "args", "state", "control", "kwargs"))
+        expect_signature(type(callback), "_write_log", ("self", "output_dir", "logs"))
+    except RuntimeError as error:
+        print(f"[WARNING] solopo_plugin: no alignment loss in trainer_log.jsonl: {error}", file=sys.stderr)
+        return
+    on_log, write = callback.on_log, callback._write_log
+
+    def wrapper(args, state, control, **kwargs):
+        last = state.log_history[-1]
+        ours = {name: last[metric] for metric, name in IN_LOG.items() if metric in last}
+        callback._write_log = lambda output_dir, logs: write(output_dir, logs | ours)  # `on_log` hands it to a thread
+        return on_log(args, state, control, **kwargs)
+
+    callback.on_log = wrapper
