@@ -207,13 +207,13 @@ def test_a_recipe_is_read_once_before_the_host_reads_it(torchrun, stage, monkeyp
     def host():
         sys.argv.pop(1)  # as the host's `launch` does before it parses
         parsed = [None, None, None, SimpleNamespace(stage=stage)]
-        started.append(torchrun or _disguising(lambda args: parsed)())
+        started.append(torchrun or _disguising(lambda args: parsed))
 
     if stage == "solopo":
         with pytest.raises(SystemExit, match="`dataset: xyz` is not registered"):
-            preflight._speaking(host)()
+            preflight._speaking(host)
     else:
-        preflight._speaking(host)()
+        preflight._speaking(host)
     assert read == [[path]] and len(started) == (stage == "dpo")
 
 

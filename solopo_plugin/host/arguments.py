@@ -142,43 +142,35 @@ def apply(parser) -> None:
         arguments[:] = [ours.get(host, host) for host in arguments]
 
 
-def _reading_json(read_args):
+def _reading_json(read_args, args=None):
     """Read a JSON recipe: the host passes the path, not the file, to `json.load` and dies with an AttributeError."""
+    if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
+        from omegaconf import OmegaConf  # here, since stage.py takes from this file and must do without packages
 
-    def wrapper(args=None):
-        if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
-            from omegaconf import OmegaConf  # here, since stage.py takes from this file and must do without packages
-
-            recipe = OmegaConf.create(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-            return OmegaConf.to_container(OmegaConf.merge(recipe, OmegaConf.from_cli(sys.argv[2:])))
-        return read_args(args)
-
-    return wrapper
+        recipe = OmegaConf.create(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        return OmegaConf.to_container(OmegaConf.merge(recipe, OmegaConf.from_cli(sys.argv[2:])))
+    return read_args(args)
 
 
-def _checking_keys(parser, parse_train_args):
+def _checking_keys(parser, parse_train_args, args=None):
     """Refuse misspelt `solopo_*` keys with the allowed ones, and ours in a stage that would ignore them."""
-
-    def wrapper(args=None):
-        args = parser.read_args(args)
-        recipe = args if isinstance(args, dict) else flags(args)
-        stage, ours = recipe.get("stage"), [key for key in recipe if key.startswith("solopo")]
-        solo.check_keys(ours)
-        best = str(recipe.get("metric_for_best_model"))
-        if stage == "solopo" and best.endswith(LOWER) and recipe.get("greater_is_better") is None:
-            raise ValueError(
-                f"`metric_for_best_model: {best}` is better when lower, and the host would keep the checkpoint with "
-                "the highest; set `greater_is_better: false`."
-            )
-        if ours and stage != "solopo":
-            raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
-        parsed = parse_train_args(args)
-        if stage != "solopo":  # the host's own object: it is in the fingerprints of other stages' maps over rows
-            parsed[1].__class__ = parser.DataArguments
-            del parsed[1].solopo_overlength
-        return parsed
-
-    return wrapper
+    args = parser.read_args(args)
+    recipe = args if isinstance(args, dict) else flags(args)
+    stage, ours = recipe.get("stage"), [key for key in recipe if key.startswith("solopo")]
+    solo.check_keys(ours)
+    best = str(recipe.get("metric_for_best_model"))
+    if stage == "solopo" and best.endswith(LOWER) and recipe.get("greater_is_better") is None:
+        raise ValueError(
+            f"`metric_for_best_model: {best}` is better when lower, and the host would keep the checkpoint with "
+            "the highest; set `greater_is_better: false`."
+        )
+    if ours and stage != "solopo":
+        raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
+    parsed = parse_train_args(args)
+    if stage != "solopo":  # the host's own object: it is in the fingerprints of other stages' maps over rows
+        parsed[1].__class__ = parser.DataArguments
+        del parsed[1].solopo_overlength
+    return parsed
 
 
 def check_recipe(model_args, data_args, training_args, finetuning_args, generating_args) -> None:
@@ -252,11 +244,8 @@ def warn_of_rounding(training_args, finetuning_args) -> None:
         )
 
 
-def _checking_recipe(get_train_args):
-    def wrapper(args=None):
-        parsed = get_train_args(args)
-        if parsed[3].stage == "solopo":
-            check_recipe(*parsed)
-        return parsed
-
-    return wrapper
+def _checking_recipe(get_train_args, args=None):
+    parsed = get_train_args(args)
+    if parsed[3].stage == "solopo":
+        check_recipe(*parsed)
+    return parsed

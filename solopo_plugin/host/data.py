@@ -60,25 +60,19 @@ def apply(module) -> None:
     )
 
 
-def _joining_long(join):
-    def wrapper(self, attr):
-        join(self, attr)
-        for column in ("long_prompt", "long_messages"):
-            if column in attr.get("columns", {}):  # else nothing: other data sets keep the fingerprint of their cache
-                setattr(self, column, attr["columns"][column])
-
-    return wrapper
+def _joining_long(join, self, attr):
+    join(self, attr)
+    for column in ("long_prompt", "long_messages"):
+        if column in attr.get("columns", {}):  # else nothing: other data sets keep the fingerprint of their cache
+            setattr(self, column, attr["columns"][column])
 
 
-def _naming(get_dataset_list):
-    def wrapper(dataset_names, dataset_dir):
-        attrs = get_dataset_list(dataset_names, dataset_dir)
-        for name, attr in zip(dataset_names or [], attrs, strict=True):
-            if attr.long_prompt or attr.long_messages:
-                attr.entry = name
-        return attrs
-
-    return wrapper
+def _naming(get_dataset_list, dataset_names, dataset_dir):
+    attrs = get_dataset_list(dataset_names, dataset_dir)
+    for name, attr in zip(dataset_names or [], attrs, strict=True):
+        if attr.long_prompt or attr.long_messages:
+            attr.entry = name
+    return attrs
 
 
 def check_stage(name: str, attr: Any, stage: str) -> None:
@@ -116,15 +110,12 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
         raise ValueError(f"Dataset `{name}` maps images, videos or audios; `stage: solopo` is for text only.")
 
 
-def _merging(loader, get_merged_dataset):
-    def wrapper(dataset_names, model_args, data_args, training_args, stage, return_dict=False):
-        attrs = loader.get_dataset_list(dataset_names, data_args.dataset_dir)
-        for name, attr in zip(dataset_names or [], attrs, strict=True):
-            check_stage(name, attr, stage)
-        stage = "rm" if stage == "solopo" else stage  # to the host our rows are ranking rows
-        return get_merged_dataset(dataset_names, model_args, data_args, training_args, stage, return_dict)
-
-    return wrapper
+def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, training_args, stage, return_dict=False):
+    attrs = loader.get_dataset_list(dataset_names, data_args.dataset_dir)
+    for name, attr in zip(dataset_names or [], attrs, strict=True):
+        check_stage(name, attr, stage)
+    stage = "rm" if stage == "solopo" else stage  # to the host our rows are ranking rows
+    return get_merged_dataset(dataset_names, model_args, data_args, training_args, stage, return_dict)
 
 
 class LongConverter:
@@ -285,41 +276,38 @@ def holds_null(value: Any) -> bool:
     return isinstance(value, list) and any(map(holds_null, value))
 
 
-def _aligning(logger, align_dataset):
-    def wrapper(dataset, dataset_attr, data_args, training_args):
-        if not (dataset_attr.long_prompt or dataset_attr.long_messages):
-            refuse_lists(dataset, dataset_attr)
-            return align_dataset(dataset, dataset_attr, data_args, training_args)
-        from datasets import Features, Value
-        from llamafactory.data.converter import get_dataset_converter
+def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_args):
+    if not (dataset_attr.long_prompt or dataset_attr.long_messages):
+        refuse_lists(dataset, dataset_attr)
+        return align_dataset(dataset, dataset_attr, data_args, training_args)
+    from datasets import Features, Value
+    from llamafactory.data.converter import get_dataset_converter
 
-        if dataset_attr.formatting == "openai":
-            logger.warning_rank0(
-                f"Dataset `{dataset_attr.entry}`: in rows without tools the host's openai converter appends "
-                f"`{WRITTEN}` to the system prompt, and where there is none writes it as one; without it register "
-                "the rows with `formatting: sharegpt`."
-            )
-        converter = LongConverter(dataset_attr, data_args, get_dataset_converter)
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError(
-                f"Dataset `{dataset_attr.entry}` has no rows; with `streaming: true` a local file also needs "
-                "`dataloader_num_workers: 1` or more."
-            )
-        kwargs = {}
-        if not data_args.streaming:
-            kwargs = dict(
-                num_proc=data_args.preprocessing_num_workers,
-                load_from_cache_file=(not data_args.overwrite_cache) or (training_args.local_process_index != 0),
-                desc="Converting format of dataset",
-            )
-        text = Value("string")
-        turns = [{"role": text, "content": text}]
-        # given, not guessed from the rows, so that they are those of any other data set
-        features = Features({name: turns if name in TURNS else text for name in ALIGNED})
-        return dataset.map(converter, with_indices=True, remove_columns=list(first), features=features, **kwargs)
-
-    return wrapper
+    if dataset_attr.formatting == "openai":
+        logger.warning_rank0(
+            f"Dataset `{dataset_attr.entry}`: in rows without tools the host's openai converter appends "
+            f"`{WRITTEN}` to the system prompt, and where there is none writes it as one; without it register "
+            "the rows with `formatting: sharegpt`."
+        )
+    converter = LongConverter(dataset_attr, data_args, get_dataset_converter)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(
+            f"Dataset `{dataset_attr.entry}` has no rows; with `streaming: true` a local file also needs "
+            "`dataloader_num_workers: 1` or more."
+        )
+    kwargs = {}
+    if not data_args.streaming:
+        kwargs = dict(
+            num_proc=data_args.preprocessing_num_workers,
+            load_from_cache_file=(not data_args.overwrite_cache) or (training_args.local_process_index != 0),
+            desc="Converting format of dataset",
+        )
+    text = Value("string")
+    turns = [{"role": text, "content": text}]
+    # given, not guessed from the rows, so that they are those of any other data set
+    features = Features({name: turns if name in TURNS else text for name in ALIGNED})
+    return dataset.map(converter, with_indices=True, remove_columns=list(first), features=features, **kwargs)
 
 
 def refuse_lists(dataset, attr) -> None:
@@ -360,36 +348,41 @@ class SoloDatasetProcessor:
             print(f"{name} ({len(ids)} tokens): {text!r}")
 
 
-def _processing(get_dataset_processor):
-    def wrapper(data_args, stage, template, tokenizer, processor, do_generate=False):
-        if stage == "solopo":
-            return SoloDatasetProcessor(template, tokenizer, processor, data_args)
-        return get_dataset_processor(data_args, stage, template, tokenizer, processor, do_generate)
-
-    return wrapper
+def _processing(get_dataset_processor, data_args, stage, template, tokenizer, processor, do_generate=False):
+    if stage == "solopo":
+        return SoloDatasetProcessor(template, tokenizer, processor, data_args)
+    return get_dataset_processor(data_args, stage, template, tokenizer, processor, do_generate)
 
 
-def _counting(logger, get_preprocessed_dataset):
-    def wrapper(dataset, data_args, training_args, stage, template, tokenizer, processor=None, is_eval=False):
-        args = (dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
-        if stage != "solopo" or dataset is None or data_args.streaming:
-            return get_preprocessed_dataset(*args)
-        try:
-            rows = get_preprocessed_dataset(*args)
-        except RuntimeError as error:
-            if "Cannot find valid samples" not in str(error):
-                raise
-            rows = []  # the host's word for "nothing is left", on the rank that shows an example
-        if len(rows) == 0:
-            raise ValueError(
-                f"All {len(dataset)} rows are longer than `cutoff_len: {data_args.cutoff_len}` and were dropped; "
-                "raise `cutoff_len`."
-            )
-        log_rows(rows, len(dataset), data_args, is_eval, logger)
-        warn_of_empty_thoughts(rows, template, tokenizer, is_eval, logger)
-        return rows
-
-    return wrapper
+def _counting(
+    logger,
+    get_preprocessed_dataset,
+    dataset,
+    data_args,
+    training_args,
+    stage,
+    template,
+    tokenizer,
+    processor=None,
+    is_eval=False,
+):
+    args = (dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
+    if stage != "solopo" or dataset is None or data_args.streaming:
+        return get_preprocessed_dataset(*args)
+    try:
+        rows = get_preprocessed_dataset(*args)
+    except RuntimeError as error:
+        if "Cannot find valid samples" not in str(error):
+            raise
+        rows = []  # the host's word for "nothing is left", on the rank that shows an example
+    if len(rows) == 0:
+        raise ValueError(
+            f"All {len(dataset)} rows are longer than `cutoff_len: {data_args.cutoff_len}` and were dropped; "
+            "raise `cutoff_len`."
+        )
+    log_rows(rows, len(dataset), data_args, is_eval, logger)
+    warn_of_empty_thoughts(rows, template, tokenizer, is_eval, logger)
+    return rows
 
 
 def log_rows(rows, n_before: int, data_args, is_eval: bool, logger) -> None:

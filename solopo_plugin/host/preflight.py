@@ -40,24 +40,20 @@ def apply(launcher) -> None:
 
 def _speaking(launch):
     """End in one sentence, not in a traceback, where the user has to put something right."""
-
-    def wrapper():
-        ours = False
-        try:
-            if sys.argv[1:2] == ["train"] and _under_torchrun():  # else `stage.py` reads the recipe and asks
-                if ours := is_ours(recipe := read_recipe(sys.argv[2:])):
-                    check(recipe)
-            return launch()
-        except Refused as error:
-            if os.environ.get(DEBUG, "").upper() == "DEBUG":
-                raise
-            sys.exit(f"Error: {error}")
-        except CalledProcessError as error:
-            if not ours:
-                raise
-            sys.exit(error.returncode)  # torchrun has said what was wrong
-
-    return wrapper
+    ours = False
+    try:
+        if sys.argv[1:2] == ["train"] and _under_torchrun():  # else `stage.py` reads the recipe and asks
+            if ours := is_ours(recipe := read_recipe(sys.argv[2:])):
+                check(recipe)
+        return launch()
+    except Refused as error:
+        if os.environ.get(DEBUG, "").upper() == "DEBUG":
+            raise
+        sys.exit(f"Error: {error}")
+    except CalledProcessError as error:
+        if not ours:
+            raise
+        sys.exit(error.returncode)  # torchrun has said what was wrong
 
 
 @contextmanager

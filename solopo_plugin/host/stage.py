@@ -22,36 +22,30 @@ def apply(tuner) -> None:
     wrap((tuner, "get_train_args", ("args",), _disguising), (tuner, "run_dpo", arguments, _dispatching))
 
 
-def _disguising(get_train_args):
-    def wrapper(args=None):
-        ours = is_ours(recipe := recipe_of(args))
-        with refusing() if ours else nullcontext():
-            if ours:
-                check(recipe)
-            parsed = get_train_args(args)
-        if parsed[3].stage == "solopo":
-            parsed[3].disguise = ExitStack()
-            parsed[3].disguise.enter_context(passing_as_dpo(parsed[3]))
-        return parsed
-
-    return wrapper
+def _disguising(get_train_args, args=None):
+    ours = is_ours(recipe := recipe_of(args))
+    with refusing() if ours else nullcontext():
+        if ours:
+            check(recipe)
+        parsed = get_train_args(args)
+    if parsed[3].stage == "solopo":
+        parsed[3].disguise = ExitStack()
+        parsed[3].disguise.enter_context(passing_as_dpo(parsed[3]))
+    return parsed
 
 
-def _dispatching(run_dpo):
-    def wrapper(model_args, data_args, training_args, finetuning_args, callbacks=None):
-        disguise = vars(finetuning_args).pop("disguise", None)
-        if disguise is None:
-            return run_dpo(model_args, data_args, training_args, finetuning_args, callbacks)
-        from ..workflow import run_solopo
+def _dispatching(run_dpo, model_args, data_args, training_args, finetuning_args, callbacks=None):
+    disguise = vars(finetuning_args).pop("disguise", None)
+    if disguise is None:
+        return run_dpo(model_args, data_args, training_args, finetuning_args, callbacks)
+    from ..workflow import run_solopo
 
-        disguise.close()
-        for callback in callbacks or []:
-            if type(callback).__name__ == "LogCallback":
-                log_alignment(callback)
-        with quiet():
-            return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
-
-    return wrapper
+    disguise.close()
+    for callback in callbacks or []:
+        if type(callback).__name__ == "LogCallback":
+            log_alignment(callback)
+    with quiet():
+        return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
 
 
 def log_alignment(callback) -> None:

@@ -59,16 +59,22 @@ def expect_signature(owner: object, name: str, parameters: tuple[str, ...]) -> N
 
 
 def wrap(*seams: tuple[Any, str, tuple[str, ...], Callable]) -> None:
-    """Put wrappers around functions of the host, once all of them have turned out to be the known ones.
+    """Put functions of ours in the places of functions of the host, once all have turned out to be the known ones.
 
-    Args:
-        seams: Owner, name and parameters of a function, and what makes its wrapper of it.
+    A seam is owner, name and parameters of the host's function, and ours, which takes the host's before its arguments.
 
     Raises:
         RuntimeError: From `expect_signature`; nothing is wrapped.
     """
     for owner, name, parameters, _ in seams:
         expect_signature(owner, name, parameters)
-    for owner, name, _, wrapping in seams:
-        function = getattr(owner, name)
-        setattr(owner, name, wraps(function)(wrapping(function)))
+    for owner, name, _, ours in seams:
+        setattr(owner, name, _around(getattr(owner, name), ours))
+
+
+def _around(function: Callable, ours: Callable) -> Callable:
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        return ours(function, *args, **kwargs)
+
+    return wrapper
