@@ -7,6 +7,7 @@ Why: there is no registry of stages or arguments, and unknown keys raise. Host: 
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -173,22 +174,21 @@ def _checking_keys(parser, parse_train_args, args=None):
     return parsed
 
 
-def check_recipe(model_args, data_args, training_args, finetuning_args, generating_args) -> None:
-    """Refuse what would change or bypass the step, and what would have no effect on it, before anything is loaded."""
-    groups = (model_args, data_args, training_args, finetuning_args, generating_args, training_args.accelerator_config)
+def check_recipe(given: Callable[[str], Any], finetuning_args) -> None:
+    """Refuse what would change or bypass the step, and what would have no effect on it, before anything is loaded.
 
-    def given(key: str):
-        return next((getattr(group, key) for group in groups if hasattr(group, key)), None)
-
-    if data_args.streaming and data_args.solopo_overlength == "drop":
+    `given` returns the value of a key of the host or of ours, None where there is none.
+    """
+    streaming = given("streaming")
+    if streaming and given("solopo_overlength") == "drop":
         raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
-    if data_args.streaming and data_args.val_size:
+    if streaming and given("val_size"):
         raise ValueError(
-            f"`val_size: {data_args.val_size:g}` does not work with `streaming: true`: the host shuffles anew for each "
+            f"`val_size: {given('val_size'):g}` does not work with `streaming: true`: the host shuffles anew for each "
             "pass, and from the second on it trains on rows that it validates on; set `eval_dataset`, or "
             "`streaming: false`."
         )
-    if model_args.train_from_scratch and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
+    if given("train_from_scratch") and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
         raise ValueError(
             f"`train_from_scratch: true` would draw the weights of `ref_model: {finetuning_args.ref_model}` too, not "
             "read them; remove one of the two."
@@ -201,8 +201,8 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
 
         alone = {
             "solopo_forward: two_stage": (given("solopo_forward") == "two_stage", "only a packed row can be shared"),
-            "streaming: true": (data_args.streaming, "streams are dealt out to single processes"),
-            "fsdp": (training_args.fsdp or is_env_enabled("ACCELERATE_USE_FSDP"), "use DeepSpeed ZeRO-3"),
+            "streaming: true": (streaming, "streams are dealt out to single processes"),
+            "fsdp": (given("fsdp") or is_env_enabled("ACCELERATE_USE_FSDP"), "use DeepSpeed ZeRO-3"),
         }
         if why := next((f"`{key}`: {reason}" for key, (asked, reason) in alone.items() if asked), None):
             raise ValueError(f"`solopo_sequence_parallel: {size}` does not run with {why}; remove one of the two.")
@@ -211,7 +211,7 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
     if strategy not in (None, *ORDERS):
         raise ValueError(f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}.")
     unread = dict(UNREAD)
-    if data_args.streaming:
+    if streaming:
         by_size = {"disable_shuffling": False, "train_sampling_strategy": "random"}
         unread["the host shuffles a stream by `buffer_size`"] = by_size
         unread["a stream has no length"] = {"include_effective_tokens_per_second": False}
@@ -229,15 +229,15 @@ def check_recipe(model_args, data_args, training_args, finetuning_args, generati
         for key, default in defaults.items():
             if given(key) not in (None, default):
                 raise ValueError(f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
-    warn_of_rounding(training_args, finetuning_args)
+    warn_of_rounding(given, finetuning_args)
 
 
-def warn_of_rounding(training_args, finetuning_args) -> None:
+def warn_of_rounding(given: Callable[[str], Any], finetuning_args) -> None:
     """Warn of weights in 16 bits at a learning rate whose updates are mostly rounded away."""
     from llamafactory.extras import logging
 
-    rate, trains_weights = training_args.learning_rate, finetuning_args.finetuning_type in ("full", "freeze")
-    if training_args.do_train and finetuning_args.pure_bf16 and trains_weights and rate < PURE_BF16_LR:
+    rate, trains_weights = given("learning_rate"), finetuning_args.finetuning_type in ("full", "freeze")
+    if given("do_train") and finetuning_args.pure_bf16 and trains_weights and rate < PURE_BF16_LR:
         logging.get_logger(f"llamafactory.{__name__}").warning_rank0(
             f"`pure_bf16: true` rounds most of AdamW's updates away at `learning_rate: {rate}` (docs/training.md); "
             "set `bf16: true`, with `deepspeed` where memory is short, or train LoRA."
@@ -247,5 +247,6 @@ def warn_of_rounding(training_args, finetuning_args) -> None:
 def _checking_recipe(get_train_args, args=None):
     parsed = get_train_args(args)
     if parsed[3].stage == "solopo":
-        check_recipe(*parsed)
+        groups = (*parsed, parsed[2].accelerator_config)
+        check_recipe(lambda key: next((getattr(g, key) for g in groups if hasattr(g, key)), None), parsed[3])
     return parsed

@@ -267,16 +267,6 @@ def _refusing(initialize, self, data, do_train, from_preview):
     return refusal(self._parse_train_args(data))
 
 
-class Given:
-    """Hold arguments as attributes; one that is not given is None."""
-
-    def __init__(self, args: dict):
-        self.__dict__.update(args)
-
-    def __getattr__(self, name):
-        return None
-
-
 def refusal(args: dict) -> str:
     """Return the sentence with which the command line refuses these arguments, or an empty one."""
     finetuning_args = next(a for a in parser._TRAIN_ARGS if issubclass(a, SoloArguments))
@@ -285,8 +275,7 @@ def refusal(args: dict) -> str:
     try:
         check_keys(args)
         check_values(SoloDataArguments(args.get("solopo_overlength") or SoloDataArguments.solopo_overlength))
-        given = Given(args)
-        check_recipe(given, given, given, finetuning_args(**known), given)
+        check_recipe(args.get, finetuning_args(**known))
         info = load_dataset_info(args["dataset_dir"])
         for name in args["dataset"].split(","):
             if name in info:  # else it is a name on a hub, or the host's to refuse
