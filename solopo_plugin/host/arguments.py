@@ -8,7 +8,6 @@ Why: there is no registry of stages or arguments, and unknown keys raise. Host: 
 import json
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,8 +78,9 @@ def with_solo(host: type[Any]) -> type:
                 return super().__post_init__()
             solo.check_values(self)
             solo.check_loss(self)
-            with passing_as_dpo(self):  # its rules for DPO (reference, PiSSA, smoothing) hold
-                super().__post_init__()
+            self.stage = "dpo"  # whose rules (reference, PiSSA, smoothing) hold; the host knows stages by name
+            super().__post_init__()
+            self.stage = "solopo"
             self.use_ref_model = solo.loss_refers(self.pref_loss, self.solopo_objective) or self.solopo_anchor > 0
             if self.pissa_init and self.use_ref_model:
                 raise ValueError(
@@ -115,19 +115,6 @@ def _restored(host: type, values: dict):
     restored: Any = object.__new__(host)
     vars(restored).update(values)
     return restored
-
-
-@contextmanager
-def passing_as_dpo(finetuning_args):
-    """Let the host, which knows stages by name, take `solopo` for its own `dpo`, whose rules hold for it too.
-
-    Nothing else changes the stage's name.
-    """
-    finetuning_args.stage = "dpo"
-    try:
-        yield
-    finally:
-        finetuning_args.stage = "solopo"
 
 
 def apply(parser) -> None:

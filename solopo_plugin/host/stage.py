@@ -1,18 +1,17 @@
-"""Seam 3: the stage. `llamafactory.train.tuner` learns to run `stage: solopo`.
+"""Seam 3 (docs/seams.md): `llamafactory.train.tuner` learns to run `stage: solopo`.
 
-What: two names of the module are wrapped. Why: `_training_function` dispatches by an if/elif over stage names and ends
-in "Unknown task"; rather than copy it, the stage passes as `dpo` between parsing and dispatch and is itself again when
-`run_dpo` is reached, which hands it to `run_solopo`. Host: 0.9.5.
+The stage passes as `dpo` between parsing and dispatch; `run_dpo` gives its name back and hands it to `run_solopo`.
 """
 
+import os
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 
-from .arguments import passing_as_dpo
-from .preflight import check, is_ours, recipe_of, refusing
-from .verbosity import quiet
+from .preflight import check, recipe_of, refusing
 from .versions import expect_signature, wrap
 
+# environment variables by which the user has chosen what transformers logs, or the board, which reads its log
+ASKED = ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY", "LLAMABOARD_ENABLED")
 IN_LOG = {"solopo/align_loss": "align_loss", "solopo/reward_gap": "reward_gap"}  # metric -> trainer_log.jsonl
 
 
@@ -23,29 +22,35 @@ def apply(tuner) -> None:
 
 
 def _disguising(get_train_args, args=None):
-    ours = is_ours(recipe := recipe_of(args))
+    recipe = recipe_of(args)
+    ours = recipe.get("stage") == "solopo"
     with refusing() if ours else nullcontext():
         if ours:
             check(recipe)
         parsed = get_train_args(args)
     if parsed[3].stage == "solopo":
-        parsed[3].disguise = ExitStack()
-        parsed[3].disguise.enter_context(passing_as_dpo(parsed[3]))
+        parsed[3].stage, parsed[3].disguised = "dpo", True
     return parsed
 
 
 def _dispatching(run_dpo, model_args, data_args, training_args, finetuning_args, callbacks=None):
-    disguise = vars(finetuning_args).pop("disguise", None)
-    if disguise is None:
+    if not vars(finetuning_args).pop("disguised", False):
         return run_dpo(model_args, data_args, training_args, finetuning_args, callbacks)
+    from transformers.utils import logging
+
     from ..workflow import run_solopo
 
-    disguise.close()
+    finetuning_args.stage = "solopo"
     for callback in callbacks or []:
         if type(callback).__name__ == "LogCallback":
             log_alignment(callback)
-    with quiet():
+    before = logging.get_verbosity()
+    if not any(os.environ.get(name) for name in ASKED):
+        logging.set_verbosity_warning()  # the host's INFO prints each configuration whole, each time it is read
+    try:
         return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
+    finally:
+        logging.set_verbosity(before)
 
 
 def log_alignment(callback) -> None:
