@@ -55,7 +55,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
                 write_stored(folder, models)
                 check_asked_so(recipe, models)
         if recipe.benchmarks:
-            write_scores(folder, [model.name for model in models])
+            write_scores(folder, [model.name for model in models], recipe.prompt)
         harness = [result for model in models for result in harness_results(recipe, model, rescore)]
         results = make_results(folder, list(map(as_row, models)), public_settings(recipe), harness)
         write_report(folder)

@@ -33,18 +33,20 @@ from ..qa.answers import (
     string_match_part,
 )
 from ..qa.files import DataError, as_data_error, dump, parse_line, replacing
+from ..qa.prompts import split_prompt
 from .items import Item, read_items
 
 log = logging.getLogger(__name__)
 _ASKS_MARKER = re.compile("the answer is:", re.IGNORECASE)
 
 
-def score_answer(item: Item, text: str) -> dict:
+def score_answer(item: Item, text: str, prompt: str | None = None) -> dict:
     """Return the scores of one response.
 
     Args:
         item: The question.
         text: The whole response, as the model gave it.
+        prompt: The recipe's `prompt`; None: ours.
 
     Returns:
         {"prediction": what follows the marker (of a choice the letter), None without, "marker": whether it is there,
@@ -61,7 +63,7 @@ def score_answer(item: Item, text: str) -> dict:
     found = extract_answer(text)
     prediction = text.strip() if found is None else found
     said = behind_thought(text) if found is None else found
-    whole = found is None and _ASKS_MARKER.search(item.prompt)  # nothing but the answer counts
+    whole = found is None and _ASKS_MARKER.search(own_words(item, prompt))  # nothing but the answer counts
     sub_em = holds_answer(said, item.answers) and (not whole or judged_form(said) in map(judged_form, item.answers))
     scores = {
         "f1": 100.0 * f1_score(prediction, item.answers),
@@ -72,7 +74,14 @@ def score_answer(item: Item, text: str) -> dict:
     return {"prediction": found, "marker": found is not None, "scores": scores}
 
 
-def write_scores(output_dir: Path | str, model_names: list[str]) -> dict[str, dict]:
+def own_words(item: Item, prompt: str | None) -> str:
+    """Return what a prompt says beside documents and question; all of it where it was not made from `prompt`."""
+    parts = split_prompt(prompt)
+    before, behind = (part.replace("{question}", item.question) for part in parts)
+    return "\n".join(parts) if item.prompt.startswith(before) and item.prompt.endswith(behind) else item.prompt
+
+
+def write_scores(output_dir: Path | str, model_names: list[str], prompt: str | None = None) -> dict[str, dict]:
     """Score what models have answered; one line per answer, in the order of items.jsonl, whatever the answers' order.
 
     A line is {"benchmark", "task", "id", "prediction", "marker", "empty", "scores", "prompt_tokens", "cut_tokens",
@@ -83,6 +92,7 @@ def write_scores(output_dir: Path | str, model_names: list[str]) -> dict[str, di
     Args:
         output_dir: Folder of the evaluation; its items.jsonl, which may have gigabytes, is read once for all models.
         model_names: Whose answers are scored.
+        prompt: The recipe's `prompt`; None: ours.
 
     Returns:
         By model {"asked": questions, "scored": answers, "unknown": answers to questions that items.jsonl does not
@@ -101,7 +111,7 @@ def write_scores(output_dir: Path | str, model_names: list[str]) -> dict[str, di
             for name, path in files.items():
                 if answer := answers[name].pop(item.key, None):
                     scored[name] += 1
-                    scores[name].write(dump(_scored(item, *answer, path)) + b"\n")
+                    scores[name].write(dump(_scored(item, *answer, path, prompt)) + b"\n")
     for name, path in files.items():
         if unknown := answers[name]:
             log.warning(
@@ -170,17 +180,17 @@ def answer_field(answer: dict, name: str, path: Path, number: int) -> str:
     return value
 
 
-def _scored(item: Item, number: int, answer: dict, path: Path) -> dict:
-    text, prompt = (answer_field(answer, name, path, number) for name in ("text", "prompt_hash"))
-    if prompt != item.prompt_hash:
+def _scored(item: Item, number: int, answer: dict, path: Path, prompt: str | None) -> dict:
+    text, answered = (answer_field(answer, name, path, number) for name in ("text", "prompt_hash"))
+    if answered != item.prompt_hash:
         raise DataError(
-            f"{path}:{number}: {'/'.join(item.key)} was answered with another prompt (hash {prompt}, now "
+            f"{path}:{number}: {'/'.join(item.key)} was answered with another prompt (hash {answered}, now "
             f"{item.prompt_hash}); delete the file and ask again."
         )
     places = [(part["start"] + part["end"]) / 2 for part in item.evidence]
     return {
         "benchmark": item.benchmark, "task": item.task, "id": item.id, "empty": not text.strip(),
-        **score_answer(item, text),
+        **score_answer(item, text, prompt),
         **{name: answer.get(name) for name in ("prompt_tokens", "cut_tokens", "finish_reason")},
         "length": item.length, "depth": item.depth, "groups": item.groups,
         "evidence_depth": 100 * sum(places) / len(places) / len(item.prompt) if places and item.prompt else None,

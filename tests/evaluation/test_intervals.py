@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 import pytest
+import yaml
+from conftest import ROOT
 from scipy import stats
 
 from solopo_plugin.evaluation.intervals import bootstrap_sums, compare_paired, mean_interval, sign_flip_p_value
@@ -77,6 +79,30 @@ def test_the_interval_holds_the_truth_in_95_of_100_cases(kind, tasks):
         _, low, high = mean_interval([SAMPLES[kind](rng, n) for n in tasks], 1000, rng)
         held += low <= truth <= high
     assert 940 - 4 * math.sqrt(1000 * 0.94 * 0.06) <= held <= 950 + 4 * math.sqrt(1000 * 0.95 * 0.05)
+
+
+def coverage(n: int, truth: float) -> tuple[int, int]:
+    """How often, in 100, the interval of n right or wrong answers holds the truth and has no width: over all counts."""
+    held = flat = 0.0
+    for right in range(n + 1):
+        _, low, high = mean_interval([np.repeat([100.0, 0.0], [right, n - right])], 2000, generator(right))
+        chance = stats.binom.pmf(right, n, truth / 100)
+        held, flat = held + chance * (low <= truth <= high), flat + chance * (low == high)
+    return round(100 * held), round(100 * flat)
+
+
+def test_intervals_of_few_answers_near_the_end_are_too_narrow():
+    """The figures that docs/evaluation.md and the report give, and the rule of six right and six wrong."""
+    assert coverage(10, 90) == (65, 35) and coverage(10, 95)[0] == 40 and coverage(50, 95)[0] == 91
+    of_six = [coverage(n, 100 * few / n)[0] for n in (12, 30, 100) for few in (6, 10) if 2 * few <= n]
+    assert 93 <= min(of_six) <= max(of_six) <= 97
+    page = " ".join((ROOT / "docs/evaluation.md").read_text(encoding="utf-8").split())
+    assert "hold the truth in 93 to 97 of 100 cases where six right and six wrong answers or more are to be" in page
+    assert (
+        "of 10 questions, as many as a cell of `niah.yaml` has, at a true mean of 90 they hold it in 65 of 100 cases "
+        "(in 35 all ten are right, and the interval has no width), at 95 in 40; of 50 questions at 95 in 91" in page
+    )
+    assert yaml.safe_load((ROOT / "examples/yaml/eval/niah.yaml").read_text())["niah_questions"] == 10
 
 
 # The same question asked several times

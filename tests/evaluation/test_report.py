@@ -134,6 +134,9 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
         assert "not corrected for the number of comparisons" in said
         assert "± 2.1, n=541" in said and "60.2" in said and TITLE in said
         assert "95 % bootstrap intervals" in said
+        assert "the number n of answers (a question counts once for each length or depth)" in said
+        assert "of 10 answers at a true mean of 90 it holds that in 65 of 100 cases" in said
+        assert "on the n answers that both gave (a question counts once for each length or depth)" in said
     for model in results["models"]:
         line = " | ".join(str(model["counts"].get(k, "-")) for k in ("asked", "missing", "cut", "no_marker", "empty"))
         assert line in text

@@ -75,6 +75,20 @@ def test_closed_forms(prompt, text, golds, prediction, f1, em, sub_em, string_ma
     assert found["scores"] == pytest.approx(dict(f1=f1, em=em, sub_em=sub_em, string_match=string_match), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "prompt, message, sub_em",
+    [
+        ("{documents}\n\n{question}", "He said: the answer is: Karvik.\n\nWho?", 100),  # the context says it
+        (None, PROMPT.format(documents="He said no.", question="Who?"), 0),  # ours asks for it
+        ("Say `The answer is:`.\n{documents}\n{question}", "Say `The answer is:`.\nHe said no.\nWho?", 0),
+        ("{documents}\n\n{question}", "The answer is: what? Tell.", 0),  # a whole message of a file: all are its words
+    ],
+)
+def test_who_asks_for_the_marker(prompt, message, sub_em):
+    """A context that holds the marker does not ask for it."""
+    assert score_answer(item(["Rosvik"], message), "It is Rosvik", prompt)["scores"]["sub_em"] == sub_em
+
+
 def test_main_metrics_are_scored():
     assert set(score_answer(item(["x"]), "x")["scores"]) == QA
     assert set(score_answer(item(["A"], kind="choice"), "x")["scores"]) == CHOICE
@@ -154,6 +168,15 @@ def answer(question: Item, text: str = "The answer is: Rosvik", **more) -> dict:
 def save(folder, items, answers, name="m"):
     write_jsonl(folder / "items.jsonl", [question.as_dict() for question in items])
     write_jsonl(folder / f"answers/{name}.jsonl", [{"fingerprint": {"model": name}}, *answers])
+
+
+def test_files_of_scores_of_an_own_prompt(tmp_path):
+    """The recipe's `prompt` says whether the marker was asked for."""
+    asked = item(["Rosvik"], "The answer is: Karvik, he said. Who?")
+    save(tmp_path, [asked], [answer(asked, "It is Rosvik")])
+    for prompt, sub_em in ((None, 0), ("{documents} {question}", 100)):
+        write_scores(tmp_path, ["m"], prompt)
+        assert next(read_jsonl(tmp_path / "scores/m.jsonl"))["scores"]["sub_em"] == sub_em
 
 
 def test_files_of_scores(tmp_path):

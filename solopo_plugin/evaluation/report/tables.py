@@ -231,8 +231,9 @@ def _comparisons(found: Summary, benchmark: str) -> list[Table]:
         return []
     names = ("difference", "95 % interval", "p-value", "wins", "losses", "ties", "n", "answered by one")
     note = (
-        "Difference: first named less second, on the n questions that both answered; wins are its wins. An interval "
-        "that holds 0 shows no difference. p-values are not corrected for the number of comparisons."
+        "Difference: first named less second, on the n answers that both gave (a question counts once for each length "
+        "or depth); wins are its wins. An interval that holds 0 shows no difference. p-values are not corrected for "
+        "the number of comparisons."
     )
     together = Table("Paired comparison on the same questions", [("", n) for n in names], list(blocks.items()), [note])
     apart = [_by_task_and_length(found, benchmark, metric) for metric in metrics]
@@ -279,7 +280,7 @@ def notes_of(benchmark: str, scores: dict[str, list[dict]]) -> list[str]:
 def models_table(results: dict) -> Table:
     """Tell which models there are, and what was counted of their answers."""
     counts = {
-        "asked": "questions",
+        "asked": "asked",
         "missing": "not answered",
         "cut": "cut in the middle",
         "no_marker": "without a marked answer",
