@@ -25,7 +25,7 @@ import httpx
 from ..qa.files import DataError, as_data_error, write_json
 from ..qa.generate.addresses import addresses, api_key, is_local
 from ..qa.generate.vllm import max_lora_rank
-from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, model_hash
+from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, installed, model_hash
 from ..qa.window import window_of
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,10 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
         output_dir: Of the evaluation; see above.
 
     Returns:
-        {"model", "task", "metric", "value", "stderr", "n"} for every task named, or its parts where it has no number
-        of its own. Value and standard error in the harness' units: accuracies are shares from 0 to 1. Where prompts of
-        the model were longer than its window and were cut, "cut": how often the log says so, over all tasks.
+        {"model", "task", "metric", "value", "stderr", "n", "version"} for every task named, or its parts where it has
+        no number of its own. Value and standard error in the harness' units: accuracies are shares from 0 to 1. The
+        version is that of the harness which finished the run; kept results of before it was noted have none. Where
+        prompts of the model were longer than its window and were cut, "cut": how often the log says so, over all tasks.
 
     Raises:
         DataError: lm-evaluation-harness is not installed, or its run ended with an error.
@@ -75,8 +76,9 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     write_json(folder / "config.json", config | paths)
     _run(model, recipe, folder, config["model_args"].get("base_url"))
     results = read_results(max(folder.glob("results_*.json")), model.name, config["tasks"])
-    if cut := _prompts_cut(folder / LOG, model.name):
-        results = [result | {"cut": cut} for result in results]
+    cut = _prompts_cut(folder / LOG, model.name)
+    ran = {"version": installed("lm_eval")} | ({"cut": cut} if cut else {})
+    results = [result | ran for result in results]
     write_json(folder / "rows.json", {"made_from": made_from, "rows": results})
     _remove(folder, CACHE)
     return results

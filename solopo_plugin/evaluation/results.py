@@ -31,7 +31,7 @@ from .items import GROUPS, MAIN_METRIC
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # of results.json; 1 had the columns of `GROUPS` as one text, `length=16384,depth=50`
-PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy", "lm_eval")
+PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy")  # the harness' rows name their own
 SIGNIFICANT = 0.05  # p-value below which two models are said to differ; the field's habit
 HELD_OUT = "validation"  # the benchmark that is there to choose by; all others are there to be reported
 KEY = ["benchmark", "task", "id", "metric"]  # of a score
@@ -51,10 +51,10 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
             they are given `runs` (name -> models that differ by training seed alone), `compare` (pairs of names of
             models or runs, (a, b) or "a, b"; otherwise each row of the report is compared with the first) and
             `select_by` (the benchmark whose main metric, averaged over tasks, chooses the best model).
-        harness: Results of lm-evaluation-harness, {"model", "task", "metric", "value", "stderr", "n"}.
+        harness: Results of lm-evaluation-harness, as `run_harness` returns them.
 
     Returns:
-        What results.json says.
+        What results.json says. Its "versions" are those that score now: kept answers may be of others.
 
     Raises:
         DataError: Scores are missing or damaged, or a name is not one of the models' or benchmarks'.
@@ -227,7 +227,9 @@ def harness_of(run: str, members: list[str], harness: Sequence[dict]) -> Iterato
         sd = stdev(values) if len(values) > 1 else None
         numbers = {"value": fmean(values), "stderr": None, "n": rows[0]["n"]}
         cut = {"cut": n} if (n := sum(row.get("cut", 0) for row in rows)) else {}
-        yield {"model": run, "task": task, "metric": metric} | numbers | cut | {"seeds": len(values), "sd": sd}
+        versions = {row.get("version") for row in rows}
+        ran = {} if None in versions else {"version": ", ".join(sorted(versions))}
+        yield {"model": run, "task": task, "metric": metric} | numbers | ran | cut | {"seeds": len(values), "sd": sd}
 
 
 def cells_of(scores: pd.DataFrame, groupings: list[list[str]]) -> Iterator[tuple[dict, list[pd.DataFrame]]]:

@@ -72,7 +72,7 @@ def answer(it: Item, model: str) -> dict:
 
 HARNESS = [
     {"model": "made-up-a", "task": "leaderboard_ifeval", "metric": "prompt_level_strict_acc", "value": 61.0,
-     "stderr": 2.1, "n": 541},
+     "stderr": 2.1, "n": 541, "version": "0.4.9"},
     {"model": "made-up-c", "task": "leaderboard_ifeval", "metric": "prompt_level_strict_acc", "value": 60.2,
      "stderr": None, "n": 541},
 ]  # fmt: skip

@@ -29,6 +29,7 @@ from solopo_plugin.evaluation.report.tables import harness_table
 from solopo_plugin.evaluation.run import harness_results
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate.calls import Model
+from solopo_plugin.qa.provenance import installed
 
 LEADERBOARD = ROOT / "examples/yaml/eval/leaderboard.yaml"
 KEYS = dict(
@@ -127,14 +128,16 @@ if [ -e HERE/stop ]; then echo 'HttpError: 503' >&2; echo 'terminate called' >&2
     return lambda: (tmp_path / "starts").read_text().count("harness_process run")
 
 
-def test_run_again_when_something_changed_and_only_then(scripted, tmp_path):
+def test_run_again_when_something_changed_and_only_then(scripted, tmp_path, monkeypatch):
     weights, out = tmp_path / "model", tmp_path / "out"
     weights.mkdir()
     (weights / "model.safetensors").write_bytes(b"1")
     keys = dict(harness_tasks=["t"])
     rows = run_harness(model(weights), recipe(**keys), out)
-    assert rows == [{"model": "toy", "task": "t", "metric": "acc", "value": 0.5, "stderr": None, "n": 4}]
-    assert run_harness(model(weights), recipe(**keys), out) == rows and scripted() == 1
+    ran = {"version": installed("lm_eval")}  # which the rows keep, whatever is installed when they are shown again
+    assert rows == [{"model": "toy", "task": "t", "metric": "acc", "value": 0.5, "stderr": None, "n": 4} | ran]
+    monkeypatch.setattr("solopo_plugin.evaluation.harness.installed", lambda package: "0.0.1")
+    assert run_harness(model(weights), recipe(**keys), out) == rows == kept_results(model(), out) and scripted() == 1
     run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
     assert scripted() == 2
     (weights / "model.safetensors").write_bytes(b"2")  # trained on, in the same place

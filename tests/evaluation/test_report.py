@@ -132,7 +132,8 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
         assert f"cut in the middle: made-up-a {sum(r['cut_tokens'] > 0 for r in asked)} of {len(asked)}" in said
         assert "Selected: made-up-c, the best by sub-EM on Validation split" in said
         assert "not corrected for the number of comparisons" in said
-        assert "± 2.1, n=541" in said and "60.2" in said and TITLE in said
+        assert "lm-evaluation-harness: made-up-a 0.4.9, made-up-c a version that was not noted." in said
+        assert "version of solopo, scoring" in page and "± 2.1, n=541" in said and "60.2" in said and TITLE in said
         assert "95 % bootstrap intervals" in said
         assert "the number n of answers (a question counts once for each length or depth)" in said
         assert "of 10 answers at a true mean of 90 it holds that in 65 of 100 cases" in said

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from solopo_plugin.evaluation.items import GROUPS, MAIN_METRIC, Item
-from solopo_plugin.evaluation.results import make_results
+from solopo_plugin.evaluation.results import harness_of, make_results
 from solopo_plugin.evaluation.score import write_scores
 from solopo_plugin.qa.files import DataError, write_jsonl
 
@@ -422,6 +422,13 @@ def test_one_interval_does_not_depend_on_the_others(tmp_path):
     assert make(tmp_path / "a") | {"date": ""} == every | {"date": ""}
 
 
+@pytest.mark.parametrize("versions, wanted", [(["2", "1"], "1, 2"), (["1", "1"], "1"), (["1", None], None)])
+def test_a_run_of_several_seeds_names_the_harness_that_ran(versions, wanted):
+    rows = [{"model": str(i), "task": "t", "metric": "acc", "value": 0.5, "n": 4} for i in range(2)]
+    rows = [row | ({"version": v} if v else {}) for row, v in zip(rows, versions, strict=True)]
+    assert next(harness_of("Solo", ["0", "1"], rows)).get("version") == wanted
+
+
 def test_only_the_harness(tmp_path):
     """Without questions of ours nothing but its rows is there."""
     harness = [{"model": "base", "task": "ifeval", "metric": "acc", "value": 50.0, "stderr": 1.0, "n": 10}]
@@ -429,6 +436,7 @@ def test_only_the_harness(tmp_path):
     assert found["harness"] == harness and found["summary"] == found["comparisons"] == []
     assert found["title"] == tmp_path.name and found["settings"] == {"seed": 42, "bootstrap_samples": 1000}
     assert {"python", "solopo", "numpy", "torch"} <= set(found["versions"])
+    assert "lm_eval" not in found["versions"], "its rows say which one ran"
 
 
 PAIRS = "`compare` must hold pairs of two models, of base, step-10, step-20; got "

@@ -135,7 +135,7 @@ def _as_html(results: dict, sections: list[tuple], pictures: dict, reader: dict,
     return render(
         "evaluation/report/templates/report", title=results["title"], about=[str(results["date"]), *_about(results)],
         selection=_selection(results), links=[*links, ("questions", "Questions")], sections=sections, figures=figures,
-        settings=settings | {f"version of {name}": value for name, value in results["versions"].items()},
+        settings=settings | {f"version of {name}, scoring": value for name, value in results["versions"].items()},
         rows=reader, n_questions=n_questions,
     )  # fmt: skip
 

@@ -334,6 +334,8 @@ def harness_table(results: dict) -> Table | None:
     models = [model for model in found.models if model in asked]
     lines = [(found.label(model), [show(by_key.get((model, *key))) for key in keys]) for model in models]
     notes = ["With the harness' own prompts and in its units (accuracies from 0 to 1); ± is its standard error."]
+    ran = {row["model"]: row.get("version", "a version that was not noted") for row in rows}
+    notes.append(f"lm-evaluation-harness: {', '.join(f'{model} {version}' for model, version in ran.items())}.")
     for model, times in {row["model"]: row["cut"] for row in rows if row.get("cut")}.items():
         notes.append(f"{model}: prompts beyond its window lost their beginning, {times} times by the harness' log.")
     return Table("", keys, [("", lines)], notes)
