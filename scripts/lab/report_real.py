@@ -122,13 +122,17 @@ def inside(results: Marked) -> str:
         return ""
     by_line = {(line["measure"], line["model"], line["side"]): line for line in found[0]}
     models, sides = (list(dict.fromkeys(line[name] for line in found[0])) for name in ("model", "side"))
-    lines = []
-    for measure in LOOKED:
-        for model in models:
-            cells = [by_line.get((measure, model, side)) for side in sides]
-            lines.append(
-                [measure, model, *(f"{c['mean']:.4f} ({c['low']:.4f} to {c['high']:.4f})" if c else "" for c in cells)]
-            )
+    rows = max(line["n"] for line in found[0])  # log-probs are of all
+
+    def shown(line: dict | None) -> str:
+        fewer = f", n={line['n']}" if line and line["n"] != rows else ""
+        return f"{line['mean']:.4f} ({line['low']:.4f} to {line['high']:.4f}){fewer}" if line else ""
+
+    lines = [
+        [measure, model, *(shown(by_line.get((measure, model, side))) for side in sides)]
+        for measure in LOOKED
+        for model in models
+    ]
     return markdown(["measure", "model", *sides], lines)
 
 

@@ -351,8 +351,7 @@ def read_rows(path: Path, names: Sequence[str], n: int) -> list[dict]:
             ids = [row["id"] for row in rows_of_file(path)]
             if missing := set(names) - set(ids):
                 raise DataError(f"{path} has no row {min(missing)!r}; its first is {ids[0] if ids else None!r}.")
-            step = max(1, len(ids) // max(1, n))
-            spread = {i for i in range(len(ids)) if i % step == 0 and i < n * step}
+            spread = {i * len(ids) // n for i in range(n)}
             chosen = {i for i, name in enumerate(ids) if name in names} if names else spread
             rows = [row for i, row in enumerate(rows_of_file(path)) if i in chosen]
         except pa.ArrowException as error:

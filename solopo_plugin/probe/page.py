@@ -44,10 +44,9 @@ def as_html(result: dict, shown: dict[str, list[dict]], picture: bytes) -> str:
         shown: By model, the texts of its rows.
         picture: The figure of `draw_shares` as a PNG.
     """
-    summary: dict[str, dict] = {}  # measure -> model -> side -> mean and its interval
+    summary: dict[str, dict] = {}  # measure -> model -> side -> the line
     for line in result["summary"]:
-        sides = summary.setdefault(line["measure"], {}).setdefault(line["model"], {})
-        sides[line["side"]] = line["mean"], line["low"], line["high"]
+        summary.setdefault(line["measure"], {}).setdefault(line["model"], {})[line["side"]] = line
     return render(
         "probe/templates/inside", title="Looking inside", models=result["models"], summary=summary,
         sides=("short", "long", "long - short"), picture=picture, caption=CAPTION,

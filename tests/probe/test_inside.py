@@ -22,7 +22,7 @@ from solopo_plugin.host.template import encode_prompt, load_template
 from solopo_plugin.logps import IGNORE, predicting_positions, response_logps
 from solopo_plugin.probe import inside
 from solopo_plugin.probe.inside import REGIONS, attend, encode_row, look, token_texts, unit_of_tokens, units_of
-from solopo_plugin.probe.page import draw_shares
+from solopo_plugin.probe.page import as_html, draw_shares
 from solopo_plugin.qa.files import DataError, write_jsonl
 from solopo_plugin.qa.rows import write_parquet
 from solopo_plugin.qa.window import window_of
@@ -297,6 +297,25 @@ def test_rows_by_name_and_nothing_of_them_is_run(rows_file, tiny_model, tmp_path
         "q1",
         "q5",
     ]
+
+
+@pytest.mark.parametrize("rows, n", [(39, 20), (40, 20), (40, 3), (3, 20), (5, 1)])
+def test_rows_are_spread_evenly(rows, n, tmp_path):
+    """As many as asked for, where there are so many, from the first to the last part of the file."""
+    write_jsonl(tmp_path / "rows.jsonl", [make_row(i) for i in range(rows)])
+    found = [int(row["id"][1:]) for row in inside.read_rows(tmp_path / "rows.jsonl", (), n)]
+    gaps = {after - before for before, after in zip(found, [*found[1:], rows], strict=True)}
+    assert len(found) == min(n, rows) and found[0] == 0 and max(gaps) - min(gaps) <= 1
+
+
+def test_a_cell_of_fewer_rows_says_so():
+    """A ratio of two rows of three, in the page's table."""
+    lines = [
+        {"model": "m", "measure": measure, "side": "short", "n": n, "mean": 2.0, "low": 1.0, "high": 3.0}
+        for measure, n in (("ratio", 2), ("share", 3))
+    ]
+    page = as_html({"models": {"m": "x"}, "summary": lines}, {"m": [{}, {}, {}]}, b"")
+    assert "Rows: 3." in page and ">2.000 [1.000, 3.000], n=2</td>" in page and ">2.000 [1.000, 3.000]</td>" in page
 
 
 def test_parquet_rows_and_rows_without_distractors(tiny_model, tmp_path):
