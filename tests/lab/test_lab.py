@@ -269,6 +269,21 @@ def test_only_what_is_missing_or_changed_is_run(tmp_path, monkeypatch):
     assert not run_lab.done(job())
 
 
+def test_checkpoints_of_a_killed_run_are_not_counted(tmp_path, monkeypatch, tuner):
+    (job,) = run_lab.jobs(["solo_orpo"], [0], [3e-4], tmp_path)
+    folder = Path(job["recipe"]["output_dir"])
+    (folder / "checkpoint-7").mkdir(parents=True)  # as another recipe's `save_steps` left it
+
+    def run_exp(keys):
+        for name in ("checkpoint-100", "checkpoint-200", "."):
+            write_json(folder / name / "trainer_state.json", {"log_history": []})
+
+    monkeypatch.setattr(tuner, "run_exp", run_exp)
+    monkeypatch.setattr(lab_rows, "measured", lambda path, seed, ends=False: {SHORT: 1.0, LONG: 0.5})
+    run_lab.train(job)
+    assert list(json.loads(Path(job["result"]).read_text())["by_step"]) == ["100", "200"]
+
+
 @pytest.mark.slow
 def test_a_killed_process_takes_no_other_run_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lab, "begin", None)  # which imports torch
@@ -579,6 +594,15 @@ def test_dpo_undoes_the_second_base_from_3e_5_on(two_hop):
                 assert all((run["accuracy"]["128"] < 0.5) == (rate >= 3e-5) for run in runs.values())
                 assert rate < 3e-5 or list(runs) == [0]
     assert said("from a rate of 3e-5 on it undid the second task's base, in the paper's form of SoLo too (one seed)")
+
+
+def test_expand_long_costs_more_time(recall):
+    def seconds(name: str) -> float:
+        return statistics.mean(run["cpu_seconds"] for run in recall.runs(name).values())
+
+    expand, *solo = map(seconds, ("orpo_expand_long", "solo_orpo_detached", "solo_orpo_alpha_0.3"))
+    at_once, of_less = (f"{expand / one:.1f}" for one in solo)
+    assert said(f"at {at_once} times the CPU time ({of_less} times that of alpha 0.3).")
 
 
 def test_the_warnings_counts(recall, two_hop):

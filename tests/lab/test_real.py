@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import report_real  # noqa: E402
 import run as run_lab  # noqa: E402
 
 from solopo_plugin.qa import generate  # noqa: E402
-from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl  # noqa: E402
+from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl  # noqa: E402
 from solopo_plugin.qa.generate.calls import Reply  # noqa: E402
 from solopo_plugin.synthesis.export import ENTRIES  # noqa: E402
 
@@ -72,6 +73,7 @@ def test_table(task):
     for first, second, _ in report_real.DIFFERENCES:
         assert {first, second} <= {"base", *table["arms"]}
     assert table["warmup"].get("use_cpu", False) == table["base"].get("use_cpu", False) == (task == TASK)
+    assert {**table["model"]}.items() <= table["warmup"].items(), "or a base is asked with another template"
     assert {**table["model"]}.items() <= table["base"].items() and {**table["model"]}.items() <= table["data"].items()
 
 
@@ -256,6 +258,43 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert report_real.tables(again) == report_real.tables(report_real.Marked(task.folder / "results", TASK))
 
 
+def test_what_other_settings_made_is_not_gone_on_with(task, tmp_path, monkeypatch):
+    """Splits of other questions or counts and a base of another warm-up are refused by name; older folders go on."""
+
+    def warm_up(self):
+        write_json(
+            self.folder / "warmup.json", self.table["warmup"] | {"output_dir": "x", "resume_from_checkpoint": "y"}
+        )
+        (self.BASE / "model.safetensors").touch()
+
+    monkeypatch.setattr(real.Real, "write_warmup", lambda self: None)
+    monkeypatch.setattr(real.Real, "warm_up", warm_up)
+    task.BASE.mkdir(parents=True)
+    first, other = (str(tmp_path / name) for name in ("first.jsonl", "other.jsonl"))
+    write_jsonl(Path(first), (question(i) for i in range(94)))
+    write_jsonl(Path(other), (question(i) for i in range(95)))
+    task.setup([first])
+    Path(first).rename(tmp_path / "moved.jsonl")
+    for places in ([], [str(tmp_path / "moved.jsonl")]):
+        task.setup(places)
+
+    def refused(sentence: str, places: list[str], part: str = "questions", **keys):
+        with monkeypatch.context() as changed, pytest.raises(DataError) as error:
+            changed.setitem(task.table, part, task.table[part] | keys)
+            task.setup(places)
+        assert str(error.value).startswith(f"{task.folder} was made by other settings: {sentence} ({task.folder}/")
+        assert str(error.value).endswith("go back to those, or move the folder away to begin anew.")
+
+    refused("the files of questions have changed", [other])
+    refused(
+        f"`questions` was {task.table['questions']!r} and is {task.table['questions'] | {'test': 31}!r}", [], test=31
+    )
+    refused("`max_steps` was 2 and is 3", [], "warmup", max_steps=3)
+    refused("`template` was 'smollm2' and is 'qwen'", [], "warmup", template="qwen")
+    (task.folder / "splits.json").unlink()
+    task.setup([other])  # from before it was written: nobody knows
+
+
 def test_a_run_of_another_key_is_not_gone_on_with(tmp_path):
     folder = tmp_path / "run"
     job = {"key": "a", "recipe": {"max_steps": 10}}
@@ -292,6 +331,83 @@ def test_page_is_what_its_runs_give():
         assert all((text in page) == (task not in there) for text in empty.values()), task
         if task in there:
             assert report_real.filled(page, report_real.tables(report_real.Marked(runs, task))) == page
+
+
+# ---- what docs/lab.md says in words of the small size, by the same runs: the words stand here, their numbers do not
+
+
+@pytest.fixture(scope="module")
+def small():
+    return report_real.Marked(report_real.RUNS, TASK)
+
+
+def said(sentence: str) -> bool:
+    page = report_real.DOCS.read_text(encoding="utf-8")
+    return sentence in " ".join(page.split("**What has been measured:**")[1].split("\n`make lab-real")[0].split())
+
+
+def share(results, name: str, tokens: int) -> float:
+    """Accuracy of an arm over all of its seeds."""
+    return statistics.mean(statistics.mean(marks) for marks in results.marks(name, tokens).values())
+
+
+def more(results, first: str, second: str, tokens: int) -> str:
+    return report_real.cell(*report_real.difference(results, first, second, tokens))
+
+
+def only_one(results, first: str, second: str, tokens: int) -> list[int]:
+    """Questions that the first arm alone answers right, and the second alone."""
+    a, b = (results.marks(name, tokens) for name in (first, second))
+    pairs = [pair for seed in a.keys() & b.keys() for pair in zip(a[seed], b[seed], strict=True)]
+    return [pairs.count((1, 0)), pairs.count((0, 1))]
+
+
+def test_what_is_said_of_what_was_run(small):
+    assert {(name, *runs) for (name, _), runs in small.all.items()} == {("solo_orpo_detached", 0), ("orpo_short", 0)}
+    keys = arms.recipe(TASK, "orpo_short")
+    rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
+    assert said(f"of the small size two arms with one seed (2026-11-27), {keys['max_steps']} steps of {rows} rows each")
+
+
+def test_what_is_said_of_the_gap(small):
+    (short, long), solo, n = small.lengths, "solo_orpo_detached", len(small.marks("base", small.lengths[0])[0])
+    base_short, base_long, solo_short, solo_long = (share(small, a, t) for a in ("base", solo) for t in (short, long))
+    assert said(
+        f"The base is right in {base_short:.3f} of {n} questions at {short} tokens and in "
+        f"{base_long:.3f} at {long:,}. After SoLo it is {solo_short:.3f} and {solo_long:.3f}: "
+        f"{more(small, solo, 'base', short)} and {more(small, solo, 'base', long)} more."
+    )
+    assert said(f"between the lengths it loses {solo_short - solo_long:.3f}, the base {base_short - base_long:.3f}.")
+
+
+def test_what_is_said_of_the_control(small):
+    (_, long), solo, control = small.lengths, "solo_orpo_detached", "orpo_short"
+    at = [f"{share(small, control, tokens):.3f}" for tokens in small.lengths]
+    assert said(
+        f"**The control does nearly as well**: {at[0]} and {at[1]}. SoLo's lead over it at {long:,} tokens is "
+        f"{more(small, solo, control, long)}, which the interval does not tell from nothing."
+    )
+    lead, half = report_real.difference(small, solo, control, long)
+    assert lead < half
+    solo_alone, control_alone = only_one(small, solo, control, long)
+    assert said(f"on which the two differ there, SoLo has {solo_alone} and the control {control_alone}.")
+
+
+def test_what_is_said_of_where_it_looks(small):
+    solo, measure = "solo_orpo_detached", report_real.LOOKED[0]
+    (look,) = [run["look"] for runs in small.all.values() for run in runs.values() if "look" in run]
+    found = {line["model"]: line for line in look if (line["measure"], line["side"]) == (measure, "long")}
+    less = found[f"{solo} - base"]
+    assert said(
+        f"behind {small.lengths[-1]:,} tokens ({less['n']} validation questions), the evidence has "
+        f"{found[solo]['mean']:.3f} of the attention that falls on documents, of the base's {found['base']['mean']:.3f}"
+        f": {less['low']:.3f} to {less['high']:.3f} more."
+    )
+    (n,) = {line["n"] for line in look if (line["measure"], line["side"]) == (report_real.LOOKED[1], "short")}
+    page = " ".join(report_real.DOCS.read_text(encoding="utf-8").split())
+    assert (
+        f"({less['n'] - n} of the small size's {less['n']} short ones) has no ratio, so that n is smaller there" in page
+    )
 
 
 # ---- the package's model
