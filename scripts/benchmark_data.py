@@ -12,11 +12,12 @@ import argparse
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmark_documents import peak_kib
 
 
 def simulate(work: Path, questions: list[dict], pairs: int, paragraphs: int) -> None:
@@ -74,11 +75,11 @@ def main() -> int:
         simulate(work, questions, args.pairs, args.paragraphs)
         del questions
         load_chat(recipe.model_name_or_path, pick(recipe, Chat))  # imports are not what is measured
-        started, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started, peak = time.perf_counter(), peak_kib()
         counts = contexts.run(recipe, work)
         seconds = time.perf_counter() - started
         size = (work / "contexts.jsonl").stat().st_size
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak_kib()
     print(json.dumps(counts))
     print(
         f"{counts['contexts']} short and long contexts from {counts['paragraphs']} paragraphs in {seconds:.1f} s on "

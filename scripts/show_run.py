@@ -16,6 +16,10 @@ def main(folder: str) -> None:
     if not (out / "trainer_state.json").is_file():
         sys.exit(f"{out} holds no finished run: trainer_state.json is missing; run `llamafactory-cli train` first.")
     log = [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+    if not log:
+        sys.exit(
+            f"{out} logged no loss, so that there is nothing to show: set `logging_steps` to at most the run's steps."
+        )
     print(f"\n{'metric':22s} {'step ' + str(log[0]['step']):>12s} {'step ' + str(log[-1]['step']):>12s}")
     for name in SHOWN:
         if name in log[0]:

@@ -1,0 +1,34 @@
+"""What scripts/show_run.py says of a run."""
+
+import json
+
+import pytest
+import show_run
+
+
+def test_first_and_last_step_are_shown(tmp_path, capsys):
+    log = [{"step": step, "loss": loss} for step, loss in ((5, 0.5), (10, 0.25))] + [{"step": 10, "train_runtime": 1.0}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    show_run.main(str(tmp_path))
+    shown = capsys.readouterr().out
+    assert [line.split() for line in shown.splitlines()[1:3]] == [
+        ["metric", "step", "5", "step", "10"], ["loss", "0.5000", "0.2500"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "state, sentence",
+    [
+        (None, "{out} holds no finished run: trainer_state.json is missing; run"),
+        (
+            {"log_history": [{"step": 3, "train_runtime": 1.0}]},
+            "{out} logged no loss, so that there is nothing to show: ",
+        ),
+    ],
+)
+def test_a_run_without_numbers_is_a_sentence(tmp_path, state, sentence):
+    if state:
+        (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(SystemExit) as stopped:
+        show_run.main(str(tmp_path))
+    assert str(stopped.value).startswith(sentence.format(out=tmp_path))
