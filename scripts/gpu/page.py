@@ -95,9 +95,9 @@ def steps(document: dict) -> list[str]:
         "## Steps", "",
         "Measured, in brackets what `scripts/plan.py` predicts. Speed: how many times as fast. Peak: above what "
         "the idle process holds. Logits: the head's largest output and its fp32 copy; TRL's fused head makes none.", "",
-        "| configuration | step, s: median (least to most) | speed to V0 | to S1 | to T | peak, GB | all, GB "
-        "| logits, GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| configuration | step, s: median (least to most) | timed steps | speed to V0 | to S1 | to T | peak, GB "
+        "| all, GB | logits, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
 
     def beside(row: dict, name: str) -> str:
@@ -121,7 +121,8 @@ def steps(document: dict) -> list[str]:
             held, whole = f"{(run['peak'] - run['idle']) / GB:.1f} {held}", f"{run['peak'] / GB:.1f}"
         logits = f"{run['logits'] / GB:.2f}" if run.get("logits") else "-"
         speeds = [beside(row, name) for name in ("speed_V0", "speed_S1")]
-        lines.append(f"| {' | '.join([key, step, *speeds, to_trl(run), held.strip() or '-', whole, logits])} |")
+        timed = str(len(run.get("step_s", [])) or "-")
+        lines.append(f"| {' | '.join([key, step, timed, *speeds, to_trl(run), held.strip() or '-', whole, logits])} |")
     return [*lines, "", *(f"- {name}: {meaning}" for name, meaning in MEANS.items()), ""]
 
 
