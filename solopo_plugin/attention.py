@@ -101,12 +101,8 @@ def how_a_step_runs(
 ) -> str:
     """Return a sentence for the log: the form of the step and the attention that runs it.
 
-    Args:
-        model: The policy.
-        not_packed: Why the step has two stages; None where it is packed.
-        device: That attention runs on.
-        dtype: That attention runs in.
-        capability: The compute capability of a GPU that is not here; None asks the device.
+    `not_packed` says why the step has two stages, `capability` that of a GPU that is not here; without it the device is
+    asked.
     """
     config = base_of(model).config
     if not_packed:

@@ -49,14 +49,9 @@ def expect(good: bool, what: str, needed: str, value: object) -> None:
 
 
 def check_text(name: str, column: str, value: Any, turn: str = "", blank: bool = False) -> None:
-    """Refuse a text that is missing, not a string, or blank.
+    """Refuse a text that is missing, not a string, or blank where `blank` does not accept that.
 
-    Args:
-        name: Of the row, for messages.
-        column: Where the text is.
-        value: The text.
-        turn: Begins the message where the column is a conversation: "turn 2 (`human`) of ".
-        blank: A blank text is accepted.
+    `turn` begins the message where the column is a conversation: "turn 2 (`human`) of ".
     """
     expect(isinstance(value, str), f"{name}: {turn}column `{column}`", "a string", value)
     if not blank and not value.strip():
@@ -64,25 +59,15 @@ def check_text(name: str, column: str, value: Any, turn: str = "", blank: bool =
 
 
 class Aligned(NamedTuple):
-    """Hold one row as the host's converters align it: messages, with the text of each under `content`.
+    """Hold one row as the host's converters align it: messages, with the text of each under `content`."""
 
-    Attributes:
-        name: Of the row, for messages.
-        prompt: Messages up to the last question, with the short context.
-        long_prompt: The same with the long one.
-        response: The chosen message and the rejected ones.
-        system: The system prompt before the short context.
-        long_system: That before the long one.
-        tools: Descriptions of functions as JSON text.
-    """
-
-    name: str
-    prompt: list[dict]
-    long_prompt: list[dict]
-    response: list[dict]
-    system: str | None
-    long_system: str | None
-    tools: str | None
+    name: str  # of the row, for messages
+    prompt: list[dict]  # up to the last question, with the short context
+    long_prompt: list[dict]  # the same with the long one
+    response: list[dict]  # the chosen message and the rejected ones
+    system: str | None  # before the short context
+    long_system: str | None  # before the long one
+    tools: str | None  # descriptions of functions as JSON text
 
 
 # messages, system, tools -> ids of the templated prompt and of the last message (the response)
@@ -92,11 +77,8 @@ Encode = Callable[[list[dict], str | None, str | None], tuple[list[int], list[in
 def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
     """Tokenise one row; the chat template is applied here and nowhere else.
 
-    Args:
-        aligned: The row.
-        encode: Applies the template and tokenises.
-        markers: Texts that only the template may write: the BOS token (which so comes at most once) and the stop words
-            that end its turns.
+    `markers`: texts that only the template may write, the BOS token (which so comes at most once) and the stop words
+    that end its turns.
 
     Raises:
         RowError: Equal or empty responses, a template inside the text, responses that tokenise differently behind the

@@ -54,13 +54,7 @@ class Packed:
     name = "packed"
 
     def __init__(self, args, *models: nn.Module | None, ranks: Ranks | None = None):
-        """Let the models, policy and reference, take packed rows.
-
-        Args:
-            args: The recipe's finetuning arguments.
-            models: Those that will run.
-            ranks: Of which several share a row; None where none do.
-        """
+        """Let the models, policy and reference, take packed rows; `ranks` is None where none share a row."""
         self.args, self.ranks = args, ranks
         needs = (args.longpo, args.long_pair, args.use_ref_model, args.distills, args.solopo_anchor > 0)
         self.collator = PackedCollator(*needs)
@@ -138,14 +132,9 @@ class TwoStages:
     name = "two_stage"
 
     def __init__(self, args, model: nn.Module, short_forward: Callable, may_skip: Callable, pad_id: int):
-        """Take what a step is made of.
+        """Take the host's `concatenated_forward` of a padded short pair, and who says that no long one is needed.
 
-        Args:
-            args: The recipe's finetuning arguments.
-            model: The policy, whose forward tells whether it can leave logits out.
-            short_forward: The host's `concatenated_forward` of a padded short pair.
-            may_skip: Says of `long_is_short_B` whether no rank needs a long forward; under ZeRO-3 all must do the same.
-            pad_id: The tokenizer's padding token.
+        `may_skip` says so of `long_is_short_B`, for all ranks: under ZeRO-3 all must do the same.
         """
         self.args, self.short_forward, self.may_skip = args, short_forward, may_skip
         self.collator = SoloCollator(pad_id, args.long_pair)

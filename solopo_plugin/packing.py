@@ -26,15 +26,10 @@ LONG = 6144  # tokens from which a segment may be attended to apart; ours: on an
 
 @dataclass(frozen=True)
 class Segment:
-    """Name consecutive queries and all the keys that they may see; causal, the last query sees the last key.
+    """Name consecutive queries and all the keys that they may see; causal, the last query sees the last key."""
 
-    Attributes:
-        query: First position in the row, and the one after the last.
-        keys: Such pairs in reading order; the last is `query` itself.
-    """
-
-    query: tuple[int, int]
-    keys: tuple[tuple[int, int], ...]
+    query: tuple[int, int]  # first position in the row, and the one after the last
+    keys: tuple[tuple[int, int], ...]  # such pairs in reading order; the last is `query` itself
 
 
 class Plan:
@@ -58,22 +53,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layout:
-    """Give segments as attention kernels take them: lengths, and keys as pieces of the row.
+    """Give segments as attention kernels take them: lengths, and keys as pieces of the row."""
 
-    Attributes:
-        queries: Tokens of each segment; together they are the row, in order.
-        pieces: Lengths of consecutive pieces of the row, from one end to the other, between which keys are parted.
-        keys: Which pieces each segment's keys are; a shared prompt's come once per response.
-        cu_queries, cu_keys: Both lengths added up, from 0. Shape (segments + 1,), int32, on the device.
-        longest_queries, longest_keys: Of one segment.
-    """
-
-    queries: tuple[int, ...]
-    pieces: tuple[int, ...]
-    keys: tuple[tuple[int, ...], ...]
-    cu_queries: torch.Tensor
-    cu_keys: torch.Tensor
-    longest_queries: int
+    queries: tuple[int, ...]  # tokens of each segment; together they are the row, in order
+    pieces: tuple[int, ...]  # lengths of consecutive pieces of the row, between which keys are parted
+    keys: tuple[tuple[int, ...], ...]  # which pieces each segment's are; a shared prompt's come once per response
+    cu_queries: torch.Tensor  # lengths of queries added up, from 0: (segments + 1,), int32, on the device
+    cu_keys: torch.Tensor  # those of keys
+    longest_queries: int  # of one segment
     longest_keys: int
 
     @classmethod

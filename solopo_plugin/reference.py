@@ -104,10 +104,7 @@ def goes_on(model, model_args, finetuning_args) -> bool:
 def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:
     """Return the SHA-256 by name of the files that make a model or an adapter: weights, configuration, code.
 
-    Args:
-        path: A folder or a hub name. An adapter is looked for where the host looks: in its sub-folder `adapter_folder`.
-        model_args: The host's.
-        adapter: The path is an adapter's, not a model's.
+    `path`: a folder or a hub name. An adapter is looked for where the host looks: in its sub-folder `adapter_folder`.
 
     Raises:
         ValueError: No weights are found there, though weights were read.
@@ -231,11 +228,8 @@ def cache_folder() -> Path:
 def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[], torch.nn.Module] | None) -> tuple:
     """Return a trainer's training and evaluation sets, every row with the columns `REFERENCE`, from disk or by scoring.
 
-    Args:
-        trainer: Whose sets and model these are, and whose forward scores; it is only read.
-        model_args: The host's.
-        finetuning_args: The host's, with ours.
-        load: Loads a `ref_model` from elsewhere; None where the policy, as it starts, is the reference.
+    The trainer is only read. `load` loads a `ref_model` from elsewhere; None where the policy, as it starts, is the
+    reference.
     """
     if trainer.is_fsdp_enabled:
         raise ValueError("`solopo_reference: cached` does not run under FSDP; set `online`, or use DeepSpeed ZeRO-3.")

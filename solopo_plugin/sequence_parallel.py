@@ -28,21 +28,13 @@ from .packing import Plan, Segment
 
 @dataclass(frozen=True)
 class Ranks:
-    """Count the processes by groups of `size` consecutive ones, which hold the same rows.
+    """Count the processes by groups of `size` consecutive ones, which hold the same rows."""
 
-    Attributes:
-        size: Processes of a group, P.
-        rank: This process's place in its group.
-        groups: Their number; without sequence parallelism every process is one.
-        group: This one's number.
-        link: The process group that exchanges; None where `size` is 1.
-    """
-
-    size: int
-    rank: int
-    groups: int
-    group: int
-    link: dist.ProcessGroup | None = None
+    size: int  # processes of a group, P
+    rank: int  # this process's place in its group
+    groups: int  # their number; without sequence parallelism every process is one
+    group: int  # this one's number
+    link: dist.ProcessGroup | None = None  # that exchanges; None where `size` is 1
 
     @classmethod
     def of(cls, size: int, accelerator: Accelerator) -> "Ranks":
@@ -87,17 +79,10 @@ class Ranks:
 
 
 class Part:
-    """Hold which part of one row is a rank's and what it scores, and exchange with the other ranks of its group.
-
-    Args:
-        ranks: The group.
-        here: Tokens that each rank holds.
-        positions_K: Of all that is scored, in the whole row.
-        owner_K: Which rank scores it.
-    """
+    """Hold which part of one row is a rank's and what it scores, and exchange with the other ranks of its group."""
 
     def __init__(self, ranks: Ranks, here: int, positions_K: Tensor, owner_K: Tensor):
-        """Find what this rank sends to which scorer, and the order of what it gets."""
+        """Take tokens that each rank holds, places in the whole row of all that is scored, and which rank scores it."""
         self.ranks, holder_K = ranks, positions_K // here
         held_K, self.scored_K = holder_K == ranks.rank, owner_K == ranks.rank
         sent, got = owner_K[held_K], holder_K[self.scored_K]  # to and from which ranks
@@ -146,10 +131,7 @@ class Part:
 def why_not_shared(size: int, heads: int | None = None, processes: int | None = None) -> str | None:
     """Return why rows cannot be shared by so many ranks, and what is possible; None where they can.
 
-    Args:
-        size: P.
-        heads: The model's query heads; None where they are not known yet.
-        processes: On one machine; None where they are not known yet.
+    `heads` are the model's query heads and `processes` those of one machine; None while they are not known.
     """
     fits = [n for n in range(2, (heads or size) + 1) if not (heads or n) % n and not (processes or n) % n]
     if size == 1 or size in fits:

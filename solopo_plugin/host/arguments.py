@@ -1,9 +1,4 @@
-"""Seam 1: the recipe's keys. `llamafactory.hparams.parser` learns the `solopo_*` keys and `stage: solopo`.
-
-What: its lists of dataclasses get our subclasses of `FinetuningArguments` and `DataArguments`; three functions are
-wrapped.
-Why: there is no registry of stages or arguments, and unknown keys raise. Host: 0.9.5.
-"""
+"""Seam 1 (docs/seams.md): `llamafactory.hparams.parser` learns the `solopo_*` keys and `stage: solopo`."""
 
 import json
 import sys

@@ -1,9 +1,6 @@
-"""Seam 4: LlamaBoard. The Train tab offers SoLoPO, with a section of its keys and its data sets, rows and chart.
+"""Seam 4 (docs/seams.md): LlamaBoard offers SoLoPO, with a section of its keys and its data sets, rows and chart.
 
-What: functions of `llamafactory.webui` are wrapped once `llamafactory.webui.interface` has loaded all of it, and the
-stage is added to the host's two tables of stages. Why: the board has no registry; its tab is one function, and its
-runner knows each stage by name. If the board is not the known one it starts without the section, and says so.
-In the training process, stage.py adds two numbers to the log that the board plots. Host: 0.9.5.
+If the board is not the known one it starts without the section, and says so.
 """
 
 import sys

@@ -1,9 +1,4 @@
-"""Seam 2: data. `llamafactory.data` learns the `long_prompt` / `long_messages` column and the rows of `stage: solopo`.
-
-What: `DatasetAttr.join` keeps two more columns; five functions of the loader are wrapped, each only where the stage is
-`solopo` or the data set has a long column. Why: the host copies only the columns it knows, picks converter and
-processor by stage, and its pairwise path drops every other column and truncates prompts at the end. Host: 0.9.5.
-"""
+"""Seam 2 (docs/seams.md): `llamafactory.data` learns the long column and the rows of `stage: solopo`."""
 
 import json
 from copy import copy

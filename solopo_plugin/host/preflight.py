@@ -1,8 +1,4 @@
-"""Seam 5: before the start. All that a recipe of `stage: solopo` lacks on this machine is told in one message.
-
-What: `llamafactory.launcher.launch` is wrapped, and `stage.py` asks here before it parses. Why: the host stumbles over
-one thing at a time, each at the end of a traceback, under torchrun of one traceback per rank. Host: 0.9.5.
-"""
+"""Seam 5 (docs/seams.md): all that a recipe of `stage: solopo` lacks on this machine is told in one message."""
 
 import json
 import os
@@ -243,10 +239,8 @@ def _models(recipe: dict) -> Iterator[str]:
 def why_not_there(name: str, recipe: dict, adapter: bool = False) -> str | None:
     """Say why a model cannot be loaded from here, and what to do; None if it can, or only loading it will tell.
 
-    Args:
-        name: A folder, or a name of the hub.
-        recipe: Of which `cache_dir`, `model_revision`, `hf_hub_token` and `adapter_folder` are looked at.
-        adapter: It is a LoRA adapter.
+    `name` is a folder or a name of the hub; of the recipe `cache_dir`, `model_revision`, `hf_hub_token` and
+    `adapter_folder` are looked at.
     """
     file = "adapter_config.json" if adapter else "config.json"
     if adapter and recipe.get("adapter_folder"):
