@@ -40,10 +40,7 @@ class SoloArguments:
         "The function s(t) of the gap t: `auto` is the one that belongs to the loss (2t^2 for ipo, |t| otherwise), "
         "`abs` |t|, `squared` t^2, `drop` only what the long context makes worse.",
     )
-    solopo_detach_short: bool = _key(
-        False,
-        "No gradient through the short side of the alignment term.",
-    )
+    solopo_detach_short: bool = _key(False, "No gradient through the short side of the alignment term.")
     solopo_objective: Literal["solopo", "longpo", "distill"] = _key(
         "solopo",
         "The objective: `solopo`, or on rows of the same columns `longpo` (arXiv:2502.13922) or `distill`, the "

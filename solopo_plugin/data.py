@@ -113,11 +113,6 @@ def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
     return {"name": name, "long_is_short": ids["short_prompt_ids"] == ids["long_prompt_ids"], **ids}
 
 
-def response_names(n: int) -> list[str]:
-    """Return what messages call `n` responses: the chosen, then the rejected, or each of several by its index."""
-    return list(RESPONSES) if n == 2 else ["chosen", *(f"rejected[{m}]" for m in range(n - 1))]
-
-
 def refuse_equal(name: str, responses: dict[str, Any], said: str) -> None:
     """Refuse a row two of whose responses are equal; what is `said` has room for what both are called."""
     for (one, first), (other, second) in combinations(responses.items(), 2):
@@ -152,9 +147,11 @@ def _refuse_markers(aligned: Aligned, markers: list[str]) -> None:
 
 def _encoded(aligned: Aligned, encode: Encode) -> Iterator[tuple[str, str, list[int], list[int]]]:
     """Yield `short` or `long`, `chosen` or `rejected`, and the ids of that prompt and that response, of all."""
+    n = len(aligned.response)
+    names = RESPONSES if n == 2 else ("chosen", *(f"rejected[{m}]" for m in range(n - 1)))
     sides = (("short", aligned.prompt, aligned.system), ("long", aligned.long_prompt, aligned.long_system))
     for side, prompt, system in sides:
-        for which, response in zip(response_names(len(aligned.response)), aligned.response, strict=True):
+        for which, response in zip(names, aligned.response, strict=True):
             try:
                 prompt_ids, response_ids = encode([*prompt, response], system, aligned.tools)
             except Exception as error:  # whatever the template's code raises at a function call that it cannot read

@@ -14,7 +14,7 @@ LongPO also sequences).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -67,7 +67,7 @@ class Layout:
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Layout":
         """Cut the row where any segment's keys begin or end."""
         cuts = sorted({place for segment in segments for part in segment.keys for place in part})
-        pieces = list(zip(cuts, cuts[1:], strict=False))
+        pieces = list(pairwise(cuts))
         keys = tuple(
             tuple(i for a, b in segment.keys for i, (c, d) in enumerate(pieces) if a <= c and d <= b)
             for segment in segments

@@ -146,7 +146,8 @@ class Store:
 
     def __init__(self, facts: dict, anchored: str | None = None):
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        self.facts, self.folder = facts, cache_folder() / name
+        cache = Path(os.environ.get("SOLOPO_CACHE") or Path(HF_HOME, "solopo"))  # the latter beside the hub's
+        self.facts, self.folder = facts, cache / "reference" / name
         self.path = self.folder / f"{uuid.uuid4().hex}.jsonl"
         self.anchored = anchored  # `chosen` or `both`
         self.stream: TextIO | None = None
@@ -217,11 +218,6 @@ class Store:
         self.stream.flush()
 
 
-def cache_folder() -> Path:
-    """Return where scores are kept: under `SOLOPO_CACHE`, or beside the hub's cache."""
-    return Path(os.environ.get("SOLOPO_CACHE") or Path(HF_HOME) / "solopo") / "reference"
-
-
 # ---- scoring
 
 
@@ -235,7 +231,8 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
         raise ValueError("`solopo_reference: cached` does not run under FSDP; set `online`, or use DeepSpeed ZeRO-3.")
     reference = trainer.model if load is None else load()
     main = trainer.args.process_index == 0
-    facts = _from_main(identity(trainer, reference, model_args, finetuning_args) if main else None)
+    facts = identity(trainer, reference, model_args, finetuning_args) if main else None
+    (facts,) = broadcast_object_list([facts])
     store = Store(facts, finetuning_args.solopo_align_on if finetuning_args.solopo_anchor else None)
     if trainer.args.local_process_index == 0:
         store.open()
@@ -393,7 +390,3 @@ def _agree(logps_N2: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(logps_N2, op=dist.ReduceOp.MAX)
     return logps_N2
-
-
-def _from_main(facts: dict | None) -> dict:
-    return broadcast_object_list([facts])[0]

@@ -8,18 +8,7 @@ from typing import Any
 from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
-from ..data import (
-    COLUMNS,
-    RESPONSES,
-    Aligned,
-    RowError,
-    build_row,
-    check_text,
-    expect,
-    fits,
-    refuse_equal,
-    rejected_of,
-)
+from ..data import COLUMNS, RESPONSES, Aligned, RowError, build_row, check_text, expect, fits, refuse_equal, rejected_of
 from .template import encode_turn
 from .versions import wrap
 

@@ -39,7 +39,8 @@ def _speaking(launch):
     ours = False
     try:
         if sys.argv[1:2] == ["train"] and _under_torchrun():  # else `stage.py` reads the recipe and asks
-            if ours := is_ours(recipe := read_recipe(sys.argv[2:])):
+            recipe = read_recipe(sys.argv[2:])
+            if ours := recipe.get("stage") == "solopo":
                 check(recipe)
         return launch()
     except Refused as error:
@@ -64,11 +65,6 @@ def refusing() -> Iterator[None]:
         if rank != "0":
             time.sleep(30)  # torchrun ends all ranks with the first that ends: let rank 0 speak, if it has to
         sys.exit(f"Error: {error}")
-
-
-def is_ours(recipe: dict) -> bool:
-    """Return whether a recipe is for `stage: solopo`."""
-    return recipe.get("stage") == "solopo"
 
 
 def read_recipe(words: list[str]) -> dict:
@@ -145,11 +141,10 @@ def _again(words: str = "", before: str = "") -> str:
 
 def _under_torchrun() -> bool:
     """Return whether torchrun has started this process, or the host will start it; the host's own rule."""
-    from llamafactory.extras.misc import get_device_count, is_env_enabled
+    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
 
-    forced = any(is_env_enabled(name) for name in ("FORCE_TORCHRUN", "USE_MCA"))
-    several = get_device_count() > 1 and not any(is_env_enabled(name) for name in ("USE_RAY", "USE_KT"))
-    return LOCAL_RANK in os.environ or forced or several
+    forced = is_env_enabled("FORCE_TORCHRUN") or is_env_enabled("USE_MCA")
+    return LOCAL_RANK in os.environ or forced or (get_device_count() > 1 and not use_ray() and not use_kt())
 
 
 def _keys(recipe: dict) -> Iterator[str]:
