@@ -227,8 +227,8 @@ def harness_of(run: str, members: list[str], harness: Sequence[dict]) -> Iterato
         sd = stdev(values) if len(values) > 1 else None
         numbers = {"value": fmean(values), "stderr": None, "n": rows[0]["n"]}
         cut = {"cut": n} if (n := sum(row.get("cut", 0) for row in rows)) else {}
-        versions = {row.get("version") for row in rows}
-        ran = {} if None in versions else {"version": ", ".join(sorted(versions))}
+        versions = [row.get("version", "") for row in rows]
+        ran = {"version": ", ".join(sorted(set(versions)))} if all(versions) else {}
         yield {"model": run, "task": task, "metric": metric} | numbers | ran | cut | {"seeds": len(values), "sd": sd}
 
 
