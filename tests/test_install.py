@@ -318,6 +318,36 @@ def test_hook_without_a_working_package_is_silent(bare, index, tmp_path, left):
     assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
 
 
+DAMAGED = {  # a file of the package -> its text, None: it is missing
+    "qa/provenance.py": None,
+    "host/versions.py": "def",
+    "host/preflight.py": "raise RuntimeError('no')",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_damaged_package_leaves_the_host_alone(file, tmp_path):
+    """Each module of the host is loaded as without the plugin, also one that fails by itself; one line says why."""
+    package = shutil.copytree(ROOT / "solopo_plugin", tmp_path / "solopo_plugin")
+    (package / file).unlink()
+    if DAMAGED[file] is not None:
+        (package / file).write_text(DAMAGED[file])
+    fake_host(tmp_path, interface="raise ImportError('its own')")
+    code = """
+from solopo_plugin.startup import activate
+activate()
+import llamafactory.launcher, llamafactory.train.tuner, llamafactory.data.loader
+print(llamafactory.launcher.launch())
+try: import llamafactory.webui.interface
+except ImportError as error: print(error)
+"""
+    done = start(sys.executable, "-SP", "-c", code, PYTHONPATH=str(tmp_path), SOLOPO_PLUGIN="on")
+    assert (done.returncode, done.stdout) == (0, "None\nits own\n"), done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("[WARNING] solopo_plugin is inactive: ")]
+    assert len(said) == len(set(said)) and "Traceback" not in done.stderr
+    assert sum(word in done.stderr for word in ("solopo_plugin.qa.provenance", "versions.py", ": no\n")) == 1
+
+
 # ---- with a host in reach
 
 STUBS = {

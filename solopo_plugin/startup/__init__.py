@@ -47,6 +47,8 @@ class HostFinder:
 class PatchingLoader:
     """Run a module's own loader, then the patch. A wrapper, for a loader may be shared by modules or read-only."""
 
+    said: set[str] = set()
+
     def __init__(self, loader):
         self.loader = loader
 
@@ -55,21 +57,23 @@ class PatchingLoader:
 
     def exec_module(self, module):
         """Load the module as its own loader does, then hand it to its file in `solopo_plugin.host`."""
+        from contextlib import suppress
         from importlib import import_module
-
-        from solopo_plugin.host import versions
 
         module.__spec__.loader = module.__loader__ = self.loader
         try:
             self.loader.exec_module(module)
         except (ImportError, OSError, RuntimeError) as error:
-            versions.explain(error)
+            with suppress(Exception):  # a package that is not whole
+                import_module("solopo_plugin.host.versions").explain(error)
             raise
-        if versions.tested():
-            try:
+        try:
+            if import_module("solopo_plugin.host.versions").tested():
                 import_module(PATCHES[module.__name__]).apply(module)
-            except Exception as error:
-                versions.warn_inactive(str(error))
+        except Exception as error:
+            if str(error) not in self.said:  # once, however many modules a missing file of ours concerns
+                self.said.add(str(error))
+                print(f"[WARNING] solopo_plugin is inactive: {error}", file=sys.stderr)
 
 
 def activate() -> None:
