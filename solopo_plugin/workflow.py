@@ -122,11 +122,12 @@ def warn_of_window(model, data_args, dataset_module: dict) -> None:
         ]
     tokens = np.concatenate(lengths)
     if beyond := (tokens > window).sum():
-        rows = "Rows of a stream" if data_args.streaming else f"{beyond:,} of {len(tokens):,} rows"
+        rows, out = f"{beyond:,} of {len(tokens):,} rows", "with `solopo_overlength: drop` to leave longer rows out"
+        if data_args.streaming:
+            rows, out = "Rows of a stream", "beyond which a row ends the run: leave longer ones out of the data set"
         logger.warning_rank0(
             f"{rows} have up to {tokens.max():,} tokens, and the model was made for {window:,}: widen its window by "
-            f'YaRN (docs/training.md, "Rows longer than one GPU"), or set `cutoff_len: {window}`, with '
-            "`solopo_overlength: drop` to leave longer rows out."
+            f'YaRN (docs/training.md, "Rows longer than one GPU"), or set `cutoff_len: {window}`, {out}.'
         )
 
 

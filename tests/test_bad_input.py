@@ -88,6 +88,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "adapters of no reference": ({"ref_model_adapters": "an/adapter"}, "`ref_model_adapters: an/adapter` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
     "bits of no reference": ({"ref_model_quantization_bit": 4}, "`ref_model_quantization_bit: 4` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
     "neat packing": ({"neat_packing": True}, "`neat_packing` cannot be set as True except SFT."),
+    "learning rate as text": ({"learning_rate": "1e-5"}, "`learning_rate` must be a number, got '1e-5'."),
     "trained prompts": ({"train_on_prompt": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "masked history": ({"mask_history": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "predictions": ({"predict_with_generate": True}, "`predict_with_generate` cannot be set as True except SFT."),
@@ -117,7 +118,11 @@ ROWS = {  # name: (changes to row 2 of 4, changes to the dataset_info entry, the
     "no such column": ({}, {"columns": SOLO_COLUMNS | {"long_prompt": "document"}}, "Dataset `rows` has no column `document`; it has: "),
     "no chosen mapped": ({}, {"columns": {"prompt": "prompt", "long_prompt": "long_prompt"}}, "Dataset `rows` must map `chosen` under `columns` in dataset_info.json."),
     "no prompt mapped": ({}, {"columns": SOLO_COLUMNS | {"prompt": None}}, "Dataset `rows` must map `prompt` under `columns` in dataset_info.json."),
-    "unknown formatting": ({}, {"formatting": "csv"}, "Dataset converter csv not found."),
+    "unknown formatting": ({}, {"formatting": "csv"}, "Dataset `rows`: `formatting` must be one of alpaca, sharegpt, openai; got 'csv'."),
+    "unknown formatting of messages": ({}, TALK_ENTRY | {"formatting": "sharegp"}, "Dataset `rows`: `formatting` must be one of alpaca, sharegpt, openai; got 'sharegp'."),
+    "text and list": ({"rejected": ["a", "b"]}, {}, "Dataset `rows` cannot be read: JSON parse error: Column(/rejected) changed from string to array in row 2."),
+    "number in a text column": ({"chosen": 5}, {}, "Dataset `rows` cannot be read: JSON parse error: Column(/chosen) changed from string to number in row 2."),
+    "on a hub that is not reached": ({}, {"hf_hub_url": "someone/none"}, "Dataset `rows` cannot be read: Couldn't reach 'someone/none' on the Hub ("),
     "ranking missing": ({}, {"ranking": False}, 'Dataset `rows` needs `"ranking": true` in dataset_info.json for `stage: solopo`.'),
     "wrong long column": ({}, {"columns": SOLO_COLUMNS | {"long_prompt": None, "long_messages": "long_prompt"}}, "map `long_prompt` (formatting `alpaca`)"),
     "history of single turns": ({"history": [["a"]]}, {"columns": SOLO_COLUMNS | {"history": "history"}}, "rows[2]: column `history` must be a list of [question, answer], got"),
@@ -231,6 +236,17 @@ def test_bad_row(run, recipe, tmp_path, name, workers):
     refused(
         run, recipe(dataset="rows", dataset_dir=folder, max_samples=None, preprocessing_num_workers=workers), sentence
     )
+
+
+def test_a_line_that_is_no_json(run, recipe, tmp_path):
+    folder = write_dataset(tmp_path / "data", GOOD)
+    file = tmp_path / "data" / "rows.jsonl"
+    file.write_text(file.read_text() + '{"prompt": "x", \n')
+    write_dataset(tmp_path / "data", GOOD, "others")
+    for names, said in (("rows", "rows"), ("others,rows", "others` or `rows")):
+        args = recipe(dataset=names, dataset_dir=folder, max_samples=None)
+        sentence = f"Dataset `{said}` cannot be read: JSON parse error: Missing a name for object member. in row 4."
+        refused(run, args, sentence)
 
 
 @pytest.mark.parametrize("name", LISTS)

@@ -183,6 +183,15 @@ def test_extra_arguments_win(page):
         ({"neftune_alpha": 5.0}, {"neftune_noise_alpha": 5.0}),
         ({"extra_args": '{"label_smoothing_factor": 0.1}'}, {"label_smoothing_factor": 0.1}),
         ({"simpo_gamma": 0.7}, {"simpo_gamma": 0.7}),
+        ({"train_on_prompt": True}, {"train_on_prompt": True}),
+        ({"mask_history": True}, {"mask_history": True}),
+        ({"neat_packing": True}, {"neat_packing": True}),
+        ({"extra_args": '{"predict_with_generate": true}'}, {"predict_with_generate": True}),
+        (
+            {"extra_args": '{"metric_for_best_model": "eval_solopo/nll"}'},
+            {"metric_for_best_model": "eval_solopo/nll"},
+        ),
+        ({"extra_args": '{"learning_rate": "1e-5"}'}, {"learning_rate": "1e-5"}),
     ],
 )
 def test_a_wrong_value_gets_the_command_lines_sentence(page, monkeypatch, values, recipe):
@@ -212,6 +221,8 @@ def test_unsloth_is_refused_in_the_page(page):
 def test_a_data_set_of_another_stage_is_refused_in_the_page(page):
     assert "Dataset `demo_short_po` has no long context" in preview(page, dataset=["demo_solopo", "demo_short_po"])
     assert "--dataset elsewhere" in preview(page, dataset=["elsewhere"])
+    assert "--dataset demo_solopo" in preview(page, extra_args='{"dataset": ["demo_solopo"]}')
+    assert "Dataset `demo_short_po` has no" in preview(page, extra_args='{"dataset": ["demo_short_po"]}')
 
 
 def test_loading_does_not_lose_the_chosen_data_sets(host):
@@ -380,6 +391,25 @@ def folder(tmp_path):
 )  # fmt: skip
 def test_each_stage_is_offered_the_data_sets_that_it_can_use(host, folder, stage, offered):
     assert [name for _, name in host.train.list_datasets(folder, stage).choices] == offered
+
+
+@pytest.mark.parametrize("part", [{"columns": None}, {"columns": ["x"]}, {"columns": "prompt"}, {"tags": None},
+                                  {"formatting": ["x"]}])  # fmt: skip
+def test_an_entry_without_the_form_hides_no_other(host, folder, part):
+    """The host lists it, and so do its stages here; to SoLoPO it is not offered."""
+    info = Path(folder, "dataset_info.json")
+    entries = json.loads(info.read_text()) | {"odd": {"file_name": "rows.jsonl"} | part}
+    info.write_text(json.dumps(entries))
+    assert offered(host, folder, "Supervised Fine-Tuning") == ["plain", "odd"]
+    assert host.data.get_preview(folder, ["odd"], 0)[:2] == host.data.get_preview.__wrapped__(folder, ["odd"], 0)[:2]
+    entries["odd"]["ranking"] = True
+    info.write_text(json.dumps(entries))
+    assert offered(host, folder, "DPO") == ["pairs", "odd"]
+    assert offered(host, folder, board.STAGE) == ["rows", "lists", "chat"]
+
+
+def offered(host, folder: str, stage: str) -> list[str]:
+    return [name for _, name in host.train.list_datasets(folder, stage).choices]
 
 
 def test_no_data_sets_in_a_folder_without_any(host, tmp_path):

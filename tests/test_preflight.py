@@ -1,7 +1,9 @@
 """A user's first day: what a recipe lacks on this machine is told in one message, before anything is loaded."""
 
 # ruff: noqa: E501  (tables: one case a line, with its whole sentence)
+import json
 import re
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -50,6 +52,7 @@ MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
     "value of a key": ({"solopo_align": "kl"}, "`solopo_align` must be one of reward, logp, distill; got 'kl'."),
     "bf16": ({"bf16": True, "use_cpu": False}, "`bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml use_cpu=true"),
     "fp16": ({"fp16": True, "use_cpu": False}, "`fp16: true` needs a GPU, and PyTorch finds none: "),
+    "pure bf16": ({"pure_bf16": True, "use_cpu": False}, "`pure_bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml pure_bf16=false use_cpu=true"),
     "bitsandbytes": ({"quantization_bit": 4}, '`quantization_bit: 4` needs the package bitsandbytes: pip install ".[qlora]"'),
     "liger": ({"enable_liger_kernel": True}, "`enable_liger_kernel: True` needs the package liger-kernel: pip install liger-kernel"),
     "no such folder": ({"model_name_or_path": "saves/no/such"}, "`model_name_or_path: saves/no/such` is a folder that is not there: check the path."),
@@ -78,6 +81,80 @@ def test_what_is_missing(name):
     changes, sentence = MISSING[name]
     (said,) = told(**changes)
     assert sentence.format(data=ROOT / "data/dataset_info.json") in said
+
+
+AGAIN = {  # words of the command -> those that are advised where `bf16: true` finds no GPU
+    "train recipe.json": "recipe.json use_cpu=true",
+    "train r.yaml model_name_or_path=m 'output_dir=my out'": "r.yaml model_name_or_path=m 'output_dir=my out' use_cpu=true",
+    "r.yaml use_cpu=false cutoff_len=64": "r.yaml cutoff_len=64 use_cpu=true",
+    "r.yaml hf_hub_token=s3cret seed=1": "r.yaml seed=1 use_cpu=true 'hf_hub_token=***'",
+    "train --stage solopo --use-cpu false --bf16 --report_to a b": "--stage solopo --bf16 --report_to a b --use_cpu=true",
+    "--use_cpu=false --hf_hub_token s3cret --seed -3": "--seed -3 --use_cpu=true '--hf_hub_token=***'",
+    "": "RECIPE use_cpu=true",
+    "-q tests": "RECIPE use_cpu=true",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", AGAIN)
+def test_advice_repeats_the_command(words, monkeypatch):
+    """With what it changes last and once; without secrets."""
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", *shlex.split(words)])
+    (said,) = told(bf16=True, use_cpu=False)
+    assert said.rpartition(": llamafactory-cli train ")[2] == AGAIN[words]
+
+
+def test_rows_shared_by_more_gpus_than_there_are(machine, monkeypatch):
+    """Advice that another check refuses would go in a circle."""
+    machine(gpus=1)
+    needs = "`solopo_sequence_parallel: 2` needs 2"
+    few = f"{needs} GPUs, and PyTorch finds 1; set it to 1, or start where there are more."
+    again = "FORCE_TORCHRUN=1 NPROC_PER_NODE=2 llamafactory-cli train recipe.yaml"
+    assert told(solopo_sequence_parallel=2, use_cpu=False) == [few]
+    assert told(solopo_sequence_parallel=2) == [f"{needs} processes, there would be 1: {again}"]
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    assert told(solopo_sequence_parallel=2, use_cpu=False)[1:] == [few]
+
+
+ENTRIES = {  # name: (the entry, the sentence)
+    "a text": ("rows.jsonl", "Dataset `rows` must be an object with a `file_name` in dataset_info.json, got 'rows.jsonl'."),
+    "misspelt file_name": ({"filename": "rows.jsonl"}, "Dataset `rows` must be an object with a `file_name` in dataset_info.json, got {'filename': 'rows.jsonl'}."),
+    "several files": ({"file_name": ["rows.jsonl"]}, "Dataset `rows`: `file_name` in dataset_info.json cannot be ['rows.jsonl']; see docs/data.md."),
+    "columns are null": ({"columns": None}, "Dataset `rows`: `columns` in dataset_info.json cannot be None; see docs/data.md."),
+    "columns are a list": ({"columns": ["prompt"]}, "Dataset `rows`: `columns` in dataset_info.json cannot be ['prompt'];"),
+    "a column is a list": ({"columns": {"rejected": ["a", "b"]}}, "Dataset `rows`: `columns` in dataset_info.json cannot be {'rejected': ['a', 'b']};"),
+    "tags are null": ({"tags": None}, "Dataset `rows`: `tags` in dataset_info.json cannot be None;"),
+    "samples as text": ({"num_samples": "5"}, "Dataset `rows`: `num_samples` in dataset_info.json cannot be '5';"),
+    "an empty folder": ({"file_name": "folder"}, "`dataset: rows` is read from {path}/folder, which is empty: check the path."),
+    "an empty file": ({"file_name": "empty.jsonl"}, "`dataset: rows` is read from {path}/empty.jsonl, which is empty: check the path."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_that_the_host_cannot_read(name, tmp_path):
+    entry, sentence = ENTRIES[name]
+    folder = write_dataset(tmp_path, demo_rows(2))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    info = tmp_path / "dataset_info.json"
+    good = json.loads(info.read_text())["rows"]
+    changed = good | entry if isinstance(entry, dict) and "filename" not in entry else entry
+    info.write_text(json.dumps({"rows": changed, "others": None}))
+    (said,) = told(dataset="rows", dataset_dir=folder)
+    assert said.startswith(sentence.replace("{path}", str(tmp_path)))
+    more = {"num_samples": 2, "tags": {"system_tag": None}, "made_of": {"rows": 2}, "subset": "x"}
+    info.write_text(json.dumps({"rows": good | more}))
+    assert told(dataset="rows", dataset_dir=folder) == []
+
+
+def test_a_refusal_is_not_its_own_cause():
+    """Printers of tracebacks follow causes."""
+    with pytest.raises(Refused) as caught, preflight.refusing():
+        raise Refused("no")
+    assert caught.value.__cause__ is None
+    with pytest.raises(Refused) as caught, preflight.refusing():
+        raise ValueError("no")
+    assert type(caught.value.__cause__) is ValueError
 
 
 def test_nothing_is_missing(machine):

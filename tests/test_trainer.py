@@ -371,7 +371,10 @@ def test_rows_beyond_the_window_are_told(run, recipe, tiny_model, host_log):
     told = [message for message in host_log if "the model was made for" in message]
     assert len(told) == 2
     assert re.match(r"4 of 4 rows have up to \d+ tokens, and the model was made for 128: widen its window", told[0])
+    assert told[0].endswith("or set `cutoff_len: 128`, with `solopo_overlength: drop` to leave longer rows out.")
     assert told[1].startswith("Rows of a stream have up to 1,024 tokens, and the model was made for 128: ")
+    ends = "or set `cutoff_len: 128`, beyond which a row ends the run: leave longer ones out of the data set."
+    assert told[1].endswith(ends)  # `solopo_overlength: drop` is refused of a stream
 
 
 def test_a_model_that_cannot_be_packed(run, recipe, tiny_model, host_log):

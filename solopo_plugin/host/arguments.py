@@ -141,12 +141,7 @@ def _checking_keys(parser, parse_train_args, args=None):
     recipe = args if isinstance(args, dict) else flags(args)
     stage, ours = recipe.get("stage"), [key for key in recipe if key.startswith("solopo")]
     solo.check_keys(ours)
-    best = str(recipe.get("metric_for_best_model"))
-    if stage == "solopo" and best.endswith(LOWER) and recipe.get("greater_is_better") is None:
-        raise ValueError(
-            f"`metric_for_best_model: {best}` is better when lower, and the host would keep the checkpoint with "
-            "the highest; set `greater_is_better: false`."
-        )
+    check_best(recipe)
     if ours and stage != "solopo":
         raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
     parsed = parse_train_args(args)
@@ -154,6 +149,16 @@ def _checking_keys(parser, parse_train_args, args=None):
         parsed[1].__class__ = parser.DataArguments
         del parsed[1].solopo_overlength
     return parsed
+
+
+def check_best(recipe: dict) -> None:
+    """Refuse a metric that is better when lower where the recipe does not say so."""
+    best = str(recipe.get("metric_for_best_model"))
+    if recipe.get("stage") == "solopo" and best.endswith(LOWER) and recipe.get("greater_is_better") is None:
+        raise ValueError(
+            f"`metric_for_best_model: {best}` is better when lower, and the host would keep the checkpoint with "
+            "the highest; set `greater_is_better: false`."
+        )
 
 
 def check_recipe(given: Callable[[str], Any], finetuning_args) -> None:
@@ -218,6 +223,8 @@ def warn_of_rounding(given: Callable[[str], Any], finetuning_args) -> None:
     """Warn of weights in 16 bits at a learning rate whose updates are mostly rounded away."""
     from llamafactory.extras import logging
 
+    if isinstance(given("learning_rate"), str):  # as JSON and quotes may write it
+        raise ValueError(f"`learning_rate` must be a number, got {given('learning_rate')!r}.")
     rate, trains_weights = given("learning_rate"), finetuning_args.finetuning_type in ("full", "freeze")
     if given("do_train") and finetuning_args.pure_bf16 and trains_weights and rate < PURE_BF16_LR:
         logging.get_logger(f"llamafactory.{__name__}").warning_rank0(

@@ -23,8 +23,9 @@ from llamafactory.webui.runner import Runner
 
 from ..args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
 from . import board_texts
-from .arguments import check_recipe
+from .arguments import check_best, check_recipe
 from .data import LONG_COLUMN, check_stage
+from .preflight import misshapen, names_of
 from .stage import IN_LOG
 from .versions import expect_signature, wrap
 
@@ -35,6 +36,7 @@ WIDGETS = tuple(sorted((*FIELDS, "simpo_gamma"), key=[*board_texts.TEXTS].index)
 PER_ROW = 5
 LARGEST = 131072  # of a slider, tokens: that of the host's `cutoff_len`
 MACHINE = 16  # of a slider, GPUs of one machine; ours
+OF_SFT = (("predict_with_generate",), ("neat_packing",), ("train_on_prompt", "mask_history"))  # refused by the host
 SHOWN = 2000  # characters of a text in the preview of rows
 
 
@@ -167,6 +169,8 @@ def _adding_section(create_train_tab, engine):
 
 def check_dataset(name: str, entry: dict, stage: str) -> None:
     """Refuse an entry of `dataset_info.json` that the stage cannot use, in the loader's sentence."""
+    if stage == "solopo" and (sentence := misshapen(name, entry)):
+        raise ValueError(sentence)
     attr = DatasetAttr("file", dataset_name=name)
     attr.join(entry)
     check_stage(name, attr, stage)
@@ -180,8 +184,8 @@ def _filtering(list_datasets, dataset_dir=None, training_stage=None):
     def usable(name: str) -> bool:
         try:
             check_dataset(name, info[name], constants.TRAINING_STAGES[training_stage])
-        except ValueError:
-            return False
+        except Exception as error:
+            return not isinstance(error, ValueError)  # else an entry without the form, which the host lists
         return True
 
     return gr.Dropdown(choices=[n for _, n in list_datasets(dataset_dir, training_stage).choices if usable(n)])
@@ -210,7 +214,7 @@ def _previewing(get_preview, dataset_dir, dataset, page_index):
     """Preview rows of a data set with a long column: short and long prompt, chosen, rejected, and no endless text."""
     count, rows, box = get_preview(dataset_dir, dataset, page_index)
     columns = load_dataset_info(dataset_dir).get(dataset[0], {}).get("columns", {})
-    if not set(LONG_COLUMN.values()).isdisjoint(columns):
+    if isinstance(columns, dict) and not set(LONG_COLUMN.values()).isdisjoint(columns):
         rows = Rows(row_shown(row, columns) if isinstance(row, dict) else row for row in rows)
     return count, rows, box
 
@@ -271,10 +275,15 @@ def refusal(args: dict) -> str:
     known = {n: v for n, v in args.items() if n in fields and fields[n].init and v is not None}
     try:
         check_keys(args)
+        check_best(args)
         check_values(SoloDataArguments(args.get("solopo_overlength") or SoloDataArguments.solopo_overlength))
-        check_recipe(args.get, finetuning_args(**known))
+        tuning = finetuning_args(**known)
+        for keys in OF_SFT:
+            if any(map(args.get, keys)):
+                raise ValueError(f"`{'` or `'.join(keys)}` cannot be set as True except SFT.")
+        check_recipe(args.get, tuning)
         info = load_dataset_info(args["dataset_dir"])
-        for name in args["dataset"].split(","):
+        for name in names_of(args["dataset"]):
             if name in info:  # else it is a name on a hub, or the host's to refuse
                 check_dataset(name, info[name], "solopo")
     except Exception as error:  # of the host's own rules, too

@@ -70,7 +70,11 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
                 "dataset_info.json."
             )
         return
-    column = LONG_COLUMN.get(attr.formatting, "long_prompt")  # an unknown formatting is the host's to refuse
+    if attr.formatting not in [*LONG_COLUMN]:
+        raise ValueError(
+            f"Dataset `{name}`: `formatting` must be one of {', '.join(LONG_COLUMN)}; got {attr.formatting!r}."
+        )
+    column = LONG_COLUMN[attr.formatting]
     if not long or not getattr(attr, column):
         raise ValueError(
             f"Dataset `{name}` has no long context for `stage: solopo`: under `columns` in dataset_info.json map "
@@ -98,8 +102,17 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
     attrs = loader.get_dataset_list(dataset_names, data_args.dataset_dir)
     for name, attr in zip(dataset_names or [], attrs, strict=True):
         check_stage(name, attr, stage)
-    stage = "rm" if stage == "solopo" else stage  # to the host our rows are ranking rows
-    return get_merged_dataset(dataset_names, model_args, data_args, training_args, stage, return_dict)
+    from datasets.exceptions import DatasetsError
+
+    args = (dataset_names, model_args, data_args, training_args)
+    if stage != "solopo":
+        return get_merged_dataset(*args, stage, return_dict)
+    try:
+        return get_merged_dataset(*args, "rm", return_dict)  # to the host our rows are ranking rows
+    except (DatasetsError, OSError) as error:
+        which = "` or `".join(dataset_names)  # several: the host's last line before says of which
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"Dataset `{which}` cannot be read: {reason}.") from error
 
 
 class LongConverter:

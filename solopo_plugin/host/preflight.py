@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CalledProcessError
+from typing import Any
 
 from .. import args as solo
 from ..qa.files import is_path
@@ -23,6 +25,8 @@ PACKAGES = {  # key of a recipe -> package, how it is installed
     "quantization_bit": ("bitsandbytes", 'pip install ".[qlora]"'),
     "enable_liger_kernel": ("liger_kernel", "pip install liger-kernel"),
 }
+URLS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}  # win over an entry's `file_name`
+ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": dict}  # keys of an entry, their types
 
 
 class Refused(ValueError):
@@ -61,7 +65,9 @@ def refusing() -> Iterator[None]:
     except ValueError as error:
         rank = os.environ.get(LOCAL_RANK)
         if rank is None or os.environ.get(DEBUG, "").upper() == "DEBUG":
-            raise error if isinstance(error, Refused) else Refused(str(error)) from error
+            if isinstance(error, Refused):
+                raise
+            raise Refused(str(error)) from error
         if rank != "0":
             time.sleep(30)  # torchrun ends all ranks with the first that ends: let rank 0 speak, if it has to
         sys.exit(f"Error: {error}")
@@ -133,10 +139,21 @@ def check_vocabulary(tokenizer, template, model_args) -> None:
             )
 
 
-def _again(words: str = "", before: str = "") -> str:
-    """Return the command that starts this recipe, with a word more."""
-    file = next((word for word in sys.argv[1:3] if word.endswith((".yaml", ".yml", ".json"))), "RECIPE")
-    return " ".join(filter(None, (before, "llamafactory-cli train", file, words)))
+def _again(changes: str = "", before: str = "") -> str:
+    """Return the command that was given, with keys changed, each once; another key's secret is left out."""
+    words, new = sys.argv[1:], dict(change.split("=") for change in changes.split())
+    words = words[words[:1] == ["train"] :]
+    if not words or not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml", ".json")):
+        words = ["RECIPE"]  # not started by a command line
+    flag, kept, replaced = "--" * words[0].startswith("--"), [], False
+    for word in words:
+        if word.startswith(flag):  # else a flag's value
+            name = word.removeprefix(flag).partition("=")[0].replace("-", "_")
+            new |= {name: "***"} if name.endswith(("_token", "_key")) else {}
+            replaced = name in new
+        kept += [] if replaced else [word]
+    command = shlex.join([*kept, *(f"{flag}{name}={value}" for name, value in new.items())])
+    return f"{before} llamafactory-cli train {command}".strip()
 
 
 def _under_torchrun() -> bool:
@@ -165,9 +182,10 @@ def _device(recipe: dict) -> Iterator[str]:
     if wanted is None or recipe.get("use_cpu"):
         return
     if not get_device_count():
+        on_cpu = _again("pure_bf16=false " * bool(recipe.get("pure_bf16")) + "use_cpu=true")  # which has no `pure_bf16`
         yield (
             f"`{wanted}: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; "
-            f"a model that is small enough runs on the CPU: {_again('use_cpu=true')}"
+            f"a model that is small enough runs on the CPU: {on_cpu}"
         )
     elif wanted != "fp16" and not is_torch_bf16_gpu_available():
         yield f"`{wanted}: true` needs a GPU with bf16 (Ampere or later): {_again(f'{wanted}=false fp16=true')}"
@@ -207,15 +225,19 @@ def _shared_rows(recipe: dict) -> Iterator[str]:
     size = recipe.get("solopo_sequence_parallel", 1)
     if not isinstance(size, int) or size <= 1:
         return
+    from llamafactory.extras.misc import get_device_count
+
     from ..sequence_parallel import why_not_shared
 
-    heads = None
+    heads, devices, needs = None, get_device_count(), f"`solopo_sequence_parallel: {size}` needs {size}"
     with suppress(OSError, ValueError, AttributeError):  # the hub's, or the host's to refuse
         config = json.loads(Path(str(recipe.get("model_name_or_path")), "config.json").read_text(encoding="utf-8"))
         heads = config.get("num_attention_heads")
-    if (processes := _processes()) < size:
+    if 0 < devices < size and not recipe.get("use_cpu"):
+        yield f"{needs} GPUs, and PyTorch finds {devices}; set it to 1, or start where there are more."
+    elif (processes := _processes()) < size:
         again = _again(before=f"FORCE_TORCHRUN=1 NPROC_PER_NODE={size}")
-        yield f"`solopo_sequence_parallel: {size}` needs {size} processes, there would be {processes}: {again}"
+        yield f"{needs} processes, there would be {processes}: {again}"
     elif sentence := why_not_shared(size, heads, processes):
         yield sentence
 
@@ -226,7 +248,7 @@ def _models(recipe: dict) -> Iterator[str]:
     if (refers or recipe.get("solopo_anchor")) and not recipe.get("train_from_scratch"):
         keys.append("ref_model")
     for key in keys:
-        for name in _names(recipe.get(key)) if key.startswith("adapter") else filter(None, [recipe.get(key)]):
+        for name in names_of(recipe.get(key)) if key.startswith("adapter") else filter(None, [recipe.get(key)]):
             if reason := why_not_there(str(name), recipe, key.startswith("adapter")):
                 yield f"`{key}: {name}` {reason}"
 
@@ -299,7 +321,7 @@ def _data(recipe: dict) -> Iterator[str]:
     info = Path(folder, "dataset_info.json")
     wanted: dict[str, str] = {}  # data set -> the key that names it
     for key in ("dataset", "eval_dataset"):
-        wanted |= {name: key for name in _names(recipe.get(key))}
+        wanted |= {name: key for name in names_of(recipe.get(key))}
     if wanted and not info.is_file():
         yield (
             f"`dataset_dir: {folder}` has no dataset_info.json: make the rows first, as the head of the recipe says, "
@@ -309,15 +331,31 @@ def _data(recipe: dict) -> Iterator[str]:
     try:
         entries = json.loads(info.read_text(encoding="utf-8"))
         missing = [name for name in wanted if name not in entries]
-        files = {name: entries[name].get("file_name") for name in wanted if name in entries}
-    except (OSError, ValueError, TypeError, AttributeError):
+        given = {name: entries[name] for name in wanted if name in entries}
+    except (OSError, ValueError, TypeError):
         return  # the host's to refuse
     for name in missing:
         yield f"`{wanted[name]}: {name}` is not registered in {info}: {_how_to_make(name, list(entries))}"
-    for name, file in files.items():
-        url = any(key.endswith("_url") for key in entries[name])
-        if file and not url and not Path(folder, file).exists():
-            yield f"`{wanted[name]}: {name}` is read from {Path(folder, file)}, which is not there: check the path."
+    for name, entry in given.items():
+        if sentence := misshapen(name, entry):
+            yield sentence
+        elif not entry.keys() & URLS:
+            path = Path(folder, entry["file_name"])
+            if not (there := path.exists()) or not (any(path.iterdir()) if path.is_dir() else path.stat().st_size):
+                which = "empty" if there else "not there"
+                yield f"`{wanted[name]}: {name}` is read from {path}, which is {which}: check the path."
+
+
+def misshapen(name: str, entry: Any) -> str | None:
+    """Say what of a data set's entry in dataset_info.json the host cannot read; None if it can read all."""
+    if not isinstance(entry, dict) or not entry.keys() & {"file_name", *URLS}:
+        return f"Dataset `{name}` must be an object with a `file_name` in dataset_info.json, got {entry!r}."
+    for key, value in entry.items():
+        kind = ENTRY.get(key, object)
+        names = value.values() if kind is dict and isinstance(value, dict) else ()
+        if not isinstance(value, kind) or any(name and not isinstance(name, str) for name in names):
+            return f"Dataset `{name}`: `{key}` in dataset_info.json cannot be {value!r}; see docs/data.md."
+    return None
 
 
 def _how_to_make(name: str, registered: list[str]) -> str:
@@ -335,7 +373,7 @@ def _how_to_make(name: str, registered: list[str]) -> str:
     return f"{meant}make rows (scripts/build_data.py), or register yours (docs/data.md)."
 
 
-def _names(value: object) -> list[str]:
+def names_of(value: object) -> list[str]:
     """Return the names of a list, or of a text with commas, as the host splits it."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(part).strip() for part in parts if str(part).strip()]
