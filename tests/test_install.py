@@ -362,6 +362,7 @@ STUBS = {
 }
 
 # Every function of the modules, with the file that its code comes from: differs as soon as one is replaced.
+# What replaces one is made by `wrap` in `solopo_plugin/host/versions.py`.
 DESCRIBE = """
 import sys, types
 from importlib import import_module
@@ -412,7 +413,7 @@ def test_stubs_stand_for_every_patched_module(bare, tmp_path):
     code = DESCRIBE + "describe('llamafactory.train.tuner', 'llamafactory.train.unrelated')"
     on = bare.run(code, fake_host(tmp_path))
     assert on.returncode == 0 and on.stderr == "", on.stderr
-    assert on.stdout.count("solopo_plugin/host/stage.py") == 2
+    assert on.stdout.count("solopo_plugin/host/versions.py") == 2
     off = bare.run(code, tmp_path, SOLOPO_PLUGIN="off")
     assert off.returncode == 0 and off.stderr == "" and "solopo_plugin" not in off.stdout
     assert "run_sft ['/train/unrelated.py']" in on.stdout and "run_sft ['/train/unrelated.py']" in off.stdout
@@ -545,7 +546,7 @@ def test_beside_a_foreign_finder(bare, tmp_path, finder):
     assert off.returncode == 0 and off.stderr == "", off.stderr
     on = bare.run(code, tmp_path)
     assert on.returncode == 0 and on.stderr == "", on.stderr
-    assert on.stdout.count("solopo_plugin/host/stage.py") == 2
+    assert on.stdout.count("solopo_plugin/host/versions.py") == 2
 
 
 def test_a_finder_that_always_raises_does_so_with_and_without(bare, tmp_path):
@@ -573,7 +574,7 @@ def test_a_loader_that_serves_several_modules(bare, tmp_path):
     code = DESCRIBE + "describe('llamafactory.train.tuner', 'llamafactory.train.unrelated')"
     on = bare.run(code, packed)
     assert on.returncode == 0 and on.stderr == "", on.stderr
-    assert on.stdout.count("solopo_plugin/host/stage.py") == 2
+    assert on.stdout.count("solopo_plugin/host/versions.py") == 2
 
 
 def test_patched_once_however_often_it_is_looked_up_or_reloaded(bare, tmp_path):
@@ -594,4 +595,4 @@ print(sys.meta_path.count(HostFinder), "finder")
     assert on.returncode == 0 and on.stderr == "", on.stderr
     *twice, finders = on.stdout.splitlines()
     assert finders == "1 finder" and len(twice) % 2 == 0 and twice[: len(twice) // 2] == twice[len(twice) // 2 :]
-    assert on.stdout.count("solopo_plugin/host/stage.py") == 4  # two functions, each wrapped once, before and after
+    assert on.stdout.count("solopo_plugin/host/versions.py") == 4  # two functions, each wrapped once, before and after
