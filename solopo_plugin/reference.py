@@ -161,7 +161,7 @@ class Store:
                 draft.write_text(json.dumps(self.facts, indent=1, sort_keys=True))
                 os.replace(draft, self.folder / "identity.json")
         except OSError as error:
-            raise OSError(
+            raise ValueError(
                 f"Reference scores cannot be kept in {self.folder} ({error.strerror}); set SOLOPO_CACHE to a folder "
                 "that can be written, or `solopo_reference: online`."
             ) from error

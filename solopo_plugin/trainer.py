@@ -118,6 +118,9 @@ class SoloTrainer(CustomDPOTrainer):
         """Return the names of what is logged of a step, in its order."""
         return (*METRICS, ANCHOR) if self.finetuning_args.solopo_anchor else METRICS
 
+    # the host's, that of TRL's DPO trainer, does not take the words that the Trainer pushes a model to the hub with
+    create_model_card = Trainer.create_model_card
+
     # ---- one step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -194,6 +197,14 @@ class SoloTrainer(CustomDPOTrainer):
         self.train_means = ExampleMeans()
         return super().get_train_dataloader()
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Return the Trainer's with every row: `dataloader_drop_last` would evaluate a part, and of few rows none."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropping
+
     def _get_train_sampler(self, train_dataset=None):
         """As the host's; `group_by_length` groups by what a step runs, where the Trainer looks for `input_ids`.
 
@@ -219,8 +230,18 @@ class SoloTrainer(CustomDPOTrainer):
 
         The Trainer divides each micro-batch's loss by the number of micro-batches; with an uneven last one that is not
         the mean over examples, and 1 x 4, 2 x 2 and 4 x 1 would differ.
+
+        What fills no step at the end of a stream's pass is left out: the Trainer would add its gradient to the next.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:
+            if not self.state.global_step:
+                raise ValueError(
+                    f"The stream ends before a step is full, after {len(batches)} of {num_batches} batches of this "
+                    "process: lower `gradient_accumulation_steps` or `per_device_train_batch_size`, or set "
+                    "`streaming: false`."
+                )
+            batches = []
         examples = sum(len(batch["names"]) for batch in batches)
         self.window_weight = len(batches) / examples if examples else 1.0
         return batches, num_items

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_config, load_model, load_tokenizer
+from llamafactory.model.model_utils.rope import configure_rope
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
@@ -26,6 +28,7 @@ from .data import data_sets, part_lengths, step_lengths
 from .host.preflight import check_vocabulary, refusing
 from .host.saved import recorded
 from .losses import ANCHOR
+from .qa.files import did_you_mean
 from .qa.provenance import installed
 from .qa.window import window_of
 from .reference import goes_on, with_reference_logps
@@ -38,33 +41,37 @@ logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logg
 def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
     """Train and/or evaluate with SoLoPO; the arguments are the host's, `finetuning_args` with the `solopo_*` keys."""
     logger.info_rank0(f"solopo_plugin {__version__} is active in LLaMA-Factory {installed('llamafactory')}.")
-    if training_args.do_train:
-        check_resume(training_args)
-    if (size := finetuning_args.solopo_sequence_parallel) > 1:
-        check_sharing(size, model_args)
-    tokenizer_module, dataset_module = load_data(model_args, data_args, training_args)
-    with drawn_from(training_args.seed):
-        model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
-    if finetuning_args.solopo_mlp_chunk:
-        chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
-    warn_of_window(model, data_args, dataset_module)
+    with refusing():
+        if training_args.do_train:
+            check_resume(training_args, finetuning_args.use_badam)
+        if (size := finetuning_args.solopo_sequence_parallel) > 1:
+            check_sharing(size, model_args)
+        if model_args.rope_scaling is not None:
+            check_rope(model_args)
+        tokenizer_module, dataset_module = load_data(model_args, data_args, training_args)
+        with drawn_from(training_args.seed):
+            model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
+        if finetuning_args.solopo_mlp_chunk:
+            chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
+        warn_of_window(model, data_args, dataset_module)
 
-    elsewhere, ref_model = finetuning_args.ref_model is not None, None
-    cached = reference_is_cached(data_args, training_args, finetuning_args)
-    load_ref = partial(load_ref_model, model_args, finetuning_args, training_args.seed)
-    if finetuning_args.use_ref_model and not cached:  # evaluation of a model against itself needs no second one
-        ref_model = load_ref() if elsewhere or training_args.do_train else model
-    if finetuning_args.use_ref_model and not elsewhere:
-        warn_of_reference(model, model_args, finetuning_args, training_args.do_train)
+        elsewhere, ref_model = finetuning_args.ref_model is not None, None
+        cached = reference_is_cached(data_args, training_args, finetuning_args)
+        load_ref = partial(load_ref_model, model_args, finetuning_args, training_args.seed)
+        if finetuning_args.use_ref_model and not cached:  # evaluation of a model against itself needs no second one
+            ref_model = load_ref() if elsewhere or training_args.do_train else model
+        if finetuning_args.use_ref_model and not elsewhere:
+            warn_of_reference(model, model_args, finetuning_args, training_args.do_train)
 
-    packed = choose_form(model, ref_model, model_args, training_args, finetuning_args)
-    given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
-    trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
-    if cached:
-        load = partial(load_ref, packed) if elsewhere else None
-        with abort_ends_the_process():
-            sets = with_reference_logps(trainer, model_args, finetuning_args, load)
-        trainer.train_dataset, trainer.eval_dataset = sets
+        packed = choose_form(model, ref_model, model_args, training_args, finetuning_args)
+        given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
+        trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
+        check_metric(trainer)
+        if cached:
+            load = partial(load_ref, packed) if elsewhere else None
+            with abort_ends_the_process():
+                sets = with_reference_logps(trainer, model_args, finetuning_args, load)
+            trainer.train_dataset, trainer.eval_dataset = sets
     if training_args.do_train:
         train(trainer)
     if training_args.do_eval:
@@ -74,10 +81,33 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
 
 def check_sharing(size: int, model_args) -> None:
     """Refuse a model or a number of processes with which ranks cannot share rows."""
-    with refusing():
-        heads = load_config(model_args).get_text_config().num_attention_heads
-        if reason := why_not_shared(size, heads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-            raise ValueError(reason)
+    heads = load_config(model_args).get_text_config().num_attention_heads
+    if reason := why_not_shared(size, heads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        raise ValueError(reason)
+
+
+def check_rope(model_args) -> None:
+    """Refuse a `rope_scaling` with which the host would fail when it loads the model, after all rows are tokenised."""
+    try:
+        configure_rope(load_config(model_args), model_args)
+    except StrictDataclassFieldValidationError:
+        raise ValueError(
+            "The host's `rope_scaling` does not work with transformers 5; remove it, and write the scaling into the "
+            'model\'s config.json (docs/training.md, "Rows longer than one GPU").'
+        ) from None
+
+
+def check_metric(trainer: SoloTrainer) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation gives, which the host would say after the first."""
+    args, sets = trainer.args, trainer.eval_dataset
+    of_sets = [f"{name}_" for name in sets] if isinstance(sets, dict) else [""]
+    names = [f"{of_set}{name}" for of_set in of_sets for name in ("loss", *trainer.metrics)]
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if best and best not in names and args.eval_strategy != "no":
+        raise ValueError(
+            f"`metric_for_best_model: {best}` is no metric of the evaluation. {did_you_mean(best, names)}"
+            f"There are: {', '.join(names)}."
+        )
 
 
 def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
@@ -87,7 +117,7 @@ def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
         logger.info_rank0(f"{model_args.model_name_or_path} is multimodal: it is trained as a text model.")
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    with refusing(), recorded(data_args, training_args, tokenizer, template):
+    with recorded(data_args, training_args, tokenizer, template):
         check_vocabulary(tokenizer, template, model_args)
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
@@ -101,8 +131,7 @@ def choose_form(model, ref_model, model_args, training_args, finetuning_args) ->
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else base_of(model).dtype
     logger.info_rank0(how_a_step_runs(model, reason, training_args.device, dtype))
     if reason and (size := finetuning_args.solopo_sequence_parallel) > 1:
-        with refusing():
-            raise ValueError(f"`solopo_sequence_parallel: {size}` needs packed rows: {reason}; set it to 1.")
+        raise ValueError(f"`solopo_sequence_parallel: {size}` needs packed rows: {reason}; set it to 1.")
     if reason:
         configure_checkpointing(model, model_args, training_args, finetuning_args)
     return reason is None
@@ -194,7 +223,7 @@ def abort_ends_the_process():
         signal.signal(signal.SIGABRT, handler)
 
 
-def check_resume(training_args) -> None:
+def check_resume(training_args, badam: bool = False) -> None:
     """Warn of a checkpoint without the optimizer's state, as `save_only_model` leaves it; DeepSpeed cannot resume it.
 
     The Trainer takes its weights and its step and says nothing: Adam's moments are 0 and the learning rate is the first
@@ -205,6 +234,8 @@ def check_resume(training_args) -> None:
         checkpoint = get_last_checkpoint(training_args.output_dir)
     if not checkpoint or not Path(checkpoint).is_dir():
         return  # nothing to resume, or the Trainer's to refuse
+    if badam:
+        logger.warning_rank0(f"{checkpoint} does not hold BAdam's states and order of blocks: they start anew.")
     needed = ("global_step*",) if training_args.deepspeed_plugin else ("optimizer*", "scheduler.pt")
     if all(any(Path(checkpoint).glob(pattern)) for pattern in needed):
         return
@@ -266,7 +297,8 @@ def load_ref_model(model_args, finetuning_args, seed: int, packed: bool = False)
     with drawn_from(seed):
         ref_model = create_ref_model(given, finetuning_args)
     if packed:
-        why_two_stages("packed", ref_model)  # raises
+        if reason := why_two_stages("auto", ref_model):
+            raise ValueError(f"`ref_model` cannot run packed rows: {reason}; set `solopo_forward: two_stage`.")
         prepare(ref_model)
     return ref_model
 
@@ -282,8 +314,7 @@ def configure_checkpointing(model, model_args, training_args, finetuning_args) -
     Where layers share the keys of others (small Gemma 4), the reentrant kind loses gradients that come through them.
     """
     distributed = training_args.parallel_mode == ParallelMode.DISTRIBUTED
-    within_backward = finetuning_args.galore_layerwise or finetuning_args.apollo_layerwise
-    within_backward = within_backward or any(kind in training_args.optim for kind in ("layerwise", "lomo"))
+    within_backward = "lomo" in training_args.optim
     shares = getattr(base_of(model).config.get_text_config(), "num_kv_shared_layers", 0)
     if not (distributed or within_backward or shares) or model_args.disable_gradient_checkpointing:
         return

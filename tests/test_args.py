@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import re
+from contextlib import nullcontext
 
 import pytest
 from conftest import ROOT
@@ -99,14 +100,49 @@ def test_bf16_weights_at_small_rates_are_told(host_log, keys, told, monkeypatch)
     )
 
 
+FULL = dict(stage="solopo", do_train=True, finetuning_type="full", dataset="demo_solopo", template="qwen")
+WATCHED = dict(eval_dataset="demo_solopo", eval_strategy="epoch")
+NO_LAYERS = (
+    "does not work with `stage: solopo`: the layers' optimizers keep the full `learning_rate`, without warm-up or "
+    "decay, and a resume loses their state (`use_galore: true` or `use_apollo: true` alone keeps both); remove it."
+)
+NOT_FUSED = "does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
+WATCHES = "`early_stopping_steps: 2` needs a metric to watch: set `metric_for_best_model` (such as `loss`) and `eval"
+
+
+@pytest.mark.parametrize("keys, sentence", [
+    (dict(use_galore=True), f"`use_galore` {NOT_FUSED}"), (dict(use_apollo=True), f"`use_apollo` {NOT_FUSED}"),
+    (dict(use_badam=True, badam_mode="ratio"), f"`badam_mode: ratio` {NOT_FUSED}"),
+    (dict(use_galore=True, optim="adamw_torch"), None), (dict(use_galore=True, optim="adafactor"), None),
+    (dict(use_badam=True), None), (dict(badam_mode="ratio"), None),
+    (dict(use_galore=True, galore_layerwise=True), f"`galore_layerwise: True` {NO_LAYERS}"),
+    (dict(use_apollo=True, apollo_layerwise=True), f"`apollo_layerwise: True` {NO_LAYERS}"),
+    (dict(optim="galore_adamw_layerwise"), f"`optim: galore_adamw_layerwise` {NO_LAYERS}"),
+    (dict(early_stopping_steps=2), WATCHES), (dict(early_stopping_steps=2, metric_for_best_model="loss"), WATCHES),
+    (dict(early_stopping_steps=2, **WATCHED), WATCHES),
+    (dict(early_stopping_steps=2, metric_for_best_model="loss", **WATCHED), None),
+    (dict(finetuning_type="lora", quantization_bit=4), "`quantization_bit: 4` does not train on a CPU: bitsandbytes "
+     "packs the weights anew when it first evaluates, and part of the gradient is lost; set `quantization_bit: 8`, "),
+    (dict(finetuning_type="lora", quantization_bit=4, do_train=False, do_eval=True, **WATCHED), None),
+    (dict(do_train=False), "There is nothing to do: set `do_train: true` or `do_eval: true`."),
+])  # fmt: skip
+def test_settings_that_the_host_takes_and_fails_with(monkeypatch, keys, sentence):
+    from llamafactory.hparams import parser
+
+    monkeypatch.setattr(parser, "check_version", lambda *_, **__: None)  # the optimizers' packages
+    keys = FULL | dict(model_name_or_path="unused", output_dir="unused", use_cpu=True) | keys
+    with nullcontext() if sentence is None else pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        parser.get_train_args(keys)
+
+
 def test_qlora_arguments_are_accepted():
     from llamafactory.hparams.parser import get_train_args
 
     model_args, *_, args, _ = get_train_args(dict(
-        stage="solopo", do_train=True, dataset="demo_solopo", finetuning_type="lora", quantization_bit=4,
+        stage="solopo", do_train=True, dataset="demo_solopo", finetuning_type="lora", quantization_bit=8,
         quantization_method="bnb", model_name_or_path="unused", template="qwen", output_dir="unused", use_cpu=True,
     ))  # fmt: skip
-    assert model_args.quantization_bit == 4 and args.use_ref_model
+    assert model_args.quantization_bit == 8 and args.use_ref_model
 
 
 def test_other_stages_report_only_the_hosts_keys():

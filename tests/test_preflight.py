@@ -55,6 +55,21 @@ MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
     "pure bf16": ({"pure_bf16": True, "use_cpu": False}, "`pure_bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml pure_bf16=false use_cpu=true"),
     "bitsandbytes": ({"quantization_bit": 4}, '`quantization_bit: 4` needs the package bitsandbytes: pip install ".[qlora]"'),
     "liger": ({"enable_liger_kernel": True}, "`enable_liger_kernel: True` needs the package liger-kernel: pip install liger-kernel"),
+    "liger of transformers": ({"use_liger_kernel": True}, "`use_liger_kernel: True` needs the package liger-kernel: pip install liger-kernel"),
+    "galore": ({"use_galore": True}, "`use_galore: True` needs the package galore-torch: pip install galore-torch"),
+    "apollo": ({"use_apollo": True}, "`use_apollo: True` needs the package apollo-torch: pip install apollo-torch"),
+    "badam": ({"use_badam": True}, "`use_badam: True` needs the package badam: pip install badam"),
+    "adam-mini": ({"use_adam_mini": True}, "`use_adam_mini: True` needs the package adam-mini: pip install adam-mini"),
+    "swanlab": ({"use_swanlab": True}, "`use_swanlab: True` needs the package swanlab: pip install swanlab"),
+    "8 bits": ({"optim": "adamw_8bit"}, '`optim: adamw_8bit` needs the package bitsandbytes: pip install ".[qlora]"'),
+    "pages": ({"optim": "paged_adamw_32bit"}, '`optim: paged_adamw_32bit` needs the package bitsandbytes: pip install ".[qlora]"'),
+    "lomo": ({"optim": "adalomo"}, "`optim: adalomo` needs the package lomo-optim: pip install lomo-optim"),
+    "no schedule": ({"optim": "schedule_free_adamw"}, "`optim: schedule_free_adamw` needs the package schedulefree: pip install schedulefree"),
+    "tracker": ({"report_to": "wandb"}, "`report_to: wandb` needs the package wandb: pip install wandb"),
+    "trackers": ({"report_to": ["none", "tensorboard"]}, "`report_to: tensorboard` needs the package tensorboard: pip install tensorboard"),
+    "unsloth": ({"use_unsloth": True}, "`use_unsloth: True` does not work with `stage: solopo`: it replaces the model's forward; remove it."),
+    "kt": ({"use_kt": True}, "`use_kt: True` does not work with `stage: solopo`: it replaces the model's forward; remove it."),
+    "depths": ({"mixture_of_depths": "convert"}, "`mixture_of_depths: convert` does not work with `stage: solopo`: tokens of the response could skip layers; remove it."),
     "no such folder": ({"model_name_or_path": "saves/no/such"}, "`model_name_or_path: saves/no/such` is a folder that is not there: check the path."),
     "folder without a model": ({"model_name_or_path": "data"}, "`model_name_or_path: data` is a folder without config.json: give the folder of a finished model."),
     "no adapter": ({"adapter_name_or_path": "data/lab/base"}, "`adapter_name_or_path: data/lab/base` is a folder without adapter_config.json: give the folder of a finished model adapter."),
@@ -161,6 +176,8 @@ def test_nothing_is_missing(machine):
     assert told() == []
     assert told(tokenized_path=str(ROOT / "data"), dataset="xyz") == []
     assert told(pref_loss="orpo", ref_model="./no") == []  # another check refuses it
+    assert told(report_to="none", optim="adamw_torch_fused", use_galore=False) == []
+    assert told(report_to=["none"], optim="adamw_torch_8bit") == []  # not bitsandbytes
     machine(gpus=1, packages=True)
     assert told(bf16=True, use_cpu=False, quantization_bit=4) == []
 
@@ -176,6 +193,19 @@ def test_gpus(machine, monkeypatch):
         "NPROC_PER_NODE=4, and there are 2 GPUs: FORCE_TORCHRUN=1 NPROC_PER_NODE=2 llamafactory-cli train recipe.yaml"
     ]
     assert told() == []  # processes on the CPU
+
+
+def test_one_package_of_several_is_enough(monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name == "tensorboardX" or None)
+    assert told(report_to="tensorboard") == [] != told(report_to="wandb")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory."), KeyError("x"), OSError("x")])
+def test_what_is_no_refusal_stays_what_it_is(error):
+    """With its traceback on the command line."""
+    with pytest.raises(type(error)) as caught, preflight.refusing():
+        raise error
+    assert caught.value is error
 
 
 def test_deepspeed(machine, monkeypatch):

@@ -17,6 +17,8 @@ import torch
 from conftest import BIN, demo_rows, write_dataset, write_recipe
 from safetensors.torch import load_file, save_file
 
+from solopo_plugin.host.preflight import Refused
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -640,7 +642,7 @@ def test_what_cannot_be_cached(run, recipe, tmp_path, host_log, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("SOLOPO_CACHE", str(blocked))
-    with pytest.raises(OSError, match=r"cannot be kept in .*\(Not a directory\); set SOLOPO_CACHE to a folder"):
+    with pytest.raises(Refused, match=r"cannot be kept in .*\(Not a directory\); set SOLOPO_CACHE to a folder"):
         run(recipe())
 
 

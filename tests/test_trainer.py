@@ -4,12 +4,14 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import LOSS_BOUND, ROOT, SGD, demo_rows, weight_bound, write_dataset
 
+from solopo_plugin.host.preflight import Refused
 from solopo_plugin.losses import LENGTH_NORMALISED
 from solopo_plugin.trainer import METRICS
 
@@ -384,8 +386,15 @@ def test_a_model_that_cannot_be_packed(run, recipe, tiny_model, host_log):
     said = [message for message in host_log if "in two stages" in message]
     reason = "it has layers other than full attention (sliding_attention)"  # Gemma 2's, which is not tested packed
     assert said == [f"A step runs in two stages, not packed: {reason}; attention: eager."]
-    with pytest.raises(ValueError, match=re.escape(f"packed` does not run on this model: {reason}")):
+    with pytest.raises(Refused, match=re.escape(f"packed` does not run on this model: {reason}")):
         run(args | dict(solopo_forward="packed"))
+
+
+def test_a_reference_that_cannot_be_packed(run, recipe, tiny_model):
+    reason = "it has layers other than full attention (sliding_attention)"
+    sentence = f"`ref_model` cannot run packed rows: {reason}; set `solopo_forward: two_stage`."
+    with pytest.raises(Refused, match=re.escape(sentence)):
+        run(recipe(ref_model=tiny_model("gemma2"), max_steps=1))
 
 
 def test_evaluation_alone(run, recipe, tmp_path):
@@ -507,7 +516,7 @@ def test_a_smaller_batch_after_running_out_of_memory_begins_its_metrics_anew(run
 
 
 def layerwise_sgd(model, training_args, finetuning_args):
-    """An optimizer in the host's layer-wise form: a parameter steps as soon as its gradient is there."""
+    """An optimizer of LOMO's kind, in the host's own form: a parameter steps as soon as its gradient is there."""
     from llamafactory.train.trainer_utils import DummyOptimizer
 
     optimizers = {p: torch.optim.SGD([p], lr=training_args.learning_rate) for p in model.parameters()}
@@ -523,14 +532,16 @@ def layerwise_sgd(model, training_args, finetuning_args):
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_an_optimizer_that_steps_within_backward_steps_once(run, recipe, tmp_path, host_log, monkeypatch, forward):
-    """Layer-wise GaLore and the like: two forwards under reentrant checkpointing would be two half steps.
+    """LOMO and the like: two forwards under reentrant checkpointing would be two half steps.
 
     Bit for bit the run without checkpointing.
     """
     import llamafactory.train.dpo.trainer as host
 
     monkeypatch.setattr(host, "create_custom_optimizer", layerwise_sgd)
-    args = dict(galore_layerwise=True, gradient_accumulation_steps=1, max_steps=3, learning_rate=0.1, pref_loss="orpo",
+    monkeypatch.setattr("solopo_plugin.host.preflight.PACKAGES", {})  # LOMO's, whose backward takes a learning rate
+    monkeypatch.setattr("accelerate.Accelerator.backward", lambda self, loss, **_: loss.backward())
+    args = dict(optim="lomo", gradient_accumulation_steps=1, max_steps=3, learning_rate=0.1, pref_loss="orpo",
                 solopo_forward=forward, lr_scheduler_type="constant")  # fmt: skip
     off = run(recipe(disable_gradient_checkpointing=True, output_dir=str(tmp_path / "off"), **args))
     assert not any("use_reentrant_gc" in message for message in host_log)
@@ -539,6 +550,69 @@ def test_an_optimizer_that_steps_within_backward_steps_once(run, recipe, tmp_pat
     assert any(message.endswith(said) for message in host_log) == (forward == "two_stage")
     assert on.losses == off.losses and len(set(on.losses)) == 3
     assert all(torch.equal(w, on.weights[name]) for name, w in off.weights.items())
+
+
+def test_an_evaluation_drops_no_rows(run, recipe):
+    """Also where training drops what does not fill a batch, and where no batch would be full."""
+    keys = dict(dataset="demo_solopo", max_samples=11, eval_dataset="demo_solopo", eval_strategy="epoch", max_steps=5,
+                pref_loss="orpo", per_device_train_batch_size=2, gradient_accumulation_steps=1)  # fmt: skip
+    kept, small = (
+        run(recipe(dataloader_drop_last=drop, per_device_eval_batch_size=size, **keys)).log
+        for drop, size in ((False, 8), (True, 16))
+    )
+    losses = [next(entry["eval_loss"] for entry in log if "eval_loss" in entry) for log in (kept, small)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_stream_leaves_out_what_fills_no_step(run, recipe, tmp_path, rows_seen):
+    """3 micro-batches a pass and 2 a step: the third is in none, and its gradient in no other."""
+    keys = dict(streaming=True, max_samples=None, dataloader_num_workers=1, buffer_size=1, num_train_epochs=None,
+                optim="sgd", learning_rate=1e-9, solopo_alpha=0, max_steps=3)  # fmt: skip
+    rows = demo_rows(5)
+    folder = write_dataset(tmp_path / "data", rows)
+    log = run(recipe(dataset="rows", dataset_dir=folder, **keys))
+    assert log.losses == pytest.approx([math.log(2)] * 3, rel=1e-4)
+    norms = [entry["grad_norm"] for entry in log.log if "grad_norm" in entry]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3) and len(rows_seen) == 6
+    sentence = "The stream ends before a step is full, after 3 of 4 batches of this process: lower `gradient_acc"
+    with pytest.raises(ValueError, match=sentence):
+        run(recipe(dataset="rows", dataset_dir=folder, **keys | dict(gradient_accumulation_steps=4)))
+
+
+def test_a_model_is_pushed_with_its_card(run, recipe, monkeypatch):
+    import transformers.trainer as host
+
+    pushed = []
+    monkeypatch.setattr(host, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/x"))
+    monkeypatch.setattr(host, "upload_folder", lambda **keys: pushed.append(keys["commit_message"]))
+    result = run(recipe(push_to_hub=True, hub_model_id="me/x", hub_token="t", max_steps=1))
+    assert pushed and (result.dir / "README.md").is_file()
+
+
+@pytest.mark.parametrize("best, sets, said", [
+    ("align_loss", None, "`metric_for_best_model: align_loss` is no metric of the evaluation. "
+     "Did you mean `solopo/align_loss`? There are: loss, rewards/chosen, "),
+    ("loss", {"one": 1, "two": 2}, "`metric_for_best_model: loss` is no metric of the evaluation. "
+     "Did you mean `two_loss`? There are: one_loss, one_rewards/chosen, "),
+    ("solopo/align_loss", 1, None), ("eval_loss", 1, None), ("eval_two_solopo/nll", {"one": 1, "two": 2}, None),
+    (None, 1, None),
+])  # fmt: skip
+def test_a_best_checkpoint_by_no_metric(best, sets, said):
+    from solopo_plugin.workflow import check_metric
+
+    def check(when):
+        args = SimpleNamespace(metric_for_best_model=best, eval_strategy=when)
+        check_metric(SimpleNamespace(args=args, eval_dataset=sets, metrics=METRICS))
+
+    check("no")
+    with nullcontext() if said is None else pytest.raises(ValueError, match="^" + re.escape(said)):
+        check("steps")
+
+
+def test_a_best_checkpoint_by_no_metric_is_refused_before_training(run, recipe):
+    args = dict(metric_for_best_model="align_loss", eval_dataset="demo_solopo", eval_strategy="epoch")
+    with pytest.raises(Refused, match="`metric_for_best_model: align_loss` is no metric of the evaluation"):
+        run(recipe(load_best_model_at_end=True, save_strategy="epoch", **args))
 
 
 # ---- a checkpoint without the optimizer
@@ -610,3 +684,19 @@ def test_which_checkpoints_lack_the_optimizer(tmp_path, host_log, files, deepspe
     else:
         check_resume(args)
     assert len(host_log) == (outcome == "warns")
+
+
+def test_a_resume_of_badam_is_said_not_to_be_the_same(tmp_path, host_log):
+    from solopo_plugin.workflow import check_resume
+
+    for file in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / "checkpoint-4").mkdir(exist_ok=True)
+        (tmp_path / "checkpoint-4" / file).touch()
+    args = SimpleNamespace(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4"), deepspeed_plugin=None, output_dir=str(tmp_path)
+    )
+    check_resume(args)
+    assert not host_log
+    check_resume(args, badam=True)
+    said = f"{tmp_path / 'checkpoint-4'} does not hold BAdam's states and order of blocks: they start anew."
+    assert host_log == [said]

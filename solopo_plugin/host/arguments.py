@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,10 @@ from .. import args as solo
 from .preflight import flags
 from .versions import wrap
 
+LAYERWISE = (
+    "the layers' optimizers keep the full `learning_rate`, without warm-up or decay, and a resume loses their state "
+    "(`use_galore: true` or `use_apollo: true` alone keeps both)"
+)
 REFUSED = {  # keys of the host that would change or bypass the step, unless they are off
     "use_mca": "it has its own trainer (unset USE_MCA)",
     "use_unsloth": "it replaces the model's forward",
@@ -22,6 +26,8 @@ REFUSED = {  # keys of the host that would change or bypass the step, unless the
     "packing": "rows of pairs cannot be packed by the host",
     "neftune_noise_alpha": "its noise depends on the length of what runs as one row, so the short and the long context "
     "get different noise and the alignment is trained on the difference",
+    "galore_layerwise": LAYERWISE,
+    "apollo_layerwise": LAYERWISE,
     "dispatch_batches": "one process cannot cut the others' part from a packed row or from rows of different lengths",
 }
 # Keys of the host that its preference trainer, or ours, never reads: they would be taken and change nothing.
@@ -161,61 +167,80 @@ def check_best(recipe: dict) -> None:
         )
 
 
+def refused(given: Callable[[str], Any]) -> Iterator[str]:
+    """Yield a sentence for each key of the host that the stage refuses; `given` looks a key up."""
+    for key, reason in REFUSED.items():
+        if value := given(key):
+            yield f"`{key}: {value}` does not work with `stage: solopo`: {reason}; remove it."
+
+
 def check_recipe(given: Callable[[str], Any], finetuning_args) -> None:
     """Refuse what would change or bypass the step, and what would have no effect on it, before anything is loaded.
 
     `given` returns the value of a key of the host or of ours, None where there is none.
     """
-    streaming = given("streaming")
-    if streaming and given("solopo_overlength") == "drop":
-        raise ValueError("`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`.")
-    if streaming and given("val_size"):
-        raise ValueError(
-            f"`val_size: {given('val_size'):g}` does not work with `streaming: true`: the host shuffles anew for each "
-            "pass, and from the second on it trains on rows that it validates on; set `eval_dataset`, or "
-            "`streaming: false`."
-        )
-    if given("train_from_scratch") and finetuning_args.use_ref_model and finetuning_args.ref_model is not None:
-        raise ValueError(
-            f"`train_from_scratch: true` would draw the weights of `ref_model: {finetuning_args.ref_model}` too, not "
-            "read them; remove one of the two."
-        )
-    for key, reason in REFUSED.items():
-        if given(key):
-            raise ValueError(f"`{key}: {given(key)}` does not work with `stage: solopo`: {reason}; remove it.")
-    if (size := finetuning_args.solopo_sequence_parallel) > 1:
-        from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.extras.misc import is_env_enabled
 
-        alone = {
-            "solopo_forward: two_stage": (given("solopo_forward") == "two_stage", "only a packed row can be shared"),
-            "streaming: true": (streaming, "streams are dealt out to single processes"),
-            "fsdp": (given("fsdp") or is_env_enabled("ACCELERATE_USE_FSDP"), "use DeepSpeed ZeRO-3"),
-        }
-        if why := next((f"`{key}`: {reason}" for key, (asked, reason) in alone.items() if asked), None):
-            raise ValueError(f"`solopo_sequence_parallel: {size}` does not run with {why}; remove one of the two.")
-
+    streams, trains, optim = given("streaming"), given("do_train"), given("optim")
+    optim = str(getattr(optim, "value", optim))
     strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
-    if strategy not in (None, *ORDERS):
-        raise ValueError(f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}.")
-    unread = dict(UNREAD)
-    if streaming:
-        by_size = {"disable_shuffling": False, "train_sampling_strategy": "random"}
-        unread["the host shuffles a stream by `buffer_size`"] = by_size
-        unread["a stream has no length"] = {"include_effective_tokens_per_second": False}
-    if finetuning_args.disable_shuffling and strategy == "group_by_length":
-        unread["`disable_shuffling` already keeps the rows' order"] = {"train_sampling_strategy": "random"}
-    if finetuning_args.pref_loss != "simpo":
-        unread["it is for `pref_loss: simpo`"] = {"simpo_gamma": 0.5}
-    if not finetuning_args.use_ref_model:
-        own = "solopo_objective" if finetuning_args.solopo_objective == "distill" else "pref_loss"
-        without = {"ref_model": None, "solopo_reference": "cached"}
-        unread[f"`{own}: {getattr(finetuning_args, own)}` has no reference"] = without
-    if finetuning_args.ref_model is None:
-        unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
-    for reason, defaults in unread.items():
-        for key, default in defaults.items():
-            if given(key) not in (None, default):
-                raise ValueError(f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
+    size, patience = finetuning_args.solopo_sequence_parallel, finetuning_args.early_stopping_steps
+    ref_model = finetuning_args.ref_model
+    loss = "solopo_objective" if finetuning_args.solopo_objective == "distill" else "pref_loss"
+    unread = UNREAD | {reason: keys for holds, reason, keys in (
+        (streams, "the host shuffles a stream by `buffer_size`",
+         {"disable_shuffling": False, "train_sampling_strategy": "random"}),
+        (streams, "a stream has no length", {"include_effective_tokens_per_second": False}),
+        (finetuning_args.disable_shuffling and strategy == "group_by_length",
+         "`disable_shuffling` already keeps the rows' order", {"train_sampling_strategy": "random"}),
+        (finetuning_args.pref_loss != "simpo", "it is for `pref_loss: simpo`", {"simpo_gamma": 0.5}),
+        (not finetuning_args.use_ref_model, f"`{loss}: {getattr(finetuning_args, loss)}` has no reference",
+         {"ref_model": None, "solopo_reference": "cached"}),
+        (ref_model is None, "there is no `ref_model`",
+         {"ref_model_adapters": None, "ref_model_quantization_bit": None}),
+    ) if holds}  # fmt: skip
+    shared = f"`solopo_sequence_parallel: {size}` does not run with" if size > 1 else ""
+    unwatched = not (given("metric_for_best_model") or given("load_best_model_at_end"))
+    unwatched = unwatched or given("eval_strategy") in (None, "no")
+    ratio = "badam_mode: ratio" if finetuning_args.use_badam and finetuning_args.badam_mode == "ratio" else None
+    unfused = next((key for key in ("use_galore", "use_apollo") if given(key)), ratio)
+    four_bits = given("quantization_bit") == 4 and given("quantization_method") == "bnb"
+    faults: Iterable[tuple[Any, str]] = (  # whether it is asked for, the sentence
+        *((True, sentence) for sentence in refused(given)),
+        (trains is given("do_eval") is False, "There is nothing to do: set `do_train: true` or `do_eval: true`."),
+        (streams and given("solopo_overlength") == "drop",
+         "`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`."),
+        (streams and given("val_size"),
+         f"`val_size: {given('val_size') or 0:g}` does not work with `streaming: true`: the host shuffles anew for "
+         "each pass, and from the second on it trains on rows that it validates on; set `eval_dataset`, or "
+         "`streaming: false`."),
+        (given("train_from_scratch") and finetuning_args.use_ref_model and ref_model is not None,
+         f"`train_from_scratch: true` would draw the weights of `ref_model: {ref_model}` too, not read them; remove "
+         "one of the two."),
+        (trains and "layerwise" in optim,
+         f"`optim: {optim}` does not work with `stage: solopo`: {LAYERWISE}; remove it."),
+        (trains and unfused and optim == "adamw_torch_fused",
+         f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."),
+        (trains and patience and unwatched,
+         f"`early_stopping_steps: {patience}` needs a metric to watch: set `metric_for_best_model` (such as `loss`) "
+         "and `eval_strategy`."),
+        (trains and four_bits and str(given("device")) == "cpu",
+         "`quantization_bit: 4` does not train on a CPU: bitsandbytes packs the weights anew when it first evaluates, "
+         "and part of the gradient is lost; set `quantization_bit: 8`, or train on a GPU."),
+        (shared and given("solopo_forward") == "two_stage",
+         f"{shared} `solopo_forward: two_stage`: only a packed row can be shared; remove one of the two."),
+        (shared and streams,
+         f"{shared} `streaming: true`: streams are dealt out to single processes; remove one of the two."),
+        (shared and (given("fsdp") or is_env_enabled("ACCELERATE_USE_FSDP")),
+         f"{shared} `fsdp`: use DeepSpeed ZeRO-3; remove one of the two."),
+        (strategy not in (None, *ORDERS),
+         f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."),
+        *((given(key) not in (None, default),
+           f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
+          for reason, defaults in unread.items() for key, default in defaults.items()),
+    )  # fmt: skip
+    if sentence := next((sentence for asked, sentence in faults if asked), None):
+        raise ValueError(sentence)
     warn_of_rounding(given, finetuning_args)
 
 

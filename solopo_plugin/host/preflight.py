@@ -20,11 +20,22 @@ from .versions import wrap
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun in each of its processes
 DEBUG = "LLAMAFACTORY_VERBOSITY"  # DEBUG: a sentence comes with its traceback
-PACKAGES = {  # key of a recipe -> package, how it is installed
-    "deepspeed": ("deepspeed", 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"'),
-    "quantization_bit": ("bitsandbytes", 'pip install ".[qlora]"'),
-    "enable_liger_kernel": ("liger_kernel", "pip install liger-kernel"),
+PACKAGES = {  # `key: value` of a recipe -> the package (of several one is enough); "": what the value says
+    "deepspeed:": "deepspeed",
+    "quantization_bit:|optim: (?!adamw_torch).*(bit|bnb|mix)": "bitsandbytes",
+    "(enable|use)_liger_kernel:": "liger_kernel",
+    "use_galore:|optim: galore": "galore_torch",
+    "use_apollo:|optim: apollo": "apollo_torch",
+    "use_badam:": "badam",
+    "use_adam_mini:": "adam_mini",
+    "optim: (ada)?lomo": "lomo_optim",
+    "optim: schedule_free": "schedulefree",
+    "use_swanlab:": "swanlab",
+    "report_to: tensorboard": "tensorboard tensorboardX",
+    "report_to: (clearml|codecarbon|comet_ml|dvclive|mlflow|neptune|swanlab|trackio|wandb)": "",
 }
+DEEPSPEED = 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"'
+INSTALLED = {"deepspeed": DEEPSPEED, "bitsandbytes": 'pip install ".[qlora]"'}  # those not by their name
 URLS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}  # win over an entry's `file_name`
 ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": dict}  # keys of an entry, their types
 
@@ -165,7 +176,10 @@ def _under_torchrun() -> bool:
 
 
 def _keys(recipe: dict) -> Iterator[str]:
+    from .arguments import refused
+
     ours = {key: value for key, value in recipe.items() if key.startswith("solopo")}
+    yield from refused(recipe.get)
     try:
         solo.check_keys(ours)
         for part in (solo.SoloArguments, solo.SoloDataArguments):
@@ -192,10 +206,15 @@ def _device(recipe: dict) -> Iterator[str]:
 
 
 def _packages(recipe: dict) -> Iterator[str]:
-    for key, (package, command) in PACKAGES.items():
-        other = key == "quantization_bit" and recipe.get("quantization_method", "bnb") != "bnb"
-        if recipe.get(key) and not other and find_spec(package) is None:
-            yield f"`{key}: {recipe[key]}` needs the package {package.replace('_', '-')}: {command}"
+    other = recipe.get("quantization_method", "bnb") != "bnb"
+    given = [(key, each) for key, value in recipe.items() for each in (value if isinstance(value, list) else [value])]
+    for key, value in given:
+        for pattern, packages in PACKAGES.items():
+            if not value or (key == "quantization_bit" and other) or not re.match(pattern, f"{key}: {value}"):
+                continue
+            if not any(map(find_spec, names := (packages or value).split())):
+                name = names[0].replace("_", "-")
+                yield f"`{key}: {value}` needs the package {name}: {INSTALLED.get(names[0], f'pip install {name}')}"
 
 
 def _launch(recipe: dict) -> Iterator[str]:
