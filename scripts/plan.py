@@ -1,7 +1,7 @@
 """Plan a run before it is started: does it fit, how long may the prompt be, how fast is it against the host's DPO.
 
     python scripts/plan.py --model qwen2.5-7b --long 16384 --gpus 4 --gpu-memory 80
-    python scripts/plan.py --recipe examples/yaml/qwen2.5-7b/solo_dpo.yaml --gpus 4 --gpu-memory 80
+    python scripts/plan.py --recipe examples/yaml/qwen2.5-7b/solo_dpo.yaml --gpus 4 --gpu-memory 80 cutoff_len=18432
 
 The first line answers for the recipe as it will run; tokens, FLOPs and memory of a step by part stand below. Where
 docs/benchmarks/gpu.json is there, the answer is calibrated by it. All else are predictions of step_cost.py, not
@@ -12,12 +12,11 @@ bytes. S, L, R: tokens of the short prompt, the long prompt, a response.
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from step_cost import (
     MODELS,
     OPTIMIZERS,
@@ -39,11 +38,13 @@ from step_cost import (
     step_memory,
 )  # fmt: skip
 
-from solopo_plugin.args import FIELDS, check_keys, distills
+from solopo_plugin.args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values, distills
 from solopo_plugin.host.arguments import PURE_BF16_LR
+from solopo_plugin.qa.recipe import read_values
 from solopo_plugin.qa.window import window_of
 
 ROOT = Path(__file__).parent.parent
+CUTOFF = 2048  # tokens, the host's default of `cutoff_len`
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"
 HOSTS_REFERENCE = ("V0", "S0", "S1")  # run it in every step
 TOGETHER = (1, 2, 4, 8)  # GPUs that are proposed to share a row, as machines have them; ours
@@ -54,28 +55,28 @@ ATTENTION = {"fa2": "flash_attention_2", "disabled": "eager"}  # the host's `fla
 # ---- a recipe
 
 
-def read_recipe(path: str | Path, gpus: int) -> tuple[dict, Setup]:
+def read_recipe(path: str | Path, gpus: int, overrides: list[str] | None = None) -> tuple[dict, Setup]:
     """Read a recipe's keys, and what they mean for memory by the host's rules for precision.
 
     Under DeepSpeed and with `pure_bf16` the weights are bf16; otherwise the host keeps what is trained in fp32, and
     autocast adds a bf16 copy. ZeRO stage and offload are read from the file that `deepspeed` names; several GPUs
     without one are DDP's, whose buckets hold the gradients once more.
     """
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(recipe, dict) or recipe.get("stage") not in ("sft", "dpo", "solopo") or recipe.get("fsdp"):
+    recipe = read_values(str(path), overrides)
+    if recipe.get("stage") not in ("sft", "dpo", "solopo") or recipe.get("fsdp"):
         raise ValueError(f"{path}: only recipes of `stage: solopo`, `dpo` and `sft`, without FSDP, can be planned.")
     if recipe.get("rope_scaling"):
         raise ValueError(f"{path}: `rope_scaling` is not planned; put it into the model's config.json, which is.")
     check_keys(recipe)
+    for declared in (SoloArguments, SoloDataArguments):
+        check_values(declared(**{f.name: recipe[f.name] for f in fields(declared) if f.name in recipe}))
     tuning, optim = recipe.get("finetuning_type", "lora"), recipe.get("optim", "adamw_torch_fused")
     if tuning not in ("full", "lora") or optim not in OPTIMIZERS:
         raise ValueError(f"{path}: only full and lora, with {', '.join(OPTIMIZERS)}; got {tuning}, {optim}.")
     deepspeed = recipe.get("deepspeed") or {}
     if isinstance(deepspeed, str):
-        deepspeed = json.loads((ROOT / deepspeed).read_text(encoding="utf-8"))  # absolute paths stay
+        here = Path(deepspeed)  # below the current folder, as in training; else below this repository
+        deepspeed = json.loads((here if here.is_file() else ROOT / here).read_text(encoding="utf-8"))
     zero = deepspeed.get("zero_optimization", {})
     offload = [zero.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")]
     pure, half = recipe.get("pure_bf16", False), recipe.get("bf16", False) or recipe.get("fp16", False)
@@ -396,14 +397,17 @@ def main() -> None:
     parser.add_argument("--gpu-memory", type=float, default=80, help="GB of 1e9 bytes each (%(default)s)")
     parser.add_argument("--nodes", type=int, default=1, help="machines that the GPUs are in (%(default)s)")
     parser.add_argument("--recipe", help="default: full fine-tuning in bf16, ZeRO-3 with offload, orpo, one row each")
-    args = parser.parse_args()
-    recipe, setup = {"pref_loss": "orpo"}, Setup(args.gpus, 3, True, True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that override the recipe's")
+    args = parser.parse_intermixed_args()
+    recipe, setup = {"pref_loss": "orpo", "cutoff_len": 16384}, Setup(args.gpus, 3, True, True)
     try:
         if not (args.recipe or args.model):
             raise ValueError("Give `--recipe` or `--model`.")
+        if args.overrides and not args.recipe:
+            raise ValueError("`key=value` overrides a recipe's key: give `--recipe`.")
         if args.recipe:
-            recipe, setup = read_recipe(args.recipe, args.gpus)
-        S, R, L = args.short, args.response, args.long or recipe.get("cutoff_len", 16384) - args.response
+            recipe, setup = read_recipe(args.recipe, args.gpus, args.overrides)
+        S, R, L = args.short, args.response, args.long or recipe.get("cutoff_len", CUTOFF) - args.response
         setup = replace(setup, rejected=args.rejected)
         given = dict(short=S, long=L, response=R, rejected=args.rejected, gpus=args.gpus, nodes=args.nodes)
         for name, value in given.items():

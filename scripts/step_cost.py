@@ -124,23 +124,38 @@ def shape_of(config) -> Shape:
     """Count a model's matrices: exact for every dense architecture.
 
     Linear attention is counted as full, which is an upper bound.
+
+    Raises:
+        ValueError: A model with images or sound, with experts, or whose configuration has other names for its sizes.
     """
     import torch
 
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"`{config.model_type}` is multimodal: save its language model (python scripts/text_part.py MODEL FOLDER) "
+            "and plan that folder."
+        )
     model = on_meta(config)
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Conv1d)}  # of linear attention
     if any(p.dim() > 2 and id(p) not in convolutions for p in model.parameters()):
         raise ValueError(f"`{config.model_type}` has experts, of which a token uses some; plan a dense model.")
     matrices = [m.weight.shape for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    if missing := [name for name in sizes if not isinstance(getattr(config, name, None), int)]:
+        raise ValueError(
+            f"The shape of `{config.model_type}` cannot be read: its configuration has no number `{missing[0]}`; plan "
+            "a model of its size, such as `--model qwen2.5-7b`."
+        )
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     windowed = kinds.count("sliding_attention") if window else 0
     return Shape(
         config.num_hidden_layers, config.hidden_size, head * config.num_attention_heads,
-        head * config.num_key_value_heads, config.intermediate_size, config.vocab_size,
+        head * heads, config.intermediate_size, config.vocab_size,
         sum(a * b for a, b in matrices), sum(p.numel() for p in model.parameters()), sum(a + b for a, b in matrices),
-        config.num_attention_heads, config.num_key_value_heads, windowed, window,
+        config.num_attention_heads, heads, windowed, window,
     )  # fmt: skip
 
 

@@ -90,6 +90,20 @@ def test_an_unknown_model_and_one_with_experts_are_refused():
         shape_of(experts)
 
 
+def test_multimodal_models_and_other_shapes_are_refused():
+    """Within a multimodal configuration the sizes are those of its parts; a convolution is no expert."""
+    for kind in ("gemma3", "qwen3_5", "gemma4"):
+        sentence = rf"`{kind}` is multimodal: save its language model \(python scripts/text_part.py MODEL FOLDER\)"
+        with pytest.raises(ValueError, match=sentence):
+            shape_of(AutoConfig.for_model(kind))
+    for kind in ("gpt2", "opt"):
+        with pytest.raises(ValueError, match=f"shape of `{kind}` cannot be read: .* no number `intermediate_size`; "):
+            shape_of(AutoConfig.for_model(kind))
+    keys = {k: v for k, v in TINY.items() if k not in ("model_type", "num_key_value_heads")}
+    shape = shape_of(AutoConfig.for_model("gpt_neox", **keys))  # each head has its own keys
+    assert (shape.query, shape.key, shape.heads, shape.key_heads) == (64, 64, 4, 4)
+
+
 def test_the_window_counts_yarn(tmp_path):
     assert window_of(read_config("qwen2.5-7b")) == 32768 and window_of(read_config("llama3.1-8b")) == 131072
     assert window_of(read_config("meta-llama/Llama-3.2-3B-Instruct")) == 131072  # not its factor 32 times 8192
@@ -443,11 +457,25 @@ def test_precision_and_zero_of_a_recipe(tmp_path, keys, expected):
         (dict(solopo_forwards="packed"), "Unknown key `solopo_forwards` in the recipe. Did you mean `solopo_forward`?"),
         (dict(finetuning_type="freeze"), "only full and lora, with .*; got freeze"),
         (dict(optim="lion_32bit"), "got full, lion_32bit"),
+        (dict(solopo_mlp_chunk="big"), "`solopo_mlp_chunk` must be a whole number >= 0, got 'big'."),
+        (dict(solopo_overlength="cut"), "`solopo_overlength` must be one of error, drop; got 'cut'."),
     ],
 )
 def test_what_cannot_be_planned_is_refused(tmp_path, keys, sentence):
     with pytest.raises(ValueError, match=sentence):
         read_recipe(write(tmp_path, **keys), gpus=1)
+
+
+def test_deepspeed_is_read_where_training_reads_it(tmp_path, monkeypatch):
+    """Below the current folder; this repository's files from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    assert read_recipe(write(tmp_path, deepspeed="own.json"), gpus=1)[1].zero == 1
+    shipped = "examples/yaml/deepspeed/ds_z3.json"
+    assert read_recipe(write(tmp_path, deepspeed=shipped), gpus=1)[1].zero == 3
+    (tmp_path / shipped).parent.mkdir(parents=True)
+    (tmp_path / "own.json").rename(tmp_path / shipped)
+    assert read_recipe(write(tmp_path, deepspeed=shipped), gpus=1)[1].zero == 1
 
 
 # ---- the command
@@ -471,7 +499,9 @@ def test_the_command_prints_every_configuration(monkeypatch, capsys):
         ([], "Give `--recipe` or `--model`."),
         (["--model", "nothing"], "No model config at nothing"),
         (["--recipe", "nothing.yaml"], "No such file"),
-        (["--recipe", "README.md"], "README.md(: only recipes| is not YAML)"),
+        (["--recipe", "README.md"], "README.md: (only recipes|the recipe is no YAML)"),
+        (["--recipe", "examples/yaml/models/lora.yaml", "seed"], "`seed` is no `key=value`"),
+        (["--model", "qwen2.5-7b", "seed=1"], "`key=value` overrides a recipe's key: give `--recipe`."),
         (["--model", "qwen2.5-7b", "--gpus", "0"], "`--gpus` must be at least 1, got 0."),
         (["--model", "qwen2.5-7b", "--nodes", "2"], "1 GPUs cannot be in 2 nodes"),
         (
@@ -593,6 +623,21 @@ def test_the_answer_of_a_recipe(monkeypatch, capsys, argv, expected):
     assert tuple(lines[:3]) == expected
     assert lines[3] == "Basis: arithmetic; nothing was measured on a GPU. Real peaks lie above it."
     assert not any(sign in "\n".join(lines) for sign in ("Shape(", "Setup(", "{", "None", "True"))
+
+
+def test_overrides_are_those_of_training(monkeypatch, tmp_path, capsys):
+    """Before and behind options; without `cutoff_len` the prompt is of the host's default less a response."""
+    from llamafactory.hparams import DataArguments
+
+    recipe = str(write(tmp_path, model_name_or_path="qwen2.5-7b", per_device_train_batch_size=1, pref_loss="orpo"))
+    said = lines_of(monkeypatch, capsys, "--recipe", recipe)[0]
+    assert f"at a prompt of {DataArguments().cutoff_len - 256:,} tokens." in said and plan.CUTOFF == 2048
+    lora = ("finetuning_type=lora", "--gpus", "2", "cutoff_len=8192", "pref_loss=simpo", "quantization_bit=null")
+    changed = lines_of(monkeypatch, capsys, "--recipe", recipe, *lora)
+    assert "on each of 2 GPUs of 80 GB at a prompt of 7,936 tokens." in changed[0]
+    assert any("LoRA of rank 8" in line for line in changed)
+    said = lines_of(monkeypatch, capsys, "--model", "qwen2.5-7b")[0]
+    assert "at a prompt of 16,128 tokens." in said  # no recipe, ours
 
 
 def test_the_answer_of_two_stages(monkeypatch, tmp_path, capsys):
