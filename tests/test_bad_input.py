@@ -249,6 +249,15 @@ def test_a_line_that_is_no_json(run, recipe, tmp_path):
         args = recipe(dataset=names, dataset_dir=folder, max_samples=None)
         sentence = f"Dataset `{said}` cannot be read: JSON parse error: Missing a name for object member. in row 4."
         refused(run, args, sentence)
+    (tmp_path / "data" / "both").mkdir()
+    for name in ("rows", "others"):
+        (tmp_path / "data" / f"{name}.jsonl").rename(tmp_path / "data" / "both" / f"{name}.jsonl")
+    write_dataset(tmp_path / "data", [], file_name="both")
+    args = recipe(dataset="rows", dataset_dir=folder, max_samples=None, preprocessing_num_workers=2)
+    sentence = (
+        "Dataset `rows` cannot be read: pyarrow.lib.ArrowInvalid: JSON parse error: Missing a name for object member"
+    )
+    refused(run, args, sentence)  # a worker's error comes as text
 
 
 @pytest.mark.parametrize("name", LISTS)

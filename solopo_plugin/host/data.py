@@ -111,7 +111,8 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
         return get_merged_dataset(*args, "rm", return_dict)  # to the host our rows are ranking rows
     except (DatasetsError, OSError) as error:
         which = "` or `".join(dataset_names)  # several: the host's last line before says of which
-        reason = " ".join(str(error.__cause__ or error).split())
+        told = str(error.__cause__ or error).partition("\n\nThe above exception")[0]
+        reason = told.splitlines()[-1] if "Traceback" in told else " ".join(told.split())  # the first, of a worker
         raise ValueError(f"Dataset `{which}` cannot be read: {reason}.") from error
 
 
