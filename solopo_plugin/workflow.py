@@ -102,8 +102,8 @@ def check_metric(trainer: SoloTrainer) -> None:
     args, sets = trainer.args, trainer.eval_dataset
     of_sets = [f"{name}_" for name in sets] if isinstance(sets, dict) else [""]
     names = [f"{of_set}{name}" for of_set in of_sets for name in ("loss", *trainer.metrics)]
-    best = (args.metric_for_best_model or "").removeprefix("eval_")
-    if best and best not in names and args.eval_strategy != "no":
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in names and args.eval_strategy != "no":
         raise ValueError(
             f"`metric_for_best_model: {best}` is no metric of the evaluation. {did_you_mean(best, names)}"
             f"There are: {', '.join(names)}."

@@ -41,7 +41,7 @@ ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": d
 
 
 class Refused(ValueError):
-    """Refuse a recipe or data set before a model is loaded; the text is for the user."""
+    """Refuse a recipe, data set or model before training; the text is for the user."""
 
 
 def apply(launcher) -> None:
