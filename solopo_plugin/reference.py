@@ -19,7 +19,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
@@ -279,43 +279,50 @@ def _add_columns(splits: dict, keys: dict, scores: dict[str, list[float]], store
 
 
 def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Tensor:
-    """Score the rows that are not known; first some that are, to see that what is on disk is this reference's.
-
-    Each rank has its share of the batches; equally many on every rank, as ZeRO-3 needs it.
-    """
+    """Score the rows that are not known; first some that are, to see that what is on disk is this reference's."""
     args, keys, places = trainer.args, list(rows), list(rows.values())
-    size, rank, world = args.per_device_eval_batch_size, trainer.ranks.group, trainer.ranks.groups
     is_known = known_N2.isfinite().all(1)
     known, missing = (mask.nonzero().squeeze(1).tolist() for mask in (is_known, ~is_known))
+    size, world = args.per_device_eval_batch_size, trainer.ranks.groups
     again = known[:: -(-len(known) // (size * world)) or 1]  # one batch a rank, spread over all rows
     logger.info_rank0(f"Reference log-probs: {len(known)} rows are in {store.folder}, {len(missing)} to score.")
-
-    def score(wanted: list[int], bar=None) -> Tensor:
-        batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-        while len(batches) % world:  # the last one again where ranks would have none
-            batches.append(batches[-1])
-        logps_N2 = torch.full_like(known_N2, UNKNOWN)
-        for batch in batches[rank::world]:
-            features = [pairs_of(split[index])[m] for split, index, m in (places[n] for n in batch)]
-            pair: Pair = trainer.score_pair(scorer, features)
-            logps_B2 = torch.stack([pair.chosen_B, pair.rejected_B], dim=1).float()
-            _check_finite(logps_B2, features)
-            logps_N2[batch] = logps_B2.to(logps_N2.device)
-            if bar is not None and trainer.ranks.rank == 0:
-                if pair.top is not None:  # first: a row with a line has its file
-                    store.write_tops([keys[n] for n in batch], features, pair.top)
-                store.write([keys[n] for n in batch], logps_B2)
-                bar.update(min(len(batch) * world, bar.total - bar.n))
-        return _agree(logps_N2)
-
+    live_N2, new_N2 = torch.full_like(known_N2, UNKNOWN), torch.full_like(known_N2, UNKNOWN)
     quiet = args.disable_tqdm or args.process_index > 0
     bar = tqdm(total=len(missing), desc="Scoring the reference", unit="row", disable=quiet)
     with _ready_to_score(trainer, reference) as scorer, bar:
-        live_N2 = score(again)
+        for batch, _, logps_B2, _ in _scores(trainer, scorer, places, again):
+            live_N2[batch] = logps_B2.to(live_N2.device)
+        live_N2 = _agree(live_N2)
         for n in again:
             split, index, m = places[n]
             check_known(trainer, reference, store, pairs_of(split[index])[m], known_N2[n].tolist(), live_N2[n].tolist())
-        return known_N2.maximum(score(missing, bar))
+        for batch, features, logps_B2, top in _scores(trainer, scorer, places, missing):
+            new_N2[batch] = logps_B2.to(new_N2.device)
+            if trainer.ranks.rank == 0:  # the first of those that share a row
+                if top is not None:  # first: a row with a line has its file
+                    store.write_tops([keys[n] for n in batch], features, top)
+                store.write([keys[n] for n in batch], logps_B2)
+                bar.update(min(len(batch) * world, len(missing) - bar.n))
+        return known_N2.maximum(_agree(new_N2))
+
+
+def _scores(
+    trainer, scorer, places: list[tuple], wanted: list[int]
+) -> Iterator[tuple[list[int], list[dict], Tensor, Top | None]]:
+    """Yield this rank's batches of the wanted rows, as their numbers, the rows, log-probs (B, 2) and likeliest words.
+
+    Each rank has its share of the batches; equally many on every rank, as ZeRO-3 needs it.
+    """
+    size, rank, world = trainer.args.per_device_eval_batch_size, trainer.ranks.group, trainer.ranks.groups
+    batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    while len(batches) % world:  # the last one again where ranks would have none
+        batches.append(batches[-1])
+    for batch in batches[rank::world]:
+        features = [pairs_of(split[index])[m] for split, index, m in (places[n] for n in batch)]
+        pair: Pair = trainer.score_pair(scorer, features)
+        logps_B2 = torch.stack([pair.chosen_B, pair.rejected_B], dim=1).float()
+        _check_finite(logps_B2, features)
+        yield batch, features, logps_B2, pair.top
 
 
 def check_known(trainer, reference, store, row: dict, known_2: list[float], live_2: list[float]) -> None:
