@@ -10,9 +10,8 @@ Shape suffixes: H heads, T tokens, D head size.
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,11 @@ from .packing import LONG, Layout, Plan
 ARGUMENT = "solopo_segments"
 SEGMENTS = "solopo_segments"  # the name of `attend` among transformers' attention functions
 IN_WORDS = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}
+HOW = {  # `kernel_for`'s names, in words
+    "sdpa": "SDPA, segment by segment",
+    "varlen": "torch's FlashAttention-2, all segments in one call",
+    "long apart": f"torch's FlashAttention-2 in one call, segments from {LONG:,} tokens by cuDNN",
+}
 
 # Equal to each sequence alone, in loss and gradients, in tests/test_packing.py. `auto` does not guess about others.
 TESTED = (
@@ -111,15 +115,13 @@ def how_a_step_runs(
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds, wider = getattr(config, "layer_types", None), getattr(config, "global_head_dim", None)
-    if not runs_varlen(device, dtype, head_size, capability):
-        how = "SDPA, segment by segment"
-    elif runs_cudnn(device, head_size, capability) and not (window and kinds is None):
-        how = f"torch's FlashAttention-2 in one call, segments from {LONG:,} tokens by cuDNN"
-        how += ", where a layer has no window" if window else ""
-    else:
-        how = "torch's FlashAttention-2, all segments in one call"
-        if wider and not runs_varlen(device, dtype, wider, capability):
-            how += f"; in layers without a window, with heads of {wider}, SDPA, segment by segment"
+    # of layers without a window, where there are some
+    kernel = kernel_for(device, dtype, head_size, window if kinds is None else None, capability=capability)
+    how = HOW[kernel]
+    if kernel == "long apart" and window:
+        how += ", where a layer has no window"
+    if kernel == "varlen" and wider and kernel_for(device, dtype, wider, capability=capability) == "sdpa":
+        how += f"; in layers without a window, with heads of {wider}, {HOW['sdpa']}"
     how += f"; windows of {window:,} tokens" if window else ""
     return f"A step runs packed; attention: {how}."
 
@@ -188,7 +190,7 @@ def attend(
     module, query_1HTD, key_1HTD, value_1HTD, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
     solopo_segments=None, **kwargs,
 ):  # fmt: skip
-    """Attend within a packed row's segments: by the fastest of torch's kernels that run here.
+    """Attend within a packed row's segments, as `kernel_for` chooses.
 
     The parameters are transformers' for its attention functions. Queries: shape (1, H, T, D); keys and values with as
     many or, for grouped queries, fewer heads. `sliding_window`: keys that a query sees at most, its own among them; a
@@ -201,21 +203,32 @@ def attend(
     device, dtype = query_1HTD.device, query_1HTD.dtype
     if torch.is_autocast_enabled(device.type):  # it casts for plain attention, but not for custom operators
         dtype = torch.get_autocast_dtype(device.type)
-    states: Sequence[Tensor] = [x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD)]
+    query, key, value = (x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD))
     part = solopo_segments.part
     if part is not None:
-        states = part.to_heads(*states)
+        query, key, value = part.to_heads(query, key, value)
     head_size = query_1HTD.shape[-1]
     layout = solopo_segments.layout(device)
     window = sliding_window if sliding_window and sliding_window < layout.longest_keys else None
-    if dropout or not runs_varlen(device, dtype, head_size):
-        function: Callable[..., Tensor] = partial(sdpa_segments, dropout=dropout, window=window)
-    elif window is None and runs_cudnn(device, head_size):  # cuDNN's SDPA has no windows
-        function = long_apart_segments
+    kernel = kernel_for(device, dtype, head_size, window, dropout)
+    if kernel == "sdpa":
+        output = sdpa_segments(query, key, value, layout, scaling, dropout, window)
+    elif kernel == "varlen":
+        output = varlen_segments(query, key, value, layout, scaling, window)
     else:
-        function = partial(varlen_segments, window=window)
-    output = function(*states, layout, scale=scaling)
+        output = long_apart_segments(query, key, value, layout, scaling)
     return (output if part is None else part.to_tokens(output)), None
+
+
+def kernel_for(
+    device: torch.device, dtype: torch.dtype, head_size: int, window: int | None = None, dropout=0.0, capability=None
+) -> Literal["sdpa", "varlen", "long apart"]:
+    """Return what attends within segments: by the fastest of torch's kernels that run there."""
+    if dropout or not runs_varlen(device, dtype, head_size, capability):
+        return "sdpa"
+    if not window and runs_cudnn(device, head_size, capability):  # cuDNN's SDPA has no windows
+        return "long apart"
+    return "varlen"
 
 
 def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int, capability=None) -> bool:
