@@ -48,6 +48,15 @@ def distill_form(args) -> Form:
     )
 
 
+class ScoredRow(NamedTuple):
+    """Hold what one forward of a packed row gives."""
+
+    logps: dict[str, Tensor]  # (B,) of the row's spans by name, as the loss has them
+    means: dict[str, Tensor]  # the same per token
+    logits_KV: Tensor
+    part: Part | None  # which of the row this rank has scored, where ranks share it
+
+
 class Packed:
     """Run one forward of one row, in which a shared prompt stands once; see packing.py."""
 
@@ -56,42 +65,46 @@ class Packed:
     def __init__(self, args, *models: nn.Module | None, ranks: Ranks | None = None):
         """Let the models, policy and reference, take packed rows; `ranks` is None where none share a row."""
         self.args, self.ranks = args, ranks
-        needs = (args.longpo, args.long_pair, args.use_ref_model, args.distills, args.solopo_anchor > 0)
-        self.collator = PackedCollator(*needs)
+        self.collator = PackedCollator(
+            longpo=args.longpo,
+            long_pair=args.long_pair,
+            reference=args.use_ref_model,
+            distill=args.distills,
+            anchor=args.solopo_anchor > 0,
+        )
         for model in filter(None, models):
             attention.prepare(model)
 
     def policy(self, model, batch: dict, anchor: Top | None = None) -> LogProbs:
         """Return all log-probs of the policy; `nll_B` is of the whole sequence where the row has one scored."""
         packed = batch["policy"]
-        logps, means, logits_KV, part = self._score(model, packed)
-        nll_B = -means.get("sequence", means["chosen"])
+        row = self._score(model, packed)
+        logps, nll_B = row.logps, -row.means.get("sequence", row.means["chosen"])
         of_policy = LogProbs(
             logps["chosen"], logps["rejected"], nll_B, logps.get("long_chosen"), logps.get("long_rejected")
         )
         if self.args.distills:
-            distill_P = self._kl(logits_KV, part, packed["distilled"], None, distill_form(self.args))
+            distill_P = self._kl(row, packed["distilled"], None, distill_form(self.args))
             of_policy = of_policy._replace(distill_B=distill_P)
         if anchor is not None:
-            anchor_P = self._kl(logits_KV, part, packed["anchored"], anchor, Form(chunk=self.args.solopo_logp_chunk))
+            anchor_P = self._kl(row, packed["anchored"], anchor, Form(chunk=self.args.solopo_logp_chunk))
             of_policy = of_policy._replace(anchor_B=anchor_P)
         return of_policy
 
     def pair(self, model, batch: dict) -> Pair:
         """Return a model's log-probs of the short pair."""
         packed = batch["reference"]
-        logps, _, logits_KV, part = self._score(model, packed)
-        top = None
+        row, top = self._score(model, packed), None
         if self.args.solopo_anchor:
-            (at_N,) = packed["anchored"]["rows"]
+            (at_N,), part = packed["anchored"]["rows"], row.part
             own_n = at_N if part is None else part.own(at_N)[1]
-            top = top_of_rows(logits_KV, own_n, ANCHOR_TOP, self.args.solopo_logp_chunk)
+            top = top_of_rows(row.logits_KV, own_n, ANCHOR_TOP, self.args.solopo_logp_chunk)
             top = top if part is None else Top(*(part.whole(x, at_N) for x in top))
-        return Pair(logps["chosen"], logps["rejected"], top)
+        return Pair(row.logps["chosen"], row.logps["rejected"], top)
 
-    def _kl(self, logits_KV: Tensor, part: Part | None, found: dict, teacher: Top | None, form: Form) -> Tensor:
+    def _kl(self, row: ScoredRow, found: dict, teacher: Top | None, form: Form) -> Tensor:
         """Average a divergence over each response's tokens, 0 of none, added over a pair's responses: (P,)."""
-        rows, counts = found["rows"], found["counts"]
+        rows, counts, logits_KV, part = found["rows"], found["counts"], row.logits_KV, row.part
         totals = torch.tensor(counts, device=logits_KV.device).clamp(min=1)
         if part is not None:  # the same tokens of both sides: responses of one length are dealt out alike
             mine_N, _ = part.own(rows[-1])
@@ -103,11 +116,8 @@ class Packed:
         sums = sums if part is None else part.ranks.total(sums)
         return (sums / totals)[found["responses_SP"]].sum(0)
 
-    def _score(self, model, packed: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Part | None]:
-        """Log-probs (B,) of a packed row's spans by name: as the loss has them, and as means per token.
-
-        Then the logits, and where ranks share the row, which of it this one has scored.
-        """
+    def _score(self, model, packed: dict) -> ScoredRow:
+        """Run a packed row, or this rank's part of one that is shared."""
         row = self.ranks.part_of(packed) if self.ranks else packed
         logits_1KV = model(
             input_ids=row["input_ids"],
@@ -123,7 +133,8 @@ class Packed:
             sums_N = self.ranks.total(sums_N)
         means_N = sums_N / packed["counts_N"]
         sums, means = ({name: x_N[at_B] for name, at_B in packed["spans"].items()} for x_N in (sums_N, means_N))
-        return (means if self.args.pref_loss in LENGTH_NORMALISED else sums), means, logits_1KV[0], row["plan"].part
+        logps = means if self.args.pref_loss in LENGTH_NORMALISED else sums
+        return ScoredRow(logps, means, logits_1KV[0], row["plan"].part)
 
 
 class TwoStages:

@@ -167,7 +167,7 @@ def logits_of(row: dict, sides: Sequence[Sequence[tuple[int, ...]]]) -> dict:
     }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedCollator:
     """Make one batch from rows: `policy`, a packed row with `spans`; the rest: see `known_of`.
 

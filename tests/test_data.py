@@ -974,7 +974,7 @@ def test_step_lengths_are_those_of_packed_rows(longpo, both):
     columns = {f"{part}_ids": [[1] * length for length in lengths] for part, lengths in n.items()}
     columns["rejected_ids"][1:3] = [[1, BETWEEN, 1, 1], [1, BETWEEN, 1, BETWEEN, 1, 1]]
     rows = Dataset.from_dict(columns | {"name": list("abcde"), "long_is_short": [False, True, False, False, False]})
-    collator = PackedCollator(longpo, both)
+    collator = PackedCollator(longpo=longpo, long_pair=both)
     for dataset in (rows, rows.select([4, 1, 2]), rows.train_test_split(test_size=2, seed=1)["train"]):
         lengths = [collator([row])["policy"]["input_ids"].shape[1] for row in dataset]
         assert step_lengths(dataset, longpo, both) == lengths

@@ -219,7 +219,7 @@ def test_tokens_and_logits_of_several_rejected_responses(qwen, both, rejected):
     row = dict(name="r", long_is_short=False, short_prompt_ids=[1] * 1004, long_prompt_ids=[2] * 8000,
                chosen_ids=[3] * 100, rejected_ids=lists)  # fmt: skip
     lengths = (1004, 100, 8000)
-    packed, longpo = (PackedCollator(lp, both)([row]) for lp in (False, True))
+    packed, longpo = (PackedCollator(longpo=lp, long_pair=both)([row]) for lp in (False, True))
     for variant, batch in (("S3", packed), ("L3", longpo)):
         want = (batch["policy"]["input_ids"].shape[1], len(batch["policy"]["positions_K"]))
         assert count(variant, *lengths, both, rejected) == want
