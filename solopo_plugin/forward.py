@@ -232,24 +232,31 @@ class TwoStages:
         distill_P = None if teachers_NV is None else torch.zeros_like(chosen_B)
         if self.may_skip(batch["long_is_short_B"]):
             return shorts, distill_P
-        labels_BT, is_long_B, size = batch["long_labels"], ~batch["long_is_short_B"], len(batch["names"])
-        positions_K, is_long_P = predicting_positions(labels_BT), of_pairs(is_long_B, batch)
+        labels_BT, size = batch["long_labels"], len(batch["names"])
+        positions_K, is_long_P = predicting_positions(labels_BT), of_pairs(~batch["long_is_short_B"], batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.solopo_alpha > 0):
             logits_BKV = self.forward_long(model, batch, positions_K)
             logps, counts = response_logps(logits_BKV, labels_BT, positions_K, self.args.solopo_logp_chunk)
             if self.args.pref_loss in LENGTH_NORMALISED:
                 logps = logps / counts
             if teachers_NV is not None:
-                is_long = torch.cat([is_long_B, is_long_P])[: len(logps)]
-                mask_BK = (labels_BT[:, positions_K + 1] != IGNORE) & is_long[:, None]
-                at_N = mask_BK.flatten().nonzero().squeeze(1)
-                teacher = Rows(teachers_NV, torch.arange(len(teachers_NV), device=at_N.device))
-                kl_N = token_kl(logits_BKV.flatten(0, 1), at_N, teacher, distill_form(self.args))
-                means = _masked_means(kl_N, mask_BK)
-                distill_P = of_pairs(means[:size], batch) + (means[size:] if self.args.long_pair else 0)
+                distill_P = self._long_divergence(batch, logits_BKV, positions_K, teachers_NV)
         longs = [of_pairs(logps[:size], batch), logps[size:]][: len(shorts)]
         longs = [long_P.where(is_long_P, short_P) for long_P, short_P in zip(longs, shorts, strict=True)]
         return longs, distill_P
+
+    def _long_divergence(self, batch: dict, logits_BKV: Tensor, positions_K: Tensor, teachers_NV: Tensor) -> Tensor:
+        """Average the divergence from the short context's logits over each response, added over the aligned ones: (P,).
+
+        0 where a sample's long prompt is its short one, which has no teachers.
+        """
+        labels_BT, is_long_B, size = batch["long_labels"], ~batch["long_is_short_B"], len(batch["names"])
+        is_long = torch.cat([is_long_B, of_pairs(is_long_B, batch)])[: len(labels_BT)]  # of chosen, then of rejected
+        mask_BK = (labels_BT[:, positions_K + 1] != IGNORE) & is_long[:, None]
+        at_N = mask_BK.flatten().nonzero().squeeze(1)
+        teacher = Rows(teachers_NV, torch.arange(len(teachers_NV), device=at_N.device))
+        means = _masked_means(token_kl(logits_BKV.flatten(0, 1), at_N, teacher, distill_form(self.args)), mask_BK)
+        return of_pairs(means[:size], batch) + (means[size:] if self.args.long_pair else 0)
 
     def forward_long(self, model, batch: dict, positions_K: Tensor | None) -> Tensor:
         """Return logits of the long sequences at the given positions (all where None), through the wrapped model."""
@@ -291,10 +298,10 @@ def _first_of(batch: dict, pairs: int, device: torch.device) -> Tensor:
     return torch.tensor([n in firsts for n in range(pairs)], device=device)
 
 
-def _masked_means(kl_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """Average over the tokens of each row, 0 of none, (B,)."""
-    kl_BT = torch.zeros_like(mask_BT, dtype=kl_N.dtype).masked_scatter(mask_BT, kl_N)
-    return kl_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
+def _masked_means(x_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Average what the marked tokens have over each row, 0 of none, (B,)."""
+    x_BT = torch.zeros_like(mask_BT, dtype=x_N.dtype).masked_scatter(mask_BT, x_N)
+    return x_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
 
 
 def all_tokens(batch: dict) -> dict[str, Tensor]:
