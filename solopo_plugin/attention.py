@@ -34,14 +34,14 @@ HOW = {  # `kernel_for`'s names, in words
 
 # Equal to each sequence alone, in loss and gradients, in tests/test_packing.py. `auto` does not guess about others.
 TESTED = (
-    *("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "phi", "phi3", "olmo2"),
-    *("glm4", "granite", "smollm3", "gemma3_text", "gemma4_text", "ministral", "ministral3", "olmo3", "starcoder2"),
-)
+    "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "phi", "phi3", "olmo2",
+    "glm4", "granite", "smollm3", "gemma3_text", "gemma4_text", "ministral", "ministral3", "olmo3", "starcoder2",
+)  # fmt: skip
 # Of these, with a sliding window in all or some of their layers: what they ask of attention is what they mask.
 WINDOWED = (
-    *("qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "smollm3", "gemma3_text", "gemma4_text"),
-    *("ministral", "ministral3", "olmo3", "starcoder2"),
-)
+    "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "smollm3", "gemma3_text", "gemma4_text",
+    "ministral", "ministral3", "olmo3", "starcoder2",
+)  # fmt: skip
 BLOCK = 1024  # queries whose mask exists at a time where a window is kept without varlen; ours
 GRAIN = 512  # tokens to whose multiple a segment of its own is padded: cuDNN prepares anew for every length; ours
 # `dynamic` and `longrope` choose frequencies by the row's longest part.

@@ -14,9 +14,9 @@ from .versions import wrap
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
 COLUMN_KEYS = (
-    *("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag"),
-    *("long_prompt", "long_messages"),
-)
+    "prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag",
+    "long_prompt", "long_messages",
+)  # fmt: skip
 IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
 ALIGNED = tuple(f"_{field}" for field in Aligned._fields)  # columns, named as the host names them
 TURNS = ("_prompt", "_long_prompt", "_response")
