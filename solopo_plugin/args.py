@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 from .qa.files import did_you_mean
 
+CHUNK = 1024  # tokens whose fp32 logits exist at a time; ours
+
 
 def _key(default, help: str):
     return field(default=default, metadata={"help": help})
@@ -84,7 +86,7 @@ class SoloArguments:
         "forward of the reference in every step.",
     )
     solopo_logp_chunk: int = _key(
-        1024,
+        CHUNK,
         "Response tokens whose fp32 logits exist at a time, >= 1; smaller saves memory, and no result changes.",
     )
     solopo_mlp_chunk: int = _key(

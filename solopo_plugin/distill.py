@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .args import CHUNK
+
 KINDS = ("forward", "reverse", "jsd")
 
 
@@ -50,7 +52,7 @@ class Form(NamedTuple):
     kind: str = "forward"
     temperature: float = 1.0
     top: int = 0
-    chunk: int = 1024
+    chunk: int = CHUNK
 
 
 def divergence(teacher_NC: Tensor, student_NC: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .args import CHUNK
+
 IGNORE = -100  # label of a token that is not predicted (the host's IGNORE_INDEX)
-CHUNK = 1024  # tokens whose fp32 logits exist at a time, the default of `solopo_logp_chunk`
 
 
 def _token_logps(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -9,6 +9,14 @@ Gradients equal one process's. The spans' sums are added over the group, so its 
 backward adds what each of them asks for: P * dL. Each rank thus holds its tokens' share of P * dL. The mean over all
 W = G * P ranks, which DDP and ZeRO take as always, is (1 / W) * sum over G groups of P * dL: the mean over the groups.
 
+What cannot share rows is refused in four places, each as soon as what decides is known:
+
+    known            refused                                               where
+    the recipe       two stages, streams, FSDP; in LlamaBoard too          host/arguments.py, `check_recipe`
+    the machine      P and its GPUs, the processes, a local model's heads  host/preflight.py, `_shared_rows`
+    the processes    P and they, or the heads of any model                 workflow.py, `check_sharing`
+    the model        one that does not run packed rows                     workflow.py, `choose_form`
+
 Shape suffixes: H heads, h of one rank, T tokens of the row, t of one rank, D head size, E hidden size, K scored tokens,
 S of one rank.
 """
