@@ -1,6 +1,7 @@
 """Which parts of the package know which, read from their source."""
 
 import ast
+import tokenize
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -55,6 +56,30 @@ def test_parts_that_must_not_know_each_other(part):
         if part_of(file) == part and set(name.split(".")[1:2]) & FORBIDDEN[part] and name.startswith("solopo_plugin.")
     }
     assert not known
+
+
+NO_CODE = {getattr(tokenize, name) for name in "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER".split()}
+
+
+def code_lines(path: Path) -> int:
+    """Count the lines that hold more than a docstring or a comment."""
+    nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    texts = [n for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    lines: set[int] = set()
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in NO_CODE:
+                lines |= {*range(token.start[0], token.end[0] + 1)}
+    return len(lines.difference(*(range(n.lineno, n.end_lineno + 1) for n in texts)))
+
+
+def test_the_core_stays_small(tmp_path):
+    """The figure of CONTRIBUTING.md."""
+    (tmp_path / "x.py").write_text('"""One\n\ntwo."""\n\n# three\nx = """\nfour\n"""  # five\n\n\nprint(\n    x,\n)\n')
+    assert code_lines(tmp_path / "x.py") == 6
+    board = {PACKAGE / "host/board.py", PACKAGE / "host/board_texts.py"}
+    size = sum(code_lines(path) for path in {*PACKAGE.glob("*.py"), *PACKAGE.glob("host/*.py")} - board)
+    assert 2_000 < size <= 3_200, f"{size} lines: make it smaller, or say why not in CONTRIBUTING.md"
 
 
 def test_scripts_import_each_other_one_way():
