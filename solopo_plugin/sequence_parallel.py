@@ -12,7 +12,7 @@ W = G * P ranks, which DDP and ZeRO take as always, is (1 / W) * sum over G grou
 What cannot share rows is refused in four places, each as soon as what decides is known:
 
     known            refused                                               where
-    the recipe       two stages, streams, FSDP; in LlamaBoard too          host/arguments.py, `check_recipe`
+    the recipe       two stages, streams, FSDP; in LlamaBoard too          host/arguments.py, `_of_shared_rows`
     the machine      P and its GPUs, the processes, a local model's heads  host/preflight.py, `_shared_rows`
     the processes    P and they, or the heads of any model                 workflow.py, `check_sharing`
     the model        one that does not run packed rows                     workflow.py, `choose_form`

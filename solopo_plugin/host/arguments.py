@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -179,69 +179,99 @@ def check_recipe(given: Callable[[str], Any], finetuning_args) -> None:
 
     `given` returns the value of a key of the host or of ours, None where there is none.
     """
-    from llamafactory.extras.misc import is_env_enabled
-
-    streams, trains, optim = given("streaming"), given("do_train"), given("optim")
-    optim = str(getattr(optim, "value", optim))
-    strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
-    size, patience = finetuning_args.solopo_sequence_parallel, finetuning_args.early_stopping_steps
-    ref_model = finetuning_args.ref_model
-    loss = "solopo_objective" if finetuning_args.solopo_objective == "distill" else "pref_loss"
-    unread = UNREAD | {reason: keys for holds, reason, keys in (
-        (streams, "the host shuffles a stream by `buffer_size`",
-         {"disable_shuffling": False, "train_sampling_strategy": "random"}),
-        (streams, "a stream has no length", {"include_effective_tokens_per_second": False}),
-        (finetuning_args.disable_shuffling and strategy == "group_by_length",
-         "`disable_shuffling` already keeps the rows' order", {"train_sampling_strategy": "random"}),
-        (finetuning_args.pref_loss != "simpo", "it is for `pref_loss: simpo`", {"simpo_gamma": 0.5}),
-        (not finetuning_args.use_ref_model, f"`{loss}: {getattr(finetuning_args, loss)}` has no reference",
-         {"ref_model": None, "solopo_reference": "cached"}),
-        (ref_model is None, "there is no `ref_model`",
-         {"ref_model_adapters": None, "ref_model_quantization_bit": None}),
-    ) if holds}  # fmt: skip
-    shared = f"`solopo_sequence_parallel: {size}` does not run with" if size > 1 else ""
-    unwatched = not (given("metric_for_best_model") or given("load_best_model_at_end"))
-    unwatched = unwatched or given("eval_strategy") in (None, "no")
-    ratio = "badam_mode: ratio" if finetuning_args.use_badam and finetuning_args.badam_mode == "ratio" else None
-    unfused = next((key for key in ("use_galore", "use_apollo") if given(key)), ratio)
-    four_bits = given("quantization_bit") == 4 and given("quantization_method") == "bnb"
-    faults: Iterable[tuple[Any, str]] = (  # whether it is asked for, the sentence
-        *((True, sentence) for sentence in refused(given)),
-        (trains is given("do_eval") is False, "There is nothing to do: set `do_train: true` or `do_eval: true`."),
-        (streams and given("solopo_overlength") == "drop",
-         "`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`."),
-        (streams and given("val_size"),
-         f"`val_size: {given('val_size') or 0:g}` does not work with `streaming: true`: the host shuffles anew for "
-         "each pass, and from the second on it trains on rows that it validates on; set `eval_dataset`, or "
-         "`streaming: false`."),
-        (given("train_from_scratch") and finetuning_args.use_ref_model and ref_model is not None,
-         f"`train_from_scratch: true` would draw the weights of `ref_model: {ref_model}` too, not read them; remove "
-         "one of the two."),
-        (trains and "layerwise" in optim,
-         f"`optim: {optim}` does not work with `stage: solopo`: {LAYERWISE}; remove it."),
-        (trains and unfused and optim == "adamw_torch_fused",
-         f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."),
-        (trains and patience and unwatched,
-         f"`early_stopping_steps: {patience}` needs a metric to watch: set `metric_for_best_model` (such as `loss`) "
-         "and `eval_strategy`."),
-        (trains and four_bits and str(given("device")) == "cpu",
-         "`quantization_bit: 4` does not train on a CPU: bitsandbytes packs the weights anew when it first evaluates, "
-         "and part of the gradient is lost; set `quantization_bit: 8`, or train on a GPU."),
-        (shared and given("solopo_forward") == "two_stage",
-         f"{shared} `solopo_forward: two_stage`: only a packed row can be shared; remove one of the two."),
-        (shared and streams,
-         f"{shared} `streaming: true`: streams are dealt out to single processes; remove one of the two."),
-        (shared and (given("fsdp") or is_env_enabled("ACCELERATE_USE_FSDP")),
-         f"{shared} `fsdp`: use DeepSpeed ZeRO-3; remove one of the two."),
-        (strategy not in (None, *ORDERS),
-         f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."),
-        *((given(key) not in (None, default),
-           f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it.")
-          for reason, defaults in unread.items() for key, default in defaults.items()),
-    )  # fmt: skip
-    if sentence := next((sentence for asked, sentence in faults if asked), None):
+    if sentence := next(_faults(given, finetuning_args), None):
         raise ValueError(sentence)
     warn_of_rounding(given, finetuning_args)
+
+
+def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
+    yield from refused(given)
+    if given("do_train") is given("do_eval") is False:
+        yield "There is nothing to do: set `do_train: true` or `do_eval: true`."
+    if given("streaming"):
+        yield from _of_a_stream(given)
+    if given("train_from_scratch") and args.use_ref_model and args.ref_model is not None:
+        yield (
+            f"`train_from_scratch: true` would draw the weights of `ref_model: {args.ref_model}` too, not read them; "
+            "remove one of the two."
+        )
+    if given("do_train"):
+        yield from _of_training(given, args)
+    if args.solopo_sequence_parallel > 1:
+        yield from _of_shared_rows(given, args.solopo_sequence_parallel)
+    strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
+    if strategy not in (None, *ORDERS):
+        yield f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."
+    for reason, defaults in _unread(given, args).items():
+        for key, default in defaults.items():
+            if given(key) not in (None, default):
+                yield f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it."
+
+
+def _of_a_stream(given: Callable[[str], Any]) -> Iterator[str]:
+    if given("solopo_overlength") == "drop":
+        yield "`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`."
+    if given("val_size"):
+        yield (
+            f"`val_size: {given('val_size'):g}` does not work with `streaming: true`: the host shuffles anew for each "
+            "pass, and from the second on it trains on rows that it validates on; set `eval_dataset`, or "
+            "`streaming: false`."
+        )
+
+
+def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
+    optim = str(getattr(given("optim"), "value", given("optim")))
+    if "layerwise" in optim:
+        yield f"`optim: {optim}` does not work with `stage: solopo`: {LAYERWISE}; remove it."
+    ratio = "badam_mode: ratio" if args.use_badam and args.badam_mode == "ratio" else None
+    unfused = next((key for key in ("use_galore", "use_apollo") if given(key)), ratio)
+    if unfused and optim == "adamw_torch_fused":
+        yield f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
+    watched = given("metric_for_best_model") or given("load_best_model_at_end")
+    if args.early_stopping_steps and (not watched or given("eval_strategy") in (None, "no")):
+        yield (
+            f"`early_stopping_steps: {args.early_stopping_steps}` needs a metric to watch: set "
+            "`metric_for_best_model` (such as `loss`) and `eval_strategy`."
+        )
+    four_bits = given("quantization_bit") == 4 and given("quantization_method") == "bnb"
+    if four_bits and str(given("device")) == "cpu":
+        yield (
+            "`quantization_bit: 4` does not train on a CPU: bitsandbytes packs the weights anew when it first "
+            "evaluates, and part of the gradient is lost; set `quantization_bit: 8`, or train on a GPU."
+        )
+
+
+def _of_shared_rows(given: Callable[[str], Any], size: int) -> Iterator[str]:
+    from llamafactory.extras.misc import is_env_enabled
+
+    alone = {
+        "solopo_forward: two_stage": (given("solopo_forward") == "two_stage", "only a packed row can be shared"),
+        "streaming: true": (given("streaming"), "streams are dealt out to single processes"),
+        "fsdp": (given("fsdp") or is_env_enabled("ACCELERATE_USE_FSDP"), "use DeepSpeed ZeRO-3"),
+    }
+    for key, (asked, reason) in alone.items():
+        if asked:
+            yield f"`solopo_sequence_parallel: {size}` does not run with `{key}`: {reason}; remove one of the two."
+
+
+def _unread(given: Callable[[str], Any], args) -> dict[str, dict[str, Any]]:
+    """Add to `UNREAD` what this recipe does not read."""
+    unread = dict(UNREAD)
+    if given("streaming"):
+        by_size = {"disable_shuffling": False, "train_sampling_strategy": "random"}
+        unread["the host shuffles a stream by `buffer_size`"] = by_size
+        unread["a stream has no length"] = {"include_effective_tokens_per_second": False}
+    if args.disable_shuffling and given("train_sampling_strategy") == "group_by_length":
+        unread["`disable_shuffling` already keeps the rows' order"] = {"train_sampling_strategy": "random"}
+    if args.pref_loss != "simpo":
+        unread["it is for `pref_loss: simpo`"] = {"simpo_gamma": 0.5}
+    if not args.use_ref_model:
+        loss = "solopo_objective" if args.solopo_objective == "distill" else "pref_loss"
+        without = {"ref_model": None, "solopo_reference": "cached"}
+        unread[f"`{loss}: {getattr(args, loss)}` has no reference"] = without
+    if args.ref_model is None:
+        unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
+    return unread
 
 
 def warn_of_rounding(given: Callable[[str], Any], finetuning_args) -> None:
