@@ -104,7 +104,8 @@ AGAIN = {  # words of the command -> those that are advised where `bf16: true` f
     "r.yaml use_cpu=false cutoff_len=64": "r.yaml cutoff_len=64 use_cpu=true",
     "r.yaml hf_hub_token=s3cret seed=1": "r.yaml seed=1 use_cpu=true 'hf_hub_token=***'",
     "train --stage solopo --use-cpu false --bf16 --report_to a b": "--stage solopo --bf16 --report_to a b --use_cpu=true",
-    "--use_cpu=false --hf_hub_token s3cret --seed -3": "--seed -3 --use_cpu=true '--hf_hub_token=***'",
+    "--use_cpu=false --hf_hub_token s3cret --seed -3 --stage=solopo": "--seed -3 --stage=solopo --use_cpu=true '--hf_hub_token=***'",
+    "--node-ip-address=10.0.0.1 --redis-password=s3cret": "RECIPE use_cpu=true",
     "": "RECIPE use_cpu=true",
     "-q tests": "RECIPE use_cpu=true",
 }  # fmt: skip

@@ -188,6 +188,8 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
     yield from refused(given)
     if given("do_train") is given("do_eval") is False:
         yield "There is nothing to do: set `do_train: true` or `do_eval: true`."
+    if isinstance(given("learning_rate"), str):  # as JSON and quotes may write it
+        yield f"`learning_rate` must be a number, got {given('learning_rate')!r}."
     if given("streaming"):
         yield from _of_a_stream(given)
     if given("train_from_scratch") and args.use_ref_model and args.ref_model is not None:
@@ -278,8 +280,6 @@ def warn_of_rounding(given: Callable[[str], Any], finetuning_args) -> None:
     """Warn of weights in 16 bits at a learning rate whose updates are mostly rounded away."""
     from llamafactory.extras import logging
 
-    if isinstance(given("learning_rate"), str):  # as JSON and quotes may write it
-        raise ValueError(f"`learning_rate` must be a number, got {given('learning_rate')!r}.")
     rate, trains_weights = given("learning_rate"), finetuning_args.finetuning_type in ("full", "freeze")
     if given("do_train") and finetuning_args.pure_bf16 and trains_weights and rate < PURE_BF16_LR:
         logging.get_logger(f"llamafactory.{__name__}").warning_rank0(

@@ -153,9 +153,9 @@ def check_vocabulary(tokenizer, template, model_args) -> None:
 def _again(changes: str = "", before: str = "") -> str:
     """Return the command that was given, with keys changed, each once; another key's secret is left out."""
     words, new = sys.argv[1:], dict(change.split("=") for change in changes.split())
-    words = words[words[:1] == ["train"] :]
-    if not words or not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml", ".json")):
-        words = ["RECIPE"]  # not started by a command line
+    words = words[words[:1] == ["train"] :] or [""]
+    if "stage" not in flags(words) and not words[0].endswith((".yaml", ".yml", ".json")):
+        words = ["RECIPE"]  # started otherwise: from Python, by Ray
     flag, kept, replaced = "--" * words[0].startswith("--"), [], False
     for word in words:
         if word.startswith(flag):  # else a flag's value
