@@ -91,8 +91,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "equal prompts are aligned and different ones are not": (
         "forward.py",
-        'predicting_positions(labels_BT), of_pairs(is_long_B, batch)',
-        'predicting_positions(labels_BT), of_pairs(~is_long_B, batch)',
+        'predicting_positions(labels_BT), of_pairs(~batch["long_is_short_B"], batch)',
+        'predicting_positions(labels_BT), of_pairs(batch["long_is_short_B"], batch)',
         f"{STEP}[hinge]",
     ),
     "the rejected response's rise is taken for a drop": (
@@ -277,5 +277,6 @@ def test_fault_is_caught(outcome, fault):
 def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
     assert len(FAULTS) == 32
-    ours = "po_B", "logps.", "*form", "short[", "is_long_B", "reference_P2"  # in solopo, longpo, forward.py, trainer.py
+    # in solopo, longpo, forward.py, trainer.py
+    ours = "po_B", "logps.", "*form", "short[", "long_is_short_B", "reference_P2"
     assert sum(any(word in source for word in ours) for _, source, *_ in FAULTS.values()) == 8
