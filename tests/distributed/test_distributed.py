@@ -217,7 +217,7 @@ def test_zero3_checks_what_is_on_disk(run, recipe, cli, tmp_path, monkeypatch):
         process = cli("train", path, check=False, **env)
         assert (process.returncode != 0) == code, process.out[-4000:]
         assert f"{len(those)} rows are in {folder}, {12 - len(those)} to score." in process.out
-    assert f"ValueError: {folder} has -" in process.out and "the scores there are another model's." in process.out
+    assert f"Error: {folder} has -" in process.out and "the scores there are another model's." in process.out
 
 
 def test_zero3_with_the_reference_in_every_step(one_and_two):
