@@ -12,10 +12,10 @@ bytes. S, L, R: tokens of the short prompt, the long prompt, a response.
 import argparse
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from step_cost import (
     MODELS,
@@ -262,109 +262,166 @@ def sharing_table(shape: Shape, variant: str, lengths: tuple[int, int, int], set
     return "\n".join(lines)
 
 
-def answer(shape: Shape, config, recipe: dict, setup: Setup, lengths: tuple[int, int, int], references: dict,
-           memory: float, nodes: int) -> tuple[str, list[str], str]:  # fmt: skip
-    """Return the variant that runs, sentences, and a table of shared rows, or an empty one.
+@dataclass
+class Plan:
+    """Hold what a recipe is planned from, and say what it takes."""
 
-    The sentences: the answer, host memory, how many GPUs, how they share a row, the basis, the setup.
-    """
-    S, R, L = lengths
-    stage, lora = recipe.get("stage", "solopo"), setup.lora_rank > 0
-    tuning = "lora" if lora else "full"
-    variant, runs = how_it_runs(config, recipe, setup)
-    check_sharing(shape, variant, setup, nodes)
-    seen, basis = calibration(tuning, L, references)
-    factor = {v: seen[v].memory if v in seen else 1.0 for v in references}
-    window = window_of(config)
+    shape: Shape
+    config: Any  # of the model
+    recipe: dict
+    setup: Setup
+    lengths: tuple[int, int, int]  # tokens of short prompt, response, long prompt
+    references: dict  # of each variant
+    memory: float  # bytes of a GPU
+    nodes: int
 
-    def need(v: str, at: int = L, setup: Setup = setup) -> float:
-        return peak(step_memory(shape, v, S, R, at, references[v], setup)) * factor[v]
+    def __post_init__(self):
+        """Find out how it runs.
 
-    def longest_of(v: str, setup: Setup = setup) -> int:
-        return longest(shape, v, S, R, references[v], setup, memory / factor[v])
+        Raises:
+            ValueError: Ranks cannot share rows so, or a response fills the model's window.
+        """
+        _, R, L = self.lengths
+        self.lora, self.shared = self.setup.lora_rank > 0, self.setup.sequence_parallel
+        self.variant, self.runs = how_it_runs(self.config, self.recipe, self.setup)
+        check_sharing(self.shape, self.variant, self.setup, self.nodes)
+        self.seen, self.basis = calibration("lora" if self.lora else "full", L, self.references)
+        self.window = window_of(self.config)
+        self.room, self.fits = self.window - R, self.longest_of(self.variant)
+        if self.room < 1:
+            raise ValueError(f"A response of {R:,} tokens leaves no room in the model's window of {self.window:,}.")
 
-    def in_memory(setup: Setup) -> tuple[float, int]:
-        return need(variant, setup=setup), longest_of(variant, setup)
+    def factor(self, variant: str) -> float:
+        """Return measured over computed memory."""
+        return self.seen[variant].memory if variant in self.seen else 1.0
 
-    def times(v: str, other: str) -> float:
-        """Return a step's time of `v` over that of `other`: at measured rates if both have one, else by FLOPs."""
-        keys = dict(checkpointing=setup.checkpointing, lora=lora, both=setup.both, rejected=setup.rejected)
-        a, b = (sum(step_flops(shape, x, S, R, L, references[x], **keys).values()) for x in (v, other))
-        return a / b * (seen[other].flops / seen[v].flops if v in seen and other in seen else 1)
+    def need(self, variant: str, at: int | None = None, setup: Setup | None = None) -> float:
+        """Return a GPU's bytes, at another long prompt or in another setup perhaps."""
+        S, R, L = self.lengths
+        parts = step_memory(self.shape, variant, S, R, at or L, self.references[variant], setup or self.setup)
+        return peak(parts) * self.factor(variant)
 
-    def takes(v: str) -> str:
-        most = min(longest_of(v), room)
-        return f"takes {gb(need(v))} and {f'reaches {most:,} tokens' if most else 'fits at no length'}"
+    def longest_of(self, variant: str, setup: Setup | None = None) -> int:
+        """Return the tokens of the longest prompt that memory allows, 0 if none."""
+        S, R, _ = self.lengths
+        memory = self.memory / self.factor(variant)
+        return longest(self.shape, variant, S, R, self.references[variant], setup or self.setup, memory)
 
-    room, fits = window - R, longest_of(variant)
-    if room < 1:
-        raise ValueError(f"A response of {R:,} tokens leaves no room in the model's window of {window:,}.")
-    if not fits:
-        limit = f"No prompt fits: one of a single token would take {gb(need(variant, 1))}."
-    elif room <= fits:
-        limit = f"The longest prompt is {room:,} tokens, by the model's window of {window:,}; memory allows {fits:,}."
-    else:
-        limit = f"The longest prompt is {fits:,} tokens, by memory; the model's window is {window:,}."
-    where = f"{'the GPU' if setup.gpus == 1 else f'each of {setup.gpus} GPUs'} of {memory / 1e9:g} GB"
-    if stage == "solopo":
-        speed = f"It is {times('V0', variant):.2f} times as fast as the host's `stage: dpo` on the same long prompts"
-        speed += f", which {takes('V0')}."
-    else:
-        ours = how_it_runs(config, recipe | {"stage": "solopo"}, setup)[0]
-        speed = f"On the same prompts and short ones of {S:,} tokens, `stage: solopo` would run "
-        speed += f"{'packed' if ours == 'S3' else 'in two stages'} and "
-        dpo = stage == "dpo"
-        speed += f"be {times('V0', ours):.2f} times as fast" if dpo else f"take {times(ours, 'SFT'):.2f} times as long"
-        speed += f"; it {takes(ours)}."
-    verdict = "Fits" if min(fits, room) >= L else "Does not fit"
-    needs = f"It takes {gb(need(variant))} on {where} at a prompt of {L:,} tokens."
-    lines, shared, table = [f"{verdict}. {runs} {needs} {limit} {speed}"], setup.sequence_parallel, ""
-    if variant in PACKED and fits < L:
-        lines[0] += proposal(shape, setup, in_memory, memory)
-    if variant in PACKED and (fits < L or shared > 1):
-        table = sharing_table(shape, variant, lengths, setup, in_memory)
+    def in_memory(self, setup: Setup) -> tuple[float, int]:
+        """Return a setup's bytes and longest prompt."""
+        return self.need(self.variant, setup=setup), self.longest_of(self.variant, setup)
 
-    offloaded = host_memory(shape, references[variant], setup)
-    if total := sum(offloaded.values()):
+    def flops(self, variant: str) -> float:
+        """Return a sample's arithmetic."""
+        S, R, L = self.lengths
+        keys = dict(checkpointing=self.setup.checkpointing, lora=self.lora, both=self.setup.both)
+        keys["rejected"] = self.setup.rejected
+        return sum(step_flops(self.shape, variant, S, R, L, self.references[variant], **keys).values())
+
+    def times(self, variant: str, other: str) -> float:
+        """Return a step's time over that of another variant: at measured rates if both have one, else by FLOPs."""
+        seen = self.seen
+        measured = seen[other].flops / seen[variant].flops if variant in seen and other in seen else 1
+        return self.flops(variant) / self.flops(other) * measured
+
+    def takes(self, variant: str) -> str:
+        """Say a variant's memory and longest prompt."""
+        most = min(self.longest_of(variant), self.room)
+        return f"takes {gb(self.need(variant))} and {f'reaches {most:,} tokens' if most else 'fits at no length'}"
+
+    def sentences(self) -> list[str]:
+        """Return the answer, host memory, how many GPUs, how they share a row, warnings, the basis, the setup."""
+        lines = [self.verdict(), self.in_host_memory(), self.divided()]
+        if self.shared > 1:
+            rate = self.seen[self.variant].flops if self.variant in self.seen else None
+            seconds = self.setup.batch * self.flops(self.variant) / self.shared / rate if rate else None
+            lines.append(sharing(self.shape, self.variant, self.lengths, self.setup, seconds))
+        if self.recipe.get("pure_bf16") and not self.lora:
+            if float(self.recipe.get("learning_rate", 5e-5)) < PURE_BF16_LR:
+                lines.append(
+                    "Precision: `pure_bf16` rounds most of AdamW's updates away at this rate (docs/training.md)."
+                )
+        return [*lines, self.basis, self.planned()]
+
+    def table(self) -> str:
+        """Return the table of shared rows where it helps, else an empty one."""
+        if self.variant in PACKED and (self.fits < self.lengths[2] or self.shared > 1):
+            return sharing_table(self.shape, self.variant, self.lengths, self.setup, self.in_memory)
+        return ""
+
+    def verdict(self) -> str:
+        """Say whether it fits, what it takes, how long prompts may be, how fast it is, and what would make it fit."""
+        L, fits, room, gpus = self.lengths[2], self.fits, self.room, self.setup.gpus
+        if not fits:
+            limit = f"No prompt fits: one of a single token would take {gb(self.need(self.variant, 1))}."
+        elif room <= fits:
+            limit = f"The longest prompt is {room:,} tokens, by the model's window of {self.window:,}; memory allows "
+            limit += f"{fits:,}."
+        else:
+            limit = f"The longest prompt is {fits:,} tokens, by memory; the model's window is {self.window:,}."
+        where = f"{'the GPU' if gpus == 1 else f'each of {gpus} GPUs'} of {self.memory / 1e9:g} GB"
+        needs = f"It takes {gb(self.need(self.variant))} on {where} at a prompt of {L:,} tokens."
+        said = f"{'Fits' if min(fits, room) >= L else 'Does not fit'}. {self.runs} {needs} {limit} {self.speed()}"
+        if self.variant in PACKED and fits < L:
+            said += proposal(self.shape, self.setup, self.in_memory, self.memory)
+        return said
+
+    def speed(self) -> str:
+        """Compare a step with the host's `stage: dpo`; of another stage, with `stage: solopo`."""
+        stage = self.recipe.get("stage", "solopo")
+        if stage == "solopo":
+            faster = f"It is {self.times('V0', self.variant):.2f} times as fast as the host's `stage: dpo`"
+            return f"{faster} on the same long prompts, which {self.takes('V0')}."
+        ours = how_it_runs(self.config, self.recipe | {"stage": "solopo"}, self.setup)[0]
+        if stage == "dpo":
+            compared = f"be {self.times('V0', ours):.2f} times as fast"
+        else:
+            compared = f"take {self.times(ours, 'SFT'):.2f} times as long"
+        form = "packed" if ours == "S3" else "in two stages"
+        prompts = f"On the same prompts and short ones of {self.lengths[0]:,} tokens"
+        return f"{prompts}, `stage: solopo` would run {form} and {compared}; it {self.takes(ours)}."
+
+    def in_host_memory(self) -> str:
+        """Say what is offloaded."""
+        offloaded = host_memory(self.shape, self.references[self.variant], self.setup)
+        if not (total := sum(offloaded.values())):
+            return "Host memory: nothing is offloaded."
         parts = ", ".join(f"{gb(size)} {part}" for part, size in offloaded.items() if size)
+        nodes = self.nodes
         each = gb(total / nodes) + (" on the one node" if nodes == 1 else f" on each of {nodes} nodes")
-        lines.append(
+        return (
             f"Host memory: {gb(total)} in all ({parts}), {each}, however many GPUs; DeepSpeed advises 1.5 times as "
             f"much, {gb(1.5 * total)} in all, for buffers."
         )
-    else:
-        lines.append("Host memory: nothing is offloaded.")
-    rows = setup.batch * recipe.get("gradient_accumulation_steps", 1)
-    alone = need(variant, setup=replace(setup, gpus=1, sequence_parallel=1))
-    each = f"each {shared} that share a row" if shared > 1 else "each GPU"
-    share = f"GPUs: an optimizer step has {rows * setup.gpus // shared} rows, {rows} on {each}. "
-    if setup.zero == 0:
-        share += "Each GPU holds the whole model with its optimizer, however many there are."
-    elif setup.zero == 3 and setup.offload_optimizer and setup.offload_param:
-        share += "A GPU holds the same on 1 as on many: the model's state is in host memory, only rows are shared."
-    else:
-        share += f"ZeRO-{setup.zero} divides the model's state among them; one GPU alone would take {gb(alone)}."
-    lines.append(share)
-    if shared > 1:
-        rate = seen[variant].flops if variant in seen else None
-        flops = step_flops(shape, variant, S, R, L, references[variant], setup.checkpointing, lora, setup.both,
-                           setup.rejected)  # fmt: skip
-        seconds = setup.batch * sum(flops.values()) / shared / rate if rate else None
-        lines.append(sharing(shape, variant, lengths, setup, seconds))
-    if recipe.get("pure_bf16") and not lora and float(recipe.get("learning_rate", 5e-5)) < PURE_BF16_LR:
-        lines.append("Precision: `pure_bf16` rounds most of AdamW's updates away at this rate (docs/training.md).")
-    lines.append(basis)
-    kept = f"{setup.weights:g} of weights, {setup.gradients:g} of gradients, {setup.optimizer:g} of optimizer"
-    lines.append(
-        f"Setup: {shape.parameters / 1e9:.2f} billion parameters, {shape.layers} layers of width {shape.width:,}, "
-        f"{f'{shape.windowed} of them with a window of {shape.window:,} tokens, ' if shape.windowed else ''}"
-        f"vocabulary {shape.vocabulary:,}; "
-        + (f"LoRA of rank {setup.lora_rank} on weights of {8 * setup.frozen:g} bits" if lora else "full fine-tuning")
-        + f"; bytes per trained parameter: {kept}; activations in {8 * setup.element} bits, gradient checkpointing "
-        f"{'on' if setup.checkpointing else 'off'}; tokens: short prompt {S:,}, long {L:,}, response {R:,}; reference: "
-        f"{references[variant] or 'none'}."
-    )
-    return variant, lines, table
+
+    def divided(self) -> str:
+        """Say what GPUs divide among them."""
+        setup, shared = self.setup, self.shared
+        rows = setup.batch * self.recipe.get("gradient_accumulation_steps", 1)
+        each = f"each {shared} that share a row" if shared > 1 else "each GPU"
+        said = f"GPUs: an optimizer step has {rows * setup.gpus // shared} rows, {rows} on {each}. "
+        if setup.zero == 0:
+            return said + "Each GPU holds the whole model with its optimizer, however many there are."
+        if setup.zero == 3 and setup.offload_optimizer and setup.offload_param:
+            return said + (
+                "A GPU holds the same on 1 as on many: the model's state is in host memory, only rows are shared."
+            )
+        alone = self.need(self.variant, setup=replace(setup, gpus=1, sequence_parallel=1))
+        return f"{said}ZeRO-{setup.zero} divides the model's state among them; one GPU alone would take {gb(alone)}."
+
+    def planned(self) -> str:
+        """Say what was planned: model, training, tokens, reference."""
+        (S, R, L), shape, setup = self.lengths, self.shape, self.setup
+        kept = f"{setup.weights:g} of weights, {setup.gradients:g} of gradients, {setup.optimizer:g} of optimizer"
+        windows = f"{shape.windowed} of them with a window of {shape.window:,} tokens, " if shape.windowed else ""
+        trained = f"LoRA of rank {setup.lora_rank} on weights of {8 * setup.frozen:g} bits"
+        return (
+            f"Setup: {shape.parameters / 1e9:.2f} billion parameters, {shape.layers} layers of width {shape.width:,}, "
+            f"{windows}vocabulary {shape.vocabulary:,}; {trained if self.lora else 'full fine-tuning'}; bytes per "
+            f"trained parameter: {kept}; activations in {8 * setup.element} bits, gradient checkpointing "
+            f"{'on' if setup.checkpointing else 'off'}; tokens: short prompt {S:,}, long {L:,}, response {R:,}; "
+            f"reference: {self.references[self.variant] or 'none'}."
+        )
 
 
 def tables(shape: Shape, S: int, R: int, L: int, references: dict, setup: Setup, memory: float,
@@ -420,13 +477,13 @@ def main() -> None:
         config = read_config(model)
         shape, references = shape_of(config), references_of(recipe)
         memory = args.gpu_memory * 1e9
-        variant, lines, table = answer(shape, config, recipe, setup, (S, R, L), references, memory, args.nodes)
+        plan = Plan(shape, config, recipe, setup, (S, R, L), references, memory, args.nodes)
+        lines, table = plan.sentences(), plan.table()
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    shown = VARIANTS | {v: OTHERS[v] for v in (variant,) if v in OTHERS}
-    window = window_of(config)
+    shown = VARIANTS | {v: OTHERS[v] for v in (plan.variant,) if v in OTHERS}
     print(*lines, sep="\n", end="\n\n")
-    print(*tables(shape, S, R, L, references, setup, memory, window, shown), sep="\n\n", end="\n\n")
+    print(*tables(shape, S, R, L, references, setup, memory, plan.window, shown), sep="\n\n", end="\n\n")
     if table:
         print(table, end="\n\n")
     print(*(f"{name:4}{meaning}" for name, meaning in shown.items()), sep="\n")
