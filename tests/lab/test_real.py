@@ -363,10 +363,13 @@ def only_one(results, first: str, second: str, tokens: int) -> list[int]:
 
 
 def test_what_is_said_of_what_was_run(small):
-    assert {(name, *runs) for (name, _), runs in small.all.items()} == {("solo_orpo_detached", 0), ("orpo_short", 0)}
-    keys = arms.recipe(TASK, "orpo_short")
-    rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
-    assert said(f"of the small size two arms with one seed (2026-11-27), {keys['max_steps']} steps of {rows} rows each")
+    names = "solo_orpo_detached", "orpo_short", "sft_long"
+    assert {(name, *runs) for (name, _), runs in small.all.items()} == {(name, 0) for name in names}
+    steps = set()
+    for keys in (arms.recipe(TASK, name) for name in names):
+        steps.add((keys["max_steps"], keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]))
+    ((most, rows),) = steps
+    assert said(f"of the small size three arms with one seed (2026-11-27), {most} steps of {rows} rows each")
 
 
 def test_what_is_said_of_the_gap(small):
@@ -391,6 +394,20 @@ def test_what_is_said_of_the_control(small):
     assert lead < half
     solo_alone, control_alone = only_one(small, solo, control, long)
     assert said(f"on which the two differ there, SoLo has {solo_alone} and the control {control_alone}.")
+
+
+def test_what_is_said_of_sft_on_long_answers(small):
+    (short, long), solo, other = small.lengths, "solo_orpo_detached", "sft_long"
+    at = [f"{share(small, other, tokens):.3f}" for tokens in small.lengths]
+    assert said(
+        f"**SFT on its own long answers does as well**: {at[0]} and {at[1]}. At {long:,} tokens SoLo is ahead by "
+        f"{more(small, solo, other, long)}, at {short} behind by {more(small, other, solo, short)}: neither is shown."
+    )
+    for tokens in small.lengths:
+        lead, half = report_real.difference(small, solo, other, tokens)
+        assert abs(lead) < half
+    took = [round(small.runs(name)[0]["cpu_seconds"]) for name in (other, solo, "orpo_short")]
+    assert said(f"24 steps took a core {took[0]:,} seconds, SoLo's {took[1]:,}, the control's {took[2]}.")
 
 
 def test_what_is_said_of_where_it_looks(small):
