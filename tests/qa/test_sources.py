@@ -285,6 +285,15 @@ def test_only_what_is_not_here_goes_to_the_hub(tmp_path, monkeypatch):
     assert asked == []
 
 
+def test_a_folder_of_save_to_disk_is_no_folder_of_rows(tmp_path):
+    """Its files of metadata would be read as a row."""
+    from datasets import Dataset
+
+    Dataset.from_list([{"id": "a"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"^`input: \S+saved` was written by `save_to_disk`; write its rows as parquet"):
+        list(source_rows(str(tmp_path / "saved"), "input", None, "train"))
+
+
 def test_a_comma_in_the_name_of_what_is_there_parts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a,b.json", "c", "c, d", "e", "b.json", "f,g", "f,g,h"):
