@@ -34,7 +34,7 @@ def build(args: argparse.Namespace) -> None:
     if args.stage is None and "judge" not in finished and recipe.judge == "model" and recipe.judge_model_name_or_path:
         sampling, model = recipe.judging
         check_other(sampling.backend, model.server_urls, "judge_model_name_or_path", model.path)
-    if args.stage is None and "ask" not in finished and from_documents(recipe) and recipe.asker != recipe:
+    if args.stage is None and "ask" not in finished and from_documents(recipe) and recipe.another_asks:
         asker = recipe.asker
         check_other(asker.backend, asker.server_urls, "ask_model_name_or_path", asker.model_name_or_path)
     manifest = run_pipeline(recipe, args.stage, args.resume)

@@ -101,7 +101,7 @@ def markers_of(recipe: DataRecipe) -> set[str]:
         DataError: There is no such template or tokenizer.
     """
     asker, found = recipe.asker, template_markers(*load_chat(recipe.model.tokenizer, pick(recipe, Chat)))
-    if asker == recipe:
+    if not recipe.another_asks:
         return found
     if asker.backend != "openai" or asker.openai_endpoint != "chat":
         return found | template_markers(*load_chat(asker.model.tokenizer, pick(asker, Chat)))

@@ -251,7 +251,12 @@ class DataRecipe:
         if not own.keys() & ASKED:
             return replace(self, **own)
         others = {"default_system": None, "extra_body": None, "served_model": None}
-        return _Asker(**vars(self) | others | own)
+        return _RecipeOfAsker(**vars(self) | others | own)
+
+    @property
+    def another_asks(self) -> bool:
+        """Return whether any key of the recipe that asks is another one than the model that is trained has."""
+        return vars(self.asker) != vars(self)  # by `==` a recipe of another type is another one
 
     @property
     def judging(self) -> tuple[Sampling, Model]:
@@ -273,7 +278,7 @@ class DataRecipe:
         )
 
 
-class _Asker(DataRecipe):
+class _RecipeOfAsker(DataRecipe):
     """Hold the keys of a recipe with another model that asks in place of the one that is trained."""
 
     served_key = "ask_served_model"

@@ -324,6 +324,15 @@ def test_the_model_that_is_trained_asks_unless_keys_say_otherwise():
     assert replace(moved, api_key_env=recipe.api_key_env, ask_api_key_env=None) == recipe
 
 
+def test_the_same_model_named_twice_is_one():
+    """Its tokenizer is read once, and it is looked for once."""
+    recipe = recipe_for(served_model=None)
+    same = replace(recipe, ask_model_name_or_path=recipe.model_name_or_path)
+    assert not recipe.another_asks and not same.another_asks
+    for own in (OWN, {"ask_model_name_or_path": "org/big"}, {"ask_template": "llama3"}):
+        assert replace(recipe, **own).another_asks
+
+
 def test_questions_depend_on_the_model_that_asks_and_not_on_where_it_is():
     recipe = recipe_for(server_urls="http://a/v1", **OWN)
     before = stage_settings(recipe, "ask"), ask.asking_settings(recipe.asker, 2)
