@@ -3,6 +3,7 @@
 What a user sees and does is in `web/test_web.py`.
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -361,6 +362,18 @@ def test_a_board_of_another_structure_starts_without_the_section(tmp_path):
         strict=True,
     ):
         assert "LlamaBoard starts without the SoLoPO section: " in line and what in line, line
+
+
+def test_a_board_without_a_name_that_is_imported_starts_without_the_section(host, monkeypatch, capsys):
+    monkeypatch.delattr(host.locales, "LOCALES")
+    spec = importlib.util.spec_from_file_location("solopo_plugin.host.board_again", board.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    page = host.interface.create_ui
+    again.apply(host.interface)
+    assert host.interface.create_ui is page
+    said = capsys.readouterr().err
+    assert "LlamaBoard starts without the SoLoPO section: cannot import name 'LOCALES'" in said
 
 
 # ---- data sets

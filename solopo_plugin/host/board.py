@@ -8,19 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
-import gradio as gr
-from llamafactory.data.parser import DatasetAttr
-from llamafactory.extras import constants
-from llamafactory.hparams import parser
-from llamafactory.webui import control
-from llamafactory.webui.common import DEFAULT_DATA_DIR, load_dataset_info
-from llamafactory.webui.components import data as data_tab
-from llamafactory.webui.components import eval as eval_tab
-from llamafactory.webui.components import train as train_tab
-from llamafactory.webui.locales import LOCALES
-from llamafactory.webui.manager import Manager
-from llamafactory.webui.runner import Runner
-
 from ..args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
 from . import board_texts
 from .arguments import check_best, check_recipe
@@ -28,6 +15,23 @@ from .data import LONG_COLUMN, check_stage
 from .preflight import misshapen, names_of
 from .stage import IN_LOG
 from .versions import expect_signature, wrap
+
+absent: ImportError | None = None
+try:
+    import gradio as gr
+    from llamafactory.data.parser import DatasetAttr
+    from llamafactory.extras import constants
+    from llamafactory.hparams import parser
+    from llamafactory.webui import control
+    from llamafactory.webui.common import DEFAULT_DATA_DIR, load_dataset_info
+    from llamafactory.webui.components import data as data_tab
+    from llamafactory.webui.components import eval as eval_tab
+    from llamafactory.webui.components import train as train_tab
+    from llamafactory.webui.locales import LOCALES
+    from llamafactory.webui.manager import Manager
+    from llamafactory.webui.runner import Runner
+except ImportError as error:  # a board of another host: `check` refuses it
+    absent = error
 
 STAGE = "SoLoPO"  # as the stage list shows it
 FROM_HOST = ("pref_beta", "pref_ftx", "pref_loss")  # widgets of the RLHF section, which the host reads for DPO only
@@ -85,8 +89,11 @@ def check(interface) -> None:
     """Refuse a board that is not the known one, before anything is changed.
 
     Raises:
+        ImportError: A module or a name of the host that this file imports is missing.
         RuntimeError: A function or a name that the section builds on is missing or different.
     """
+    if absent:
+        raise absent
     expect_signature(interface, "create_ui", ("demo_mode",))
     expect_signature(control, "list_datasets", ("dataset_dir", "training_stage"))
     expect_signature(Manager, "get_base_elems", ("self",))
