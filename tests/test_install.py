@@ -329,6 +329,7 @@ DAMAGED = {  # a file of the package -> its text, None: it is missing
 def test_a_damaged_package_leaves_the_host_alone(file, tmp_path):
     """Each module of the host is loaded as without the plugin, also one that fails by itself; one line says why."""
     package = shutil.copytree(ROOT / "solopo_plugin", tmp_path / "solopo_plugin")
+    (package / "host/data.py").write_text("def apply(module): ...")  # it needs pyarrow, which this process has not
     (package / file).unlink()
     if DAMAGED[file] is not None:
         (package / file).write_text(DAMAGED[file])
@@ -344,7 +345,7 @@ except ImportError as error: print(error)
     done = start(sys.executable, "-SP", "-c", code, PYTHONPATH=str(tmp_path), SOLOPO_PLUGIN="on")
     assert (done.returncode, done.stdout) == (0, "None\nits own\n"), done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("[WARNING] solopo_plugin is inactive: ")]
-    assert len(said) == len(set(said)) and "Traceback" not in done.stderr
+    assert len(said) == 1 and "Traceback" not in done.stderr
     assert sum(word in done.stderr for word in ("solopo_plugin.qa.provenance", "versions.py", ": no\n")) == 1
 
 
@@ -362,10 +363,14 @@ STUBS = {
 }
 
 # Every function of the modules, with the file that its code comes from: differs as soon as one is replaced.
-# What replaces one is made by `wrap` in `solopo_plugin/host/versions.py`.
+# Of what `wrap` in `solopo_plugin/host/versions.py` makes it is the file of our function.
 DESCRIBE = """
 import sys, types
 from importlib import import_module
+
+def file_of(function):
+    ours = vars(function).get("ours", function)
+    return getattr(ours, "func", ours).__code__.co_filename
 
 def where(owner):
     for name, value in sorted(vars(owner).items()):
@@ -373,7 +378,7 @@ def where(owner):
             chain = [value]
             while hasattr(chain[-1], "__wrapped__"):
                 chain.append(chain[-1].__wrapped__)
-            print(name, [f.__code__.co_filename.rpartition("llamafactory")[2] for f in chain])
+            print(name, [file_of(f).rpartition("llamafactory")[2] for f in chain])
         elif isinstance(value, type):
             where(value)
 
@@ -413,7 +418,7 @@ def test_stubs_stand_for_every_patched_module(bare, tmp_path):
     code = DESCRIBE + "describe('llamafactory.train.tuner', 'llamafactory.train.unrelated')"
     on = bare.run(code, fake_host(tmp_path))
     assert on.returncode == 0 and on.stderr == "", on.stderr
-    assert on.stdout.count("solopo_plugin/host/versions.py") == 2
+    assert on.stdout.count("solopo_plugin/host/stage.py") == 2
     off = bare.run(code, tmp_path, SOLOPO_PLUGIN="off")
     assert off.returncode == 0 and off.stderr == "" and "solopo_plugin" not in off.stdout
     assert "run_sft ['/train/unrelated.py']" in on.stdout and "run_sft ['/train/unrelated.py']" in off.stdout
@@ -546,7 +551,7 @@ def test_beside_a_foreign_finder(bare, tmp_path, finder):
     assert off.returncode == 0 and off.stderr == "", off.stderr
     on = bare.run(code, tmp_path)
     assert on.returncode == 0 and on.stderr == "", on.stderr
-    assert on.stdout.count("solopo_plugin/host/versions.py") == 2
+    assert on.stdout.count("solopo_plugin/host/stage.py") == 2
 
 
 def test_a_finder_that_always_raises_does_so_with_and_without(bare, tmp_path):
@@ -574,7 +579,7 @@ def test_a_loader_that_serves_several_modules(bare, tmp_path):
     code = DESCRIBE + "describe('llamafactory.train.tuner', 'llamafactory.train.unrelated')"
     on = bare.run(code, packed)
     assert on.returncode == 0 and on.stderr == "", on.stderr
-    assert on.stdout.count("solopo_plugin/host/versions.py") == 2
+    assert on.stdout.count("solopo_plugin/host/stage.py") == 2
 
 
 def test_patched_once_however_often_it_is_looked_up_or_reloaded(bare, tmp_path):
@@ -595,4 +600,4 @@ print(sys.meta_path.count(HostFinder), "finder")
     assert on.returncode == 0 and on.stderr == "", on.stderr
     *twice, finders = on.stdout.splitlines()
     assert finders == "1 finder" and len(twice) % 2 == 0 and twice[: len(twice) // 2] == twice[len(twice) // 2 :]
-    assert on.stdout.count("solopo_plugin/host/versions.py") == 4  # two functions, each wrapped once, before and after
+    assert on.stdout.count("solopo_plugin/host/stage.py") == 4  # two functions, each wrapped once, before and after

@@ -77,4 +77,5 @@ def _around(function: Callable, ours: Callable) -> Callable:
     def wrapper(*args, **kwargs):
         return ours(function, *args, **kwargs)
 
+    vars(wrapper)["ours"] = ours  # says which file replaces a function
     return wrapper

@@ -47,7 +47,7 @@ class HostFinder:
 class PatchingLoader:
     """Run a module's own loader, then the patch. A wrapper, for a loader may be shared by modules or read-only."""
 
-    said: set[str] = set()
+    said: set[str] = set()  # why the plugin is inactive, over all modules of this process
 
     def __init__(self, loader):
         self.loader = loader
@@ -71,7 +71,7 @@ class PatchingLoader:
             if import_module("solopo_plugin.host.versions").tested():
                 import_module(PATCHES[module.__name__]).apply(module)
         except Exception as error:
-            if str(error) not in self.said:  # once, however many modules a missing file of ours concerns
+            if str(error) not in self.said:
                 self.said.add(str(error))
                 print(f"[WARNING] solopo_plugin is inactive: {error}", file=sys.stderr)
 
