@@ -238,6 +238,7 @@ def in_parallel(workers: int, calls: dict, what: str) -> list[str]:
         if left and workers == 1:  # the first one was running
             name = next(iter(left))
             failed.append(f"{name}: its process was killed, mostly for lack of memory; see {left.pop(name)[1]}")
+            bar.update()
         elif left:
             bar.write("A process was killed, mostly for lack of memory; the rest runs one at a time.", file=sys.stderr)
             workers = 1
@@ -258,6 +259,14 @@ def wanted_arms(args, parser) -> list[str]:
         return args.arms or list(swept)
     every = list(table(args.task)["beyond" if args.beyond else "arms"])
     return args.arms or table(args.task).get("arms_first", every)
+
+
+def set_up(args) -> None:
+    """Make or check what the runs of a real model share; end with a sentence where it cannot be."""
+    try:
+        task_of(args.task).setup(args.data, args.package)
+    except DataError as error:
+        sys.exit(str(error))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -286,10 +295,7 @@ def main(words: list[str] | None = None) -> int:
     cpu = args.task not in SIZES or table(args.task)["base"].get("use_cpu", False)
     if args.task in SIZES:
         environment(out, cpu)
-        try:
-            task_of(args.task).setup(args.data, args.package)
-        except DataError as error:
-            sys.exit(str(error))
+        set_up(args)
     if args.sweep:
         wanted = sweep_jobs(names, args.seeds, args.rates, out, args.task)
     else:
