@@ -82,7 +82,7 @@ def test_the_interval_holds_the_truth_in_95_of_100_cases(kind, tasks):
 
 
 def coverage(n: int, truth: float) -> tuple[int, int]:
-    """How often, in 100, the interval of n right or wrong answers holds the truth and has no width: over all counts."""
+    """Return how often, in 100, the interval of n answers holds the truth, and has no width: over all counts right."""
     held = flat = 0.0
     for right in range(n + 1):
         _, low, high = mean_interval([np.repeat([100.0, 0.0], [right, n - right])], 2000, generator(right))

@@ -347,7 +347,7 @@ def said(sentence: str) -> bool:
 
 
 def share(results, name: str, tokens: int) -> float:
-    """Accuracy of an arm over all of its seeds."""
+    """Return an arm's accuracy over all of its seeds."""
     return statistics.mean(statistics.mean(marks) for marks in results.marks(name, tokens).values())
 
 
@@ -356,7 +356,7 @@ def more(results, first: str, second: str, tokens: int) -> str:
 
 
 def only_one(results, first: str, second: str, tokens: int) -> list[int]:
-    """Questions that the first arm alone answers right, and the second alone."""
+    """Count the questions that the first arm alone answers right, and those of the second alone."""
     a, b = (results.marks(name, tokens) for name in (first, second))
     pairs = [pair for seed in a.keys() & b.keys() for pair in zip(a[seed], b[seed], strict=True)]
     return [pairs.count((1, 0)), pairs.count((0, 1))]
