@@ -1,6 +1,7 @@
 """A user's first day: what a recipe lacks on this machine is told in one message, before anything is loaded."""
 
 # ruff: noqa: E501  (tables: one case a line, with its whole sentence)
+import errno
 import json
 import re
 import shlex
@@ -102,9 +103,10 @@ AGAIN = {  # words of the command -> those that are advised where `bf16: true` f
     "train recipe.json": "recipe.json use_cpu=true",
     "train r.yaml model_name_or_path=m 'output_dir=my out'": "r.yaml model_name_or_path=m 'output_dir=my out' use_cpu=true",
     "r.yaml use_cpu=false cutoff_len=64": "r.yaml cutoff_len=64 use_cpu=true",
-    "r.yaml hf_hub_token=s3cret seed=1": "r.yaml seed=1 use_cpu=true 'hf_hub_token=***'",
+    "r.yaml hf_hub_token=s3cret seed=1": "r.yaml seed=1 use_cpu=true",
     "train --stage solopo --use-cpu false --bf16 --report_to a b": "--stage solopo --bf16 --report_to a b --use_cpu=true",
-    "--use_cpu=false --hf_hub_token s3cret --seed -3 --stage=solopo": "--seed -3 --stage=solopo --use_cpu=true '--hf_hub_token=***'",
+    "--use_cpu=false --hf_hub_token s3cret --seed -3 --stage=solopo": "--seed -3 --stage=solopo --use_cpu=true",
+    "r.yaml swanlab_lark_secret=s3cret swanlab_lark_webhook_url=https://h/s3cret ms_hub_token=s3cret swanlab_api_key=s3cret": "r.yaml use_cpu=true",
     "--node-ip-address=10.0.0.1 --redis-password=s3cret": "RECIPE use_cpu=true",
     "": "RECIPE use_cpu=true",
     "-q tests": "RECIPE use_cpu=true",
@@ -133,14 +135,14 @@ def test_rows_shared_by_more_gpus_than_there_are(machine, monkeypatch):
 
 
 ENTRIES = {  # name: (the entry, the sentence)
-    "a text": ("rows.jsonl", "Dataset `rows` must be an object with a `file_name` in dataset_info.json, got 'rows.jsonl'."),
-    "misspelt file_name": ({"filename": "rows.jsonl"}, "Dataset `rows` must be an object with a `file_name` in dataset_info.json, got {'filename': 'rows.jsonl'}."),
-    "several files": ({"file_name": ["rows.jsonl"]}, "Dataset `rows`: `file_name` in dataset_info.json cannot be ['rows.jsonl']; see docs/data.md."),
-    "columns are null": ({"columns": None}, "Dataset `rows`: `columns` in dataset_info.json cannot be None; see docs/data.md."),
-    "columns are a list": ({"columns": ["prompt"]}, "Dataset `rows`: `columns` in dataset_info.json cannot be ['prompt'];"),
-    "a column is a list": ({"columns": {"rejected": ["a", "b"]}}, "Dataset `rows`: `columns` in dataset_info.json cannot be {'rejected': ['a', 'b']};"),
-    "tags are null": ({"tags": None}, "Dataset `rows`: `tags` in dataset_info.json cannot be None;"),
-    "samples as text": ({"num_samples": "5"}, "Dataset `rows`: `num_samples` in dataset_info.json cannot be '5';"),
+    "a text": ("rows.jsonl", "Dataset `rows` must be an object with a `file_name` in dataset_info.json, got \"rows.jsonl\"."),
+    "misspelt file_name": ({"filename": "rows.jsonl"}, "Dataset `rows` must be an object with a `file_name` in dataset_info.json, got {\"filename\": \"rows.jsonl\"}."),
+    "several files": ({"file_name": ["rows.jsonl"]}, "Dataset `rows`: `file_name` in dataset_info.json cannot be [\"rows.jsonl\"]; see docs/data.md."),
+    "columns are null": ({"columns": None}, "Dataset `rows`: `columns` in dataset_info.json cannot be null; see docs/data.md."),
+    "columns are a list": ({"columns": ["prompt"]}, "Dataset `rows`: `columns` in dataset_info.json cannot be [\"prompt\"];"),
+    "a column is a list": ({"columns": {"rejected": ["a", "b"]}}, "Dataset `rows`: `rejected` under `columns` in dataset_info.json must be the name of a column, got [\"a\", \"b\"]."),
+    "tags are null": ({"tags": None}, "Dataset `rows`: `tags` in dataset_info.json cannot be null;"),
+    "samples as text": ({"num_samples": "5"}, "Dataset `rows`: `num_samples` in dataset_info.json cannot be \"5\";"),
     "an empty folder": ({"file_name": "folder"}, "`dataset: rows` is read from {path}/folder, which is empty: check the path."),
     "an empty file": ({"file_name": "empty.jsonl"}, "`dataset: rows` is read from {path}/empty.jsonl, which is empty: check the path."),
 }  # fmt: skip
@@ -159,8 +161,35 @@ def test_an_entry_that_the_host_cannot_read(name, tmp_path):
     (said,) = told(dataset="rows", dataset_dir=folder)
     assert said.startswith(sentence.replace("{path}", str(tmp_path)))
     more = {"num_samples": 2, "tags": {"system_tag": None}, "made_of": {"rows": 2}, "subset": "x"}
-    info.write_text(json.dumps({"rows": good | more}))
+    entries = {"rows": good | more, "hub": {"hf_hub_url": "someone/rows", "file_name": None}}
+    info.write_text(json.dumps(entries))
+    assert told(dataset="hub", dataset_dir=folder) == []  # the host does not read its `file_name`
     assert told(dataset="rows", dataset_dir=folder) == []
+
+
+def test_a_reason_is_one_sentence_and_a_full_disk_no_fault_of_the_data(monkeypatch):
+    """The reason may end in a full stop, or be none."""
+    from datasets.exceptions import DatasetGenerationError
+
+    from solopo_plugin.host import data
+
+    def read_with(error, cause=None):
+        def reads(*_):
+            raise error from cause
+
+        loader = SimpleNamespace(get_dataset_list=lambda *_: [None])
+        data._merging(loader, reads, ["rows"], None, SimpleNamespace(dataset_dir="data"), None, "solopo")
+
+    monkeypatch.setattr(data, "check_stage", lambda *_: None)
+    for error, reason in ((OSError("No access."), "No access."), (OSError("gone"), "gone."), (OSError(), "OSError.")):
+        with pytest.raises(ValueError) as caught:
+            read_with(error)
+        assert str(caught.value) == f"Dataset `rows` cannot be read: {reason}"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, cause in ((full, None), (DatasetGenerationError("generating"), full)):
+        with pytest.raises(type(error)) as caught:
+            read_with(error, cause)
+        assert caught.value is error
 
 
 def test_a_refusal_is_not_its_own_cause():
@@ -335,7 +364,7 @@ def test_seven_b_on_a_laptop(cli):
     *_, head = (line for line in done.out.splitlines() if line.startswith("Error: "))
     listed = re.findall(r"^  \d\. (.*)", done.out, re.MULTILINE)
     assert done.returncode == 1 and "Traceback" not in done.out and len(done.out.splitlines()) < 10
-    assert head == f"Error: {len(listed)} things are missing before this recipe can start here:"
+    assert head == f"Error: {len(listed)} things keep this recipe from starting here:"
     for part in ("`bf16: true` needs a GPU", "FORCE_TORCHRUN=1 llamafactory-cli", "hf download Qwen/", "build_data.py"):
         assert sum(part in sentence for sentence in listed) == 1, part
 
@@ -410,7 +439,7 @@ def test_other_stages_fail_as_before(cli):
     assert done.returncode == 1 and "Traceback" in done.out
     words = ["model_name_or_path=/no", "use_cpu=true", "deepspeed=null", "stage=sft"]
     done = cli("train", "examples/yaml/demo_solo_orpo.yaml", *words, check=False)
-    assert done.returncode == 1 and "Traceback" in done.out and "are missing" not in done.out
+    assert done.returncode == 1 and "Traceback" in done.out and "keep this recipe" not in done.out
 
 
 def test_other_stages_log_as_before(run, recipe):

@@ -1,5 +1,6 @@
 """Seam 2 (docs/seams.md): `llamafactory.data` learns the long column and the rows of `stage: solopo`."""
 
+import errno
 import json
 from copy import copy
 from functools import partial
@@ -110,10 +111,13 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
     try:
         return get_merged_dataset(*args, "rm", return_dict)  # to the host our rows are ranking rows
     except (DatasetsError, OSError) as error:
+        said = error.__cause__ or error
+        if errno.ENOSPC in (getattr(error, "errno", None), getattr(said, "errno", None)):
+            raise  # a full disk is no fault of the data set
         which = "` or `".join(dataset_names)  # several: the host's last line before says of which
-        told = str(error.__cause__ or error).partition("\n\nThe above exception")[0]
+        told = str(said).partition("\n\nThe above exception")[0]
         reason = told.splitlines()[-1] if "Traceback" in told else " ".join(told.split())  # the first, of a worker
-        raise ValueError(f"Dataset `{which}` cannot be read: {reason}.") from error
+        raise ValueError(f"Dataset `{which}` cannot be read: {reason.rstrip('.') or type(said).__name__}.") from error
 
 
 class LongConverter:

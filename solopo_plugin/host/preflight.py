@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -35,7 +36,7 @@ PACKAGES = {  # `key: value` of a recipe -> the package (of several one is enoug
     "report_to: (clearml|codecarbon|comet_ml|dvclive|mlflow|neptune|swanlab|trackio|wandb)": "",
 }
 DEEPSPEED = 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"'
-INSTALLED = {"deepspeed": DEEPSPEED, "bitsandbytes": 'pip install ".[qlora]"'}  # those not by their name
+INSTALL_BY = {"deepspeed": DEEPSPEED, "bitsandbytes": 'pip install ".[qlora]"'}  # those not by their name
 URLS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}  # win over an entry's `file_name`
 ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": dict}  # keys of an entry, their types
 
@@ -128,7 +129,7 @@ def listed(sentences: list[str]) -> str:
     if len(sentences) == 1:
         return sentences[0]
     lines = "".join(f"\n  {i}. {sentence}" for i, sentence in enumerate(sentences, 1))
-    return f"{len(sentences)} things are missing before this recipe can start here:{lines}"
+    return f"{len(sentences)} things keep this recipe from starting here:{lines}"
 
 
 def check_vocabulary(tokenizer, template, model_args) -> None:
@@ -151,18 +152,19 @@ def check_vocabulary(tokenizer, template, model_args) -> None:
 
 
 def _again(changes: str = "", before: str = "") -> str:
-    """Return the command that was given, with keys changed, each once; another key's secret is left out."""
+    """Return the command that was given, with keys changed, each once, and without keys whose values are secrets."""
+    from ..qa.kinds import SECRET
+
     words, new = sys.argv[1:], dict(change.split("=") for change in changes.split())
     words = words[words[:1] == ["train"] :] or [""]
     if "stage" not in flags(words) and not words[0].endswith((".yaml", ".yml", ".json")):
         words = ["RECIPE"]  # started otherwise: from Python, by Ray
-    flag, kept, replaced = "--" * words[0].startswith("--"), [], False
+    flag, kept, left_out = "--" * words[0].startswith("--"), [], False
     for word in words:
         if word.startswith(flag):  # else a flag's value
             name = word.removeprefix(flag).partition("=")[0].replace("-", "_")
-            new |= {name: "***"} if name.endswith(("_token", "_key")) else {}
-            replaced = name in new
-        kept += [] if replaced else [word]
+            left_out = name in new or bool(SECRET.fullmatch(name))
+        kept += [] if left_out else [word]
     command = shlex.join([*kept, *(f"{flag}{name}={value}" for name, value in new.items())])
     return f"{before} llamafactory-cli train {command}".strip()
 
@@ -214,7 +216,7 @@ def _packages(recipe: dict) -> Iterator[str]:
                 continue
             if not any(map(find_spec, names := (packages or value).split())):
                 name = names[0].replace("_", "-")
-                yield f"`{key}: {value}` needs the package {name}: {INSTALLED.get(names[0], f'pip install {name}')}"
+                yield f"`{key}: {value}` needs the package {name}: {INSTALL_BY.get(names[0], f'pip install {name}')}"
 
 
 def _launch(recipe: dict) -> Iterator[str]:
@@ -367,13 +369,18 @@ def _data(recipe: dict) -> Iterator[str]:
 
 def misshapen(name: str, entry: Any) -> str | None:
     """Say what of a data set's entry in dataset_info.json the host cannot read; None if it can read all."""
+    seen, head = partial(json.dumps, ensure_ascii=False), f"Dataset `{name}`"
     if not isinstance(entry, dict) or not entry.keys() & {"file_name", *URLS}:
-        return f"Dataset `{name}` must be an object with a `file_name` in dataset_info.json, got {entry!r}."
-    for key, value in entry.items():
-        kind = ENTRY.get(key, object)
-        names = value.values() if kind is dict and isinstance(value, dict) else ()
-        if not isinstance(value, kind) or any(name and not isinstance(name, str) for name in names):
-            return f"Dataset `{name}`: `{key}` in dataset_info.json cannot be {value!r}; see docs/data.md."
+        return f"{head} must be an object with a `file_name` in dataset_info.json, got {seen(entry)}."
+    unread = {"file_name"} if entry.keys() & URLS else set()
+    for key in (key for key in entry if key in ENTRY.keys() - unread):
+        value = entry[key]
+        if not isinstance(value, ENTRY[key]):
+            return f"{head}: `{key}` in dataset_info.json cannot be {seen(value)}; see docs/data.md."
+        for part, text in value.items() if isinstance(value, dict) else ():
+            if text and not isinstance(text, str):
+                what = "the name of a column" if key == "columns" else "a text"
+                return f"{head}: `{part}` under `{key}` in dataset_info.json must be {what}, got {seen(text)}."
     return None
 
 

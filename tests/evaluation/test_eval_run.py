@@ -484,7 +484,7 @@ def test_what_cannot_be_asked_is_told_in_one_message_before_anything_is_made(tmp
     monkeypatch.setattr(run, "find_models", lambda recipe: looked.append(recipe) or find_models(recipe))
     recipe = recipe_in(tmp_path, {"mine": "nobody/no-model"}, backend="vllm")
     with pytest.raises(
-        DataError, match=r"2 things are missing(.|\n)*`backend: vllm`(.|\n)*`models: mine: nobody/no-model`"
+        DataError, match=r"2 things keep this recipe(.|\n)*`backend: vllm`(.|\n)*`models: mine: nobody/no-model`"
     ):
         run.evaluate(recipe)
     assert len(looked) == 1 and not (tmp_path / "out").exists()

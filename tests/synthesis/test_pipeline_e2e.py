@@ -225,7 +225,7 @@ def test_what_is_missing_is_said_at_once(material, tmp_path, capsys, monkeypatch
     assert build_data([path]) == 1
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        "Error: 2 things are missing before this recipe can start here:",
+        "Error: 2 things keep this recipe from starting here:",
         "  1. `backend: vllm` is not installed: pip install '.[vllm]', or use `backend: openai`.",
         "  2. `model_name_or_path: someone/some-model` is not on this machine, and HF_HUB_OFFLINE keeps it from the "
         "hub: HF_HUB_OFFLINE=0 hf download someone/some-model",
