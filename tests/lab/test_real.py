@@ -407,7 +407,7 @@ def test_what_is_said_of_sft_on_long_answers(small):
         lead, half = report_real.difference(small, solo, other, tokens)
         assert abs(lead) < half
     took = [round(small.runs(name)[0]["cpu_seconds"]) for name in (other, solo, "orpo_short")]
-    assert said(f"24 steps took a core {took[0]:,} seconds, SoLo's {took[1]:,}, the control's {took[2]}.")
+    assert said(f"24 steps took a core {took[0]:,} seconds, SoLo's {took[1]:,}, the control's {took[2]}, each beside")
 
 
 def test_what_is_said_of_where_it_looks(small):
