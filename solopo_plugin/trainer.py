@@ -6,7 +6,7 @@ Shape suffixes: B samples, P pairs (data.py), M metrics.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partialmethod
 from itertools import chain
 from types import MethodType
 
@@ -23,6 +23,7 @@ from .collapse import GAP, NLL, REWARD, collapse
 from .data import data_sets, step_lengths
 from .distill import Top
 from .forward import Packed, Pair, TwoStages, all_tokens
+from .host.preflight import refusing
 from .losses import ANCHOR, METRICS, OBJECTIVES, mean_of_pairs, solopo
 from .sequence_parallel import Ranks
 
@@ -118,8 +119,10 @@ class SoloTrainer(CustomDPOTrainer):
         """Return the names of what is logged of a step, in its order."""
         return (*METRICS, ANCHOR) if self.finetuning_args.solopo_anchor else METRICS
 
-    # the host's, that of TRL's DPO trainer, does not take the words that the Trainer pushes a model to the hub with
-    create_model_card = Trainer.create_model_card
+    # TRL's, which is the host's, does not take what the Trainer calls it with when it pushes a model. It runs at each
+    # checkpoint too, where the Trainer's would ask the hub for the base model's licence, without a time limit, if it
+    # were given none: "other" is what the host gives
+    create_model_card = partialmethod(Trainer.create_model_card, license="other")
 
     # ---- one step
 
@@ -236,11 +239,12 @@ class SoloTrainer(CustomDPOTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) < num_batches:
             if not self.state.global_step:
-                raise ValueError(
-                    f"The stream ends before a step is full, after {len(batches)} of {num_batches} batches of this "
-                    "process: lower `gradient_accumulation_steps` or `per_device_train_batch_size`, or set "
-                    "`streaming: false`."
-                )
+                with refusing():
+                    raise ValueError(
+                        f"The stream ends before a step is full, after {len(batches)} of {num_batches} batches of this "
+                        "process: lower `gradient_accumulation_steps` or `per_device_train_batch_size`, or set "
+                        "`streaming: false`."
+                    )
             batches = []
         examples = sum(len(batch["names"]) for batch in batches)
         self.window_weight = len(batches) / examples if examples else 1.0

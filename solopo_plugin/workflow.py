@@ -66,7 +66,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         packed = choose_form(model, ref_model, model_args, training_args, finetuning_args)
         given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
         trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
-        check_metric(trainer)
+        check_best_exists(trainer)
         if cached:
             load = partial(load_ref, packed) if elsewhere else None
             with abort_ends_the_process():
@@ -88,6 +88,8 @@ def check_sharing(size: int, model_args) -> None:
 
 def check_rope(model_args) -> None:
     """Refuse a `rope_scaling` with which the host would fail when it loads the model, after all rows are tokenised."""
+    host = logging.get_logger(configure_rope.__module__)
+    host.disabled = True  # it says the same when it loads the model
     try:
         configure_rope(load_config(model_args), model_args)
     except StrictDataclassFieldValidationError:
@@ -95,18 +97,24 @@ def check_rope(model_args) -> None:
             "The host's `rope_scaling` does not work with transformers 5; remove it, and write the scaling into the "
             'model\'s config.json (docs/training.md, "Rows longer than one GPU").'
         ) from None
+    finally:
+        host.disabled = False
 
 
-def check_metric(trainer: SoloTrainer) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation gives, which the host would say after the first."""
+def check_best_exists(trainer: SoloTrainer) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation gives, which the host would say after the first.
+
+    Whether it is better when lower is `check_best_direction`'s, in host/arguments.py.
+    """
     args, sets = trainer.args, trainer.eval_dataset
     of_sets = [f"{name}_" for name in sets] if isinstance(sets, dict) else [""]
     names = [f"{of_set}{name}" for of_set in of_sets for name in ("loss", *trainer.metrics)]
     best = args.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in names and args.eval_strategy != "no":
+        filled_in = args.load_best_model_at_end and best == "loss"  # by transformers, where the recipe names none
+        watched = "`load_best_model_at_end` watches `loss`, which" if filled_in else f"`metric_for_best_model: {best}`"
         raise ValueError(
-            f"`metric_for_best_model: {best}` is no metric of the evaluation. {did_you_mean(best, names)}"
-            f"There are: {', '.join(names)}."
+            f"{watched} is no metric of the evaluation. {did_you_mean(best, names)}There are: {', '.join(names)}."
         )
 
 

@@ -516,7 +516,7 @@ def test_a_smaller_batch_after_running_out_of_memory_begins_its_metrics_anew(run
 
 
 def layerwise_sgd(model, training_args, finetuning_args):
-    """An optimizer of LOMO's kind, in the host's own form: a parameter steps as soon as its gradient is there."""
+    """Return an optimizer of LOMO's kind in the host's own form: a parameter steps as soon as its gradient is there."""
     from llamafactory.train.trainer_utils import DummyOptimizer
 
     optimizers = {p: torch.optim.SGD([p], lr=training_args.learning_rate) for p in model.parameters()}
@@ -532,9 +532,9 @@ def layerwise_sgd(model, training_args, finetuning_args):
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_an_optimizer_that_steps_within_backward_steps_once(run, recipe, tmp_path, host_log, monkeypatch, forward):
-    """LOMO and the like: two forwards under reentrant checkpointing would be two half steps.
+    """Give bit for bit the weights of a run without checkpointing.
 
-    Bit for bit the run without checkpointing.
+    Two forwards under reentrant checkpointing would be two half steps, with LOMO and the like.
     """
     import llamafactory.train.dpo.trainer as host
 
@@ -575,18 +575,33 @@ def test_a_stream_leaves_out_what_fills_no_step(run, recipe, tmp_path, rows_seen
     norms = [entry["grad_norm"] for entry in log.log if "grad_norm" in entry]
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-3) and len(rows_seen) == 6
     sentence = "The stream ends before a step is full, after 3 of 4 batches of this process: lower `gradient_acc"
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(Refused, match=sentence):  # no traceback on the command line
         run(recipe(dataset="rows", dataset_dir=folder, **keys | dict(gradient_accumulation_steps=4)))
 
 
 def test_a_model_is_pushed_with_its_card(run, recipe, monkeypatch):
+    """Nothing is asked of the hub for it, neither then nor at a checkpoint; a licence that is given is written."""
     import transformers.trainer as host
 
+    from solopo_plugin.trainer import SoloTrainer
+
+    def asked(name):
+        raise AssertionError(f"the hub was asked for the licence of {name}")
+
+    monkeypatch.setattr("transformers.modelcard.model_info", asked)
+    monkeypatch.setattr("transformers.modelcard.is_offline_mode", lambda: False)
     pushed = []
     monkeypatch.setattr(host, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/x"))
     monkeypatch.setattr(host, "upload_folder", lambda **keys: pushed.append(keys["commit_message"]))
     result = run(recipe(push_to_hub=True, hub_model_id="me/x", hub_token="t", max_steps=1))
-    assert pushed and (result.dir / "README.md").is_file()
+    assert pushed and "\nlicense: other\n" in (result.dir / "README.md").read_text()
+    given = []
+    monkeypatch.setattr(host.TrainingSummary, "from_trainer", lambda *_, license, **__: given.append(license) or 1 / 0)
+    fake = SimpleNamespace(is_world_process_zero=lambda: True, args=SimpleNamespace(output_dir=str(result.dir / "no")))
+    for keys in ({}, {"license": "mit"}):
+        with pytest.raises(ZeroDivisionError):
+            SoloTrainer.create_model_card(fake, model_name="x", **keys)
+    assert given == ["other", "mit"]
 
 
 @pytest.mark.parametrize("best, sets, said", [
@@ -597,14 +612,18 @@ def test_a_model_is_pushed_with_its_card(run, recipe, monkeypatch):
     ("solopo/align_loss", 1, None), ("eval_loss", 1, None), ("eval_two_solopo/nll", {"one": 1, "two": 2}, None),
     (None, 1, None),
 ])  # fmt: skip
-def test_a_best_checkpoint_by_no_metric(best, sets, said):
-    from solopo_plugin.workflow import check_metric
+@pytest.mark.parametrize("load_best", [False, True])
+def test_a_best_checkpoint_by_no_metric(best, sets, said, load_best):
+    """`load_best_model_at_end` without a metric watches `loss`, which transformers fills in."""
+    from solopo_plugin.workflow import check_best_exists
 
     def check(when):
-        args = SimpleNamespace(metric_for_best_model=best, eval_strategy=when)
-        check_metric(SimpleNamespace(args=args, eval_dataset=sets, metrics=METRICS))
+        args = SimpleNamespace(metric_for_best_model=best, eval_strategy=when, load_best_model_at_end=load_best)
+        check_best_exists(SimpleNamespace(args=args, eval_dataset=sets, metrics=METRICS))
 
     check("no")
+    if load_best and best == "loss" and said:
+        said = said.replace("`metric_for_best_model: loss` is", "`load_best_model_at_end` watches `loss`, which is")
     with nullcontext() if said is None else pytest.raises(ValueError, match="^" + re.escape(said)):
         check("steps")
 
