@@ -135,6 +135,16 @@ WITH_REFERENCE = ("sigmoid", "ipo", "hinge")  # values of `pref_loss`
 HOSTS_DEFAULTS = {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0}
 
 
+def flags(words: list[str]) -> dict[str, str]:
+    """Return the keys of a command line without a recipe, by name, with their values as text; `true` where none is."""
+    found = {}
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value if equals else "true" if after.startswith("--") else after
+    return found
+
+
 def check_keys(keys) -> None:
     """Refuse a `solopo_*` key that does not exist and name the nearest one and all that do."""
     for key in keys:

@@ -6,6 +6,7 @@ import re
 from contextlib import nullcontext
 
 import pytest
+import torch
 from conftest import ROOT
 
 from solopo_plugin.args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
@@ -104,10 +105,11 @@ FULL = dict(stage="solopo", do_train=True, finetuning_type="full", dataset="demo
 WATCHED = dict(eval_dataset="demo_solopo", eval_strategy="epoch")
 NO_LAYERS = (
     "does not work with `stage: solopo`: the layers' optimizers keep the full `learning_rate`, without warm-up or "
-    "decay, and a resume loses their state (`use_galore: true` or `use_apollo: true` alone keeps both); remove it."
+    "decay, and a resume loses their state (`use_galore` or `use_apollo` with `optim: adamw_torch` keeps both); "
+    "remove it."
 )
 NOT_FUSED = "does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
-WATCHES = "`early_stopping_steps: 2` needs a metric to watch: set `metric_for_best_model` (such as `loss`) and `eval"
+WATCHES, LOSS = "`early_stopping_steps: 2` needs a metric to watch: set", "`metric_for_best_model` (such as `loss`)"
 
 
 @pytest.mark.parametrize("keys, sentence", [
@@ -118,13 +120,21 @@ WATCHES = "`early_stopping_steps: 2` needs a metric to watch: set `metric_for_be
     (dict(use_galore=True, galore_layerwise=True), f"`galore_layerwise: True` {NO_LAYERS}"),
     (dict(use_apollo=True, apollo_layerwise=True), f"`apollo_layerwise: True` {NO_LAYERS}"),
     (dict(optim="galore_adamw_layerwise"), f"`optim: galore_adamw_layerwise` {NO_LAYERS}"),
-    (dict(early_stopping_steps=2), WATCHES), (dict(early_stopping_steps=2, metric_for_best_model="loss"), WATCHES),
-    (dict(early_stopping_steps=2, **WATCHED), WATCHES),
+    (dict(early_stopping_steps=2), f"{WATCHES} {LOSS} and `eval_strategy` and `eval_dataset` or `val_size`."),
+    (dict(early_stopping_steps=2, metric_for_best_model="loss"),
+     f"{WATCHES} `eval_strategy` and `eval_dataset` or `val_size`."),
+    (dict(early_stopping_steps=2, metric_for_best_model="loss", val_size=0.5), f"{WATCHES} `eval_strategy`."),
+    (dict(early_stopping_steps=2, **WATCHED), f"{WATCHES} {LOSS}."),
+    (dict(early_stopping_steps=2, eval_on_each_dataset=True, **WATCHED),
+     f"{WATCHES} `metric_for_best_model` (such as `NAME_loss`, with the name of a data set)."),
     (dict(early_stopping_steps=2, metric_for_best_model="loss", **WATCHED), None),
     (dict(finetuning_type="lora", quantization_bit=4), "`quantization_bit: 4` does not train on a CPU: bitsandbytes "
      "packs the weights anew when it first evaluates, and part of the gradient is lost; set `quantization_bit: 8`, "),
     (dict(finetuning_type="lora", quantization_bit=4, do_train=False, do_eval=True, **WATCHED), None),
     (dict(do_train=False), "There is nothing to do: set `do_train: true` or `do_eval: true`."),
+    (dict(do_train=False, do_predict=True, eval_dataset="demo_solopo"),
+     "`do_predict: True` has no effect in `stage: solopo`: the stage generates nothing; remove it."),
+    (dict(learning_rate=None), "`learning_rate` must be a number, got None."),
 ])  # fmt: skip
 def test_settings_that_the_host_takes_and_fails_with(monkeypatch, keys, sentence):
     from llamafactory.hparams import parser
@@ -133,6 +143,15 @@ def test_settings_that_the_host_takes_and_fails_with(monkeypatch, keys, sentence
     keys = FULL | dict(model_name_or_path="unused", output_dir="unused", use_cpu=True) | keys
     with nullcontext() if sentence is None else pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         parser.get_train_args(keys)
+
+
+def test_four_bits_train_on_a_gpu(monkeypatch):
+    from llamafactory.hparams import parser
+
+    cpu = parser.TrainingArguments.device.fget
+    monkeypatch.setattr(parser.TrainingArguments, "device", property(lambda self: cpu(self) and torch.device("cuda")))
+    keys = dict(model_name_or_path="unused", output_dir="unused", use_cpu=True)
+    parser.get_train_args(FULL | keys | dict(finetuning_type="lora", quantization_bit=4))
 
 
 def test_qlora_arguments_are_accepted():

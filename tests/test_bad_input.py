@@ -88,7 +88,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "adapters of no reference": ({"ref_model_adapters": "an/adapter"}, "`ref_model_adapters: an/adapter` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
     "bits of no reference": ({"ref_model_quantization_bit": 4}, "`ref_model_quantization_bit: 4` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
     "neat packing": ({"neat_packing": True}, "`neat_packing` cannot be set as True except SFT."),
-    "learning rate as text": ({"learning_rate": "1e-5"}, "`learning_rate` must be a number, got '1e-5'."),
+    "learning rate as text": ({"learning_rate": "1e-5"}, "`learning_rate` must be a number, got '1e-5'; write it without quotes."),
     "trained prompts": ({"train_on_prompt": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "masked history": ({"mask_history": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "predictions": ({"predict_with_generate": True}, "`predict_with_generate` cannot be set as True except SFT."),
@@ -350,6 +350,15 @@ def test_two_bos(run, recipe, tmp_path, tiny_model):
     )
 
 
+def test_a_librarys_sentence_says_how_to_see_where(run, recipe, monkeypatch):
+    """Ours do not; both are without a traceback on the command line."""
+    monkeypatch.setattr("solopo_plugin.workflow.load_model", lambda *_: json.loads("{"))
+    refused(run, recipe(), "double quotes: line 1 column 2 (char 1) (`LLAMAFACTORY_VERBOSITY=DEBUG` shows where)")
+    with pytest.raises(ValueError) as caught:
+        run(recipe(solopo_alpha=-1))
+    assert str(caught.value) == "`solopo_alpha` must be a number >= 0, got -1."
+
+
 def test_a_hub_name_without_registration(run, recipe):
     """`dataset_dir: ONLINE` cannot map a long column, so it must be registered."""
     refused(run, recipe(dataset_dir="ONLINE"), "Dataset `demo_solopo` has no long context for `stage: solopo`")
@@ -375,8 +384,10 @@ def reaches_the_model(run, args: dict) -> None:
         run(args)
 
 
-def test_a_scaling_of_the_window_that_changes_nothing(run, recipe):
+def test_a_scaling_of_the_window_that_changes_nothing(run, recipe, host_log):
+    """The host says so when it loads the model, and is not heard when it is only tried."""
     reaches_the_model(run, recipe(rope_scaling="yarn"))
+    assert not any("rope scaling" in message for message in host_log)
 
 
 @pytest.fixture

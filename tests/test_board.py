@@ -193,6 +193,11 @@ def test_extra_arguments_win(page):
             {"metric_for_best_model": "eval_solopo/nll"},
         ),
         ({"extra_args": '{"learning_rate": "1e-5"}'}, {"learning_rate": "1e-5"}),
+        ({"extra_args": '{"learning_rate": null, "pure_bf16": true}'}, {"learning_rate": None}),
+        (
+            {"top.quantization_bit": "4", "top.quantization_method": "bnb", "top.finetuning_type": "lora"},
+            {"quantization_bit": 4, "finetuning_type": "lora"},
+        ),
     ],
 )
 def test_a_wrong_value_gets_the_command_lines_sentence(page, monkeypatch, values, recipe):

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from .. import args as solo
-from .preflight import flags
 from .versions import wrap
 
 LAYERWISE = (
     "the layers' optimizers keep the full `learning_rate`, without warm-up or decay, and a resume loses their state "
-    "(`use_galore: true` or `use_apollo: true` alone keeps both)"
+    "(`use_galore` or `use_apollo` with `optim: adamw_torch` keeps both)"
 )
 REFUSED = {  # keys of the host that would change or bypass the step, unless they are off
     "use_mca": "it has its own trainer (unset USE_MCA)",
@@ -134,7 +133,7 @@ def apply(parser) -> None:
 def _reading_json(read_args, args=None):
     """Read a JSON recipe: the host passes the path, not the file, to `json.load` and dies with an AttributeError."""
     if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
-        from omegaconf import OmegaConf  # here, since stage.py takes from this file and must do without packages
+        from omegaconf import OmegaConf  # here: scripts/plan.py takes from this file, and has no such package
 
         recipe = OmegaConf.create(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
         return OmegaConf.to_container(OmegaConf.merge(recipe, OmegaConf.from_cli(sys.argv[2:])))
@@ -144,10 +143,10 @@ def _reading_json(read_args, args=None):
 def _checking_keys(parser, parse_train_args, args=None):
     """Refuse misspelt `solopo_*` keys with the allowed ones, and ours in a stage that would ignore them."""
     args = parser.read_args(args)
-    recipe = args if isinstance(args, dict) else flags(args)
+    recipe = args if isinstance(args, dict) else solo.flags(args)
     stage, ours = recipe.get("stage"), [key for key in recipe if key.startswith("solopo")]
     solo.check_keys(ours)
-    check_best(recipe)
+    check_best_direction(recipe)
     if ours and stage != "solopo":
         raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
     parsed = parse_train_args(args)
@@ -157,8 +156,11 @@ def _checking_keys(parser, parse_train_args, args=None):
     return parsed
 
 
-def check_best(recipe: dict) -> None:
-    """Refuse a metric that is better when lower where the recipe does not say so."""
+def check_best_direction(recipe: dict) -> None:
+    """Refuse a metric that is better when lower where the recipe does not say so.
+
+    Whether an evaluation gives it is `check_best_exists`'s, in workflow.py, which knows the data sets.
+    """
     best = str(recipe.get("metric_for_best_model"))
     if recipe.get("stage") == "solopo" and best.endswith(LOWER) and recipe.get("greater_is_better") is None:
         raise ValueError(
@@ -167,7 +169,7 @@ def check_best(recipe: dict) -> None:
         )
 
 
-def refused(given: Callable[[str], Any]) -> Iterator[str]:
+def refusals_of_keys(given: Callable[[str], Any]) -> Iterator[str]:
     """Yield a sentence for each key of the host that the stage refuses; `given` looks a key up."""
     for key, reason in REFUSED.items():
         if value := given(key):
@@ -185,11 +187,12 @@ def check_recipe(given: Callable[[str], Any], finetuning_args) -> None:
 
 
 def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
-    yield from refused(given)
-    if given("do_train") is given("do_eval") is False:
+    yield from refusals_of_keys(given)
+    if given("do_train") is given("do_eval") is False and not given("do_predict"):
         yield "There is nothing to do: set `do_train: true` or `do_eval: true`."
-    if isinstance(given("learning_rate"), str):  # as JSON and quotes may write it
-        yield f"`learning_rate` must be a number, got {given('learning_rate')!r}."
+    if not isinstance(rate := given("learning_rate"), int | float):  # JSON and quotes may write it as text
+        how = "; write it without quotes" * isinstance(rate, str)
+        yield f"`learning_rate` must be a number, got {rate!r}{how}."
     if given("streaming"):
         yield from _of_a_stream(given)
     if given("train_from_scratch") and args.use_ref_model and args.ref_model is not None:
@@ -229,18 +232,31 @@ def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
     unfused = next((key for key in ("use_galore", "use_apollo") if given(key)), ratio)
     if unfused and optim == "adamw_torch_fused":
         yield f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
-    watched = given("metric_for_best_model") or given("load_best_model_at_end")
-    if args.early_stopping_steps and (not watched or given("eval_strategy") in (None, "no")):
-        yield (
-            f"`early_stopping_steps: {args.early_stopping_steps}` needs a metric to watch: set "
-            "`metric_for_best_model` (such as `loss`) and `eval_strategy`."
-        )
+    if args.early_stopping_steps:
+        loss = "NAME_loss`, with the name of a data set" if given("eval_on_each_dataset") else "loss`"
+        watched = given("metric_for_best_model") or given("load_best_model_at_end")
+        needs = {
+            f"`metric_for_best_model` (such as `{loss})": watched,
+            "`eval_strategy`": given("eval_strategy") not in (None, "no"),
+            "`eval_dataset` or `val_size`": given("eval_dataset") or given("val_size") or given("tokenized_path"),
+        }
+        if missing := [key for key, there in needs.items() if not there]:
+            steps = f"`early_stopping_steps: {args.early_stopping_steps}`"
+            yield f"{steps} needs a metric to watch: set {' and '.join(missing)}."
     four_bits = given("quantization_bit") == 4 and given("quantization_method") == "bnb"
-    if four_bits and str(given("device")) == "cpu":
+    if four_bits and _on_cpu(given):
         yield (
             "`quantization_bit: 4` does not train on a CPU: bitsandbytes packs the weights anew when it first "
             "evaluates, and part of the gradient is lost; set `quantization_bit: 8`, or train on a GPU."
         )
+
+
+def _on_cpu(given: Callable[[str], Any]) -> bool:
+    from llamafactory.extras.misc import get_device_count
+
+    if (device := given("device")) is None:  # on the board, where transformers has not chosen one
+        return bool(given("use_cpu")) or not get_device_count()
+    return str(device) == "cpu"
 
 
 def _of_shared_rows(given: Callable[[str], Any], size: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from ..args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
 from . import board_texts
-from .arguments import check_best, check_recipe
+from .arguments import check_best_direction, check_recipe
 from .data import LONG_COLUMN, check_stage
 from .preflight import misshapen, names_of
 from .stage import IN_LOG
@@ -282,7 +282,7 @@ def refusal(args: dict) -> str:
     known = {n: v for n, v in args.items() if n in fields and fields[n].init and v is not None}
     try:
         check_keys(args)
-        check_best(args)
+        check_best_direction(args)
         check_values(SoloDataArguments(args.get("solopo_overlength") or SoloDataArguments.solopo_overlength))
         tuning = finetuning_args(**known)
         for keys in OF_SFT:

@@ -13,10 +13,13 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CalledProcessError
+from traceback import walk_tb
 from typing import Any
 
 from .. import args as solo
+from ..args import flags
 from ..qa.files import is_path
+from .arguments import refusals_of_keys
 from .versions import wrap
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun in each of its processes
@@ -79,10 +82,17 @@ def refusing() -> Iterator[None]:
         if rank is None or os.environ.get(DEBUG, "").upper() == "DEBUG":
             if isinstance(error, Refused):
                 raise
-            raise Refused(str(error)) from error
+            raise Refused(f"{error}{_how_to_see_where(error)}") from error
         if rank != "0":
             time.sleep(30)  # torchrun ends all ranks with the first that ends: let rank 0 speak, if it has to
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {error}{_how_to_see_where(error)}")
+
+
+def _how_to_see_where(error: ValueError) -> str:
+    """Return nothing for a sentence of ours or of the host; a library's, as of JSON, does not say where."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    ours = str(frame.f_globals.get("__name__")).startswith(("solopo_plugin.", "llamafactory."))
+    return "" if ours else f" (`{DEBUG}=DEBUG` shows where)"
 
 
 def read_recipe(words: list[str]) -> dict:
@@ -97,16 +107,6 @@ def read_recipe(words: list[str]) -> dict:
         recipe = OmegaConf.to_container(keys)
         return recipe if isinstance(recipe, dict) else {}
     return {}
-
-
-def flags(words: list[str]) -> dict[str, str]:
-    """Return the keys of a command line without a recipe, by name, with their values as text; `true` where none is."""
-    found = {}
-    for word, after in zip(words, [*words[1:], "--"], strict=True):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            found[name.replace("-", "_")] = value if equals else "true" if after.startswith("--") else after
-    return found
 
 
 def recipe_of(args: dict | list[str] | None) -> dict:
@@ -178,10 +178,8 @@ def _under_torchrun() -> bool:
 
 
 def _keys(recipe: dict) -> Iterator[str]:
-    from .arguments import refused
-
     ours = {key: value for key, value in recipe.items() if key.startswith("solopo")}
-    yield from refused(recipe.get)
+    yield from refusals_of_keys(recipe.get)
     try:
         solo.check_keys(ours)
         for part in (solo.SoloArguments, solo.SoloDataArguments):
