@@ -287,7 +287,7 @@ def test_a_list_that_is_not_of_texts(run, recipe, tmp_path):
 @pytest.mark.parametrize("stage", ["dpo", "rm"])
 @pytest.mark.parametrize("streaming", [{}, STREAM | {"dataloader_num_workers": 1}])
 def test_lists_in_a_stage_of_the_host(run, recipe, tmp_path, stage, streaming):
-    """Which would leave out every such row, and say so of each."""
+    """Refuse what the host would leave out row by row, saying so of each."""
     columns = {name: SOLO_COLUMNS[name] for name in ("prompt", "chosen", "rejected")}
     folder = write_dataset(tmp_path / "data", [row | {"rejected": ["a", "b"]} for row in GOOD], columns=columns)
     sentence = (
@@ -351,7 +351,7 @@ def test_two_bos(run, recipe, tmp_path, tiny_model):
 
 
 def test_a_librarys_sentence_says_how_to_see_where(run, recipe, monkeypatch):
-    """Ours do not; both are without a traceback on the command line."""
+    """Add it to none of ours; both are without a traceback on the command line."""
     monkeypatch.setattr("solopo_plugin.workflow.load_model", lambda *_: json.loads("{"))
     refused(run, recipe(), "double quotes: line 1 column 2 (char 1) (`LLAMAFACTORY_VERBOSITY=DEBUG` shows where)")
     with pytest.raises(ValueError) as caught:
@@ -385,7 +385,7 @@ def reaches_the_model(run, args: dict) -> None:
 
 
 def test_a_scaling_of_the_window_that_changes_nothing(run, recipe, host_log):
-    """The host says so when it loads the model, and is not heard when it is only tried."""
+    """Leave it to the host to say so, once, when it loads the model."""
     reaches_the_model(run, recipe(rope_scaling="yarn"))
     assert not any("rope scaling" in message for message in host_log)
 

@@ -414,7 +414,7 @@ def test_each_stage_is_offered_the_data_sets_that_it_can_use(host, folder, stage
 @pytest.mark.parametrize("part", [{"columns": None}, {"columns": ["x"]}, {"columns": "prompt"}, {"tags": None},
                                   {"formatting": ["x"]}])  # fmt: skip
 def test_an_entry_without_the_form_hides_no_other(host, folder, part):
-    """The host lists it, and so do its stages here; to SoLoPO it is not offered."""
+    """List it as the host does, in its stages; do not offer it to SoLoPO."""
     info = Path(folder, "dataset_info.json")
     entries = json.loads(info.read_text()) | {"odd": {"file_name": "rows.jsonl"} | part}
     info.write_text(json.dumps(entries))

@@ -254,7 +254,7 @@ def test_bf16_is_near_fp32(run, recipe, tmp_path):
 
 @pytest.mark.parametrize("kind, forward", [("full", "packed"), ("full", "two_stage"), ("lora", "packed")])
 def test_logits_stay_in_16_bits(run, recipe, tmp_path, monkeypatch, kind, forward):
-    """Where accelerate makes all fp32 at once; losses and, with one use of the logits, weights are the same bits."""
+    """Keep losses and, with one use of the logits, weights to the same bits where accelerate makes all fp32 at once."""
     from transformers import Trainer
 
     from solopo_plugin.trainer import SoloTrainer
@@ -284,7 +284,7 @@ def test_logits_stay_in_16_bits(run, recipe, tmp_path, monkeypatch, kind, forwar
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_dropout_is_off(run, recipe, tiny_model, forward, kind):
-    """Also where a model does it by a function: steps that move nothing have one loss, that of evaluation."""
+    """Give one loss, that of evaluation, in steps that move nothing, also where a model drops by a function."""
     rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
     log = run(recipe(
         model_name_or_path=tiny_model("starcoder2", **rates), finetuning_type=kind, pref_loss="orpo", max_samples=4,
@@ -321,7 +321,7 @@ def test_gradient_checkpointing_changes_nothing(run, recipe, tmp_path):
 
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_counters_see_both_contexts(run, recipe, tiny_model, forward):
-    """What was run: in two stages the short prompt twice, packed once. The effective rate is of packed rows."""
+    """Count what was run: in two stages the short prompt twice, packed once. The effective rate is of packed rows."""
     result = run(recipe(
         max_samples=2, num_train_epochs=1.0, include_num_input_tokens_seen="non_padding",
         include_effective_tokens_per_second=True, solopo_forward=forward,
@@ -359,7 +359,7 @@ def test_packed_runs_are_two_stage_runs(run, recipe, tmp_path, host_log, kind):
 
 
 def test_rows_beyond_the_window_are_told(run, recipe, tiny_model, host_log):
-    """With YaRN the window is the widened one; a stream's rows may have `cutoff_len`."""
+    """Take the widened window with YaRN, and `cutoff_len` for a stream's rows."""
     stream = dict(streaming=True, max_samples=None, dataloader_num_workers=1)
     yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=256, rope_theta=1e4)
     for window, changes, keys in (
@@ -418,7 +418,7 @@ OF_PAIRS = {"loss", "solopo/po_loss", *(name for name in METRICS if name.startsw
     (dict(pref_loss="orpo"), set()),
 ])  # fmt: skip
 def test_evaluation_against_itself_says_so(run, recipe, tmp_path, host_log, changes, empty):
-    """Only what needs no other model is saved."""
+    """Save only what needs no other model."""
     from llamafactory.train.tuner import run_exp
 
     run_exp(recipe(do_train=False, do_eval=True, dataset=None, eval_dataset="demo_solopo", max_samples=5, **changes))
@@ -553,7 +553,7 @@ def test_an_optimizer_that_steps_within_backward_steps_once(run, recipe, tmp_pat
 
 
 def test_an_evaluation_drops_no_rows(run, recipe):
-    """Also where training drops what does not fill a batch, and where no batch would be full."""
+    """Keep them also where training drops what does not fill a batch, and where no batch would be full."""
     keys = dict(dataset="demo_solopo", max_samples=11, eval_dataset="demo_solopo", eval_strategy="epoch", max_steps=5,
                 pref_loss="orpo", per_device_train_batch_size=2, gradient_accumulation_steps=1)  # fmt: skip
     kept, small = (
@@ -565,7 +565,7 @@ def test_an_evaluation_drops_no_rows(run, recipe):
 
 
 def test_a_stream_leaves_out_what_fills_no_step(run, recipe, tmp_path, rows_seen):
-    """3 micro-batches a pass and 2 a step: the third is in none, and its gradient in no other."""
+    """Make 3 micro-batches a pass and 2 a step: the third is in none, and its gradient in no other."""
     keys = dict(streaming=True, max_samples=None, dataloader_num_workers=1, buffer_size=1, num_train_epochs=None,
                 optim="sgd", learning_rate=1e-9, solopo_alpha=0, max_steps=3)  # fmt: skip
     rows = demo_rows(5)
@@ -580,7 +580,7 @@ def test_a_stream_leaves_out_what_fills_no_step(run, recipe, tmp_path, rows_seen
 
 
 def test_a_model_is_pushed_with_its_card(run, recipe, monkeypatch):
-    """Nothing is asked of the hub for it, neither then nor at a checkpoint; a licence that is given is written."""
+    """Ask nothing of the hub for it, neither then nor at a checkpoint; write a licence that is given."""
     import transformers.trainer as host
 
     from solopo_plugin.trainer import SoloTrainer
@@ -614,7 +614,7 @@ def test_a_model_is_pushed_with_its_card(run, recipe, monkeypatch):
 ])  # fmt: skip
 @pytest.mark.parametrize("load_best", [False, True])
 def test_a_best_checkpoint_by_no_metric(best, sets, said, load_best):
-    """`load_best_model_at_end` without a metric watches `loss`, which transformers fills in."""
+    """Name `load_best_model_at_end` where it watches `loss`, which transformers fills in without a metric."""
     from solopo_plugin.workflow import check_best_exists
 
     def check(when):
