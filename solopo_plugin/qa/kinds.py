@@ -13,7 +13,8 @@ from .files import DataError, split_names
 # of the dataclass of a recipe; an input may be a password
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 SECRET = re.compile(
-    r"(.*[_-])?(api[_-]?key|authorization|password|secret|webhook[_-]?url|(auth|access|bearer|hf|hub)[_-]?token)|(.*[_-])?headers?|token",
+    r"(.*[_-])?(api[_-]?key|authorization|password|secret|webhook[_-]?url|(auth|access|bearer|hf|hub)[_-]?token)"
+    r"|(.*[_-])?headers?|token",
     re.IGNORECASE,
 )
 
