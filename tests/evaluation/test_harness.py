@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -330,7 +331,8 @@ def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monke
     assert "toy: lm-evaluation-harness cut prompts" in caplog.text and "says so 4 times" in caplog.text
     results = {"models": [{"name": "toy"}], "summary": [], "harness": found}
     assert harness_table(results).notes[1:] == [
-        "toy: prompts beyond its window lost their beginning, 4 times by the harness' log."
+        f"lm-evaluation-harness: toy {version('lm_eval')}.",
+        "toy: prompts beyond its window lost their beginning, 4 times by the harness' log.",
     ]
 
 

@@ -150,7 +150,7 @@ def environment() -> dict:
 @pytest.mark.slow
 def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, max_n):
     rng = random.Random(max_n)
-    with serving(work.parent / "answers.json", slow=0.03, max_n=max_n) as server:  # so that no look misses too many
+    with serving(work.parent / "answers.json", slow=0.1, max_n=max_n) as server:  # so that no look misses too many
         sample.run(recipe_for(server.url), tmp_path_with_contexts(work, tmp_path / "whole"))
         lengths, kills = [], 0
         while not (work / "samples.long.jsonl").exists():
