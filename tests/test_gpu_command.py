@@ -56,6 +56,7 @@ def test_checks_pass_and_are_written_down(out):
 
 
 @pytest.mark.parametrize("fault", ["other sequences are seen", "the mask begins at the first key"])
+@pytest.mark.slow
 def test_wrong_attention_is_not_right(out, monkeypatch, fault):
     right = check.loop_varlen
 

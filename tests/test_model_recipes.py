@@ -198,6 +198,7 @@ def parse_all() -> dict:
     return results
 
 
+@pytest.mark.slow
 def test_the_host_takes_every_run(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

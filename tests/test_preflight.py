@@ -369,6 +369,7 @@ def test_seven_b_on_a_laptop(cli):
         assert sum(part in sentence for sentence in listed) == 1, part
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_is_said_once(cli):
     """Nothing is started where the recipe cannot; what the host's parser finds is said by one rank, without its own."""
     done = cli("train", SEVEN_B, check=False, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")

@@ -271,6 +271,7 @@ def by_task(items: list[dict], shift: int) -> dict[tuple, dict[tuple, dict]]:
 
 
 @pytest.mark.parametrize("model", SHIFTS)
+@pytest.mark.slow
 def test_known_answers_give_the_known_scores(known, model):
     """Every benchmark, task and metric, and the means over tasks, to the last digit."""
     folder, items = known

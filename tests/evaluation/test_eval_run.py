@@ -442,6 +442,7 @@ def zygote(zygote):
     return partial(zygote.run, "tests/evaluation/ask_toy.py")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory):
     """kill -9 at six moments; the answers are the same lines, each once, and none is asked for twice over."""
     right = answers_for(tmp_path_factory.mktemp("answers") / "answers.json", N_QUESTIONS)

@@ -57,6 +57,7 @@ def shown(results: dict, model: str, benchmark: str, task: str, metric: str | No
 # ---- tables
 
 
+@pytest.mark.slow
 def test_longbench_in_the_papers_layout_with_its_numbers_apart(made):
     folder, results = made
     head, first, *lines = markdown_table(folder, "LongBench v1 QA", "F1")
@@ -198,6 +199,7 @@ def test_of_many_pairs_the_comparison_by_length_is_folded_away(tmp_path):
 SEEDS = ("base", "seed-0", "seed-1", "other", "seed-2")
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_are_one_row_and_single_seeds_stay_available(tmp_path):
     values = zip(SEEDS, (60, 61, 62, 60, 66), strict=True)
     harness = [HARNESS[0] | {"model": model, "value": value} for model, value in values]
@@ -235,6 +237,7 @@ def test_runs_of_several_seeds_are_one_row_and_single_seeds_stay_available(tmp_p
     assert "Drawn are" not in drawn["differences"][1] and results["selection"]["best"] in SEEDS
 
 
+@pytest.mark.slow
 def test_a_selected_seed_is_drawn_within_its_run(tmp_path):
     """Nine rows and the selected model's one: comparisons of single seeds are in the tables, not in the figures."""
     models = tuple(f"m{i}" for i in range(12))

@@ -181,6 +181,7 @@ def test_results_of_before_are_known(tmp_path):
     assert dropped == report.retired() and len(dropped) == 9 * 5 + 2 * 3
 
 
+@pytest.mark.slow
 def test_sampled_pairs_are_the_bases(base):
     """Chosen and rejected are among what the base says: it is asked again, with certainty instead of chance."""
     _, long, right, _ = questions(64, SHORT, LONG, torch.Generator().manual_seed(1))
@@ -371,6 +372,7 @@ def test_shipped_runs_of_other_settings_are_not_kept(tmp_path):
     assert kept.runs("orpo_short")[0]["accuracy"]["8"] == 0.5
 
 
+@pytest.mark.slow
 def test_report_takes_the_chosen_rate_and_gives_intervals(tmp_path, monkeypatch):
     monkeypatch.setitem(arms.table("recall")["arms"]["orpo_long"], "learning_rate", 6e-4)
     leave(tmp_path, "orpo_long", 3e-4, {0: 0.9, 1: 0.9})

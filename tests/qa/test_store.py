@@ -126,6 +126,7 @@ def test_answers_of_the_same_settings_are_taken_over(tmp_path):
         assert all_of(store, old) == all_of(store, new) == [{"a": 1}]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_is_a_sentence(tmp_path):
     (tmp_path / "b.db").write_text("no store at all " * 99)
     with pytest.raises(DataError, match=r"^Cannot write \S+b.db: file is not a database; remove it and start again"):

@@ -289,6 +289,7 @@ def test_a_model_that_keeps_to_no_form_is_one_sentence(tokenizer, tmp_path):
     assert 64 <= len((tmp_path / "log").read_text().splitlines()) < 64 + 64 + 1  # `concurrency` are under way
 
 
+@pytest.mark.slow
 def test_one_readable_reply_is_enough_to_go_on(tokenizer, tmp_path, caplog):
     passages = make_passages(100)
     said = {"Write one question": "No."} | {f"{passages[0]['text']}\n\nWrite one question": OBJECT}

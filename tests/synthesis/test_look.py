@@ -363,6 +363,7 @@ def test_rows_of_the_reader(work, tmp_path):
         inspect(work, tmp_path / "out", 2, ("q99",))
 
 
+@pytest.mark.slow
 def test_the_command(work, tmp_path):
     def call(*words) -> subprocess.CompletedProcess:
         command = [sys.executable, ROOT / "scripts" / "inspect_data.py", *words]

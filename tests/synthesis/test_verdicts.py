@@ -184,6 +184,7 @@ def test_nothing_is_asked_twice(tmp_path):
         assert len(server.seen) - before == 2 and judged(tmp_path)[f"q{N - 1}", K - 1]["grade"] == 4
 
 
+@pytest.mark.slow
 def test_what_was_said_before_a_stop_is_kept(tmp_path, monkeypatch):
     write_samples(tmp_path, some_grades())
     add, times = Store.add, []
@@ -359,6 +360,7 @@ def whole_recipe(folder: Path, tokenizer: str, url: str, **keys) -> dict:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_questions_without_answers_become_rows(tmp_path, tokenizer, monkeypatch, form):
     """Chosen and rejected are as far apart as the recipe says; grades stand beside the rows and in the reader."""
     monkeypatch.chdir(tmp_path)
