@@ -204,6 +204,7 @@ def test_a_run_that_collapses_says_so_once(run, recipe, lab, host_log):
     assert len(said(host_log)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_collapse_is_silent(run, recipe, lab, host_log):
     """The same rows and steps at the lab's rate with DPO, whose reference holds the short answer, and its alpha."""
     result = run(recipe(**lab | dict(pref_loss="sigmoid", pref_beta=0.1, solopo_alpha=3.0, learning_rate=3e-4)))

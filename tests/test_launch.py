@@ -53,6 +53,7 @@ def assert_trained(out: str, output_dir: Path, alpha: float, steps: int) -> None
 # ---- the ways in
 
 
+@pytest.mark.slow
 def test_yaml_with_overrides(launch, small, tmp_path):
     """The file says alpha 1 for two steps; the command line says 2 and one step, and wins."""
     recipe = write_recipe(tmp_path / "recipe.yaml", small(solopo_alpha=1.0, max_steps=2))
