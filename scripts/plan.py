@@ -311,12 +311,16 @@ class Plan:
         """Return a setup's bytes and longest prompt."""
         return self.need(self.variant, setup=setup), self.longest_of(self.variant, setup)
 
-    def flops(self, variant: str) -> float:
-        """Return a sample's arithmetic."""
+    def flops_of(self, variant: str) -> dict[str, float]:
+        """Return a sample's arithmetic by part."""
         S, R, L = self.lengths
         keys = dict(checkpointing=self.setup.checkpointing, lora=self.lora, both=self.setup.both)
         keys["rejected"] = self.setup.rejected
-        return sum(step_flops(self.shape, variant, S, R, L, self.references[variant], **keys).values())
+        return step_flops(self.shape, variant, S, R, L, self.references[variant], **keys)
+
+    def flops(self, variant: str) -> float:
+        """Return a sample's arithmetic."""
+        return sum(self.flops_of(variant).values())
 
     def times(self, variant: str, other: str) -> float:
         """Return a step's time over that of another variant: at measured rates if both have one, else by FLOPs."""
@@ -423,23 +427,22 @@ class Plan:
             f"reference: {self.references[self.variant] or 'none'}."
         )
 
-
-def tables(shape: Shape, S: int, R: int, L: int, references: dict, setup: Setup, memory: float,
-           window: int, shown: dict) -> tuple[str, str]:  # fmt: skip
-    """Table TFLOP per sample and GB per GPU, by part, by arithmetic alone; a line per configuration."""
-    row = (setup.both, setup.rejected)
-    keys = dict(checkpointing=setup.checkpointing, lora=setup.lora_rank > 0, both=setup.both, rejected=setup.rejected)
-    flops = {v: step_flops(shape, v, S, R, L, references[v], **keys) for v in shown}
-    parts = {v: step_memory(shape, v, S, R, L, references[v], setup) for v in shown}
-    work = [f"TFLOP  tokens{''.join(f'{n:>11}' for n in (*flops['V0'], 'step'))}   times as fast as V0"]
-    room = [f"GB   {''.join(f'{n:>12}' for n in (*parts['V0'], 'peak'))}   longest prompt"]
-    for v in shown:
-        total = sum(flops[v].values())
-        cells = "".join(f"{n / 1e12:11.1f}" for n in (*flops[v].values(), total))
-        work.append(f"{v:5}{count(v, S, R, L, *row)[0]:8}{cells}{sum(flops['V0'].values()) / total:9.2f}")
-        cells = "".join(f"{n / 1e9:12.2f}" for n in (*parts[v].values(), peak(parts[v])))
-        room.append(f"{v:5}{cells}{min(window - R, longest(shape, v, S, R, references[v], setup, memory)):9}")
-    return "\n".join(work), "\n".join(room)
+    def parts(self, shown: dict) -> tuple[str, str]:
+        """Table TFLOP per sample and GB per GPU, by part, by arithmetic alone; a line per configuration."""
+        (S, R, L), shape, setup = self.lengths, self.shape, self.setup
+        flops = {v: self.flops_of(v) for v in shown}
+        parts = {v: step_memory(shape, v, S, R, L, self.references[v], setup) for v in shown}
+        work = [f"TFLOP  tokens{''.join(f'{n:>11}' for n in (*flops['V0'], 'step'))}   times as fast as V0"]
+        room = [f"GB   {''.join(f'{n:>12}' for n in (*parts['V0'], 'peak'))}   longest prompt"]
+        for v in shown:
+            total = sum(flops[v].values())
+            cells = "".join(f"{n / 1e12:11.1f}" for n in (*flops[v].values(), total))
+            tokens = count(v, S, R, L, setup.both, setup.rejected)[0]
+            work.append(f"{v:5}{tokens:8}{cells}{sum(flops['V0'].values()) / total:9.2f}")
+            cells = "".join(f"{n / 1e9:12.2f}" for n in (*parts[v].values(), peak(parts[v])))
+            most = longest(shape, v, S, R, self.references[v], setup, self.memory)
+            room.append(f"{v:5}{cells}{min(self.room, most):9}")
+        return "\n".join(work), "\n".join(room)
 
 
 def main() -> None:
@@ -475,15 +478,14 @@ def main() -> None:
         if not (model := args.model or recipe.get("model_name_or_path")):
             raise ValueError(f"{args.recipe} has no `model_name_or_path`; add it, or give `--model`.")
         config = read_config(model)
-        shape, references = shape_of(config), references_of(recipe)
         memory = args.gpu_memory * 1e9
-        plan = Plan(shape, config, recipe, setup, (S, R, L), references, memory, args.nodes)
+        plan = Plan(shape_of(config), config, recipe, setup, (S, R, L), references_of(recipe), memory, args.nodes)
         lines, table = plan.sentences(), plan.table()
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     shown = VARIANTS | {v: OTHERS[v] for v in (plan.variant,) if v in OTHERS}
     print(*lines, sep="\n", end="\n\n")
-    print(*tables(shape, S, R, L, references, setup, memory, plan.window, shown), sep="\n\n", end="\n\n")
+    print(*plan.parts(shown), sep="\n\n", end="\n\n")
     if table:
         print(table, end="\n\n")
     print(*(f"{name:4}{meaning}" for name, meaning in shown.items()), sep="\n")

@@ -1,4 +1,4 @@
-"""What docs/benchmarks/ says is what its JSON files and the arithmetic give."""
+"""Hold what docs/benchmarks/ says to its JSON files and to the arithmetic."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What scripts/show_run.py says of a run."""
+"""Read what scripts/show_run.py says of a run."""
 
 import json
 

@@ -107,13 +107,13 @@ class Real:
         """
         make(self.model, package)
         dealt, there = {"questions": self.table["questions"]}, (self.folder / "splits/test.jsonl").is_file()
+        files = files_of(places or [HUB])
         if places or not there:
-            files = files_of(places or [HUB])
             dealt[FILES] = sorted(file_hash(Path(name)) if Path(name).is_file() else name for name in files)
         if there:
             self.check_made_by("splits.json", dealt)
         else:
-            self.split(read(places or [HUB]), dealt)
+            self.split(read(files), dealt)
         if self.BASE.is_dir() or (self.folder / "warming").is_dir():
             self.check_made_by("warmup.json", self.table["warmup"])
         if not (self.folder / "rows/warmup.jsonl").is_file():

@@ -233,10 +233,10 @@ def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
     if unfused and optim == "adamw_torch_fused":
         yield f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
     if args.early_stopping_steps:
-        loss = "NAME_loss`, with the name of a data set" if given("eval_on_each_dataset") else "loss`"
+        loss = "`NAME_loss`, with the name of a data set" if given("eval_on_each_dataset") else "`loss`"
         watched = given("metric_for_best_model") or given("load_best_model_at_end")
         needs = {
-            f"`metric_for_best_model` (such as `{loss})": watched,
+            f"`metric_for_best_model` (such as {loss})": watched,
             "`eval_strategy`": given("eval_strategy") not in (None, "no"),
             "`eval_dataset` or `val_size`": given("eval_dataset") or given("val_size") or given("tokenized_path"),
         }

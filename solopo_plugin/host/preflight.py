@@ -38,8 +38,10 @@ PACKAGES = {  # `key: value` of a recipe -> the package (of several one is enoug
     "report_to: tensorboard": "tensorboard tensorboardX",
     "report_to: (clearml|codecarbon|comet_ml|dvclive|mlflow|neptune|swanlab|trackio|wandb)": "",
 }
-DEEPSPEED = 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"'
-INSTALL_BY = {"deepspeed": DEEPSPEED, "bitsandbytes": 'pip install ".[qlora]"'}  # those not by their name
+INSTALL_BY = {  # those not by their name
+    "deepspeed": 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"',
+    "bitsandbytes": 'pip install ".[qlora]"',
+}
 URLS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}  # win over an entry's `file_name`
 ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": dict}  # keys of an entry, their types
 
@@ -153,7 +155,7 @@ def check_vocabulary(tokenizer, template, model_args) -> None:
 
 def _again(changes: str = "", before: str = "") -> str:
     """Return the command that was given, with keys changed, each once, and without keys whose values are secrets."""
-    from ..qa.kinds import SECRET
+    from ..qa.kinds import SECRET  # here, since it needs pydantic, and this file must do without packages
 
     words, new = sys.argv[1:], dict(change.split("=") for change in changes.split())
     words = words[words[:1] == ["train"] :] or [""]

@@ -1,11 +1,11 @@
 """Name the LLaMA-Factory that the plugin was tested with, wrap its functions, and say what to do about another."""
 
-import sys
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
 from ..qa.provenance import installed
+from ..startup import warn_inactive
 
 TESTED = ("0.9.5",)
 # torch, torchvision and torchaudio are built against each other; pip does not enforce it (see constraints.txt)
@@ -23,11 +23,6 @@ def tested() -> bool:
             f'`stage: solopo` needs: pip install "llamafactory=={TESTED[-1]}"'
         )
     return host in TESTED
-
-
-def warn_inactive(reason: str) -> None:
-    """Say on stderr that `stage: solopo` will not be there, and why; the host goes on without it."""
-    print(f"[WARNING] solopo_plugin is inactive: {reason}", file=sys.stderr)
 
 
 def explain(error: BaseException) -> None:

@@ -47,8 +47,6 @@ class HostFinder:
 class PatchingLoader:
     """Run a module's own loader, then the patch. A wrapper, for a loader may be shared by modules or read-only."""
 
-    said: set[str] = set()  # why the plugin is inactive, over all modules of this process
-
     def __init__(self, loader):
         self.loader = loader
 
@@ -71,9 +69,17 @@ class PatchingLoader:
             if import_module("solopo_plugin.host.versions").tested():
                 import_module(PATCHES[module.__name__]).apply(module)
         except Exception as error:
-            if str(error) not in self.said:
-                self.said.add(str(error))
-                print(f"[WARNING] solopo_plugin is inactive: {error}", file=sys.stderr)
+            warn_inactive(str(error))
+
+
+said: set[str] = set()  # why the plugin is inactive, over all modules of this process
+
+
+def warn_inactive(reason: str) -> None:
+    """Say on stderr, once, that `stage: solopo` will not be there, and why; the host goes on without it."""
+    if reason not in said:
+        said.add(reason)
+        print(f"[WARNING] solopo_plugin is inactive: {reason}", file=sys.stderr)
 
 
 def activate() -> None:

@@ -351,6 +351,11 @@ def share(results, name: str, tokens: int) -> float:
     return statistics.mean(statistics.mean(marks) for marks in results.marks(name, tokens).values())
 
 
+def at_lengths(results, name: str) -> list[str]:
+    """Return what the page says of an arm's accuracy, by length."""
+    return [f"{share(results, name, tokens):.3f}" for tokens in results.lengths]
+
+
 def more(results, first: str, second: str, tokens: int) -> str:
     return report_real.cell(*report_real.difference(results, first, second, tokens))
 
@@ -385,7 +390,7 @@ def test_what_is_said_of_the_gap(small):
 
 def test_what_is_said_of_the_control(small):
     (_, long), solo, control = small.lengths, "solo_orpo_detached", "orpo_short"
-    at = [f"{share(small, control, tokens):.3f}" for tokens in small.lengths]
+    at = at_lengths(small, control)
     assert said(
         f"**The control does nearly as well**: {at[0]} and {at[1]}. SoLo's lead over it at {long:,} tokens is "
         f"{more(small, solo, control, long)}, which the interval does not tell from nothing."
@@ -398,7 +403,7 @@ def test_what_is_said_of_the_control(small):
 
 def test_what_is_said_of_sft_on_long_answers(small):
     (short, long), solo, other = small.lengths, "solo_orpo_detached", "sft_long"
-    at = [f"{share(small, other, tokens):.3f}" for tokens in small.lengths]
+    at = at_lengths(small, other)
     assert said(
         f"**SFT on its own long answers does as well**: {at[0]} and {at[1]}. At {long:,} tokens SoLo is ahead by "
         f"{more(small, solo, other, long)}, at {short} behind by {more(small, other, solo, short)}: neither is shown."
