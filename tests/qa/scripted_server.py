@@ -100,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
                 if options.last_words:
                     self.reply(500, error("EngineCore encountered an issue. See stack trace (above) for the cause."))
                 os._exit(1)
+            if options.hold_after and total > options.hold_after:
+                threading.Event().wait()
             fault = self.fault(raw, tries)
             about = {name: body.get(name) for name in ("model", "seed", "max_tokens", "temperature", "response_format")}
             self.note(n=body.get("n", 1), fault=fault, running=running, keys=sorted(body), **about)
@@ -171,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hang-seconds", type=float, default=5.0)
     p.add_argument("--slow", type=float, default=0.0, help="seconds that every request takes")
     p.add_argument("--die-after", type=int, default=0, help="exit in the middle of the request after so many")
+    p.add_argument("--hold-after", type=int, default=0, help="let every request wait for ever after so many")
     p.add_argument("--last-words", action="store_true", help="HTTP 500 for the request that it dies of, as vLLM's")
     p.add_argument("--max-n", type=int, default=1 << 30, help="choices at most, whatever `n` says (1: n is ignored)")
     p.add_argument("--refuse-n", action="store_true", help="HTTP 400 for n > 1")

@@ -149,22 +149,23 @@ def environment() -> dict:
 @pytest.mark.parametrize("max_n", [1 << 30, 1], ids=["n is honoured", "n is ignored"])
 @pytest.mark.slow
 def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, max_n):
-    rng = random.Random(max_n)
-    with serving(work.parent / "answers.json", slow=0.1, max_n=max_n) as server:  # so that no look misses too many
-        sample.run(recipe_for(server.url), tmp_path_with_contexts(work, tmp_path / "whole"))
-        lengths, kills = [], 0
-        while not (work / "samples.long.jsonl").exists():
-            process = subprocess.Popen([sys.executable, __file__, server.url, str(work)], env=environment(), stderr=-3)
-            deadline, wanted = time.time() + 60, rng.randrange(1, 12)
-            while process.poll() is None and time.time() < deadline:
-                if kills < 5 and lines(work) >= sum(lengths[-1:]) + wanted:
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
+    """Each of five servers answers 11 of the 60 requests, so that no run has ended before it is killed."""
+    rng, lengths, port = random.Random(max_n), [], free_port()
+    answers, command = work.parent / "answers.json", [sys.executable, __file__, f"http://127.0.0.1:{port}/v1", str(work)]
+    for _ in range(5):
+        with serving(answers, port, slow=0.02, max_n=max_n, hold_after=11):
+            process = subprocess.Popen(command, env=environment(), stderr=-3)
+            deadline, wanted = time.time() + 60, sum(lengths[-1:]) + rng.randrange(1, 12)
+            while lines(work) < wanted and process.poll() is None and time.time() < deadline:
                 time.sleep(0.001)
-            assert process.wait() in (0, -signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
             lengths.append(lines(work))
-    assert kills == 5 and all(a <= b for a, b in zip(lengths[:4], lengths[1:5], strict=True))
+            assert lengths[-1] >= wanted
+    with serving(answers, port, max_n=max_n) as server:
+        sample.run(recipe_for(server.url), work)
+        sample.run(recipe_for(server.url), tmp_path_with_contexts(work, tmp_path / "whole"))
+    assert len(lengths) == 5 and lengths == sorted(lengths)
     assert final(work) == final(tmp_path / "whole")
 
 
