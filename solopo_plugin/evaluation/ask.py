@@ -9,6 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -61,8 +62,9 @@ def ask(
         model = replace(model, window=window)
         pending: dict[str, dict] = {}
         warned = False
-        with tqdm(total=len(hashes), initial=len(hashes) - missing, unit=" answers", desc=model.name) as bar:
-            replies = generate(pick(recipe, Sampling), model, _calls(recipe, model, have, pending))
+        asked = closing(generate(pick(recipe, Sampling), model, _calls(recipe, model, have, pending)))
+        told = tqdm(total=len(hashes), initial=len(hashes) - missing, unit=" answers", desc=model.name)
+        with told as bar, asked as replies:
             for reply in of_one_model(replies, store, set_id, model):
                 answer = pending.pop(reply.id)
                 name = f"{answer['task']}/{answer['id']}"

@@ -373,6 +373,23 @@ def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path,
     assert len(asked(server)) == 1
 
 
+def test_a_failure_here_ends_what_is_under_way_there(benchmarks, model, server, tmp_path, monkeypatch):
+    original, ended = ask.generate, []
+
+    def watched(*given):
+        try:
+            yield from original(*given)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(ask, "generate", watched)
+    monkeypatch.setattr(Store, "add", lambda *given: 1 / 0)
+    recipe = served(tmp_path, [model], server)
+    with pytest.raises(ZeroDivisionError) as kept:  # its traceback keeps the generator
+        answer_all(recipe, find_models(recipe))
+    assert ended == [True] and kept
+
+
 def test_each_model_is_asked_under_its_own_name(benchmarks, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     models = {"before": model, "after": str(other)}

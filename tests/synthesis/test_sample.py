@@ -151,7 +151,8 @@ def environment() -> dict:
 def test_killed_at_random_points_is_uninterrupted_byte_for_byte(work, tmp_path, max_n):
     """Each of five servers answers 11 of the 60 requests, so that no run has ended before it is killed."""
     rng, lengths, port = random.Random(max_n), [], free_port()
-    answers, command = work.parent / "answers.json", [sys.executable, __file__, f"http://127.0.0.1:{port}/v1", str(work)]
+    answers = work.parent / "answers.json"
+    command = [sys.executable, __file__, f"http://127.0.0.1:{port}/v1", str(work)]
     for _ in range(5):
         with serving(answers, port, slow=0.02, max_n=max_n, hold_after=11):
             process = subprocess.Popen(command, env=environment(), stderr=-3)
@@ -275,6 +276,24 @@ def test_a_hole_is_never_silent(work, monkeypatch):
         monkeypatch.setitem(BACKENDS, "openai", original)
         sample.run(recipe, work)
     assert list(read_jsonl(work / "samples.short.jsonl")) == expected(recipe, "short")
+
+
+def test_a_failure_here_ends_what_is_under_way_there(work, monkeypatch):
+    """What cannot be stored stops the asking at once, not when the backend's generator is collected."""
+    original, ended = BACKENDS["openai"], []
+
+    def watched(*given):
+        try:
+            yield from original(*given)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setitem(BACKENDS, "openai", watched)
+    with serving(work.parent / "answers.json") as server, monkeypatch.context() as patched:
+        patched.setattr(sample.Store, "add", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as kept:  # its traceback keeps the generator
+            sample.run(recipe_for(server.url), work)
+        assert ended == [True] and kept
 
 
 def test_another_chat_template_at_the_server_is_noticed(work, caplog):

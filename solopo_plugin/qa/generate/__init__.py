@@ -7,7 +7,7 @@ the same ids from `llamafactory-cli api` with the recipe's template; from anothe
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from importlib.util import find_spec
 
 from ..files import DataError
@@ -18,7 +18,7 @@ from .servers import openai_answers
 from .vllm import vllm_answers
 
 
-def generate(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
+def generate(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Generator[Reply, None, None]:
     """Answer all calls; temperature 0 is greedy.
 
     Raises:

@@ -4,7 +4,7 @@ import gc
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ AHEAD = 4  # times `concurrency` calls are read ahead and sorted by length, so t
 CPU_TOKENS = 2**16  # of a batch at most on a CPU, where no error tells that memory is out; 3 GB of SmolLM2-135M's. Ours
 
 
-def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
+def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Generator[Reply, None, None]:
     """Answer by transformers, `concurrency` answers at a time. Nothing of generation_config.json is used.
 
     Memory that runs out halves the batch; what was not finished is begun again, with the same draws.

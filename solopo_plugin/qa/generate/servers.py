@@ -8,7 +8,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -31,7 +31,7 @@ TOO_LONG = "context length"  # in vLLM's refusal of a prompt that its window doe
 SAME = 8  # answers, each like the first one to its question, after which that is said
 
 
-def openai_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
+def openai_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Generator[Reply, None, None]:
     """Answer by OpenAI-compatible servers, `concurrency` requests at a time over all of them."""
     replies = _replies(sampling, model, calls)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 
 from tqdm import tqdm
 
@@ -50,8 +51,9 @@ def answer_missing(
     if have == total:
         return found
     size = size or (8 if sampling.backend == "transformers" else max(map(len, numbers.values())))
-    with tqdm(total=total, initial=have, unit=" answers", desc=desc or name) as bar:
-        for reply in of_one_model(generate(sampling, model, _missing(calls(), size, found)), store, set_id, model):
+    asked = closing(generate(sampling, model, _missing(calls(), size, found)))  # a failure here ends what is under way
+    with tqdm(total=total, initial=have, unit=" answers", desc=desc or name) as bar, asked as replies:
+        for reply in of_one_model(replies, store, set_id, model):
             store.add(set_id, reply_rows(reply, hashes))
             bar.update(len(reply.ks))
             see(reply)

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from .local import yarn
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 
 
-def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Iterator[Reply]:
+def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Generator[Reply, None, None]:
     """Answer by vLLM's offline engine, which has `concurrency` calls under way until none are left.
 
     vLLM seeds answer i of a call with the call's seed + i. Its results depend on what runs beside them and are
