@@ -1,7 +1,8 @@
 """Make tables and a plot of the lab's real model, with 95 % intervals over questions and seeds.
 
     python scripts/lab/report_real.py                # saves/lab/report: real.md, real.json and pictures
-    python scripts/lab/report_real.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
+    python scripts/lab/report_real.py --docs         # also into docs/lab.md, between its markers, and docs/lab/,
+                                                     # beside the runs there whose base, rows and recipe are the same
 
 A test question is one paragraph's, and every model gets the same ones, so that two models are compared question by
 question. What differs by chance is which questions were asked and the seed of the training; both are in an interval:
@@ -19,7 +20,7 @@ from pathlib import Path
 import real
 from arms import chosen_rate
 from report import DOCS, ROOT, Results, cell, filled, interval, markdown, plt, save, sweep, write
-from run import SIZES, base_of
+from run import SIZES, base_of, done
 
 from solopo_plugin.qa.files import write_json
 
@@ -49,12 +50,12 @@ LOOKED = (  # measures of solopo_plugin/probe/inside.py
 class Marked(Results):
     """Hold a size's runs with right and wrong of every question; the base is a run like another."""
 
-    def __init__(self, source: Path, task: str):
-        super().__init__(source, task)
+    def __init__(self, source: Path, task: str, shipped: Path | None = None):
+        super().__init__(source, task, shipped)
         base = Path(base_of(task, source.parent)["result"]) if source.suffix != ".json" else None
         if base is None:
-            shipped = json.loads(source.read_text(encoding="utf-8"))
-            found = next((run for run in shipped if (run["task"], run["arm"]) == (task, "base")), None)
+            runs = json.loads(source.read_text(encoding="utf-8"))
+            found = next((run for run in runs if (run["task"], run["arm"]) == (task, "base")), None)
         else:
             found = json.loads(base.read_text(encoding="utf-8")) if self.base else None
         self.base_marks = found["marks"] if found else {}
@@ -166,10 +167,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
     args = parser.parse_args(words)
     real.SAVES = args.saves  # where a size's settings are read, too
-    there = [task for task in SIZES if (args.saves / task.replace(":", "_") / "base.json").is_file()]
+    folders = {task: args.saves / task.replace(":", "_") for task in SIZES}
+    there = [size for size, at in folders.items() if (at / "base.json").is_file() and done(base_of(size, at))]
     if not there:
         sys.exit(f"{args.saves} holds no run of the real model; run scripts/lab/run.py --task real first.")
-    sizes = [Marked(args.saves / task.replace(":", "_") / "results", task) for task in there]
+    shipped = RUNS if args.docs and RUNS.is_file() else None  # runs on the same base that were made elsewhere
+    sizes = [Marked(folders[task] / "results", task, shipped) for task in there]
     parts = {name: text for results in sizes for name, text in tables(results).items()}
     for folder in (args.output, *([RUNS.parent] if args.docs else [])):
         folder.mkdir(parents=True, exist_ok=True)

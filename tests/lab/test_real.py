@@ -255,7 +255,15 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"real.md", "real.json", *drawn}
     assert re.search(r"\| evidence's share of what falls on documents \| solo_orpo_detached \| 0\.\d{4} \(", told)
     again = report_real.Marked(tmp_path / "report/real.json", TASK)
-    assert report_real.tables(again) == report_real.tables(report_real.Marked(task.folder / "results", TASK))
+    tables = report_real.tables(again)
+    assert tables == report_real.tables(report_real.Marked(task.folder / "results", TASK))
+
+    shipped = tmp_path / "report/real.json"  # it has the run that is not here, with today's key
+    Path(jobs[3]["result"]).unlink()
+    assert report_real.tables(report_real.Marked(task.folder / "results", TASK, shipped)) == tables
+    assert report_real.tables(report_real.Marked(task.folder / "results", TASK)) != tables
+    shipped.write_text(shipped.read_text().replace(jobs[3]["key"], "of another base"))
+    assert report_real.tables(report_real.Marked(task.folder / "results", TASK, shipped)) != tables
 
 
 def test_what_other_settings_made_is_not_gone_on_with(task, tmp_path, monkeypatch):
