@@ -23,12 +23,11 @@ def file_hash(path: Path | str) -> str:
 
 
 def model_hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Return `folder_hash` of a model's folder; of a whole model that a training run has saved `PLACES` are read, too.
+    """Return `folder_hash` of a model's or adapter's folder, `PLACES` within its large files included.
 
-    A run that trains some layers (`finetuning_type: freeze`) may change nothing near the ends of a large file.
+    Training or a merge may change nothing near the ends of a file: where some layers or modules alone are trained.
     """
-    trained = (folder / "config.json").exists() and (folder / "training_args.bin").exists()
-    return folder_hash(folder, patterns, places=PLACES if trained else 0)
+    return folder_hash(folder, patterns, places=PLACES)
 
 
 def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int | None = 1 << 24, places: int = 0) -> str:
