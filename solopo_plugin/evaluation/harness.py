@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,8 +25,10 @@ import httpx
 
 from ..qa.files import DataError, as_data_error, write_json
 from ..qa.generate.addresses import addresses, api_key, is_local
+from ..qa.generate.servers import served_name
 from ..qa.generate.vllm import max_lora_rank
-from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, installed, model_hash
+from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, differences, installed, model_hash
+from ..qa.recipe import Sampling, pick
 from ..qa.window import window_of
 
 log = logging.getLogger(__name__)
@@ -38,9 +41,14 @@ HINTS = {
 }
 LOG, CACHE = "log.txt", "cache_rank*.db*"  # the latter holds its answers so far
 OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configuration that `harness_args` may not set
+MADE = frozenset(  # its `model_args` that come from the model and the machine; the others are the recipe's
+    "pretrained peft lora_local_path trust_remote_code tensor_parallel_size max_lora_rank model base_url num_concurrent "
+    "tokenizer tokenizer_backend max_length".split()
+)
+TEMPLATES = (*TOKENIZER, "*.jinja")  # it takes chats in the tokenizer's own template
 
 
-def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
+def run_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) -> list[dict]:
     """Return results of `harness_tasks` for a model; what is there of the same model and settings is not run again.
 
     The harness asks in its own way. Of the recipe count the model, backend, `default_system`, `enable_thinking: false`
@@ -52,6 +60,7 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
         model: One of `find_models`.
         recipe: An EvalRecipe.
         output_dir: Of the evaluation; see above.
+        resume: False: forget what is there.
 
     Returns:
         {"model", "task", "metric", "value", "stderr", "n", "version"} for every task named, or its parts where it has
@@ -63,39 +72,67 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
         DataError: lm-evaluation-harness is not installed, or its run ended with an error.
     """
     folder = Path(output_dir) / "harness" / model.name
-    config = configuration(model, recipe)
-    made_from = {"config": config, "files": _files(model, config)}
-    kept = _read(folder / "rows.json")
-    if kept.get("made_from") == made_from and "rows" in kept:
-        return kept["rows"]
-    if importlib.util.find_spec("lm_eval") is None:
-        raise DataError("`harness_tasks` needs lm-evaluation-harness, which is not installed: pip install '.[eval]'.")
-    _begin(folder, made_from, kept)
+    made_from, rows = _begun(model, recipe, folder)
+    if resume and rows is not None:
+        log.info(f"{model.name}: results of lm-evaluation-harness: made before, kept.")
+        return rows
+    _check_installed()
+    config, started = made_from["config"], {"made_from": made_from, "asked": None}
+    args = dict(config["model_args"])
+    if args.get("model") == model.place:  # which the servers may call otherwise
+        started["asked"] = args["model"] = served_name(pick(recipe, Sampling), model)
+    _begin(folder, started, resume)
     # a results path that ends in .json: its files then stand beside it, and not in a folder named after the model
     paths = {"output_path": str(folder / "results.json"), "use_cache": str(folder / "cache")}
-    write_json(folder / "config.json", config | paths)
-    _run(model, recipe, folder, config["model_args"].get("base_url"))
+    write_json(folder / "config.json", config | {"model_args": args} | paths)
+    _run(model, recipe, folder, args.get("base_url"))
     results = read_results(max(folder.glob("results_*.json")), model.name, config["tasks"])
     cut = _prompts_cut(folder / LOG, model.name)
     ran = {"version": installed("lm_eval")} | ({"cut": cut} if cut else {})
     results = [result | ran for result in results]
-    write_json(folder / "rows.json", {"made_from": made_from, "rows": results})
+    write_json(folder / "rows.json", started | {"rows": results})
     _remove(folder, CACHE)
     return results
 
 
-def _begin(folder: Path, made_from: dict, kept: dict) -> None:
+def check_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) -> None:
+    """Refuse what `run_harness` would refuse, before any model is asked.
+
+    Raises:
+        DataError: A key that cannot be, or lm-evaluation-harness is to run and is not installed.
+    """
+    _, rows = _begun(model, recipe, Path(output_dir) / "harness" / model.name)
+    if rows is None or not resume:
+        _check_installed()
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise DataError("`harness_tasks` needs lm-evaluation-harness, which is not installed: pip install '.[eval]'.")
+
+
+def _begun(model: Any, recipe: Any, folder: Path) -> tuple[dict, list[dict] | None]:
+    """Return what a run is made from, and the results of a finished one that was made from the same."""
+    config, kept = configuration(model, recipe), _read(folder / "rows.json")
+    made_from = {"config": config, "files": _files(model, config)}
+    return made_from, kept.get("rows") if kept.get("made_from") == made_from else None
+
+
+def _begin(folder: Path, started: dict, resume: bool) -> None:
     """Let a run that was stopped go on; one of another model or other settings begins anew.
 
     Args:
         folder: Of the harness' files for a model.
-        made_from: What this run is made from.
-        kept: What rows.json says of the one before.
+        started: What this run is made from, and what a server is asked for, where it was asked what it has.
+        resume: False: all of the folder goes.
     """
-    before = folder / "made_from.json"  # where an earlier version had it
-    if (kept.get("made_from") or _read(before)) != made_from:
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    kept, before = _read(folder / "rows.json"), folder / "made_from.json"  # where an earlier version had it
+    asked = kept.get("asked", started["asked"])
+    if (kept.get("made_from") or _read(before)) != started["made_from"] or asked != started["asked"]:
         _remove(folder, before.name, LOG, CACHE, "results_*.json")
-        write_json(folder / "rows.json", {"made_from": made_from})
+        write_json(folder / "rows.json", started)
 
 
 def _remove(folder: Path, *patterns: str) -> None:
@@ -121,8 +158,30 @@ def kept_results(model: Any, output_dir: Path) -> list[dict]:
     return _read(Path(output_dir) / "harness" / model.name / "rows.json").get("rows", [])
 
 
+def check_kept(model: Any, recipe: Any, output_dir: Path) -> None:
+    """Refuse to report kept results under settings that they were not made with.
+
+    Raises:
+        DataError: What differs; the model's files and its servers are not looked at, since they may be gone.
+    """
+    folder, new = Path(output_dir) / "harness" / model.name, settings_of(recipe)
+    kept = _read(folder / "rows.json")
+    if "rows" not in kept:
+        return
+    old = kept["made_from"]["config"]
+    args = {name: value for name, value in old["model_args"].items() if name in new["model_args"] or name not in MADE}
+    if words := ", ".join(differences(old | {"model_args": args}, new)):
+        raise DataError(f"`--rescore` keeps what {folder} was made with, but {words}; leave `--rescore` out.")
+
+
 def configuration(model: Any, recipe: Any) -> dict[str, Any]:
-    """Return what the harness is told, as its configuration file has it."""
+    """Return what the harness is told, as its configuration file has it; see `run_harness` of names at servers."""
+    found = settings_of(recipe)
+    return found | {"model_args": BACKENDS[recipe.backend](model, recipe) | found["model_args"]}
+
+
+def settings_of(recipe: Any) -> dict[str, Any]:
+    """Return what of the configuration the recipe alone decides."""
     args = dict(recipe.harness_args or {})
     for name in OURS:
         if name in args:
@@ -130,31 +189,32 @@ def configuration(model: Any, recipe: Any) -> dict[str, Any]:
     own = args.pop("model_args", None) or {}
     if not isinstance(own, dict):
         raise DataError(f"`model_args` of `harness_args` must be keys with values, {{dtype: bfloat16}}; got {own!r}.")
-    backend, model_args = BACKENDS[recipe.backend](model, recipe)
+    kind = {"transformers": "hf"}.get(recipe.backend, recipe.backend)
+    here: dict[str, Any] = {"dtype": "auto"}
+    if recipe.backend == "openai":  # a chat gives no log-probs of given answers, which multiple choice needs
+        kind, here = "local-chat-completions" if recipe.openai_endpoint == "chat" else "local-completions", {}
+    elif not recipe.enable_thinking:
+        here["enable_thinking"] = False
     system = {"system_instruction": recipe.default_system} if recipe.default_system else {}
-    config = {"model": backend, "apply_chat_template": True} | system | args
-    return config | {"model_args": model_args | own, "tasks": list(recipe.harness_tasks)}
+    config = {"model": kind, "apply_chat_template": True} | system | args
+    return config | {"model_args": here | own, "tasks": list(recipe.harness_tasks)}
 
 
-def _weights(model: Any, recipe: Any, adapter: str) -> dict[str, Any]:
-    found = {"pretrained": model.path, "dtype": "auto", "trust_remote_code": recipe.trust_remote_code}
-    found |= {adapter: model.adapter} if model.adapter else {}
-    return found if recipe.enable_thinking else found | {"enable_thinking": False}
+def _hf(model: Any, recipe: Any) -> dict[str, Any]:
+    found = {"pretrained": model.path, "trust_remote_code": recipe.trust_remote_code}
+    return found | ({"peft": model.adapter} if model.adapter else {})
 
 
-def _hf(model: Any, recipe: Any) -> tuple[str, dict]:
-    return "hf", _weights(model, recipe, "peft")
-
-
-def _vllm(model: Any, recipe: Any) -> tuple[str, dict]:
-    found = _weights(model, recipe, "lora_local_path") | {"tensor_parallel_size": recipe.tensor_parallel_size}
+def _vllm(model: Any, recipe: Any) -> dict[str, Any]:
+    found = {"pretrained": model.path, "trust_remote_code": recipe.trust_remote_code}
+    found["tensor_parallel_size"] = recipe.tensor_parallel_size
     if model.adapter:
-        found["max_lora_rank"] = max_lora_rank(model.adapter)
-    return "vllm", found
+        found |= {"lora_local_path": model.adapter, "max_lora_rank": max_lora_rank(model.adapter)}
+    return found
 
 
-def _server(model: Any, recipe: Any) -> tuple[str, dict]:
-    """One server: the first address. A chat gives no log-probs of given answers, which multiple choice needs."""
+def _server(model: Any, recipe: Any) -> dict[str, Any]:
+    """One server: the first address."""
     if not model.server_urls:
         raise DataError(f"`backend: openai` needs `server_urls` for {model.name}, such as http://localhost:8000/v1.")
     place = addresses(model.server_urls)[0]
@@ -164,14 +224,12 @@ def _server(model: Any, recipe: Any) -> tuple[str, dict]:
             "it out, and put the server's key into the environment variable that `api_key_env` names."
         )
     chat = recipe.openai_endpoint == "chat"
-    kind, path = ("local-chat-completions", "chat/completions") if chat else ("local-completions", "completions")
-    found = {"model": model.served_model or model.path, "base_url": f"{place.url}/{path}"}
-    found["num_concurrent"] = recipe.concurrency
+    found = {"model": model.served_model or model.place, "num_concurrent": recipe.concurrency}
+    found["base_url"] = f"{place.url}/{'chat/completions' if chat else 'completions'}"
     if chat:  # whose prompts it leaves to the server
-        return kind, found
+        return found
     window = _window(model.tokenizer, recipe)
-    found |= {"tokenizer": model.tokenizer, "tokenizer_backend": "huggingface", "max_length": window}
-    return kind, found
+    return found | {"tokenizer": model.tokenizer, "tokenizer_backend": "huggingface", "max_length": window}
 
 
 def _window(path: str, recipe: Any) -> int:
@@ -191,7 +249,8 @@ BACKENDS = {"transformers": _hf, "vllm": _vllm, "openai": _server}
 def _files(model: Any, config: dict) -> dict[str, str]:
     """Hashes of what the harness reads from this machine: weights, adapter, task definitions of the user's own."""
     tasks = config.get("include_path")
-    places = {model.path: TOKENIZER + WEIGHTS, model.adapter: ADAPTER, tasks: ("**/*.yaml", "**/*.py", "**/*.jsonl")}
+    places = {model.tokenizer: TEMPLATES} | {model.path: TEMPLATES + WEIGHTS, model.adapter: ADAPTER}
+    places[tasks] = ("**/*.yaml", "**/*.py", "**/*.jsonl")
     return {place: model_hash(Path(place), kinds) for place, kinds in places.items() if place and Path(place).is_dir()}
 
 

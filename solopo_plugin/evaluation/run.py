@@ -39,12 +39,18 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         named = [] if recipe.backend == "openai" else models  # a server has its own
         check_ready(recipe.backend, recipe.server_urls, {f"models: {model.name}": model.path for model in named})
     with lock_folder(folder, "output_dir"):
+        from .harness import check_harness, check_kept
         from .report import write_report
         from .results import make_results, pairs_of, report_rows
         from .score import write_scores
 
-        # a wrong name is better told now than at the end
+        # a mistake is better told now than at the end
         pairs_of(recipe.compare, report_rows(recipe.runs, [model.name for model in models]))
+        for model in models if recipe.harness_tasks else ():
+            if rescore:
+                check_kept(model, recipe, folder)
+            else:
+                check_harness(model, recipe, folder, resume)
         if not rescore:
             write_json(folder / MODELS, list(map(as_row, models)))
             if recipe.benchmarks:
@@ -56,7 +62,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
                 check_asked_so(recipe, models)
         if recipe.benchmarks:
             write_scores(folder, [model.name for model in models], recipe.prompt)
-        harness = [result for model in models for result in harness_results(recipe, model, rescore)]
+        harness = [result for model in models for result in harness_results(recipe, model, rescore, resume)]
         results = make_results(folder, list(map(as_row, models)), public_settings(recipe), harness)
         write_report(folder)
     return results
@@ -89,14 +95,14 @@ def write_stored(folder: Path, models: list[Model]) -> None:
                     write_answers(store, answers_file(folder, model), set_id, chosen, hashes)
 
 
-def harness_results(recipe: EvalRecipe, model: Model, rescore: bool) -> list[dict]:
+def harness_results(recipe: EvalRecipe, model: Model, rescore: bool, resume: bool = True) -> list[dict]:
     """Return the results of lm-evaluation-harness for a model; with `rescore` those that are there."""
     if not recipe.harness_tasks:
         return []
     from .harness import kept_results, run_harness
 
     folder = Path(recipe.output_dir)
-    return kept_results(model, folder) if rescore else run_harness(model, recipe, folder)
+    return kept_results(model, folder) if rescore else run_harness(model, recipe, folder, resume)
 
 
 def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:

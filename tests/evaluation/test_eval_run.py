@@ -1,5 +1,6 @@
 """Questions are made once, answers asked for once, over-long prompts lose their middle, and a kill loses nothing."""
 
+import importlib.util
 import json
 import logging
 import random
@@ -22,12 +23,13 @@ from toy import answers, answers_for, recipe_in
 
 from solopo_plugin.evaluation import ask, prepare, run
 from solopo_plugin.evaluation.ask import cut_middle
+from solopo_plugin.evaluation.harness import settings_of
 from solopo_plugin.evaluation.items import Item, read_items
 from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.evaluation.prepare import prepare_items
 from solopo_plugin.evaluation.run import answer_all, check_asked_so
 from solopo_plugin.host.template import encode_prompt
-from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.files import DataError, write_json
 from solopo_plugin.qa.generate.calls import load_chat
 from solopo_plugin.qa.provenance import file_hash
 from solopo_plugin.qa.store import STORE, Store
@@ -506,6 +508,26 @@ def test_what_cannot_be_asked_is_told_in_one_message_before_anything_is_made(tmp
     ):
         run.evaluate(recipe)
     assert len(looked) == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_the_harness_refuses_is_told_before_a_model_is_asked(benchmarks, model, server, tmp_path, monkeypatch):
+    """And under `--rescore` before scores are written; `--no-resume` reaches the harness."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for args, said in (({"tasks": "y"}, "`harness_args` cannot set `tasks`; "), ({}, "is not installed: pip install")):
+        recipe = served(tmp_path, [model], server, harness_tasks=["t"], harness_args=args)
+        with pytest.raises(DataError, match=said):
+            run.evaluate(recipe)
+        assert not (tmp_path / "out" / "items.jsonl").exists()
+    monkeypatch.undo()
+    (ran := tmp_path / "out" / "harness" / "model").mkdir(parents=True)
+    write_json(ran / "rows.json", {"made_from": {"config": settings_of(recipe)}, "rows": []})
+    write_json(tmp_path / "out" / "models.json", [{"name": "model", "path": model}])
+    with pytest.raises(DataError, match="`--rescore` keeps what .*model was made with, but `limit` was None and is 5"):
+        run.evaluate(replace(recipe, harness_args={"limit": 5}), rescore=True)
+    seen: list = []
+    monkeypatch.setattr("solopo_plugin.evaluation.harness.run_harness", lambda *given: seen.append(given[-1]) or [])
+    run.evaluate(replace(recipe, benchmarks=[]), resume=False)
+    assert seen == [False]
 
 
 def test_no_file_of_a_run_holds_the_servers_key_or_password(benchmarks, model, server, tmp_path, monkeypatch):

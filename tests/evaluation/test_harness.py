@@ -3,9 +3,11 @@
 import ast
 import importlib.util
 import json
+import logging
 import shutil
 import subprocess
 import traceback
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,8 @@ from transformers import AutoTokenizer
 from solopo_plugin.evaluation.harness import (
     _environment,
     _without,
+    check_harness,
+    check_kept,
     configuration,
     kept_results,
     read_results,
@@ -37,7 +41,8 @@ KEYS = dict(
     harness_tasks=["toy_colours"], harness_args=None, backend="transformers", trust_remote_code=False,
     default_system=None, enable_thinking=True, rope_factor=None, api_key_env="NO_KEY", server_urls=None,
     served_model=None, openai_endpoint="chat", concurrency=4, tensor_parallel_size=1, model_name_or_path=None,
-    max_input_tokens=31500, max_new_tokens=1024,
+    max_input_tokens=31500, max_new_tokens=1024, template="qwen", seed=42, temperature=0.0, top_p=1.0, extra_body=None,
+    timeout=5.0, retries=0,
 )  # fmt: skip
 COLOURS = ["red", "green", "blue"]
 
@@ -129,7 +134,7 @@ if [ -e HERE/stop ]; then echo 'HttpError: 503' >&2; echo 'terminate called' >&2
     return lambda: (tmp_path / "starts").read_text().count("harness_process run")
 
 
-def test_run_again_when_something_changed_and_only_then(scripted, tmp_path, monkeypatch):
+def test_run_again_when_something_changed_and_only_then(scripted, tmp_path, monkeypatch, caplog):
     weights, out = tmp_path / "model", tmp_path / "out"
     weights.mkdir()
     (weights / "model.safetensors").write_bytes(b"1")
@@ -144,6 +149,65 @@ def test_run_again_when_something_changed_and_only_then(scripted, tmp_path, monk
     (weights / "model.safetensors").write_bytes(b"2")  # trained on, in the same place
     run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
     assert scripted() == 3
+    (weights / "chat_template.jinja").write_text("another")
+    run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
+    assert scripted() == 4
+    (out / "harness" / "toy" / "of_before").touch()
+    caplog.set_level(logging.INFO)
+    run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
+    assert "toy: results of lm-evaluation-harness: made before, kept." in caplog.text and scripted() == 4
+    run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out, resume=False)
+    assert scripted() == 5 and not (out / "harness" / "toy" / "of_before").exists()
+
+
+OTHERS = {  # changes of settings under which results were made, and what is said of them
+    "same": ({}, None),
+    "machine": (dict(tensor_parallel_size=2, model_name_or_path="gone", trust_remote_code=True), None),
+    "tasks": (dict(harness_tasks=["u"]), "`tasks` was ['t'] and is ['u']"),
+    "limit": (dict(harness_args={"limit": 500}), "`limit` was None and is 500"),
+    "thought": (dict(enable_thinking=False), "`model_args` was {'dtype': 'auto'} and is {'dtype': 'auto', 'enable_"),
+    "own": (dict(harness_args={"model_args": {"dtype": "float32"}}), "`model_args` was {'dtype': 'auto'} and is {'"),
+    "backend": (dict(backend="vllm"), "`model` was 'hf' and is 'vllm'"),
+    "system": (dict(default_system="Be brief."), "`system_instruction` was None and is 'Be brief.'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_results_are_not_reported_again_under_other_settings(case, scripted, tmp_path):
+    changes, said = OTHERS[case]
+    check_kept(model(), recipe(), tmp_path)  # nothing is there
+    run_harness(model(adapter=tmp_path / "gone"), recipe(harness_tasks=["t"]), tmp_path)
+    with pytest.raises(DataError) if said else nullcontext() as error:
+        check_kept(model(), recipe(**dict(harness_tasks=["t"]) | changes), tmp_path)
+    if said:
+        folder = tmp_path / "harness" / "toy"
+        assert str(error.value).startswith(f"`--rescore` keeps what {folder} was made with, but {said}")
+
+
+def test_a_server_is_asked_for_the_model_of_the_recipe(scripted, tmp_path):
+    """Behind a server an adapter is no name of its base; a stopped run of another model of the server begins anew."""
+    names = ["m", "toy"]
+    with answering(lambda request: (200, {"data": [{"id": name} for name in names]})) as server:
+        keys = SERVER | dict(server_urls=server.url, harness_tasks=["t"])
+
+        def asked(keys=keys, **which) -> str:
+            run_harness(model(**which, **keys), recipe(**keys), tmp_path)
+            return json.loads((tmp_path / "harness" / "toy" / "config.json").read_text())["model_args"]["model"]
+
+        assert asked(adapter="a") == "toy" and asked() == "toy"
+        assert asked(keys | dict(served_model="s")) == "s" and scripted() == 3
+        (tmp_path / "stop").touch()
+        names[:] = ["only"]
+        cache = tmp_path / "harness" / "toy" / "cache_rank0.db"
+        for name in (["only"], ["only"], ["other"]):
+            names[:] = name
+            with pytest.raises(DataError, match="ended with 3"):
+                asked()
+            assert cache.exists() == (scripted() == 5)
+            cache.touch()
+        names[:] = ["one", "two"]
+        with pytest.raises(DataError, match="The server has several models .one, two.; name one as `served_model`"):
+            asked(adapter="b")
 
 
 def test_a_stopped_run_keeps_its_answers_and_its_reason_is_told(scripted, tmp_path):
@@ -169,6 +233,8 @@ def test_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"which is not installed: pip install '\.\[eval\]'"):
         run_harness(model(), recipe(), tmp_path)
+    with pytest.raises(DataError, match="is not installed"):
+        check_harness(model(), recipe(), tmp_path)
     assert harness_results(recipe(harness_tasks=None), model(), False) == []
 
 

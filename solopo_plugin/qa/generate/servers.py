@@ -8,7 +8,8 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -49,13 +50,8 @@ def openai_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> G
 async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> AsyncGenerator[Reply, None]:
     """Keep `concurrency` requests under way; what a server leaves unanswered of a call is asked for one by one."""
     calls, rest, running = iter(calls), deque[Call](), set[asyncio.Task]()
-    timeout = httpx.Timeout(sampling.timeout, connect=10.0, pool=None)
-    key, places = api_key(sampling.api_key_env), addresses(model.server_urls)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    direct, by_proxy = transports(places, sampling.concurrency)
     sameness = _Sameness(sampling.temperature)
-    async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=direct, mounts=by_proxy) as client:
-        servers = _Servers(sampling, client, places, key)
+    async with _connected(sampling, model) as servers:
         asker = _Asker(sampling, model, servers)
         await asker.find_model()
         try:
@@ -76,6 +72,30 @@ async def _replies(sampling: Sampling, model: Model, calls: Iterable[Call]) -> A
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _connected(sampling: Sampling, model: Model) -> AsyncIterator["_Servers"]:
+    timeout = httpx.Timeout(sampling.timeout, connect=10.0, pool=None)
+    key, places = api_key(sampling.api_key_env), addresses(model.server_urls)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    direct, by_proxy = transports(places, sampling.concurrency)
+    async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=direct, mounts=by_proxy) as client:
+        yield _Servers(sampling, client, places, key)
+
+
+def served_name(sampling: Sampling, model: Model) -> str:
+    """Return what the servers of a model call it, by the rule of `openai_answers`.
+
+    Raises:
+        DataError: They do not answer, or have several models and none of its name.
+    """
+
+    async def name() -> str:
+        async with _connected(sampling, model) as servers:
+            return (await _model_name(model, servers))[0]
+
+    return asyncio.run(name())
 
 
 class _Sameness:
