@@ -18,6 +18,7 @@ from ..qa.recipe import build, key, read_values, shared
 from .items import LONGBENCH, MAIN_METRIC
 
 TITLE = "evaluation recipe"
+NEARLY = 0.95  # a length of which `max_input_tokens` holds so much is built to that; ours
 
 
 @dataclass(config=kinds.STRICT, kw_only=True)
@@ -200,7 +201,52 @@ def make_recipe(values: dict[str, Any]) -> EvalRecipe:
         raise DataError("`prompts: official` is for longbench_v2, which `benchmarks` does not name; leave it out.")
     if len(set(recipe.benchmarks)) < len(recipe.benchmarks):
         raise DataError(f"`benchmarks` names one twice: {', '.join(recipe.benchmarks)}.")
+    _check_files(recipe)
+    _check_lengths(recipe)
+    _check_idle(recipe)
     return recipe
+
+
+def _check_files(recipe: EvalRecipe) -> None:
+    """Refuse tasks and files that are no texts; YAML reads a bare 1, yes or null as something else."""
+    for name in ("ruler_data", "niah_needles"):
+        value = getattr(recipe, name)
+        for task, file in value.items() if isinstance(value, dict) else ():
+            if not all(isinstance(text, str) and text.strip() for text in (task, file)):
+                raise DataError(
+                    f"`{name}` must name the file of each task, {{squad: FILE}}, got {{{task!r}: {file!r}}}; put "
+                    "numbers and such into quotes, and several files of a task into one text with commas."
+                )
+
+
+def _check_lengths(recipe: EvalRecipe) -> None:
+    """Refuse lengths of built contexts that cannot be asked: without any, or with the evidence cut out of them."""
+    built = {"ruler_lengths": "ruler_qa" in recipe.benchmarks}
+    built["niah_lengths"] = "niah_plus" in recipe.benchmarks and bool(recipe.niah_needles)
+    for name in (name for name, used in built.items() if used):
+        lengths, window = getattr(recipe, name), recipe.max_input_tokens
+        if not lengths:
+            raise DataError(f"`{name}` is empty; give the lengths of the contexts in tokens, such as [4096, 8192].")
+        if NEARLY * max(lengths) > window:
+            raise DataError(
+                f"`{name}: {max(lengths)}` is longer than `max_input_tokens: {window}`, so that the prompts would lose "
+                "their middle; raise that, or leave the length out."
+            )
+    if built["niah_lengths"] and not recipe.niah_depths:
+        raise DataError("`niah_depths` is empty; give the depths of the needles in percent, such as [0, 50, 100].")
+
+
+def _check_idle(recipe: EvalRecipe) -> None:
+    """Refuse keys that would change nothing, since another one that they belong to is not set."""
+    idle = {
+        "with_base": ("`checkpoints`", not recipe.checkpoints),
+        "harness_args": ("`harness_tasks`", not recipe.harness_tasks),
+        "extra_body": ("`backend: openai`", recipe.backend != "openai"),
+        "served_model": ("`backend: openai`", recipe.backend != "openai"),
+    }
+    for name, (needed, missing) in idle.items():
+        if missing and getattr(recipe, name):
+            raise DataError(f"`{name}` is for {needed}, which the recipe does not have; leave it out.")
 
 
 def sources(recipe: EvalRecipe, benchmark: str) -> list[Path]:

@@ -17,6 +17,15 @@ SECRET = re.compile(
     r"|(.*[_-])?headers?|token",
     re.IGNORECASE,
 )
+# parts of a request to a server that a recipe sets elsewhere, and reports
+REQUEST = {name: f"set `{name}` of the recipe" for name in ("temperature", "top_p", "seed")} | {
+    "model": "set `served_model` of the recipe",
+    "max_tokens": "set `max_new_tokens` of the recipe",
+    "max_completion_tokens": "set `max_new_tokens` of the recipe",
+    "n": "leave it out",
+    "messages": "leave it out",
+    "prompt": "leave it out",
+}
 
 
 def masked(text: str) -> str:
@@ -45,6 +54,8 @@ def _without_secret(value: dict, info: ValidationInfo) -> dict:
             f"`{info.field_name}` cannot hold `{secret}`: what stands there is written to files; put a key into the "
             "environment variable that `api_key_env` names, a token of the hub into HF_TOKEN."
         )
+    if (info.field_name or "").endswith("extra_body") and (name := next((n for n in value if n in REQUEST), None)):
+        raise DataError(f"`{info.field_name}` cannot hold `{name}`, which every request has: {REQUEST[name]}.")
     return value
 
 

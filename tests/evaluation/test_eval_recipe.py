@@ -13,6 +13,7 @@ from solopo_plugin.qa.recipe import SHARED as KEYS
 from solopo_plugin.synthesis.recipe import FIELDS as DATA
 
 BASE = dict(models=["a"], template="qwen", benchmarks=["plain"], plain_data="x.jsonl", output_dir="out")
+RULER, NEEDLES = (dict(benchmarks="ruler_qa", ruler_data={"a": "f"}), dict(benchmarks="niah_plus", niah_needles="f"))
 REFUSED = {
     "Unknown key `benchmark` in the evaluation recipe. Did you mean `benchmarks`? Allowed: models, checkpoints,": dict(
         benchmark=["plain"]
@@ -44,7 +45,40 @@ REFUSED = {
     "`prompts: official` cannot be had for niah_plus, whose authors publish prompts for a team of agents ": dict(
         prompts="official", benchmarks="longbench_v2, niah_plus", niah_data="x"
     ),
+    "`ruler_data` must name the file of each task, {squad: FILE}, got {1: 'f'}; put numbers and such into ": dict(
+        ruler_data={1: "f"}
+    ),
+    "`ruler_data` must name the file of each task, {squad: FILE}, got {'squad': None}; put": dict(
+        ruler_data={"squad": None}
+    ),
+    "`ruler_data` must name the file of each task, {squad: FILE}, got {'b': ['f', 'g']}; put": dict(
+        ruler_data={"a": "f", "b": ["f", "g"]}
+    ),
+    "`niah_needles` must name the file of each task, {squad: FILE}, got {'a': 1}; put": dict(niah_needles={"a": 1}),
+    "`niah_needles` must name the file of each task, {squad: FILE}, got {' ': 'f'}; put": dict(niah_needles={" ": "f"}),
+    "`ruler_lengths` is empty; give the lengths of the contexts in tokens, such as [4096, 8192].": RULER
+    | dict(ruler_lengths=[]),
+    "`niah_lengths` is empty; give": NEEDLES | dict(niah_lengths=[]),
+    "`niah_depths` is empty; give the depths of the needles in percent, such as [0, 50, 100].": NEEDLES
+    | dict(niah_depths=[]),
+    "`ruler_lengths: 65536` is longer than `max_input_tokens: 31500`, so that the prompts would lose their middle; ra": (
+        RULER | dict(ruler_lengths=[4096, 65536, 8192])
+    ),
+    "`niah_lengths: 32768` is longer than `max_input_tokens: 31129`,": NEEDLES | dict(max_input_tokens=31129),
+    "`with_base` is for `checkpoints`, which the recipe does not have; leave it out.": dict(with_base=True),
+    "`harness_args` is for `harness_tasks`, which the recipe does not have; leave": dict(harness_args={"limit": 1}),
+    "`extra_body` is for `backend: openai`, which the recipe does not": dict(extra_body={"top_k": 1}),
+    "`served_model` is for `backend: openai`, which": dict(served_model={"a": "b"}, backend="transformers"),
+    "`extra_body` cannot hold `temperature`, which every request has: set `temperature` of the recipe.": dict(
+        extra_body={"temperature": 0.7, "max_tokens": 9}, backend="openai"
+    ),
 }
+
+
+def test_lengths_that_the_window_nearly_holds_or_nobody_asks_are_taken():
+    for keys in (RULER | dict(max_input_tokens=31130), NEEDLES, dict(ruler_lengths=[65536], niah_lengths=[])):
+        make_recipe(BASE | keys)
+    make_recipe(BASE | dict(benchmarks="niah_plus", niah_data="f", niah_lengths=[65536], niah_depths=[]))
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

@@ -30,6 +30,7 @@ from solopo_plugin.qa.generate import addresses, servers, vllm
 from solopo_plugin.qa.generate import generate as generate_with
 from solopo_plugin.qa.generate.calls import Call, Model, Reply, call_seed, load_chat
 from solopo_plugin.qa.generate.servers import read_answers
+from solopo_plugin.qa.kinds import REQUEST
 from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import load_recipe, make_recipe
@@ -688,7 +689,14 @@ def test_a_secret_in_a_body_is_refused_since_the_manifest_holds_it(body, name):
     assert SENTINEL not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "stop_token_ids", "eos_token", "top_k", "secretary", "guided_json"])
+@pytest.mark.parametrize("name", REQUEST)
+def test_keys_of_a_body_that_the_recipe_sets_and_reports_are_refused(name):
+    for key in ("extra_body", "judge_extra_body", "ask_extra_body"):
+        with pytest.raises(DataError, match=f"^`{key}` cannot hold `{name}`, which every request has: (set|leave) "):
+            openai("http://h", **{key: {"top_k": 1, name: 1}})
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "stop_token_ids", "eos_token", "top_k", "secretary", "guided_json"])
 def test_keys_of_a_body_that_are_no_secrets_stay(name):
     assert openai("http://h", extra_body={name: 1}).extra_body == {name: 1}
 

@@ -16,7 +16,6 @@ from .rows import rows_of
 log = logging.getLogger(__name__)
 NAME = "short"  # of the random numbers: at `short_tokens` a context is the data pipeline's short one
 TRIES = 4  # questions that are tried for one that is asked for, so that an impossible length ends; ours
-NEARLY = 0.95  # a length of which the window holds so much is built to the window; ours
 NUMBER = 8  # tokens that the number of a document can have at most
 HUB_SUBSETS = {"hotpotqa": "distractor"}
 
@@ -36,7 +35,7 @@ class Haystack:
             tokenizer: Of the model whose tokens count.
             template: Its chat template.
         """
-        self.what, self.lengths = f"`{key}`, {task} ({name})", {n: _target(n, recipe.max_input_tokens) for n in lengths}
+        self.what, self.lengths = f"`{key}`, {task} ({name})", {n: min(n, recipe.max_input_tokens) for n in lengths}
         self.read = Counter(lines=0, unanswerable=0, same_id=0)
         rows = rows_of(name, key, HUB_SUBSETS.get(task), "validation")
         questions = read_questions(rows, task if task in PARSERS else "auto", {}, self.read, _refuse)
@@ -108,11 +107,6 @@ def item_fields(question: Question, context: BuiltContext) -> dict:
 def wanted_questions(questions: int, max_samples: int | None) -> int:
     """Return the number of questions of a task: as many as its key says, and no more than `max_samples`."""
     return questions if max_samples is None else min(questions, max_samples)
-
-
-def _target(length: int, window: int) -> int:
-    """Return the tokens that the prompt of a length may have: a window a little shorter is taken, so nothing is cut."""
-    return window if NEARLY * length <= window < length else length
 
 
 def _refuse(where: str, error: DataError) -> None:
