@@ -1,6 +1,6 @@
 """Define a question of a benchmark, as it is asked and judged: what readers of benchmarks make and all else uses."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,10 @@ MAIN_METRIC = {
     "ruler_qa": "f1",  # the paper's; RULER's own is `string_match`
     "niah_plus": "sub_em",  # ours: whether the needle's answer is in what stands behind the marker
     "longbench_v2": "accuracy",
-    "plain": "f1",
+    "plain": "f1",  # of choices accuracy, see `main_metric`
     "validation": "sub_em",  # what the data pipeline judged its samples by
 }
+EACH_OWN = "f1_or_accuracy"  # of each question the main metric of its kind, where a benchmark has both kinds
 # LongBench v1's question answering in English: the paper's tasks in its order, with their names, and whether an answer
 # stands in a single document or in several
 LONGBENCH = {
@@ -32,6 +33,12 @@ LONGBENCH = {
 GROUPS = ("length", "depth", "length_class", "difficulty", "hops", "depths")
 # benchmark with `prompts: official` -> tokens of an answer that its authors allow
 OFFICIAL_TOKENS = {"longbench_v2": 128}  # pred.py of github.com/THUDM/LongBench
+
+
+def main_metric(benchmark: str, metrics: Collection[str]) -> str:
+    """Return the metric of a benchmark's table, of those that there are: files of one's own may have choices."""
+    wanted = EACH_OWN, MAIN_METRIC.get(benchmark, ""), "accuracy"
+    return next((name for name in wanted if name in metrics), wanted[1])
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..qa.files import DataError, as_data_error, read_jsonl, write_json
 from ..qa.provenance import installed_versions
 from .intervals import compare_paired, mean_interval, mean_of_means
-from .items import GROUPS, MAIN_METRIC
+from .items import EACH_OWN, GROUPS, MAIN_METRIC, main_metric
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # of results.json; 1 had the columns of `GROUPS` as one text, `length=16384,depth=50`
@@ -95,6 +95,7 @@ def _load_all(
     for model in models:
         scores[model["name"]], counts = load_scores(folder / f"{model['name']}.jsonl", asked)
         counted.append({key: model.get(key) for key in ("name", "path", "adapter", "step")} | {"counts": counts})
+    scores = with_each_own(scores)
     scores |= {run: of_seeds(run, {name: scores[name] for name in members}) for run, members in runs.items()}
     return scores, counted
 
@@ -183,6 +184,18 @@ def load_scores(path: Path, asked: int) -> tuple[pd.DataFrame, dict]:
     # of objects, so that whole numbers stay whole beside None
     scores = pd.DataFrame([*chain(*lines.values())], columns=[*KEY, "source", *GROUPS, "value"], dtype=object)
     return scores.astype({"value": float}), {name: counts[name] for name in names}
+
+
+def with_each_own(scores: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Add the metric `EACH_OWN` to every model's scores of benchmarks that have questions of both kinds."""
+    kinds = pd.concat([own[["benchmark", "metric"]] for own in scores.values()])
+    of_kind = kinds[kinds["metric"].isin(["f1", "accuracy"])].drop_duplicates()
+    mixed = of_kind["benchmark"][of_kind["benchmark"].duplicated()]
+    for name, own in scores.items():
+        main = own[own["benchmark"].isin(mixed) & own["metric"].isin(["f1", "accuracy"])]
+        if len(main):
+            scores[name] = pd.concat([main.assign(metric=EACH_OWN), own], ignore_index=True)
+    return scores
 
 
 def groups_of(row: dict) -> dict:
@@ -308,7 +321,9 @@ def select(benchmark: str, models: list[dict], scores: dict[str, pd.DataFrame], 
     Raises:
         DataError: A model has no answers to the benchmark.
     """
-    metric, by_name, own = MAIN_METRIC[benchmark], {model["name"]: model for model in models}, {}
+    by_name, own = {model["name"]: model for model in models}, {}
+    metrics = {metric for name in by_name for metric in scores[name]["metric"][scores[name]["benchmark"] == benchmark]}
+    metric = main_metric(benchmark, metrics)
     for name in by_name:
         asked = scores[name][(scores[name]["benchmark"] == benchmark) & (scores[name]["metric"] == metric)]
         if asked.empty:

@@ -10,11 +10,11 @@ import pytest
 from conftest import Page
 from made_up import CHANCES, HARNESS, LENGTHS, LONGBENCH, TITLE, item, items, write_folder
 
-from solopo_plugin.evaluation.items import GROUPS, MAIN_METRIC
+from solopo_plugin.evaluation.items import EACH_OWN, GROUPS, MAIN_METRIC
 from solopo_plugin.evaluation.published import PUBLISHED, matches
 from solopo_plugin.evaluation.report import explorer, write_report
 from solopo_plugin.evaluation.report.figures import draw_figures
-from solopo_plugin.evaluation.report.tables import Summary, benchmark_tables
+from solopo_plugin.evaluation.report.tables import NONE, Summary, benchmark_tables
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
 
@@ -194,6 +194,28 @@ def test_of_many_pairs_the_comparison_by_length_is_folded_away(tmp_path):
     ]
     assert [(table.title[-2:], table.open) for table in tables] == [("F1", False), ("ch", False)]
     assert all(len(lines) == 8 for table in tables for _, lines in table.blocks)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_own_questions_of_multiple_choice(tmp_path, mixed):
+    """A table, a comparison and the page's score of each question by its kind; the mean of tasks is over both."""
+    questions = [item("plain", "letters", i, kind="choice", answers=["ABCD"[i % 4]]) for i in range(6)]
+    questions += [item("plain", "words", i) for i in range(4 * mixed)]
+    results = write_folder(tmp_path, questions, harness=[])
+    write_report(tmp_path)
+    title = "F1, of choices accuracy" if mixed else "Accuracy"
+    for model, line in zip(CHANCES, markdown_table(tmp_path, "Own questions", title)[2:], strict=True):
+        tasks = {"letters": "accuracy"} | ({"words": "f1", "": EACH_OWN} if mixed else {})
+        assert line == [model, *(shown(results, model, "plain", *of) for of in tasks.items())]
+    compared = markdown_table(tmp_path, "Own questions", "Paired comparison on the same questions")
+    assert compared[2][0] == ("mean of tasks, F1, of choices accuracy" if mixed else "letters, accuracy")
+    names = {name for name, (_, _, benchmark) in draw_figures(results).items() if not benchmark}
+    assert names == {"overview", "differences"}
+    by_kind = {"letters": "accuracy", "words": "f1"}
+    _, shown_rows = rows_of(tmp_path)
+    assert all(round(by["score"], 1) == by["scores"][by_kind[r["task"]]] for r in shown_rows for by in r["by"].values())
+    lenient = benchmark_tables(results, "plain")[1]
+    assert lenient.open and (lenient.notes == [NONE]) == mixed, "words have no letters"
 
 
 SEEDS = ("base", "seed-0", "seed-1", "other", "seed-2")

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from solopo_plugin.evaluation.items import GROUPS, MAIN_METRIC, Item
+from solopo_plugin.evaluation.items import EACH_OWN, GROUPS, MAIN_METRIC, Item
 from solopo_plugin.evaluation.results import harness_of, make_results
 from solopo_plugin.evaluation.score import write_scores
 from solopo_plugin.qa.files import DataError, write_jsonl
@@ -17,6 +17,7 @@ MODELS = [
     {"name": "step-20", "path": "saves/full/checkpoint-20", "adapter": None, "step": 20},
 ]
 TEXTS = {"r": "The answer is: Rosvik", "w": "The answer is: Karvik", "p": "The answer is: Rosvik town", "-": ""}
+TEXTS |= {letter: f"The correct answer is ({letter})" for letter in "AB"}  # of choices, of which A is right
 F1 = {"r": 100.0, "w": 0.0, "p": 200 / 3, "-": 0.0}
 
 
@@ -31,8 +32,9 @@ def make_folder(folder, tasks, models=MODELS):
     for (benchmark, task), (fields, letters) in tasks.items():
         ids = "q{}" if benchmark == "validation" else task + "{}"  # of validation rows, both tasks ask the same
         own = [
-            Item(benchmark, task, ids.format(k), f"{task} {k}? The answer is: ...", "?", ["Rosvik"], **more)
+            Item(benchmark, task, ids.format(k), f"{task} {k}? The answer is: ...", "?", golds, **more)
             for k, more in enumerate(fields)
+            for golds in [["A"] if "kind" in more else ["Rosvik"]]
         ]
         items += own
         for name, word in letters.items():
@@ -173,7 +175,7 @@ def test_only_common_questions_are_compared(tmp_path, caplog):
 
 
 def test_questions_and_choices_in_one_task(tmp_path):
-    """Each metric is over the questions that have it."""
+    """Each metric is over the questions that have it, and one is over all, each by its kind."""
     items = [
         Item("plain", "t", f"q{k}", f"{k}?", "?", ["B"], kind) for k, kind in enumerate(["qa", "choice", "choice"])
     ]
@@ -188,7 +190,7 @@ def test_questions_and_choices_in_one_task(tmp_path):
     found = make(tmp_path, MODELS[:2])
     values = {r["metric"]: (r["n"], r["value"]) for r in rows(found["summary"], model="base", task="t")}
     assert values == {m: (1, 100) for m in ("f1", "em", "sub_em", "string_match")} | {
-        "accuracy": (2, 50), "accuracy_lenient": (2, 50), "parsed": (2, 50),
+        "accuracy": (2, 50), "accuracy_lenient": (2, 50), "parsed": (2, 50), EACH_OWN: (3, pytest.approx(200 / 3)),
     }  # fmt: skip
     assert row(found["comparisons"], task="", metric="accuracy")["n"] == 2
 
@@ -405,6 +407,26 @@ def test_select_on_common_questions_and_among_one(tmp_path):
     assert found["note"].endswith(" 2 questions that not all models answered are left out.")
     alone = make(tmp_path, MODELS[:1], select_by="plain")["selection"]
     assert alone["best"] == "base" and alone["note"] == "There was nothing to choose from."
+
+
+def test_own_questions_of_both_kinds_count_each_by_its_metric(tmp_path):
+    """Choices by accuracy, alone or beside questions that count by F1; also where a model answered one kind alone."""
+    choices = {("plain", "letters"): ([{"kind": "choice"}] * 4, {"base": "ABBB", "step-10": "AAAB", "step-20": "    "})}
+    make_folder(tmp_path, choices)
+    found = make(tmp_path, MODELS[:2], select_by="plain")
+    assert (found["selection"]["best"], found["selection"]["metric"]) == ("step-10", "accuracy")
+    assert {r["metric"] for r in found["summary"]} == {"accuracy", "accuracy_lenient", "parsed"}
+    words = {("plain", "words"): ([{}] * 2, {"base": "rp", "step-10": "rw", "step-20": "rr"})}
+    make_folder(tmp_path, choices | words)
+    found = make(tmp_path, MODELS[:2], select_by="plain")
+    assert (found["selection"]["best"], found["selection"]["n"]) == ("step-10", 6)
+    for name, letters, of_words in (("base", 25, (100 + 200 / 3) / 2), ("step-10", 75, 50)):
+        own = rows(found["summary"], model=name, metric=EACH_OWN)
+        assert [(r["task"], r["n"]) for r in own] == [("letters", 4), ("words", 2), ("", 6)]
+        assert [r["value"] for r in own] == pytest.approx([letters, of_words, (letters + of_words) / 2])
+    assert row(found["comparisons"], metric=EACH_OWN, task="", b="step-10", **ALL)["n"] == 6
+    found = make(tmp_path, select_by="plain")["selection"]
+    assert (found["best"], found["n"], found["left_out"]) == ("step-20", 2, 4)
 
 
 # What does not matter, and what is refused

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from ...qa.files import read_jsonl
-from ..items import MAIN_METRIC
+from ..items import main_metric
 from ..score import stored_answers
 
 QUESTIONS = 400  # at most, evenly over benchmarks and tasks
@@ -93,6 +93,6 @@ def _answer(row: dict, text: str, most: int) -> dict:
         "text": shorten(text, most),
         "prediction": None if row["prediction"] is None else shorten(row["prediction"], PASSAGE),
         "scores": {name: round(value, 1) for name, value in row["scores"].items()},
-        "score": row["scores"].get(MAIN_METRIC.get(row["benchmark"])),
+        "score": row["scores"].get(main_metric(row["benchmark"], row["scores"])),
         "facts": {name: row[name] for name in names},
     }

@@ -8,7 +8,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..items import MAIN_METRIC
 from .tables import COMPARISONS, METRICS, TITLES, Summary, label_length, label_task, only
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -57,7 +56,7 @@ def _of_few(found: Summary) -> Figures:
             "",
         )
     for benchmark in found.benchmarks:
-        metric = MAIN_METRIC[benchmark]
+        metric = found.main_metric(benchmark)
         if any(len(found.values(benchmark, "length", task=task)) > 1 for task in found.tasks(benchmark)):
             made[f"length_{benchmark}"] = (
                 by_length(found, benchmark, metric),
@@ -75,7 +74,7 @@ def compared(found: Summary) -> list[dict]:
     """
     rows = []
     for benchmark in found.benchmarks:
-        own = only(found.comparisons, benchmark=benchmark, metric=MAIN_METRIC[benchmark])
+        own = only(found.comparisons, benchmark=benchmark, metric=found.main_metric(benchmark))
         rows += [row for task in found.tasks(benchmark) for row in own[own["task"] == task].to_dict("records")]
     if len(rows) <= COMPARISONS:
         return rows
@@ -121,7 +120,7 @@ def overview(found: Summary) -> Figure:
     figure, panels = _panels(len(found.benchmarks), 4.2, height, 2, sharey=True)
     styles = _lines(found.models)
     for axes, benchmark in zip(panels, found.benchmarks, strict=True):
-        metric = MAIN_METRIC[benchmark]
+        metric = found.main_metric(benchmark)
         rows = only(found.rows, benchmark=benchmark, task=found.tasks(benchmark)[-1], metric=metric)
         for y, model in enumerate(found.models):
             own = rows[rows["model"] == model]
@@ -183,7 +182,7 @@ def differences(rows: list[dict]) -> Figure:
 
 def heat_maps(found: Summary, benchmark: str = "niah_plus") -> Figures:
     """Draw depth by length: one figure per model and one per pair that is compared; panels are tasks."""
-    metric, rows = MAIN_METRIC[benchmark], found.rows
+    metric, rows = found.main_metric(benchmark), found.rows
     cells = rows[(rows["benchmark"] == benchmark) & (rows["length"] != "") & (rows["depth"] != "")]
     tasks = [task for task in found.tasks(benchmark) if task in set(cells["task"])]
     if not tasks:

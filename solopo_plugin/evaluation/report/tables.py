@@ -7,7 +7,7 @@ from itertools import groupby
 
 import pandas as pd
 
-from ..items import GROUPS, LONGBENCH, MAIN_METRIC, OFFICIAL_TOKENS
+from ..items import EACH_OWN, GROUPS, LONGBENCH, MAIN_METRIC, OFFICIAL_TOKENS, main_metric
 from ..published import CAVEATS, DOUBTFUL, PUBLISHED, SOURCE, matches
 
 TITLES = {
@@ -19,6 +19,7 @@ TITLES = {
     "validation": "Validation split, short and long prompt",
 }
 METRICS = {
+    EACH_OWN: "F1, of choices accuracy",
     "f1": "F1",
     "em": "exact match",
     "sub_em": "sub-EM",
@@ -27,11 +28,13 @@ METRICS = {
     "accuracy_lenient": "accuracy, lenient: the last letter, not the official parser's first",
     "parsed": "share of answers with a letter",
 }
-BESIDE = {"ruler_qa": ("string_match",), "longbench_v2": ("accuracy_lenient",)}  # shown open, like the main metric
+LENIENT = ("accuracy_lenient",)
+BESIDE = {"ruler_qa": ("string_match",), "longbench_v2": LENIENT, "plain": LENIENT}  # shown open, like the main metric
 # in the order of the paper, RULER's SQuAD before HotpotQA; other tasks follow under their own names
 LABELS = {"": "mean of tasks", "squad": "SQuAD"} | {task: name for task, (name, _) in LONGBENCH.items()}
 ORDER = ("easy", "hard", "short", "medium", "long")
 MEASURED = "Measured here"
+NONE = "-: no such answers. A mean of tasks is over those that have some, so that rows may be means over other tasks."
 COMPARISONS = 30  # lines that are shown together; more are folded away, and of more the figure draws means of tasks
 OURS = {  # what the prompts ask for; "": the benchmarks that are not named
     "": "the data pipeline's: a chain of thought that ends in 'The answer is: ...'",
@@ -96,7 +99,15 @@ class Summary:
         rows = self.rows[self.rows["benchmark"] == benchmark]
         for column, value in where.items():
             rows = rows[rows[column] == value]
-        return in_order(set(rows[name]) - {""}, (MAIN_METRIC.get(benchmark, ""), *METRICS, *LABELS, *ORDER))
+        return in_order(set(rows[name]) - {""}, (self.main_metric(benchmark), *METRICS, *LABELS, *ORDER))
+
+    def main_metric(self, benchmark: str) -> str:
+        """Return the metric of a benchmark's table."""
+        return main_metric(benchmark, set(self.rows["metric"][self.rows["benchmark"] == benchmark]))
+
+    def open_metrics(self, benchmark: str) -> tuple[str, ...]:
+        """Return the main metric and those that are shown open beside it."""
+        return self.main_metric(benchmark), *BESIDE.get(benchmark, ())
 
     def tasks(self, benchmark: str) -> list[str]:
         """Return tasks with "", the mean of tasks, at the end if there are several."""
@@ -198,8 +209,9 @@ def _metric_table(found: Summary, benchmark: str, metric: str, models: list[str]
     rows = rows.assign(name=rows["model"].map(found.label), cell=[*map(_value, rows.to_dict("records"))])
     columns, blocks = _pivot(rows, _layout(found, benchmark), [*map(found.label, models)])
     blocks = [(f"{MEASURED}: {task}" if task else MEASURED, lines) for task, lines in blocks]
-    shown = metric in (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ())) and not single
-    return Table(METRICS.get(metric, metric) + ", single seeds" * single, columns, blocks, open=shown)
+    shown = metric in found.open_metrics(benchmark) and not single
+    notes = [NONE] * any(("-", "") in cells for _, lines in blocks for _, cells in lines)
+    return Table(METRICS.get(metric, metric) + ", single seeds" * single, columns, blocks, notes, shown)
 
 
 def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
@@ -219,7 +231,7 @@ def _put_beside(table: Table, found: Summary, benchmark: str) -> None:
 
 def _comparisons(found: Summary, benchmark: str) -> list[Table]:
     """All tasks and lengths together, with wins and losses, then each of them, in a table per metric."""
-    metrics = (MAIN_METRIC.get(benchmark), *BESIDE.get(benchmark, ()))
+    metrics = found.open_metrics(benchmark)
     rows = only(found.comparisons, benchmark=benchmark, task=found.tasks(benchmark)[-1])
     blocks: dict[str, list[tuple[str, list[Cell]]]] = {}
     for row in rows[rows["metric"].isin(metrics)].to_dict("records"):
@@ -233,7 +245,7 @@ def _comparisons(found: Summary, benchmark: str) -> list[Table]:
     note = (
         "Difference: first named less second, on the n answers that both gave (a question counts once for each length "
         "or depth); wins are its wins. An interval that holds 0 shows no difference. p-values are not corrected for "
-        "the number of comparisons."
+        "the number of comparisons. A mean of tasks is over those that have such questions."
     )
     together = Table("Paired comparison on the same questions", [("", n) for n in names], list(blocks.items()), [note])
     apart = [_by_task_and_length(found, benchmark, metric) for metric in metrics]
@@ -249,8 +261,8 @@ def _by_task_and_length(found: Summary, benchmark: str, metric: str) -> Table | 
     rows = rows.assign(name=rows["b"] + " against " + rows["a"], cell=[*map(_difference, rows.to_dict("records"))])
     columns, blocks = _pivot(rows, layout, [*rows["name"].unique()])
     note = (
-        "As above: difference, p-value, 95 % interval, n. A mean of tasks is over those that have such questions. Of "
-        "20 cells without any difference, one has p < 0.05 by chance."
+        "As above: difference, p-value, 95 % interval, n. Of 20 cells without any difference, one has p < 0.05 by "
+        "chance."
     )
     title = f"Paired comparison by task and length, {METRICS.get(metric, metric)}"
     lines = rows["name"].nunique() * len(blocks)
