@@ -4,9 +4,9 @@ The scores, 0 to 100 each, by the functions of `solopo_plugin.qa.answers`:
 
 - qa: `f1` (LongBench v1's), `em` (SQuAD's) and `sub_em` (the data pipeline's judge of samples, after the paper) of the
   prediction, which is what `extract_answer` finds behind `The answer is:`; `string_match` (RULER's) of the whole
-  response. Without the marker the whole response is the prediction, for `sub_em` less its thoughts: a model that was
-  not told of the marker answers plainly. But if the prompt asks for it, `sub_em` without it counts only a response that
-  is nothing but the answer, because in a whole chain of thought a mere mention would count as the answer.
+  response. Without the marker the whole response less its thoughts is the prediction: a model that was not told of the
+  marker answers plainly. But if the prompt asks for it, `sub_em` without it counts only a response that is nothing but
+  the answer, because in a whole chain of thought a mere mention would count as the answer.
 - choice: `accuracy` of the letter that LongBench v2's parser finds first; `accuracy_lenient`, ours, of the letter that
   the response ends with (`longbench_v2_choice_lenient`); and `parsed`, whether the parser finds one.
 """
@@ -61,13 +61,12 @@ def score_answer(item: Item, text: str, prompt: str | None = None) -> dict:
         }
         return {"prediction": letter, "marker": letter is not None, "scores": scores}
     found = extract_answer(text)
-    prediction = text.strip() if found is None else found
-    said = behind_thought(text) if found is None else found
+    said = behind_thought(text).strip() if found is None else found
     whole = found is None and _ASKS_MARKER.search(own_words(item, prompt))  # nothing but the answer counts
     sub_em = holds_answer(said, item.answers) and (not whole or judged_form(said) in map(judged_form, item.answers))
     scores = {
-        "f1": 100.0 * f1_score(prediction, item.answers),
-        "em": 100.0 * exact_match(prediction, item.answers),
+        "f1": 100.0 * f1_score(said, item.answers),
+        "em": 100.0 * exact_match(said, item.answers),
         "sub_em": 100.0 * sub_em,
         "string_match": string_match_part(text, item.answers),
     }
@@ -176,7 +175,10 @@ def answer_field(answer: dict, name: str, path: Path, number: int) -> str:
     """
     value = answer.get(name)
     if not isinstance(value, str):
-        raise DataError(f"{path}:{number}: `{name}` must be a text, got {value!r}; delete the line and ask again.")
+        raise DataError(
+            f"{path}:{number}: `{name}` must be a text, got {value!r}; delete the line and start again, and should it "
+            "come back, which it does from answers.db, with `--no-resume`, which asks all questions again."
+        )
     return value
 
 

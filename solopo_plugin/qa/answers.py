@@ -18,9 +18,13 @@ _THOUGHT = re.compile(r"<think(?:ing)?>|<seed:think>|◁think▷|\[think\]|<\|ch
 _THOUGHT_END = re.compile(r"</think(?:ing)?>|</seed:think>|◁/think▷|\[/think\]|<channel\|>|<\|channel\|>final", re.I)
 _MARKER = re.compile(r"the(?<![^\W_]the)[\s*_`]+answer[\s*_`]+is[\s*_`]*[:：∶꞉]", re.I)  # in markdown, full width
 _LOOSE_MARKER = re.compile(r"the(?<![^\W_]the)\s+answer\s+is(?=[\s*])", re.I)  # the space keeps `The answer isn't` out
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _LEAD = re.compile(r"(?:[\s*:：]+|[$`\\({[]+(?:boxed\{)?[^\S\n]*\n)*")  # markdown, and lines that only open a formula
-_LATEX = re.compile(r"\\(?:boxed|fbox|mbox|emph|(?:text|math)(?:bf|it|rm|sf|tt)?)(?![A-Za-z])")
+_COMMAND = r"\\(?:boxed|fbox|mbox|emph|(?:text|math)(?:bf|it|rm|sf|tt)?)"  # of LaTeX
+_LATEX = re.compile(rf"{_COMMAND}(?![A-Za-z])")
+_ARGUMENT = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # with braces two deep within it
+_BOXED = re.compile(rf"\\boxed\s*{_ARGUMENT}")
+# apart from other words, with which its text would be one word or number
+_WRAPPED = re.compile(rf"(?<![^\s$`*(\[]){_COMMAND}(\s*){_ARGUMENT}(?=[.,:;!?]?(?:[\s$`*)\]]|\\[)\]]|\Z))")
 _PARTS = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+[.:]\d+|\d{1,3}[/⁄]\d{1,3})"  # 1,000, 2.5, 3:30, 1/2; not 1989/90
 _MINUS = r"(?<![\w)\]%\-–—−])[-–−]"  # and none in 1946-1950
 _NUMBER = re.compile(rf"((?:{_MINUS}(?:{_PARTS}|\d+)|(?<![\d.,:/⁄]){_PARTS})(?![.,:/⁄]?\d))")  # not 1.2.1990
@@ -110,17 +114,25 @@ def extract_answer(response: str) -> str | None:
     The last one counts, because a chain of thought weighs answers before it settles on one, and may quote the prompt.
     Where there is none, the last `\boxed{...}` counts; then the last `the answer is` without a colon, which beside a
     marked answer is a mere mention: `the answer is stated in document 3`. The answer may stand on the next line;
-    markdown around it is taken off. Thoughts are not read, see `behind_thought`.
+    markdown around it is taken off, and LaTeX's `\boxed{}`, `\text{}` and the like around its words. Thoughts are not
+    read, see `behind_thought`.
     """
     said = behind_thought(response)
     markers = list(_MARKER.finditer(said))
     if not markers and (boxes := _BOXED.findall(said)):
-        return boxes[-1].strip()
+        return _unwrapped(boxes[-1].strip())
     markers = markers or list(_LOOSE_MARKER.finditer(said))
     if not markers:
         return None
     lead = _LEAD.match(said, markers[-1].end())
-    return said[lead.end() if lead else markers[-1].end() :].split("\n", 1)[0].strip(" \t\r*")
+    return _unwrapped(said[lead.end() if lead else markers[-1].end() :].split("\n", 1)[0].strip(" \t\r*"))
+
+
+def _unwrapped(text: str) -> str:
+    """Return a text without LaTeX commands around words; its `judged_form` stays the same."""
+    for _ in range(3):  # one within the other
+        text = _WRAPPED.sub(r"\1\2", text)
+    return text.strip()
 
 
 def holds_answer(text: str, answers: list[str]) -> bool:

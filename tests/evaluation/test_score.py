@@ -62,9 +62,11 @@ ASKED, PLAIN = PROMPT.format(documents="", question="Where?"), "Where?"
         (ASKED, "The answer is: Russia", ["US"], "Russia", 0, 0, 0, 100),
         (ASKED, "The answer is: Xi\u2019an", ["Xi'an"], "Xi\u2019an", 0, 0, 100, 0),
         (ASKED, "<think>The answer is: Rosvik</think>Karvik", ["Rosvik"], None, 0, 0, 0, 100),
-        (ASKED, "<think>Karvik?</think>Rosvik.", ["Rosvik"], None, 0, 0, 100, 100),
+        (ASKED, "<think>Karvik?</think>Rosvik.", ["Rosvik"], None, 100, 100, 100, 100),
         (PLAIN, "<think>Karvik?</think>It is Rosvik.", ["Karvik"], None, 0, 0, 0, 100),
-        (PLAIN, "<think>It is Rosvik", ["Rosvik"], None, 50, 0, 0, 100),
+        (PLAIN, "<think>It is Rosvik", ["Rosvik"], None, 0, 0, 0, 100),
+        (ASKED, "The answer is: \\boxed{Rosvik}", ["Rosvik"], "Rosvik", 100, 100, 100, 100),
+        (ASKED, "So $\\boxed{\\text{Rosvik}}$.", ["Rosvik"], "Rosvik", 100, 100, 100, 100),
         (PLAIN, " \n ", ["Rosvik"], None, 0, 0, 0, 0),
         (PLAIN, "", ["Rosvik"], None, 0, 0, 0, 0),
     ],
@@ -264,8 +266,8 @@ BAD = {  # name: (answers made of three questions, the sentence behind the file'
         lambda q: [answer(q[0]), answer(q[1]), answer(q[0])],
         ":4: plain/t/q0 is answered a second time (first in line 2); delete one of the lines.",
     ),
-    "no id": (lambda q: [answer(q[0], id=None)], ":2: `id` must be a text, got None; delete the line and ask again."),
-    "a number": (lambda q: [answer(q[0], text=7)], ":2: `text` must be a text, got 7; delete the line and ask again."),
+    "no id": (lambda q: [answer(q[0], id=None)], ":2: `id` must be a text, got None; delete the line and start "),
+    "a number": (lambda q: [answer(q[0], text=7)], ":2: `text` must be a text, got 7; delete the line and start "),
 }
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from solopo_plugin.qa.answers import (
     _NUMBER,
     _judged_words,
+    _unwrapped,
     behind_thought,
     exact_match,
     extract_answer,
@@ -69,13 +70,17 @@ THOUGHT = "<think>Maybe the answer is: Karvik? No.</think>"
         ("The answer is\uff1aRosvik", "Rosvik"),
         ("the answer is:\nRosvik\nand so on", "Rosvik"),
         ("The\nanswer is: Rosvik", "Rosvik"),
-        ("The answer is:\n\\[\n\\boxed{42}\n\\]", "\\boxed{42}"),
+        ("The answer is:\n\\[\n\\boxed{42}\n\\]", "42"),
         ("The answer is: $$\n\\boxed{\n 42\n}\n$$", "42"),
+        ("The answer is: \\boxed{Rosvik}", "Rosvik"),
+        ("The answer is: $\\boxed{\\text{New {York}}}$.", "$New {York}$."),
+        ("The answer is: \\boxed{Rosvik}, or \\emph{Karvik}!", "Rosvik, or Karvik!"),
+        ("The answer is: \\text{US}A, x\\text{y}, \\boxed{1}.5", "\\text{US}A, x\\text{y}, \\boxed{1}.5"),
         ("The answer is: No answer.", "No answer."),
         ("The answer is:", ""),
         # a box where there is no marker with a colon
-        ("The answer is clear.\n$\\boxed{\\text{Karvik}}$? No, $\\boxed{\\text{Rosvik}}$ it is.", "\\text{Rosvik}"),
-        ("So $\\boxed{\\text{in \\emph{Rosvik}}}$.", "\\text{in \\emph{Rosvik}}"),
+        ("The answer is clear.\n$\\boxed{\\text{Karvik}}$? No, $\\boxed{\\text{Rosvik}}$ it is.", "Rosvik"),
+        ("So $\\boxed{\\text{in \\emph{Rosvik}}}$.", "in Rosvik"),
         ("\\boxed{Karvik}\nThe answer is: Rosvik", "Rosvik"),
         ("The answer isn't Rosvik", None),
         ("Breathe answer is: Rosvik", None),
@@ -102,6 +107,15 @@ def test_what_was_put_behind_the_marker_is_found(thought, answer):
     assert found is not None and found in answer
     if exact_match(answer, [answer]) and "\n" not in answer and "answer is" not in answer.lower():
         assert normalize_answer(found) == normalize_answer(answer)
+
+
+LATEX = ["\\boxed{", "\\text {", "{", "}", "$", "\\)", " ", "-", "1", ".5", ",", "1,000", "/2", "the", "US", "_", "*"]
+
+
+@given(st.lists(st.sampled_from(LATEX), max_size=12).map("".join))
+def test_latex_taken_off_changes_no_verdict(text):
+    """What is judged has the same form, and the same ends of words, as where its LaTeX still stands."""
+    assert _judged_words(_unwrapped(text)) == _judged_words(text)
 
 
 def test_thoughts_of_all_the_hosts_templates_are_told():
