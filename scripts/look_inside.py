@@ -9,11 +9,31 @@ index.html, shares_by_layer.png and look.json. The terms are explained in docs/e
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 from solopo_plugin.probe.inside import read_rows, run
-from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.files import DataError, is_path
+
+
+def name_models(*given: str | None) -> dict[str, str]:
+    """Return the models by their names on the page: the last part of each place, or all of it where those are equal.
+
+    Raises:
+        DataError: A name is empty, there is no such folder, or one model is given twice.
+    """
+    places = [place for place in given if place is not None]
+    for place in places:
+        if not place.strip():
+            raise DataError(f"A model's name is empty, got {place!r}; give a folder or a hub name.")
+        if is_path(place) and not Path(place).is_dir():
+            raise DataError(f"No model can be loaded from {place}: there is no such folder; check the path.")
+    whole = [*map(os.path.abspath, places)]
+    if len(set(whole)) < len(whole):
+        raise DataError(f"`--compare {places[1]}` is the first model itself; give another one, or leave it out.")
+    short = [Path(place).name for place in whole]
+    return dict(zip(short if len(set(short)) == len(short) else places, places, strict=True))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -32,17 +52,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--trust_remote_code", action="store_true", help="the host's key")
     args = parser.parse_args(words)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    places = [place for place in (args.model, args.compare) if place]
-    short = [Path(place).name for place in places]
-    models = dict(zip(short if len(set(short)) == len(short) else places, places, strict=True))
     chat = dict(
         default_system=args.default_system, enable_thinking=not args.no_thinking,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     try:
         found = run(
-            models, read_rows(args.rows, args.row, args.n), args.out, args.template, args.model_name_or_path, **chat
-        )
+            name_models(args.model, args.compare), read_rows(args.rows, args.row, args.n), args.out, args.template,
+            args.model_name_or_path, **chat,
+        )  # fmt: skip
     except DataError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -187,7 +187,11 @@ def make_recipe(values: dict[str, Any]) -> EvalRecipe:
         if name not in MAIN_METRIC:
             raise DataError(f"`{name}` is no benchmark; there are {', '.join(MAIN_METRIC)}.")
     if recipe.select_by and recipe.select_by not in recipe.benchmarks:
-        raise DataError(f"`select_by: {recipe.select_by}` is not among `benchmarks: {', '.join(recipe.benchmarks)}`.")
+        file = "".join(f" and give `{key}`" for key in SOURCES.get(recipe.select_by, ())[:1])
+        raise DataError(
+            f"`select_by: {recipe.select_by}` is not among `benchmarks: {', '.join(recipe.benchmarks)}`; name it "
+            f"there{file}, or choose by one of those: `--select BENCHMARK`."
+        )
     for name, keys in SOURCES.items():
         if name in recipe.benchmarks and not any(getattr(recipe, source) for source in keys):
             wanted = " or ".join(f"`{source}`" for source in keys)

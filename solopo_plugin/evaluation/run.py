@@ -126,5 +126,9 @@ def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:
 
 
 def public_settings(recipe: EvalRecipe) -> dict[str, Any]:
-    """Return the recipe's keys that are set, without addresses."""
-    return {name: value for name, value in asdict(recipe).items() if value is not None and name not in PRIVATE}
+    """Return the recipe's keys that are set and used, without addresses."""
+    shown = {name: value for name, value in asdict(recipe).items() if value is not None and name not in PRIVATE}
+    if recipe.backend == "openai" and recipe.rope_factor:
+        log.warning("`rope_factor: %g` is not used: a server is started with its own.", recipe.rope_factor)
+        shown["rope_factor"] = "the server's own"
+    return shown

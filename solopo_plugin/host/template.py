@@ -54,8 +54,8 @@ def unknown_template(name: str) -> str | None:
 
     if name in TEMPLATES:
         return None
-    hint = did_you_mean(name, TEMPLATES).strip() or "LLaMA-Factory's README lists them."
-    return f"`template: {name}` is no template of the host; {hint[0].lower()}{hint[1:]}"
+    hint = did_you_mean(name, TEMPLATES).strip().replace("Did", "did", 1) or "LLaMA-Factory's README lists them."
+    return f"`template: {name}` is no template of the host; {hint}"
 
 
 def written_markers(name: str) -> set[str]:

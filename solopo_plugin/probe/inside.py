@@ -398,7 +398,12 @@ def run(
 
     Returns:
         What look.json holds.
+
+    Raises:
+        DataError: `output` cannot be written to, a model cannot be loaded or looked into.
     """
+    with as_data_error(output, "write"):  # before the work, not behind it
+        output.mkdir(parents=True, exist_ok=True)
     looks, shown = {}, {}
     for name, path in models.items():
         model, base = load(path, below, chat.get("trust_remote_code", False))

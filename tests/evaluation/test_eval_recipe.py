@@ -24,7 +24,12 @@ REFUSED = {
     "The evaluation recipe lacks `benchmarks`: What is asked: longbench_qa,": dict(benchmarks=[]),
     "`longbench` is no benchmark; there are longbench_qa, ruler_qa,": dict(benchmarks="plain,longbench"),
     "`rouge` is no benchmark": dict(select_by="rouge"),
-    "`select_by: validation` is not among `benchmarks: plain`.": dict(select_by="validation"),
+    "`select_by: validation` is not among `benchmarks: plain`; name it there and give `validation_data`, or choose": (
+        dict(select_by="validation")
+    ),
+    "`select_by: longbench_qa` is not among `benchmarks: plain`; name it there, or choose": dict(
+        select_by="longbench_qa"
+    ),
     "`benchmarks` names one twice: plain, plain.": dict(benchmarks=["plain", "plain"]),
     "`benchmarks: plain` needs `plain_data`: Your own questions": dict(plain_data=None),
     "`benchmarks: ruler_qa` needs `ruler_data`: ": dict(benchmarks="ruler_qa"),

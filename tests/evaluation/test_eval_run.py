@@ -5,7 +5,9 @@ import json
 import logging
 import random
 import shutil
+import sqlite3
 import sys
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from solopo_plugin.evaluation.items import Item, read_items
 from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.evaluation.prepare import prepare_items
 from solopo_plugin.evaluation.run import answer_all, check_asked_so
+from solopo_plugin.evaluation.score import write_scores
 from solopo_plugin.host.template import encode_prompt
 from solopo_plugin.qa.files import DataError, write_json
 from solopo_plugin.qa.generate.calls import load_chat
@@ -90,6 +93,14 @@ def test_questions_are_made_once_and_again_when_something_changes(benchmarks, mo
     items.write_bytes(items.read_bytes()[:-9])
     assert made(recipe) == first and plain.made == before + 2
     assert made(recipe, resume=False) == first and plain.made == before + 3
+
+
+def test_a_stretched_window_is_not_reported_of_a_server(tmp_path, caplog):
+    recipe = recipe_in(tmp_path, ["m"], rope_factor=4.0)
+    assert run.public_settings(recipe)["rope_factor"] == 4.0 and not caplog.text
+    recipe.backend = "openai"
+    assert run.public_settings(recipe)["rope_factor"] == "the server's own"
+    assert "`rope_factor: 4` is not used: a server is started with its own." in caplog.text
 
 
 def test_a_further_benchmark_leaves_the_others_as_they_are(benchmarks, model, tmp_path):
@@ -355,7 +366,17 @@ def test_a_damaged_answer_is_a_sentence(benchmarks, model, server, tmp_path):
         file.write_bytes(b"".join([*lines[:2], json.dumps(row).encode() + b"\n", *lines[3:]]))
         with pytest.raises(DataError) as error:
             answer_all(recipe, find_models(recipe))
-        assert str(error.value) == f"{file}:3: `{name}` must be a text, got {seen}; delete the line and ask again."
+        assert str(error.value).startswith(f"{file}:3: `{name}` must be a text, got {seen}; delete the line and start ")
+    file.write_bytes(b"".join([*lines[:2], *lines[3:]]))  # as told
+    answer_all(recipe, find_models(recipe))
+    assert file.read_bytes() == b"".join(lines)
+    with closing(sqlite3.connect(tmp_path / "out" / STORE)) as store, store:
+        store.execute("UPDATE answers SET value = json_set(value, '$.text', 7) WHERE id = 1")
+    for resume in (True, True, False):  # of the store it comes back, however often it is deleted
+        answer_all(recipe, find_models(recipe), resume)
+        with nullcontext() if not resume else pytest.raises(DataError, match="got 7; delete .* with `--no-resume`"):
+            write_scores(tmp_path / "out", ["model"])
+        file.write_bytes(b"".join(line for line in file.read_bytes().splitlines(True) if b'"text": 7' not in line))
 
 
 def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path, monkeypatch):

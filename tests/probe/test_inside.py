@@ -364,6 +364,7 @@ BAD = {  # the file, more words of the command, and how the sentence begins
     "no row": (bad_rows, "--n 0", "{f}/bad.jsonl gives no row; `--n` must be 1 or more, and"),
     "no model": (bad_rows, "--compare /no/model", "No model can be loaded from /no/model: "),
     "no template": (bad_rows, "--template qwem", "`template: qwem` is no template of the host; did you mean `qwen`?"),
+    "no such template": (bad_rows, "--template x", "`template: x` is no template of the host; LLaMA-Factory's README"),
     "wrong place": (lambda f: bad_rows(f, long_evidence=OUTSIDE), "", "row 'q0', long context: the evidence {{"),
     "no text": (
         lambda f: bad_rows(f, chosen=None),
@@ -383,6 +384,34 @@ def test_bad_input_is_one_sentence(case, tiny_model, tmp_path, capsys):
     assert command(make(tmp_path), tmp_path / "out", tiny_model(), *words.split()) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
     assert line.startswith("Error: " + sentence.format(f=tmp_path, root=ROOT)), line
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (("",), "A model's name is empty, got ''; give a folder or a hub name."),
+        (("a/b", " "), "A model's name is empty, got ' '; give a folder or a hub name."),
+        (("saves/x", "saves/x/"), "`--compare saves/x/` is the first model itself; give another one, or leave it out."),
+        (("a/b", "./saves/x"), "No model can be loaded from ./saves/x: there is no such folder; check the path."),
+    ],
+)
+def test_names_that_are_refused(given, sentence):
+    with pytest.raises(DataError) as error:
+        look_inside.name_models(*given)
+    assert str(error.value) == sentence
+
+
+def test_names_of_models():
+    assert look_inside.name_models("a/b", None) == {"b": "a/b"}
+    assert look_inside.name_models("a/b", "c/b") == {"a/b": "a/b", "c/b": "c/b"}
+    assert look_inside.name_models(".") == {Path.cwd().name: "."}
+
+
+def test_a_place_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(inside, "load", lambda *given: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="^Cannot write .*/file: File exists"):
+        inside.run({"m": "m"}, [], tmp_path / "file", "qwen")
 
 
 @pytest.mark.parametrize(
