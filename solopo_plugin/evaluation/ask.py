@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -77,7 +77,8 @@ def ask(
         if pending:
             raise DataError(f"{path}: {len(pending)} questions got no answer, {min(pending)} is one; start again.")
     write_answers(store, path, set_id, chosen, hashes)
-    _tell_cuts(path, model, recipe)
+    places = [place for (name, _), place in store.find(set_id, hashes)[0].items() if name in hashes]
+    _tell_cuts(map(store.get, places), model, recipe)
 
 
 def _open(store: Store, model: Model, chosen: dict, path: Path, busy: set[str], resume: bool) -> int:
@@ -215,12 +216,11 @@ def cut_middle(text: str, limit: int, tokenizer, encode: Callable[[str], list[in
     return text, tokens, whole - tokens
 
 
-def _tell_cuts(path: Path, model: Model, recipe: EvalRecipe) -> None:
+def _tell_cuts(answers: Iterable[dict], model: Model, recipe: EvalRecipe) -> None:
     asked, cut = Counter[str](), Counter[str]()
-    for answer in read_jsonl(path):
-        if answer.get("benchmark") in recipe.benchmarks:
-            asked[answer["benchmark"]] += 1
-            cut[answer["benchmark"]] += bool(answer.get("cut_tokens"))
+    for answer in answers:
+        asked[answer["benchmark"]] += 1
+        cut[answer["benchmark"]] += bool(answer.get("cut_tokens"))
     for name, n in asked.items():
         tell = log.warning if cut[name] else log.info
         tell(

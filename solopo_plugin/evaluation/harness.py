@@ -42,8 +42,8 @@ HINTS = {
 LOG, CACHE = "log.txt", "cache_rank*.db*"  # the latter holds its answers so far
 OURS = ("tasks", "output_path", "use_cache", "config")  # keys of its configuration that `harness_args` may not set
 MADE = frozenset(  # its `model_args` that come from the model and the machine; the others are the recipe's
-    "pretrained peft lora_local_path trust_remote_code tensor_parallel_size max_lora_rank model base_url num_concurrent "
-    "tokenizer tokenizer_backend max_length".split()
+    "pretrained peft lora_local_path trust_remote_code tensor_parallel_size max_lora_rank model base_url "
+    "num_concurrent tokenizer tokenizer_backend max_length".split()
 )
 TEMPLATES = (*TOKENIZER, "*.jinja")  # it takes chats in the tokenizer's own template
 

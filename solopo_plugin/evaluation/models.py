@@ -80,9 +80,12 @@ def _of(value: str | dict | None, name: str, key: str) -> str | None:
     """Return a key's value for the model `name`, where it may have one for each."""
     if not isinstance(value, dict):
         return value
-    if not isinstance(value.get(name), str):
-        raise DataError(f"`{key}` says nothing of the model {name}, only of {', '.join(map(str, value))}.")
-    return value[name]
+    of_models = {str(model): text for model, text in value.items()}
+    if name not in of_models:
+        raise DataError(f"`{key}` says nothing of the model {name}, only of {', '.join(of_models)}.")
+    if not isinstance(of_models[name], str):
+        raise DataError(f"`{key}` must have a text for the model {name}, got {of_models[name]!r}.")
+    return of_models[name]
 
 
 def _tokenizer(recipe: EvalRecipe, path: str) -> str:
@@ -149,6 +152,24 @@ def _check_weights(folder: Path, *patterns: str) -> None:
         if (folder / "zero_to_fp32.py").exists():
             advice = "DeepSpeed's zero_to_fp32.py, which is in it, makes them"
         raise DataError(f"{folder} has no weights ({' or '.join(patterns)}): {advice}.")
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        if path.suffix == ".safetensors" and not _is_whole(path):
+            raise DataError(
+                f"{path} is not whole: its {path.stat().st_size} bytes are fewer than its tensors take, or no "
+                "safetensors; wait until it is written, or copy or download it again."
+            )
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file of safetensors is as long as its header says that its tensors are."""
+    with as_data_error(path, "read"), open(path, "rb") as file:
+        size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, size))
+    try:
+        ends = [tensor["data_offsets"][1] for name, tensor in json.loads(text).items() if name != "__metadata__"]
+        return 8 + length + max(ends, default=0) <= size
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError):
+        return False
 
 
 def _below(adapter: Path, recipe: EvalRecipe) -> str:

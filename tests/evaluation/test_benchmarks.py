@@ -175,6 +175,14 @@ def test_of_gold_answers_those_that_can_be_found_count(tmp_path, ask):
     write_jsonl(tmp_path / "p.jsonl", [{"id": 1, "prompt": "Who?", "answers": ["A", "Ola", "!"]}])
     (item,) = ask("plain", plain_data=str(tmp_path / "p.jsonl"))
     assert item.answers == ["Ola"]
+    given = {"answers": ["", "The", "Ola", "!"]}
+    write_jsonl(tmp_path / "qasper.jsonl", [LONGBENCH_ROW | given])
+    write_jsonl(tmp_path / "n.jsonl", [NIAH_ROW | given])
+    write_jsonl(tmp_path / "v.jsonl", [VALIDATION_ROW | given | {"long_prompt": "b", "long_evidence": []}])
+    items = ask("longbench_qa", longbench_data=str(tmp_path), longbench_tasks=["qasper"])
+    items += ask("niah_plus", niah_data=str(tmp_path / "n.jsonl"))
+    items += ask("validation", validation_data=str(tmp_path / "v.jsonl"))
+    assert [item.answers for item in items] == [["Ola"]] * 4
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
@@ -317,6 +325,7 @@ BAD = [
         ({"input": 5}, f":1: `input` {TEXT} int 5."),
         ({"context": ""}, f":1: `context` {TEXT} str ''."),
         ({"answers": []}, ":1: `answers` must be a text or a list of texts, got list []."),
+        ({"answers": ["", "The"]}, ":1: there is no usable answer in list ['', 'The']: articles and punctuation"),
         ({"length": "long"}, ":1: `length` must be a number, got str 'long'."),
         ({"length": float("nan")}, ":1: `length` must be a number, got float nan."),
         ({"length": "inf"}, ":1: `length` must be a number, got str 'inf'."),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toy import recipe_in
+from toy import recipe_in, weights
 
 from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.qa.files import DataError
@@ -12,16 +12,16 @@ from solopo_plugin.qa.generate.calls import Model
 
 def whole(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in ({"config.json": "{}", "model.safetensors": "weights"} | files).items():
-        (folder / name).write_text(text)
+    for name, text in ({"config.json": "{}", "model.safetensors": weights()} | files).items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
 
 
-def lora(folder, base, weights="adapter_model.safetensors", **config):
+def lora(folder, base, file="adapter_model.safetensors", **config):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "r": 8} | config))
-    if weights:
-        (folder / weights).write_text("weights")
+    if file:
+        (folder / file).write_bytes(weights())
     return folder
 
 
@@ -134,8 +134,20 @@ def bad_folder(path, name):
         whole(path, **{"model.safetensors.index.json": '{"weight'})
         return dict(models=[str(path)]), "index.json is no index of weights: the model is half written"
     if name == "half an adapter":
-        lora(path, "org/x", weights=None)
+        lora(path, "org/x", file=None)
         return dict(models=[str(path)]), r"has no weights \(adapter_model.safetensors or adapter_model.bin\)"
+    if name == "torn weights":
+        whole(path, **{"model-1.safetensors": weights("x" * 50)[:-1]})
+        return dict(models=[str(path)]), r"model-1.safetensors is not whole: its \d+ bytes are fewer than its tensors"
+    if name == "a torn header":
+        lora(path, "org/x")
+        (path / "adapter_model.safetensors").write_bytes(weights()[:30])
+        return dict(models=[str(path)]), "adapter_model.safetensors is not whole: its 30 bytes are"
+    if name == "a pointer of git":
+        whole(path, **{"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"})
+        return dict(
+            models=[str(path)]
+        ), "model.safetensors is not whole: .* or no safetensors; wait until it is written"
     if name == "an adapter of nothing":
         lora(path, "/nowhere/base")
         return dict(models=[str(path)]), "was trained on /nowhere/base, which is not there; give its place as `model_na"
@@ -147,6 +159,7 @@ def bad_folder(path, name):
 
 FAULTS = ("no such folder", "a file", "no model", "only checkpoints", "no checkpoint", "checkpoints of nothing",
           "no weights", "empty weights", "DeepSpeed's shards", "a missing shard", "half an index", "half an adapter",
+          "torn weights", "a torn header", "a pointer of git",
           "an adapter of nothing", "an adapter that is silent")  # fmt: skip
 
 
@@ -156,6 +169,16 @@ def test_folders_that_cannot_be(fault, tmp_path):
     with pytest.raises(DataError, match=sentence) as error:
         found(tmp_path, keys.pop("models", None), **keys)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_what_belongs_to_each_model(tmp_path):
+    """Names may be numbers of YAML; a value is a text."""
+    keys = dict(backend="openai", server_urls={1: "http://a/v1", "b": 5})
+    assert found(tmp_path, {1: "org/x"}, **keys)[0].server_urls == "http://a/v1"
+    with pytest.raises(DataError, match="`server_urls` must have a text for the model b, got 5."):
+        found(tmp_path, {"b": "org/x"}, **keys)
+    with pytest.raises(DataError, match="`server_urls` says nothing of the model c, only of 1, b."):
+        found(tmp_path, {"c": "org/x"}, **keys)
 
 
 def test_where_the_tokenizer_is(tmp_path):

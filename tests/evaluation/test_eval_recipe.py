@@ -66,7 +66,7 @@ REFUSED = {
     "`niah_lengths` is empty; give": NEEDLES | dict(niah_lengths=[]),
     "`niah_depths` is empty; give the depths of the needles in percent, such as [0, 50, 100].": NEEDLES
     | dict(niah_depths=[]),
-    "`ruler_lengths: 65536` is longer than `max_input_tokens: 31500`, so that the prompts would lose their middle; ra": (
+    "`ruler_lengths: 65536` is longer than `max_input_tokens: 31500`, so that the prompts would lose their middle; r": (
         RULER | dict(ruler_lengths=[4096, 65536, 8192])
     ),
     "`niah_lengths: 32768` is longer than `max_input_tokens: 31129`,": NEEDLES | dict(max_input_tokens=31129),

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from material import save_tokenizer
 from scripted_server import serving
-from toy import answers, answers_for, recipe_in
+from toy import answers, answers_for, recipe_in, weights
 
 from solopo_plugin.evaluation import ask, prepare, run
 from solopo_plugin.evaluation.ask import cut_middle
@@ -50,7 +50,7 @@ def model(tokenizer, tmp_path):
     """A folder that has a tokenizer and passes for a model; the answers come from a server."""
     folder = tmp_path / "model"
     shutil.copytree(tokenizer, folder)
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "model.safetensors").write_bytes(weights("first"))
     return str(folder)
 
 
@@ -244,6 +244,10 @@ def test_long_prompts_are_cut_counted_and_told(benchmarks, model, server, tmp_pa
         assert set(row) == {
             "benchmark", "task", "id", "prompt_hash", "prompt_tokens", "cut_tokens", "text", "finish_reason"
         }  # fmt: skip
+    benchmarks["plain"] = lambda *_: (toy.item(i, words=40 if i < 5 else 400) for i in range(7))
+    (tmp_path / "plain.jsonl").write_text("five fewer")
+    answer_all(recipe, find_models(recipe))
+    assert "model: plain: 7 answers; 2 prompts were longer than 250 tokens" in caplog.text
 
 
 def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path, caplog):
@@ -295,7 +299,7 @@ def test_what_is_answered_is_not_asked_again(benchmarks, model, server, tmp_path
     assert "taken up again" in again(0) and file.read_bytes() == before and not aside.exists()
     assert "taken up again" in again(0, other) and file.read_bytes() == after
     again(0, served(tmp_path, [model], server, max_new_tokens=9, served_model="scripted", seed=1, concurrency=2))
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"trained on")
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights("trained on"))
     assert "asked anew, because the files of the model have changed;" in again(20, other)
     again(20, other, resume=False)
 
@@ -322,7 +326,7 @@ def test_a_model_that_was_moved_is_not_asked_again(benchmarks, model, server, tm
         store.forget(store.last_used("model")[0])
     assert asked_for("moved", "beside") == 20
     shutil.copytree(tmp_path / "moved", tmp_path / "trained")
-    (tmp_path / "trained" / "model.safetensors").write_bytes(b"trained on")
+    (tmp_path / "trained" / "model.safetensors").write_bytes(weights("trained on"))
     assert asked_for("trained") == 20 and not list(folder.glob("*.old"))
 
 

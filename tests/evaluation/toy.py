@@ -46,6 +46,13 @@ def answers(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in lines[1:]]
 
 
+def weights(text: str = "weights") -> bytes:
+    """Return a file of safetensors with one tensor of these letters."""
+    data = text.encode()
+    header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
 def make_adapter(base: str, folder, seed: int) -> str:
     """A LoRA adapter with random weights, as peft writes it."""
     import torch

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from ...qa.files import DataError
-from ...qa.questions import id_at, texts
+from ...qa.questions import id_at
 from ..items import LONGBENCH, Item
 from ..recipe import EvalRecipe
-from .rows import items_of, number_at, prompt_with_context, rows_of, text_at
+from .rows import answers_at, items_of, number_at, prompt_with_context, rows_of, text_at
 
 INTERVALS = ((4000, "0-4k"), (8000, "4-8k"), (float("inf"), "8k+"))  # of `length`, in words: LongBench-E's
 
@@ -62,7 +62,7 @@ def _source(data: str, task: str) -> str:
 
 
 def _item(recipe, task: str, row: dict) -> Iterator[Item]:
-    question, context, answers = text_at(row, "input"), text_at(row, "context"), texts(row, "answers")
+    question, context, answers = text_at(row, "input"), text_at(row, "context"), answers_at(row)
     words = number_at(row, "length", -1)
     interval = next(name for limit, name in INTERVALS if words < limit)
     yield Item(

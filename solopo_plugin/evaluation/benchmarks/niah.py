@@ -27,12 +27,12 @@ from pathlib import Path
 
 from ...qa.documents import Question
 from ...qa.files import DataError
-from ...qa.questions import id_at, texts
+from ...qa.questions import id_at
 from ...qa.seeded import generator
 from ..items import Item
 from ..recipe import EvalRecipe
 from .haystack import NAME, Haystack, item_fields, wanted_questions
-from .rows import items_of, number_at, prompt_with_context, rows_of, text_at
+from .rows import answers_at, items_of, number_at, prompt_with_context, rows_of, text_at
 
 ENDS = (".jsonl", ".jsonl.gz")  # of its files' names in a folder
 
@@ -55,7 +55,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
 
 
 def _item(recipe, row: dict) -> Iterator[Item]:
-    question, context, answers = text_at(row, "input"), text_at(row, "context"), texts(row, "answers")
+    question, context, answers = text_at(row, "input"), text_at(row, "context"), answers_at(row)
     length, pair = int(number_at(row, "context_length")), row.get("depth_percent2") is not None
     depth = number_at(row, "depth_percent1" if pair else "depth_percent")
     name = f"{depth:g}+{number_at(row, 'depth_percent2'):g}" if pair else f"{depth:g}"

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from ...host.template import template_markers
+from ...qa.answers import judged_form
 from ...qa.documents import marker_pattern
-from ...qa.files import DataError, split_names
+from ...qa.files import DataError, shown, split_names
 from ...qa.prompts import document_text, lay_out, split_prompt
-from ...qa.questions import got, with_place
+from ...qa.questions import got, texts, with_place
 from ...qa.seeded import digest
 from ...qa.sources import Rows, source_rows
 from ..items import Item
@@ -105,6 +106,18 @@ def text_at(row: dict, key: str) -> str:
     if not isinstance(row.get(key), str) or not row[key].strip():
         raise DataError(f"`{key}` must be a text that is not empty, {got(row, key)}.")
     return row[key]
+
+
+def answers_at(row: dict) -> list[str]:
+    """Return the gold answers of a row, without those of which nothing is left to be found.
+
+    Raises:
+        DataError: There are none.
+    """
+    answers = texts(row, "answers")
+    if not (usable := [answer for answer in answers if judged_form(answer)]):
+        raise DataError(f"there is no usable answer in {shown(answers)}: articles and punctuation do not count.")
+    return usable
 
 
 def number_at(row: dict, key: str, default: Any = None) -> float:

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from ...qa.files import DataError
-from ...qa.questions import id_at, objects, texts
+from ...qa.questions import id_at, objects
 from ..items import Item
 from ..recipe import EvalRecipe
-from .rows import items_of, rows_of, text_at
+from .rows import answers_at, items_of, rows_of, text_at
 
 
 def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
@@ -37,5 +37,5 @@ def _items(row: dict) -> Iterator[Item]:
     for task, key in (("short", "prompt"), ("long", "long_prompt")):
         yield Item(
             "validation", task, id_at(row), text_at(row, key), text_at(row, "question"),
-            texts(row, "answers"), evidence=objects(row, f"{task}_evidence"), groups=groups,
+            answers_at(row), evidence=objects(row, f"{task}_evidence"), groups=groups,
         )  # fmt: skip
