@@ -77,7 +77,8 @@ def run_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) 
         log.info(f"{model.name}: results of lm-evaluation-harness: made before, kept.")
         return rows
     _check_installed()
-    config, started = made_from["config"], {"made_from": made_from, "asked": None}
+    started: dict[str, Any] = {"made_from": made_from, "asked": None}
+    config = made_from["config"]
     args = dict(config["model_args"])
     if args.get("model") == model.place:  # which the servers may call otherwise
         started["asked"] = args["model"] = served_name(pick(recipe, Sampling), model)
