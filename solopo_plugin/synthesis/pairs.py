@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ..host.template import encode_turn, template_markers, thought_markers
-from ..qa.answers import normalize_answer
+from ..qa.answers import judged_form
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.recipe import Chat, pick
@@ -31,6 +31,7 @@ from .recipe import DataRecipe, from_documents
 log = logging.getLogger(__name__)
 TURN_END = 16  # tokens that a template puts behind a response, at most
 SETS = {"solopo": ("short", "short"), "long_po": ("long", "long"), "longpo": ("short", "long")}  # sides sampled on
+BESIDE = {"long_po": ("long_po", "sft_long"), "longpo": ("longpo",)}  # sets beside `solopo` -> entries made of them
 
 
 @dataclass
@@ -122,6 +123,10 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     for name in names:
         n_val = sum(q.key in validation for q in chosen[name])
         counts["rows"][name] = {"train": len(chosen[name]) - n_val, "val": n_val}
+    if few := {name: said for name in BESIDE if name in chosen and (said := shortfall(name, counts, recipe))}:
+        counts["too_few"] = few
+        for said in few.values():
+            log.warning(said)
     several = recipe.num_rejected > 1
     rows = (
         _row(name, q, pair, q.key in validation, several)
@@ -148,15 +153,23 @@ def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
     The same question asked twice with the same answers is on one side only, which may add a row.
     """
     n_val = round(recipe.val_size * len(questions)) if recipe.val_size < 1 else int(recipe.val_size)
-    if n_val >= len(questions):
-        raise DataError(
-            f"`val_size: {recipe.val_size:g}` leaves no training row of {len(questions)}; lower it, or make more rows."
-        )
 
     def rank(key: str) -> tuple:
         return generator(recipe.seed, "val", key).random(), key
 
-    return set(sorted((q.key for q in questions), key=rank)[:n_val])
+    drawn = set(sorted((q.key for q in questions), key=rank)[:n_val])
+    if drawn.issuperset(q.key for q in questions):
+        n_keys = len({q.key for q in questions})
+        raise DataError(
+            f"`val_size: {recipe.val_size:g}` leaves no training row of {len(questions)}"
+            f"{f', which ask {n_keys} questions' * (n_keys < len(questions))}; lower it, or make more rows."
+        )
+    if recipe.val_size and not drawn:
+        log.warning(
+            f"`val_size: {recipe.val_size:g}` of {len(questions)} rows is less than one, so there is no validation "
+            "row; raise it, `val_size: 1` is one row."
+        )
+    return drawn
 
 
 def _shares_evidence(questions: list[DrawnQuestion], validation: set[str]) -> int:
@@ -170,12 +183,31 @@ def statement(counts: dict, recipe: DataRecipe) -> str:
     n_rows, num_rows = counts["short"]["with_a_pair"], recipe.num_rows
     if n_rows >= num_rows:
         return f"{num_rows} rows, as asked for, of {n_rows} questions that give a pair."
-    reasons = counts["short"]["dropped_questions"]
-    why = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in reasons.items()) or "none was dropped"
     return (
         f"{n_rows} rows of `num_rows: {num_rows}`: {counts['questions']} questions had a context, of which dropped on "
-        f"the short one: {why}; {_remedy(counts['short'], recipe)}."
+        f"the short one: {_reasons(counts['short'])}; {_remedy(counts['short'], recipe)}."
     )
+
+
+def shortfall(name: str, counts: dict, recipe: DataRecipe) -> str | None:
+    """Return one sentence on a set beside `solopo` that lacks rows: how many, why, and which entries are missing."""
+    rows, (right, wrong) = counts["rows"][name], SETS[name]
+    n_rows = sum(rows.values())
+    ends = [end for part, end in (("train", ""), ("val", "_val")) if counts["rows"]["solopo"][part] and not rows[part]]
+    if n_rows >= recipe.num_rows and not ends:
+        return None
+    missing = ", ".join(f"`{recipe.dataset_name}_{entry}{end}`" for end in ends for entry in BESIDE[name])
+    return (
+        f"`{name}` has {n_rows} rows of `num_rows: {recipe.num_rows}`{f', and there is no {missing}' * bool(ends)}: it "
+        f"takes a right answer to the {right} context and a wrong one to the {wrong} context; of {counts['questions']} "
+        f"questions dropped on the long one: {_reasons(counts['long'])}; {_remedy(counts['long'], recipe)}."
+    )
+
+
+def _reasons(counts: dict) -> str:
+    """List how many questions of a side were dropped, and why."""
+    dropped = counts["dropped_questions"].items()
+    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in dropped) or "none was dropped"
 
 
 def _remedy(counts: dict, recipe: DataRecipe) -> str:
@@ -187,6 +219,9 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
         "no_grade": "have no grade: see the counts of the stage `judge`, and the replies in verdicts.db",
         "between": f"are graded between `judge_rejected_max: {recipe.judge_rejected_max:g}` and `judge_chosen_min: "
         f"{recipe.judge_chosen_min:g}`: move these",
+        "over_length": f"are longer than `cutoff_len: {recipe.cutoff_len}` leaves: raise it, or lower `long_tokens: "
+        f"{recipe.long_tokens}`",
+        "template_marker": "hold a special token of the template: check that `template` is the model's own",
         "empty": "are empty: see what the backend gives; a thought may have taken all of `max_new_tokens`",
     }
     found = {name: dropped for name in reasons if (dropped := counts["dropped_answers"].get(name))}
@@ -244,7 +279,7 @@ def draw_pair(
     n_right, reason = sum(answer["correct"] for answer in answers), None
     if not (chosen and rejected):
         reason = "within_margin" if both and not chosen else "no_usable_rejected" if chosen else "no_usable_chosen"
-        if n_right in (0, len(answers)):
+        if n_right in (0, len(answers)) and not both:
             reason = "all_correct" if n_right else "all_wrong"
     return DrawnPair(chosen, rejected[0] if rejected else None, n_right / len(answers), reason, rejected[1:])
 
@@ -317,8 +352,8 @@ def _questions(
 
 
 def question_key(row: dict) -> str:
-    """Return what must not be in both splits: question and answers in normal form."""
-    return " | ".join(map(normalize_answer, [row["question"], *sorted(row["answers"])]))
+    """Return what must not be in both splits: question and answers in the judge's normal form, each answer once."""
+    return " | ".join([judged_form(row["question"]), *sorted(set(map(judged_form, row["answers"])))])
 
 
 def _on_both(question: DrawnQuestion) -> bool:

@@ -4,6 +4,7 @@ This is the one definition: recipes, the manifest's settings and the documentati
 it. A key that names no stage changes how fast rows are made, never which.
 """
 
+import logging
 import os
 import re
 from dataclasses import fields, replace
@@ -20,6 +21,7 @@ from ..qa.provenance import BINARIES, TOKENIZER, WEIGHTS, file_hash, folder_hash
 from ..qa.recipe import Sampling, build, key, pick, read_values, settings, shared
 from .folder import folder_digest, is_folder_of_documents
 
+log = logging.getLogger(__name__)
 RUBRIC_TOKENS = 1024  # room for what the judge is told, the question and the template; ours
 Format = Literal["auto", "documents", "musique", "hotpotqa", "2wikimultihopqa", "squad", "plain", "retrieval"]
 
@@ -410,6 +412,17 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
         raise DataError(
             f"`short_tokens: {recipe.short_tokens}` must be below `long_tokens: {recipe.long_tokens}`; "
             "the contexts are to differ in length."
+        )
+    if recipe.cutoff_len <= recipe.long_tokens:
+        raise DataError(
+            f"`cutoff_len: {recipe.cutoff_len}` must be above `long_tokens: {recipe.long_tokens}`, or no answer fits "
+            f"behind a long prompt; raise it to {recipe.long_tokens + recipe.max_new_tokens}, which is `long_tokens` + "
+            "`max_new_tokens`, or lower `long_tokens`."
+        )
+    if recipe.cutoff_len < recipe.long_tokens + recipe.max_new_tokens:
+        log.warning(
+            f"`cutoff_len: {recipe.cutoff_len}` is below `long_tokens: {recipe.long_tokens}` + `max_new_tokens: "
+            f"{recipe.max_new_tokens}`: answers that do not fit behind a long prompt are sampled, and then dropped."
         )
     if recipe.min_agreement > recipe.check_samples:
         raise DataError(

@@ -488,7 +488,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
 # ---- recipes
 
 
-def test_recipes_are_checked(tmp_path):
+def test_recipes_are_checked(tmp_path, caplog):
     base = dict(model_name_or_path="m", template="qwen", input="i", dataset_name="d", work_dir="w")
     for keys, message in {
         (
@@ -511,12 +511,18 @@ def test_recipes_are_checked(tmp_path):
         ("input", 3): "`input` must be a text, got 3; put it in quotes.",
         ("work_dir", " "): "The data recipe lacks `work_dir`: Folder of intermediate files",
         ("short_tokens", 9000): "`short_tokens: 9000` must be below `long_tokens: 8192`;",
+        ("cutoff_len", 8192): "`cutoff_len: 8192` must be above `long_tokens: 8192`, or no answer fits behind a long "
+        "prompt; raise it to 9216,",
         ("val_size", 1.5): "`val_size` must be a share below 1 or a whole number of rows, got 1.5.",
         ("dataset_name", "../x"): "`dataset_name` begins names of files in `dataset_dir`, and of entries that `data",
     }.items():
         with pytest.raises(DataError) as error:
             make_recipe(base | dict([keys]))
         assert str(error.value).startswith(message)
+    for cutoff_len, warned in ((9216, False), (9215, True)):
+        make_recipe(base | {"cutoff_len": cutoff_len})
+        said = f"`cutoff_len: {cutoff_len}` is below `long_tokens: 8192` + `max_new_tokens: 1024`: answers that do not"
+        assert (said in caplog.text) == warned
     path = tmp_path / "recipe.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in base.items()))
     made = load_recipe(str(path), ["num_rows=7", "temperature=1", "corpus=null", "api_key_env=KEY"])

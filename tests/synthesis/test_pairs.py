@@ -1,7 +1,9 @@
 """Selection: who is drawn, what is dropped and counted, how many rows there are, and which split they are in."""
 
 import random
+import unicodedata
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ from small_work import TOKENIZER, Template, answer, recipe_for, verdicts, write_
 
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import pairs as pairs_stage
-from solopo_plugin.synthesis.pairs import draw_pair
+from solopo_plugin.synthesis.export import ENTRIES
+from solopo_plugin.synthesis.pairs import Graded, draw_pair
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +170,45 @@ def test_not_a_row_and_no_training_row_are_sentences(tmp_path):
     write_work(tmp_path, [verdicts(i, "10") for i in range(3)], [verdicts(i, "11") for i in range(3)])
     with pytest.raises(DataError, match="`val_size: 3` leaves no training row of 3"):
         pairs_stage.run(recipe_for(tmp_path, val_size=3), tmp_path)
+    rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
+    write_jsonl(tmp_path / "contexts.jsonl", [row | {"question": "Who?", "answers": ["x"]} for row in rows])
+    with pytest.raises(DataError, match="`val_size: 1` leaves no training row of 3, which ask 1 questions; lower it"):
+        pairs_stage.run(recipe_for(tmp_path, val_size=1), tmp_path)
+
+
+def test_no_validation_row_and_sets_that_lack_rows_are_told_of(tmp_path, caplog):
+    """Six questions with a pair on the short side; on the long side all to three are wrong, the others right."""
+    long = [verdicts(i, "00" if i < 3 else "11") for i in range(6)]
+    write_work(tmp_path, [verdicts(i, "10") for i in range(6)], long)
+    counts = pairs_stage.run(recipe_for(tmp_path, num_rows=6, val_size=0.05), tmp_path)
+    assert counts["statement"] == "6 rows, as asked for, of 6 questions that give a pair."
+    dropped = "of 6 questions dropped on the long one: 3 all correct, 3 all wrong; for more rows give more questions."
+    assert counts["too_few"] == {
+        "long_po": "`long_po` has 0 rows of `num_rows: 6`, and there is no `toy_long_po`, `toy_sft_long`: it takes a "
+        f"right answer to the long context and a wrong one to the long context; {dropped}",
+        "longpo": "`longpo` has 3 rows of `num_rows: 6`: it takes a right answer to the short context and a wrong one "
+        f"to the long context; {dropped}",
+    }
+    no_row = "`val_size: 0.05` of 6 rows is less than one, so there is no validation row; raise it"
+    assert all(caplog.text.count(said) == 1 for said in (no_row, *counts["too_few"].values()))
+    caplog.clear()
+    counts = pairs_stage.run(recipe_for(tmp_path, num_rows=3, val_size=2), tmp_path)
+    assert list(counts["too_few"]) == ["long_po"] and "`toy_sft_long`, `toy_long_po_val`" in caplog.text
+    write_work(tmp_path, *2 * [[verdicts(i, "10") for i in range(6)]])
+    assert "too_few" not in pairs_stage.run(recipe_for(tmp_path, num_rows=6, val_size=2), tmp_path)
+    made_of = {name: tuple(e for e, (rows, _) in ENTRIES.items() if rows == name) for name in pairs_stage.SETS}
+    assert pairs_stage.BESIDE == {name: made_of[name] for name in ("long_po", "longpo")}
+
+
+@pytest.mark.parametrize(
+    "grades, reason",
+    [((8.0, 8.5, 9.0), "within_margin"), ((1.0, 2.0), "within_margin"), ((4.0, 8.0), None)],
+)
+def test_where_the_margin_alone_decides_questions_too_close_are_within_it(grades, reason):
+    """`judge_chosen_min: 1` and `judge_rejected_max: 10`: every answer may be chosen, and rejected."""
+    answers = [answer("q1", k, True, text=f"{k}", grade=grade) for k, grade in enumerate(grades)]
+    drawn = draw_pair(answers, 99, lambda t: [*map(ord, t)], set(), random.Random(0), False, Counter(), Graded(10, 3))
+    assert drawn.reason == reason
 
 
 UNMARKED = {"answer": None, "text": "I think so.", "correct": False}
@@ -221,10 +263,11 @@ def test_a_prompt_that_training_would_refuse(tmp_path):
 def test_the_longer_prompt_decides_whether_a_pair_fits(tmp_path):
     write_work(tmp_path, [verdicts(i, "10") for i in range(3)])
     longest = max(row["long"]["tokens"] for row in read_jsonl(tmp_path / "contexts.jsonl"))
-    recipe = recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 10)
-    with pytest.raises(DataError, match="0 rows .*3 no usable chosen"):
-        pairs_stage.run(recipe, tmp_path)
-    assert pairs_stage.run(recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 100), tmp_path)["rows"]
+    keys = dict(sample_long=False, long_tokens=longest, short_tokens=longest - 1)
+    over = rf"6 of 6 answers \(100.0 %\) are longer than `cutoff_len: {longest + 10}` leaves: raise it, or lower"
+    with pytest.raises(DataError, match=f"^0 rows .*3 no usable chosen; {over} `long_tokens: {longest}`.$"):
+        pairs_stage.run(recipe_for(tmp_path, cutoff_len=longest + 10, **keys), tmp_path)
+    assert pairs_stage.run(recipe_for(tmp_path, cutoff_len=longest + 100, **keys), tmp_path)["rows"]
 
 
 def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):
@@ -239,12 +282,15 @@ def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):
     assert len(seen) == 12 and max(seen.values()) < 25
 
 
-def test_the_same_question_twice_is_on_one_side(tmp_path):
-    """Ten questions, each under two ids with another capitalisation: no split has only one of them."""
+@pytest.mark.parametrize("change", [str.upper, "the {}.".format, partial(unicodedata.normalize, "NFD")])
+def test_the_same_question_twice_is_on_one_side(tmp_path, change):
+    """Ten questions, each under two ids and written in another way, sorted as well: no split has only one of them."""
     write_work(tmp_path, [verdicts(i, "10") for i in range(20)])
     rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
     for row, other in zip(rows[10:], rows[:10], strict=True):
-        row["question"], row["answers"] = other["question"].upper(), [a.upper() for a in other["answers"]]
+        other["answers"] = [*other["answers"], "le caf\u00e9"]
+        row["question"] = other["question"].upper().replace(" ", "  ").replace("?", "\uff1f")
+        row["answers"] = [change(a) for a in other["answers"]]
     pairs_stage.write_jsonl(tmp_path / "contexts.jsonl", rows)
     for seed in range(5):
         counts = pairs_stage.run(recipe_for(tmp_path, num_rows=20, val_size=5, sample_long=False, seed=seed), tmp_path)
