@@ -148,15 +148,16 @@ def parse_row(row: dict, form: str, documents: Documents, open_ended: bool = Fal
 
 
 def _format(row: dict) -> str:
-    if "paragraphs" in row:
+    known = given(row)
+    if "paragraphs" in known:
         return "musique"
-    if "supporting_facts" in row:
-        return "2wikimultihopqa" if "evidences" in row else "hotpotqa"
-    if "evidence" in row:
+    if "supporting_facts" in known:
+        return "2wikimultihopqa" if "evidences" in known else "hotpotqa"
+    if "evidence" in known:
         return "plain"
-    if "context" in row and "answers" in row:
+    if "context" in known and "answers" in known:
         return "squad"
-    if "passages" in row:
+    if "passages" in known:
         return "retrieval"
     found = {key: name for key in KEYS if key not in row for name in nearest(row, key)[:1]}
     near = "; nearest: " + ", ".join(f"`{name}` to `{key}`" for key, name in found.items()) if found else ""
@@ -175,7 +176,9 @@ def _musique(row: dict, documents: Documents) -> tuple:
     for item in list_at(row, "paragraphs"):
         if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
             raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {shown(item)}.")
-        text = item.get("paragraph_text", item.get("text"))  # the second in copies and in what imitates the format
+        text = given(item).get(
+            "paragraph_text", item.get("text")
+        )  # the second in copies and in what imitates the format
         if not isinstance(text, str):
             raise DataError(f"`paragraph_text` of each of `paragraphs` must be a text, {got(item, 'paragraph_text')}.")
         if item["is_supporting"] or text:
@@ -242,7 +245,7 @@ def _retrieval(row: dict, documents: Documents) -> tuple:
     if not evidence:
         raise NotRetrieved("no passage holds the answer.")
     question = str(row.get("question"))
-    id = id_at(row) if "id" in row or "_id" in row else digest(question).hex()[:16]
+    id = id_at(row) if {"id", "_id"} & given(row).keys() else digest(question).hex()[:16]
     return id, answers, None, evidence, [p for p in passages if p not in evidence]
 
 
@@ -269,7 +272,8 @@ def make_paragraph(item: Any, documents: Documents) -> dict:
         item = {"text": item}
     if not isinstance(item, dict):
         raise DataError(f"a paragraph must be a text or an object, got {shown(item)}.")
-    if "text" not in item and "id" in item and (row_id(item["id"]) in documents or not item.keys() - {"id", "title"}):
+    known = given(item).keys()
+    if "text" not in known and "id" in known and (row_id(item["id"]) in documents or not known - {"id", "title"}):
         if row_id(item["id"]) not in documents:
             raise DataError(f"the recipe's `corpus` has no document with the id {shown(item['id'])}.")
         return documents[row_id(item["id"])]
@@ -341,7 +345,7 @@ def texts(row: dict, key: str) -> list[str]:
 
 def id_at(row: dict, key: str = "id") -> str:
     """Return the id that a row has at `key`, which is `id` or `_id`, or else at the other of the two."""
-    key = next((name for name in (key, "id", "_id") if name in row), key)
+    key = next((name for name in (key, "id", "_id") if row.get(name) is not None), key)
     if key not in row:
         raise DataError(f"`{key}` must be a text or a whole number, {got(row, key)}.")
     return row_id(row[key], key)
@@ -352,6 +356,11 @@ def row_id(value: Any, key: str = "id") -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise DataError(f"`{key}` must be a text or a whole number, got {shown(value)}.")
     return str(value)
+
+
+def given(row: dict) -> dict:
+    """Return a row without nulls: in parquet a key that one row has, or one paragraph, is null in all others."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def got(row: dict, key: str) -> str:

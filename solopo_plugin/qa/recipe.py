@@ -153,7 +153,8 @@ def _sentence(cls: type, title: str, errors: list) -> str:
     """Say what is wrong with the first key that is unknown, else has a wrong value, else lacks one."""
     rank = {"unexpected_keyword_argument": 0, "missing": 2, "string_pattern_mismatch": 2}
     error = min(errors, key=lambda error: rank.get(error["type"], 1))
-    name, kind, value, known = str(error["loc"][0]), error["type"], error["input"], {f.name: f for f in fields(cls)}
+    name, kind, known = str(error["loc"][0]), error["type"], {f.name: f for f in fields(cls)}
+    value = masked(repr(error["input"]))
     if kind == "unexpected_keyword_argument":
         return f"Unknown key `{name}` in the {title}. {did_you_mean(name, known)}Allowed: {', '.join(known)}."
     if rank.get(kind):
@@ -161,13 +162,17 @@ def _sentence(cls: type, title: str, errors: list) -> str:
     if kind == "value_error":
         return str(error["ctx"]["error"])
     if kind == "literal_error":
-        return f"`{name}` must be one of {', '.join(get_args(known[name].type))}; got {value!r}."
+        return f"`{name}` must be one of {', '.join(get_args(known[name].type))}; got {value}."
     if kind == "string_type":
-        return f"`{name}` must be a text, got {masked(repr(value))}; put it in quotes."
+        return f"`{name}` must be a text, got {value}; put it in quotes." + (
+            f" In a shell, which takes quotes away: '{name}=\"{value}\"'."
+            if isinstance(error["input"], float | int)
+            else ""
+        )
     if kind == "dict_type":
-        return f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value!r}."
+        return f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value}."
     words = "true or false" if kind == "bool_type" else _range(known[name].type)
-    return f"`{name}` must be {words}, got {value!r}."
+    return f"`{name}` must be {words}, got {value}."
 
 
 def _range(kind: Any) -> str | None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import ijson
 
 from .files import Bytes, DataError, as_data_error, parse_line, reading, shown
+from .kinds import masked
 
 log = logging.getLogger(__name__)
 Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it or raises DataError
@@ -57,7 +58,7 @@ def source_rows(name: str, key: str, subset: str | None, split: str) -> Rows:
     elif os.path.exists(name):
         raise DataError(f"`{key}: {name}` is neither a file nor a folder; a pipe cannot be read, write it to a file.")
     elif FILE_NAME.fullmatch(name) or not HUB_NAME.fullmatch(name):
-        raise DataError(f"`{key}`: there is no file {name}, and it is no name of the hub; check the path.")
+        raise DataError(f"`{key}`: there is no file {masked(name)}, and it is no name of the hub; check the path.")
     else:
         yield from _library_rows(name, name, key, subset, split)
 

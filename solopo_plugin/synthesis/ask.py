@@ -125,9 +125,11 @@ def none_readable(recipe: DataRecipe, n: int, text: str) -> str:
 def asking_settings(recipe: DataRecipe, n: int) -> dict[str, Any]:
     """Return all that `n` answers to a prompt depend on, but for the prompt: what samples depend on, and `n`.
 
-    The recipe is that of the model that answers, `DataRecipe.asker` perhaps.
+    How many samples there are, and how many in a call, is nothing to these answers; the latter stands as null in the
+    settings of work folders. The recipe is that of the model that answers, `DataRecipe.asker` perhaps.
     """
-    return {name: value for name, value in depends_on(recipe).items() if name != "num_samples"} | {"answers": n}
+    chosen = {name: value for name, value in depends_on(recipe).items() if name != "num_samples"}
+    return chosen | {"answers_per_call": None, "answers": n}
 
 
 def unit_id(chosen: Iterable[dict], *more: object) -> str:

@@ -6,17 +6,18 @@ Markdown) and PDF through pdfminer.six, which finds columns; the three are the e
 
 import logging
 import re
+import textwrap
 import unicodedata
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from ..qa.files import DataError, reading, shown
 
-VERSION = 1  # of what this file makes of a file; a higher one converts all again
+VERSION = 2  # of what this file makes of a file; a higher one converts all again
 TITLE = 100  # characters of the first line of a plain text that can be its title; ours
 WRAPPED = 40  # characters from which on a line may have been broken for its length; ours
 LONGEST_HEADING = 200  # characters; what is longer is a paragraph. Ours
@@ -24,9 +25,25 @@ UNPACKED = 1 << 29  # bytes that a Word file may unpack to; ours, far above any 
 HIDDEN = ("script", "style", "noscript", "template", "svg", "iframe")  # of HTML: what no reader sees as text
 ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-FRONT_MATTER = re.compile(r"---[ \t]*\n(?:.*\n)*?(?:---|\.\.\.)[ \t]*\n")
+# of YAML: lines `key:`, those that go on below one, and comments; a file may also begin with a rule
+FRONT_MATTER = re.compile(
+    r"---[ \t]*\n(?=[\w'\"])(?:[\w'\"][\w.'\"-]*[ \t]*:(?:[ \t].*)?\n|[-# \t\]}].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
+)
+# code in a fence, by its indent and within a line, which may hold the signs of a comment; and a comment
+CODE_OR_COMMENT = re.compile(
+    r"^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)|^(?: {4}|\t)[^\n]*"
+    r"|(?<![`\\])(`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\2(?!`)|(?P<comment><!--.*?-->)",
+    re.M | re.S,
+)
+RULE = re.compile(r" {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*")
 RST_LINE = re.compile(r"([^\w\s])\1+[ \t]*")
-RST_MARKUP = re.compile(r"\.\.(?: .*)?")  # a directive, a comment, a target of links
+RST_MARKUP = re.compile(r"\.\.(?: .*)?")  # a directive, a footnote, a comment, a target of links
+RST_SEEN = re.compile(r"\.\. +(?:(\[[^\]]+\])|([\w:.+-]+)::)(?:[ \t]+(.*))?")  # those of them that readers see
+RST_OPTION = re.compile(r"\s+:[\w-]+:(?:\s|$)")
+RST_SETTINGS = set(  # directives behind whose name no words of the text stand
+    "class code code-block container contents currentmodule default-role figure highlight ifconfig image include index "
+    "literalinclude meta module only raw role rst-class sourcecode tabularcolumns toctree".split()
+)
 
 
 class Block(NamedTuple):
@@ -81,7 +98,7 @@ def row_document(row: dict, source: str, number: int) -> Document:
     text, title = row.get("text"), row.get("title")
     if not isinstance(text, str) or not text.strip() or not isinstance(title, str | None):
         raise DataError(f"a line must have a `text` and perhaps a `title`, got {shown(row)}")
-    blocks = list(markdown_blocks(clean(text)))
+    blocks = list(markdown_blocks(without_unseen(clean(text))))
     title = " ".join((title or "").split()) or title_of(blocks) or f"{Path(source).stem} {number}"
     return Document(f"{source}:{number}", title, blocks)
 
@@ -110,8 +127,6 @@ def markdown_blocks(text: str) -> Iterator[Block]:
     """Yield headings and paragraphs of Markdown; a fenced block of code is one paragraph, whatever it holds."""
     lines: list[str] = []
     fence = ""
-    front = FRONT_MATTER.match(text)
-    text = re.sub(r"<!--.*?-->", "", text[front.end() if front else 0 :], flags=re.S)
 
     def paragraph() -> Iterator[Block]:
         if joined := "\n".join(lines).strip("\n").rstrip():
@@ -135,11 +150,20 @@ def markdown_blocks(text: str) -> Iterator[Block]:
         elif len(lines) == 1 and lines[0].strip() and re.fullmatch(r" {0,3}(=+|-{2,})[ \t]*", line):
             words = plain(lines.pop())
             yield Block(1 if "=" in line else 2, words) if len(words) <= LONGEST_HEADING else Block(0, words)
+        elif not lines and RULE.fullmatch(line):
+            continue
         elif line.strip():
             lines.append(line.rstrip())
         else:
             yield from paragraph()
     yield from paragraph()
+
+
+def without_unseen(text: str) -> str:
+    """Return Markdown without front matter and comments, which no reader sees."""
+    front = FRONT_MATTER.match(text)
+    text = text[front.end() if front else 0 :]
+    return CODE_OR_COMMENT.sub(lambda found: "" if found["comment"] else found[0], text)
 
 
 def unwrap(paragraph: str) -> str:
@@ -168,18 +192,35 @@ def rst_blocks(text: str) -> Iterator[Block]:
     blocks = [[line.rstrip() for line in part.split("\n")] for part in re.split(r"\n[ \t]*(?=\n)", text)]
     for part in blocks:
         lines = [line for line in part if line]
-        over = len(lines) > 2 and bool(RST_LINE.fullmatch(lines[0])) and lines[0] == lines[2]
-        if over or (len(lines) > 1 and RST_LINE.fullmatch(lines[1]) and len(lines[1]) >= len(lines[0])):
-            words = " ".join(lines[over].split())
-            style = lines[1 + over][0] * (1 + over)
-            if style not in styles:
-                styles.append(style)
-            yield Block(min(6, 1 + styles.index(style)), words)
-            lines = lines[2 + over :]
-        if lines and RST_MARKUP.fullmatch(lines[0]):
-            lines = []
-        if lines and not (len(lines) == 1 and RST_LINE.fullmatch(lines[0])):
-            yield Block(0, unwrap("\n".join(lines)))
+        while lines:
+            over = len(lines) > 2 and bool(RST_LINE.fullmatch(lines[0])) and lines[0] == lines[2]
+            if over or (len(lines) > 1 and RST_LINE.fullmatch(lines[1]) and len(lines[1]) >= len(lines[0])):
+                words = " ".join(lines[over].split())
+                style = lines[1 + over][0] * (1 + over)
+                if style not in styles:
+                    styles.append(style)
+                yield Block(min(6, 1 + styles.index(style)), words)
+                lines = lines[2 + over :]
+            elif RST_MARKUP.fullmatch(lines[0]):
+                own = [lines[0], *takewhile(lambda line: line[0].isspace(), lines[1:])]
+                if words := markup_words(own):
+                    yield Block(0, unwrap(words))
+                lines = lines[len(own) :]
+            else:
+                if len(lines) > 1 or not RST_LINE.fullmatch(lines[0]):
+                    yield Block(0, unwrap("\n".join(lines)))
+                break
+
+
+def markup_words(lines: list[str]) -> str:
+    """Return the words of a directive or a footnote of reStructuredText; of comments and targets of links none."""
+    if not (seen := RST_SEEN.fullmatch(lines[0])):
+        return ""
+    number, name, words = seen.groups()
+    name = (name or "").rpartition(":")[2]
+    first = f"{number or name.capitalize() + ':'} {words}" if words and name not in RST_SETTINGS else ""
+    body = textwrap.dedent("\n".join(dropwhile(RST_OPTION.match, lines[1:])))
+    return "\n".join(filter(None, (first, body)))
 
 
 def text_blocks(text: str) -> Iterator[Block]:
@@ -190,7 +231,7 @@ def text_blocks(text: str) -> Iterator[Block]:
 
 
 def _markdown(path: Path) -> tuple[str, list[Block]]:
-    return "", list(markdown_blocks(decode(path)))
+    return "", list(markdown_blocks(without_unseen(decode(path))))
 
 
 def _rst(path: Path) -> tuple[str, list[Block]]:

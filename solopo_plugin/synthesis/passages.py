@@ -38,17 +38,22 @@ def split_document(document: Document, budget: int, count: Count) -> Iterator[di
 
 
 def sections(document: Document) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield headings from the outermost to the innermost, and the paragraphs below; the title is none of them."""
+    """Yield headings from the outermost to the innermost, and the paragraphs below; the title is none of them.
+
+    A heading with nothing below it, not even another heading, is a paragraph of what it stands in.
+    """
     above: list[Block] = []
     paragraphs: list[str] = []
-    for block in [*document.blocks, Block(1, "")]:
-        if not block.level:
+    for block, after in pairwise([*document.blocks, Block(1, ""), Block(1, "")]):
+        is_text = not block.level or (0 < after.level <= block.level and block.text not in ("", document.title))
+        if block.level:
+            outer = [heading for heading in above if heading.level < block.level]
+            if paragraphs and not (is_text and outer == above):
+                yield [heading.text for heading in above if heading.text != document.title], paragraphs
+                paragraphs = []
+            above = outer if is_text else [*outer, block]
+        if is_text:
             paragraphs.append(block.text)
-            continue
-        if paragraphs:
-            yield [heading.text for heading in above if heading.text != document.title], paragraphs
-            paragraphs = []
-        above = [heading for heading in above if heading.level < block.level] + [block]
 
 
 def split_section(paragraphs: list[str], budget: int, count: Count) -> Iterator[tuple[str, int]]:
@@ -70,8 +75,10 @@ def split_paragraph(text: str, tokens: int, budget: int, count: Count) -> Iterat
     parts = split_behind(SENTENCE_END, text)
     parts = parts if len(parts) > 1 else split_behind(LINE_END, text)
     parts = parts if len(parts) > 1 else list(cut(text, len(text) * budget // (tokens + budget) or 1))
-    pieces = [joined.strip() for joined, _ in pack(list(zip(parts, count(parts), strict=True)), budget, "")]
-    pieces = [piece for piece in pieces if piece]
+    pieces = [joined for joined, _ in pack(list(zip(parts, count(parts), strict=True)), budget, "")]
+    if len(pieces) == 1:  # parts may have fewer tokens than the text that they make up
+        pieces = ["".join(half) for half in (parts[: len(parts) // 2], parts[len(parts) // 2 :])]
+    pieces = [stripped for piece in pieces if (stripped := piece.strip())]
     for piece, n in zip(pieces, count(pieces), strict=True):
         yield from split_paragraph(piece, n, budget, count)
 

@@ -338,9 +338,10 @@ def test_bad_files(tmp_path):
         "a.json": "a.json:2: not JSON (parse error: object key and value must be separated by a colon (':')):",
         "b.json": "b.json:1: the JSON does not end; is the file complete?", "c.jsonl": "has no usable question",
         "d.json": "d.json:1: not JSON (lexical error: invalid bytes in UTF8 string)", "e.jsonl": "there is no file",
-        "no/such/thing": "there is no file", "no/hub": "cannot be loaded (subset None, split 'train')",
+        "no/such/thing": "there is no file", "http://me:hunter2@h/x.jsonl": "`input`: there is no file http://h/x.jsonl",
+        "no/hub": "cannot be loaded (subset None, split 'train')",
     }.items():  # fmt: skip
-        source = name if name.startswith("no/") else str(tmp_path / name)
+        source = name if name.startswith(("no/", "http")) else str(tmp_path / name)
         with pytest.raises(DataError, match=r"^[^\n]+$") as error:
             run(tmp_path, tmp_path / "none", input=source, skip_bad=True)
         assert message in str(error.value)
@@ -352,6 +353,23 @@ def test_a_column_of_documents_is_checked(tmp_path):
         run(tmp_path, [PLAIN_ROW], corpus=str(tmp_path / "corpus.in"))
     _, counts = run(tmp_path, [PLAIN_ROW], corpus=str(tmp_path / "corpus.in"), skip_bad=True)
     assert counts["corpus"] == 1 and counts["bad_documents"] == 2
+
+
+def test_what_one_row_has_and_another_has_not_is_null_in_parquet(tmp_path):
+    """Paragraphs by id beside such with a text, and rows of several formats, in one file."""
+    from datasets import Dataset
+
+    (tmp_path / "corpus.in").write_text('{"id": "d1", "title": "T", "text": "Rosvik is far."}\n')
+    evidence = [{"id": "d1"}, {"title": "B", "text": "Rosvik is a town."}]
+    musique = {key: value for key, value in MUSIQUE_ROW.items() if key != "question_decomposition"}
+    plain = {"question": "Where?", "answers": ["Rosvik"], "evidence": evidence}
+    retrieved = {"question": "Who?", "answer": "x", "passages": ["x y", "z"]}
+    rows = [plain | {"id": "p"}, plain | {"_id": "b"}, musique, retrieved]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    Dataset.from_list([columns | row for row in rows]).to_parquet(str(tmp_path / "rows.parquet"))
+    keys = dict(corpus=str(tmp_path / "corpus.in"))
+    questions, _ = run(tmp_path, tmp_path, input=str(tmp_path / "rows.parquet"), **keys)
+    assert questions == run(tmp_path, rows, **keys)[0] and len(questions) == 4
 
 
 def test_documents_in_another_file_than_json_lines(tmp_path):
@@ -509,6 +527,15 @@ def test_recipes_are_checked(tmp_path, caplog):
         ("skip_bad", 1): "`skip_bad` must be true or false, got 1.",
         ("distractors", "near"): "`distractors` must be one of random, bm25; got 'near'.",
         ("input", 3): "`input` must be a text, got 3; put it in quotes.",
+        ("dataset_name", 2024): "`dataset_name` must be a text, got 2024; put it in quotes. In a shell, which takes "
+        """quotes away: 'dataset_name="2024"'.""",
+        (
+            "backend",
+            "http://me:hunter2@h/v1",
+        ): "`backend` must be one of vllm, openai, transformers; got 'http://h/v1'.",
+        ("dataset_name", "http://me:hunter2@h"): "`dataset_name` begins names of files",
+        ("ask_prompts", "http://me:hunter2@h"): "`ask_prompts: http://h` is no folder",
+        ("seed", "http://me:hunter2@h"): "`seed` must be a whole number from 0 to 9223372036854775807, got 'http://h'.",
         ("work_dir", " "): "The data recipe lacks `work_dir`: Folder of intermediate files",
         ("short_tokens", 9000): "`short_tokens: 9000` must be below `long_tokens: 8192`;",
         ("cutoff_len", 8192): "`cutoff_len: 8192` must be above `long_tokens: 8192`, or no answer fits behind a long "
@@ -518,7 +545,7 @@ def test_recipes_are_checked(tmp_path, caplog):
     }.items():
         with pytest.raises(DataError) as error:
             make_recipe(base | dict([keys]))
-        assert str(error.value).startswith(message)
+        assert str(error.value).startswith(message) and "hunter2" not in str(error.value)
     for cutoff_len, warned in ((9216, False), (9215, True)):
         make_recipe(base | {"cutoff_len": cutoff_len})
         said = f"`cutoff_len: {cutoff_len}` is below `long_tokens: 8192` + `max_new_tokens: 1024`: answers that do not"
@@ -528,6 +555,7 @@ def test_recipes_are_checked(tmp_path, caplog):
     made = load_recipe(str(path), ["num_rows=7", "temperature=1", "corpus=null", "api_key_env=KEY"])
     assert (made.num_rows, made.temperature, made.corpus, made.api_key_env) == (7, 1.0, None, "KEY")
     assert isinstance(made.temperature, float)
+    assert load_recipe(str(path), ['dataset_name="2024"']).dataset_name == "2024"
     for words, message in {
         ("x",): "`x` is no `key=value`", ("num_rows=a",): "`num_rows` must be a whole number > 0, got 'a'.",
     }.items():  # fmt: skip

@@ -338,6 +338,7 @@ def test_questions_depend_on_the_model_that_asks_and_not_on_where_it_is():
     recipe = recipe_for(server_urls="http://a/v1", **OWN)
     before = stage_settings(recipe, "ask"), ask.asking_settings(recipe.asker, 2)
     for name, value, same in [("ask_server_urls", "http://c/v1", True), ("ask_api_key_env", "X", True),
+                              ("answers_per_call", 16, True), ("num_samples", 64, True),
                               ("ask_model_name_or_path", "org/small", False), ("ask_template", "qwen", False),
                               ("ask_extra_body", {"a": 1}, False), ("ask_served_model", "s", False)]:  # fmt: skip
         changed = replace(recipe, **{name: value})

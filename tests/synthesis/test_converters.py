@@ -7,7 +7,16 @@ from made_files import page, write_docx, write_pdf
 from PIL import Image
 
 from solopo_plugin.qa.files import DataError
-from solopo_plugin.synthesis.converters import KINDS, Block, NoText, markdown_blocks, read_document, rst_blocks, unwrap
+from solopo_plugin.synthesis.converters import (
+    KINDS,
+    Block,
+    NoText,
+    markdown_blocks,
+    read_document,
+    rst_blocks,
+    unwrap,
+    without_unseen,
+)  # fmt: skip
 
 BOOK = [
     Block(1, "The harbour"), Block(0, "Ships come in."), Block(2, "Moorings"), Block(0, "A berth costs six florins."),
@@ -22,6 +31,7 @@ TEXTS = {
     "c.rst": "===========\nThe harbour\n===========\n\n.. note to self\n\nShips come in.\n\nMoorings\n--------\n"
     "A berth costs six florins.\n\n----\n",
     "d.html": HTML,
+    "i.htm": HTML.replace("<h1>", "<hr><h1>").replace("<p onclick", "<hr><p onclick"),
     "e.htm": HTML.replace("<html>", '<html><meta charset="utf-16">'),
 }
 
@@ -59,6 +69,68 @@ def test_a_fence_hides_headings():
     code, open_end = "```sh\n# no heading\n\n## nor this\n```", "~~~\n```\n# open to the end"
     blocks = [Block(1, "A"), Block(0, code), Block(1, "B"), Block(0, open_end)]
     assert list(markdown_blocks(f"# A\n{code}\n# B\n{open_end}")) == blocks
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("---\n\n# Rules\n\nNo dogs.\n\n---\n\nNo cats.\n", ["Rules", "No dogs.", "No cats."]),
+        ("---\nNote: no dogs.\n\nNo cats.\n\n---\n", ["Note: no dogs.", "No cats."]),
+        ("---\n'a': x\ntags:\n- one\n\nlist: [\n  2,\n]\n# three\n...\nNo cats.\n", ["No cats."]),
+        ("---\ntags:\n", ["tags:"]),
+        ("`<!--` begins, ``a ` -->`` ends.\n", ["`<!--` begins, ``a ` -->`` ends."]),
+        ("~~~\n<!-- a -->\n~~~\n\n    <!-- b -->\n", ["~~~\n<!-- a -->\n~~~", "    <!-- b -->"]),
+        ("a ` <!-- b\n\n``` c --> d\n\ne\n", ["a `  d", "e"]),
+        ("a <!-- b\n", ["a <!-- b"]),
+    ],
+)
+def test_markdown_loses_front_matter_and_comments_and_nothing_else(text, words):
+    assert [block.text for block in markdown_blocks(without_unseen(text))] == words
+
+
+def test_html_loses_no_words_that_look_like_marks_of_markdown(tmp_path):
+    (tmp_path / "a.html").write_text(
+        "<hr><p>a: b</p><hr><p>Write &lt;!-- so.</p><p>It costs 12.</p><p>End by --&gt;.</p>"
+    )
+    texts = [block.text for block in read_document(tmp_path / "a.html", "a.html").blocks]
+    assert texts == ["a: b", "Write <!-- so.", "It costs 12.", "End by -->."]
+
+
+def test_words_behind_a_directive_of_rst_are_kept_and_comments_are_not():
+    text = """.. note:: Closed at five.
+   On Fridays at three.
+
+.. py:function:: open(path)
+   :noindex:
+
+   Opens it.
+
+.. [1] Who did
+   it.
+
+.. image:: a.png
+   :alt: no
+
+.. code-block:: python
+
+.. |a| replace:: b
+
+.. a comment
+   of two lines
+
+..
+   another
+
+.. _install:
+Install
+-------
+.. warning:: Hot.
+Below."""
+    assert list(rst_blocks(text)) == [
+        Block(0, "Note: Closed at five.\nOn Fridays at three."), Block(0, "Function: open(path)"),
+        Block(0, "   Opens it."), Block(0, "[1] Who did\nit."), Block(1, "Install"), Block(0, "Warning: Hot."),
+        Block(0, "Below."),
+    ]  # fmt: skip
 
 
 def test_levels_of_rst_come_in_the_order_of_their_underlines():
