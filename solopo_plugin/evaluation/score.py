@@ -60,15 +60,15 @@ def score_answer(item: Item, text: str, prompt: str | None = None) -> dict:
             "parsed": 100.0 * (letter is not None),
         }
         return {"prediction": letter, "marker": letter is not None, "scores": scores}
-    found = extract_answer(text)
+    golds, found = [answer for answer in item.answers if answer.strip()], extract_answer(text)
     said = behind_thought(text).strip() if found is None else found
     whole = found is None and _ASKS_MARKER.search(own_words(item, prompt))  # nothing but the answer counts
-    sub_em = holds_answer(said, item.answers) and (not whole or judged_form(said) in map(judged_form, item.answers))
+    sub_em = holds_answer(said, golds) and (not whole or judged_form(said) in map(judged_form, golds))
     scores = {
-        "f1": 100.0 * f1_score(said, item.answers),
-        "em": 100.0 * exact_match(said, item.answers),
+        "f1": 100.0 * f1_score(said, golds),
+        "em": 100.0 * exact_match(said, golds),
         "sub_em": 100.0 * sub_em,
-        "string_match": string_match_part(text, item.answers),
+        "string_match": string_match_part(text, golds),
     }
     return {"prediction": found, "marker": found is not None, "scores": scores}
 

@@ -237,13 +237,12 @@ def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict
         "evidence_by_token": found["shares_LRG"][:, :, 0].mean(0).tolist(),
         "logps": found["logps_R"].tolist(),
     }
-    return numbers, response_ids, pieces(prompt, places, units, of_token, found["attention_T"])
+    alike = (1 - uniform["response"]) / len(prompt_ids)  # what each token of the prompt would get
+    return numbers, response_ids, pieces(prompt, places, units, of_token, found["attention_T"] / alike)
 
 
-def pieces(
-    prompt: str, places: list, units: list, of_token: list, attention_T: Tensor
-) -> list[tuple[str, bool, float]]:
-    """Cut a prompt's text into (text, whether evidence, attention per token relative to uniform), in order.
+def pieces(prompt: str, places: list, units: list, of_token: list, relative_T: Tensor) -> list[tuple[str, bool, float]]:
+    """Cut a prompt's text into (text, whether evidence, attention per token / uniform), in order.
 
     A piece is a token, or in prompts of more than `PER_TOKEN` tokens a part of `units_of`.
     """
@@ -253,7 +252,7 @@ def pieces(
         groups = [group for u in range(len(units)) if (group := [i for i in own if of_token[i] == u])]
     starts = [0, *(places[group[0]][0] for group in groups[1:]), len(prompt)]  # blanks stay with what is before them
     return [
-        (prompt[a:b], units[of_token[i[0]]][1] == "evidence", round(float(attention_T[i].mean()) * len(attention_T), 3))
+        (prompt[a:b], units[of_token[i[0]]][1] == "evidence", round(float(relative_T[i].mean()), 3))
         for i, a, b in zip(groups, starts, starts[1:], strict=False)
     ]
 

@@ -416,6 +416,16 @@ def test_figures_draw_the_numbers_of_the_summary(made):
         assert all(axes.get_title() or axes.get_title(loc="right") or axes.get_ylabel() for axes in figure.axes)
 
 
+def test_a_task_without_lengths_and_a_model_without_a_task(tmp_path):
+    """The former has no panel, the latter stands in the legend all the same."""
+    questions = [item("ruler_qa", task, i, length=n) for task in ("first", "second") for n in (64, 128) for i in (0, 1)]
+    results = write_folder(tmp_path, [*questions, item("ruler_qa", "whole", 0)], ("a", "b"), rows=[])
+    results["summary"] = [row for row in results["summary"] if (row["model"], row["task"]) != ("b", "first")]
+    figure = draw_figures(results)["length_ruler_qa"][0]
+    assert [axes.get_title() for axes in figure.axes] == ["first", "second", "mean of tasks"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
 def test_a_cell_without_questions_and_names_with_dollars(tmp_path):
     questions = [it for it in few("niah_plus") if it.length < 9000 and (it.length, it.depth) != (8192, 50.0)]
     results = write_folder(tmp_path, questions, ("$a_b$", "x" * 60))

@@ -69,6 +69,8 @@ ASKED, PLAIN = PROMPT.format(documents="", question="Where?"), "Where?"
         (ASKED, "So $\\boxed{\\text{Rosvik}}$.", ["Rosvik"], "Rosvik", 100, 100, 100, 100),
         (PLAIN, " \n ", ["Rosvik"], None, 0, 0, 0, 0),
         (PLAIN, "", ["Rosvik"], None, 0, 0, 0, 0),
+        (PLAIN, "", ["", "Rosvik"], None, 0, 0, 0, 0),  # an empty alias is no answer
+        (ASKED, "The answer is: Karvik", ["Rosvik", " "], "Karvik", 0, 0, 0, 0),
     ],
 )
 def test_closed_forms(prompt, text, golds, prediction, f1, em, sub_em, string_match):

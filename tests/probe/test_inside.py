@@ -99,9 +99,10 @@ def test_uniform_attention_gives_counts_of_tokens(tiny):
         for name, weight in model.named_parameters():
             if "q_proj" in name:
                 weight.zero_()
-    numbers, _ = look(model, tokenizer, template, make_row(1))
+    numbers, texts = look(model, tokenizer, template, make_row(1))
     for side in ("short", "long"):
         found = numbers[side]
+        assert {value for _, _, value in texts[side]} == {1.0}, "the page's numbers are the same measure"
         tokens = found["tokens"]
         n = tokens.pop("response")
         for region, count in tokens.items():

@@ -134,8 +134,8 @@ def overview(found: Summary) -> Figure:
 
 
 def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
-    """Draw a panel per task, the mean of tasks last; a line per model."""
-    tasks = found.tasks(benchmark)
+    """Draw a panel per task that has lengths, the mean of tasks last; a line per model."""
+    tasks = [task for task in found.tasks(benchmark) if found.values(benchmark, "length", task=task)]
     figure, panels = _panels(len(tasks), 4.2, 3.1, 2, sharey=True)
     styles, n = _lines(found.models), len(found.models)
     for axes, task in zip(panels, tasks, strict=True):
@@ -152,7 +152,8 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
         if (place := axes.get_subplotspec()) and place.is_first_col():
             axes.set_ylabel(f"{METRICS.get(metric, metric)} (0 to 100)")
         axes.grid(alpha=0.4)
-    panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    lines = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
     return figure
 
 
