@@ -153,6 +153,14 @@ def check_keys(keys) -> None:
             raise ValueError(f"Unknown key `{key}` in the recipe. {near}Allowed: {', '.join(FIELDS)}.")
 
 
+def not_a_number(name: str, value: Any) -> str | None:
+    """Say what a number should be where a recipe has none that is finite."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return None
+    how = "; write it without quotes, and with a point (`5.0e-6`)" * isinstance(value, str)  # YAML reads 5e-6 as text
+    return f"`{name}` must be a number, got {value!r}{how}."
+
+
 def check_values(args: SoloArguments | SoloDataArguments) -> None:
     """Refuse a value of the wrong type or out of range; the message names key, value seen and what is allowed.
 
@@ -160,14 +168,13 @@ def check_values(args: SoloArguments | SoloDataArguments) -> None:
     """
     for name in (name for name in FIELDS if hasattr(args, name)):
         value, spec = getattr(args, name), FIELDS[name]
-        whole = isinstance(value, int) and not isinstance(value, bool)
         if spec.type is float:
-            if not (whole or isinstance(value, float)) or not math.isfinite(value) or value < 0:
+            if not_a_number(name, value) or value < 0:
                 raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
             setattr(args, name, float(value))
         elif spec.type is int:
             least = min(1, spec.default)  # 0 switches off what is off by default
-            if not whole or value < least:
+            if type(value) is not int or value < least:  # true is an int
                 raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
         elif spec.type is bool:
             if not isinstance(value, bool):
@@ -205,12 +212,15 @@ def check_loss(args) -> None:
     """
     from .losses import PO_LOSSES  # torch, which the start hook must do without
 
-    if args.pref_loss not in PO_LOSSES:
+    if args.pref_loss not in [*PO_LOSSES]:  # a list cannot be looked up in a dictionary
         raise ValueError(
             f"`pref_loss` must be one of {', '.join(PO_LOSSES)} for `stage: solopo`; got {args.pref_loss!r}."
         )
     if args.longpo and args.pref_loss != "sigmoid":
         raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
+    for name in ("pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing", "pref_bco_weight"):
+        if sentence := not_a_number(name, getattr(args, name)):
+            raise ValueError(sentence)
     for reason, names in without_effect(args).items():
         for name in names:
             default = HOSTS_DEFAULTS[name] if name in HOSTS_DEFAULTS else FIELDS[name].default
@@ -219,10 +229,11 @@ def check_loss(args) -> None:
                     f"`{name}: {getattr(args, name)}` has no effect with `{reason}: {getattr(args, reason)}`; "
                     "remove it."
                 )
-    if not args.solopo_distill_temperature:
-        raise ValueError("`solopo_distill_temperature` must be > 0, got 0.0.")
-    if not (math.isfinite(args.pref_beta) and args.pref_beta > 0):
-        raise ValueError(f"`pref_beta` must be > 0, got {args.pref_beta!r}.")
+    for name in ("solopo_distill_temperature", "pref_beta"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"`{name}` must be > 0, got {getattr(args, name)!r}.")
+    if args.pref_ftx < 0:
+        raise ValueError(f"`pref_ftx` must be >= 0, got {args.pref_ftx!r}.")
     if not 0 <= args.dpo_label_smoothing < 0.5:
         raise ValueError(f"`dpo_label_smoothing` must be in [0, 0.5), got {args.dpo_label_smoothing!r}.")
     if args.pref_bco_weight:

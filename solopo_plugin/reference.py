@@ -20,7 +20,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -168,10 +168,9 @@ class Store:
 
     def check(self) -> None:
         """Refuse scores of another model."""
-        try:
+        theirs: dict = {}
+        with suppress(OSError, ValueError):
             theirs = json.loads((self.folder / "identity.json").read_text())
-        except (OSError, ValueError):
-            theirs = {}
         differ = sorted(key for key in self.facts.keys() | theirs.keys() if self.facts.get(key) != theirs.get(key))
         if differ:
             raise ValueError(
@@ -184,11 +183,9 @@ class Store:
         scores: dict[str, tuple[float, float]] = {}
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_text().splitlines():
-                try:
+                with suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     scores.setdefault(entry["row"], (entry["chosen"], entry["rejected"]))
-                except (ValueError, KeyError, TypeError):
-                    continue
         return scores
 
     @property

@@ -237,7 +237,7 @@ class SoloTrainer(CustomDPOTrainer):
         What fills no step at the end of a stream's pass is left out: the Trainer would add its gradient to the next.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(batches) < num_batches:
+        if len(batches) < num_batches and not hasattr(self.train_dataset, "num_rows"):
             if not self.state.global_step:
                 with refusing():
                     raise ValueError(

@@ -1,5 +1,6 @@
 """`run_solopo`: load, build, train, evaluate, save, in the shape of the host's own `train/dpo/workflow.py`."""
 
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.model_utils.rope import configure_rope
+from llamafactory.train.callbacks import PissaConvertCallback
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
@@ -43,7 +45,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
     logger.info_rank0(f"solopo_plugin {__version__} is active in LLaMA-Factory {installed('llamafactory')}.")
     with refusing():
         if training_args.do_train:
-            check_resume(training_args, finetuning_args.use_badam)
+            check_resume(training_args, finetuning_args.use_badam, data_args.streaming)
         if (size := finetuning_args.solopo_sequence_parallel) > 1:
             check_sharing(size, model_args)
         if model_args.rope_scaling is not None:
@@ -67,6 +69,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
         trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
         check_best_exists(trainer)
+        if training_args.do_train:
+            check_optimizer(trainer)
         if cached:
             load = partial(load_ref, packed) if elsewhere else None
             with abort_ends_the_process():
@@ -116,6 +120,20 @@ def check_best_exists(trainer: SoloTrainer) -> None:
         raise ValueError(
             f"{watched} is no metric of the evaluation. {did_you_mean(best, names)}There are: {', '.join(names)}."
         )
+
+
+def check_optimizer(trainer: SoloTrainer) -> None:
+    """Refuse an optimizer or a schedule that the Trainer cannot make, which it says after the reference is scored."""
+    trial, key = copy(trainer), "optim"
+    trial.args = copy(trainer.args)
+    trial.args.lr_scheduler_kwargs = dict(trainer.args.lr_scheduler_kwargs or {})  # which the host fills in
+    try:
+        trial.get_optimizer_cls_and_kwargs(trial.args, trial.model)
+        key = "lr_scheduler_type"
+        trial.create_scheduler(1, torch.optim.SGD([torch.zeros(1)]))
+    except (ImportError, TypeError, ValueError) as error:
+        value = getattr(trial.args, key)
+        raise ValueError(f"`{key}: {getattr(value, 'value', value)}` cannot be set up: {error}") from error
 
 
 def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
@@ -186,6 +204,7 @@ def warn_of_reference(model, model_args, finetuning_args, trains: bool) -> None:
 def train(trainer: SoloTrainer) -> None:
     """Train, and save the model, its metrics and curves as the host's stages do."""
     args, finetuning_args = trainer.args, trainer.finetuning_args
+    save_pissa_init(trainer)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if finetuning_args.include_effective_tokens_per_second:
@@ -200,6 +219,14 @@ def train(trainer: SoloTrainer) -> None:
         names = [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
         keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
         plot_loss(args.output_dir, keys=keys if evaluated is None else keys + names)
+
+
+def save_pissa_init(trainer: SoloTrainer) -> None:
+    """Save the adapter that `pissa_convert` takes off in the end: the host's callback would save a checkpoint's."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, PissaConvertCallback):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+            callback.on_train_begin = lambda *_, **__: None
 
 
 def evaluate(trainer: SoloTrainer, against_itself: bool) -> None:
@@ -231,30 +258,35 @@ def abort_ends_the_process():
         signal.signal(signal.SIGABRT, handler)
 
 
-def check_resume(training_args, badam: bool = False) -> None:
-    """Warn of a checkpoint without the optimizer's state, as `save_only_model` leaves it; DeepSpeed cannot resume it.
+def check_resume(training_args, badam: bool = False, streaming: bool = False) -> None:
+    """Refuse what is no checkpoint, and warn of what a resume does not go on with, of which the Trainer says nothing.
 
-    The Trainer takes its weights and its step and says nothing: Adam's moments are 0 and the learning rate is the first
-    step's, warm-up included, so that it is not decayed in the end.
+    Without the optimizer's state, which `save_only_model` leaves out, DeepSpeed cannot resume; without DeepSpeed Adam's
+    moments are 0 and the learning rate is the first step's, warm-up included, so that it is not decayed in the end.
     """
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is True:
-        checkpoint = get_last_checkpoint(training_args.output_dir)
-    if not checkpoint or not Path(checkpoint).is_dir():
-        return  # nothing to resume, or the Trainer's to refuse
+    given, folder = training_args.resume_from_checkpoint, training_args.output_dir
+    if not given:
+        return
+    checkpoint = given if given is not True else Path(folder).is_dir() and get_last_checkpoint(folder)
+    if not checkpoint or not (state := Path(checkpoint, "trainer_state.json")).is_file():
+        where = f"in {folder}" if given is True else "there"
+        raise ValueError(f"`resume_from_checkpoint: {given}`: no checkpoint is {where}; correct or remove the key.")
+    if streaming and json.loads(state.read_text(encoding="utf-8"))["epoch"] > 1:
+        logger.warning_rank0(
+            f"{checkpoint} is past the stream's first pass, and the second begins anew: with other rows than without "
+            'the interruption (docs/training.md, "Resume").'
+        )
     if badam:
         logger.warning_rank0(f"{checkpoint} does not hold BAdam's states and order of blocks: they start anew.")
     needed = ("global_step*",) if training_args.deepspeed_plugin else ("optimizer*", "scheduler.pt")
     if all(any(Path(checkpoint).glob(pattern)) for pattern in needed):
         return
+    found = f"{checkpoint} has no optimizer state (`save_only_model`?)"
+    anew = "to start from the beginning set `overwrite_output_dir: true`."
     if training_args.deepspeed_plugin:
-        raise ValueError(
-            f"{checkpoint} has no optimizer state (`save_only_model`?), and DeepSpeed cannot resume without; to start "
-            "from the beginning set `overwrite_output_dir: true`."
-        )
+        raise ValueError(f"{found}, and DeepSpeed cannot resume without; {anew}")
     logger.warning_rank0(
-        f"{checkpoint} has no optimizer state (`save_only_model`?): weights and step go on from there, the optimizer "
-        "and the learning rate's schedule start anew; to start from the beginning set `overwrite_output_dir: true`."
+        f"{found}: weights and step go on from there, the optimizer and the learning rate's schedule start anew; {anew}"
     )
 
 

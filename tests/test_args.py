@@ -75,6 +75,15 @@ def test_reference_model_where_the_loss_has_one(pref_loss, objective, reference)
 
 
 @pytest.mark.parametrize("keys", [
+    dict(solopo_objective="distill"), dict(pref_loss="sigmoid", ref_model="a"), dict(pref_loss="orpo"),
+    dict(pref_loss="orpo", solopo_anchor=1.0, ref_model="a"),
+])  # fmt: skip
+def test_pissa_beside_no_reference_or_one_of_its_own(keys):
+    args = parse(stage="solopo", finetuning_type="lora", pissa_init=True, **keys)
+    assert args.pissa_init and args.use_ref_model == ("ref_model" in keys)
+
+
+@pytest.mark.parametrize("keys", [
     dict(metric_for_best_model="solopo/nll", greater_is_better=False),
     dict(metric_for_best_model="solopo/nll", greater_is_better=True),
     dict(metric_for_best_model="rewards/accuracies"), dict(metric_for_best_model="solopo/align_loss"),

@@ -539,6 +539,7 @@ def test_an_optimizer_that_steps_within_backward_steps_once(run, recipe, tmp_pat
     import llamafactory.train.dpo.trainer as host
 
     monkeypatch.setattr(host, "create_custom_optimizer", layerwise_sgd)
+    monkeypatch.setattr("solopo_plugin.workflow.check_optimizer", lambda *_: None)  # LOMO's package is not there
     monkeypatch.setattr("solopo_plugin.host.preflight.PACKAGES", {})  # LOMO's, whose backward takes a learning rate
     monkeypatch.setattr("accelerate.Accelerator.backward", lambda self, loss, **_: loss.backward())
     args = dict(optim="lomo", gradient_accumulation_steps=1, max_steps=3, learning_rate=0.1, pref_loss="orpo",
@@ -577,6 +578,23 @@ def test_a_stream_leaves_out_what_fills_no_step(run, recipe, tmp_path, rows_seen
     sentence = "The stream ends before a step is full, after 3 of 4 batches of this process: lower `gradient_acc"
     with pytest.raises(Refused, match=sentence):  # no traceback on the command line
         run(recipe(dataset="rows", dataset_dir=folder, **keys | dict(gradient_accumulation_steps=4)))
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_window_that_is_not_full_is_left_out_of_streams_alone(monkeypatch, streams):
+    """Keep rows that are at hand: older Trainers ask for a full last window of an epoch that is resumed."""
+    from datasets import Dataset
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+
+    from solopo_plugin.trainer import SoloTrainer
+
+    window = [{"names": ["a", "b"]}, {"names": ["c"]}]
+    monkeypatch.setattr(CustomDPOTrainer, "get_batch_samples", lambda *_: (window, None))
+    trainer, rows = object.__new__(SoloTrainer), Dataset.from_dict({"x": [1, 2, 3]})
+    trainer.train_dataset = rows.to_iterable_dataset() if streams else rows
+    trainer.state = SimpleNamespace(global_step=1)
+    batches, _ = trainer.get_batch_samples(iter(window), 4, None)
+    assert batches == ([] if streams else window) and trainer.window_weight == (1.0 if streams else 2 / 3)
 
 
 def test_a_model_is_pushed_with_its_card(run, recipe, monkeypatch):
@@ -674,6 +692,20 @@ def test_a_resume_without_the_optimizer_says_that_it_starts_anew(run, recipe, ho
     assert any("Resuming training from" in m for m in host_log) and not any("no optimizer state" in m for m in host_log)
 
 
+def test_a_resumed_run_converts_all_that_pissa_learned(run, recipe, tmp_path):
+    """Give the adapter of the uninterrupted run; without the steps before the checkpoint it would be far from it."""
+    from safetensors.torch import load_file
+
+    args = recipe(
+        finetuning_type="lora", pissa_init=True, pissa_convert=True, pref_loss="orpo", learning_rate=1e-2,
+        num_train_epochs=1.0, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    whole = run(args).dir
+    run(args | dict(resume_from_checkpoint=str(whole / "checkpoint-2"), output_dir=str(tmp_path / "b")))
+    expected, found = (load_file(at / "pissa_converted/adapter_model.safetensors") for at in (whole, tmp_path / "b"))
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+
+
 @pytest.mark.parametrize(
     "files, deepspeed, outcome",
     [
@@ -695,6 +727,7 @@ def test_which_checkpoints_lack_the_optimizer(tmp_path, host_log, files, deepspe
     for file in files:
         (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / file).touch()
+    (checkpoint / "trainer_state.json").touch()
     resume = True if given == "true" else str(checkpoint)
     args = SimpleNamespace(resume_from_checkpoint=resume, deepspeed_plugin=deepspeed, output_dir=str(tmp_path))
     if outcome == "raises":
@@ -708,7 +741,7 @@ def test_which_checkpoints_lack_the_optimizer(tmp_path, host_log, files, deepspe
 def test_a_resume_of_badam_is_said_not_to_be_the_same(tmp_path, host_log):
     from solopo_plugin.workflow import check_resume
 
-    for file in ("optimizer.pt", "scheduler.pt"):
+    for file in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
         (tmp_path / "checkpoint-4").mkdir(exist_ok=True)
         (tmp_path / "checkpoint-4" / file).touch()
     args = SimpleNamespace(
@@ -719,3 +752,44 @@ def test_a_resume_of_badam_is_said_not_to_be_the_same(tmp_path, host_log):
     check_resume(args, badam=True)
     said = f"{tmp_path / 'checkpoint-4'} does not hold BAdam's states and order of blocks: they start anew."
     assert host_log == [said]
+
+
+@pytest.mark.parametrize("epoch, told", [(0.9, False), (1.0, False), (1.1, True)])
+def test_a_resume_of_a_stream_past_its_first_pass_is_said_to_see_other_rows(tmp_path, host_log, epoch, told):
+    """At the last step of a single pass the Trainer writes 1, and each later pass begins above a whole number."""
+    from solopo_plugin.workflow import check_resume
+
+    for file in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / file).touch()
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))
+    args = SimpleNamespace(resume_from_checkpoint=str(tmp_path), deepspeed_plugin=None, output_dir="unused")
+    check_resume(args)
+    assert not host_log
+    check_resume(args, streaming=True)
+    assert [f"{tmp_path} is past the stream's first pass" in message for message in host_log] == [True] * told
+
+
+NO_KWARGS = "`lr_scheduler_type: cosine_with_min_lr` cannot be set up: "
+
+
+@pytest.mark.parametrize("keys, said", [
+    (dict(resume_from_checkpoint="/no/where"), "`resume_from_checkpoint: /no/where`: no checkpoint is there; "),
+    (dict(resume_from_checkpoint=True), "`resume_from_checkpoint: True`: no checkpoint is in OUT; correct or"),
+    (dict(lr_scheduler_type="cosine_with_min_lr"), f"{NO_KWARGS}One of min_lr or min_lr_rate should be set"),
+    (dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rat": 0.1}),
+     f"{NO_KWARGS}get_cosine_with_min_lr_schedule_with_warmup() got an unexpected keyword argument 'min_lr_rat'"),
+    (dict(optim="grokadamw"), "`optim: grokadamw` cannot be set up: Please install grokadamw"),
+    (dict(optim="adamw_torch_8bit"), "`optim: adamw_torch_8bit` cannot be set up: You need to have `torchao"),
+])  # fmt: skip
+def test_what_the_trainer_refuses_is_said_before_anything_is_scored(run, recipe, tmp_path, monkeypatch, keys, said):
+    """Also where a library says it by another error than ours."""
+    monkeypatch.setattr("solopo_plugin.workflow.with_reference_logps", lambda *_: pytest.fail("scored"))
+    with pytest.raises(Refused, match="^" + re.escape(said.replace("OUT", str(tmp_path / "out")))):
+        run(recipe(max_samples=2, **keys))
+
+
+def test_a_schedule_is_tried_without_traces(run, recipe, tmp_path):
+    """The host fills in the lengths of `warmup_stable_decay`, which are those of the run."""
+    keys = dict(pref_loss="orpo", lr_scheduler_type="warmup_stable_decay", num_train_epochs=3.0)
+    rates = [entry["learning_rate"] for entry in run(recipe(**keys)).log if "loss" in entry]
+    assert rates[:4] == [1e-3] * 4 and rates[4] > rates[5] > rates[8]

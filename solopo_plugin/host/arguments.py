@@ -78,13 +78,16 @@ def with_solo(host: type[Any]) -> type:
                 return super().__post_init__()
             solo.check_values(self)
             solo.check_loss(self)
-            self.stage = "dpo"  # whose rules (reference, PiSSA, smoothing) hold; the host knows stages by name
+            self.stage = "dpo"  # whose rules (reference, smoothing) hold; the host knows stages by name
+            pissa = self.__dict__.pop("pissa_init")  # the host reads its default: it would go by `pref_loss` alone
             super().__post_init__()
-            self.stage = "solopo"
+            self.__dict__.update(stage="solopo", pissa_init=pissa)
             self.use_ref_model = solo.loss_refers(self.pref_loss, self.solopo_objective) or self.solopo_anchor > 0
-            if self.pissa_init and self.use_ref_model:
+            if pissa and self.finetuning_type != "lora":
+                raise ValueError("`pissa_init` is only valid for LoRA training.")
+            if pissa and self.use_ref_model and self.ref_model is None:
                 raise ValueError(
-                    "`pissa_init: true` changes the weights that `solopo_anchor` compares with; remove one of the two."
+                    "`pissa_init: true` changes the reference's weights; set `ref_model` to the model before training."
                 )
 
         def to_dict(self) -> dict[str, Any]:
@@ -190,9 +193,11 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
     yield from refusals_of_keys(given)
     if given("do_train") is given("do_eval") is False and not given("do_predict"):
         yield "There is nothing to do: set `do_train: true` or `do_eval: true`."
-    if not isinstance(rate := given("learning_rate"), int | float):  # JSON and quotes may write it as text
-        how = "; write it without quotes" * isinstance(rate, str)
-        yield f"`learning_rate` must be a number, got {rate!r}{how}."
+    if sentence := solo.not_a_number("learning_rate", given("learning_rate")):
+        yield sentence
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (size := given(key)) is not None and (not isinstance(size, int) or size < 1):  # the board may leave it out
+            yield f"`{key}` must be a whole number >= 1, got {size!r}."
     if given("streaming"):
         yield from _of_a_stream(given)
     if given("train_from_scratch") and args.use_ref_model and args.ref_model is not None:
@@ -232,6 +237,8 @@ def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
     unfused = next((key for key in ("use_galore", "use_apollo") if given(key)), ratio)
     if unfused and optim == "adamw_torch_fused":
         yield f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
+    if given("disable_gradient_checkpointing") and given("gradient_checkpointing"):
+        yield "`gradient_checkpointing: true` undoes `disable_gradient_checkpointing: true`; remove one of the two."
     if args.early_stopping_steps:
         loss = "`NAME_loss`, with the name of a data set" if given("eval_on_each_dataset") else "`loss`"
         watched = given("metric_for_best_model") or given("load_best_model_at_end")

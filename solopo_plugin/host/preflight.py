@@ -289,9 +289,8 @@ def why_not_there(name: str, recipe: dict, adapter: bool = False) -> str | None:
         return f"is a folder without {file}: give the folder of a finished model{' adapter' * adapter}."
     if is_path(name):
         return "is a folder that is not there: check the path."
-    if any(
-        os.environ.get(hub, "0").lower() in ("true", "y", "1") for hub in ("USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB")
-    ):
+    other_hubs = (os.environ.get(f"USE_{hub}_HUB", "0").lower() for hub in ("MODELSCOPE", "OPENMIND"))
+    if any(asked in ("true", "y", "1") for asked in other_hubs):
         return None
     return _why_not_on_the_hub(name, file, recipe)
 
@@ -302,9 +301,8 @@ def _why_not_on_the_hub(name: str, file: str, recipe: dict) -> str | None:
 
     fetch = f"hf download {name}"
     try:
-        kept = try_to_load_from_cache(
-            name, file, cache_dir=recipe.get("cache_dir"), revision=recipe.get("model_revision")
-        )
+        where = {"cache_dir": recipe.get("cache_dir"), "revision": recipe.get("model_revision")}
+        kept = try_to_load_from_cache(name, file, **where)
         if isinstance(kept, str):
             return None
         if constants.is_offline_mode():
