@@ -15,7 +15,7 @@ from recipe_command import recipe_parser, run_command
 
 from solopo_plugin.qa.ready import check_ready
 from solopo_plugin.synthesis.pipeline import TABLE, read_manifest, run_pipeline, stages_of
-from solopo_plugin.synthesis.recipe import DataRecipe, from_documents, load_recipe
+from solopo_plugin.synthesis.recipe import DataRecipe, load_recipe
 
 
 def main(words: list[str] | None = None) -> int:
@@ -28,13 +28,14 @@ def main(words: list[str] | None = None) -> int:
 def build(args: argparse.Namespace) -> None:
     """Make the rows and say what came of them."""
     recipe = load_recipe(args.recipe, args.overrides)
-    finished = read_manifest(Path(recipe.work_dir))["stages"]
-    if args.stage is None and "sample" not in finished:
+    kept = read_manifest(Path(recipe.work_dir))["stages"] if args.resume else {}
+    due = {name for name in (stages_of(recipe) if args.stage is None else [args.stage]) if name not in kept}
+    if "sample" in due:
         check_ready(recipe.backend, recipe.server_urls, {"model_name_or_path": recipe.model_name_or_path})
-    if args.stage is None and "judge" not in finished and recipe.judge == "model" and recipe.judge_model_name_or_path:
+    if "judge" in due and recipe.judge == "model" and recipe.judge_model_name_or_path:
         sampling, model = recipe.judging
         check_other(sampling.backend, model.server_urls, "judge_model_name_or_path", model.path)
-    if args.stage is None and "ask" not in finished and from_documents(recipe) and recipe.another_asks:
+    if "ask" in due and recipe.another_asks:
         asker = recipe.asker
         check_other(asker.backend, asker.server_urls, "ask_model_name_or_path", asker.model_name_or_path)
     manifest = run_pipeline(recipe, args.stage, args.resume)

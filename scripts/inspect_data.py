@@ -8,6 +8,7 @@ those of the `_val` file beside it. A data file is an export of build_data.py, o
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -24,7 +25,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=100, help="rows for the reader, spread evenly (default 100)")
     parser.add_argument("--id", action="append", default=[], help="a question that the reader must have")
     args = parser.parse_args(words)
-    folder = args.path if args.path.is_dir() else args.path.with_suffix("")
+    folder = args.path if os.path.isdir(args.path) else args.path.with_suffix("")
     output = args.output or folder.with_name(f"{folder.name}_inspection")
     try:
         found = inspect(args.path, output, args.rows, tuple(args.id))

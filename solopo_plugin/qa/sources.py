@@ -225,7 +225,7 @@ def _library_rows(name: str, place: str, key: str, subset: str | None, split: st
     """
     from datasets import load_dataset_builder
 
-    if Path(place, "state.json").is_file():  # `load_dataset` alone looks for it
+    if os.path.isfile(os.path.join(place, "state.json")):  # `load_dataset` alone looks for it
         raise DataError(f"`{key}: {name}` was written by `save_to_disk`; write its rows as parquet or JSON lines.")
     try:
         builder = load_dataset_builder(place, subset)

@@ -9,6 +9,7 @@ names. What a document says is data: names, paths and settings come from the rec
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -39,13 +40,8 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         DataError: No such folder, a package is missing, or nothing that could be read.
     """
     folder = Path(recipe.input)
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise DataError(f"`input: {recipe.input}` does not exist; give a folder of documents.")
-    for key, other in (("work_dir", recipe.work_dir), ("dataset_dir", recipe.dataset_dir)):
-        if folder.resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
-            raise DataError(
-                f"`{key}: {other}` lies in `input: {recipe.input}` and would be read as documents; move it."
-            )
     files, passed = list_files(folder)
     counts = Counter({name: 0 for name in ("files", "documents", "passages", "duplicates")})
     skipped: Counter = Counter(passed)

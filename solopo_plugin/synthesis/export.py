@@ -10,16 +10,20 @@ With `num_rejected` above 1 a row has one column more, `all_rejected`, the list 
 """
 
 import json
+import logging
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..qa.files import DataError, as_data_error, lock_folder, read_jsonl, replacing, write_jsonl
+from ..qa.provenance import file_hash
 from ..qa.rows import SCHEMA, SEVERAL, SOLO, write_parquet
 from .pairs import SETS
 from .recipe import DataRecipe
 
+log = logging.getLogger(__name__)
 BLANKS = " \t\r\n"  # of JSON
 ORIGINS = "_origins.jsonl"  # end of the name of the file beside the rows
 SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
@@ -47,8 +51,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         DataError: A file or an entry of that name is there and not ours.
     """
     folder, name = Path(recipe.dataset_dir), recipe.dataset_name
-    ours = {f"{name}_{rows}{val}.{end}" for rows in SETS for val in ("", "_val") for end in ("jsonl", "parquet")}
-    ours.add(f"{name}{ORIGINS}")
+    ours = file_names(name)
     with lock_folder(folder):  # no second export changes the same dataset_info.json meanwhile
         info, text = read_info(folder)
         check_ours(folder, text, name, ours)
@@ -68,6 +71,36 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         for file_name in ours - written:
             (folder / file_name).unlink(missing_ok=True)  # of an earlier run with other settings
     return counts
+
+
+def file_names(name: str) -> set[str]:
+    """Return the names of all files that an export of the data set `name` may write, with whatever settings."""
+    files = {f"{name}_{rows}{val}.{end}" for rows in SETS for val in ("", "_val") for end in ("jsonl", "parquet")}
+    return files | {f"{name}{ORIGINS}"}
+
+
+def row_files(recipe: DataRecipe) -> dict[str, str]:
+    """Return the hashes of the data set's files that are there, by name."""
+    folder = Path(recipe.dataset_dir)
+    return {file: file_hash(folder / file) for file in sorted(file_names(recipe.dataset_name))
+            if os.path.isfile(folder / file)}  # fmt: skip
+
+
+def warn_of_others(recipe: DataRecipe, before: dict[str, str], own: dict[str, str], after: dict[str, str]) -> None:
+    """Warn of files that an export has replaced, or removed, and that this work folder had not written.
+
+    Args:
+        recipe: Of data.
+        before: What `row_files` returned before the export.
+        own: What it had returned after the last export of the same work folder.
+        after: What it returns after this export.
+    """
+    others = [file for file, digest in before.items() if digest not in (own.get(file), after.get(file))]
+    if others:
+        log.warning(
+            "%s: %s held rows that another work folder had exported, or that were edited; they have been replaced. "
+            "Another `dataset_name` keeps both.", recipe.dataset_dir, ", ".join(others),
+        )  # fmt: skip
 
 
 def write_files(recipe: DataRecipe, work: Path) -> dict[str, int]:

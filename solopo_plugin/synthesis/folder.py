@@ -13,20 +13,25 @@ from .converters import KINDS
 ROWS = {".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zip"}  # of a data set in a folder
 
 
-def list_files(folder: Path) -> tuple[list[Path], Counter]:
+def list_files(folder: Path, links: bool = False) -> tuple[list[Path], Counter]:
     """Return all files of a folder and of those within it, sorted by name, and what was passed over.
 
     Hidden files and folders, whose names begin with a dot, and symbolic links are passed over and counted: a link could
     lead anywhere, or round in circles. A single file is the only one of its folder.
+
+    Args:
+        folder: Or a file.
+        links: Also take links that lead to files, as the `datasets` library does; the hub's cache consists of them.
     """
-    if folder.is_file():
+    if os.path.isfile(folder):
         return [folder], Counter()
     files: list[Path] = []
     passed: Counter = Counter()
     for place, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             path = Path(place, name)
-            reason = "hidden" if name.startswith(".") else "links" if path.is_symlink() else None
+            link = path.is_symlink() and not (links and path.is_file())
+            reason = "hidden" if name.startswith(".") else "links" if link else None
             passed[reason] += reason is not None
             if reason and name in folders:
                 folders.remove(name)
@@ -45,10 +50,10 @@ def is_folder_of_documents(folder: Path) -> bool:
 
 
 def documents_and_rows(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder that are documents, without a README, and those that hold rows."""
-    files = list_files(folder)[0] if folder.is_dir() else []
+    """Return the files of a folder that are documents, without a README, and those that hold rows, links included."""
+    files = list_files(folder, links=True)[0] if os.path.isdir(folder) else []
     rows = {path: None for path in files if _holds_rows(path)}
-    others = (path for path in files if path not in rows and path.stem.lower() != "readme")
+    others = (path for path in files if not (path in rows or path.is_symlink() or path.stem.lower() == "readme"))
     return [path for path in others if path.suffix.lower() in (*KINDS, ".jsonl")], list(rows)
 
 
@@ -69,9 +74,9 @@ def source_name(path: Path, folder: Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def folder_digest(folder: Path) -> str:
-    """Return a SHA-256 over names and contents of all files of a folder."""
+def folder_digest(folder: Path, links: bool = False) -> str:
+    """Return a SHA-256 over names and contents of all files of a folder that `list_files` finds."""
     digest = hashlib.sha256()
-    for path in list_files(folder)[0]:
+    for path in list_files(folder, links)[0]:
         digest.update(dump([source_name(path, folder), file_hash(path)]))
     return digest.hexdigest()

@@ -3,11 +3,12 @@
 The page needs nothing but itself and loads nothing; whatever stands in the data is shown as text, never run.
 """
 
-import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..qa.rows import SCHEMA, rows_of_file
 from .export import ORIGINS, Contexts, make_row, read_origins
 from .histories import history_rows, is_history
 from .pairs import SETS, question_key
+from .pipeline import finished_stages
 
 AND_ALSO = "\n\n-- rejected as well:\n\n"  # in the reader, between rejected answers
 EXAMPLES = 5  # rows that a failed check names
@@ -119,12 +121,12 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
 
 def open_source(path: Path) -> Source:
     """Open a work folder, or a data file and its validation rows beside it."""
-    if path.is_dir():
+    if os.path.isdir(path):
         for name in ("manifest.json", "contexts.jsonl", "pairs.jsonl"):
             if not (path / name).exists():
                 raise DataError(f"{path} is no finished work folder: {name} is missing; run scripts/build_data.py.")
-        stages = json.loads((path / "manifest.json").read_bytes())["stages"]
-        return Source(path.resolve().name, lambda: _rows_of_work(path), lambda: _pass_rates_of_work(path), stages)
+        given = partial(_rows_of_work, path), partial(_pass_rates_of_work, path), finished_stages(path)
+        return Source(path.resolve().name, *given)
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path} is neither a work folder nor a .jsonl or .parquet file.")
     validation = path.with_name(f"{path.stem}_val{path.suffix}")

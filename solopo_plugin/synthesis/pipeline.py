@@ -6,12 +6,13 @@ made (hashes) and what it counted. A stage is run again when one of its inputs, 
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..qa.files import DataError, as_data_error, lock_folder, write_json
+from ..qa.files import DataError, as_data_error, lock_folder, split_names, write_json
 from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions
 from ..qa.store import STORE
@@ -20,6 +21,7 @@ from .recipe import UNSAID, DataRecipe, from_documents, model_files, outside_inp
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+ENTRY = ("settings", "inputs", "outputs", "counts")  # of a finished stage, beside its versions
 MODEL = "model_name_or_path"
 PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy", "pyarrow", "bm25s")
 
@@ -54,6 +56,8 @@ STORES = {
     "sample": STORE,
     "judge": verdicts.STORE,
 }  # of what a stage asks for
+OF_SQLITE = ("-wal", "-shm", "-journal")  # ends of the files beside a store
+HASH = "[0-9a-f]" * 64  # as a pattern of file names
 FROM_DOCUMENTS = ("documents", "ask", "filter")  # the stages that make questions, and
 FROM_QUESTIONS = ("read",)  # the one that reads them, in their place
 
@@ -70,7 +74,7 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     Args:
         recipe: Of data.
         stage: Only this stage; those before it must be finished.
-        resume: False: the stages that are to run forget what they had finished.
+        resume: False: every stage that is to run forgets what it had finished, as it begins.
 
     Raises:
         DataError: Something that the user has to put right, or another run at work in the same folder.
@@ -78,66 +82,87 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     stages = stages_of(recipe)
     if stage is not None and stage not in stages:
         raise DataError(f"`--stage` must be one of {', '.join(stages)}; got {stage!r}.")
+    _check_places(recipe, "documents" if "documents" in stages else "rows")
     work = Path(recipe.work_dir)
     with lock_folder(work, "work_dir"):
         manifest = read_manifest(work)
         manifest["stages"] = {name: entry for name, entry in manifest["stages"].items() if name in stages}
-        names = (stage,) if stage else stages
-        _clean(work, manifest, () if resume else names)
+        _remove_half_written(work)
         if stage:
             _check_before(stage, stages, recipe, manifest)
-        for name in names:
-            _run_stage(name, recipe, work, manifest, then_sample=stage is None)
+        for name in (stage,) if stage else stages:
+            _run_stage(name, recipe, work, manifest, resume, then_sample=stage is None)
     return manifest
 
 
-def _clean(work: Path, manifest: dict, forget: tuple[str, ...]) -> None:
-    """Remove what a killed run left half written, and forget what the stages `forget` had finished."""
-    left = [path for path in work.glob("**/*.tmp") if not path.is_symlink()]
-    if "documents" in forget:
-        left += work.glob(f"{documents.CONVERTED}/*.json")
-    if "sample" in forget:
-        left += work.glob("samples.*.json*")
-    for name in forget:
-        left += work.glob(f"{STORES[name]}*") if name in STORES else []
-    for path in left:
-        path.unlink()
-    if forget:
-        manifest["stages"] = {name: entry for name, entry in manifest["stages"].items() if name not in forget}
-        _save(manifest, work)
+def _check_places(recipe: DataRecipe, kind: str) -> None:
+    """Refuse folders to write to that lie where they would be read, as `kind`, or that a shell would have named."""
+    for key, other in (("work_dir", recipe.work_dir), ("dataset_dir", recipe.dataset_dir)):
+        if other.startswith("~"):
+            raise DataError(f"`{key}: {other}` begins with `~`, which only a shell replaces; write the whole path.")
+        place = Path(other).resolve()
+        for name in split_names(recipe.input):
+            if os.path.isdir(name) and Path(name).resolve() in (place, *place.parents):
+                raise DataError(f"`{key}: {other}` lies in `input: {name}` and would be read as {kind}; move it.")
+
+
+def _remove_half_written(work: Path) -> None:
+    """Remove what a killed run left half written of its own files; others may keep theirs in the same folder."""
+    names = [MANIFEST, *(file for stage in TABLE.values() for file in stage.outputs)]
+    for path in [*(work / f"{name}.tmp" for name in names), *work.glob(f"{documents.CONVERTED}/{HASH}.json.tmp")]:
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
+
+
+def _forget(name: str, work: Path) -> None:
+    """Remove what a stage keeps of its work beside its outputs, and would go on from."""
+    files = [work / f"{STORES[name]}{end}" for end in ("", *OF_SQLITE)] if name in STORES else []
+    if name == "documents":
+        files += work.glob(f"{documents.CONVERTED}/{HASH}.json")
+    if name == "sample":
+        files += [work / f"samples.{side}.{end}" for side in ("short", "long") for end in sample.OF_EARLIER]
+    for path in files:
+        with as_data_error(path, "remove"):
+            path.unlink(missing_ok=True)
 
 
 def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manifest: dict) -> None:
-    """Refuse a single stage whose predecessors are not finished, or with other settings."""
+    """Refuse a single stage whose predecessors are not finished, or would be made again without `--stage`."""
     for name in takewhile(stage.__ne__, stages):
         entry = manifest["stages"].get(name)
         if entry is None:
             raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")
-        outside = {} if name == "read" else outside_inputs(recipe, name)
-        if changed := _changed_settings(entry, stage_settings(recipe, name), outside):
+        work = Path(recipe.work_dir)
+        inputs, chosen = _made_from(name, recipe, work)
+        if changed := _changes(entry, inputs, chosen, work):
+            what = "ran with other settings" if _changed_settings(entry, chosen, inputs) else "is out of date"
             raise DataError(
-                f"Stage `{stage}` builds on stage `{name}`, which ran with other settings ({'; '.join(changed)}); "
+                f"Stage `{stage}` builds on stage `{name}`, which {what} ({'; '.join(changed)}); "
                 f"run `--stage {name}` first, or leave `--stage` away."
             )
 
 
-def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_sample: bool) -> None:
+def _made_from(name: str, recipe: DataRecipe, work: Path) -> tuple[dict[str, str], dict]:
+    """Return what a stage is made from: hashes of its inputs as they are now, and its settings."""
+    hashes = {file: file_hash(work / file) for file in TABLE[name].inputs}
+    return hashes | outside_inputs(recipe, name), stage_settings(recipe, name)
+
+
+def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume: bool, then_sample: bool) -> None:
     """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest.
 
-    With `then_sample` documents and contexts are made to be asked about at once, so that the backend must be there.
+    Without `resume` it forgets what it had finished, but not before it can begin. With `then_sample` documents and
+    contexts are made to be asked about at once, so that the backend must be there.
     """
-    inputs = {file: file_hash(work / file) for file in TABLE[name].inputs} | outside_inputs(recipe, name)
-    chosen = stage_settings(recipe, name)
+    inputs, chosen = _made_from(name, recipe, work)
     finished = manifest["stages"].get(name)
-    if finished:
+    if finished and resume:
         changed = _changes(finished, inputs, chosen, work)
         if not changed and name != "export":  # which is cheap, and dataset_info.json may have been edited
             log.info("%s: finished before, kept.", name)
             return
         if changed:
             log.warning("%s: made again, because %s.", name, "; ".join(changed))
-            del manifest["stages"][name]
-            _save(manifest, work)
     if name in ("documents", "contexts") and then_sample:
         check_backend(recipe.backend, recipe.server_urls)
         if name == "documents":
@@ -145,13 +170,22 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, then_s
         if recipe.judge == "model":
             verdicts.read_rubric(recipe)
             check_backend(recipe.judging[0].backend, recipe.judging[1].server_urls)
+    if finished and name != "export":  # which goes by what it wrote last
+        del manifest["stages"][name]
+        _save(manifest, work)
+    if not resume:
+        _forget(name, work)
     log.info("%s ...", name)
+    before = export.row_files(recipe) if name == "export" else {}
     counts = TABLE[name].run(recipe, work)
     outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}
     manifest["stages"][name] = {
         "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts,
         "versions": installed_versions(PACKAGES),
     }  # fmt: skip
+    if name == "export":
+        manifest["stages"][name]["rows"] = after = export.row_files(recipe)
+        export.warn_of_others(recipe, before, finished.get("rows", before) if finished else {}, after)
     _save(manifest, work)
     log.info("%s: done.", name)
 
@@ -184,6 +218,28 @@ def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
     return phrases + differences(unsaid | old, unsaid | chosen)
 
 
+def finished_stages(work: Path) -> dict[str, dict]:
+    """Return the manifest's stages of a work folder whose files fit together; the export's may be of earlier rows.
+
+    Raises:
+        DataError: Nothing is selected yet, or a stage ran again, or a file was changed, and what follows did not run.
+    """
+    stages = read_manifest(work)["stages"]
+    if "select" not in stages:
+        raise DataError(f"{work} is no finished work folder: stage `select` did not run; run scripts/build_data.py.")
+    known = {name: {file: digest for file, digest in (stages[name]["inputs"] | stages[name]["outputs"]).items()
+                    if file in TABLE[name].inputs + TABLE[name].outputs}
+             for name in TABLE if name in stages and name != "export"}  # fmt: skip
+    now = {file: file_hash(work / file) for files in known.values() for file in files if (work / file).exists()}
+    for name, files in known.items():
+        if changed := [file for file, digest in files.items() if now.get(file) != digest]:
+            raise DataError(
+                f"{work} is out of date: {changed[0]} has changed since stage `{name}` ran; run scripts/build_data.py "
+                "without `--stage`, or give a file of rows that was exported."
+            )
+    return stages
+
+
 def read_manifest(work: Path) -> dict:
     """Read the manifest of a work folder, empty if there is none yet.
 
@@ -191,13 +247,14 @@ def read_manifest(work: Path) -> dict:
         DataError: The file is no manifest.
     """
     path = work / MANIFEST
-    if not path.exists():
-        return {"stages": {}}
     with as_data_error(path, "read"):
+        if not path.exists():
+            return {"stages": {}}
         text = path.read_bytes()
     try:
         manifest = json.loads(text)
         assert isinstance(manifest["stages"], dict)
+        assert all(isinstance(entry[key], dict) for entry in manifest["stages"].values() for key in ENTRY)
     except (ValueError, KeyError, TypeError, AssertionError):
         raise DataError(f"{path} is no manifest of ours; give another `work_dir`, or delete the file.") from None
     return manifest

@@ -321,7 +321,7 @@ def outside_inputs(recipe: DataRecipe, stage: str) -> dict[str, str]:
     if stage == "read":
         names = [*split_names(recipe.input), *([recipe.corpus] if recipe.corpus else [])]
         return {
-            name: file_hash(name) if os.path.isfile(name) else folder_digest(Path(name))
+            name: file_hash(name) if os.path.isfile(name) else folder_digest(Path(name), links=True)
             for name in names
             if os.path.isfile(name) or os.path.isdir(name)
         }

@@ -23,6 +23,7 @@ from ..qa.store import STORE, Store
 from .recipe import DataRecipe, model_files, outside_inputs
 
 log = logging.getLogger(__name__)
+OF_EARLIER = ("partial.jsonl", "done.json")  # ends of the files of a version without a store
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
@@ -72,7 +73,7 @@ def depends_on(recipe: DataRecipe) -> dict:
 
 def _take_in(work: Path, side: str, chosen: dict, calls: Callable[[], Iterator[Call]], store: Store) -> None:
     """Take in what a version without a store has sampled, if it is of these prompts and settings, and clean up."""
-    final, partial, done = (work / f"samples.{side}.{end}" for end in ("jsonl", "partial.jsonl", "done.json"))
+    final, partial, done = (work / f"samples.{side}.{end}" for end in ("jsonl", *OF_EARLIER))
     if not (partial.exists() or done.exists()):
         return
     digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode())

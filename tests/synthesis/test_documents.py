@@ -102,6 +102,15 @@ def test_what_cannot_be_read_is_named_and_counted(read, tmp_path, caplog):
         assert said in message and message.endswith("Skipped."), message
 
 
+def test_nothing_is_asked_about_an_earlier_folder(read, tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.md").write_text("A fact.")
+    read(tmp_path / "in")
+    (tmp_path / "in" / "b.md").write_text("Another fact.")
+    with pytest.raises(DataError, match=r"`documents`, which is out of date \(.*/in has changed\); run `--stage doc"):
+        run_pipeline(recipe(tmp_path / "in", tmp_path / "work", tokenizer), "ask")
+
+
 def test_nothing_to_read_is_a_sentence(read, tmp_path):
     folder = tmp_path / "in"
     with pytest.raises(DataError, match=r"in` does not exist; give a folder of documents\."):

@@ -13,7 +13,9 @@ from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_json
 from solopo_plugin.qa.prompts import split_documents
 from solopo_plugin.synthesis import export, pairs
 from solopo_plugin.synthesis.look import CHECKS, checks_of, drop_reasons, inspect
+from solopo_plugin.synthesis.pipeline import ENTRY
 
+UNKNOWN = dict.fromkeys(ENTRY, {})  # of a stage, what it was made from
 BITS = ["10", "10", "10", "11", "10", "10", "00", "10"]
 
 
@@ -26,7 +28,7 @@ def work(tmp_path, monkeypatch):
     recipe = recipe_for(folder, val_size=1)
     counts = {"contexts": {"dropped": {"evidence_longer_than_short": 4}}, "select": pairs.run(recipe, folder)}
     export.run(recipe, folder)
-    stages = {name: {"counts": value, "settings": {"seed": 5}} for name, value in counts.items()}
+    stages = {name: UNKNOWN | {"counts": value, "settings": {"seed": 5}} for name, value in counts.items()}
     write_json(folder / "manifest.json", {"stages": stages})
     return folder
 
@@ -57,7 +59,7 @@ def test_a_sound_set_fails_no_check_and_shows_its_numbers(work, tmp_path):
 def test_the_page_says_how_often_judge_and_gold_answers_agree(work, tmp_path):
     manifest = json.loads((work / "manifest.json").read_text())
     agreed = {"answers": 15, "share": 0.6, "both_right": 3, "only_model": 2, "only_rule": 4, "both_wrong": 6}
-    manifest["stages"]["judge"] = {"counts": {"short": {"agreement_with_rule": agreed}, "long": {}}}
+    manifest["stages"]["judge"] = UNKNOWN | {"counts": {"short": {"agreement_with_rule": agreed}, "long": {}}}
     write_json(work / "manifest.json", manifest)
     inspect(work, tmp_path / "out")
     text = Page(tmp_path / "out" / "index.html").text
@@ -82,6 +84,7 @@ def test_every_reason_from_the_folder_of_documents_on_is_shown(work, tmp_path):
         "answer, short: cut": 7,
     }  # fmt: skip
     manifest = json.loads((work / "manifest.json").read_text())
+    stages = {name: UNKNOWN | entry for name, entry in stages.items()}
     write_json(work / "manifest.json", {"stages": stages | manifest["stages"]})
     inspect(work, tmp_path / "out")
     assert "What was left out on the way, and why." in Page(tmp_path / "out" / "index.html").text

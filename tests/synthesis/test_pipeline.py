@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import build_data as build_data_script
 import pytest
 import yaml
 from build_data import summary
@@ -29,6 +31,7 @@ from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.recipe import settings
 from solopo_plugin.qa.store import STORE
 from solopo_plugin.synthesis import pipeline, sample
+from solopo_plugin.synthesis.look import open_source
 from solopo_plugin.synthesis.pipeline import FROM_DOCUMENTS, TABLE, read_manifest, run_pipeline, stages_of
 from solopo_plugin.synthesis.recipe import load_recipe, outside_inputs, stage_settings
 
@@ -319,14 +322,168 @@ def test_orders_that_cannot_be_followed(prepare, monkeypatch):
         run_pipeline(replace(recipe, seed=1), "contexts")
     with pytest.raises(DataError, match=r"`--stage` must be one of read, .*; got 'jugde'\."):
         run_pipeline(recipe, "jugde")
-    (folder / "work" / "manifest.json").write_text("[]")
-    with pytest.raises(DataError, match=r"manifest.json is no manifest of ours; give another `work_dir`"):
-        run_pipeline(recipe)
+    for text in ("[]", '{"stages": {"read": 5}}', '{"stages": {"read": {"counts": {}}}}', "\xff"):
+        (folder / "work" / "manifest.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match=r"manifest.json is no manifest of ours; give another `work_dir`"):
+            run_pipeline(recipe)
     (folder / "work" / "manifest.json").unlink()
     with open("work/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match=r"Another run is at work in work; wait for it"):
             run_pipeline(recipe)
+
+
+def test_one_stage_builds_on_none_that_is_out_of_date(finished, prepare, monkeypatch):
+    """Whatever is changed before it: the file that is read, or what a stage between was not run again for."""
+    folder = prepare()
+    shutil.copytree(finished / "work", folder / "work")
+    monkeypatch.chdir(folder)
+    recipe = load_recipe("recipe.yaml")
+    rows = "samples.long.jsonl has changed; samples.short.jsonl has changed"
+
+    def refused(made, stage: str, earlier: str, why: str) -> None:
+        said = (
+            f"Stage `{stage}` builds on stage `{earlier}`, which is out of date ({why}); run `--stage {earlier}` first"
+        )
+        with pytest.raises(DataError, match=re.escape(said)):
+            run_pipeline(made, stage)
+
+    fewer = replace(recipe, max_questions=3)
+    for done, earlier, why in (("contexts", "sample", "contexts.jsonl has changed"), ("sample", "judge", rows)):
+        run_pipeline(fewer, "read")
+        run_pipeline(fewer, done)
+        for stage in ("select", "export"):
+            refused(fewer, stage, earlier, why if earlier == "sample" else f"contexts.jsonl has changed; {why}")
+    (folder / "in.jsonl").write_bytes((folder / "in.jsonl").read_bytes() + b"\n")
+    refused(fewer, "contexts", "read", "in.jsonl has changed")
+    refused(fewer, "export", "read", "in.jsonl has changed")
+    run_pipeline(fewer, "read")
+    Path("work/corpus.jsonl").unlink()
+    refused(fewer, "contexts", "read", "corpus.jsonl is missing")
+    assert not Path("data").exists()
+    with pytest.raises(DataError, match=r"^work is out of date: corpus\.jsonl has changed since stage `read` ran; run"):
+        open_source(Path("work"))
+    shutil.copytree(finished / "work", "work", dirs_exist_ok=True)
+    shutil.copy(finished / "in.jsonl", "in.jsonl")
+    assert open_source(Path("work")).stages.keys() == set(STAGES)
+    run_pipeline(replace(recipe, num_rows=20), "select")
+    open_source(Path("work"))  # before its export, which stays as it was
+
+
+@pytest.mark.parametrize(
+    "keys", [{"short_tokens": 440}, {"input": "gone.jsonl"}, {"model_name_or_path": "./gone"}, {"template": "gone"}]
+)
+@pytest.mark.parametrize("stage", [None, "sample"])
+def test_what_cannot_begin_forgets_nothing(stage, keys, finished, prepare, monkeypatch, capsys):
+    """With `--no-resume`: answers are removed by the stage that asks for new ones, and by no other."""
+    if stage is None and "short_tokens" in keys:
+        return  # which can begin
+    monkeypatch.chdir(prepare())
+    shutil.copytree(finished / "work", "work")
+    before = results(Path())
+    words = [f"{key}={value}" for key, value in keys.items()] + (["--stage", stage] if stage else [])
+    assert build_data_script.main(["recipe.yaml", "--no-resume", *words]) == 1
+    assert "Error: " in capsys.readouterr().err
+    after = results(Path())
+    assert all(after[name] == before[name] for name in before if name != "work/manifest.json")
+
+
+def test_files_of_others_in_the_work_folder_stay(finished, prepare, monkeypatch):
+    """What a killed run left half written goes, and with `resume=False` what was asked for, by their whole names."""
+    monkeypatch.chdir(prepare())
+    shutil.copytree(finished / "work", "work")
+    work, recipe = Path("work"), load_recipe("recipe.yaml")
+    mine = ["answers.db.bak", "samples.short.jsonl.bak", "thesis/notes.tmp", "notes.tmp", "converted/notes.json"]
+    ours = ["contexts.jsonl.tmp", "manifest.json.tmp", f"converted/{'0a' * 32}.json.tmp", "answers.db-wal"]
+    ours += ["samples.long.partial.jsonl", "samples.long.done.json", f"converted/{'0a' * 32}.json", STORE]
+    for name in mine + ours[:-1]:
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).write_text("text")
+    (work / "cache.tmp").mkdir()
+    run_pipeline(recipe, "read")
+    assert [name for name in ours if not (work / name).exists()] == ours[:3]
+    for stage in ("documents", "sample"):
+        pipeline._forget(stage, work)
+    assert not any((work / name).exists() for name in ours)
+    assert all((work / name).exists() for name in [*mine, "cache.tmp"])
+
+
+def test_what_a_link_leads_to_is_read_and_known(prepare, monkeypatch, tmp_path):
+    """As in a snapshot of the hub's cache, which `datasets` reads; folders that are links are passed over."""
+    monkeypatch.chdir(prepare())
+    (tmp_path / "snapshot").mkdir()
+    for n in (6, 12):
+        write_jsonl(tmp_path / f"blob{n}", make_questions(n))
+    (tmp_path / "bad").write_text('{"id": "q1", "question": 5, "answers": ["x"], "evidence": ["y"]}\n')
+    (tmp_path / "snapshot" / "round").symlink_to(tmp_path / "snapshot")
+    (tmp_path / "snapshot" / "LICENSE.md").symlink_to(tmp_path / "bad")
+    link = tmp_path / "snapshot" / "train.jsonl"
+    made = replace(load_recipe("recipe.yaml"), input=str(tmp_path / "snapshot"), corpus=None)
+    for name, n in (("blob6", 6), ("blob12", 12)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name)
+        assert run_pipeline(made, "read")["stages"]["read"]["counts"]["questions"] == n
+    link.unlink()
+    link.symlink_to(tmp_path / "bad")
+    with pytest.raises(DataError, match=r"snapshot\[0\]: `question` must be"):
+        run_pipeline(made, "read")
+
+
+@pytest.mark.parametrize("key", ["work_dir", "dataset_dir"])
+def test_folders_that_would_be_read_or_are_no_folders_are_refused_at_once(key, prepare, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    made = load_recipe(str(prepare() / "recipe.yaml"))
+    Path("rows").mkdir()
+    write_jsonl("rows/train.jsonl", make_questions(3))
+    said = rf"^`{key}: rows/own/x` lies in `input: rows` and would be read as rows; move it\.$"
+    with pytest.raises(DataError, match=said):
+        run_pipeline(replace(made, input="rows/train.jsonl, rows", **{key: "rows/own/x"}), "read")
+    with pytest.raises(DataError, match=rf"^`{key}: ~/x` begins with `~`, which only a shell replaces"):
+        run_pipeline(replace(made, **{key: "~/x"}), "read")
+    assert sorted(map(str, Path().rglob("*"))) == ["rows", "rows/train.jsonl"]
+    with pytest.raises(DataError, match="File name too long"):
+        run_pipeline(replace(made, work_dir="x" * 5000), "read")
+    with pytest.raises(DataError, match=r"^Cannot read x+/manifest.json: File name too long\.$"):
+        read_manifest(Path("x" * 5000))
+    for kind, stage in (("auto", "read"), ("documents", "documents")):
+        with pytest.raises(DataError, match=r"^`input: x+` (cannot be loaded|does not exist)"):
+            run_pipeline(replace(made, input="x" * 5000, input_format=kind, corpus=None), stage)
+
+
+def test_rows_of_another_work_folder_are_not_replaced_without_a_word(finished, prepare, monkeypatch, caplog):
+    """Nor edited ones; a work folder's own are, whatever its settings, and those that are equal."""
+    monkeypatch.chdir(prepare())
+    for part in ("work", "data"):
+        shutil.copytree(finished / part, part)
+    shutil.copytree("work", "other")
+    recipe = load_recipe("recipe.yaml")
+
+    def export(made) -> list[str]:
+        caplog.clear()
+        for stage in ("select", "export"):
+            run_pipeline(made, stage)
+        return [r.getMessage() for r in caplog.records if "had exported" in r.getMessage()]
+
+    assert export(recipe) == [] == export(replace(recipe, num_rows=20))
+    said = (
+        "data: made_solopo.jsonl held rows that another work folder had exported, or that were edited; they have been "
+        "replaced. Another `dataset_name` keeps both."
+    )
+    [message] = export(replace(recipe, work_dir="other"))
+    assert message.startswith("data: made_") and message.endswith(said.partition(" held ")[2])
+    manifest = read_manifest(Path("work"))
+    del manifest["stages"]["export"]
+    Path("work/manifest.json").write_text(json.dumps(manifest))
+    assert export(recipe) == []  # the same rows
+    with open("data/made_solopo.jsonl", "a") as file:
+        file.write("\n")
+    assert export(recipe) == [said]
+    del manifest["stages"]["select"]
+    Path("work/manifest.json").write_text(json.dumps(manifest))
+    assert len(export(replace(recipe, num_rows=10))) == 1  # of a work folder that had exported none
+    del (manifest := read_manifest(Path("work")))["stages"]["export"]["rows"]  # of a version that did not know them
+    Path("work/manifest.json").write_text(json.dumps(manifest))
+    assert export(recipe) == []
 
 
 def test_the_command_line_says_one_sentence(prepare):
