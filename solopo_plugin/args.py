@@ -176,10 +176,9 @@ def check_values(args: SoloArguments | SoloDataArguments) -> None:
             least = min(1, spec.default)  # 0 switches off what is off by default
             if type(value) is not int or value < least:  # true is an int
                 raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
-        elif spec.type is bool:
-            if not isinstance(value, bool):
-                raise ValueError(f"`{name}` must be true or false, got {value!r}.")
-        elif value not in get_args(spec.type):
+        elif spec.type is bool and not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+        elif spec.type is not bool and value not in get_args(spec.type):
             raise ValueError(f"`{name}` must be one of {', '.join(get_args(spec.type))}; got {value!r}.")
 
 

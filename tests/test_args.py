@@ -154,6 +154,17 @@ def test_settings_that_the_host_takes_and_fails_with(monkeypatch, keys, sentence
         parser.get_train_args(keys)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_unequal_shares_of_several_processes(monkeypatch, processes):
+    from llamafactory.hparams import parser
+
+    monkeypatch.setattr(parser.TrainingArguments, "world_size", property(lambda self: processes))
+    keys = dict(model_name_or_path="unused", output_dir="unused", use_cpu=True)
+    refused = pytest.raises(ValueError, match="^`even_batches: False` gives processes unequal shares")
+    with refused if processes > 1 else nullcontext():
+        parser.get_train_args(FULL | keys | dict(accelerator_config={"even_batches": False}))
+
+
 def test_four_bits_train_on_a_gpu(monkeypatch):
     from llamafactory.hparams import parser
 

@@ -104,6 +104,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "bits of no reference": ({"ref_model_quantization_bit": 4}, "`ref_model_quantization_bit: 4` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
     "neat packing": ({"neat_packing": True}, "`neat_packing` cannot be set as True except SFT."),
     "learning rate as text": ({"learning_rate": "1e-5"}, "`learning_rate` must be a number, got '1e-5'; write it without quotes, and with a point (`5.0e-6`)."),
+    "learning rate nan": ({"learning_rate": float("nan")}, "`learning_rate` must be a number, got nan."),
     "trained prompts": ({"train_on_prompt": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "masked history": ({"mask_history": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "predictions": ({"predict_with_generate": True}, "`predict_with_generate` cannot be set as True except SFT."),

@@ -392,10 +392,10 @@ DECLARED = {  # `reference.BY_VALUE` besides
     "seen in the loaded model": "flash_attn moe_aux_loss_coef model_max_length infer_dtype pure_bf16 use_badam "
     "finetuning_type freeze_trainable_layers freeze_trainable_modules freeze_extra_modules solopo_forward",
     "refused": "shift_attn mixture_of_depths use_unsloth use_kt export_quantization_bit block_diag_attn use_mca "
-    "pissa_init ld_alpha",
+    "ld_alpha",
     "needs what is refused": "kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num "
     "kt_lora_expert_intermediate_size export_quantization_dataset export_quantization_nsamples "
-    "export_quantization_maxlen pissa_iter pissa_convert",
+    "export_quantization_maxlen",
     "backward, placement, logging": "use_unsloth_gc disable_gradient_checkpointing use_reentrant_gc offload_folder "
     "use_kv_cache print_param_status quantization_device_map device_map",
     "inference and export": "infer_backend vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config "
@@ -405,7 +405,7 @@ DECLARED = {  # `reference.BY_VALUE` besides
     "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower "
     "freeze_multi_modal_projector freeze_language_model",
     "the adapter that is off": "additional_target module_dropout oft_rank oft_block_size oft_target lora_alpha "
-    "lora_dropout lora_rank lora_target use_rslora use_dora use_llama_pro",
+    "lora_dropout lora_rank lora_target use_rslora use_dora use_llama_pro pissa_init pissa_iter pissa_convert",
     "optimizer": "loraplus_lr_ratio loraplus_lr_embedding use_galore galore_target galore_rank galore_update_interval "
     "galore_scale galore_proj_type galore_layerwise use_apollo apollo_target apollo_rank apollo_update_interval "
     "apollo_scale apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front badam_mode "

@@ -193,11 +193,12 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
     yield from refusals_of_keys(given)
     if given("do_train") is given("do_eval") is False and not given("do_predict"):
         yield "There is nothing to do: set `do_train: true` or `do_eval: true`."
-    if sentence := solo.not_a_number("learning_rate", given("learning_rate")):
-        yield sentence
+    yield from filter(None, [solo.not_a_number("learning_rate", given("learning_rate"))])
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (size := given(key)) is not None and (not isinstance(size, int) or size < 1):  # the board may leave it out
             yield f"`{key}` must be a whole number >= 1, got {size!r}."
+    if given("even_batches") is False and (given("world_size") or 1) > 1:
+        yield "`even_batches: False` gives processes unequal shares, and one waits for another in vain; remove it."
     if given("streaming"):
         yield from _of_a_stream(given)
     if given("train_from_scratch") and args.use_ref_model and args.ref_model is not None:
