@@ -269,8 +269,10 @@ def check_resume(training_args, badam: bool = False, streaming: bool = False) ->
         return
     checkpoint = given if given is not True else Path(folder).is_dir() and get_last_checkpoint(folder)
     if not checkpoint or not (state := Path(checkpoint, "trainer_state.json")).is_file():
-        where = f"in {folder}" if given is True else "there"
-        raise ValueError(f"`resume_from_checkpoint: {given}`: no checkpoint is {where}; correct or remove the key.")
+        raise ValueError(
+            f"`resume_from_checkpoint: {given}`: no whole checkpoint is in {checkpoint or folder}; name another, or "
+            "remove the key, or the folder if its writing was cut off."
+        )
     if streaming and json.loads(state.read_text(encoding="utf-8"))["epoch"] > 1:
         logger.warning_rank0(
             f"{checkpoint} is past the stream's first pass, and the second begins anew: with other rows than without "

@@ -773,8 +773,9 @@ NO_KWARGS = "`lr_scheduler_type: cosine_with_min_lr` cannot be set up: "
 
 
 @pytest.mark.parametrize("keys, said", [
-    (dict(resume_from_checkpoint="/no/where"), "`resume_from_checkpoint: /no/where`: no checkpoint is there; "),
-    (dict(resume_from_checkpoint=True), "`resume_from_checkpoint: True`: no checkpoint is in OUT; correct or"),
+    (dict(resume_from_checkpoint="/no/where"), "`resume_from_checkpoint: /no/where`: no whole checkpoint is in /no/"),
+    (dict(resume_from_checkpoint="tests"), "`resume_from_checkpoint: tests`: no whole checkpoint is in tests; name"),
+    (dict(resume_from_checkpoint=True), "`resume_from_checkpoint: True`: no whole checkpoint is in OUT; name"),
     (dict(lr_scheduler_type="cosine_with_min_lr"), f"{NO_KWARGS}One of min_lr or min_lr_rate should be set"),
     (dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rat": 0.1}),
      f"{NO_KWARGS}get_cosine_with_min_lr_schedule_with_warmup() got an unexpected keyword argument 'min_lr_rat'"),

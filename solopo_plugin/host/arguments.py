@@ -210,8 +210,8 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
         yield from _of_training(given, args)
     if args.solopo_sequence_parallel > 1:
         yield from _of_shared_rows(given, args.solopo_sequence_parallel)
-    strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
-    if strategy not in (None, *ORDERS):
+    # None in older transformers, which have `group_by_length: true`
+    if (strategy := given("train_sampling_strategy")) not in (None, *ORDERS):
         yield f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."
     for reason, defaults in _unread(given, args).items():
         for key, default in defaults.items():
@@ -251,8 +251,7 @@ def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
         if missing := [key for key, there in needs.items() if not there]:
             steps = f"`early_stopping_steps: {args.early_stopping_steps}`"
             yield f"{steps} needs a metric to watch: set {' and '.join(missing)}."
-    four_bits = given("quantization_bit") == 4 and given("quantization_method") == "bnb"
-    if four_bits and _on_cpu(given):
+    if given("quantization_bit") == 4 and given("quantization_method") == "bnb" and _on_cpu(given):
         yield (
             "`quantization_bit: 4` does not train on a CPU: bitsandbytes packs the weights anew when it first "
             "evaluates, and part of the gradient is lost; set `quantization_bit: 8`, or train on a GPU."
