@@ -162,7 +162,7 @@ def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
         n_keys = len({q.key for q in questions})
         raise DataError(
             f"`val_size: {recipe.val_size:g}` leaves no training row of {len(questions)}"
-            f"{f', which ask {n_keys} questions' * (n_keys < len(questions))}; lower it, or make more rows."
+            f"{f' (different questions: {n_keys})' * (n_keys < len(questions))}; lower it, or make more rows."
         )
     if recipe.val_size and not drawn:
         log.warning(
