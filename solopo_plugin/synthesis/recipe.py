@@ -413,12 +413,6 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
             f"`short_tokens: {recipe.short_tokens}` must be below `long_tokens: {recipe.long_tokens}`; "
             "the contexts are to differ in length."
         )
-    if recipe.cutoff_len <= recipe.long_tokens:
-        raise DataError(
-            f"`cutoff_len: {recipe.cutoff_len}` must be above `long_tokens: {recipe.long_tokens}`, or no answer fits "
-            f"behind a long prompt; raise it to {recipe.long_tokens + recipe.max_new_tokens}, which is `long_tokens` + "
-            "`max_new_tokens`, or lower `long_tokens`."
-        )
     if recipe.cutoff_len < recipe.long_tokens + recipe.max_new_tokens:
         log.warning(
             f"`cutoff_len: {recipe.cutoff_len}` is below `long_tokens: {recipe.long_tokens}` + `max_new_tokens: "

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..qa.files import dump, parse_line, read_jsonl, write_jsonl
+from ..qa.files import DataError, dump, parse_line, read_jsonl, write_jsonl
 from ..qa.generate.calls import Call, Reply, counts_differently
 from ..qa.generate.stored import Found, answer_missing, reply_rows
 from ..qa.prompts import prompt_hash
@@ -38,10 +38,21 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 
 
 def sample_side(recipe: DataRecipe, work: Path, side: str, store: Store) -> dict:
-    """Sample what one side lacks and write its file; returns its counts."""
-    chosen, tokens, warned = depends_on(recipe), {}, False
+    """Sample what one side lacks and write its file; returns its counts.
+
+    Raises:
+        DataError: No answer fits behind any long prompt.
+    """
+    chosen, tokens, longer, warned = depends_on(recipe), {}, [], False
     for context in read_jsonl(work / "contexts.jsonl"):
         tokens[context["id"]] = context[side]["tokens"]
+        longer.append(max(context["short"]["tokens"], context["long"]["tokens"]))
+    if longer and recipe.cutoff_len <= min(longer):
+        raise DataError(
+            f"`cutoff_len: {recipe.cutoff_len}` leaves no answer room behind any long prompt of {work}/contexts.jsonl, "
+            f"which have {min(longer)} to {max(longer)} tokens; raise it to {max(longer) + recipe.max_new_tokens}, or "
+            f"lower `long_tokens: {recipe.long_tokens}`."
+        )
 
     def calls() -> Iterator[Call]:
         for context in read_jsonl(work / "contexts.jsonl"):

@@ -538,15 +538,13 @@ def test_recipes_are_checked(tmp_path, caplog):
         ("seed", "http://me:hunter2@h"): "`seed` must be a whole number from 0 to 9223372036854775807, got 'http://h'.",
         ("work_dir", " "): "The data recipe lacks `work_dir`: Folder of intermediate files",
         ("short_tokens", 9000): "`short_tokens: 9000` must be below `long_tokens: 8192`;",
-        ("cutoff_len", 8192): "`cutoff_len: 8192` must be above `long_tokens: 8192`, or no answer fits behind a long "
-        "prompt; raise it to 9216,",
         ("val_size", 1.5): "`val_size` must be a share below 1 or a whole number of rows, got 1.5.",
         ("dataset_name", "../x"): "`dataset_name` begins names of files in `dataset_dir`, and of entries that `data",
     }.items():
         with pytest.raises(DataError) as error:
             make_recipe(base | dict([keys]))
         assert str(error.value).startswith(message) and "hunter2" not in str(error.value)
-    for cutoff_len, warned in ((9216, False), (9215, True)):
+    for cutoff_len, warned in ((9216, False), (9215, True), (4096, True)):
         make_recipe(base | {"cutoff_len": cutoff_len})
         said = f"`cutoff_len: {cutoff_len}` is below `long_tokens: 8192` + `max_new_tokens: 1024`: answers that do not"
         assert (said in caplog.text) == warned

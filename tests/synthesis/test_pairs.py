@@ -263,11 +263,11 @@ def test_a_prompt_that_training_would_refuse(tmp_path):
 def test_the_longer_prompt_decides_whether_a_pair_fits(tmp_path):
     write_work(tmp_path, [verdicts(i, "10") for i in range(3)])
     longest = max(row["long"]["tokens"] for row in read_jsonl(tmp_path / "contexts.jsonl"))
-    keys = dict(sample_long=False, long_tokens=longest, short_tokens=longest - 1)
+    recipe = recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 10)
     over = rf"6 of 6 answers \(100.0 %\) are longer than `cutoff_len: {longest + 10}` leaves: raise it, or lower"
-    with pytest.raises(DataError, match=f"^0 rows .*3 no usable chosen; {over} `long_tokens: {longest}`.$"):
-        pairs_stage.run(recipe_for(tmp_path, cutoff_len=longest + 10, **keys), tmp_path)
-    assert pairs_stage.run(recipe_for(tmp_path, cutoff_len=longest + 100, **keys), tmp_path)["rows"]
+    with pytest.raises(DataError, match=f"^0 rows .*3 no usable chosen; {over} `long_tokens: 8192`.$"):
+        pairs_stage.run(recipe, tmp_path)
+    assert pairs_stage.run(recipe_for(tmp_path, sample_long=False, cutoff_len=longest + 100), tmp_path)["rows"]
 
 
 def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):

@@ -90,6 +90,14 @@ def test_both_sides_in_order_with_counts(work):
     assert not list(work.glob(f"{STORE}-*"))  # all is in the one file
 
 
+def test_a_cutoff_behind_which_no_answer_fits_is_refused_before_a_call(work):
+    """The long prompts have 9 tokens; no server is there."""
+    with pytest.raises(DataError, match="`cutoff_len: 9` leaves no answer room .* 9 to 9 tokens; raise it to 1033,"):
+        sample.run(recipe_for("http://127.0.0.1:1/v1", cutoff_len=9, retries=0), work)
+    with serving(work.parent / "answers.json") as server:
+        assert sample.run(recipe_for(server.url, cutoff_len=10), work)["short"]["prompts"] == 30
+
+
 def test_without_the_long_side_its_file_is_empty(work):
     with serving(work.parent / "answers.json") as server:
         assert list(sample.run(recipe_for(server.url, sample_long=False), work)) == ["short"]
