@@ -12,6 +12,8 @@ from ..qa.generate.calls import Model
 from ..qa.provenance import TOKENIZER
 from .recipe import TITLE, EvalRecipe
 
+LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+
 
 def find_models(recipe: EvalRecipe) -> list[Model]:
     """Find the recipe's models in its order, then the checkpoints, those of each folder by step.
@@ -116,7 +118,7 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
         _check_weights(folder, "adapter_model.safetensors", "adapter_model.bin")
         return Model(_below(folder, recipe), str(folder), step=step)
     if (folder / "config.json").exists():
-        _check_weights(folder, "*.safetensors", "pytorch_model*.bin")
+        _check_weights(folder, "model*.safetensors", "pytorch_model*.bin", "*.safetensors")
         return Model(str(folder), step=step)
     if step is None and any(folder.glob("checkpoint-*")):
         raise DataError(f"{folder} holds checkpoints and no model of its own; write `checkpoints: {folder}`.")
@@ -140,31 +142,46 @@ def _checkpoints(folder: Path, recipe: EvalRecipe) -> list[Model]:
 
 def _check_weights(folder: Path, *patterns: str) -> None:
     """Refuse a folder whose weights were not, or not all, written."""
-    for index in folder.glob("*.index.json"):
-        try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise DataError(f"{index} is no index of weights: the model is half written; remove the folder.") from None
-        if missing := sorted(name for name in names if not (folder / name).is_file()):
-            raise DataError(f"{folder} lacks {missing[0]}, which {index.name} names; wait until it is written.")
-    if not any(path.stat().st_size for pattern in patterns for path in folder.glob(pattern)):
+    files = _weights(folder, patterns)
+    if not any(path.stat().st_size for path in files):
         advice = "wait until they are written, or remove the folder"
         if (folder / "zero_to_fp32.py").exists():
             advice = "DeepSpeed's zero_to_fp32.py, which is in it, makes them"
         raise DataError(f"{folder} has no weights ({' or '.join(patterns)}): {advice}.")
-    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+    for path in files:
         if path.suffix == ".safetensors" and not _is_whole(path):
             raise DataError(
-                f"{path} is not whole: its {path.stat().st_size} bytes are fewer than its tensors take, or no "
-                "safetensors; wait until it is written, or copy or download it again."
+                f"{path} is not whole: its {path.stat().st_size} bytes are fewer than its tensors take, or it is no "
+                "safetensors file; wait until it is written, or copy or download it again."
             )
+
+
+def _weights(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """List the files that are loaded: of the first pattern that has an index those that it names, or else its own."""
+    for pattern in patterns:
+        index = folder / f"{pattern.replace('*', '')}.index.json"
+        if index.exists():
+            try:
+                files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise DataError(
+                    f"{index} is no index of weights: the model is half written; remove the folder."
+                ) from None
+            if missing := [path.name for path in files if not path.is_file()]:
+                raise DataError(f"{folder} lacks {missing[0]}, which {index.name} names; wait until it is written.")
+            return files
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
 
 
 def _is_whole(path: Path) -> bool:
     """Return whether a file of safetensors is as long as its header says that its tensors are."""
     with as_data_error(path, "read"), open(path, "rb") as file:
         size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, size))
+        if length > min(LONGEST_HEADER, size):
+            return False
+        text = file.read(length)
     try:
         ends = [tensor["data_offsets"][1] for name, tensor in json.loads(text).items() if name != "__metadata__"]
         return 8 + length + max(ends, default=0) <= size

@@ -17,14 +17,22 @@ SECRET = re.compile(
     r"|(.*[_-])?headers?|token",
     re.IGNORECASE,
 )
-# parts of a request to a server that a recipe sets elsewhere, and reports
-REQUEST = {name: f"set `{name}` of the recipe" for name in ("temperature", "top_p", "seed")} | {
-    "model": "set `served_model` of the recipe",
-    "max_tokens": "set `max_new_tokens` of the recipe",
-    "max_completion_tokens": "set `max_new_tokens` of the recipe",
-    "n": "leave it out",
-    "messages": "leave it out",
-    "prompt": "leave it out",
+# parts of a request to a server, with the key of the recipe that sets and reports them
+REQUEST = dict.fromkeys(("n", "messages", "prompt")) | {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "seed": "seed",
+    "model": "served_model",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+}
+# those of other models than the one that is trained, where they have keys of their own, or none
+REQUESTS = {
+    "judge_extra_body": REQUEST
+    | {"temperature": "judge_temperature", "top_p": None, "model": "judge_served_model"}
+    | dict.fromkeys(("max_tokens", "max_completion_tokens"), "judge_max_new_tokens"),
+    "ask_extra_body": REQUEST | {"model": "ask_served_model"},
+    "extra_body": REQUEST,
 }
 
 
@@ -48,14 +56,17 @@ def _list_of(value: Any) -> list:
     return [part for part in parts if part != ""]
 
 
-def _without_secret(value: dict, info: ValidationInfo) -> dict:
+def _fit_to_write(value: dict, info: ValidationInfo) -> dict:
+    """Refuse secrets, and parts of a request that another key sets and reports."""
     if secret := _secret_in(value):
         raise DataError(
             f"`{info.field_name}` cannot hold `{secret}`: what stands there is written to files; put a key into the "
             "environment variable that `api_key_env` names, a token of the hub into HF_TOKEN."
         )
-    if (info.field_name or "").endswith("extra_body") and (name := next((n for n in value if n in REQUEST), None)):
-        raise DataError(f"`{info.field_name}` cannot hold `{name}`, which every request has: {REQUEST[name]}.")
+    request = REQUESTS.get(info.field_name or "", {})
+    for name in (name for name in value if name in request):
+        advice = f"set `{request[name]}` of the recipe" if request[name] else "leave it out"
+        raise DataError(f"`{info.field_name}` cannot hold `{name}`, which every request has: {advice}.")
     return value
 
 
@@ -73,7 +84,7 @@ Percent = Annotated[float, Field(ge=0, le=100), "a number from 0 to 100"]
 Names = Annotated[list[str], BeforeValidator(_list_of)]
 Counts = Annotated[list[Count], BeforeValidator(_list_of)]
 Percents = Annotated[list[Percent], BeforeValidator(_list_of)]
-Written = Annotated[dict, AfterValidator(_without_secret)]  # parts are the user's own, and stand in files of a run
+Written = Annotated[dict, AfterValidator(_fit_to_write)]  # parts are the user's own, and stand in files of a run
 Backend = Literal["vllm", "openai", "transformers"]
 Endpoint = Literal["chat", "completions"]
 Distractors = Literal["random", "bm25"]

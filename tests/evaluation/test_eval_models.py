@@ -1,11 +1,12 @@
 """Which models a recipe means: folders, adapters, checkpoints in order, and names that tell them apart."""
 
 import json
+import tracemalloc
 
 import pytest
 from toy import recipe_in, weights
 
-from solopo_plugin.evaluation.models import find_models
+from solopo_plugin.evaluation.models import LONGEST_HEADER, find_models
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate.calls import Model
 
@@ -147,7 +148,7 @@ def bad_folder(path, name):
         whole(path, **{"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"})
         return dict(
             models=[str(path)]
-        ), "model.safetensors is not whole: .* or no safetensors; wait until it is written"
+        ), "model.safetensors is not whole: .* or it is no safetensors file; wait until it is written"
     if name == "an adapter of nothing":
         lora(path, "/nowhere/base")
         return dict(models=[str(path)]), "was trained on /nowhere/base, which is not there; give its place as `model_na"
@@ -169,6 +170,40 @@ def test_folders_that_cannot_be(fault, tmp_path):
     with pytest.raises(DataError, match=sentence) as error:
         found(tmp_path, keys.pop("models", None), **keys)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}})
+BIN_INDEX = json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}})
+
+
+@pytest.mark.parametrize("kind", ["shards", "one", "bin", "other"])
+def test_weights_that_nobody_loads_stop_nothing(kind, tmp_path):
+    """As Mistral's own beside those of transformers, or a pointer where the other format was not downloaded."""
+    files = {
+        "shards": {"model.safetensors.index.json": INDEX, "model-1.safetensors": weights(), "pytorch_model-1.bin": ""},
+        "one": {"model.safetensors": weights(), "pytorch_model.bin.index.json": BIN_INDEX},
+        "bin": {"pytorch_model.bin.index.json": BIN_INDEX, "pytorch_model-1.bin": "x"},
+        "other": {"weights.safetensors": weights()},
+    }[kind]
+    beside = {} if kind == "other" else {"consolidated.safetensors": POINTER, "other.index.json": "{}"}
+    folder = whole(tmp_path / "m", **files | beside)
+    if kind != "one":
+        (folder / "model.safetensors").unlink()
+    assert [ref.path for ref in found(tmp_path, [str(folder)])] == [str(folder)]
+
+
+def test_a_file_of_another_kind_is_not_read_whole(tmp_path):
+    """Its first bytes would be a header beyond what the format allows, 100 MB; a sparse file takes no place."""
+    folder = whole(tmp_path / "m")
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write((LONGEST_HEADER + 1).to_bytes(8, "little"))
+        file.truncate(LONGEST_HEADER + 100)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="or it is no safetensors file"):
+        found(tmp_path, [str(folder)])
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
 
 
 def test_what_belongs_to_each_model(tmp_path):

@@ -33,7 +33,7 @@ from solopo_plugin.qa.generate.servers import read_answers
 from solopo_plugin.qa.kinds import REQUEST
 from solopo_plugin.qa.recipe import Sampling, pick
 from solopo_plugin.synthesis.pipeline import run_pipeline
-from solopo_plugin.synthesis.recipe import load_recipe, make_recipe
+from solopo_plugin.synthesis.recipe import FIELDS, load_recipe, make_recipe
 
 ANSWERS = {f"Where does person {i} work?": f"Town {i}" for i in range(40)}
 
@@ -689,11 +689,26 @@ def test_a_secret_in_a_body_is_refused_since_the_manifest_holds_it(body, name):
     assert SENTINEL not in str(error.value)
 
 
+SET = {  # what a body cannot hold, and the keys that set it: of the model that is trained, that asks, that judges
+    "temperature": ("temperature", "temperature", "judge_temperature"),
+    "top_p": ("top_p", "top_p", None),
+    "seed": ("seed", "seed", "seed"),
+    "model": ("served_model", "ask_served_model", "judge_served_model"),
+    "max_tokens": ("max_new_tokens", "max_new_tokens", "judge_max_new_tokens"),
+    "max_completion_tokens": ("max_new_tokens", "max_new_tokens", "judge_max_new_tokens"),
+    "n": (None, None, None),
+    "messages": (None, None, None),
+    "prompt": (None, None, None),
+}
+
+
 @pytest.mark.parametrize("name", REQUEST)
 def test_keys_of_a_body_that_the_recipe_sets_and_reports_are_refused(name):
-    for key in ("extra_body", "judge_extra_body", "ask_extra_body"):
-        with pytest.raises(DataError, match=f"^`{key}` cannot hold `{name}`, which every request has: (set|leave) "):
-            openai("http://h", **{key: {"top_k": 1, name: 1}})
+    for body, key in zip(("extra_body", "ask_extra_body", "judge_extra_body"), SET[name], strict=True):
+        advice = f"set `{key}` of the recipe" if key else "leave it out"
+        with pytest.raises(DataError, match=f"^`{body}` cannot hold `{name}`, which every request has: {advice}.$"):
+            openai("http://h", **{body: {"top_k": 1, name: 1}})
+        assert key is None or key in FIELDS
 
 
 @pytest.mark.parametrize("name", ["min_tokens", "stop_token_ids", "eos_token", "top_k", "secretary", "guided_json"])
