@@ -122,8 +122,7 @@ def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:
             f"{folder} holds no weights ({', '.join(WEIGHTS)}) by which its reference scores could be known; set "
             "`solopo_reference: online`."
         )
-    tokenizer = (".json", ".model", ".txt") if model_args.resize_vocab else ()  # new tokens are drawn by it
-    kinds = (*WEIGHTS, ".py", *tokenizer)
+    kinds = (*WEIGHTS, ".py", *((".json", ".model", ".txt") if model_args.resize_vocab else ()))  # draw new tokens
     names = (config, "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
     return {file.name: file_hash(file) for file in files if file.suffix in kinds or file.name in names}
 

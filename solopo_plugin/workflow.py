@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -129,8 +129,9 @@ def check_optimizer(trainer: SoloTrainer) -> None:
     trial.args.lr_scheduler_kwargs = dict(trainer.args.lr_scheduler_kwargs or {})  # which the host fills in
     try:
         trial.get_optimizer_cls_and_kwargs(trial.args, trial.model)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=trial.args.learning_rate)
         key = "lr_scheduler_type"
-        trial.create_scheduler(1, torch.optim.SGD([torch.zeros(1)]))
+        trial.create_scheduler(1, optimizer)
     except (ImportError, TypeError, ValueError) as error:
         value = getattr(trial.args, key)
         raise ValueError(f"`{key}: {getattr(value, 'value', value)}` cannot be set up: {error}") from error
@@ -264,16 +265,18 @@ def check_resume(training_args, badam: bool = False, streaming: bool = False) ->
     Without the optimizer's state, which `save_only_model` leaves out, DeepSpeed cannot resume; without DeepSpeed Adam's
     moments are 0 and the learning rate is the first step's, warm-up included, so that it is not decayed in the end.
     """
-    given, folder = training_args.resume_from_checkpoint, training_args.output_dir
+    given, folder, state = training_args.resume_from_checkpoint, training_args.output_dir, None
     if not given:
         return
     checkpoint = given if given is not True else Path(folder).is_dir() and get_last_checkpoint(folder)
-    if not checkpoint or not (state := Path(checkpoint, "trainer_state.json")).is_file():
+    with suppress(OSError, ValueError):
+        state = checkpoint and json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    if not checkpoint or not isinstance(state, dict):
         raise ValueError(
             f"`resume_from_checkpoint: {given}`: no whole checkpoint is in {checkpoint or folder}; name another, or "
             "remove the key, or the folder if its writing was cut off."
         )
-    if streaming and json.loads(state.read_text(encoding="utf-8"))["epoch"] > 1:
+    if streaming and (state.get("epoch") or 0) > 1:
         logger.warning_rank0(
             f"{checkpoint} is past the stream's first pass, and the second begins anew: with other rows than without "
             'the interruption (docs/training.md, "Resume").'

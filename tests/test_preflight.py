@@ -320,7 +320,7 @@ def test_recipes_are_read_as_the_host_does(words):
 def test_a_word_of_a_command_line_is_one_value():
     words = ["--stage", "solopo", "--default-system", "Say --solopo_x", "--bf16", "--seed", "-3", "--a=b=c"]
     said = {"stage": "solopo", "default_system": "Say --solopo_x", "bf16": "true", "seed": "-3", "a": "b=c"}
-    assert preflight.flags(words) == said
+    assert preflight.solo.flags(words) == said
 
 
 @pytest.mark.parametrize("words", [[], ["no.yaml"], ["README.md"], ["-h"]])

@@ -727,7 +727,7 @@ def test_which_checkpoints_lack_the_optimizer(tmp_path, host_log, files, deepspe
     for file in files:
         (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / file).touch()
-    (checkpoint / "trainer_state.json").touch()
+    (checkpoint / "trainer_state.json").write_text('{"epoch": 0.5}')
     resume = True if given == "true" else str(checkpoint)
     args = SimpleNamespace(resume_from_checkpoint=resume, deepspeed_plugin=deepspeed, output_dir=str(tmp_path))
     if outcome == "raises":
@@ -741,9 +741,10 @@ def test_which_checkpoints_lack_the_optimizer(tmp_path, host_log, files, deepspe
 def test_a_resume_of_badam_is_said_not_to_be_the_same(tmp_path, host_log):
     from solopo_plugin.workflow import check_resume
 
-    for file in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
-        (tmp_path / "checkpoint-4").mkdir(exist_ok=True)
+    (tmp_path / "checkpoint-4").mkdir()
+    for file in ("optimizer.pt", "scheduler.pt"):
         (tmp_path / "checkpoint-4" / file).touch()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 0.5}')
     args = SimpleNamespace(
         resume_from_checkpoint=str(tmp_path / "checkpoint-4"), deepspeed_plugin=None, output_dir=str(tmp_path)
     )
@@ -754,7 +755,7 @@ def test_a_resume_of_badam_is_said_not_to_be_the_same(tmp_path, host_log):
     assert host_log == [said]
 
 
-@pytest.mark.parametrize("epoch, told", [(0.9, False), (1.0, False), (1.1, True)])
+@pytest.mark.parametrize("epoch, told", [(0.9, False), (1.0, False), (1.1, True), (None, False)])
 def test_a_resume_of_a_stream_past_its_first_pass_is_said_to_see_other_rows(tmp_path, host_log, epoch, told):
     """At the last step of a single pass the Trainer writes 1, and each later pass begins above a whole number."""
     from solopo_plugin.workflow import check_resume
@@ -769,6 +770,18 @@ def test_a_resume_of_a_stream_past_its_first_pass_is_said_to_see_other_rows(tmp_
     assert [f"{tmp_path} is past the stream's first pass" in message for message in host_log] == [True] * told
 
 
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 0.5, "glo', "null"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_checkpoint_whose_state_is_torn_is_no_whole_one(tmp_path, streaming, state):
+    from solopo_plugin.workflow import check_resume
+
+    if state is not None:
+        (tmp_path / "trainer_state.json").write_text(state)
+    args = SimpleNamespace(resume_from_checkpoint=str(tmp_path), deepspeed_plugin=None, output_dir="unused")
+    with pytest.raises(ValueError, match="no whole checkpoint is in .*; name another, or remove the key, or the fold"):
+        check_resume(args, streaming=streaming)
+
+
 NO_KWARGS = "`lr_scheduler_type: cosine_with_min_lr` cannot be set up: "
 
 
@@ -779,6 +792,9 @@ NO_KWARGS = "`lr_scheduler_type: cosine_with_min_lr` cannot be set up: "
     (dict(lr_scheduler_type="cosine_with_min_lr"), f"{NO_KWARGS}One of min_lr or min_lr_rate should be set"),
     (dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rat": 0.1}),
      f"{NO_KWARGS}get_cosine_with_min_lr_schedule_with_warmup() got an unexpected keyword argument 'min_lr_rat'"),
+    (dict(lr_scheduler_type="polynomial", learning_rate=5e-8),
+     "`lr_scheduler_type: polynomial` cannot be set up: lr_end (1e-07) must be smaller than initial lr (5e-08)"),
+    (dict(learning_rate=-1.0), "`optim: adamw_torch_fused` cannot be set up: Invalid learning rate: -1.0"),
     (dict(optim="grokadamw"), "`optim: grokadamw` cannot be set up: Please install grokadamw"),
     (dict(optim="adamw_torch_8bit"), "`optim: adamw_torch_8bit` cannot be set up: You need to have `torchao"),
 ])  # fmt: skip
@@ -794,3 +810,9 @@ def test_a_schedule_is_tried_without_traces(run, recipe, tmp_path):
     keys = dict(pref_loss="orpo", lr_scheduler_type="warmup_stable_decay", num_train_epochs=3.0)
     rates = [entry["learning_rate"] for entry in run(recipe(**keys)).log if "loss" in entry]
     assert rates[:4] == [1e-3] * 4 and rates[4] > rates[5] > rates[8]
+
+
+def test_a_schedule_is_tried_at_the_rate_of_the_run(run, recipe):
+    """Its last rate lies below the first, and above the one that PyTorch's optimizers have where none is given."""
+    keys = dict(lr_scheduler_type="polynomial", learning_rate=5e-3, lr_scheduler_kwargs={"lr_end": 2e-3})
+    assert run(recipe(pref_loss="orpo", max_samples=2, max_steps=1, **keys)).log[0]["learning_rate"] == 5e-3

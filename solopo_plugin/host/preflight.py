@@ -17,7 +17,6 @@ from traceback import walk_tb
 from typing import Any
 
 from .. import args as solo
-from ..args import flags
 from ..qa.files import is_path
 from .arguments import refusals_of_keys
 from .versions import wrap
@@ -105,7 +104,7 @@ def read_recipe(words: list[str]) -> dict:
         if words[0].endswith((".yaml", ".yml", ".json")):  # JSON is YAML
             keys = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(words[1:]))
         else:
-            keys = OmegaConf.from_dotlist([f"{key}={value}" for key, value in flags(words).items()])
+            keys = OmegaConf.from_dotlist([f"{key}={value}" for key, value in solo.flags(words).items()])
         recipe = OmegaConf.to_container(keys)
         return recipe if isinstance(recipe, dict) else {}
     return {}
@@ -159,7 +158,7 @@ def _again(changes: str = "", before: str = "") -> str:
 
     words, new = sys.argv[1:], dict(change.split("=") for change in changes.split())
     words = words[words[:1] == ["train"] :] or [""]
-    if "stage" not in flags(words) and not words[0].endswith((".yaml", ".yml", ".json")):
+    if "stage" not in solo.flags(words) and not words[0].endswith((".yaml", ".yml", ".json")):
         words = ["RECIPE"]  # started otherwise: from Python, by Ray
     flag, kept, left_out = "--" * words[0].startswith("--"), [], False
     for word in words:
@@ -302,8 +301,7 @@ def _why_not_on_the_hub(name: str, file: str, recipe: dict) -> str | None:
     fetch = f"hf download {name}"
     try:
         where = {"cache_dir": recipe.get("cache_dir"), "revision": recipe.get("model_revision")}
-        kept = try_to_load_from_cache(name, file, **where)
-        if isinstance(kept, str):
+        if isinstance(try_to_load_from_cache(name, file, **where), str):
             return None
         if constants.is_offline_mode():
             return f"is not on this machine, and HF_HUB_OFFLINE keeps it from the hub: HF_HUB_OFFLINE=0 {fetch}"
