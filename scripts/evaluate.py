@@ -35,7 +35,7 @@ def ask_and_show(args: argparse.Namespace) -> None:
     overrides, select = list(args.overrides), args.select
     if select and "=" in select:  # `--select key=value`: argparse takes the word for the benchmark
         overrides, select = [*overrides, select], ""
-    recipe = load_recipe(args.recipe, overrides, select)
+    recipe = load_recipe(args.recipe, overrides, select, args.rescore)
     results = evaluate(recipe, args.rescore, args.resume)
     for benchmark in recipe.benchmarks:
         print("\n".join(table_lines(TITLES[benchmark], benchmark_tables(results, benchmark)[0])))

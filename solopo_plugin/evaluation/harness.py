@@ -115,8 +115,13 @@ def _check_installed() -> None:
 def _begun(model: Any, recipe: Any, folder: Path) -> tuple[dict, list[dict] | None]:
     """Return what a run is made from, and the results of a finished one that was made from the same."""
     config, kept = configuration(model, recipe), _read(folder / "rows.json")
-    made_from = {"config": config, "files": _files(model, config)}
-    return made_from, kept.get("rows") if kept.get("made_from") == made_from else None
+    made_from = {"config": config, "files": _files(model, config), "settings": settings_of(recipe)}
+    return made_from, kept.get("rows") if _same(kept.get("made_from"), made_from) else None
+
+
+def _same(kept: dict | None, made_from: dict) -> bool:
+    """Return whether both are one run's; earlier versions did not note the recipe's own settings."""
+    return {"settings": made_from["settings"]} | (kept or {}) == made_from
 
 
 def _begin(folder: Path, started: dict, resume: bool) -> None:
@@ -131,7 +136,7 @@ def _begin(folder: Path, started: dict, resume: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     kept, before = _read(folder / "rows.json"), folder / "made_from.json"  # where an earlier version had it
     asked = kept.get("asked", started["asked"])
-    if (kept.get("made_from") or _read(before)) != started["made_from"] or asked != started["asked"]:
+    if not _same(kept.get("made_from") or _read(before), started["made_from"]) or asked != started["asked"]:
         _remove(folder, before.name, LOG, CACHE, "results_*.json")
         write_json(folder / "rows.json", started)
 
@@ -169,9 +174,10 @@ def check_kept(model: Any, recipe: Any, output_dir: Path) -> None:
     kept = _read(folder / "rows.json")
     if "rows" not in kept:
         return
-    old = kept["made_from"]["config"]
-    args = {name: value for name, value in old["model_args"].items() if name in new["model_args"] or name not in MADE}
-    if words := ", ".join(differences(old | {"model_args": args}, new)):
+    old, args = kept["made_from"]["config"], new["model_args"]
+    args = {name: value for name, value in old["model_args"].items() if name in args or name not in MADE}
+    old = kept["made_from"].get("settings", old | {"model_args": args})
+    if words := ", ".join(differences(old, new)):
         raise DataError(f"`--rescore` keeps what {folder} was made with, but {words}; leave `--rescore` out.")
 
 

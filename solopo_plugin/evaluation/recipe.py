@@ -5,6 +5,7 @@ Keys of the model and of the backend are those of the data recipe, too (qa/recip
 none changes how fast an evaluation runs, never what comes out.
 """
 
+import logging
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..qa import kinds
 from ..qa.files import DataError, split_names
 from ..qa.recipe import build, key, read_values, shared
 from .items import LONGBENCH, MAIN_METRIC
+
+log = logging.getLogger(__name__)
 
 TITLE = "evaluation recipe"
 NEARLY = 0.95  # a length of which `max_input_tokens` holds so much is built to that; ours
@@ -155,13 +158,16 @@ SOURCES = {
 }
 
 
-def load_recipe(path: str, overrides: list[str] | None = None, select: str | None = None) -> EvalRecipe:
+def load_recipe(
+    path: str, overrides: list[str] | None = None, select: str | None = None, rescore: bool = False
+) -> EvalRecipe:
     """Read a recipe from a YAML file and `key=value` words that override it.
 
     Args:
         path: Of the YAML file.
         overrides: Such as `seed=1`.
         select: A `select_by` that overrides the recipe's; "" is the recipe's, or else the validation rows.
+        rescore: As `make_recipe` has it.
 
     Raises:
         DataError: No such file, no YAML, an unknown key, or a value of the wrong type or out of range.
@@ -169,11 +175,15 @@ def load_recipe(path: str, overrides: list[str] | None = None, select: str | Non
     values = read_values(path, overrides)
     if select is not None:
         values["select_by"] = select or values.get("select_by") or "validation"
-    return make_recipe(values)
+    return make_recipe(values, rescore)
 
 
-def make_recipe(values: dict[str, Any]) -> EvalRecipe:
+def make_recipe(values: dict[str, Any], rescore: bool = False) -> EvalRecipe:
     """Make a recipe from a dict, checked.
+
+    Args:
+        values: By name.
+        rescore: Nothing is to be asked: lengths and idle keys, which must be those of the kept answers, are warned of.
 
     Raises:
         DataError: An unknown key (with the nearest one), a missing one, or a value that cannot be.
@@ -202,12 +212,20 @@ def make_recipe(values: dict[str, Any]) -> EvalRecipe:
             "none for one model; evaluate niah_plus with `prompts: ours`, in an `output_dir` of its own."
         )
     if recipe.prompts == "official" and "longbench_v2" not in recipe.benchmarks:
-        raise DataError("`prompts: official` is for longbench_v2, which `benchmarks` does not name; leave it out.")
+        raise DataError(
+            "`prompts: official` is for longbench_v2, which `benchmarks` does not name; leave it out (`prompts=ours` "
+            "on the command line)."
+        )
     if len(set(recipe.benchmarks)) < len(recipe.benchmarks):
         raise DataError(f"`benchmarks` names one twice: {', '.join(recipe.benchmarks)}.")
     _check_files(recipe)
-    _check_lengths(recipe)
-    _check_idle(recipe)
+    for check in (_check_lengths, _check_idle):
+        try:
+            check(recipe)
+        except DataError as error:
+            if not rescore:
+                raise
+            log.warning(f"{error} The answers that are kept are reported as they are.")
     return recipe
 
 
@@ -250,7 +268,11 @@ def _check_idle(recipe: EvalRecipe) -> None:
     }
     for name, (needed, missing) in idle.items():
         if missing and getattr(recipe, name):
-            raise DataError(f"`{name}` is for {needed}, which the recipe does not have; leave it out.")
+            none = "false" if name == "with_base" else "null"
+            raise DataError(
+                f"`{name}` is for {needed}, which the recipe does not have; leave it out (`{name}={none}` on the "
+                "command line)."
+            )
 
 
 def sources(recipe: EvalRecipe, benchmark: str) -> list[Path]:

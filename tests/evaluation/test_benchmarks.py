@@ -470,8 +470,8 @@ def test_the_pipelines_short_context(exported, ask):
 
 
 def test_a_window_a_little_shorter_than_the_length(questions, ask):
-    """Such a context is built to the window, so that nothing is cut; the recipe refuses one far too long."""
-    for window, target in ((960, 960), (1000, 1000), (5000, 1000)):
+    """Such a context is built to the window, so that nothing is cut; so is one far too long, which a recipe refuses."""
+    for window, target in ((960, 960), (949, 949), (1000, 1000), (5000, 1000)):
         items = ask("ruler_qa", ruler_data={"mine": questions.plain}, ruler_lengths=[1000], max_input_tokens=window)
         assert len(items) == 5 and {item.length for item in items} == {1000}
         assert all(target - 50 < ask.tokens(item.prompt) <= target for item in items), window

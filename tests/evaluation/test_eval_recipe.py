@@ -5,9 +5,11 @@ import re
 import pytest
 import yaml
 from conftest import ROOT
+from evaluate import main
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
 from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
+from solopo_plugin.evaluation.report.tables import Table
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.recipe import SHARED as KEYS
 from solopo_plugin.synthesis.recipe import FIELDS as DATA
@@ -70,9 +72,13 @@ REFUSED = {
         RULER | dict(ruler_lengths=[4096, 65536, 8192])
     ),
     "`niah_lengths: 32768` is longer than `max_input_tokens: 31129`,": NEEDLES | dict(max_input_tokens=31129),
-    "`with_base` is for `checkpoints`, which the recipe does not have; leave it out.": dict(with_base=True),
+    "`with_base` is for `checkpoints`, which the recipe does not have; leave it out (`with_base=false` on the c": dict(
+        with_base=True
+    ),
     "`harness_args` is for `harness_tasks`, which the recipe does not have; leave": dict(harness_args={"limit": 1}),
-    "`extra_body` is for `backend: openai`, which the recipe does not": dict(extra_body={"top_k": 1}),
+    "`extra_body` is for `backend: openai`, which the recipe does not have; leave it out (`extra_body=null` on ": dict(
+        extra_body={"top_k": 1}
+    ),
     "`served_model` is for `backend: openai`, which": dict(served_model={"a": "b"}, backend="transformers"),
     "`extra_body` cannot hold `temperature`, which every request has: set `temperature` of the recipe.": dict(
         extra_body={"temperature": 0.7, "max_tokens": 9}, backend="openai"
@@ -84,6 +90,34 @@ def test_lengths_that_the_window_nearly_holds_or_nobody_asks_are_taken():
     for keys in (RULER | dict(max_input_tokens=31130), NEEDLES, dict(ruler_lengths=[65536], niah_lengths=[])):
         make_recipe(BASE | keys)
     make_recipe(BASE | dict(benchmarks="niah_plus", niah_data="f", niah_lengths=[65536], niah_depths=[]))
+
+
+@pytest.mark.parametrize("keys", [
+    RULER | dict(ruler_lengths=[65536]), NEEDLES | dict(niah_data="f", niah_lengths=[]), dict(extra_body={"top_k": 1}),
+])  # fmt: skip
+def test_kept_answers_are_reported_under_settings_that_are_refused_before_asking(keys, tmp_path, monkeypatch, caplog):
+    """Since another value of them would not be that of the answers."""
+    with pytest.raises(DataError) as error:
+        make_recipe(BASE | keys)
+    (path := tmp_path / "r.yaml").write_text(yaml.safe_dump(BASE | keys))
+    seen: list = []
+    monkeypatch.setattr("evaluate.evaluate", lambda *given: seen.append(given[1:]) or {"selection": None})
+    monkeypatch.setattr("evaluate.benchmark_tables", lambda *_: [Table("", [], [])])
+    assert main([str(path)]) == 1 and not seen
+    assert main([str(path), "--rescore"]) == 0 and seen == [(True, True)]
+    assert f"{error.value} The answers that are kept are reported as they are." in caplog.text
+
+
+@pytest.mark.parametrize("name, value", [
+    ("with_base", "false"), ("harness_args", "null"), ("extra_body", "null"), ("served_model", "null"),
+    ("prompts", "ours"),
+])  # fmt: skip
+def test_what_the_file_has_can_be_left_out_on_the_command_line(name, value, tmp_path):
+    idle = dict(with_base=True, harness_args={"limit": 1}, extra_body={"top_k": 1}, served_model="m")
+    (path := tmp_path / "r.yaml").write_text(yaml.safe_dump(BASE | {name: (idle | {"prompts": "official"})[name]}))
+    with pytest.raises(DataError, match=rf"leave it out \(`{name}={value}` on the command line\)\.$"):
+        load_recipe(str(path))
+    load_recipe(str(path), [f"{name}={value}"])
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

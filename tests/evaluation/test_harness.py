@@ -184,6 +184,20 @@ def test_results_are_not_reported_again_under_other_settings(case, scripted, tmp
         assert str(error.value).startswith(f"`--rescore` keeps what {folder} was made with, but {said}")
 
 
+def test_model_args_of_the_user_are_told_from_those_that_are_made(scripted, tmp_path):
+    """Also where both may have the name. Results of before the user's were noted are kept, and compared without."""
+    own = dict(harness_tasks=["t"], harness_args={"model_args": {"max_length": 2048}})
+    run_harness(model(), recipe(**own), tmp_path)
+    check_kept(model(), recipe(**own), tmp_path)
+    with pytest.raises(DataError, match="`model_args` was {'dtype': 'auto', 'max_length': 2048} and is {'dtype': 'a"):
+        check_kept(model(), recipe(harness_tasks=["t"]), tmp_path)
+    kept = json.loads((path := tmp_path / "harness" / "toy" / "rows.json").read_text())
+    del kept["made_from"]["settings"]
+    path.write_text(json.dumps(kept))
+    check_kept(model(), recipe(harness_tasks=["t"]), tmp_path)
+    assert run_harness(model(), recipe(**own), tmp_path) == kept["rows"] and scripted() == 1
+
+
 def test_a_server_is_asked_for_the_model_of_the_recipe(scripted, tmp_path):
     """Behind a server an adapter is no name of its base; a stopped run of another model of the server begins anew."""
     names = ["m", "toy"]
