@@ -50,11 +50,15 @@ def is_folder_of_documents(folder: Path) -> bool:
 
 
 def documents_and_rows(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder that are documents, without a README, and those that hold rows, links included."""
+    """Return the files of a folder that are documents, without a README, and those that hold rows.
+
+    Links lead to rows where there are no documents, as in the hub's cache; beside documents they are passed over.
+    """
     files = list_files(folder, links=True)[0] if os.path.isdir(folder) else []
     rows = {path: None for path in files if _holds_rows(path)}
     others = (path for path in files if not (path in rows or path.is_symlink() or path.stem.lower() == "readme"))
-    return [path for path in others if path.suffix.lower() in (*KINDS, ".jsonl")], list(rows)
+    documents = [path for path in others if path.suffix.lower() in (*KINDS, ".jsonl")]
+    return documents, [path for path in rows if not (documents and path.is_symlink())]
 
 
 def _holds_rows(path: Path) -> bool:

@@ -50,6 +50,7 @@ TABLE = {
         export.run, ("contexts.jsonl", "pairs.jsonl"), ()
     ),  # its outputs are in dataset_dir, which others write to
 }
+SHOWN = ("contexts.jsonl", *_JUDGED, "pairs.jsonl")  # files that the page about a work folder reads
 STORES = {
     "ask": ask.STORE,
     "filter": filter.STORE,
@@ -134,6 +135,10 @@ def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manif
             raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")
         work = Path(recipe.work_dir)
         inputs, chosen = _made_from(name, recipe, work)
+        own = recipe.ask_prompts and Path(recipe.ask_prompts)  # a prompt that is not there is replaced by ours
+        for file, digest in entry["inputs"].items():  # what lay outside the work folder need not be on this machine
+            if (file == recipe.input or file not in inputs) and not os.path.exists(file) and Path(file).parent != own:
+                inputs[file] = digest
         if changed := _changes(entry, inputs, chosen, work):
             what = "ran with other settings" if _changed_settings(entry, chosen, inputs) else "is out of date"
             raise DataError(
@@ -221,22 +226,26 @@ def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
 def finished_stages(work: Path) -> dict[str, dict]:
     """Return the manifest's stages of a work folder whose files fit together; the export's may be of earlier rows.
 
+    Files that the page does not read go by what the manifest says of them, and may be deleted.
+
     Raises:
-        DataError: Nothing is selected yet, or a stage ran again, or a file was changed, and what follows did not run.
+        DataError: Nothing is selected yet, or a stage ran again, or a file of the page was changed, and what follows
+            did not run.
     """
     stages = read_manifest(work)["stages"]
     if "select" not in stages:
         raise DataError(f"{work} is no finished work folder: stage `select` did not run; run scripts/build_data.py.")
-    known = {name: {file: digest for file, digest in (stages[name]["inputs"] | stages[name]["outputs"]).items()
-                    if file in TABLE[name].inputs + TABLE[name].outputs}
-             for name in TABLE if name in stages and name != "export"}  # fmt: skip
-    now = {file: file_hash(work / file) for files in known.values() for file in files if (work / file).exists()}
-    for name, files in known.items():
-        if changed := [file for file, digest in files.items() if now.get(file) != digest]:
-            raise DataError(
-                f"{work} is out of date: {changed[0]} has changed since stage `{name}` ran; run scripts/build_data.py "
-                "without `--stage`, or give a file of rows that was exported."
-            )
+    now = {file: digest for name in TABLE if name in stages for file, digest in stages[name]["outputs"].items()}
+    now |= {file: file_hash(work / file) if (work / file).exists() else "missing" for file in SHOWN}
+    for name in (name for name in TABLE if name in stages and name != "export"):
+        known = stages[name]["inputs"] | stages[name]["outputs"]
+        for file in TABLE[name].inputs + TABLE[name].outputs:
+            if now.get(file) != known.get(file) and file in now and file in known:
+                what = "is missing" if now[file] == "missing" else f"has changed since stage `{name}` ran"
+                raise DataError(
+                    f"{work} is out of date: {file} {what}; run scripts/build_data.py without `--stage`, or give a "
+                    "file of rows that was exported."
+                )
     return stages
 
 

@@ -361,7 +361,17 @@ def test_one_stage_builds_on_none_that_is_out_of_date(finished, prepare, monkeyp
     Path("work/corpus.jsonl").unlink()
     refused(fewer, "contexts", "read", "corpus.jsonl is missing")
     assert not Path("data").exists()
-    with pytest.raises(DataError, match=r"^work is out of date: corpus\.jsonl has changed since stage `read` ran; run"):
+    with pytest.raises(DataError, match=r"date: contexts\.jsonl has changed since stage `judge` ran; run"):
+        open_source(Path("work"))
+    shutil.copytree(finished / "work", "work", dirs_exist_ok=True)
+    for name in ("corpus.jsonl", "questions.jsonl", "samples.long.jsonl"):  # which the page does not read
+        Path("work", name).unlink()
+    open_source(Path("work"))
+    Path("work/judged.long.jsonl").unlink()
+    with pytest.raises(DataError, match=r"^work is out of date: judged\.long\.jsonl is missing; run"):
+        open_source(Path("work"))
+    Path("work/judged.long.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"date: judged\.long\.jsonl has changed since stage `judge` ran; run"):
         open_source(Path("work"))
     shutil.copytree(finished / "work", "work", dirs_exist_ok=True)
     shutil.copy(finished / "in.jsonl", "in.jsonl")
@@ -370,14 +380,45 @@ def test_one_stage_builds_on_none_that_is_out_of_date(finished, prepare, monkeyp
     open_source(Path("work"))  # before its export, which stays as it was
 
 
+def test_what_earlier_stages_read_elsewhere_may_be_gone(finished, prepare, monkeypatch):
+    """Where one stage alone runs, as on another machine: questions, corpus, and a model that asked, but no prompt."""
+    monkeypatch.chdir(prepare())
+    shutil.copytree(finished / "work", "work")
+    made = load_recipe("recipe.yaml")
+    for name in ("in.jsonl", "corpus.jsonl"):
+        Path(name).unlink()
+    run_pipeline(made, "contexts")
+    run_pipeline(made, "export")
+    shutil.copytree(made.model_name_or_path, "asker")
+    weights, prompt = ("asker", "model.safetensors"), ("own", "ask_one.txt")
+    for folder, name in (weights, prompt, ("in", "a.txt"), ("work", "passages.jsonl")):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, name).write_text("text")
+    made = replace(made, input="in", corpus=None, ask_model_name_or_path="./asker", ask_prompts="own")
+    stages = {}
+    for name in ("documents", "ask"):
+        inputs, chosen = pipeline._made_from(name, made, Path("work"))
+        stages[name] = {"settings": chosen, "inputs": inputs, "outputs": {}}
+    assert {"in", "asker", "own/ask_one.txt"} < stages["documents"]["inputs"].keys() | stages["ask"]["inputs"].keys()
+    for folder in ("in", "asker"):
+        shutil.rmtree(folder)
+    pipeline._check_before("filter", stages_of(replace(made, input_format="documents")), made, {"stages": stages})
+    Path("own/ask_one.txt").unlink()
+    with pytest.raises(DataError, match=r"stage `ask`, which is out of date \(own/ask_one.txt has changed\); run"):
+        pipeline._check_before("filter", stages_of(replace(made, input_format="documents")), made, {"stages": stages})
+
+
 @pytest.mark.parametrize(
-    "keys", [{"short_tokens": 440}, {"input": "gone.jsonl"}, {"model_name_or_path": "./gone"}, {"template": "gone"}]
-)
-@pytest.mark.parametrize("stage", [None, "sample"])
+    ("stage", "keys"),
+    [
+        ("sample", {"short_tokens": 440}),  # without `--stage` it can begin
+        *((s, {key: gone}) for s in (None, "sample") for key, gone in (
+            ("input", "gone.jsonl"), ("model_name_or_path", "./gone"), ("template", "gone")
+        )),
+    ],
+)  # fmt: skip
 def test_what_cannot_begin_forgets_nothing(stage, keys, finished, prepare, monkeypatch, capsys):
     """With `--no-resume`: answers are removed by the stage that asks for new ones, and by no other."""
-    if stage is None and "short_tokens" in keys:
-        return  # which can begin
     monkeypatch.chdir(prepare())
     shutil.copytree(finished / "work", "work")
     before = results(Path())
@@ -624,6 +665,9 @@ def test_documents_take_stages_of_their_own(prepare, monkeypatch, tmp_path):
     (folder / "deep" / "a.txt").write_text("another one")
     assert outside_inputs(by_itself, "documents") != before
     (folder / "deep" / "more.jsonl").write_text('{"text": "a third", "title": "Third", "id": 3}')
+    assert stages_of(by_itself) == documents
+    (tmp_path / "table.csv").write_text("a,b")
+    (folder / "table.csv").symlink_to(tmp_path / "table.csv")
     assert stages_of(by_itself) == documents
     (folder / "deep" / "rows.jsonl").write_text("{}")
     assert list(stages_of(by_itself)) == STAGES
