@@ -223,10 +223,16 @@ def train(trainer: SoloTrainer) -> None:
 
 
 def save_pissa_init(trainer: SoloTrainer) -> None:
-    """Save the adapter that `pissa_convert` takes off in the end: the host's callback would save a checkpoint's."""
+    """Save the adapter that `pissa_convert` takes off in the end, on the main process, as the host's callback does.
+
+    On a resume the file of the first start stays: a singular value decomposition need not give the same bits elsewhere.
+    The Trainer calls the callback once it has loaded a checkpoint, whose adapter it would save: so not again.
+    """
+    there = any(Path(trainer.args.output_dir, "pissa_init").glob("adapter_model.*"))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, PissaConvertCallback):
-            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+            if not (trainer.args.resume_from_checkpoint and there):
+                callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
             callback.on_train_begin = lambda *_, **__: None
 
 

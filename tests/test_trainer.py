@@ -706,6 +706,26 @@ def test_a_resumed_run_converts_all_that_pissa_learned(run, recipe, tmp_path):
     assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("there", [None, "README.md", "adapter_model.safetensors"])
+def test_the_adapter_that_pissa_began_with_is_kept_on_a_resume(tmp_path, resumes, there):
+    from llamafactory.train.callbacks import PissaConvertCallback
+
+    from solopo_plugin.workflow import save_pissa_init
+
+    (tmp_path / "pissa_init").mkdir()
+    if there:
+        (tmp_path / "pissa_init" / there).touch()
+    callback, saved, wrote = PissaConvertCallback(), [], not (resumes and there == "adapter_model.safetensors")
+    callback.on_train_begin = lambda *_, model: saved.append(model)
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="checkpoint-4" if resumes else None)
+    handler = SimpleNamespace(callbacks=[callback])
+    save_pissa_init(SimpleNamespace(args=args, callback_handler=handler, state=None, control=None, model="begun"))
+    assert saved == ["begun"] * wrote
+    callback.on_train_begin(args, None, None, model="loaded")  # as the Trainer does
+    assert saved == ["begun"] * wrote
+
+
 @pytest.mark.parametrize(
     "files, deepspeed, outcome",
     [

@@ -292,8 +292,7 @@ def _unread(given: Callable[[str], Any], args) -> dict[str, dict[str, Any]]:
         unread["it is for `pref_loss: simpo`"] = {"simpo_gamma": 0.5}
     if not args.use_ref_model:
         loss = "solopo_objective" if args.solopo_objective == "distill" else "pref_loss"
-        without = {"ref_model": None, "solopo_reference": "cached"}
-        unread[f"`{loss}: {getattr(args, loss)}` has no reference"] = without
+        unread[f"`{loss}: {getattr(args, loss)}` has no reference"] = {"ref_model": None, "solopo_reference": "cached"}
     if args.ref_model is None:
         unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
     return unread

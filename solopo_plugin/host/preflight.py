@@ -329,8 +329,7 @@ def _template(recipe: dict) -> Iterator[str]:
 
 
 def _data(recipe: dict) -> Iterator[str]:
-    folder = recipe.get("dataset_dir", "data")
-    tokenized = recipe.get("tokenized_path")
+    folder, tokenized = recipe.get("dataset_dir", "data"), recipe.get("tokenized_path")
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
     if tokenized and Path(tokenized).is_dir():
