@@ -176,9 +176,8 @@ def _musique(row: dict, documents: Documents) -> tuple:
     for item in list_at(row, "paragraphs"):
         if not isinstance(item, dict) or not isinstance(item.get("is_supporting"), bool):
             raise DataError(f"`paragraphs` must hold objects with `is_supporting`, got {shown(item)}.")
-        text = given(item).get(
-            "paragraph_text", item.get("text")
-        )  # the second in copies and in what imitates the format
+        # `text` in copies and in what imitates the format
+        text = given(item).get("paragraph_text", item.get("text"))
         if not isinstance(text, str):
             raise DataError(f"`paragraph_text` of each of `paragraphs` must be a text, {got(item, 'paragraph_text')}.")
         if item["is_supporting"] or text:

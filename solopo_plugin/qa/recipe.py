@@ -164,11 +164,9 @@ def _sentence(cls: type, title: str, errors: list) -> str:
     if kind == "literal_error":
         return f"`{name}` must be one of {', '.join(get_args(known[name].type))}; got {value}."
     if kind == "string_type":
-        return f"`{name}` must be a text, got {value}; put it in quotes." + (
-            f" In a shell, which takes quotes away: '{name}=\"{value}\"'."
-            if isinstance(error["input"], float | int)
-            else ""
-        )
+        in_shell = f" In a shell, which takes quotes away: '{name}=\"{value}\"'."
+        number = isinstance(error["input"], float | int)
+        return f"`{name}` must be a text, got {value}; put it in quotes.{in_shell * number}"
     if kind == "dict_type":
         return f"`{name}` must be keys with values, {{a: 1, b: 2}}; got {value}."
     words = "true or false" if kind == "bool_type" else _range(known[name].type)

@@ -24,15 +24,16 @@ LONGEST_HEADING = 200  # characters; what is longer is a paragraph. Ours
 UNPACKED = 1 << 29  # bytes that a Word file may unpack to; ours, far above any that people write
 HIDDEN = ("script", "style", "noscript", "template", "svg", "iframe")  # of HTML: what no reader sees as text
 ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-# of YAML: lines `key:`, those that go on below one, and comments; a file may also begin with a rule
+FENCE = re.compile(r" {0,3}(`{3,}(?![^\n`]*`)|~{3,})")  # a line with more ` is code within a line
+# of YAML: lines `key:`, those that go on below one, items, comments; one of the words `key:` comes first
+YAML_KEY = r"[\w$@/'\"](?:[\w $@/.'\"()-]|:\b)*:(?:[ \t].*)?\n"
 FRONT_MATTER = re.compile(
-    r"---[ \t]*\n(?=[\w'\"])(?:[\w'\"][\w.'\"-]*[ \t]*:(?:[ \t].*)?\n|[-# \t\]}].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
+    rf"---[ \t]*\n(?:#.*\n|[ \t]*\n)*(?={YAML_KEY})(?:{YAML_KEY}|[-# \t\]}}].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
 )
-# code in a fence, by its indent and within a line, which may hold the signs of a comment; and a comment
+# code in a fence and within a line, which may hold the signs of a comment; a comment; and one without an end
 CODE_OR_COMMENT = re.compile(
-    r"^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)|^(?: {4}|\t)[^\n]*"
-    r"|(?<![`\\])(`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\2(?!`)|(?P<comment><!--.*?-->)",
+    r"^[ \t]*(`{3,}(?![^\n`]*`)|~{3,}).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)"
+    r"|(?<![`\\])(`{1,8})(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\2(?!`)|(?P<comment><!--.*?-->)|<!--.*",
     re.M | re.S,
 )
 RULE = re.compile(r" {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*")
@@ -41,9 +42,11 @@ RST_MARKUP = re.compile(r"\.\.(?: .*)?")  # a directive, a footnote, a comment, 
 RST_SEEN = re.compile(r"\.\. +(?:(\[[^\]]+\])|([\w:.+-]+)::)(?:[ \t]+(.*))?")  # those of them that readers see
 RST_OPTION = re.compile(r"\s+:[\w-]+:(?:\s|$)")
 RST_SETTINGS = set(  # directives behind whose name no words of the text stand
-    "class code code-block container contents currentmodule default-role figure highlight ifconfig image include index "
-    "literalinclude meta module only raw role rst-class sourcecode tabularcolumns toctree".split()
+    "autoattribute autoclass autodata autodecorator autoexception autofunction automethod automodule autoproperty "
+    "class code code-block container contents currentmodule default-role figure highlight ifconfig image include "
+    "literalinclude module only role rst-class sourcecode tabularcolumns".split()
 )
+RST_HIDDEN = {"autosummary", "index", "meta", "raw", "toctree"}  # directives below which none stand either
 
 
 class Block(NamedTuple):
@@ -190,8 +193,12 @@ def rst_blocks(text: str) -> Iterator[Block]:
     """Yield headings and paragraphs of reStructuredText; levels are in the order in which underlines are first used."""
     styles: list[str] = []
     blocks = [[line.rstrip() for line in part.split("\n")] for part in re.split(r"\n[ \t]*(?=\n)", text)]
+    hidden = False  # whether no reader sees what is indented
     for part in blocks:
         lines = [line for line in part if line]
+        if hidden:
+            lines = list(dropwhile(lambda line: line[0].isspace(), lines))
+            hidden = not lines
         while lines:
             over = len(lines) > 2 and bool(RST_LINE.fullmatch(lines[0])) and lines[0] == lines[2]
             if over or (len(lines) > 1 and RST_LINE.fullmatch(lines[1]) and len(lines[1]) >= len(lines[0])):
@@ -206,15 +213,23 @@ def rst_blocks(text: str) -> Iterator[Block]:
                 if words := markup_words(own):
                     yield Block(0, unwrap(words))
                 lines = lines[len(own) :]
+                hidden = not lines and hides_body(own[0])
             else:
                 if len(lines) > 1 or not RST_LINE.fullmatch(lines[0]):
                     yield Block(0, unwrap("\n".join(lines)))
                 break
 
 
+def hides_body(line: str) -> bool:
+    """Return whether no reader sees what is indented below a line of markup: a comment, or one of `RST_HIDDEN`."""
+    if seen := RST_SEEN.fullmatch(line):
+        return (seen[2] or "").rpartition(":")[2] in RST_HIDDEN
+    return line != ".." and not line.startswith(".. _")
+
+
 def markup_words(lines: list[str]) -> str:
     """Return the words of a directive or a footnote of reStructuredText; of comments and targets of links none."""
-    if not (seen := RST_SEEN.fullmatch(lines[0])):
+    if not (seen := RST_SEEN.fullmatch(lines[0])) or hides_body(lines[0]):
         return ""
     number, name, words = seen.groups()
     name = (name or "").rpartition(":")[2]

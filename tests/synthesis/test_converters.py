@@ -1,6 +1,7 @@
 """Every kind of file becomes a title, headings and paragraphs; what is broken says so."""
 
 import random
+import time
 
 import pytest
 from made_files import page, write_docx, write_pdf
@@ -78,14 +79,37 @@ def test_a_fence_hides_headings():
         ("---\nNote: no dogs.\n\nNo cats.\n\n---\n", ["Note: no dogs.", "No cats."]),
         ("---\n'a': x\ntags:\n- one\n\nlist: [\n  2,\n]\n# three\n...\nNo cats.\n", ["No cats."]),
         ("---\ntags:\n", ["tags:"]),
+        ("---\n\n# Rules\n- one\n\n---\n\nNo cats.\n", ["Rules", "- one", "No cats."]),
+        ("---\ndate created: 2021\ntags: x\n---\nNo cats.\n", ["No cats."]),
+        ("---\n\n# of Obsidian\n$schema: x\n@id: y\n/a: z\nog:title: v\n---\nNo cats.\n", ["No cats."]),
         ("`<!--` begins, ``a ` -->`` ends.\n", ["`<!--` begins, ``a ` -->`` ends."]),
-        ("~~~\n<!-- a -->\n~~~\n\n    <!-- b -->\n", ["~~~\n<!-- a -->\n~~~", "    <!-- b -->"]),
+        ("~~~\n<!-- a -->\n~~~\n\nb\n    <!-- c -->\n", ["~~~\n<!-- a -->\n~~~", "b"]),
+        (
+            "- a\n\n    <!-- b -->\n    ```\n    <!-- c\n\n    -->\n    ```",
+            ["- a", "    ```\n    <!-- c", "    -->\n    ```"],
+        ),
+        ("```a``` <!-- b -->\n# C\n\n```` `a` <!-- b --> c\n", ["```a```", "C", "```` `a`  c"]),
         ("a ` <!-- b\n\n``` c --> d\n\ne\n", ["a `  d", "e"]),
         ("a <!-- b\n", ["a <!-- b"]),
     ],
 )
 def test_markdown_loses_front_matter_and_comments_and_nothing_else(text, words):
     assert [block.text for block in markdown_blocks(without_unseen(text))] == words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"{'`' * n} a " for n in range(1, 900)),
+        "<!-- " * 50_000,
+        "`" * 100_000 + " a",
+        "---\n" + "a: b a:b " * 20_000,
+    ],
+)
+def test_marks_without_an_end_are_text_and_cost_no_time(text):
+    start = time.perf_counter()
+    assert without_unseen(text) == text
+    assert time.perf_counter() - start < 1
 
 
 def test_html_loses_no_words_that_look_like_marks_of_markdown(tmp_path):
@@ -120,6 +144,21 @@ def test_words_behind_a_directive_of_rst_are_kept_and_comments_are_not():
 
 ..
    another
+
+.. of one
+
+   more
+
+.. raw:: html
+
+   <div>x</div>
+.. toctree::
+   intro
+
+   usage
+
+.. automodule:: a.b
+   :members:
 
 .. _install:
 Install
