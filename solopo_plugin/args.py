@@ -153,8 +153,8 @@ def check_keys(keys) -> None:
             raise ValueError(f"Unknown key `{key}` in the recipe. {near}Allowed: {', '.join(FIELDS)}.")
 
 
-def not_a_number(name: str, value: Any) -> str | None:
-    """Say what a number should be where a recipe has none that is finite."""
+def number_fault(name: str, value: Any) -> str | None:
+    """Say what is wrong with the value of a key that takes a finite number; None if nothing is."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return None
     how = "; write it without quotes, and with a point (`5.0e-6`)" * isinstance(value, str)  # YAML reads 5e-6 as text
@@ -169,7 +169,7 @@ def check_values(args: SoloArguments | SoloDataArguments) -> None:
     for name in (name for name in FIELDS if hasattr(args, name)):
         value, spec = getattr(args, name), FIELDS[name]
         if spec.type is float:
-            if not_a_number(name, value) or value < 0:
+            if number_fault(name, value) or value < 0:
                 raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
             setattr(args, name, float(value))
         elif spec.type is int:
@@ -211,14 +211,14 @@ def check_loss(args) -> None:
     """
     from .losses import PO_LOSSES  # torch, which the start hook must do without
 
-    if args.pref_loss not in [*PO_LOSSES]:  # a list cannot be looked up in a dictionary
+    if args.pref_loss not in tuple(PO_LOSSES):  # a recipe's list has no hash
         raise ValueError(
             f"`pref_loss` must be one of {', '.join(PO_LOSSES)} for `stage: solopo`; got {args.pref_loss!r}."
         )
     if args.longpo and args.pref_loss != "sigmoid":
         raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
     for name in ("pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing", "pref_bco_weight"):
-        if sentence := not_a_number(name, getattr(args, name)):
+        if sentence := number_fault(name, getattr(args, name)):
             raise ValueError(sentence)
     for reason, names in without_effect(args).items():
         for name in names:

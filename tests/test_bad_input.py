@@ -46,6 +46,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "smoothing as text": ({"dpo_label_smoothing": "0.1"}, "`dpo_label_smoothing` must be a number, got '0.1'; write it without quotes"),
     "bco as text": ({"pref_bco_weight": "0"}, "`pref_bco_weight` must be a number, got '0'; write it without quotes"),
     "no accumulation": ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be a whole number >= 1, got 0."),
+    "a batch that is true": ({"per_device_train_batch_size": True}, "`per_device_train_batch_size` must be a whole number >= 1, got True."),
     "no batch": ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be a whole number >= 1, got 0."),
     "no batch of an evaluation": ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be a whole number >= 1, got 0."),
     "smoothing": ({"dpo_label_smoothing": 0.5}, "`dpo_label_smoothing` must be in [0, 0.5), got 0.5."),

@@ -78,8 +78,9 @@ def with_solo(host: type[Any]) -> type:
                 return super().__post_init__()
             solo.check_values(self)
             solo.check_loss(self)
-            self.stage = "dpo"  # whose rules (reference, smoothing) hold; the host knows stages by name
-            pissa = self.__dict__.pop("pissa_init")  # the host reads its default: it would go by `pref_loss` alone
+            pissa = self.pissa_init  # the host's rule for it goes by `pref_loss` alone: below are ours
+            # DPO's rules (reference, smoothing) hold; the host knows stages by name
+            self.__dict__.update(stage="dpo", pissa_init=False)
             super().__post_init__()
             self.__dict__.update(stage="solopo", pissa_init=pissa)
             self.use_ref_model = solo.loss_refers(self.pref_loss, self.solopo_objective) or self.solopo_anchor > 0
@@ -193,9 +194,10 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
     yield from refusals_of_keys(given)
     if given("do_train") is given("do_eval") is False and not given("do_predict"):
         yield "There is nothing to do: set `do_train: true` or `do_eval: true`."
-    yield from filter(None, [solo.not_a_number("learning_rate", given("learning_rate"))])
+    if sentence := solo.number_fault("learning_rate", given("learning_rate")):
+        yield sentence
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if (size := given(key)) is not None and (not isinstance(size, int) or size < 1):  # the board may leave it out
+        if (size := given(key)) is not None and (type(size) is not int or size < 1):  # the board may leave it out
             yield f"`{key}` must be a whole number >= 1, got {size!r}."
     if given("even_batches") is False and (given("world_size") or 1) > 1:
         yield "`even_batches: False` gives processes unequal shares, and one waits for another in vain; remove it."
