@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ..host.template import encode_turn, template_markers, thought_markers
-from ..qa.answers import judged_form
+from ..qa.answers import judged_form, normalize_answer
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.recipe import Chat, pick
@@ -51,6 +51,7 @@ class DrawnQuestion:
 
     id: str
     key: str  # see `question_key`
+    draw: str  # what the draw of validation questions depends on; as it was, so that these stay the same
     sides: dict[str, DrawnPair]
     margin: float = 0.0  # grades that must lie between a pair's answers
     evidence: frozenset[int] = frozenset()  # hashes of its passages, of this process alone
@@ -154,10 +155,14 @@ def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
     """
     n_val = round(recipe.val_size * len(questions)) if recipe.val_size < 1 else int(recipe.val_size)
 
-    def rank(key: str) -> tuple:
-        return generator(recipe.seed, "val", key).random(), key
+    def rank(question: DrawnQuestion) -> tuple:
+        return generator(recipe.seed, "val", question.draw).random(), question.draw
 
-    drawn = set(sorted((q.key for q in questions), key=rank)[:n_val])
+    rows_of, n_drawn, drawn = Counter(q.key for q in questions), 0, set()
+    for question in sorted(questions, key=rank):
+        if n_drawn < n_val and question.key not in drawn:
+            drawn.add(question.key)
+            n_drawn += rows_of[question.key]
     if drawn.issuperset(q.key for q in questions):
         n_keys = len({q.key for q in questions})
         raise DataError(
@@ -348,7 +353,9 @@ def _questions(
                 drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
         long = context["long"]
         evidence = frozenset(hash(long["prompt"][place["start"] : place["end"]]) for place in long["evidence"])
-        yield DrawnQuestion(context["id"], question_key(context), drawn, graded.margin if graded else 0.0, evidence)
+        key = question_key(context)
+        draw = " | ".join(map(normalize_answer, [context["question"], *sorted(context["answers"])]))
+        yield DrawnQuestion(context["id"], key, draw, drawn, graded.margin if graded else 0.0, evidence)
 
 
 def question_key(row: dict) -> str:

@@ -282,6 +282,16 @@ def test_which_questions_validate_is_drawn_by_the_seed(tmp_path):
     assert len(seen) == 12 and max(seen.values()) < 25
 
 
+def test_which_questions_validate_stays_where_the_normal_form_of_questions_changes(tmp_path):
+    """The literals are of a version that compared questions by SQuAD's normal form."""
+    write_work(tmp_path, [verdicts(i, "10") for i in range(12)])
+    rows = list(read_jsonl(tmp_path / "contexts.jsonl"))
+    asked = [row | {"question": f"What is {i}.5 × “Cafe\u0301”?", "answers": ["B", "a"]} for i, row in enumerate(rows)]
+    write_jsonl(tmp_path / "contexts.jsonl", asked)
+    pairs_stage.run(recipe_for(tmp_path, num_rows=12, val_size=3, sample_long=False, seed=1), tmp_path)
+    assert [row["id"] for row in pairs(tmp_path) if row["split"] == "val"] == ["q8", "q7", "q10"]
+
+
 @pytest.mark.parametrize("change", [str.upper, "the {}.".format, partial(unicodedata.normalize, "NFD")])
 def test_the_same_question_twice_is_on_one_side(tmp_path, change):
     """Ten questions, each under two ids and written in another way, sorted as well: no split has only one of them."""
