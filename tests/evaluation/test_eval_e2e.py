@@ -38,7 +38,8 @@ needs_data = pytest.mark.skipif(
     not (MUSIQUE.exists() and HOTPOTQA.exists()),
     reason=f"no questions in {SHARED_DATA}; set SOLOPO_SHARED_DATA",
 )
-N_ASKED = 2 * 2 * 2  # tasks, questions of each, lengths
+N_ASKED = 2 * 2 * 2 + 3  # tasks, questions of each, lengths; and given contexts
+N_CUT = 2  # of those
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +56,22 @@ def trained(tiny_model, tmp_path_factory):
             model.lm_head.weight += 0.02 * torch.randn(model.lm_head.weight.shape, generator=torch.manual_seed(step))
         shutil.copytree(folder / "base", folder / "whole" / f"checkpoint-{step}")
         model.save_pretrained(folder / "whole" / f"checkpoint-{step}")
+    rows = list(read_jsonl(MUSIQUE))
+    text = "\n".join(paragraph["paragraph_text"] for row in rows[:12] for paragraph in row["paragraphs"])
+    write_jsonl(folder / "plain.jsonl", (
+        {"id": row["id"], "question": row["question"], "answers": [row["answer"]], "context": text[:characters]}
+        for row, characters in zip(rows, (1_500, 20_000, 40_000), strict=False)
+    ))  # fmt: skip
     return folder
 
 
 def real_recipe(folder, trained, **keys) -> str:
     base = dict(
         checkpoints=[str(trained / "lora"), str(trained / "whole")], with_base=False, template="qwen", max_new_tokens=6,
-        models={"base": str(trained / "base")}, benchmarks=["ruler_qa"], ruler_lengths=[1800, 2700], ruler_questions=2,
-        ruler_data={"musique": str(MUSIQUE), "hotpotqa": str(HOTPOTQA)}, output_dir=str(folder / "out"),
-        backend="transformers", bootstrap_samples=50, max_input_tokens=2600,
+        models={"base": str(trained / "base")}, benchmarks=["ruler_qa", "plain"], ruler_lengths=[1800, 2700],
+        ruler_questions=2, ruler_data={"musique": str(MUSIQUE), "hotpotqa": str(HOTPOTQA)}, max_input_tokens=2600,
+        plain_data=str(trained / "plain.jsonl"), output_dir=str(folder / "out"), backend="transformers",
+        bootstrap_samples=50,
     )  # fmt: skip
     return write_recipe(folder / "recipe.yaml", base | keys)
 
@@ -95,9 +103,13 @@ def test_every_checkpoint_is_asked_and_the_best_is_named(by_transformers, traine
     assert all(len(answers) == N_ASKED for answers in said.values())
     assert len({json.dumps(sorted(answers.items())) for answers in said.values()}) == 5  # each answers in its own way
     for name in NAMES:
-        assert f"{name}: 8 of 8 questions to be asked." in done.stderr and f"{name}: 100%" in done.stderr
+        assert f"{name}: {N_ASKED} of {N_ASKED} questions to be asked." in done.stderr
+        assert f"{name}: 100%" in done.stderr
         assert f"{name}: ruler_qa: 8 answers; 0 prompts were longer than 2600 tokens" in done.stderr
-        assert all(model["counts"]["cut"] == 0 for model in found["models"])
+        assert f"{name}: plain: 3 answers; {N_CUT} prompts were longer than 2600 tokens" in done.stderr
+        lengths = sorted(tokens for (benchmark, *_), (tokens, _) in said[name].items() if benchmark == "plain")
+        assert lengths[0] < 2000 and 2590 < lengths[1] <= lengths[2] <= 2600
+        assert all(model["counts"]["cut"] == N_CUT for model in found["models"])
     choice = json.loads((folder / "out" / "selection.json").read_text())
     assert choice["benchmark"] == "ruler_qa" and choice["best"] in NAMES
     assert choice["folder"] in {str(trained / name.replace("-", "/", 1)) for name in NAMES}
@@ -122,20 +134,21 @@ def test_stored_answers_are_scored_again_without_a_model(by_transformers, traine
     recipe = real_recipe(folder, trained, select_by="ruler_qa")
     monkeypatch.setattr("solopo_plugin.evaluation.ask.generate", lambda *_: pytest.fail("asked again"))
     assert evaluate([recipe]) == 0
-    gone = real_recipe(folder, folder / "nowhere", models=["nowhere"], select_by="ruler_qa")
+    away = dict(models=["nowhere"], plain_data=str(trained / "plain.jsonl"))
+    gone = real_recipe(folder, folder / "nowhere", select_by="ruler_qa", **away)
     assert evaluate([gone]) == 1 and "is no folder; give the `output_dir` of a training run" in capsys.readouterr().err
     assert evaluate([gone, "--rescore"]) == 0
     after = results(folder / "out")
     for part in ("models", "summary", "comparisons", "selection"):
         assert after[part] == before[part]
     seeds = ["lora-checkpoint-2", "lora-checkpoint-10"]
-    together = real_recipe(folder, folder / "nowhere", models=["nowhere"], runs={"lora": seeds})
+    together = real_recipe(folder, folder / "nowhere", runs={"lora": seeds}, **away)
     assert evaluate([together, "--rescore"]) == 0
     after = results(folder / "out")
     pairs = {(row["a"], row["b"]) for row in after["comparisons"]}
     assert pairs == {("base", name) for name in ("lora", *NAMES[3:])} and after["runs"] == {"lora": seeds}
     assert "lora (n=2 seeds)" in (folder / "out" / "report" / "index.html").read_text()
-    wrong = real_recipe(folder, folder / "nowhere", models=["nowhere"], runs={"lora": ["base", "seed3"]})
+    wrong = real_recipe(folder, folder / "nowhere", runs={"lora": ["base", "seed3"]}, **away)
     assert evaluate([wrong, "--rescore"]) == 1
     assert f"`runs: lora` names 'seed3', which is none of the models {', '.join(NAMES)}." in capsys.readouterr().err
 
@@ -143,13 +156,13 @@ def test_stored_answers_are_scored_again_without_a_model(by_transformers, traine
 @needs_data
 @pytest.mark.slow
 def test_the_hosts_server_answers_as_the_local_model(by_transformers, trained, tmp_path):
-    """Greedy, the same prompts of the same length: same tokens, same answers."""
+    """Greedy, the same prompts of the same length, cut ones, too: same tokens, same answers."""
     with host_api(trained / "base", tmp_path / "api.log") as (url, ready):
         ready()
         keys = dict(checkpoints=None, backend="openai", server_urls=url)
         assert evaluate([real_recipe(tmp_path, trained, **keys)]) == 0
     assert texts(tmp_path / "out", "base") == texts(by_transformers[0] / "out", "base")
-    assert results(tmp_path / "out")["models"][0]["counts"]["cut"] == 0
+    assert results(tmp_path / "out")["models"][0]["counts"]["cut"] == N_CUT
 
 
 # ---- known answers, known scores
@@ -322,4 +335,4 @@ def test_known_answers_are_counted(known):
             not ("The answer is:" in text or "answer is (x" in text or "answer is x" in text) for text in said
         )
         assert model["counts"]["asked"] == len(items) and model["counts"]["no_marker"] == unmarked
-        assert model["counts"]["empty"] == said.count("") > 0 and model["counts"]["cut"] == 0
+        assert model["counts"]["empty"] == said.count("") > 0 and model["counts"]["cut"] == N_CUT
