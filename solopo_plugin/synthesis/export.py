@@ -45,14 +45,25 @@ ENTRIES = {
 
 
 def run(recipe: DataRecipe, work: Path) -> dict:
-    """Write the data files and register them; returns the number of rows of each file.
+    """Write the data files and register them, as `replace_rows` does; returns the number of rows of each file."""
+    return replace_rows(recipe, work, None)[0]
+
+
+def replace_rows(recipe: DataRecipe, work: Path, own: dict[str, str] | None) -> tuple[dict, dict[str, str]]:
+    """Write the data files and register them; returns the number of rows and the hash of each file.
+
+    Args:
+        recipe: Of data.
+        work: Its work folder.
+        own: The hashes after the last export of the same work folder; of other rows there is a warning. None: of none.
 
     Raises:
         DataError: A file or an entry of that name is there and not ours.
     """
     folder, name = Path(recipe.dataset_dir), recipe.dataset_name
     ours = file_names(name)
-    with lock_folder(folder):  # no second export changes the same dataset_info.json meanwhile
+    with lock_folder(folder):  # no second export changes the same files meanwhile
+        before = row_files(recipe)
         info, text = read_info(folder)
         check_ours(folder, text, name, ours)
         counts = write_files(recipe, work)
@@ -70,7 +81,9 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         written = {*counts, *([f"{name}{ORIGINS}"] if n_origins else [])}
         for file_name in ours - written:
             (folder / file_name).unlink(missing_ok=True)  # of an earlier run with other settings
-    return counts
+        after = row_files(recipe)
+    warn_of_others(recipe, before, before if own is None else own, after)
+    return counts, after
 
 
 def file_names(name: str) -> set[str]:

@@ -1,7 +1,8 @@
 """Make training rows of questions or documents: stages in a work folder, each of which can be killed and continues.
 
 manifest.json says of every finished stage what it was made from (hashes of its inputs, settings, versions), what it
-made (hashes) and what it counted. A stage is run again when one of its inputs, settings or outputs is another one.
+made (hashes) and what it counted, and which stages have still to "forget" theirs. A stage is run again when one of its
+inputs, settings or outputs is another one.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from ..qa.files import DataError, as_data_error, lock_folder, split_names, write_json
 from ..qa.generate import check_backend
-from ..qa.provenance import differences, file_hash, installed_versions
+from ..qa.provenance import TOKENIZER, WEIGHTS, differences, file_hash, installed_versions, is_earlier_hash
 from ..qa.store import STORE
 from . import ask, contexts, documents, export, filter, judge, pairs, read, sample, verdicts
 from .recipe import UNSAID, DataRecipe, from_documents, model_files, outside_inputs, stage_settings
@@ -75,7 +76,8 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
     Args:
         recipe: Of data.
         stage: Only this stage; those before it must be finished.
-        resume: False: every stage that is to run forgets what it had finished, as it begins.
+        resume: False: every stage that is to run forgets what it had finished, as it begins. From the first stage on
+            that asks a model, those that a stopped run did not reach do so in the run that continues it.
 
     Raises:
         DataError: Something that the user has to put right, or another run at work in the same folder.
@@ -91,7 +93,11 @@ def run_pipeline(recipe: DataRecipe, stage: str | None = None, resume: bool = Tr
         _remove_half_written(work)
         if stage:
             _check_before(stage, stages, recipe, manifest)
-        for name in (stage,) if stage else stages:
+        manifest["forget"] = [name for name in manifest.get("forget", []) if name in stages]
+        names = (stage,) if stage else stages
+        for i, name in enumerate(names):
+            if not resume and name in STORES:  # nothing that was to be checked first is left
+                manifest["forget"] = sorted({*manifest["forget"], *STORES.keys() & names[i:]})
             _run_stage(name, recipe, work, manifest, resume, then_sample=stage is None)
     return manifest
 
@@ -160,10 +166,14 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume
     contexts are made to be asked about at once, so that the backend must be there.
     """
     inputs, chosen = _made_from(name, recipe, work)
-    finished = manifest["stages"].get(name)
+    finished, marked = manifest["stages"].get(name), name in manifest["forget"]
+    if marked and resume:
+        log.warning("%s: begins anew, as the run with `--no-resume` that did not reach it was told to.", name)
+    resume = resume and not marked
     if finished and resume:
         changed = _changes(finished, inputs, chosen, work)
         if not changed and name != "export":  # which is cheap, and dataset_info.json may have been edited
+            finished["inputs"] = {file: inputs.get(file, digest) for file, digest in finished["inputs"].items()}
             log.info("%s: finished before, kept.", name)
             return
         if changed:
@@ -180,17 +190,19 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume
         _save(manifest, work)
     if not resume:
         _forget(name, work)
+    if marked:
+        manifest["forget"].remove(name)
+        _save(manifest, work)
     log.info("%s ...", name)
-    before = export.row_files(recipe) if name == "export" else {}
-    counts = TABLE[name].run(recipe, work)
+    if name == "export":
+        counts, rows = export.replace_rows(recipe, work, finished.get("rows") if finished else {})
+    else:
+        counts, rows = TABLE[name].run(recipe, work), None
     outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}
     manifest["stages"][name] = {
         "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts,
         "versions": installed_versions(PACKAGES),
-    }  # fmt: skip
-    if name == "export":
-        manifest["stages"][name]["rows"] = after = export.row_files(recipe)
-        export.warn_of_others(recipe, before, finished.get("rows", before) if finished else {}, after)
+    } | ({"rows": rows} if name == "export" else {})  # fmt: skip
     _save(manifest, work)
     log.info("%s: done.", name)
 
@@ -202,7 +214,7 @@ def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str
     phrases += [
         f"{file} has changed"
         for file in sorted((old.keys() | inputs.keys()) - models)
-        if old.get(file) != inputs.get(file)
+        if old.get(file) != inputs.get(file) and not is_earlier_hash(old.get(file), Path(file), TOKENIZER + WEIGHTS)
     ]
     for file, digest in finished["outputs"].items():
         if not (work / file).exists():
@@ -217,7 +229,8 @@ def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
     old, phrases = finished["settings"], []
     before, now = model_files(old, finished["inputs"]), model_files(chosen, inputs)
     if before and now:
-        phrases = [f"the files of `{MODEL}` have changed"] if before != now else []
+        same = before == now or is_earlier_hash(before, Path(chosen[MODEL]), TOKENIZER + WEIGHTS)
+        phrases = [] if same else [f"the files of `{MODEL}` have changed"]
         old, chosen = ({key: value for key, value in s.items() if key != MODEL} for s in (old, chosen))
     unsaid = {key: value for key, value in UNSAID.items() if key in old or key in chosen}
     return phrases + differences(unsaid | old, unsaid | chosen)
@@ -262,7 +275,7 @@ def read_manifest(work: Path) -> dict:
         text = path.read_bytes()
     try:
         manifest = json.loads(text)
-        assert isinstance(manifest["stages"], dict)
+        assert isinstance(manifest["stages"], dict) and isinstance(manifest.get("forget", []), list)
         assert all(isinstance(entry[key], dict) for entry in manifest["stages"].values() for key in ENTRY)
     except (ValueError, KeyError, TypeError, AssertionError):
         raise DataError(f"{path} is no manifest of ours; give another `work_dir`, or delete the file.") from None
@@ -271,4 +284,5 @@ def read_manifest(work: Path) -> dict:
 
 def _save(manifest: dict, work: Path) -> None:
     stages = manifest["stages"]
-    write_json(work / MANIFEST, {"stages": {name: stages[name] for name in TABLE if name in stages}})
+    forget = {"forget": manifest["forget"]} if manifest["forget"] else {}
+    write_json(work / MANIFEST, {"stages": {name: stages[name] for name in TABLE if name in stages}} | forget)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,29 @@ def run(work: Path, **keys) -> dict:
     recipe = recipe_for(work, **keys)
     pairs.run(recipe, work)
     return export.run(recipe, work)
+
+
+def test_what_another_export_writes_meanwhile_is_not_ours(work, monkeypatch):
+    """Files are hashed while the folder is locked, before and behind the writing."""
+    locked = []
+
+    @contextmanager
+    def lock(folder):
+        locked.append(True)
+        yield
+        locked.pop()
+
+    def hashes(recipe):
+        assert locked
+        return row_files(recipe)
+
+    row_files = export.row_files
+    monkeypatch.setattr(export, "lock_folder", lock)
+    monkeypatch.setattr(export, "row_files", hashes)
+    recipe = recipe_for(work)
+    pairs.run(recipe, work)
+    counts, rows = export.replace_rows(recipe, work, {})
+    assert counts.keys() <= rows.keys() and rows == row_files(recipe)
 
 
 def content(folder: Path) -> dict[str, bytes]:

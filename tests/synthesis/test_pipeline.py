@@ -28,6 +28,7 @@ from material import make_questions
 from scripted_server import scripted, serving
 
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
+from solopo_plugin.qa.provenance import TOKENIZER, WEIGHTS, file_hash, folder_hash
 from solopo_plugin.qa.recipe import settings
 from solopo_plugin.qa.store import STORE
 from solopo_plugin.synthesis import pipeline, sample
@@ -259,6 +260,34 @@ def test_a_model_that_was_moved_is_the_same_model(finished, prepare, build_data,
     assert "stage `contexts`, which ran with other settings (the files of `model_name_or_path` have changed);" in log
 
 
+def test_a_model_whose_hash_an_earlier_version_took_is_unchanged(prepare, monkeypatch):
+    """Of large files it read both ends; where those are others, or the tokenizer, the model is another one."""
+    monkeypatch.chdir(prepare())
+    shutil.copytree(load_recipe("recipe.yaml").model_name_or_path, "a")
+    Path("a/model.safetensors").write_bytes(bytes(17 << 20))
+    keys = dict(backend="transformers", model_name_or_path="a", ask_model_name_or_path="b", ask_backend="transformers")
+    shutil.copytree("a", "b")
+    made = replace(load_recipe("recipe.yaml"), **keys)
+    for stage, model in (("sample", "a"), ("ask", "b")):
+        inputs, chosen = outside_inputs(made, stage), stage_settings(made, stage)
+        earlier = folder_hash(Path(model), TOKENIZER + WEIGHTS)
+        assert inputs[model] != earlier
+        finished = {"settings": chosen, "inputs": inputs | {model: earlier}, "outputs": {}}
+        assert pipeline._changes(finished, inputs, chosen, Path("work")) == []
+        for name in TABLE[stage].inputs:
+            Path("work").mkdir(exist_ok=True)
+            Path("work", name).touch()
+            finished["inputs"][name] = file_hash(Path("work", name))
+        manifest = {"stages": {stage: finished}, "forget": []}
+        pipeline._run_stage(stage, made, Path("work"), manifest, resume=True, then_sample=True)
+        assert finished["inputs"][model] == inputs[model]  # from now on
+        Path(model, "config.json").write_text("{}")
+        now = finished["inputs"] | outside_inputs(made, stage)
+        for known in (inputs[model], earlier):
+            finished["inputs"][model] = known
+            assert len(pipeline._changes(finished, now, chosen, Path("work"))) == 1
+
+
 def test_what_a_moved_model_is_known_by(prepare, monkeypatch, tmp_path):
     """Weights where they answer; behind a server its name there, and where that is not given the folder's weights."""
     monkeypatch.chdir(prepare())
@@ -427,6 +456,30 @@ def test_what_cannot_begin_forgets_nothing(stage, keys, finished, prepare, monke
     assert "Error: " in capsys.readouterr().err
     after = results(Path())
     assert all(after[name] == before[name] for name in before if name != "work/manifest.json")
+
+
+def test_a_stopped_run_that_was_to_begin_anew_does_so_where_it_goes_on(finished, prepare, monkeypatch, caplog):
+    """Also in the stages that it had not reached; what it had asked anew itself is kept."""
+    monkeypatch.chdir(prepare())
+    shutil.copytree(finished / "work", "work")
+    made, stores = load_recipe("recipe.yaml"), {"sample": "a.db", "judge": "b.db"}
+    monkeypatch.setattr(pipeline, "STORES", stores)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(TABLE, "sample", replace(TABLE["sample"], run=stop))
+        for name in stores.values():
+            Path("work", name).touch()
+        run_pipeline(made, resume=False)
+    assert not Path("work/a.db").exists() and Path("work/b.db").exists()
+    Path("work/a.db").touch()  # of its own answers
+    manifest = run_pipeline(made)
+    assert Path("work/a.db").exists() and not Path("work/b.db").exists()
+    said = "judge: begins anew, as the run with `--no-resume` that did not reach it was told to."
+    assert [r.getMessage() for r in caplog.records if "begins anew" in r.getMessage()] == [said]
+    assert results(Path())["work/manifest.json"] == results(finished)["work/manifest.json"] and not manifest["forget"]
 
 
 def test_files_of_others_in_the_work_folder_stay(finished, prepare, monkeypatch):
