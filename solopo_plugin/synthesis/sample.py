@@ -17,7 +17,7 @@ from ..qa.files import DataError, dump, parse_line, read_jsonl, write_jsonl
 from ..qa.generate.calls import Call, Reply, counts_differently
 from ..qa.generate.stored import Found, answer_missing, reply_rows
 from ..qa.prompts import prompt_hash
-from ..qa.provenance import file_hash
+from ..qa.provenance import TOKENIZER, WEIGHTS, file_hash, is_earlier_hash
 from ..qa.recipe import Sampling, pick, settings
 from ..qa.store import STORE, Store
 from .recipe import DataRecipe, model_files, outside_inputs
@@ -64,7 +64,7 @@ def sample_side(recipe: DataRecipe, work: Path, side: str, store: Store) -> dict
         warned = warned or counts_differently(*counted)
 
     _take_in(work, side, chosen, calls, store)
-    _take_over(side, chosen, store)
+    _take_over(recipe, side, chosen, store)
     found = answer_missing(
         store, side, chosen, calls, pick(recipe, Sampling), recipe.model, recipe.answers_per_call, f"sample {side}",
         compare_tokens,
@@ -112,12 +112,20 @@ def _take_in(work: Path, side: str, chosen: dict, calls: Callable[[], Iterator[C
         path.unlink(missing_ok=True)
 
 
-def _take_over(side: str, chosen: dict, store: Store) -> None:
-    """Copy what the same calls gave with another number of answers to each prompt, if there are none yet."""
-    others = [(other, n) for other, before in store.sets(side) if before != chosen and (n := alike(before, chosen))]
+def _take_over(recipe: DataRecipe, side: str, chosen: dict, store: Store) -> None:
+    """Copy what the same calls gave with another number of answers to each prompt, if there are none yet.
+
+    Or what they gave before the model's hash read places within large files.
+    """
+    others, model = [], Path(recipe.model_name_or_path)
+    for other, before in store.sets(side):
+        known = (before.get("outside") or {}).get("model")
+        same = "model" in chosen["outside"] and is_earlier_hash(known, model, TOKENIZER + WEIGHTS)
+        if before != chosen and (n := alike(before | {"outside": chosen["outside"]} if same else before, chosen)):
+            others.append((other, n))
     if others and not store.find(set_id := store.set_of(side, chosen), {})[0]:
         kept = sum(store.copy(other, set_id, n) for other, n in others)
-        log.info(f"sample {side}: {kept} answers of calls that are the same with the earlier `num_samples` are kept.")
+        log.info(f"sample {side}: {kept} answers of calls that are the same with the earlier settings are kept.")
 
 
 def alike(before: dict, chosen: dict) -> int:

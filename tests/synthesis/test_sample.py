@@ -22,8 +22,9 @@ from scripted_server import free_port, scripted, serving
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.generate import BACKENDS, servers
 from solopo_plugin.qa.generate.calls import Call, call_seed
-from solopo_plugin.qa.provenance import file_hash
+from solopo_plugin.qa.provenance import file_hash, folder_hash
 from solopo_plugin.qa.store import STORE
+from solopo_plugin.synthesis import recipe as data_recipe
 from solopo_plugin.synthesis import sample
 from solopo_plugin.synthesis.recipe import make_recipe
 
@@ -381,6 +382,27 @@ def test_another_number_of_answers_keeps_those_of_the_same_calls(work, tmp_path,
         assert final(work) == final(fresh)
         assert run(work, after) == run(work, before) == []
         assert sum(run(work, after, temperature=0.5)) == after[0] * len(ANSWERS)  # other answers
+
+
+def test_answers_of_a_model_whose_hash_an_earlier_version_took_are_kept(work, tmp_path, monkeypatch):
+    """Of its files as they are; other weights are asked."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(17 << 20))
+    log = tmp_path / "log"
+
+    def run() -> int:
+        asked = len(log.read_text().splitlines()) if log.exists() else 0
+        sample.run(recipe_for(server.url, model_name_or_path=str(tmp_path / "model"), sample_long=False), work)
+        return len(log.read_text().splitlines()) - asked
+
+    with serving(work.parent / "answers.json", log=log) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(data_recipe, "model_hash", folder_hash)
+            assert run() == len(ANSWERS)
+            kept = final(work)
+        assert run() == 0 and final(work) == kept
+        (tmp_path / "model" / "config.json").write_text("{}")
+        assert run() == len(ANSWERS)
 
 
 if __name__ == "__main__":  # one run of the stage in a process of its own: url, work folder, key=value
