@@ -110,10 +110,9 @@ def check_best_exists(trainer: SoloTrainer) -> None:
 
     Whether it is better when lower is `check_best_direction`'s, in host/arguments.py.
     """
-    args, sets = trainer.args, trainer.eval_dataset
+    args, sets, best = trainer.args, trainer.eval_dataset, trainer.args.metric_for_best_model
     of_sets = [f"{name}_" for name in sets] if isinstance(sets, dict) else [""]
     names = [f"{of_set}{name}" for of_set in of_sets for name in ("loss", *trainer.metrics)]
-    best = args.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in names and args.eval_strategy != "no":
         filled_in = args.load_best_model_at_end and best == "loss"  # by transformers, where the recipe names none
         watched = "`load_best_model_at_end` watches `loss`, which" if filled_in else f"`metric_for_best_model: {best}`"

@@ -212,8 +212,8 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
         yield from _of_training(given, args)
     if args.solopo_sequence_parallel > 1:
         yield from _of_shared_rows(given, args.solopo_sequence_parallel)
-    # None in older transformers, which have `group_by_length: true`
-    if (strategy := given("train_sampling_strategy")) not in (None, *ORDERS):
+    strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
+    if strategy not in (None, *ORDERS):
         yield f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."
     for reason, defaults in _unread(given, args).items():
         for key, default in defaults.items():
