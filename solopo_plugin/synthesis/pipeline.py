@@ -137,7 +137,7 @@ def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manif
     """Refuse a single stage whose predecessors are not finished, or would be made again without `--stage`."""
     for name in takewhile(stage.__ne__, stages):
         entry = manifest["stages"].get(name)
-        if entry is None:
+        if entry is None or name in manifest.get("forget", []):
             raise DataError(f"Stage `{stage}` builds on stage `{name}`, which is not finished in {recipe.work_dir}.")
         work = Path(recipe.work_dir)
         inputs, chosen = _made_from(name, recipe, work)

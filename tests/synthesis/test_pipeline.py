@@ -480,6 +480,8 @@ def test_a_stopped_run_that_was_to_begin_anew_does_so_where_it_goes_on(finished,
     said = "judge: begins anew, as the run with `--no-resume` that did not reach it was told to."
     assert [r.getMessage() for r in caplog.records if "begins anew" in r.getMessage()] == [said]
     assert results(Path())["work/manifest.json"] == results(finished)["work/manifest.json"] and not manifest["forget"]
+    with pytest.raises(DataError, match=r"^Stage `select` builds on stage `judge`, which is not finished in work"):
+        pipeline._check_before("select", stages_of(made), made, manifest | {"forget": ["judge"]})
 
 
 def test_files_of_others_in_the_work_folder_stay(finished, prepare, monkeypatch):
