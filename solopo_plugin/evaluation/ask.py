@@ -21,7 +21,7 @@ from ..host.template import encode_prompt
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate import generate
 from ..qa.generate.calls import Call, Model, counts_differently, load_chat
-from ..qa.generate.stored import of_one_model
+from ..qa.generate.stored import Found, of_one_model
 from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, differences, model_hash
 from ..qa.recipe import Chat, Sampling, pick, settings
 from ..qa.store import STORE, Store
@@ -76,8 +76,8 @@ def ask(
                 bar.update()
         if pending:
             raise DataError(f"{path}: {len(pending)} questions got no answer, {min(pending)} is one; start again.")
-    write_answers(store, path, set_id, chosen, hashes)
-    places = [place for (name, _), place in store.find(set_id, hashes)[0].items() if name in hashes]
+    found = write_answers(store, path, set_id, chosen, hashes)
+    places = [place for (name, _), place in found.items() if name in hashes]
     _tell_cuts(map(store.get, places), model, recipe)
 
 
@@ -104,10 +104,15 @@ def key_of(item: Item) -> str:
     return json.dumps(item.key)
 
 
-def write_answers(store: Store, path: Path, set_id: int, chosen: Any, hashes: dict[str, str]) -> None:
-    """Write a file of answers: how they were asked for, then one a line, in the order in which they came."""
+def write_answers(store: Store, path: Path, set_id: int, chosen: Any, hashes: dict[str, str]) -> Found:
+    """Write a file of answers: how they were asked for, then one a line, in the order in which they came.
+
+    Returns:
+        Their places in the store, those to questions that are not asked now included.
+    """
     found, _ = store.find(set_id, hashes)
     write_jsonl(path, chain([{"fingerprint": chosen}], map(store.get, sorted(found.values()))))
+    return found
 
 
 def take_in(store: Store, folder: Path, names: set[str]) -> None:

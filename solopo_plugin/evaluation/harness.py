@@ -207,16 +207,19 @@ def settings_of(recipe: Any) -> dict[str, Any]:
     return config | {"model_args": here | own, "tasks": list(recipe.harness_tasks)}
 
 
-def _hf(model: Any, recipe: Any) -> dict[str, Any]:
+def _weights(model: Any, recipe: Any, adapter: str) -> dict[str, Any]:
     found = {"pretrained": model.path, "trust_remote_code": recipe.trust_remote_code}
-    return found | ({"peft": model.adapter} if model.adapter else {})
+    return found | ({adapter: model.adapter} if model.adapter else {})
+
+
+def _hf(model: Any, recipe: Any) -> dict[str, Any]:
+    return _weights(model, recipe, "peft")
 
 
 def _vllm(model: Any, recipe: Any) -> dict[str, Any]:
-    found = {"pretrained": model.path, "trust_remote_code": recipe.trust_remote_code}
-    found["tensor_parallel_size"] = recipe.tensor_parallel_size
+    found = _weights(model, recipe, "lora_local_path") | {"tensor_parallel_size": recipe.tensor_parallel_size}
     if model.adapter:
-        found |= {"lora_local_path": model.adapter, "max_lora_rank": max_lora_rank(model.adapter)}
+        found["max_lora_rank"] = max_lora_rank(model.adapter)
     return found
 
 

@@ -163,8 +163,7 @@ def split(questions: list[DrawnQuestion], recipe: DataRecipe) -> set[str]:
         if n_drawn < n_val and question.key not in drawn:
             drawn.add(question.key)
             n_drawn += rows_of[question.key]
-    if drawn.issuperset(q.key for q in questions):
-        n_keys = len({q.key for q in questions})
+    if len(drawn) == (n_keys := len(rows_of)):
         raise DataError(
             f"`val_size: {recipe.val_size:g}` leaves no training row of {len(questions)}"
             f"{f' (different questions: {n_keys})' * (n_keys < len(questions))}; lower it, or make more rows."

@@ -20,7 +20,7 @@ from ask_toy import N_QUESTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from material import save_tokenizer
-from scripted_server import serving
+from scripted_server import serving, watched
 from toy import answers, answers_for, recipe_in, weights
 
 from solopo_plugin.evaluation import ask, prepare, run
@@ -401,15 +401,8 @@ def test_an_answer_that_never_comes_is_said(benchmarks, model, server, tmp_path,
 
 
 def test_a_failure_here_ends_what_is_under_way_there(benchmarks, model, server, tmp_path, monkeypatch):
-    original, ended = ask.generate, []
-
-    def watched(*given):
-        try:
-            yield from original(*given)
-        finally:
-            ended.append(True)
-
-    monkeypatch.setattr(ask, "generate", watched)
+    ended = []
+    monkeypatch.setattr(ask, "generate", watched(ask.generate, ended))
     monkeypatch.setattr(Store, "add", lambda *given: 1 / 0)
     recipe = served(tmp_path, [model], server)
     with pytest.raises(ZeroDivisionError) as kept:  # its traceback keeps the generator

@@ -203,6 +203,18 @@ def wait_for(port: int, seconds: float = 20) -> None:
             time.sleep(0.02)
 
 
+def watched(answers, ended: list):
+    """Return a backend that answers as `answers` and notes in `ended` when its generator ends or is closed."""
+
+    def watching(*given):
+        try:
+            yield from answers(*given)
+        finally:
+            ended.append(True)
+
+    return watching
+
+
 @contextmanager
 def serving(answers: Path | str, port: int | None = None, **options):
     """A server in its own process; yields an object with `url`, `port` and `process`, and ends it afterwards."""

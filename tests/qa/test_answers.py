@@ -114,7 +114,7 @@ LATEX = ["\\boxed{", "\\text {", "{", "}", "$", "\\)", " ", "-", "1", ".5", ",",
 
 @given(st.lists(st.sampled_from(LATEX), max_size=12).map("".join))
 def test_latex_taken_off_changes_no_verdict(text):
-    """What is judged has the same form, and the same ends of words, as where its LaTeX still stands."""
+    """Judge by the same form, and the same ends of words, as where the LaTeX still stands."""
     assert _judged_words(_unwrapped(text)) == _judged_words(text)
 
 

@@ -261,7 +261,7 @@ def test_a_model_that_was_moved_is_the_same_model(finished, prepare, build_data,
 
 
 def test_a_model_whose_hash_an_earlier_version_took_is_unchanged(prepare, monkeypatch):
-    """Of large files it read both ends; where those are others, or the tokenizer, the model is another one."""
+    """Read both ends of large files, as it did; where those are others, or the tokenizer, the model is another one."""
     monkeypatch.chdir(prepare())
     shutil.copytree(load_recipe("recipe.yaml").model_name_or_path, "a")
     Path("a/model.safetensors").write_bytes(bytes(17 << 20))
@@ -485,7 +485,7 @@ def test_a_stopped_run_that_was_to_begin_anew_does_so_where_it_goes_on(finished,
 
 
 def test_files_of_others_in_the_work_folder_stay(finished, prepare, monkeypatch):
-    """What a killed run left half written goes, and with `resume=False` what was asked for, by their whole names."""
+    """Remove what a killed run left half written, and with `resume=False` what was asked for, by their whole names."""
     monkeypatch.chdir(prepare())
     shutil.copytree(finished / "work", "work")
     work, recipe = Path("work"), load_recipe("recipe.yaml")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from scripted_server import free_port, scripted, serving
+from scripted_server import free_port, scripted, serving, watched
 
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.generate import BACKENDS, servers
@@ -285,16 +285,9 @@ def test_a_hole_is_never_silent(work, monkeypatch):
 
 
 def test_a_failure_here_ends_what_is_under_way_there(work, monkeypatch):
-    """What cannot be stored stops the asking at once, not when the backend's generator is collected."""
-    original, ended = BACKENDS["openai"], []
-
-    def watched(*given):
-        try:
-            yield from original(*given)
-        finally:
-            ended.append(True)
-
-    monkeypatch.setitem(BACKENDS, "openai", watched)
+    """Stop the asking at once where an answer cannot be stored, not when the backend's generator is collected."""
+    ended = []
+    monkeypatch.setitem(BACKENDS, "openai", watched(BACKENDS["openai"], ended))
     with serving(work.parent / "answers.json") as server, monkeypatch.context() as patched:
         patched.setattr(sample.Store, "add", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError) as kept:  # its traceback keeps the generator
@@ -385,7 +378,7 @@ def test_another_number_of_answers_keeps_those_of_the_same_calls(work, tmp_path,
 
 
 def test_answers_of_a_model_whose_hash_an_earlier_version_took_are_kept(work, tmp_path, monkeypatch):
-    """Of its files as they are; other weights are asked."""
+    """Keep answers where its files are as they were; other weights are asked."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(bytes(17 << 20))
     log = tmp_path / "log"
