@@ -41,7 +41,7 @@ from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import make_recipe
 
 log = logging.getLogger(__name__)
-HUB = "rajpurkar/squad"  # of whoever gives no files
+HUB = ["rajpurkar/squad", "lucadiliello/naturalquestionsshortqa"]  # of whoever gives no files
 SAME = 70  # letters and digits at the beginning by which a paragraph is known
 SEED = 42  # of splits, contexts and sampled answers: the same for all seeds of training
 SAVES = ROOT / "saves/lab"
@@ -107,7 +107,7 @@ class Real:
         """
         make(self.model, package)
         dealt, there = {"questions": self.table["questions"]}, (self.folder / "splits/test.jsonl").is_file()
-        files = files_of(places or [HUB])
+        files = files_of(places or HUB)
         if places or not there:
             dealt[FILES] = sorted(file_hash(Path(name)) if Path(name).is_file() else name for name in files)
         if there:

@@ -6,6 +6,7 @@ number). A paragraph is a text, {"title", "text"}, or {"id"} of a document of th
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -19,6 +20,10 @@ from .seeded import digest
 from .sources import Rows
 
 Documents = dict[str, dict]  # id -> {"title", "text"}
+# Of MRQA's paragraphs: where a document, its title and a paragraph begin, and the HTML of Natural Questions
+MARKS = re.compile(
+    r'(?:\s*(?:\[(?:DOC|TLE|PAR|SEP)\]|</?(?:P|Table|T[rhd]|[UOD]l|Li|D[dt]|H[1-6])(?:_\w+="?\d+"?)*>)\s*)+'
+)
 
 
 def read_questions(
@@ -220,15 +225,21 @@ def _plain(row: dict, documents: Documents) -> tuple:
 
 
 def _squad(row: dict, documents: Documents) -> tuple:
-    """Read SQuAD: a question of an official file with its paragraph, or a row of the hub, whose answers are columns."""
-    title, answers, context = row.get("title"), row.get("answers"), row.get("context")
+    """Read SQuAD: a question of an official file with its paragraph, or a row of the hub, whose answers are columns.
+
+    The hub's copies of MRQA (Natural Questions and others) have texts as answers, and marks in the paragraph, which go.
+    """
+    title, answers, context, id_key = row.get("title"), row.get("answers"), row.get("context"), "id"
     title = title.replace("_", " ") if isinstance(title, str) else title
     if not isinstance(context, str) or not context.strip():
         raise DataError(f"`context` must be a text that is not empty, {got(row, 'context')}.")
-    if not isinstance(answers, dict):
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        answers, context = {"text": answers}, MARKS.sub(" ", context).strip()
+        id_key = next((key for key in ("qid", "key") if row.get(key)), "id")
+    elif not isinstance(answers, dict):
         answers = {"text": [text for answer in objects(row, "answers") for text in texts(answer, "text")]}
     evidence = make_paragraph({"title": title, "text": context}, {})
-    return id_at(row), texts(answers, "text"), None, [evidence], []
+    return id_at(row, id_key), texts(answers, "text"), None, [evidence], []
 
 
 def _retrieval(row: dict, documents: Documents) -> tuple:
@@ -343,7 +354,7 @@ def texts(row: dict, key: str) -> list[str]:
 
 
 def id_at(row: dict, key: str = "id") -> str:
-    """Return the id that a row has at `key`, which is `id` or `_id`, or else at the other of the two."""
+    """Return the id that a row has at `key`, or else at `id` or `_id`."""
     key = next((name for name in (key, "id", "_id") if row.get(name) is not None), key)
     if key not in row:
         raise DataError(f"`{key}` must be a text or a whole number, {got(row, key)}.")

@@ -303,6 +303,25 @@ def test_what_other_settings_made_is_not_gone_on_with(task, tmp_path, monkeypatc
     task.setup([other])  # from before it was written: nobody knows
 
 
+def test_without_files_the_hubs_questions_are_asked(task, monkeypatch):
+    """Take SQuAD and Natural Questions from the hub by name, and write the names beside the splits."""
+    asked = []
+
+    def rows(name: str, key: str, *others):
+        asked.append(name)
+        numbers = range(47) if name == real.HUB[0] else range(47, 94)
+        return iter((f"{name}, row {i}", lambda i=i: question(i)) for i in numbers)
+
+    monkeypatch.setattr(real, "source_rows", rows)
+    monkeypatch.setattr(real.Real, "write_warmup", lambda self: None)
+    monkeypatch.setattr(real.Real, "warm_up", lambda self: None)
+    task.setup([])
+    assert asked == ["rajpurkar/squad", "lucadiliello/naturalquestionsshortqa"]
+    assert json.loads((task.folder / "splits.json").read_text())[real.FILES] == sorted(asked)
+    dealt = {name: list(read_jsonl(task.folder / f"splits/{name}.jsonl")) for name in ("test", "sampling")}
+    assert all({int(q["id"][1:-2]) < 47 for q in split} == {True, False} for split in dealt.values())
+
+
 def test_a_run_of_another_key_is_not_gone_on_with(tmp_path):
     folder = tmp_path / "run"
     job = {"key": "a", "recipe": {"max_steps": 10}}

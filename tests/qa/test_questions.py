@@ -97,6 +97,22 @@ def test_squad(tmp_path, form):
         assert counts["unanswerable"] == unanswerable and counts["lines"] == 1 + unanswerable
 
 
+@pytest.mark.parametrize("id_key", ["qid", "key"])
+def test_squad_as_mrqa_has_it(tmp_path, id_key):
+    """Take Natural Questions and others from the hub's copies of MRQA: answers are texts, and marks are in the text."""
+    text = '<P> Rosvik is a town , x < Y .\n\nOdd . </P> [PAR] <Table> <Tr> <Th_colspan="2"> Harbour </Th> </Tr>'
+    text += " </Table> [DOC] [TLE] It <b>"
+    row = SQUAD_HUB_ROW | {"context": text, "answers": ["Rosvik"], "labels": [{"start": [4], "end": [9]}]}
+    row = {key: value for key, value in row.items() if key not in ("id", "title")} | {id_key: "8a2f"}
+    (question,), _ = run(tmp_path, [row])
+    assert question == {
+        "id": "8a2f", "question": "Where?", "answers": ["Rosvik"], "hops": None, "distractors": [],
+        "evidence": [{"title": "", "text": "Rosvik is a town , x < Y .\n\nOdd . Harbour It <b>"}],
+    }  # fmt: skip
+    (question,), _ = run(tmp_path / "squad", [SQUAD_HUB_ROW | {"context": text}])
+    assert question["evidence"][0]["text"] == text  # SQuAD has no such marks
+
+
 def test_bad_squad_files(tmp_path):
     """A bad article or question is skipped with its place; a file that is cut off is an error."""
     good = {"id": "s1", "question": "Where?", "answers": [{"text": "x"}]}
