@@ -81,7 +81,7 @@ MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
     "no data sets": ({"dataset_dir": "docs"}, "`dataset_dir: docs` has no dataset_info.json: make the rows first, as the head of the recipe says, or register your own (docs/data.md)."),
     "misspelt data set": ({"dataset": "demo_solpo"}, "is not registered in {data}: did you mean `demo_solopo`?"),
     "data set of a data recipe": ({"dataset": "musique_qwen2.5_7b_solopo"}, "`dataset: musique_qwen2.5_7b_solopo` is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b.yaml"),
-    "data set of a longer data recipe": ({"dataset": "musique_qwen2.5_7b_64k_solopo"}, "`dataset: musique_qwen2.5_7b_64k_solopo` is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b_64k.yaml"),
+    "data set of a longer data recipe": ({"dataset": "musique_qwen2.5_7b_64k_solopo"}, "`dataset: musique_qwen2.5_7b_64k_solopo` is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b.yaml with the overrides of examples/yaml/README.md"),
     "data set by overrides": ({"dataset": "musique_qwen2.5_7b_16k_solopo"}, "is not registered in {data}: python scripts/build_data.py examples/yaml/data/qwen2.5-7b.yaml with the overrides of examples/yaml/README.md"),
     "data set of today's models": ({"dataset": "musique_qwen3_4b_solopo"}, "is not registered in {data}: python scripts/build_data.py examples/yaml/models/data.yaml"),
     "data set of the story": ({"dataset": "story_solopo"}, "is not registered in {data}: python scripts/build_data.py examples/yaml/story/data.yaml"),

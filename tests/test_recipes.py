@@ -202,8 +202,7 @@ def test_header(name):
     launch = "CUDA_VISIBLE_DEVICES=0" if gpus == 1 else f"FORCE_TORCHRUN=1 NPROC_PER_NODE={gpus}"
     assert f"# {launch} llamafactory-cli train examples/yaml/{name}\n" in header
     assert "# Not run at 7B by this project.\n" in header
-    model = "llama3.1-8b" if name.startswith("llama3.1-8b/") else "qwen2.5-7b"
-    model = Path(name).stem if name in LONG else model
+    model = "llama3.1-8b" if "llama3.1-8b" in name else "qwen2.5-7b"
     assert "# Not shipped: " in header and f"build_data.py examples/yaml/data/{model}.yaml\n" in header
     assert f"# Data: {keys(name)['dataset']}: " in header
     assert all(len(line) <= 120 for line in lines(name))
@@ -212,6 +211,8 @@ def test_header(name):
     assert '".[qlora]"' in header if gpus == 1 else '".[deepspeed]"' in header
     assert ('pip install --no-build-isolation ".[flash-attn]"' in header) == (keys(name)["stage"] != "solopo")
     if name in LONG:
+        size = name.removesuffix(".yaml").split("_")[1].upper()
+        assert f"\n# with the overrides of its row of {size} in examples/yaml/README.md, " in header
         assert "Has not been run." in header and "# One GPU" not in header
     elif gpus > 1:
         assert "# One GPU of 80 GB: NPROC_PER_NODE=1, and " in header and "gradient_accumulation_steps=64" in header

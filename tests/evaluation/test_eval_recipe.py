@@ -1,11 +1,13 @@
 """Evaluation recipes: what is refused and in what words, keys shared with the data recipe, and the shipped ones."""
 
 import re
+import shlex
 
 import pytest
 import yaml
 from conftest import ROOT
 from evaluate import main
+from override_table import runs
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
 from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
@@ -233,10 +235,10 @@ def test_a_shipped_recipe(name):
     assert made.max_new_tokens == load_data_recipe(model).max_new_tokens
 
 
-def load_data_recipe(model: str):
+def load_data_recipe(model: str, overrides: list[str] | None = None):
     from solopo_plugin.synthesis.recipe import load_recipe
 
-    return load_recipe(str(ROOT / f"examples/yaml/data/{model}.yaml"))
+    return load_recipe(str(ROOT / f"examples/yaml/data/{model}.yaml"), overrides)
 
 
 def test_how_a_checkpoint_is_chosen():
@@ -249,3 +251,18 @@ def test_how_a_checkpoint_is_chosen():
     made, text = load_recipe(str(papers)), papers.read_text()
     assert made.select_by == "longbench_qa" and "select_by: longbench_qa  # paper" in text
     assert "a selection on a test set that is also reported" in text
+
+
+def test_commands_of_longer_contexts_go_on_from_row_to_checkpoint():
+    """Those of examples/yaml/README.md, of one row of the table."""
+    page = (ROOT / "examples/yaml/README.md").read_text(encoding="utf-8")
+    block = page.split("## Rows with longer contexts")[1].split("```")[1].replace("\\\n", "")
+    data, training, choice = ([w for w in shlex.split(line) if "=" in w] for line in block.splitlines()[1:])
+    (run,) = [run for run in runs() if run.overrides == data]
+    made = load_data_recipe(run.recipe.removeprefix("data/").removesuffix(".yaml"), data)
+    training, own = dict(word.split("=") for word in training), ROOT / "examples/yaml/qwen2.5-7b/solo_orpo.yaml"
+    assert training["dataset"] == f"{made.dataset_name}_solopo" and training["cutoff_len"] == str(made.cutoff_len)
+    assert training["output_dir"] != yaml.safe_load(own.read_text())["output_dir"]
+    chosen = load_recipe(str(ROOT / "examples/yaml/eval/select_checkpoint.yaml"), choice, "")
+    assert (chosen.checkpoints, chosen.max_input_tokens) == ([training["output_dir"]], made.long_tokens)
+    assert chosen.validation_data == f"{made.dataset_dir}/{training['dataset']}_val.jsonl"

@@ -607,7 +607,7 @@ DATA_RECIPES = sorted((ROOT / "examples/yaml/data").glob("*.yaml"))
 def test_shipped_recipes():
     """Each loads, says where its numbers come from, and fits the training recipes that use its rows."""
     paper = {"num_samples": 32, "temperature": 0.85, "short_tokens": 1024}
-    assert len(DATA_RECIPES) == 2 + 2 + 3
+    assert len(DATA_RECIPES) == 2 + 3
     for path in DATA_RECIPES:
         text, made = path.read_text(encoding="utf-8"), load_recipe(str(path))
         assert f"build_data.py {path.relative_to(ROOT)}\n" in text and "Hardware:" in text
@@ -620,32 +620,35 @@ def test_shipped_recipes():
             assert values[key] == value and f"{key}: {value}  # paper" in text
         numbers = [line for line in text.splitlines() if re.match(r"\w+: -?[\d.]+\b", line)]
         assert len(numbers) == 11 and all(re.search(r"  # (paper|ours)", line) for line in numbers)
-        longer = re.fullmatch(r".+_(\d+)k", path.stem)
-        training = f"examples/yaml/{f'long/{path.stem}' if longer else f'{path.stem}/solo_orpo'}.yaml"
-        training = yaml.safe_load((ROOT / training).read_text())
+        training = yaml.safe_load((ROOT / f"examples/yaml/{path.stem}/solo_orpo.yaml").read_text())
         for key in ("model_name_or_path", "template", "dataset_dir"):
             assert values[key] == training[key]
         assert values["dataset_name"] == training["dataset"].removesuffix("_solopo")
         assert values["cutoff_len"] == training["cutoff_len"]
-        if longer:  # the window is full: the longest prompt and the longest answer
-            assert values["long_tokens"] + values["max_new_tokens"] == values["cutoff_len"] == 1024 * int(longer[1])
-        else:
-            assert values["long_tokens"] == 8192
+        assert values["long_tokens"] == 8192
 
 
 def test_longer_contexts_are_overrides_of_the_shipped_recipes():
     """The rows of examples/yaml/README.md, read as the command line reads them."""
     longer = [run for run in runs() if run.recipe.startswith("data/")]
-    for run, size in zip(longer, (16, 32, 16, 32), strict=True):
+    for run, size in zip(longer, (16, 32, 64, 16, 32, 128), strict=True):
         path = ROOT / "examples/yaml" / run.recipe
         before, made = load_recipe(str(path)), load_recipe(str(path), run.overrides)
         changed = {key for key in FIELDS if getattr(made, key) != getattr(before, key)}
-        assert changed == {"long_tokens", "cutoff_len", "dataset_name", "work_dir"}
+        shared = {"long_tokens", "cutoff_len", "dataset_name", "work_dir"}
+        assert changed - shared == {64: {"model_name_or_path", "sample_long"}, 128: {"sample_long"}}.get(size, set())
+        assert changed >= shared
+        if size >= 64:  # the rows of long/; the window is full: the longest prompt and the longest answer
+            training = yaml.safe_load((ROOT / f"examples/yaml/long/{path.stem}_{size}k.yaml").read_text())
+            for key in ("model_name_or_path", "template", "dataset_dir", "cutoff_len"):
+                assert getattr(made, key) == training[key]
+            assert made.dataset_name == training["dataset"].removesuffix("_solopo") and not made.sample_long
+            assert made.long_tokens + made.max_new_tokens == made.cutoff_len == 1024 * size
         assert 1024 * (size - 1) <= made.long_tokens <= 1024 * size and f" {size}K tokens" in run.what
         assert made.cutoff_len >= made.long_tokens + made.max_new_tokens
-        assert made.dataset_name == f"{before.dataset_name}_{size}k" and made.work_dir.endswith(made.dataset_name)
-        assert run.numbers.startswith("ours")
-    assert [run.recipe for run in longer] == 2 * ["data/qwen2.5-7b.yaml"] + 2 * ["data/llama3.1-8b.yaml"]
+        assert made.dataset_name == f"{before.dataset_name}_{size}k"
+        assert made.work_dir == f"saves/data/{made.dataset_name}" and run.numbers.startswith("ours")
+    assert [run.recipe for run in longer] == 3 * ["data/qwen2.5-7b.yaml"] + 3 * ["data/llama3.1-8b.yaml"]
 
 
 def test_the_shipped_questions_are_as_generated(tmp_path):
