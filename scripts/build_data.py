@@ -62,9 +62,10 @@ def summary(recipe: DataRecipe, stages: dict, last: str | None = None) -> str:
     if later := names[len(shown) :]:
         lines.append(f"not shown {', '.join(later)}: of an earlier run; without `--stage` they are brought up to date")
     if "export" in shown:
-        data = f"dataset_dir={recipe.dataset_dir} dataset={recipe.dataset_name}_solopo"
+        name = recipe.dataset_name
+        keys = f"dataset_dir={recipe.dataset_dir} dataset={name}_solopo output_dir=saves/{name}/RUN"
         lines.append(f"look      python scripts/inspect_data.py {recipe.work_dir}")
-        lines.append(f"train     llamafactory-cli train RECIPE {data}")
+        lines.append(f"train     CUDA_VISIBLE_DEVICES=0 llamafactory-cli train RECIPE {keys}")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ The weights are random (seed 0). The tokenizer is a byte-level BPE trained on th
 chat markers of Qwen's and Llama 3's templates.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -56,6 +56,11 @@ def build(path, texts: list[str], architecture="qwen2", bos: str | None = None, 
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[1] / "data/demo_solopo.jsonl"
-    build(sys.argv[1], source.read_text(encoding="utf-8").splitlines())
-    print(f"tiny model saved to {sys.argv[1]}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="OUTPUT_DIR")
+    parser.add_argument(
+        "text", metavar="TEXT_FILE", nargs="?", default=Path(__file__).parents[1] / "data/demo_solopo.jsonl"
+    )
+    args = parser.parse_args()
+    build(args.folder, Path(args.text).read_text(encoding="utf-8").splitlines())
+    print(f"tiny model saved to {args.folder}")

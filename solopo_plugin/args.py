@@ -226,7 +226,7 @@ def check_loss(args) -> None:
             if getattr(args, name) != default:
                 raise ValueError(
                     f"`{name}: {getattr(args, name)}` has no effect with `{reason}: {getattr(args, reason)}`; "
-                    "remove it."
+                    f"remove it, or on the command line {name}={default}."
                 )
     for name in ("solopo_distill_temperature", "pref_beta"):
         if getattr(args, name) <= 0:

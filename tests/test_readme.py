@@ -131,6 +131,14 @@ def test_commands_name_what_exists():
     assert {file for file in files if not (ROOT / file).exists()} == set()
 
 
+def test_commands_that_train_on_other_rows_name_their_own_folder():
+    """In a recipe's `output_dir` the host goes on from the last checkpoint, whatever its rows were."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md")
+    commands = re.findall(r"llamafactory-cli train .*", text.replace("\\\n", ""))
+    others = [command for command in commands if re.search(r" dataset(_dir)?=", command)]
+    assert len(others) >= 3 and all(" output_dir=saves/" in command for command in others)
+
+
 def test_the_tree_is_the_real_one():
     """Every folder and file of the tree exists, and no folder of code and no module of the core is missing from it."""
     entries, top = set(), ""

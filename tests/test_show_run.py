@@ -1,9 +1,12 @@
-"""Read what scripts/show_run.py says of a run."""
+"""Read what scripts/show_run.py says of a run, and the help of a script beside it."""
 
 import json
+import runpy
+import sys
 
 import pytest
 import show_run
+from conftest import ROOT
 
 
 def test_first_and_last_step_are_shown(tmp_path, capsys):
@@ -32,3 +35,11 @@ def test_a_run_without_numbers_is_a_sentence(tmp_path, state, sentence):
     with pytest.raises(SystemExit) as stopped:
         show_run.main(str(tmp_path))
     assert str(stopped.value).startswith(sentence.format(out=tmp_path))
+
+
+def test_the_help_of_the_tiny_model_makes_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_tiny_model.py", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(ROOT / "scripts/make_tiny_model.py"), run_name="__main__")
+    assert "OUTPUT_DIR [TEXT_FILE]" in capsys.readouterr().out and not [*tmp_path.iterdir()]

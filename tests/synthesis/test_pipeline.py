@@ -600,6 +600,9 @@ def test_the_summary_of_one_stage_leaves_out_what_an_earlier_run_made_of_others(
     made, whole = load_recipe("recipe.yaml"), read_manifest(finished / "work")["stages"]
     shutil.copytree(finished / "work", "work")
     names = [line.split(" ")[0] for line in summary(made, whole).splitlines() if line]
+    assert summary(made, whole).endswith(
+        f" dataset={made.dataset_name}_solopo output_dir=saves/{made.dataset_name}/RUN"
+    )
     assert list(dict.fromkeys(names)) == [*STAGES, "counts", "look", "train"]
     fewer = replace(made, max_questions=20)
     stages = run_pipeline(fewer, "read")["stages"]

@@ -247,7 +247,7 @@ def test_the_judge_counts_what_the_server_said(material, tmp_path, capsys):
             written.append({file.name: file.read_bytes() for file in files})
     assert written[0] == written[1] and len(written[0]) == 15
     first, printed = capsys.readouterr().out.split("counts    ")[:2]
-    assert "{" not in first and "train     llamafactory-cli train RECIPE dataset_dir=" in printed
+    assert "{" not in first and "train     CUDA_VISIBLE_DEVICES=0 llamafactory-cli train RECIPE dataset_dir=" in printed
     printed = first
     settings = make_recipe(load(Path(path)))
     counts = {name: stage["counts"] for name, stage in manifest(tmp_path).items()}
