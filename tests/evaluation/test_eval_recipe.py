@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from evaluate import main
-from override_table import runs
+from override_table import runs, runs_of_header
 
 from solopo_plugin.evaluation.items import MAIN_METRIC
 from solopo_plugin.evaluation.recipe import FIELDS, load_recipe, make_recipe, sources
@@ -193,20 +193,46 @@ def test_sources_are_the_files_that_are_there(tmp_path):
 
 EVAL_RECIPES = sorted((ROOT / "examples/yaml/eval").glob("*.yaml"))
 SHIPPED = (
-    "llama3.1-8b", "llama3.1-8b_128k", "llama3.1-8b_longbench_v2", "niah", "plain", "qwen2.5-7b", "qwen2.5-7b_64k",
-    "qwen2.5-7b_longbench_v2",
-    "select_checkpoint", "select_checkpoint_longbench", "tiny",
+    "llama3.1-8b", "llama3.1-8b_128k", "niah", "plain", "qwen2.5-7b", "qwen2.5-7b_64k", "qwen2.5-7b_longbench_v2",
+    "select_checkpoint", "tiny",
 )  # fmt: skip
+LLAMA = {"instruct": "meta-llama/Llama-3.1-8B-Instruct", "solo_orpo": "saves/llama3.1-8b/solo_orpo"}
+RUNS = {  # of headers, by output_dir: the recipe, and all keys of it that are others
+    "llama3.1-8b_longbench_v2": (
+        "qwen2.5-7b_longbench_v2", dict(models=LLAMA, template="llama3", rope_factor=None)
+    ),
+    "select_checkpoint_longbench": ("select_checkpoint", dict(
+        benchmarks=["longbench_qa"], longbench_data="data/longbench", max_input_tokens=31500, select_by="longbench_qa",
+    )),
+}  # fmt: skip
+
+
+def read(name: str):
+    """A recipe that is a file, or a run that its header gives."""
+    file = RUNS[name][0] if name in RUNS else name
+    words = runs_of_header(f"eval/{file}.yaml")[name] if name in RUNS else []
+    select = words.pop(1) if words[:1] == ["--select"] else None
+    return load_recipe(str(ROOT / f"examples/yaml/eval/{file}.yaml"), [w for w in words if w != "--select"], select)
 
 
 def test_shipped_recipes_are_all_looked_at():
     names = [path.stem for path in EVAL_RECIPES if path.stem != "leaderboard"]  # whose test is with the harness
-    assert tuple(names) == SHIPPED and len(SHIPPED) == 11
+    assert tuple(names) == SHIPPED and len(SHIPPED) == 9
+    of_headers = [name for path in EVAL_RECIPES for name in runs_of_header(f"eval/{path.name}")]
+    assert sorted(of_headers) == sorted(RUNS) and len(RUNS) == 2
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_a_header_is_the_recipe_with_other_keys(name):
+    file, keys = RUNS[name]
+    before, made = vars(read(file)), vars(read(name))
+    assert made == before | keys | {"output_dir": f"saves/eval/{name}"}
+    assert all(before[key] != value for key, value in keys.items())
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe(name):
-    """It loads, says how it is started and where its numbers come from, and belongs to the training recipes."""
+    """It loads, and says how it is started and where its numbers come from."""
     path = ROOT / f"examples/yaml/eval/{name}.yaml"
     text, made, values = path.read_text(encoding="utf-8"), load_recipe(str(path)), yaml.safe_load(path.read_text())
     assert f"evaluate.py examples/yaml/eval/{name}.yaml" in text and "\n# Hardware: " in text
@@ -218,11 +244,16 @@ def test_a_shipped_recipe(name):
     numbers = [line for line in text.splitlines() if re.match(r"\w+: \[?-?[\d.]+\b", line)]
     assert len(numbers) >= 5 and all(re.search(r"  # (paper|ours|LongBench|RULER)\b", line) for line in numbers)
     assert sum(type(v) in (int, float) for v in values.values()) >= 5  # none hides as text
+
+
+@pytest.mark.parametrize("name", [name for name in (*SHIPPED, *RUNS) if name != "tiny"])
+def test_what_is_asked_belongs_to_the_training_recipes(name):
+    made = read(name)
     model = "llama3.1-8b" if "llama" in name else "qwen2.5-7b"
     longer = re.fullmatch(r".+_(\d+)k", name)  # trained on rows that several GPUs share
     training = f"examples/yaml/{f'long/{name}' if longer else f'{model}/solo_orpo'}.yaml"
     training = yaml.safe_load((ROOT / training).read_text())
-    assert made.template == training["template"] and training["model_name_or_path"] in text
+    assert made.template == training["template"] and training["model_name_or_path"] in str(vars(made))
     trained = made.checkpoints or (list(made.models.values())[1:] if isinstance(made.models, dict) else [])
     assert all(folder == training["output_dir"] for folder in trained) and (trained or name == "plain")
     # an answer fits behind the longest prompt: Qwen2.5 has a window of 32K, and four times as much with YaRN
@@ -243,14 +274,13 @@ def load_data_recipe(model: str, overrides: list[str] | None = None):
 
 def test_how_a_checkpoint_is_chosen():
     """By default on rows that were held out; by the paper's way it is said that this is a test set."""
-    held_out, papers = (ROOT / f"examples/yaml/eval/select_checkpoint{end}.yaml" for end in ("", "_longbench"))
-    made = load_recipe(str(held_out))
+    made = read("select_checkpoint")
     assert (made.select_by, made.benchmarks, made.with_base) == ("validation", ["validation"], True)
     assert made.validation_data == f"data/{load_data_recipe('qwen2.5-7b').dataset_name}_solopo_val.jsonl"
     assert made.max_input_tokens == load_data_recipe("qwen2.5-7b").long_tokens
-    made, text = load_recipe(str(papers)), papers.read_text()
-    assert made.select_by == "longbench_qa" and "select_by: longbench_qa  # paper" in text
-    assert "a selection on a test set that is also reported" in text
+    header = (ROOT / "examples/yaml/eval/select_checkpoint.yaml").read_text(encoding="utf-8")
+    assert read("select_checkpoint_longbench").select_by == "longbench_qa"
+    assert "The paper's way is by LongBench v1 QA, a selection on a test set that is also reported" in header
 
 
 def test_commands_of_longer_contexts_go_on_from_row_to_checkpoint():
