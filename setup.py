@@ -111,6 +111,7 @@ setup(
             "peft",
             "pyarrow",
             "pydantic",
+            "safetensors",
             "tqdm",
         ),
     ],

@@ -37,7 +37,8 @@ def ask_and_show(args: argparse.Namespace) -> None:
         overrides, select = [*overrides, select], ""
     recipe = load_recipe(args.recipe, overrides, select, args.rescore)
     results = evaluate(recipe, args.rescore, args.resume)
-    for benchmark in recipe.benchmarks:
+    answered = {row["benchmark"] for row in results["summary"]}  # perhaps not all, where a run was stopped
+    for benchmark in filter(answered.__contains__, recipe.benchmarks):
         print("\n".join(table_lines(TITLES[benchmark], benchmark_tables(results, benchmark)[0])))
     if results.get("selection"):
         print(f"Best by {recipe.select_by}: {results['selection']['best']}")

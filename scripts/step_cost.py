@@ -6,6 +6,7 @@ causal attention at half cost. S, L, R: tokens of the short prompt, the long pro
 row has. The host's forms have a padded pair for each.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from math import ceil, lcm
 from pathlib import Path
@@ -383,9 +384,8 @@ def peak(memory: dict[str, float]) -> float:
 
 def longest(shape: Shape, variant: str, S: int, R: int, reference: str | None, setup: Setup, memory: float) -> int:
     """Return tokens of the longest long prompt whose step needs at most `memory` bytes per GPU; 0 where none does."""
-    low, high = 0, 1 << 24
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = peak(step_memory(shape, variant, S, R, middle, reference, setup)) <= memory
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+
+    def needed(L: int) -> float:
+        return peak(step_memory(shape, variant, S, R, L, reference, setup))
+
+    return bisect_right(range(1, 1 << 24), memory, key=needed)

@@ -43,3 +43,9 @@ def test_the_help_of_the_tiny_model_makes_none(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         runpy.run_path(str(ROOT / "scripts/make_tiny_model.py"), run_name="__main__")
     assert "OUTPUT_DIR [TEXT_FILE]" in capsys.readouterr().out and not [*tmp_path.iterdir()]
+
+
+def test_without_a_folder_it_says_how_it_is_called(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["show_run.py"])
+    with pytest.raises(SystemExit, match=r"python scripts/show_run\.py OUTPUT_DIR"):
+        runpy.run_path(show_run.__file__, run_name="__main__")

@@ -195,7 +195,8 @@ def settings_of(recipe: Any) -> dict[str, Any]:
             raise DataError(f"`harness_args` cannot set `{name}`; use `harness_tasks` and `output_dir`.")
     own = args.pop("model_args", None) or {}
     if not isinstance(own, dict):
-        raise DataError(f"`model_args` of `harness_args` must be keys with values, {{dtype: bfloat16}}; got {own!r}.")
+        kind = type(own).__name__  # the harness' own form is a text, in which a token may stand
+        raise DataError(f"`model_args` of `harness_args` must be keys with values, {{dtype: bfloat16}}; got a {kind}.")
     kind = {"transformers": "hf"}.get(recipe.backend, recipe.backend)
     here: dict[str, Any] = {"dtype": "auto"}
     if recipe.backend == "openai":  # a chat gives no log-probs of given answers, which multiple choice needs
@@ -207,17 +208,13 @@ def settings_of(recipe: Any) -> dict[str, Any]:
     return config | {"model_args": here | own, "tasks": list(recipe.harness_tasks)}
 
 
-def _weights(model: Any, recipe: Any, adapter: str) -> dict[str, Any]:
+def _hf(model: Any, recipe: Any, adapter: str = "peft") -> dict[str, Any]:
     found = {"pretrained": model.path, "trust_remote_code": recipe.trust_remote_code}
     return found | ({adapter: model.adapter} if model.adapter else {})
 
 
-def _hf(model: Any, recipe: Any) -> dict[str, Any]:
-    return _weights(model, recipe, "peft")
-
-
 def _vllm(model: Any, recipe: Any) -> dict[str, Any]:
-    found = _weights(model, recipe, "lora_local_path") | {"tensor_parallel_size": recipe.tensor_parallel_size}
+    found = _hf(model, recipe, "lora_local_path") | {"tensor_parallel_size": recipe.tensor_parallel_size}
     if model.adapter:
         found["max_lora_rank"] = max_lora_rank(model.adapter)
     return found

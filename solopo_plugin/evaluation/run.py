@@ -39,7 +39,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         named = [] if recipe.backend == "openai" else models  # a server has its own
         check_ready(recipe.backend, recipe.server_urls, {f"models: {model.name}": model.path for model in named})
     with lock_folder(folder, "output_dir"):
-        from .harness import check_harness, check_kept
+        from .harness import check_harness, check_kept, kept_results, run_harness
         from .report import write_report
         from .results import make_results, pairs_of, report_rows
         from .score import write_scores
@@ -58,11 +58,13 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         else:
             log.info(f"scored again, as the last run had them: {', '.join(model.name for model in models)}.")
             if recipe.benchmarks:
-                write_stored(folder, models)
+                models = write_stored(folder, models)
                 check_asked_so(recipe, models)
         if recipe.benchmarks:
             write_scores(folder, [model.name for model in models], recipe.prompt)
-        harness = [result for model in models for result in harness_results(recipe, model, rescore, resume)]
+        harness: list[dict] = []
+        for model in models if recipe.harness_tasks else ():
+            harness += kept_results(model, folder) if rescore else run_harness(model, recipe, folder, resume)
         results = make_results(folder, list(map(as_row, models)), public_settings(recipe), harness)
         write_report(folder)
     return results
@@ -84,8 +86,15 @@ def answer_all(recipe: EvalRecipe, models: list[Model], resume: bool = True) -> 
             ask(recipe, model, store, hashes, recipe.max_input_tokens + longest, names, resume)
 
 
-def write_stored(folder: Path, models: list[Model]) -> None:
-    """Write the files of answers as the last run left them in the store, finished or not."""
+def write_stored(folder: Path, models: list[Model]) -> list[Model]:
+    """Write the files of answers as the last run left them in the store, finished or not.
+
+    Returns:
+        The models that have answered something.
+
+    Raises:
+        DataError: None has.
+    """
     if (folder / STORE).exists():
         hashes = {key_of(item): item.prompt_hash for item in read_items(folder / ITEMS)}
         with Store(folder / STORE) as store:
@@ -93,16 +102,13 @@ def write_stored(folder: Path, models: list[Model]) -> None:
                 if last := store.last_used(model.name):
                     set_id, chosen = last
                     write_answers(store, answers_file(folder, model), set_id, chosen, hashes)
-
-
-def harness_results(recipe: EvalRecipe, model: Model, rescore: bool, resume: bool = True) -> list[dict]:
-    """Return the results of lm-evaluation-harness for a model; with `rescore` those that are there."""
-    if not recipe.harness_tasks:
-        return []
-    from .harness import kept_results, run_harness
-
-    folder = Path(recipe.output_dir)
-    return kept_results(model, folder) if rescore else run_harness(model, recipe, folder, resume)
+    answered = [model for model in models if answers_file(folder, model).exists()]
+    if not answered:
+        raise DataError(f"{folder} holds no answers yet, which `--rescore` could score; leave it out.")
+    for model in models:
+        if model not in answered:
+            log.warning("%s: nothing is answered yet; it is left out.", model.name)
+    return answered
 
 
 def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:

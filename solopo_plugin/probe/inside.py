@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,13 +24,14 @@ from transformers import DynamicCache
 from ..attention import base_of
 from ..data import RowError, check_text
 from ..evaluation.intervals import mean_interval
-from ..host.template import encode_turn, load_template
+from ..host.template import encode_turn
 from ..logps import token_logps
 from ..qa.files import DataError, as_data_error, replacing, write_json
-from ..qa.generate.calls import Model
+from ..qa.generate.calls import Model, load_chat
 from ..qa.generate.local import load_network
 from ..qa.pages import png
 from ..qa.prompts import BETWEEN, document_spans
+from ..qa.recipe import Chat
 from ..qa.rows import rows_of_file
 from ..qa.window import window_of
 from .page import as_html, draw_shares
@@ -345,16 +345,12 @@ def read_rows(path: Path, names: Sequence[str], n: int) -> list[dict]:
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path} is no .jsonl or .parquet file; give one that scripts/build_data.py exported.")
-    with as_data_error(path, "read"):
-        try:
-            ids = [row["id"] for row in rows_of_file(path)]
-            if missing := set(names) - set(ids):
-                raise DataError(f"{path} has no row {min(missing)!r}; its first is {ids[0] if ids else None!r}.")
-            spread = {i * len(ids) // n for i in range(n)}
-            chosen = {i for i, name in enumerate(ids) if name in names} if names else spread
-            rows = [row for i, row in enumerate(rows_of_file(path)) if i in chosen]
-        except pa.ArrowException as error:
-            raise DataError(f"{path} is no parquet file ({error}); export it once more.") from None
+    ids = [row["id"] for row in rows_of_file(path)]
+    if missing := set(names) - set(ids):
+        raise DataError(f"{path} has no row {min(missing)!r}; its first is {ids[0] if ids else None!r}.")
+    spread = {i * len(ids) // n for i in range(n)}
+    chosen = {i for i, name in enumerate(ids) if name in names} if names else spread
+    rows = [row for i, row in enumerate(rows_of_file(path)) if i in chosen]
     if not rows:
         raise DataError(f"{path} gives no row; `--n` must be 1 or more, and the file must hold rows.")
     return rows
@@ -406,10 +402,7 @@ def run(
     looks, shown = {}, {}
     for name, path in models.items():
         model, base = load(path, below, chat.get("trust_remote_code", False))
-        try:
-            tokenizer, chat_template = load_template(base, template, **chat)
-        except ValueError as error:
-            raise DataError(str(error)) from None
+        tokenizer, chat_template = load_chat(base, Chat(template=template, **chat))
         with tqdm(rows, name, unit="row") as bar:
             found = [look(model, tokenizer, chat_template, row) for row in bar]
         looks[name], shown[name] = map(list, zip(*found, strict=True))

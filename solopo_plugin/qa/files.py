@@ -8,6 +8,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,19 @@ from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
 
+# Who calls: in an address from the slashes, of which a `Path` leaves one, to the `@`; in hf://datasets/a/b@main nobody
+USER = re.compile(r"""(:/{1,2}|//)(?:[^\s'"/]*|[^\s'"/@]*:[^\s'"]*)@""")
+
 
 class DataError(ValueError):
-    """Say in one sentence what the user has to put right: what, where, the value seen, what to do."""
+    """Say in one sentence what the user has to put right: what, where, the value seen, what to do.
+
+    What an address has before its host, a user and perhaps a password, is left out.
+    """
+
+    def __init__(self, sentence: str):
+        """Keep the sentence without them."""
+        super().__init__(USER.sub(r"\1", sentence))
 
 
 def shown(value: object) -> str:

@@ -36,11 +36,6 @@ REQUESTS = {
 }
 
 
-def masked(text: str) -> str:
-    """Return a text without the user and password of the addresses in it."""
-    return re.sub(r"(?<=//)[^\s'\"]*@", "", text)
-
-
 def _secret_in(value: Any, name: str = "") -> str | None:
     """Return the name of a part that is a secret by its name, or by its value an address with a password."""
     if SECRET.fullmatch(name) or (isinstance(value, str) and re.search(r"://\S*@", value)):

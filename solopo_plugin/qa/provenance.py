@@ -30,9 +30,9 @@ def model_hash(folder: Path, patterns: tuple[str, ...]) -> str:
     return folder_hash(folder, patterns, places=PLACES)
 
 
-def is_earlier_hash(known: str | None, folder: Path, patterns: tuple[str, ...]) -> bool:
-    """Return whether a hash is what `model_hash` gave of these files before it read places within large ones."""
-    return known is not None and folder.is_dir() and known == folder_hash(folder, patterns)
+def is_of_model(known: str | None, now: str | None, folder: Path) -> bool:
+    """Return whether a hash is `now`, or what `model_hash` gave of a model before it read places within large files."""
+    return known == now or (known is not None and folder.is_dir() and known == folder_hash(folder, TOKENIZER + WEIGHTS))
 
 
 def folder_hash(folder: Path, patterns: tuple[str, ...], whole: int | None = 1 << 24, places: int = 0) -> str:

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from . import kinds
 from .files import DataError, did_you_mean
-from .kinds import masked
 
 
 def key(default: Any, stages: str, help: str) -> Any:
@@ -117,14 +116,14 @@ def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
 
     for word in overrides or []:
         if "=" not in word:
-            raise DataError(f"`{masked(word)}` is no `key=value`; write for example `seed=1`.")
+            raise DataError(f"`{word}` is no `key=value`; write for example `seed=1`.")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides or []))
         values = OmegaConf.to_container(merged, resolve=True)
     except OSError as error:
         raise DataError(f"Cannot read the recipe {path}: {error.strerror or error}.") from None
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = masked(" ".join(str(error).split()))
+        reason = " ".join(str(error).split())
         raise DataError(f"{path}: the recipe is no YAML of `key: value`: {reason}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: a recipe is a list of `key: value`, got {type(values).__name__}.")
@@ -154,7 +153,7 @@ def _sentence(cls: type, title: str, errors: list) -> str:
     rank = {"unexpected_keyword_argument": 0, "missing": 2, "string_pattern_mismatch": 2}
     error = min(errors, key=lambda error: rank.get(error["type"], 1))
     name, kind, known = str(error["loc"][0]), error["type"], {f.name: f for f in fields(cls)}
-    value = masked(repr(error["input"]))
+    value = repr(error["input"])
     if kind == "unexpected_keyword_argument":
         return f"Unknown key `{name}` in the {title}. {did_you_mean(name, known)}Allowed: {', '.join(known)}."
     if rank.get(kind):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .files import DataError, read_jsonl, replacing
+from .sources import parquet_rows
 
 SOLO = {"prompt": "prompt", "long_prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
 _EVIDENCE = pa.list_(pa.struct([("paragraph", pa.int64()), ("start", pa.int64()), ("end", pa.int64())]))
@@ -25,9 +26,7 @@ SEVERAL = SCHEMA.append(pa.field("all_rejected", pa.list_(pa.string())))  # `rej
 
 def rows_of_file(path: Path) -> Iterator[dict]:
     """Yield the rows of an exported file, .jsonl or .parquet, with all columns of `SCHEMA`."""
-    rows = read_jsonl(path)
-    if path.suffix == ".parquet":
-        rows = (row for part in pq.ParquetFile(path).iter_batches(256) for row in part.to_pylist())
+    rows = (load() for _, load in parquet_rows(path)) if path.suffix == ".parquet" else read_jsonl(path)
     for row in rows:
         if lacking := [name for name in SCHEMA.names if name not in row]:
             raise DataError(f"{path} lacks the column `{lacking[0]}`; only exports of build_data.py have all of them.")

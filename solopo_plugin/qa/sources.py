@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import ijson
 
 from .files import Bytes, DataError, as_data_error, parse_line, reading, shown
-from .kinds import masked
 
 log = logging.getLogger(__name__)
 Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it or raises DataError
@@ -58,7 +57,7 @@ def source_rows(name: str, key: str, subset: str | None, split: str) -> Rows:
     elif os.path.exists(name):
         raise DataError(f"`{key}: {name}` is neither a file nor a folder; a pipe cannot be read, write it to a file.")
     elif FILE_NAME.fullmatch(name) or not HUB_NAME.fullmatch(name):
-        raise DataError(f"`{key}`: there is no file {masked(name)}, and it is no name of the hub; check the path.")
+        raise DataError(f"`{key}`: there is no file {name}, and it is no name of the hub; check the path.")
     else:
         yield from _library_rows(name, name, key, subset, split)
 
@@ -72,7 +71,7 @@ def file_rows(path: Path) -> Rows:
     with reading(path) as file:
         head = file.read(1024)
     if head.startswith(b"PAR1"):
-        yield from _parquet_rows(path)
+        yield from parquet_rows(path)
         return
     if b"\0" in head or head.startswith(PACKED):
         raise DataError(f"{path} begins with {head[:8]!r}, which is no text; unpack it, or make JSON or parquet of it.")
@@ -200,7 +199,12 @@ def _object(item: Any) -> dict:
     return item
 
 
-def _parquet_rows(path: Path) -> Rows:
+def parquet_rows(path: Path) -> Rows:
+    """Yield every row of a parquet file.
+
+    Raises:
+        DataError: No such file, or it cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -96,11 +96,11 @@ def inspect(path: Path, output: Path, n_rows: int = 100, names: tuple[str, ...] 
     if not total:
         raise DataError(f"{path} holds no rows.")
     wanted = {*names, *(name for failed in statistics.failed.values() for name in failed[:EXAMPLES])}
-    step = max(1, total // max(1, n_rows))
+    spread = {i * total // n_rows for i in range(n_rows)}
     shown = [
         reader_row(split, row, source.unit)
         for i, (split, row) in enumerate(source.rows())
-        if row["id"] in wanted or (i % step == 0 and i < n_rows * step)
+        if row["id"] in wanted or i in spread
     ]
     if missing := set(names) - {row["id"] for row in shown}:
         raise DataError(f"{path} has no row of question {min(missing)!r}.")
@@ -195,10 +195,11 @@ def gather(source: Source) -> Statistics:
         key = question_key(row)
         if row["id"] in ids.setdefault(split, set()):
             failed.add("id_repeated")
-        if split == "val" and key in questions.get("train", ()):
+        other = "train" if split == "val" else "val"  # a work folder has the rows of both in one order
+        if key in questions.get(other, ()):
             failed.add("validation_question_in_train")
         texts = {hash(row["prompt"]), hash(row["long_prompt"])}
-        if split == "val" and texts & prompts.get("train", set()):
+        if texts & prompts.get(other, set()):
             failed.add("prompt_in_both_splits")
         ids[split].add(row["id"])
         questions.setdefault(split, set()).add(key)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..qa.files import DataError, as_data_error, lock_folder, split_names, write_json
 from ..qa.generate import check_backend
-from ..qa.provenance import TOKENIZER, WEIGHTS, differences, file_hash, installed_versions, is_earlier_hash
+from ..qa.provenance import differences, file_hash, installed_versions, is_of_model
 from ..qa.store import STORE
 from . import ask, contexts, documents, export, filter, judge, pairs, read, sample, verdicts
 from .recipe import UNSAID, DataRecipe, from_documents, model_files, outside_inputs, stage_settings
@@ -214,7 +214,7 @@ def _changes(finished: dict, inputs: dict, chosen: dict, work: Path) -> list[str
     phrases += [
         f"{file} has changed"
         for file in sorted((old.keys() | inputs.keys()) - models)
-        if old.get(file) != inputs.get(file) and not is_earlier_hash(old.get(file), Path(file), TOKENIZER + WEIGHTS)
+        if not is_of_model(old.get(file), inputs.get(file), Path(file))
     ]
     for file, digest in finished["outputs"].items():
         if not (work / file).exists():
@@ -229,8 +229,7 @@ def _changed_settings(finished: dict, chosen: dict, inputs: dict) -> list[str]:
     old, phrases = finished["settings"], []
     before, now = model_files(old, finished["inputs"]), model_files(chosen, inputs)
     if before and now:
-        same = before == now or is_earlier_hash(before, Path(chosen[MODEL]), TOKENIZER + WEIGHTS)
-        phrases = [] if same else [f"the files of `{MODEL}` have changed"]
+        phrases = [] if is_of_model(before, now, Path(chosen[MODEL])) else [f"the files of `{MODEL}` have changed"]
         old, chosen = ({key: value for key, value in s.items() if key != MODEL} for s in (old, chosen))
     unsaid = {key: value for key, value in UNSAID.items() if key in old or key in chosen}
     return phrases + differences(unsaid | old, unsaid | chosen)

@@ -427,7 +427,7 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
         raise DataError(f"`val_size` must be a share below 1 or a whole number of rows, got {recipe.val_size}.")
     if recipe.ask_prompts and not any(Path(recipe.ask_prompts, name).is_file() for name in sum(PROMPTS.values(), ())):
         raise DataError(
-            f"`ask_prompts: {kinds.masked(recipe.ask_prompts)}` is no folder with a file of prompts; they are called "
+            f"`ask_prompts: {recipe.ask_prompts}` is no folder with a file of prompts; they are called "
             f"{', '.join(sum(PROMPTS.values(), ()))}."
         )
     changed = (
@@ -439,6 +439,6 @@ def make_recipe(values: dict[str, Any]) -> DataRecipe:
         raise DataError(
             "`dataset_name` begins names of files in `dataset_dir`, and of entries that `dataset` lists with commas: "
             "it has no slash, comma or control character, and no blank at its ends; got "
-            f"{kinds.masked(repr(recipe.dataset_name))}."
+            f"{recipe.dataset_name!r}."
         )
     return recipe

@@ -17,7 +17,7 @@ from ..qa.files import DataError, dump, parse_line, read_jsonl, write_jsonl
 from ..qa.generate.calls import Call, Reply, counts_differently
 from ..qa.generate.stored import Found, answer_missing, reply_rows
 from ..qa.prompts import prompt_hash
-from ..qa.provenance import TOKENIZER, WEIGHTS, file_hash, is_earlier_hash
+from ..qa.provenance import file_hash, is_of_model
 from ..qa.recipe import Sampling, pick, settings
 from ..qa.store import STORE, Store
 from .recipe import DataRecipe, model_files, outside_inputs
@@ -119,8 +119,8 @@ def _take_over(recipe: DataRecipe, side: str, chosen: dict, store: Store) -> Non
     """
     others, model = [], Path(recipe.model_name_or_path)
     for other, before in store.sets(side):
-        known = (before.get("outside") or {}).get("model")
-        same = "model" in chosen["outside"] and is_earlier_hash(known, model, TOKENIZER + WEIGHTS)
+        known, now = ((s.get("outside") or {}).get("model") for s in (before, chosen))
+        same = now is not None and is_of_model(known, now, model)
         if before != chosen and (n := alike(before | {"outside": chosen["outside"]} if same else before, chosen)):
             others.append((other, n))
     if others and not store.find(set_id := store.set_of(side, chosen), {})[0]:

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 from toy import recipe_in, weights
 
-from solopo_plugin.evaluation.models import LONGEST_HEADER, find_models
+from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate.calls import Model
 
@@ -72,6 +72,14 @@ def test_checkpoints_in_order_of_steps(tmp_path):
     base = whole(tmp_path / "base")
     got = found(tmp_path, ["org/x"], checkpoints=str(run), with_base=True, model_name_or_path=str(base))
     assert [ref.name for ref in got] == ["x", "base", "checkpoint-3", "checkpoint-20", "checkpoint-100"]
+
+
+def test_the_base_of_two_runs_is_asked_once(tmp_path):
+    base = whole(tmp_path / "models" / "base")
+    for run in ("orpo", "solo"):
+        lora(tmp_path / run / "checkpoint-5", str(base))
+    got = found(tmp_path, None, checkpoints=[str(tmp_path / "orpo"), str(tmp_path / "solo")], with_base=True)
+    assert [ref.name for ref in got] == ["base", "orpo-checkpoint-5", "solo-checkpoint-5"]
 
 
 def test_checkpoints_of_an_adapter(tmp_path):
@@ -197,8 +205,8 @@ def test_a_file_of_another_kind_is_not_read_whole(tmp_path):
     """Its first bytes would be a header beyond what the format allows, 100 MB; a sparse file takes no place."""
     folder = whole(tmp_path / "m")
     with open(folder / "model.safetensors", "wb") as file:
-        file.write((LONGEST_HEADER + 1).to_bytes(8, "little"))
-        file.truncate(LONGEST_HEADER + 100)
+        file.write((100_000_001).to_bytes(8, "little"))
+        file.truncate(100_000_100)
     tracemalloc.start()
     with pytest.raises(DataError, match="or it is no safetensors file"):
         found(tmp_path, [str(folder)])

@@ -7,12 +7,14 @@ import random
 import shutil
 import sqlite3
 import sys
+from argparse import Namespace
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import evaluate
 import pytest
 import toy
 import yaml
@@ -505,6 +507,35 @@ def test_killed_and_resumed_is_uninterrupted(zygote, tokenizer, tmp_path_factory
     assert lines[0][0] == lines[1][0] and sorted(lines[0]) == sorted(lines[1]) and len(lines[0]) == N_QUESTIONS + 1
     assert file_hash(calm / "items.jsonl") == file_hash(killed / "items.jsonl")
     assert any(json.loads(line).get("cut_tokens") for line in lines[0])
+
+
+def test_what_a_stopped_run_has_answered_is_reported(benchmarks, model, server, tmp_path, monkeypatch, caplog, capsys):
+    """Under `--rescore` a model that was not reached is left out, and before the first answer there is a sentence."""
+    recipe = served(tmp_path, [model, str(shutil.copytree(model, tmp_path / "second"))], server)
+    recipe.served_model = {"model": "scripted", "second": "scripted"}
+
+    def stopped(recipe, model, *others):
+        if model.name == behind:
+            raise KeyboardInterrupt
+        ask.ask(recipe, model, *others)
+
+    monkeypatch.setattr(run, "ask", stopped)
+    for behind in ("model", "second"):
+        with pytest.raises(KeyboardInterrupt):
+            run.evaluate(recipe)
+        if behind == "model":
+            with pytest.raises(
+                DataError, match=r"out holds no answers yet, which `--rescore` could score; leave it out"
+            ):
+                run.evaluate(recipe, rescore=True)
+    results = run.evaluate(recipe, rescore=True)
+    assert "second: nothing is answered yet; it is left out." in caplog.text
+    assert {row["model"] for row in results["summary"]} == {"model"}
+    recipe.benchmarks = ["plain", "longbench_qa"]  # of which the other has no answer yet, nor a table
+    monkeypatch.setattr(evaluate, "load_recipe", lambda *_: recipe)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: results)
+    evaluate.ask_and_show(Namespace(recipe="x", overrides=[], select=None, rescore=True, resume=True))
+    assert capsys.readouterr().out.count("Report: ") == 1
 
 
 def test_two_runs_do_not_share_a_folder(benchmarks, model, server, tmp_path):

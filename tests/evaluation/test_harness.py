@@ -31,7 +31,6 @@ from solopo_plugin.evaluation.harness import (
 from solopo_plugin.evaluation.models import complete
 from solopo_plugin.evaluation.recipe import load_recipe
 from solopo_plugin.evaluation.report.tables import harness_table
-from solopo_plugin.evaluation.run import harness_results
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate.calls import Model
 from solopo_plugin.qa.provenance import installed
@@ -249,7 +248,6 @@ def test_not_installed(monkeypatch, tmp_path):
         run_harness(model(), recipe(), tmp_path)
     with pytest.raises(DataError, match="is not installed"):
         check_harness(model(), recipe(), tmp_path)
-    assert harness_results(recipe(harness_tasks=None), model(), False) == []
 
 
 SERVER = dict(backend="openai", server_urls="http://one:8000, http://two:8000/v1")
@@ -326,7 +324,10 @@ def test_a_server_with_completions_gets_the_models_window(case, tmp_path):
 
 BAD = {
     "ours": (dict(harness_args={"tasks": ["x"]}), "`harness_args` cannot set `tasks`; use `harness_tasks` and"),
-    "words": (dict(harness_args={"model_args": "a=b"}), "`model_args` of `harness_args` must be keys with values"),
+    "words": (
+        dict(harness_args={"model_args": "a=b,token=SECRET"}),
+        "`model_args` of `harness_args` must be keys with values, {dtype: bfloat16}; got a str.",
+    ),
     "no server": (dict(backend="openai"), "`backend: openai` needs `server_urls` for toy, such as"),
     "no address": (dict(backend="openai", server_urls="http://[::1/v1"), "`server_urls` has 'http://[::1/v1',"),
     "password": (dict(backend="openai", server_urls="http://u:SECRET@x"), "`server_urls` has a password for http://x"),

@@ -360,7 +360,7 @@ BAD = {  # the file, more words of the command, and how the sentence begins
         "{root}/data/demo_solopo.jsonl lacks the column",
     ),
     "another kind": (lambda f: ROOT / "README.md", "", "{root}/README.md is no .jsonl or .parquet file; give one"),
-    "no parquet": (not_parquet, "", "{f}/x.parquet is no parquet file ("),
+    "no parquet": (not_parquet, "", "{f}/x.parquet is no parquet file that can be read ("),
     "no such row": (bad_rows, "--row q9", "{f}/bad.jsonl has no row 'q9'; its first is 'q0'."),
     "no row": (bad_rows, "--n 0", "{f}/bad.jsonl gives no row; `--n` must be 1 or more, and"),
     "no model": (bad_rows, "--compare /no/model", "No model can be loaded from /no/model: "),

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solopo_plugin.qa import sources
-from solopo_plugin.qa.files import DataError, split_names
+from solopo_plugin.qa.files import DataError, read_jsonl, split_names
 from solopo_plugin.qa.sources import file_rows, source_rows
 
 FUZZ = settings(deadline=None, max_examples=150, derandomize=True, database=None)
@@ -243,6 +243,23 @@ def test_packed_files_that_are_damaged(tmp_path):
 
 
 # ---- names
+
+
+ADDRESSES = {  # as it is given -> as a message shows it
+    "http://user:SECRET@host/c.jsonl": "http://host/c.jsonl", "http:/user:SECRET@host/c": "http:/host/c",
+    "'s3://SECRET@host'": "'s3://host'", "//u:a/SECRET@h": "//h", "(http://u:SECRET@a,http://b)": "(http://a,http://b)",
+    "hf://datasets/a/b@main/c.jsonl": "hf://datasets/a/b@main/c.jsonl", "a@b.org, http://c": "a@b.org, http://c",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ADDRESSES)
+def test_no_message_shows_who_calls_an_address(given):
+    assert str(DataError(f"Cannot read {given}.")) == f"Cannot read {ADDRESSES[given]}."
+
+
+def test_a_file_by_its_address_is_refused_without_its_password():
+    with pytest.raises(DataError, match=r"^Cannot read http:/+host/c\.jsonl: there is no such file"):
+        list(read_jsonl(Path("http://user:SECRET@host/c.jsonl")))
 
 
 def test_only_what_is_not_here_goes_to_the_hub(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, Page
@@ -12,7 +13,7 @@ from small_work import TOKENIZER, Template, context, recipe_for, verdicts, write
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
 from solopo_plugin.qa.prompts import split_documents
 from solopo_plugin.synthesis import export, pairs
-from solopo_plugin.synthesis.look import CHECKS, checks_of, drop_reasons, inspect
+from solopo_plugin.synthesis.look import CHECKS, checks_of, drop_reasons, gather, inspect, open_source
 from solopo_plugin.synthesis.pipeline import ENTRY
 
 UNKNOWN = dict.fromkeys(ENTRY, {})  # of a stage, what it was made from
@@ -212,6 +213,17 @@ def test_every_planted_fault_is_found(work, tmp_path, check):
     assert CHECKS[check] in page.text and ("a", {"href": f"#row={found[check][0]}"}) in page.tags
 
 
+@pytest.mark.parametrize("check", ["validation_question_in_train", "prompt_in_both_splits"])
+@pytest.mark.parametrize("first", ["train", "val"])
+def test_a_leak_is_found_in_either_order(work, tmp_path, check, first):
+    """A work folder has the rows of both splits in one order, in which validation may come first."""
+    source = open_source(tmp_path / "data" / "toy_solopo.jsonl")
+    rows = [row for _, row in source.rows()]
+    pair = [("train", rows[1]), ("val", planted(rows)[check][-1])]
+    leaky = replace(source, rows=lambda: iter(pair if first == "train" else pair[::-1]))
+    assert len(gather(leaky).failed[check]) == 1
+
+
 @pytest.mark.parametrize(
     "gold, said, right",
     [
@@ -360,6 +372,9 @@ def test_rows_of_the_reader(work, tmp_path):
     spread = [row["id"] for row in json.loads(Page(tmp_path / "out" / "index.html").scripts[0])]
     order = [row["id"] for row in read_jsonl(work / "pairs.jsonl") if row["set"] == "solopo"]
     assert spread == [order[0], order[3]]
+    inspect(work, tmp_path / "out", 4)
+    four = [row["id"] for row in json.loads(Page(tmp_path / "out" / "index.html").scripts[0])]
+    assert len(order) == 6 and four == [order[0], order[1], order[3], order[4]]
     inspect(work, tmp_path / "out", 2, (order[4],))
     assert [row["id"] for row in json.loads(Page(tmp_path / "out" / "index.html").scripts[0])] == [*spread, order[4]]
     with pytest.raises(DataError, match="has no row of question 'q99'"):

@@ -401,7 +401,7 @@ class _Servers:
         if status in (401, 403):
             return f"put a valid key into the environment variable {self.api_key_env}"
         if status == 407:
-            return "the proxy wants credentials: HTTP_PROXY=http://user:password@host:port"
+            return "the proxy wants credentials: write user:password@ before the host in HTTP_PROXY"
         if status < 400 or status in (404, 405):
             return "check `server_urls` (they mostly end in /v1) and `served_model`"
         return "correct the recipe"
