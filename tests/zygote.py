@@ -203,6 +203,11 @@ def main() -> None:
     import llamafactory.train.tuner  # noqa: F401
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
+    with suppress(ImportError):  # once for all ranks; its extension, of `inference_all_reduce` alone, would be compiled
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     for name in sys.argv[1:]:
         importlib.import_module(name)
 

@@ -98,10 +98,9 @@ def test_two_that_share_equal_one(train, run, recipe, tmp_path, monkeypatch):
 
 CPU_CHECKPOINTS = dict(activation_checkpointing=dict(partition_activations=True, cpu_checkpointing=True))
 STAGES = {
-    "z2": dict(pref_loss="ipo", finetuning_type="lora"),
+    "z2": dict(pref_loss="hinge", finetuning_type="lora", max_samples=7),
     "z3": dict(pref_loss="sigmoid", solopo_reference="online", gradient_accumulation_steps=2, max_samples=12),
     "z3_offload": dict(solopo_objective="longpo", solopo_mlp_chunk=50, solopo_longpo_lambda=0.5) | ADAM,
-    "z2_offload": dict(pref_loss="hinge", max_samples=7) | ADAM,
 }
 
 
@@ -159,21 +158,20 @@ def test_two_groups_of_two_equal_two_and_four(train):
     same_numbers(four["halves"], four["shuffled_4"])
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_killed_and_resumed(train, recipe, tmp_path, groups):
-    """A run that was killed between checkpoints ends with the weights of one that was not, to the last bit."""
+def test_killed_and_resumed(train, tmp_path):
+    """Two groups of two, killed between checkpoints, end with the weights of ones that were not, to the last bit."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     common = BASE | SHARED | zero("z2") | dict(
-        pref_loss="ipo", per_device_train_batch_size=2 // groups, save_strategy="steps", save_steps=2, max_samples=10,
+        pref_loss="ipo", per_device_train_batch_size=1, save_strategy="steps", save_steps=2, max_samples=10,
         num_train_epochs=2.0, optim="adamw_torch", learning_rate=1e-3, disable_shuffling=None,
         overwrite_output_dir=None,
     )  # fmt: skip
-    whole, _ = train(2 * groups, whole=common)
-    train(2 * groups, check=False, env=dict(DIE_AT_STEP="7"), parts=common)
+    whole, _ = train(4, whole=common)
+    train(4, check=False, env=dict(DIE_AT_STEP="7"), parts=common)
     assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] and not (
         tmp_path / "parts" / "all_results.json"
     ).exists()
-    parts, out = train(2 * groups, parts=common)
+    parts, out = train(4, parts=common)
     assert "10 rows are in" in out  # the reference was scored before
     assert [e["step"] for e in parts["parts"].log if "loss" in e] == [*range(1, 11)]
     for name, weight in whole["whole"].weights.items():

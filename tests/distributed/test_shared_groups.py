@@ -48,21 +48,14 @@ def no_ties(found):
     return found
 
 
-GROUPS = {
-    "lora": dict(pref_loss="ipo", finetuning_type="lora", solopo_align_on="both", disable_shuffling=None),
-    "longpo": dict(solopo_objective="longpo", solopo_longpo_lambda=0.5, disable_shuffling=None),
-}
+def test_groups_under_zero3(train):  # noqa: F811
+    """Two groups of two and two ranks with whole rows: LongPO, LoRA with its adapter off as reference; rows shuffled.
 
-
-@pytest.mark.parametrize("case", GROUPS)
-def test_groups_under_zero3(train, case):  # noqa: F811
-    """Two groups of two and two ranks with whole rows: LoRA with its adapter off as reference, LongPO; rows shuffled.
-
-    13 rows, batches of 2: a group fills up its last batch as a rank does. Each in a start of its own, as DeepSpeed
-    keeps process groups that the host ends with a run.
+    13 rows, batches of 2: a group fills up its last batch as a rank does.
     """
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    common = BASE | zero("z3") | dict(max_samples=13, per_device_train_batch_size=2) | GROUPS[case]
+    common = BASE | zero("z3") | dict(max_samples=13, per_device_train_batch_size=2, disable_shuffling=None)
+    common |= dict(solopo_objective="longpo", solopo_longpo_lambda=0.5, finetuning_type="lora")
     two, _ = train(2, two=common)
     four, _ = train(4, four=common | SHARED)
     same_numbers(no_ties(two["two"]), no_ties(four["four"]))
