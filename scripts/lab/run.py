@@ -15,20 +15,17 @@ questions now is run again; nothing else is.
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import lab_rows
 import real
 import two_hop
 from arms import arms, chosen_rate, recipe, table
+from pool import in_parallel
 from recall import ROOT
 
 from solopo_plugin.qa.files import DataError, write_json
@@ -102,30 +99,6 @@ def environment(out: Path, cpu: bool = True) -> None:
     card = "" if cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # more would multiply a step's rows
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=card)
     os.environ.update(SOLOPO_CACHE=str(out / "cache"), HF_DATASETS_CACHE=str(out / "cache/datasets"))
-
-
-def begin() -> None:
-    """Begin a worker, which makes one run after another with one thread."""
-    import torch
-
-    torch.set_num_threads(1)
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
-
-
-def end_with_the_parent() -> None:
-    """End this worker when its runner is killed: it would go on, beside the next runner's."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def run_quietly(work, log: Path, *args):
-    """Call `work(*args)` in a worker; what it and its libraries print goes to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
-        for stream in (sys.stdout, sys.stderr):  # by descriptor: loggers keep the streams that they saw first
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
-    return work(*args)
 
 
 def train(job: dict) -> None:
@@ -212,38 +185,6 @@ def measure_base(job: dict) -> None:
     """Measure the base and write the result."""
     task = task_of(job["task"])
     write_json(Path(job["result"]), {"key": job["key"], **accuracy_of(task, task.BASE, 0)})
-
-
-def in_parallel(workers: int, calls: dict, what: str) -> list[str]:
-    """Run `calls` (name -> (function, log, *arguments)) with a progress bar; returns what failed, one line each.
-
-    A process that is killed, as one is where memory runs out, breaks its pool: the rest then runs one at a time.
-    """
-    from tqdm import tqdm
-
-    left, failed, context = dict(calls), [], multiprocessing.get_context("spawn")
-    bar = tqdm(total=len(calls), desc=what)
-    while left:
-        with ProcessPoolExecutor(workers, context, begin) as pool:
-            waiting = {pool.submit(run_quietly, *call): name for name, call in left.items()}
-            for future in as_completed(waiting):
-                error = future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    continue
-                name = waiting[future]
-                bar.update()
-                del left[name]
-                if error:
-                    failed.append(f"{name}: {type(error).__name__}: {error}; see {calls[name][1]}")
-        if left and workers == 1:  # the first one was running
-            name = next(iter(left))
-            failed.append(f"{name}: its process was killed, mostly for lack of memory; see {left.pop(name)[1]}")
-            bar.update()
-        elif left:
-            bar.write("A process was killed, mostly for lack of memory; the rest runs one at a time.", file=sys.stderr)
-            workers = 1
-    bar.close()
-    return failed
 
 
 def wanted_arms(args, parser) -> list[str]:
