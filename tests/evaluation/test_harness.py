@@ -4,10 +4,13 @@ import ast
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import subprocess
+import time
 import traceback
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,7 +94,7 @@ def likeliest(path: str, questions: list[str]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_it_runs_once_and_its_result_comes_back(tiny_model, tasks, tmp_path):
+def test_it_runs_once_and_its_result_comes_back(tiny_model, tasks, tmp_path, request):
     """Really run; a second time what is there is read; a wrong task is one sentence and takes nothing away."""
     chosen = likeliest(tiny_model(), [f"Colour of thing {i}?" for i in range(10)])
     accuracy = sum(choice == i % 3 for i, choice in enumerate(chosen)) / 10
@@ -110,12 +113,27 @@ def test_it_runs_once_and_its_result_comes_back(tiny_model, tasks, tmp_path):
     assert "toy_colours" in (folder / "log.txt").read_text() and not list(folder.glob("cache*"))
 
     wrong = recipe(harness_tasks=["toy_coulors"], harness_args=args)
+    request.getfixturevalue("forked")
     with pytest.raises(DataError) as error:
         run_harness(model(tiny_model(), name="other"), wrong, tmp_path)
     assert str(error.value) == (
         "lm-evaluation-harness ended with 1 for other: ValueError: Tasks not found: toy_coulors; "
         f"`python -m lm_eval ls tasks` lists them; see {tmp_path}/harness/other/log.txt."
     )
+
+
+@pytest.fixture
+def forked(zygote, monkeypatch, tmp_path):
+    """Fork the harness from a process that has imported the most of it; see zygote.py."""
+    monkeypatch.setattr("solopo_plugin.evaluation.harness.subprocess.Popen", partial(start_forked, zygote, tmp_path))
+
+
+def start_forked(zygote, folder: Path, command: list[str], env: dict, **_):
+    os.mkfifo(pipe := folder / f"pipe_{time.monotonic_ns()}")
+    run = zygote.start(ROOT / "solopo_plugin/evaluation/harness_process.py", *command[3:], log=pipe, env=env)
+    run.stderr = open(pipe, "rb")
+    pipe.unlink()
+    return run
 
 
 @pytest.fixture
@@ -369,7 +387,7 @@ def refuse(request) -> tuple[int, dict]:
 
 
 @pytest.mark.slow
-def test_prompts_beyond_a_servers_window_are_counted(tiny_model, tmp_path, monkeypatch, caplog):
+def test_prompts_beyond_a_servers_window_are_counted(tiny_model, forked, tmp_path, monkeypatch, caplog):
     """Really run, past a proxy that is dead: 3,000 tokens arrive whole in a window of 4,096, 5,000 do not.
 
     Scored are three choices behind each prompt, and one answer is generated behind each.
@@ -421,7 +439,7 @@ KEY = "sk-SENTINEL-0123456789"
 
 
 @pytest.mark.slow
-def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, tmp_path, monkeypatch, capfd, caplog):
+def test_a_servers_key_is_in_no_file_of_a_run(tiny_model, tasks, forked, tmp_path, monkeypatch, capfd, caplog):
     """Really run against a server that refuses and repeats the key; command line, files, log and sentence lack it."""
     started = []
     popen = subprocess.Popen
