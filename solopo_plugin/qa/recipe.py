@@ -107,6 +107,8 @@ def settings(recipe: Any, stage: str) -> dict[str, Any]:
 def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
     """Read the keys of a YAML file and of `key=value` words that override them; they are not yet checked.
 
+    `key={a: 1}` replaces the file's value as a whole, `key.a=1` one part of it.
+
     Raises:
         DataError: No such file, no YAML, or a word without `=`.
     """
@@ -118,8 +120,11 @@ def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
         if "=" not in word:
             raise DataError(f"`{word}` is no `key=value`; write for example `seed=1`.")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides or []))
-        values = OmegaConf.to_container(merged, resolve=True)
+        recipe, given = OmegaConf.load(path), OmegaConf.from_cli(overrides or [])
+        for name in (word.partition("=")[0] for word in overrides or []):
+            if OmegaConf.is_dict(OmegaConf.select(given, name, throw_on_resolution_failure=False)):
+                OmegaConf.update(recipe, name, None)  # or the recipe's parts would stay beside those that are given
+        values = OmegaConf.to_container(OmegaConf.merge(recipe, given), resolve=True)
     except OSError as error:
         raise DataError(f"Cannot read the recipe {path}: {error.strerror or error}.") from None
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:

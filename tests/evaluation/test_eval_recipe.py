@@ -141,6 +141,30 @@ def test_values_take_the_form_of_their_key(tmp_path):
     assert first == second and first.ruler_lengths is not second.ruler_lengths
 
 
+@pytest.mark.parametrize("words, wanted", [
+    (["models={before: A, after: B}"], {"models": {"before": "A", "after": "B"}}),
+    (["models.base=A"], {"models": {"base": "A", "lora": "L"}}),
+    (["models={a: A}", "models.b=B"], {"models": {"a": "A", "b": "B"}}),
+    (["models=A,B"], {"models": ["A", "B"]}),
+    (["ruler_data={musique: F}"], {"ruler_data": {"musique": "F"}}),
+    (["niah_needles={mine: F}"], {"niah_needles": {"mine": "F"}}),
+    (["runs={}"], {"runs": {}}),
+    (["runs={x: [a]}", "models={a: '${output_dir}/a'}"], {"runs": {"x": ["a"]}, "models": {"a": "out/a"}}),
+    (["harness_args.limit=20"], {"harness_args": {"limit": 20, "model_args": {"dtype": "auto"}}}),
+    (["harness_args={limit: 20}"], {"harness_args": {"limit": 20}}),
+    (["harness_args.model_args={device: cpu}"], {"harness_args": {"limit": 1, "model_args": {"device": "cpu"}}}),
+    (["server_urls={a: http://a/v1}"], {"server_urls": {"a": "http://a/v1"}}),
+])  # fmt: skip
+def test_a_key_of_the_command_line_replaces_the_recipes_and_a_part_of_one_that_part(words, wanted, tmp_path):
+    path, dicts = tmp_path / "r.yaml", {
+        "models": {"base": "org/base", "lora": "L"}, "ruler_data": {"squad": "hub/squad"}, "niah_needles": {"s": "S"},
+        "runs": {"row": ["base", "lora"]}, "harness_args": {"limit": 1, "model_args": {"dtype": "auto"}},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(BASE | dicts | {"harness_tasks": ["ifeval"], "output_dir": "out"}))
+    made = load_recipe(str(path), words)
+    assert {name: getattr(made, name) for name in {**dicts, **wanted}} == dicts | wanted
+
+
 @pytest.mark.parametrize("select, given, chosen", [
     (None, None, None), ("plain", None, "plain"), ("", None, "validation"), ("", "plain", "plain"),
     (None, "plain", "plain"),
