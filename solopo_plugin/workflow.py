@@ -144,7 +144,8 @@ def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     with recorded(data_args, training_args, tokenizer, template):
-        check_vocabulary(tokenizer, template, model_args)
+        if not model_args.resize_vocab:
+            check_vocabulary(tokenizer, template, load_config(model_args), model_args.model_name_or_path)
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)

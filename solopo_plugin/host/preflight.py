@@ -1,6 +1,7 @@
 """Seam 5 (docs/seams.md): all that a recipe of `stage: solopo` lacks on this machine is told in one message."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -133,22 +134,24 @@ def listed(sentences: list[str]) -> str:
     return f"{len(sentences)} things keep this recipe from starting here:{lines}"
 
 
-def check_vocabulary(tokenizer, template, model_args) -> None:
-    """Refuse a template whose stop tokens the model has no embedding for: training would end in an IndexError.
+def check_vocabulary(tokenizer, template, config, name: str) -> None:
+    """Refuse a template whose stop tokens the model has no embedding for: all would end in an IndexError.
+
+    Args:
+        tokenizer: As the host leaves it, with the template's tokens.
+        template: The host's.
+        config: Of the model.
+        name: Of the model, for the message.
 
     Raises:
-        ValueError: Such a token, and no `resize_vocab`.
+        ValueError: There is such a token.
     """
-    from llamafactory.model.loader import load_config
-
-    size = getattr(load_config(model_args).get_text_config(), "vocab_size", None)
-    if size is None or model_args.resize_vocab:
-        return
+    size = getattr(config.get_text_config(), "vocab_size", None) or math.inf
     for token in (tokenizer.eos_token, *template.stop_words):
         if token is not None and (tokenizer.convert_tokens_to_ids(token) or 0) >= size:
             raise ValueError(
-                f"`template` writes the token {token!r}, which {model_args.model_name_or_path} does not know (its "
-                f"vocabulary has {size}): is it this model's template? To teach it new tokens set `resize_vocab: true`."
+                f"`template` writes the token {token!r}, which {name} does not know (its vocabulary has {size}): is "
+                "it this model's template? Only training with `resize_vocab: true` teaches new tokens."
             )
 
 

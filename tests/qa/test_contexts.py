@@ -439,6 +439,10 @@ def test_a_pool_that_is_too_small(model, tmp_path):
         build(tmp_path, model, make_questions(3), long_tokens=8000)
     with pytest.raises(DataError, match=r"`template: qwem` is no template of the host; did you mean `qwen`\?"):
         build(tmp_path, model, make_questions(3), template="qwem")
+    with pytest.raises(
+        DataError, match=r"`template` writes the token '<\|im_end\|>', which .*base does not know \(its v"
+    ):
+        build(tmp_path, str(ROOT / "data/lab/base"), make_questions(3), template="qwen")
     with pytest.raises(DataError, match=r"No tokenizer can be loaded from `model_name_or_path: \S+none`"):
         build(tmp_path, str(tmp_path / "none"), make_questions(3))
 

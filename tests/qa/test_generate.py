@@ -1029,10 +1029,10 @@ THOUGHT = "<|channel>thought\nAn island. The answer is: Karvik<channel|>The docu
 
 @pytest.fixture
 def marked_model(tiny_model, tmp_path) -> str:
-    """A tiny model whose tokenizer has the marks of Gemma 4's thoughts as special tokens."""
-    path = str(shutil.copytree(tiny_model(), tmp_path / "marked"))
+    """A tiny model whose tokenizer has the marks of Gemma 4's thoughts, and of its turns' ends, as special tokens."""
+    path = str(shutil.copytree(tiny_model(vocab_size=1024), tmp_path / "marked"))
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in (*MARKS, "<turn|>")])
     tokenizer.save_pretrained(path)
     return path
 

@@ -1,9 +1,11 @@
 """Say what is asked of a model and what comes back, the same for every backend."""
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ...host.preflight import check_vocabulary
 from ...host.template import load_template
 from ..files import DataError
 from ..recipe import Chat
@@ -91,14 +93,22 @@ def load_chat(tokenizer: str, chat: Chat) -> tuple:
         chat: The template and its keys.
 
     Raises:
-        DataError: There is no such template or tokenizer.
+        DataError: There is no such template or tokenizer, or the model beside it lacks the template's tokens.
     """
+    from transformers import AutoConfig
+
     try:
-        return load_template(
+        loaded = load_template(
             tokenizer, chat.template, chat.default_system, chat.enable_thinking, chat.trust_remote_code
         )
+        config = None
+        with suppress(Exception):  # there may be a tokenizer alone, and of what is wrong with a model its loader tells
+            config = AutoConfig.from_pretrained(tokenizer, trust_remote_code=chat.trust_remote_code)
+        if config is not None:
+            check_vocabulary(*loaded, config, tokenizer)
     except ValueError as error:
         raise DataError(str(error)) from None
+    return loaded
 
 
 def call_seed(seed: int, call: Call) -> int:
