@@ -91,7 +91,7 @@ class EvalRecipe:
     # answers
     max_input_tokens: kinds.Count = key(
         31500,
-        "answers ruler_qa niah_plus",
+        "answers ruler_qa niah_plus validation",
         "Longer prompts lose their middle, counted. LongBench's value for windows of 32K.",
     )
     max_new_tokens: kinds.Count = shared(

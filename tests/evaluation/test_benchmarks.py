@@ -295,6 +295,11 @@ def test_validation_rows(exported, ask, kind):
     few = ask("validation", validation_data=str(folder / f"made_solopo_val.{kind}"), max_samples=4)
     short, long = ([i.id for i in few if i.task == task] for task in ("short", "long"))
     assert short == long and len(short) == 4
+    message = (
+        r"made_solopo_val.*: the long prompt of q\w+ has 1[2-5]\d\d tokens, more than `max_input_tokens: 1200`, and "
+    )
+    with pytest.raises(DataError, match=message):
+        ask("validation", validation_data=str(folder / f"made_solopo_val.{kind}"), max_input_tokens=1200)
     message = r"there is no such file; the data pipeline writes one where its recipe has `val_size` above 0: python "
     with pytest.raises(DataError, match=message):
         ask("validation", validation_data=str(folder / f"none.{kind}"))

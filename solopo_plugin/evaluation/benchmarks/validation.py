@@ -1,13 +1,15 @@
 """The validation rows of scripts/build_data.py, whose questions are held out of training.
 
 `validation_data` is <dataset_name>_solopo_val.jsonl or .parquet. Each row is asked twice: as task `short` with `prompt`
-and as task `long` with `long_prompt`, both as they were made, so that the difference is what the context costs.
+and as task `long` with `long_prompt`, both as they were made, so that the difference is what the context costs: a
+prompt that `max_input_tokens` would cut is refused.
 """
 
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from ...host.template import encode_prompt
 from ...qa.files import DataError
 from ...qa.questions import id_at, objects
 from ..items import Item
@@ -19,7 +21,7 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
     """Yield both questions of each row; `max_samples` chooses the same rows for both.
 
     Raises:
-        DataError: There is no such file, or a row lacks what an export has.
+        DataError: There is no such file, a row lacks what an export has, or a prompt is too long.
     """
     assert recipe.validation_data is not None  # the recipe sees to it
     path = Path(recipe.validation_data)
@@ -29,7 +31,14 @@ def items(recipe: EvalRecipe, tokenizer, template) -> Iterator[Item]:
             "`val_size` above 0: python scripts/build_data.py RECIPE val_size=200."
         )
     rows = partial(rows_of, str(path), "validation_data", None, "train")
-    yield from items_of(rows, _items, f"`validation_data: {path}`", recipe, tokenizer, template)
+    for item in items_of(rows, _items, f"`validation_data: {path}`", recipe, tokenizer, template):
+        if (tokens := len(encode_prompt(tokenizer, template, item.prompt))) > recipe.max_input_tokens:
+            raise DataError(
+                f"`validation_data: {path}`: the {item.task} prompt of {item.id} has {tokens} tokens, more than "
+                f"`max_input_tokens: {recipe.max_input_tokens}`, and would lose its middle; raise that to the rows' "
+                "`long_tokens`."
+            )
+        yield item
 
 
 def _items(row: dict) -> Iterator[Item]:
