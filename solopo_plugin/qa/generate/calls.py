@@ -98,17 +98,17 @@ def load_chat(tokenizer: str, chat: Chat) -> tuple:
     from transformers import AutoConfig
 
     try:
-        loaded = load_template(
+        known, template = load_template(
             tokenizer, chat.template, chat.default_system, chat.enable_thinking, chat.trust_remote_code
         )
         config = None
         with suppress(Exception):  # there may be a tokenizer alone, and of what is wrong with a model its loader tells
             config = AutoConfig.from_pretrained(tokenizer, trust_remote_code=chat.trust_remote_code)
         if config is not None:
-            check_vocabulary(*loaded, config, tokenizer)
+            check_vocabulary(known, template, config, tokenizer)
     except ValueError as error:
         raise DataError(str(error)) from None
-    return loaded
+    return known, template
 
 
 def call_seed(seed: int, call: Call) -> int:
