@@ -21,6 +21,8 @@ from override_table import YAML
 from safetensors.torch import load_file
 from test_recipes import ORIGIN, plain
 
+from solopo_plugin.qa.recipe import read_values
+
 FOLDER = YAML / "models"
 FORM = {True: "packed", False: "two stages"}
 THINKING = {  # what a thinking model's recipes change
@@ -82,6 +84,13 @@ def overrides(row: Row, part: str) -> list[str]:
 # ---- what the files and the page say
 
 
+# Below examples/yaml, by model; then what LoRA on one GPU changes of it.
+PAPERS = {"full": "{}/solo_orpo.yaml", "lora": "{}/solo_orpo.yaml", "data": "data/{}.yaml"}
+LORA = dict(finetuning_type="lora", lora_rank=16, lora_target="all", quantization_bit=4, learning_rate=5e-5,
+            gradient_accumulation_steps=64, solopo_detach_short=True,
+            deepspeed=None, ddp_timeout=None, save_total_limit=None)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["lora", "full", "data", "eval"])
 def test_every_number_has_an_origin(name):
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
@@ -96,9 +105,12 @@ def test_every_number_has_an_origin(name):
 
 def test_files_are_the_papers_but_for_the_model():
     """Beside the recipes of Qwen2.5-7B: the same method, batch and rates; the short side is detached."""
-    pairs = {"full": "qwen2.5-7b/solo_orpo", "lora": "lora/qwen2.5-7b_solo_orpo_lora", "data": "data/qwen2.5-7b"}
-    for name, paper in pairs.items():
-        own, other = (yaml.safe_load(path.read_text()) for path in (FOLDER / f"{name}.yaml", YAML / f"{paper}.yaml"))
+    for name, paper in PAPERS.items():
+        own, other = (
+            yaml.safe_load(path.read_text()) for path in (FOLDER / f"{name}.yaml", YAML / paper.format("qwen2.5-7b"))
+        )
+        if name == "lora":
+            other |= LORA
         changed = {key for key in own | other if own.get(key) != other.get(key)}
         of_model = {
             "model_name_or_path",
@@ -109,10 +121,24 @@ def test_files_are_the_papers_but_for_the_model():
             "dataset_name",
             "work_dir",
         }
-        ours = {"solopo_detach_short"} if name == "full" else set()  # where we would start; `lora`'s pair too
+        ours = {"solopo_detach_short"} if name == "full" else set()  # where we would start
         assert changed <= of_model | ours, name
         assert own.get("solopo_detach_short") is (None if name == "data" else True)
     assert own["enable_thinking"] is False and own["model_name_or_path"] == MODELS["qwen3_4b"].model
+
+
+@pytest.mark.parametrize(
+    "name, folder, more", [("qwen2.5_7b", "qwen2.5-7b", []), ("llama3.1_8b", "llama3.1-8b", ["solopo_alpha=4"])]
+)
+def test_the_papers_models_by_lora(name, folder, more):
+    """By their row of the table, and a key that the page names: the paper's run, but for LoRA; and its rows."""
+    assert all(f"`{word}`" in page() for word in more)
+    changes = {"lora": LORA | {"output_dir": f"saves/{name}/lora"}, "data": {}}
+    for part, change in changes.items():
+        own = read_values(str(FOLDER / f"{part}.yaml"), overrides(MODELS[name], part) + more * (part == "lora"))
+        other = yaml.safe_load((YAML / PAPERS[part].format(folder)).read_text()) | change | {"enable_thinking": False}
+        assert own == {key: value for key, value in other.items() if value is not None}
+    assert f"examples/yaml/data/{folder}.yaml" in page()
 
 
 def test_the_page_has_the_overrides_that_are_tested():
@@ -248,7 +274,9 @@ def tiny_shape(config) -> dict:
 
 
 @pytest.mark.slow(keep=["lora-*"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("qwen3_8b", "gemma3_4b", "qwen3.5_9b")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in ("qwen3_8b", "llama3.1_8b", "gemma3_4b", "qwen3.5_9b")]
+)
 @pytest.mark.parametrize("file", ["lora", "full"])
 def test_trains_when_tiny(name, file, run, tiny_model, tmp_path, host_log):
     """Three steps of the recipe's own keys; of models with one form of architecture the first."""

@@ -386,7 +386,7 @@ def test_recipes_of_the_paper_and_for_one_gpu():
     recipe, setup = read_recipe(ROOT / "examples/yaml/qwen2.5-7b/solo_dpo.yaml", gpus=4)
     assert recipe["cutoff_len"] == 10240
     assert setup == Setup(gpus=4, zero=3, offload_optimizer=True, offload_param=True)
-    _, setup = read_recipe(ROOT / "examples/yaml/lora/qwen2.5-7b_solo_orpo_lora.yaml", gpus=1)
+    _, setup = read_recipe(ROOT / "examples/yaml/models/lora.yaml", gpus=1)
     assert setup == Setup(lora_rank=16, frozen=0.5, weights=6, gradients=4, optimizer=8)
 
 
@@ -398,7 +398,7 @@ def test_every_shipped_recipe_is_planned():
             continue
         assert read_recipe(path, gpus=4)[1].zero == 3 * ("deepspeed" in recipe)
         planned += 1
-    assert planned == 26
+    assert planned == 25
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,8 @@ PACKED = (
 )
 OFFLOADED = "A GPU holds the same on 1 as on many: the model's state is in host memory, only rows are shared."
 WHOLE = "Each GPU holds the whole model with its optimizer, however many there are."
-LORA = "examples/yaml/lora/qwen2.5-7b_solo_orpo_lora.yaml"
+LORA = "examples/yaml/models/lora.yaml"
+QWEN = "model_name_or_path=Qwen/Qwen2.5-7B-Instruct template=qwen"
 ANSWERS = {
     "examples/yaml/qwen2.5-7b/solo_orpo.yaml --gpus 4": (
         "Fits. "
@@ -553,7 +554,7 @@ ANSWERS = {
         "however many GPUs; DeepSpeed advises 1.5 times as much, 205.6 GB in all, for buffers.",
         "GPUs: an optimizer step has 16 rows, 16 on each GPU. " + OFFLOADED,
     ),
-    f"{LORA} --gpu-memory 24": (
+    f"{LORA} {QWEN} --gpu-memory 24": (
         "Fits. "
         + PACKED
         + "It takes 12.5 GB on the GPU of 24 GB at a prompt of 9,984 tokens. The longest prompt is 31,248 "
@@ -562,7 +563,7 @@ ANSWERS = {
         "Host memory: nothing is offloaded.",
         "GPUs: an optimizer step has 64 rows, 64 on each GPU. " + WHOLE,
     ),
-    f"{LORA} --gpu-memory 80": (
+    f"{LORA} {QWEN} --gpu-memory 80": (
         "Fits. "
         + PACKED
         + "It takes 12.5 GB on the GPU of 80 GB at a prompt of 9,984 tokens. The longest prompt is 32,512 "
@@ -838,7 +839,7 @@ def test_a_measurement_calibrates_the_answer(monkeypatch, capsys):
     runs = [("V0", "lora", 8192, 400e12, 1.25), ("S3", "lora", 8192, 200e12, 1.5), ("S3", "lora", 32768, 1e12, 9),
             ("S3", "full", 8192, 1e12, 9)]  # fmt: skip
     plan.GPU_JSON.write_text(json.dumps(measured(settings, runs)))
-    answer, _, _, basis, *_ = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA))
+    answer, _, _, basis, *_ = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA), *QWEN.split())
     assert basis.endswith(
         "gpu.json (A card, 2026-01-02) where that has the same: S3 at 8,192 tokens 200 TFLOP/s and 1.50 times the "
         "predicted peak; V0 at 8,192 tokens 400 TFLOP/s and 1.25 times the predicted peak."
@@ -853,7 +854,7 @@ def test_a_measurement_calibrates_the_answer(monkeypatch, capsys):
 @pytest.mark.parametrize("text, said", [("{}", "KeyError: 'settings'"), ("not json", "JSONDecodeError")])
 def test_measurements_that_cannot_be_used_are_said(monkeypatch, capsys, text, said):
     plan.GPU_JSON.write_text(text)
-    basis = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA))[3]
+    basis = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA), *QWEN.split())[3]
     assert basis.startswith("Basis: arithmetic; ") and f"gpu.json cannot be used ({said}" in basis
 
 
@@ -862,7 +863,7 @@ def test_other_fine_tuning_and_a_dry_run_are_not_used(monkeypatch, capsys, tunin
     document = measured(PRESETS["qwen2.5-7b"], [("S3", tuning, 8192, 1e12, 9)])
     document["runs"] = {name: run for name, run in document["runs"].items() if name.startswith("S3")}
     plan.GPU_JSON.write_text(json.dumps(document | {"dry": dry}))
-    basis = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA))[3]
+    basis = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA), *QWEN.split())[3]
     assert basis.endswith("gpu.json has no measurement of lora fine-tuning on a GPU.")
 
 

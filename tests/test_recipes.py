@@ -27,7 +27,7 @@ from arms import arms  # noqa: E402
 from arms import recipe as lab_recipe  # noqa: E402
 
 DEMO = YAML / "demo_solo_orpo.yaml"
-FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "lora", "long")
+FOLDERS = ("qwen2.5-7b", "llama3.1-8b", "long")
 FILES = sorted(p.relative_to(YAML).as_posix() for f in FOLDERS for p in (YAML / f).rglob("*.yaml"))
 RUNS: dict[str, Run] = {  # output_dir below saves/ -> the row of the README's table
     re.fullmatch(r"output_dir=saves/(.+)", run.overrides[-1])[1]: run
@@ -57,9 +57,9 @@ def keys(name: str) -> dict:
 
 
 def test_count():
-    # Table 3: 12 runs of Qwen, 5 of Llama. LoRA: 1. Long: 2. In the table: expand-long 4 + 2, aligning both 3 + 1, KL
+    # Table 3: 12 runs of Qwen, 5 of Llama. Long: 2. In the table: expand-long 4 + 2, aligning both 3 + 1, KL
     # 3 + 1, four alphas of each SoLo, LongPO on Llama, self-distillation.
-    assert len(FILES) == 12 + 5 + 1 + 2 == 20
+    assert len(FILES) == 12 + 5 + 2 == 19
     assert len(RUNS) == 6 + 4 + 4 + 16 + 1 + 1 == 32
     assert len(ABLATIONS) == 25
     stray = {p.relative_to(YAML).as_posix() for p in YAML.rglob("*.y*ml")} - set(FILES) - {DEMO.name}
@@ -107,10 +107,6 @@ OF_MODEL = {
     "qwen2.5-7b": ["model_name_or_path: Qwen/Qwen2.5-7B-Instruct  # paper", "template: qwen"],
     "llama3.1-8b": ["model_name_or_path: meta-llama/Llama-3.1-8B-Instruct  # paper", "template: llama3"],
 }
-LORA = {  # the keys in which the LoRA recipe differs
-    "finetuning_type: lora  # ours",
-    "gradient_accumulation_steps: 64  # ours; 64 rows a step are the paper's",
-}
 LONG = {  # recipe -> lines that it alone has; tests/test_plan.py looks at the figures of its header
     "long/qwen2.5-7b_64k.yaml": (
         "gradient_accumulation_steps: 32  # ours; x 2 rows at a time = 64 rows a step, which is the paper's",
@@ -123,7 +119,7 @@ LONG = {  # recipe -> lines that it alone has; tests/test_plan.py looks at the f
         "cutoff_len: 131072  # ours; the model's window",
     ),
 }
-RATES = {"sft": 1e-5, "dpo": 5e-7, "simpo": 1e-6, "orpo": 5e-6, "longpo": 5e-7, "solo_orpo_lora": 5e-5}
+RATES = {"sft": 1e-5, "dpo": 5e-7, "simpo": 1e-6, "orpo": 5e-6, "longpo": 5e-7}
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -145,25 +141,13 @@ def test_long_recipes_are_the_papers_run_but_for_what_they_say(name):
 @pytest.mark.parametrize("name", [name for name in FILES if name not in LONG])
 def test_files_share_what_the_papers_runs_share(name):
     held, folder = lines(name), Path(name).parent.name
-    wanted = [*SHARED, *OF_MODEL.get(folder, OF_MODEL["qwen2.5-7b"])]
+    wanted = [*SHARED, *OF_MODEL[folder]]
     wanted += [] if name.endswith("/longpo.yaml") else NOT_LONGPO
-    missing = {line for line in wanted if line not in held}
-    if folder == "lora":
-        assert LORA <= set(held)
-        other = {line.split(":")[0] for line in missing}
-        assert other == {
-            "finetuning_type",
-            "gradient_accumulation_steps",
-            "deepspeed",
-            "ddp_timeout",
-            "save_total_limit",
-        }
-    else:
-        assert not missing
-    recipe, stem = keys(name), Path(name).stem.split("qwen2.5-7b_")[-1]
+    assert set(wanted) <= set(held)
+    recipe, stem = keys(name), Path(name).stem
     assert recipe["learning_rate"] == next(rate for word, rate in reversed(RATES.items()) if word in stem)
     assert recipe["cutoff_len"] == (4096 if stem.endswith("_short") else 10240)
-    assert recipe["output_dir"] == f"saves/{folder if folder != 'lora' else 'qwen2.5-7b'}/{stem}"
+    assert recipe["output_dir"] == f"saves/{folder}/{stem}"
     assert recipe.get("pref_beta") == {"sft": None, "longpo": 0.01}.get(stem.split("_")[0], 0.1)
     assert recipe.get("simpo_gamma") == (0.5 if "simpo" in stem else None)
 
@@ -198,27 +182,24 @@ def test_every_number_of_the_table_has_an_origin():
 @pytest.mark.parametrize("name", FILES)
 def test_header(name):
     header = "\n".join(line for line in lines(name) if line.startswith("# "))
-    gpus = 1 if name.startswith("lora/") else 4
-    launch = "CUDA_VISIBLE_DEVICES=0" if gpus == 1 else f"FORCE_TORCHRUN=1 NPROC_PER_NODE={gpus}"
-    assert f"# {launch} llamafactory-cli train examples/yaml/{name}\n" in header
+    assert f"# FORCE_TORCHRUN=1 NPROC_PER_NODE=4 llamafactory-cli train examples/yaml/{name}\n" in header
     assert "# Not run at 7B by this project.\n" in header
     model = "llama3.1-8b" if "llama3.1-8b" in name else "qwen2.5-7b"
     assert "# Not shipped: " in header and f"build_data.py examples/yaml/data/{model}.yaml\n" in header
     assert f"# Data: {keys(name)['dataset']}: " in header
     assert all(len(line) <= 120 for line in lines(name))
-    batch = keys(name)["per_device_train_batch_size"] * keys(name)["gradient_accumulation_steps"] * gpus
+    batch = keys(name)["per_device_train_batch_size"] * keys(name)["gradient_accumulation_steps"] * 4
     assert batch // keys(name).get("solopo_sequence_parallel", 1) == 64
-    assert '".[qlora]"' in header if gpus == 1 else '".[deepspeed]"' in header
+    assert '".[deepspeed]"' in header
     assert ('pip install --no-build-isolation ".[flash-attn]"' in header) == (keys(name)["stage"] != "solopo")
     if name in LONG:
         size = name.removesuffix(".yaml").split("_")[1].upper()
         assert f"\n# with the overrides of its row of {size} in examples/yaml/README.md, " in header
         assert "Has not been run." in header and "# One GPU" not in header
-    elif gpus > 1:
+    else:
         assert "# One GPU of 80 GB: NPROC_PER_NODE=1, and " in header and "gradient_accumulation_steps=64" in header
-    if gpus > 1:
-        assert f"plan.py --recipe examples/yaml/{name} " in header
-        assert ("ds_z3_offload.json" in header) == name.endswith("/longpo.yaml")
+    assert f"plan.py --recipe examples/yaml/{name} " in header
+    assert ("ds_z3_offload.json" in header) == name.endswith("/longpo.yaml")
 
 
 EXTRAS = {"backend: vllm": "vllm", "quantization_bit:": "qlora", "harness_tasks:": "eval", "deepspeed:": "deepspeed"}
@@ -266,7 +247,7 @@ def test_a_header_cites_the_papers_row_with_its_numbers_or_none():
         text = "\n".join(lines(name))
         row, numbers = ROW.findall(text), NUMBERS.findall(text)
         assert len(row) == len(numbers) <= 1 and text.count("Table") == len(row)
-        assert bool(row) != name.startswith(("lora/", "long/"))
+        assert bool(row) != name.startswith("long/")
         if row:
             model, recipe = name.removesuffix(".yaml").split("/")
             assert row[0].lower().replace(", ", "_").replace("-", "_") == recipe
@@ -321,7 +302,7 @@ def test_only_the_papers_alpha_is_tagged_as_the_papers():
     tagged = re.compile(r"^solopo_alpha: .*  # (paper|ours)(.*)$", re.M)
     tags = {name: found[0] for name in FILES if (found := tagged.findall((YAML / name).read_text(encoding="utf-8")))}
     tags |= {name: re.match(r"alpha [\d.]+: (paper|ours)(.*)", RUNS[name].numbers).groups() for name in ABLATIONS}
-    assert len(tags) == 4 + 25 + 1 + 2
+    assert len(tags) == 4 + 25 + 2
     for name, (tag, more) in tags.items():
         known = name not in ABLATIONS or name.endswith("_both")
         assert tag == ("paper" if known else "ours"), name
@@ -370,9 +351,6 @@ def test_deepspeed_of_recipes():
     assert len(list((YAML / "deepspeed").iterdir())) == 4
     for name in RECIPES:
         own = keys(name)
-        if name.startswith("lora/"):
-            assert "deepspeed" not in own
-            continue
         zero = json.loads((ROOT / own["deepspeed"]).read_text(encoding="utf-8"))["zero_optimization"]
         # accelerate puts DeepSpeed's CPU Adam in the place of any other optimizer once optimizer states are offloaded
         assert own["optim"] == "adamw_torch" or "offload_optimizer" not in zero
