@@ -232,6 +232,12 @@ RUNS = {  # of headers, by output_dir: the recipe, and all keys of it that are o
     "llama3.1-8b_longbench_v2": (
         "qwen2.5-7b_longbench_v2", dict(models=LLAMA, template="llama3", rope_factor=None)
     ),
+    "llama3.1-8b_select_checkpoint": ("select_checkpoint", dict(
+        template="llama3", model_name_or_path=LLAMA["instruct"], checkpoints=[LLAMA["solo_orpo"]],
+        validation_data="data/musique_llama3.1_8b_solopo_val.jsonl",
+    )),
+    "llama3.1-8b_niah": ("niah", dict(models=LLAMA, template="llama3")),
+    "llama3.1-8b_leaderboard": ("leaderboard", dict(models=[*LLAMA.values()], template="llama3")),
     "select_checkpoint_longbench": ("select_checkpoint", dict(
         benchmarks=["longbench_qa"], longbench_data="data/longbench", max_input_tokens=31500, select_by="longbench_qa",
     )),
@@ -250,7 +256,7 @@ def test_shipped_recipes_are_all_looked_at():
     names = [path.stem for path in EVAL_RECIPES if path.stem != "leaderboard"]  # whose test is with the harness
     assert tuple(names) == SHIPPED and len(SHIPPED) == 7
     of_headers = [name for path in EVAL_RECIPES for name in runs_of_header(f"eval/{path.name}")]
-    assert sorted(of_headers) == sorted(RUNS) and len(RUNS) == 4
+    assert sorted(of_headers) == sorted(RUNS) and len(RUNS) == 7
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -277,7 +283,9 @@ def test_a_shipped_recipe(name):
     assert sum(type(v) in (int, float) for v in values.values()) >= 5  # none hides as text
 
 
-@pytest.mark.parametrize("name", [name for name in (*SHIPPED, *RUNS) if name != "tiny"])
+@pytest.mark.parametrize(
+    "name", [name for name in (*SHIPPED, *RUNS) if name not in ("tiny", "llama3.1-8b_leaderboard")]
+)
 def test_what_is_asked_belongs_to_the_training_recipes(name):
     made = read(name)
     model = "llama3.1-8b" if "llama" in name else "qwen2.5-7b"
@@ -305,10 +313,11 @@ def load_data_recipe(model: str, overrides: list[str] | None = None):
 
 def test_how_a_checkpoint_is_chosen():
     """By default on rows that were held out; by the paper's way it is said that this is a test set."""
-    made = read("select_checkpoint")
-    assert (made.select_by, made.benchmarks, made.with_base) == ("validation", ["validation"], True)
-    assert made.validation_data == f"data/{load_data_recipe('qwen2.5-7b').dataset_name}_solopo_val.jsonl"
-    assert made.max_input_tokens == load_data_recipe("qwen2.5-7b").long_tokens
+    for name, model in {"select_checkpoint": "qwen2.5-7b", "llama3.1-8b_select_checkpoint": "llama3.1-8b"}.items():
+        made = read(name)
+        assert (made.select_by, made.benchmarks, made.with_base) == ("validation", ["validation"], True)
+        assert made.validation_data == f"data/{load_data_recipe(model).dataset_name}_solopo_val.jsonl"
+        assert made.max_input_tokens == load_data_recipe(model).long_tokens
     header = (ROOT / "examples/yaml/eval/select_checkpoint.yaml").read_text(encoding="utf-8")
     assert read("select_checkpoint_longbench").select_by == "longbench_qa"
     assert "The paper's way is by LongBench v1 QA, a selection on a test set that is also reported" in header
