@@ -1,5 +1,6 @@
 """docs/after_training.md: its commands, run on a tiny model in the order of the page."""
 
+import json
 import os
 import re
 import shlex
@@ -106,3 +107,21 @@ def test_evaluations_of_the_page_are_recipes():
         path, *overrides = shlex.split(command)[2:]
         recipe = load_recipe(str(ROOT / path), overrides)
         assert recipe.models and set(recipe.models) <= {"MODEL", "OUT"}
+
+
+def test_yarn_of_a_saved_model_keeps_its_base(tmp_path):
+    """As the page writes it into `rope_parameters`; as `rope_scaling` beside them it would not."""
+    from transformers import AutoConfig, Qwen2Config
+
+    from solopo_plugin.qa.window import window_of
+
+    (yarn,) = map(json.loads, re.findall(r'`(\{"rope_type": .*?\})`', PAGE))
+    Qwen2Config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for changed, base in (
+        ({"rope_parameters": saved["rope_parameters"] | yarn}, 1e6),
+        ({"rope_scaling": yarn}, 1e4),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(saved | changed))
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert window_of(config) == 131072 and config.rope_parameters == yarn | {"rope_theta": base}
