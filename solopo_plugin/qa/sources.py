@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import ijson
@@ -236,9 +237,10 @@ def _library_rows(name: str, place: str, key: str, subset: str | None, split: st
         builder.download_and_prepare()
         rows, files = builder.as_dataset(split), builder.config.data_files if os.path.isdir(place) else None
     except Exception as error:  # of the hub, the network, the reader: whatever it is, the user must know the name
+        reason = shorten(str(error).strip().removesuffix("."), 300, placeholder=" ...")
         raise DataError(
-            f"`{key}: {name}` cannot be loaded (subset {subset!r}, split {split!r}): "
-            f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+            f"`{key}: {name}` cannot be loaded (subset {subset!r}, split {split!r}): {type(error).__name__} {reason}"
+            + ("." if os.path.isdir(place) else "; without a network give the path of its files, copied here.")
         ) from None
     if files:
         read = {os.path.realpath(file) for file in files.get(split.split("[")[0], [])}

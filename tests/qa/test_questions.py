@@ -363,6 +363,22 @@ def test_bad_files(tmp_path):
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize("place, advice", [
+    ("org/questions", "; without a network give the path of its files, copied here."), (".", "."),
+])  # fmt: skip
+def test_a_long_reason_of_the_library_is_cut_at_a_word(place, advice, monkeypatch):
+    from solopo_plugin.qa.sources import _library_rows
+
+    def fail(*_):
+        raise ConnectionError("word \n" * 100)
+
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
+    with pytest.raises(DataError) as error:
+        [*_library_rows(place, place, "input", None, "train")]
+    reason = "ConnectionError " + "word " * 59 + "..."
+    assert str(error.value) == f"`input: {place}` cannot be loaded (subset None, split 'train'): {reason}{advice}"
+
+
 def test_a_column_of_documents_is_checked(tmp_path):
     (tmp_path / "corpus.in").write_text('{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}\n{"text": 5}\n')
     with pytest.raises(DataError, match=r"corpus.in:2: two documents have the id '1'\. Correct the line"):
