@@ -6,6 +6,7 @@ What a user sees and does is in `web/test_web.py`.
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -302,15 +303,25 @@ def in_new_process(code: str, folder, *args: str, **env: str) -> subprocess.Comp
     return done
 
 
+def in_fork(zygote, code: str, folder: Path, *args: str) -> str:
+    """Run the code with the plugin, as `zygote.py` does; returns what it said."""
+    script, log = folder / "code.py", folder / "log.txt"
+    script.write_text(code)
+    status = zygote.start(script, *args, log=log, cwd=folder).wait()
+    assert status == 0, log.read_text()[-4000:]
+    return log.read_text()
+
+
 @pytest.mark.slow
-def test_the_other_stages_are_as_without_the_plugin(tmp_path):
+def test_the_other_stages_are_as_without_the_plugin(zygote, tmp_path):
     """Commands, saved configurations, data sets, texts and the page itself, with the plugin and with it off."""
     folder = write_dataset(tmp_path / "data", [], "pairs", columns={"prompt": "prompt", "chosen": "chosen"})
     write_dataset(tmp_path / "data", [], "plain", ranking=False, columns={"prompt": "prompt"})
-    on, off = (
-        json.loads(in_new_process(OTHERS, tmp_path, folder, SOLOPO_PLUGIN=switch).stdout.rpartition("FOUND")[2])
-        for switch in ("on", "off")
+    said = (
+        in_fork(zygote, OTHERS, tmp_path, folder),
+        in_new_process(OTHERS, tmp_path, folder, SOLOPO_PLUGIN="off").stdout,
     )
+    on, off = (json.loads(re.search("FOUND(.*)", text)[1]) for text in said)
     assert on.pop("ours") and not off.pop("ours")
     assert len(on) == 6 * 5 + 3 and "--pref_loss orpo" in on["DPO full"][0]
     for name in off:
@@ -349,9 +360,9 @@ assert "SoLoPO" in constants.TRAINING_STAGES
 
 
 @pytest.mark.slow
-def test_a_board_of_another_structure_starts_without_the_section(tmp_path):
+def test_a_board_of_another_structure_starts_without_the_section(zygote, tmp_path):
     """For each change one line in the log, and the host's own page; when all is as it was, the section is back."""
-    lines = in_new_process(BROKEN, tmp_path).stderr.splitlines()
+    lines = in_fork(zygote, BROKEN, tmp_path).splitlines()
     said = [line for line in lines if line.startswith(("changed", "[WARNING] solopo_plugin"))]
     assert len(said) == 12 and not any(line.startswith("changed") for line in said[1::2])
     for line, what in zip(

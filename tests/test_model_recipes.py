@@ -8,7 +8,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -225,18 +224,15 @@ def parse_all() -> dict:
 
 
 @pytest.mark.slow
-def test_the_host_takes_every_run(tmp_path):
+def test_the_host_takes_every_run(zygote, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    env = dict(
-        os.environ, **one, MASTER_PORT=str(port), PYTHONPATH=f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
-    )
-    command = [sys.executable, __file__, tmp_path / "parsed.json"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    parsed = json.loads((tmp_path / "parsed.json").read_text())
+    out, log = tmp_path / "parsed.json", tmp_path / "log.txt"
+    code = zygote.start(__file__, out, log=log, env=dict(os.environ, **one, MASTER_PORT=str(port))).wait()
+    assert code == 0, log.read_text()[-3000:]
+    parsed = json.loads(out.read_text())
     for name, line in command_lines().items():
         row, own = MODELS[name.split()[0]], parsed[name]
         changed = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in line[1:])}

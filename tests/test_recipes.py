@@ -1,14 +1,13 @@
 """The recipes under examples/yaml/ and the runs of its README: complete, marked with origins, accepted by the host.
 
-Parsing a recipe starts a process group, a DeepSpeed config and seeds: it happens in one fresh interpreter (this file
-run as a script), which also is what a user's shell starts. All recipes take a few seconds there, most of it imports.
+Parsing a recipe starts a process group, a DeepSpeed config and seeds: it happens in one process of its own (this file
+run as a script). All recipes take a few seconds there.
 """
 
 import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
@@ -390,18 +389,17 @@ def parse_all() -> dict:
 
 
 @pytest.fixture(scope="module")
-def parsed(tmp_path_factory) -> dict:
-    out = tmp_path_factory.mktemp("recipes") / "parsed.json"
+def parsed(zygote, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("recipes")
+    out, log = folder / "parsed.json", folder / "log.txt"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     env = dict(os.environ, **one, MASTER_PORT=str(port), TOKENIZERS_PARALLELISM="false")
-    done = subprocess.run(
-        [sys.executable, __file__, out], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "deprecated" not in done.stderr
+    code = zygote.start(__file__, out, log=log, env=env).wait()
+    assert code == 0, log.read_text()[-3000:]
+    assert "deprecated" not in log.read_text()
     return json.loads(out.read_text(encoding="utf-8"))
 
 

@@ -7,10 +7,12 @@ import shlex
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import pytest
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, shell_environment
+from zygote import Run
 
 PAGE = (ROOT / "docs/after_training.md").read_text(encoding="utf-8")
 
@@ -22,20 +24,14 @@ def commands(program: str) -> list[str]:
     return found
 
 
-def started(command: str, places: dict[str, str], *more: str, **popen) -> subprocess.Popen:
-    """A command of the page, with folders for its capital words."""
+def typed(command: str, places: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Words and environment of a command of the page, with folders for its capital words."""
     for name, place in places.items():
         command = re.sub(rf"\b{name}\b", place, command)
     words = shlex.split(command)
     at = words.index("llamafactory-cli")
-    env = {
-        **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
-        "CUDA_VISIBLE_DEVICES": "", **dict(variable.split("=", 1) for variable in words[:at]),
-    }  # fmt: skip
-    return subprocess.Popen([str(BIN / words[at]), *words[at + 1 :], *more], cwd=ROOT, env=env, text=True, **popen)
-
-
-PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    variables = dict(variable.split("=", 1) for variable in words[:at])
+    return [str(BIN / words[at]), *words[at + 1 :]], shell_environment(PYTHONUNBUFFERED="1", **variables)
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +50,25 @@ def places(tiny_model, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_export_then_chat(places):
+def test_export_then_chat(zygote, places, tmp_path):
     """A LoRA adapter is merged by `llamafactory-cli export` and the merged model answers in `chat`."""
     (export,) = commands("llamafactory-cli export")
-    process = started(export, places, **PIPES)
-    output = process.communicate(timeout=300)
-    assert process.returncode == 0 and os.path.exists(f"{places['MERGED']}/model.safetensors"), output[1][-3000:]
+    words, env = typed(export, places)
+    code, log = zygote.start(*words, log=tmp_path / "log.txt", env=env).wait(), tmp_path / "log.txt"
+    assert code == 0 and os.path.exists(f"{places['MERGED']}/model.safetensors"), log.read_text()[-3000:]
     whole, adapter = commands("llamafactory-cli chat")
     assert "--adapter_name_or_path OUT" in adapter
-    process = started(whole, places | {"OUT": places["MERGED"]}, "--max_new_tokens", "4", **PIPES)
-    said, errors = process.communicate("Where?\nexit\n", timeout=300)
+    words, env = typed(whole, places | {"OUT": places["MERGED"]})
+    done = subprocess.run(
+        [*words, "--max_new_tokens", "4"], cwd=ROOT, env=env, text=True, input="Where?\nexit\n", capture_output=True,
+        timeout=300,
+    )  # fmt: skip
     # not the exit code: the host's engine leaves a thread that now and then aborts the interpreter on its way out
-    assert len(said.split("Assistant:")) == 2 and "Traceback" not in errors, errors[-3000:]
+    assert len(done.stdout.split("Assistant:")) == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-def test_the_server_answers_the_request_of_the_page(places):
+def test_the_server_answers_the_request_of_the_page(zygote, places, tmp_path):
     """The adapter, not merged; asked twice at temperature 0 it says the same."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,20 +76,20 @@ def test_the_server_answers_the_request_of_the_page(places):
     (api,) = commands("API_PORT=8000 API_MODEL_NAME=solo llamafactory-cli api")
     command = api.replace("--model_name_or_path OUT", "--model_name_or_path MODEL --adapter_name_or_path OUT")
     url, body = re.search(r"curl (\S+) .*?\n +-d '(\{.*\})'", PAGE).groups()
-    process = started(command.replace("8000", str(port)), places, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    words, env = typed(command.replace("8000", str(port)), places)
+    process, log = zygote.start(*words, log=tmp_path / "log.txt", env=env), tmp_path / "log.txt"
     try:
-        answers = [_post(url.replace("8000", str(port)), body, process) for _ in range(2)]
+        answers = [_post(url.replace("8000", str(port)), body, process, log) for _ in range(2)]
     finally:
         process.kill()
-        process.communicate()
     assert answers[0]["model"] == "solo" and answers[0]["usage"]["prompt_tokens"] > 10
     assert answers[0]["choices"][0]["message"] == answers[1]["choices"][0]["message"]
 
 
-def _post(url: str, body: str, process: subprocess.Popen) -> dict:
+def _post(url: str, body: str, process: Run, log: Path) -> dict:
     """Return what the server says, once it is up."""
     for _ in range(120):
-        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert process.poll() is None, log.read_text()[-3000:]
         try:
             answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=120)
             assert answer.status_code == 200, answer.text
