@@ -109,27 +109,6 @@ def test_version(cli):
 # ---- the ways not in
 
 
-@pytest.mark.slow
-def test_switched_off(launch, small, tmp_path):
-    """The host alone: it knows neither our keys nor the stage, in its own words."""
-    recipes = [small(solopo_alpha=2.0), small()]
-    code = (
-        "import json, sys\n"
-        "from llamafactory.train.tuner import run_exp\n"
-        f"for recipe in json.loads({json.dumps(recipes)!r}):\n"
-        "    try: run_exp(recipe)\n"
-        "    except ValueError as error: print('REFUSED', error)\n"
-        "print('LOADED', [m for m in sys.modules if m.startswith('solopo_plugin.') and 'startup' not in m])\n"
-    )
-    out = launch("-c", code, program="python", SOLOPO_PLUGIN="off").out
-    refused = re.findall(r"^REFUSED (.*)$", out, re.M)
-    assert refused == [
-        "Some keys are not used by the HfArgumentParser: ['solopo_alpha']",
-        "Unknown task: solopo.",
-    ]
-    assert "LOADED []" in out
-
-
 def fake_metadata(folder: Path, package: str, number: str) -> None:
     info = folder / f"{package}-{number}.dist-info"
     info.mkdir(parents=True)
@@ -190,36 +169,57 @@ def written(folder: Path) -> dict[str, bytes]:
     return files
 
 
+STAGES = {"dpo": ("demo_short_po", "rewards/margins"), "sft": ("demo_sft_expand_long", "loss")}
+TRAIN = """import json, sys
+from llamafactory.cli import main
+folder, *refused = sys.argv[1:]
+for stage in ("dpo", "sft"):
+    sys.argv = ["llamafactory-cli", "train", f"{folder}/{stage}.yaml"]
+    main()
+print("TRAINED", flush=True)
+from llamafactory.train.tuner import run_exp
+for recipe in map(json.loads, refused):
+    try: run_exp(recipe)
+    except ValueError as error: print("REFUSED", error)
+print("LOADED", [m for m in sys.modules if m.startswith("solopo_plugin.") and "startup" not in m])
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage, dataset, log",
-    [("dpo", "demo_short_po", "rewards/margins"), ("sft", "demo_sft_expand_long", "loss")],
-)
-def test_other_stages_are_as_without_the_plugin(launch, recipe, tmp_path, stage, dataset, log):
-    """Byte for byte: weights, optimiser, curves, model card and every other file, and all that is printed."""
-    path = write_recipe(
-        tmp_path / "recipe.yaml",
-        recipe(
-            stage=stage, dataset=dataset, num_train_epochs=1.0, val_size=4, eval_strategy="epoch", do_eval=True,
-            save_strategy="epoch", plot_loss=True,
-        ),
-    )  # fmt: skip
-    runs = {}
+def test_other_stages_are_as_without_the_plugin(launch, recipe, small, tmp_path):
+    """Byte for byte: weights, optimiser, curves, model card and every other file, and all that is printed.
+
+    Switched off, the host is alone: it knows neither our keys nor the stage, in its own words.
+    """
+    for stage, (dataset, _) in STAGES.items():
+        keys = dict(num_train_epochs=1.0, val_size=4, eval_strategy="epoch", do_eval=True, save_strategy="epoch")
+        keys |= dict(stage=stage, dataset=dataset, plot_loss=True, output_dir=str(tmp_path / "out" / stage))
+        write_recipe(tmp_path / f"{stage}.yaml", recipe(**keys))
+    refused = [json.dumps(small(output_dir=str(tmp_path / "refused"), **more)) for more in ({"solopo_alpha": 2.0}, {})]
+    runs, rest = {}, {}
     for plugin in ("on", "off"):
         out = launch(
-            "train", path, SOLOPO_PLUGIN=plugin, PYTHONUNBUFFERED="1", PYTHONHASHSEED="0",
-            HF_DATASETS_CACHE=str(tmp_path / f"cache_{plugin}"),
+            "-c", TRAIN, str(tmp_path), *(refused if plugin == "off" else ()), program="python", SOLOPO_PLUGIN=plugin,
+            PYTHONUNBUFFERED="1", PYTHONHASHSEED="0", HF_DATASETS_CACHE=str(tmp_path / f"cache_{plugin}"),
         ).out  # fmt: skip
         (tmp_path / "out").rename(tmp_path / plugin)  # both wrote to the same path, which they print
-        runs[plugin] = spoken(out), written(tmp_path / plugin)
+        trained, rest[plugin] = out.split("TRAINED")
+        runs[plugin] = spoken(trained), written(tmp_path / plugin)
     (said_on, files_on), (said_off, files_off) = runs["on"], runs["off"]
     assert files_on.keys() == files_off.keys()
-    assert {"model.safetensors", "trainer_state.json", "README.md"} < files_on.keys()
     assert [name for name in files_on if files_on[name] != files_off[name]] == []
     assert said_on == said_off
     assert not any("solopo_plugin" in line for line in said_on)
-    training = [entry for entry in outcome(tmp_path / "on").log if "loss" in entry]
-    assert len(training) == 2 and all(log in entry for entry in training)
+    for stage, (_, log) in STAGES.items():
+        assert {f"{stage}/{n}" for n in ("model.safetensors", "trainer_state.json", "README.md")} < files_on.keys()
+        training = [entry for entry in outcome(tmp_path / "on" / stage).log if "loss" in entry]
+        assert len(training) == 2 and all(log in entry for entry in training)
+
+    assert re.findall(r"^REFUSED (.*)$", rest["off"], re.M) == [
+        "Some keys are not used by the HfArgumentParser: ['solopo_alpha']",
+        "Unknown task: solopo.",
+    ]
+    assert "LOADED []" in rest["off"] and "LOADED ['solopo_plugin." in rest["on"]
 
 
 # ---- in this process
