@@ -103,7 +103,10 @@ def test_kept_answers_are_reported_under_settings_that_are_refused_before_asking
         make_recipe(BASE | keys)
     (path := tmp_path / "r.yaml").write_text(yaml.safe_dump(BASE | keys))
     seen: list = []
-    monkeypatch.setattr("evaluate.evaluate", lambda *given: seen.append(given[1:]) or {"selection": None})
+    monkeypatch.setattr(
+        "evaluate.evaluate",
+        lambda *given: seen.append(given[1:]) or {"selection": None, "summary": [{"benchmark": "plain"}]},
+    )
     monkeypatch.setattr("evaluate.benchmark_tables", lambda *_: [Table("", [], [])])
     assert main([str(path)]) == 1 and not seen
     assert main([str(path), "--rescore"]) == 0 and seen == [(True, True)]
