@@ -5,16 +5,13 @@ answers, any of them: about one answer in six is right. What the judge counts is
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from build_data import main as build_data
-from conftest import ROOT, SHARED_DATA, outcome, write_recipe
+from conftest import SHARED_DATA, outcome, write_recipe
 from host_api import host_api
 from scripted_server import scripted, serving
 
@@ -117,16 +114,14 @@ def check_rows(folder: Path, material: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def by_both(material, tmp_path_factory):
+def by_both(zygote, material, tmp_path_factory):
     """Two finished pipelines: `transformers`, run by the command line, and `openai` at the host's own server."""
     folder = tmp_path_factory.mktemp("both")
     with host_api(material / "model", folder / "api.log") as (url, ready):
-        local = recipe_in(folder / "transformers", material, backend="transformers")
-        command = [sys.executable, str(ROOT / "scripts" / "build_data.py"), local]
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        recipe_in(local := folder / "transformers", material, backend="transformers")
+        code = zygote.run("scripts/build_data.py", local)
+        progress = (local / "log.txt").read_text()
+        assert code == 0, progress[-3000:]
         ready()
         assert build_data([recipe_in(folder / "openai", material, backend="openai"), f"server_urls={url}"]) == 0
         greedy = dict(temperature=0.0, num_samples=1, max_new_tokens=12, server_urls=url)
@@ -138,7 +133,7 @@ def by_both(material, tmp_path_factory):
             texts[backend] = sorted(
                 (r.id, r.prompt_tokens, r.answers[0][0]) for r in generate(pick(made, Sampling), made.model, calls)
             )
-    return folder, done.stderr, texts
+    return folder, progress, texts
 
 
 def load(path: Path) -> dict:
