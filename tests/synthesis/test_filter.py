@@ -251,23 +251,23 @@ def test_no_question_left_is_a_sentence(tokenizer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason=f"no passages at {REAL}")
 def test_real_passages(tokenizer, tmp_path):
-    """200 paragraphs of Wikipedia, five of an article as its document."""
+    """60 paragraphs of Wikipedia, five of an article as its document."""
     texts: dict[str, dict] = {}
     for row in read_jsonl(REAL):
         texts.setdefault(row["evidence"][0]["text"], row["evidence"][0])
     places, passages = Counter(), []
     for paragraph in texts.values():
         title = paragraph["title"]
-        if places[title] < 5 and len(passages) < 200:
+        if places[title] < 5 and len(passages) < 60:
             row = {"id": f"{title}.txt#{places[title]}", "source": f"{title}.txt", "section": "", **paragraph}
             passages.append(row | {"place": places[title], "tokens": 1})
             places[title] += 1
-    assert len(passages) == 200
+    assert len(passages) == 60
     recipe = recipe_for(tokenizer)
     made = plan(recipe, passages)
     with serving(write_plan(tmp_path, passages, made), verbatim=True) as server:
         asked, counts = run_both(recipe_for(tokenizer, server.url), tmp_path / "work")
-    assert asked["single"] == 200 and asked["pairs"] == 100 and asked["special_tokens"] == 0
+    assert asked["single"] == 60 and asked["pairs"] == 30 and asked["special_tokens"] == 0
     check_run(recipe, tmp_path / "work", passages, made, counts)
 
 
