@@ -364,7 +364,7 @@ BAD = [
         ({"data": [{"title": "T", "paragraphs": ["x"]}]}, ":1: `paragraphs` must hold objects, got str 'x'."),
         ({"data": ["x"]}, ":1: a row must be a JSON object, got str 'x'."),
         (changed(question=""), f"{TOWN}`question` must be a text, got str ''."),
-        (changed(answers=["x"]), f"{TOWN}`answers` must hold objects, got str 'x'."),
+        (changed(answers=[5]), f"{TOWN}`answers` must hold objects, got int 5."),
         (changed(answers=[]), f"{TOWN}`text` must be a text or a list of texts, got list []."),
         (changed(is_impossible=True), "no question that can be asked ({'lines': 1, 'unanswerable': 1, 'same_id': 0})."),
     ]),
