@@ -1,15 +1,12 @@
 """The whole way, from questions to the report: real questions and models, and known answers with known scores."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, write_recipe
+from conftest import SHARED_DATA, write_recipe
 from evaluate import main as evaluate
 from host_api import host_api
 from material import HOTPOTQA, MUSIQUE, make_questions, save_tokenizer
@@ -77,16 +74,14 @@ def real_recipe(folder, trained, **keys) -> str:
 
 
 @pytest.fixture(scope="module")
-def by_transformers(trained, tmp_path_factory):
+def by_transformers(zygote, trained, tmp_path_factory):
     """The command line over all checkpoints; returns its folder and what it said."""
     folder = tmp_path_factory.mktemp("transformers")
-    recipe, script = real_recipe(folder, trained), str(ROOT / "scripts" / "evaluate.py")
-    command = [sys.executable, script, recipe, "--select", "ruler_qa"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done
+    real_recipe(folder, trained)
+    code = zygote.run("scripts/evaluate.py", folder, "--select", "ruler_qa")
+    said = (folder / "log.txt").read_text()
+    assert code == 0, said[-3000:]
+    return folder, said
 
 
 NAMES = ["base", "lora-checkpoint-2", "lora-checkpoint-10", "whole-checkpoint-2", "whole-checkpoint-10"]
@@ -95,7 +90,7 @@ NAMES = ["base", "lora-checkpoint-2", "lora-checkpoint-10", "whole-checkpoint-2"
 @needs_data
 @pytest.mark.slow
 def test_every_checkpoint_is_asked_and_the_best_is_named(by_transformers, trained):
-    folder, done = by_transformers
+    folder, log = by_transformers
     found = results(folder / "out")
     assert [model["name"] for model in found["models"]] == NAMES
     assert [model["step"] for model in found["models"]] == [None, 2, 10, 2, 10]
@@ -103,24 +98,24 @@ def test_every_checkpoint_is_asked_and_the_best_is_named(by_transformers, traine
     assert all(len(answers) == N_ASKED for answers in said.values())
     assert len({json.dumps(sorted(answers.items())) for answers in said.values()}) == 5  # each answers in its own way
     for name in NAMES:
-        assert f"{name}: {N_ASKED} of {N_ASKED} questions to be asked." in done.stderr
-        assert f"{name}: 100%" in done.stderr
-        assert f"{name}: ruler_qa: 8 answers; 0 prompts were longer than 2600 tokens" in done.stderr
-        assert f"{name}: plain: 3 answers; {N_CUT} prompts were longer than 2600 tokens" in done.stderr
+        assert f"{name}: {N_ASKED} of {N_ASKED} questions to be asked." in log
+        assert f"{name}: 100%" in log
+        assert f"{name}: ruler_qa: 8 answers; 0 prompts were longer than 2600 tokens" in log
+        assert f"{name}: plain: 3 answers; {N_CUT} prompts were longer than 2600 tokens" in log
         lengths = sorted(tokens for (benchmark, *_), (tokens, _) in said[name].items() if benchmark == "plain")
         assert lengths[0] < 2000 and 2590 < lengths[1] <= lengths[2] <= 2600
         assert all(model["counts"]["cut"] == N_CUT for model in found["models"])
     choice = json.loads((folder / "out" / "selection.json").read_text())
     assert choice["benchmark"] == "ruler_qa" and choice["best"] in NAMES
     assert choice["folder"] in {str(trained / name.replace("-", "/", 1)) for name in NAMES}
-    assert "test set" in choice["warning"] and f"Best by ruler_qa: {choice['best']}" in done.stdout
-    assert f"Report: {folder}/out/report/index.html" in done.stdout and (folder / "out/report/index.html").exists()
+    assert "test set" in choice["warning"] and f"Best by ruler_qa: {choice['best']}" in log
+    assert f"Report: {folder}/out/report/index.html" in log and (folder / "out/report/index.html").exists()
     means = {
         row["model"]: f"{row['value']:.1f}"
         for row in found["summary"]
         if (row["task"], row["metric"]) == ("", "f1") and not row.get("length")
     }
-    table = done.stdout.split("RULER QA, F1 by length of the prompt in tokens")[1].splitlines()
+    table = log.split("RULER QA, F1 by length of the prompt in tokens")[1].splitlines()
     shown = {line.split()[0]: line.split()[-1] for line in table if line.startswith("  ")}  # the last block: the mean
     assert len(means) == 5 and shown == means
 
