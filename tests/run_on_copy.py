@@ -1,6 +1,6 @@
 """Runs tests against the copy of the package in the working folder, in a process that has the host without the plugin.
 
-    python tests/run_on_copy.py TEST ...
+    python tests/run_on_copy.py TEST ... [-x]
 
 Writes outcome.json: the file that was imported, the tests that passed, the exceptions of the others, pytest's code.
 """

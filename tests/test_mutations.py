@@ -246,9 +246,9 @@ def outcome(host_alone, tmp_path):
             (package / file).write_text(text.replace(source, replacement), encoding="utf-8")
         environment = os.environ | {"SOLOPO_PLUGIN": "off", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
-        paths = [ROOT / "tests" / test for test in tests]
+        words = [*(ROOT / "tests" / test for test in tests), *(["-x"] if fault else [])]
         script, log = ROOT / "tests" / "run_on_copy.py", tmp_path / "output.txt"
-        status = host_alone.start(script, *paths, log=log, cwd=tmp_path, env=environment).wait()
+        status = host_alone.start(script, *words, log=log, cwd=tmp_path, env=environment).wait()
         assert status == 0, log.read_text()
         found = json.loads((tmp_path / "outcome.json").read_text())
         # the copy was tested, not the installed package
