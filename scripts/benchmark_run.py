@@ -119,8 +119,7 @@ def put_back():
     import solopo_plugin.workflow as workflow
     from solopo_plugin.forward import TwoStages
 
-    places = [(TwoStages, "long_logps"), (TwoStages, "_short_pair"), (AutoModelForCausalLM, "from_config"),
-              (workflow, "recorded")]  # fmt: skip
+    places = [(TwoStages, "_score"), (AutoModelForCausalLM, "from_config"), (workflow, "recorded")]
     before = [(owner, name, owner.__dict__.get(name)) for owner, name in places]
     try:
         yield
@@ -136,18 +135,17 @@ def use_variant(variant: str) -> None:
     """Let the trainer's two stages keep all logits (S1, the paper's way)."""
     from llamafactory.train.trainer_utils import get_batch_logps
 
-    from solopo_plugin.forward import SHORT_PAIR, TwoStages
+    from solopo_plugin.forward import Scored, TwoStages
 
-    def long_logps(self, model, batch, chosen_B, rejected_B, teachers_NV=None):
-        logits_BTV = self.forward_long(model, batch, None).float()
-        logps_B, counts_B = get_batch_logps(logits_BTV, batch["long_labels"])
-        return [logps_B / counts_B if self.args.pref_loss in LENGTH_NORMALISED else logps_B], None
-
-    def short_pair(self, model, batch):
-        return self.short_forward(model, {name: batch[name] for name in SHORT_PAIR})
+    def score(self, model, batch, side=""):
+        names, given = ("input_ids", "attention_mask"), dict(use_cache=False, return_dict=True)
+        logits_BTV = model(**{name: batch[side + name] for name in names}, **given).logits.float()
+        sums_B, counts_B = get_batch_logps(logits_BTV, batch[f"{side}labels"])
+        means_B = sums_B / counts_B
+        return Scored(means_B if self.args.pref_loss in LENGTH_NORMALISED else sums_B, means_B, logits_BTV, None)
 
     if variant == "S1":
-        TwoStages.long_logps, TwoStages._short_pair = long_logps, short_pair
+        TwoStages._score = score
 
 
 def use_random_weights(device: str) -> None:

@@ -11,24 +11,20 @@ V vocabulary.
 import inspect
 from collections.abc import Callable
 from itertools import accumulate
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from llamafactory.extras import logging
 from torch import Tensor, nn
 
 from . import attention
 from .data import SoloCollator
 from .distill import Form, Rows, Top, token_kl, top_of_rows
-from .logps import IGNORE, ResponseLogits, predicting_positions, response_logps, token_logps
+from .logps import IGNORE, predicting_positions, response_logps, token_logps
 from .losses import LENGTH_NORMALISED, LogProbs
 from .packing import PackedCollator
 from .sequence_parallel import Part, Ranks
 
-SHORT_PAIR = ("input_ids", "attention_mask", "labels")
-LONG_PAIR = tuple(f"long_{name}" for name in SHORT_PAIR)
 ANCHOR_TOP = 64  # likeliest words of the reference, beside which the anchor takes all others as one; ours
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
@@ -137,17 +133,23 @@ class Packed:
         return ScoredRow(logps, means, logits_1KV[0], row["plan"].part)
 
 
+class Scored(NamedTuple):
+    """Hold what one forward of padded sequences gives."""
+
+    logps_B: Tensor  # of the responses, as the loss has them
+    means_B: Tensor  # the same per token
+    logits_BKV: Tensor
+    mask_BK: Tensor  # which of these predict a token of a response
+
+
 class TwoStages:
     """Run the short pair as in the host's DPO, then the long sequences; for LongPO the long pair alone."""
 
     name = "two_stage"
 
-    def __init__(self, args, model: nn.Module, short_forward: Callable, may_skip: Callable, pad_id: int):
-        """Take the host's `concatenated_forward` of a padded short pair, and who says that no long one is needed.
-
-        `may_skip` says so of `long_is_short_B`, for all ranks: under ZeRO-3 all must do the same.
-        """
-        self.args, self.short_forward, self.may_skip = args, short_forward, may_skip
+    def __init__(self, args, model: nn.Module, may_skip: Callable, pad_id: int):
+        """Take who says of `long_is_short_B` that no long forward is needed: for all ranks, as ZeRO-3 needs it."""
+        self.args, self.may_skip = args, may_skip
         self.collator = SoloCollator(pad_id, args.long_pair)
         base = attention.base_of(model)
         self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -155,153 +157,104 @@ class TwoStages:
             logger.warning_rank0(f"{type(base).__name__} has no `logits_to_keep`: both forwards keep all logits.")
 
     def policy(self, model, batch: dict, anchor: Top | None = None) -> LogProbs:
-        """Return all log-probs of the policy."""
+        """Return all log-probs of the policy.
+
+        Where a sample's long prompt is its short prompt, its long log-prob is the short one itself; where that is so
+        for the whole micro-batch on every rank, nothing long is run. With alpha 0 the gap is only measured.
+        """
         if self.args.longpo:
             return self._long_pair(model, batch)
-        short = self._short_pair(model, batch)
-        chosen_B, rejected_B, nll_B = short["chosen_logps"], short["rejected_logps"], -short["chosen_logps_avg"]
-        anchor_P = None if anchor is None else self._from_anchor(short, batch, anchor)
-        is_long_P = of_pairs(~batch["long_is_short_B"], batch)
-        teachers = self._short_rows(short, batch, is_long_P[:, None]) if self.args.distills else None
+        short, chunk, is_long_B = self._score(model, batch), self.args.solopo_logp_chunk, ~batch["long_is_short_B"]
+        chosen_B, rejected_B = short.logps_B.chunk(2)
+        nll_B, is_long_P, aligned_B = -short.means_B.chunk(2)[0], of_pairs(is_long_B, batch), self._aligned(batch)
+        anchor_P = distill_P = teacher = None
+        if anchor is not None:
+            anchor_P = self._added(self._kl(short, aligned_B, anchor, Form(chunk=chunk))[aligned_B], batch)
+        if self.args.distills:
+            logits_NV = short.logits_BKV.detach()[short.mask_BK & (aligned_B & is_long_P.repeat(2))[:, None]]
+            teacher = Rows(logits_NV, torch.arange(len(logits_NV), device=logits_NV.device))
+            distill_P = torch.zeros_like(chosen_B)
         del short  # its logits
-        longs, distill_P = self.long_logps(model, batch, chosen_B, rejected_B, teachers)
-        of_policy = LogProbs(chosen_B, rejected_B, nll_B, *longs)
-        return of_policy._replace(distill_B=distill_P, anchor_B=anchor_P)
+        longs = [chosen_B, rejected_B] if self.args.long_pair else [chosen_B]
+        if not self.may_skip(batch["long_is_short_B"]):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.solopo_alpha > 0):
+                long = self._score(model, batch, "long_")
+                if teacher:
+                    is_long = torch.cat([is_long_B, is_long_P])[: len(long.mask_BK)]  # of chosen, then of rejected
+                    distill_P = self._added(self._kl(long, is_long, teacher, distill_form(self.args)), batch)
+            size = len(is_long_B)
+            scored = (of_pairs(long.logps_B[:size], batch), long.logps_B[size:])
+            longs = [new_P.where(is_long_P, short_P) for new_P, short_P in zip(scored, longs, strict=False)]
+        return LogProbs(chosen_B, rejected_B, nll_B, *longs)._replace(distill_B=distill_P, anchor_B=anchor_P)
 
     def pair(self, model, batch: dict) -> Pair:
         """Return a model's log-probs of the short pair."""
-        short, top = self._short_pair(model, batch), None
+        short, top = self._score(model, batch), None
         if self.args.solopo_anchor:
-            logits_NV = self._short_rows(short, batch)
-            rows_N = torch.arange(len(logits_NV), device=logits_NV.device)
-            top = top_of_rows(logits_NV, rows_N, ANCHOR_TOP, self.args.solopo_logp_chunk)
-        return Pair(short["chosen_logps"], short["rejected_logps"], top)
+            at_N = (short.mask_BK & self._aligned(batch)[:, None]).flatten().nonzero().squeeze(1)
+            top = top_of_rows(short.logits_BKV.flatten(0, 1), at_N, ANCHOR_TOP, self.args.solopo_logp_chunk)
+        chosen_B, rejected_B = short.logps_B.chunk(2)
+        return Pair(chosen_B, rejected_B, top)
 
-    def _short_pair(self, model, batch: dict) -> dict[str, Tensor]:
-        """Run the host's function, with a model that makes logits at responses only, where it can leave others out."""
-        short = {name: batch[name] for name in SHORT_PAIR}
-        if not self.keeps_logits:
-            return self.short_forward(model, short)
-        positions_K, tokens = predicting_positions(short["labels"]), short["labels"].shape[1]
+    def _score(self, model, batch: dict, side: str = "") -> Scored:
+        """Run the short sequences or, as `side`, the `long_` ones, and score their responses."""
+        labels_BT = batch[f"{side}labels"]
+        positions_K = predicting_positions(labels_BT)
+        logits_BKV = self.logits(model, batch, positions_K, side)
+        sums_B, counts_B = response_logps(logits_BKV, labels_BT, positions_K, self.args.solopo_logp_chunk)
+        means_B = sums_B / counts_B
+        logps_B = means_B if self.args.pref_loss in LENGTH_NORMALISED else sums_B
+        return Scored(logps_B, means_B, logits_BKV, labels_BT[:, positions_K + 1] != IGNORE)
 
-        def at_responses(**inputs):
-            logits_BKV = model(**inputs, logits_to_keep=positions_K).logits
-            return SimpleNamespace(logits=ResponseLogits(logits_BKV, positions_K, tokens, self.args.solopo_logp_chunk))
-
-        return self.short_forward(at_responses, short)
-
-    def _sides(self, batch: dict) -> list[tuple[str, Tensor]]:
-        """List the aligned responses: the name of the short logits, and which of them predict a token of the response.
-
-        The chosen response is that of a sample's first pair.
-        """
-        labels_BT, pairs = batch["labels"], len(batch["labels"]) // 2
-        next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE) != IGNORE
-        mask_BK = next_BT[:, predicting_positions(labels_BT)] if self.keeps_logits else next_BT
-        chosen_PK = mask_BK[:pairs] & _first_of(batch, pairs, labels_BT.device)[:, None]
-        sides = [("chosen_logits", chosen_PK), ("rejected_logits", mask_BK[pairs:])]
-        return sides if self.args.long_pair else sides[:1]
-
-    def _short_rows(self, short: dict, batch: dict, pairs_P1: Tensor | bool = True) -> Tensor:
-        """Gather logits of the aligned responses, of some pairs, without gradient: (N, V)."""
-        return torch.cat([short[name].detach()[mask_PK & pairs_P1] for name, mask_PK in self._sides(batch)])
-
-    def _from_anchor(self, short: dict, batch: dict, anchor: Top) -> Tensor:
-        """Average the divergence from the reference over each response, added over the aligned ones: (P,)."""
-        form, means, done = Form(chunk=self.args.solopo_logp_chunk), [], 0
-        for name, mask_PK in self._sides(batch):
-            at_N = mask_PK.flatten().nonzero().squeeze(1)
-            own = Top(*(x[done : done + len(at_N)] for x in anchor))
-            means.append(_masked_means(token_kl(short[name].flatten(0, 1), at_N, own, form), mask_PK))
-            done += len(at_N)
-        means[0] = of_pairs(means[0][_first_of(batch, len(means[0]), means[0].device)], batch)
-        return torch.stack(means).sum(0)
-
-    def long_logps(
-        self, model, batch: dict, chosen_B: Tensor, rejected_B: Tensor, teachers_NV: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Return log-probs of the chosen (and, for `both`, rejected) responses given the long prompts, each (B,).
-
-        As the loss has them. Where a sample's long prompt is its short prompt, the short log-prob itself; where that is
-        so for the whole micro-batch on every rank, nothing is run. With alpha 0 the gap is only measured.
-
-        With the short context's logits, of the samples whose long prompt is another, also the mean divergence from them
-        over each response, added over the aligned ones, (B,).
-        """
-        shorts = [chosen_B, rejected_B] if self.args.long_pair else [chosen_B]
-        distill_P = None if teachers_NV is None else torch.zeros_like(chosen_B)
-        if self.may_skip(batch["long_is_short_B"]):
-            return shorts, distill_P
-        labels_BT, size = batch["long_labels"], len(batch["names"])
-        positions_K, is_long_P = predicting_positions(labels_BT), of_pairs(~batch["long_is_short_B"], batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.solopo_alpha > 0):
-            logits_BKV = self.forward_long(model, batch, positions_K)
-            logps, counts = response_logps(logits_BKV, labels_BT, positions_K, self.args.solopo_logp_chunk)
-            if self.args.pref_loss in LENGTH_NORMALISED:
-                logps = logps / counts
-            if teachers_NV is not None:
-                distill_P = self._long_divergence(batch, logits_BKV, positions_K, teachers_NV)
-        longs = [of_pairs(logps[:size], batch), logps[size:]][: len(shorts)]
-        longs = [long_P.where(is_long_P, short_P) for long_P, short_P in zip(longs, shorts, strict=True)]
-        return longs, distill_P
-
-    def _long_divergence(self, batch: dict, logits_BKV: Tensor, positions_K: Tensor, teachers_NV: Tensor) -> Tensor:
-        """Average the divergence from the short context's logits over each response, added over the aligned ones: (P,).
-
-        0 where a sample's long prompt is its short one, which has no teachers.
-        """
-        labels_BT, is_long_B, size = batch["long_labels"], ~batch["long_is_short_B"], len(batch["names"])
-        is_long = torch.cat([is_long_B, of_pairs(is_long_B, batch)])[: len(labels_BT)]  # of chosen, then of rejected
-        mask_BK = (labels_BT[:, positions_K + 1] != IGNORE) & is_long[:, None]
-        at_N = mask_BK.flatten().nonzero().squeeze(1)
-        teacher = Rows(teachers_NV, torch.arange(len(teachers_NV), device=at_N.device))
-        means = _masked_means(token_kl(logits_BKV.flatten(0, 1), at_N, teacher, distill_form(self.args)), mask_BK)
-        return of_pairs(means[:size], batch) + (means[size:] if self.args.long_pair else 0)
-
-    def forward_long(self, model, batch: dict, positions_K: Tensor | None) -> Tensor:
-        """Return logits of the long sequences at the given positions (all where None), through the wrapped model."""
-        keep = {} if positions_K is None or not self.keeps_logits else {"logits_to_keep": positions_K}
-        ids, mask = batch["long_input_ids"], batch["long_attention_mask"]
+    def logits(self, model, batch: dict, positions_K: Tensor, side: str = "") -> Tensor:
+        """Return logits at the given positions, through the wrapped model, which may be able to make these alone."""
+        keep = {"logits_to_keep": positions_K} if self.keeps_logits else {}
+        ids, mask = batch[f"{side}input_ids"], batch[f"{side}attention_mask"]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True, **keep).logits
-        return logits if keep or positions_K is None else logits[:, positions_K]
+        return logits if keep else logits[:, positions_K]
+
+    def _aligned(self, batch: dict) -> Tensor:
+        """Mark the aligned ones of the short sequences, (2P,): the chosen one, that of a sample's first pair, once."""
+        pairs = len(batch["labels"]) // 2
+        firsts = {0, *accumulate(batch.get("pairs", [1] * pairs)[:-1])}
+        marks = [n in firsts for n in range(pairs)] + [self.args.long_pair] * pairs
+        return torch.tensor(marks, device=batch["labels"].device)
+
+    def _kl(self, scored: Scored, rows_B: Tensor, teacher: Top | Rows, form: Form) -> Tensor:
+        """Average a divergence over the responses of some rows, 0 in all others, (B,)."""
+        mask_BK = scored.mask_BK & rows_B[:, None]
+        at_N = mask_BK.flatten().nonzero().squeeze(1)
+        kl_N = token_kl(scored.logits_BKV.flatten(0, 1), at_N, teacher, form)
+        kl_BK = torch.zeros_like(mask_BK, dtype=kl_N.dtype).masked_scatter(mask_BK, kl_N)
+        return kl_BK.sum(-1) / mask_BK.sum(-1).clamp(min=1)
+
+    def _added(self, means_B: Tensor, batch: dict) -> Tensor:
+        """Add what aligned responses have, chosen ones of samples, then rejected ones, over each pair: (P,)."""
+        size = len(batch["names"])
+        return of_pairs(means_B[:size], batch) + (means_B[size:] if self.args.long_pair else 0)
 
     def _long_pair(self, model, batch: dict) -> LogProbs:
         """Score the pair given the long prompt, and the NLL of all of `x_long y_w`, whose logits are all kept.
 
         The rejected sequences run by themselves, so that they have logits at their responses only.
         """
-        size, chunk = len(batch["names"]), self.args.solopo_logp_chunk
+        size, chunk, names = len(batch["names"]), self.args.solopo_logp_chunk, ("input_ids", "attention_mask", "labels")
         chosen, rejected = (
-            {name: batch[name][rows] for name in LONG_PAIR} for rows in (slice(size), slice(size, None))
+            {f"long_{name}": batch[f"long_{name}"][rows] for name in names} for rows in (slice(size), slice(size, None))
         )
-        labels_BT, ids_BT = chosen["long_labels"], chosen["long_input_ids"]
-        logits_BTV = self.forward_long(model, chosen, None)
-        positions_K = predicting_positions(labels_BT)
-        chosen_B, _ = response_logps(logits_BTV[:, positions_K], labels_BT, positions_K, chunk)
-        real = chosen["long_attention_mask"][:, 1:].bool()
-        tokens = token_logps(logits_BTV[:, :-1][real], ids_BT[:, 1:][real], chunk)
-        nll_B = -_masked_means(tokens, real)
-        positions_K = predicting_positions(rejected["long_labels"])
-        logits_BKV = self.forward_long(model, rejected, positions_K)
-        rejected_B, _ = response_logps(logits_BKV, rejected["long_labels"], positions_K, chunk)
-        return LogProbs(of_pairs(chosen_B, batch), rejected_B, of_pairs(nll_B, batch))
+        labels_BT, real_BT = chosen["long_labels"], chosen["long_attention_mask"].bool()
+        positions_K = torch.arange(labels_BT.shape[1] - 1, device=labels_BT.device)
+        logits_BTV = self.logits(model, chosen, positions_K, "long_")
+        chosen_B, _ = response_logps(logits_BTV, labels_BT, positions_K, chunk)
+        whole_BT = chosen["long_input_ids"].where(real_BT, IGNORE)
+        sums_B, counts_B = response_logps(logits_BTV, whole_BT, positions_K, chunk)
+        rejected_B = self._score(model, rejected, "long_").logps_B
+        return LogProbs(of_pairs(chosen_B, batch), rejected_B, of_pairs(-sums_B / counts_B, batch))
 
 
 def of_pairs(x_B: Tensor, batch: dict) -> Tensor:
     """Return what the samples have, once for each of their pairs."""
     return x_B.repeat_interleave(torch.tensor(batch["pairs"], device=x_B.device)) if "pairs" in batch else x_B
-
-
-def _first_of(batch: dict, pairs: int, device: torch.device) -> Tensor:
-    """Mark the pairs that are the first of their sample, (P,)."""
-    firsts = {0, *accumulate(batch.get("pairs", [1] * pairs)[:-1])}
-    return torch.tensor([n in firsts for n in range(pairs)], device=device)
-
-
-def _masked_means(x_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """Average what the marked tokens have over each row, 0 of none, (B,)."""
-    x_BT = torch.zeros_like(mask_BT, dtype=x_N.dtype).masked_scatter(mask_BT, x_N)
-    return x_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
 
 
 def all_tokens(batch: dict) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class SoloTrainer(CustomDPOTrainer):
             shared = self.ranks if self.ranks.size > 1 else None
             self.form = Packed(args, model, kwargs["ref_model"], ranks=shared)
         else:
-            self.form = TwoStages(args, model, self.concatenated_forward, self.every_rank_may_skip, pad_id)
+            self.form = TwoStages(args, model, self.every_rank_may_skip, pad_id)
         self.data_collator = self.form.collator
         self.objective = OBJECTIVES[args.solopo_objective]
         self.train_means, self.eval_means = ExampleMeans(), ExampleMeans()

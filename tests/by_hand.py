@@ -63,7 +63,7 @@ def step(model, reference, rows, **keys):
         assert all(why_not_packed(m) is None for m in filter(None, (model, trainer.ref_model)))
         trainer.form = Packed(args, model, trainer.ref_model)
     else:
-        trainer.form = TwoStages(args, model, trainer.concatenated_forward, trainer.every_rank_may_skip, 0)
+        trainer.form = TwoStages(args, model, trainer.every_rank_may_skip, 0)
     losses_B, metrics_BM = trainer.solopo_step(model, trainer.form.collator(rows))
     return losses_B, dict(zip(trainer.metrics, metrics_BM.unbind(1), strict=True))
 

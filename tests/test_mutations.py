@@ -41,8 +41,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     # the label shift
     "labels are read unshifted": (
         "logps.py",
-        "targets_BK = labels_BT[:, positions_K + 1]",
-        "targets_BK = labels_BT[:, positions_K]",
+        "targets_BT = labels_BT[:, 1:]",
+        "targets_BT = labels_BT[:, :-1]",
         "test_logps.py::test_the_logits_before_a_label_predict_it",
     ),
     "logits are taken unshifted": (
@@ -60,8 +60,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "chosen and rejected change places in the step": (
         "forward.py",
-        'chosen_B, rejected_B, nll_B = short["chosen_logps"], short["rejected_logps"]',
-        'rejected_B, chosen_B, nll_B = short["chosen_logps"], short["rejected_logps"]',
+        "chosen_B, rejected_B = short.logps_B.chunk(2)",
+        "rejected_B, chosen_B = short.logps_B.chunk(2)",
         f"{STEP}[sigmoid]",
     ),
     "chosen and rejected change places in the known reference": (
@@ -91,8 +91,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "equal prompts are aligned and different ones are not": (
         "forward.py",
-        'predicting_positions(labels_BT), of_pairs(~batch["long_is_short_B"], batch)',
-        'predicting_positions(labels_BT), of_pairs(batch["long_is_short_B"], batch)',
+        '~batch["long_is_short_B"]',
+        'batch["long_is_short_B"]',
         f"{STEP}[hinge]",
     ),
     "the rejected response's rise is taken for a drop": (
@@ -278,5 +278,5 @@ def test_the_four_faults_that_matter_most_are_there():
     """Sign, shift, swap and wrong side, in the step as well as in its parts."""
     assert len(FAULTS) == 32
     # in solopo, longpo, forward.py, trainer.py
-    ours = "po_B", "logps.", "*form", "short[", "long_is_short_B", "reference_P2"
+    ours = "po_B", "logps.", "*form", "short.", "long_is_short_B", "reference_P2"
     assert sum(any(word in source for word in ours) for _, source, *_ in FAULTS.values()) == 8

@@ -567,7 +567,7 @@ def test_longpo_in_two_stages_has_all_logits_of_the_chosen_alone(monkeypatch):
              for side, name in (("short", "chosen"), ("short", "rejected"), ("long", "rejected"))]  # fmt: skip
     union = [len({t for a, n, (of, _) in spans if of == side for t in range(a, a + n)}) for side in ("short", "long")]
     width = max(len(r["long_prompt_ids"]) + len(r[f"{n}_ids"]) for r in rows for n in ("chosen", "rejected"))
-    assert heads == [(6, union[0], 40), (3, width, 40), (3, union[1], 40)]
+    assert heads == [(6, union[0], 40), (3, width - 1, 40), (3, union[1], 40)]
 
 
 def test_memory_grows_with_the_prompt_by_activations_alone(monkeypatch):

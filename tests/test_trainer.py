@@ -205,8 +205,8 @@ def test_equal_contexts_cost_nothing_and_align_to_zero(run, recipe, tmp_path, mo
     from solopo_plugin.forward import TwoStages
 
     calls = []
-    forward_long = TwoStages.forward_long
-    monkeypatch.setattr(TwoStages, "forward_long", lambda self, *a: calls.append(1) or forward_long(self, *a))
+    score = TwoStages._score
+    monkeypatch.setattr(TwoStages, "_score", lambda self, *a: calls.extend([1] * ("long_" in a)) or score(self, *a))
     rows = [row | {"long_prompt": row["prompt"]} for row in demo_rows(8)]
     folder = write_dataset(tmp_path / "same", rows)
     common = dict(dataset="rows", dataset_dir=folder, max_samples=None, num_train_epochs=1.0)
