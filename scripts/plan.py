@@ -12,7 +12,7 @@ bytes. S, L, R: tokens of the short prompt, the long prompt, a response.
 import argparse
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from step_cost import (
     step_memory,
 )  # fmt: skip
 
-from solopo_plugin.args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values, distills
+from solopo_plugin.args import FIELDS, SoloArguments, check_keys, check_values, distills
 from solopo_plugin.host.arguments import PURE_BF16_LR
 from solopo_plugin.qa.recipe import read_values
 from solopo_plugin.qa.window import window_of
@@ -68,8 +68,7 @@ def read_recipe(path: str | Path, gpus: int, overrides: list[str] | None = None)
     if recipe.get("rope_scaling"):
         raise ValueError(f"{path}: `rope_scaling` is not planned; put it into the model's config.json, which is.")
     check_keys(recipe)
-    for declared in (SoloArguments, SoloDataArguments):
-        check_values(declared(**{f.name: recipe[f.name] for f in fields(declared) if f.name in recipe}))
+    check_values(SoloArguments(**{name: recipe[name] for name in FIELDS if name in recipe}))
     tuning, optim = recipe.get("finetuning_type", "lora"), recipe.get("optim", "adamw_torch_fused")
     if tuning not in ("full", "lora") or optim not in OPTIMIZERS:
         raise ValueError(f"{path}: only full and lora, with {', '.join(OPTIMIZERS)}; got {tuning}, {optim}.")

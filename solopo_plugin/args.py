@@ -4,8 +4,10 @@ This is the one definition. The command line's help, the recipes and docs/keys.m
 against it. Nothing of LLaMA-Factory is imported here.
 """
 
+import inspect
 import math
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from .qa.files import did_you_mean
@@ -13,93 +15,69 @@ from .qa.files import did_you_mean
 CHUNK = 1024  # tokens whose fp32 logits exist at a time; ours
 
 
-def _key(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class SoloArguments:
-    """Declare what the step and its objective are set to; they join the host's `FinetuningArguments`."""
+    """Declare what the step, its objective and its rows are set to; they join the host's `FinetuningArguments`.
 
-    solopo_alpha: float = _key(
-        1.0,
-        "Weight of the short-to-long alignment term, >= 0 (0 is the plain preference loss on the short "
-        "pair). The paper uses 1 to 4. DPO sums log-probs and SimPO/ORPO average them, so the same alpha pulls "
-        "very differently per token.",
-    )
-    solopo_align: Literal["reward", "logp", "distill"] = _key(
-        "reward",
-        "What is kept equal between short and long context: the reward of the loss in use (SoLo-RA, the paper's form), "
-        "the log-probability (SoLo-KL; mean per token for ipo, simpo and orpo, sum otherwise), or the whole "
-        "distribution over the next token (`distill`), which given the short context is a constant teacher.",
-    )
-    solopo_align_on: Literal["chosen", "both"] = _key(
-        "chosen",
-        "Which responses are aligned: `chosen` (the paper's form), or `both` (also the rejected; a fourth sequence).",
-    )
-    solopo_penalty: Literal["auto", "abs", "squared", "drop"] = _key(
-        "auto",
-        "The function s(t) of the gap t: `auto` is the one that belongs to the loss (2t^2 for ipo, |t| otherwise), "
-        "`abs` |t|, `squared` t^2, `drop` only what the long context makes worse.",
-    )
-    solopo_detach_short: bool = _key(False, "No gradient through the short side of the alignment term.")
-    solopo_objective: Literal["solopo", "longpo", "distill"] = _key(
-        "solopo",
-        "The objective: `solopo`, or on rows of the same columns `longpo` (arXiv:2502.13922) or `distill`, the "
-        "alignment of that name alone, with `pref_ftx` times the NLL of the short chosen response.",
-    )
-    solopo_longpo_lambda: float = _key(
-        0.01,
-        "LongPO only: weight of the preference term; the NLL has weight 1. 0.01 is LongPO's.",
-    )
-    solopo_distill_kl: Literal["forward", "reverse", "jsd"] = _key(
-        "forward",
-        "Self-distillation's divergence per token, averaged over the response: `forward`, KL from the distribution "
-        "given the short context to that given the long one; `reverse`, the other way (OPSDL's, arXiv:2604.17535); "
-        "`jsd`, Jensen-Shannon's.",
-    )
-    solopo_distill_temperature: float = _key(
-        1.0,
-        "Self-distillation: by which the logits of both sides are divided, > 0.",
-    )
-    solopo_distill_topk: int = _key(
-        0,
-        "Self-distillation: the teacher's likeliest words that are compared one by one, all others together as one; "
-        "0 compares all.",
-    )
-    solopo_anchor: float = _key(
-        0.0,
-        "Weight of the KL, per token of the short responses, from the reference to the policy, >= 0: against "
-        "losing what short contexts could do. Needs a reference in every loss: `ref_model`, or the model as it starts, "
-        "without an adapter that is trained.",
-    )
-    solopo_forward: Literal["auto", "packed", "two_stage"] = _key(
-        "auto",
-        "How a step runs: `packed`, all sequences of a micro-batch as one row without padding in one forward; "
-        "`two_stage`, the short pair in one forward, then the long sequence in another; `auto`, packed where the model "
-        "supports it.",
-    )
-    solopo_reference: Literal["cached", "online"] = _key(
-        "cached",
-        "The reference's log-probs (sigmoid, ipo, hinge, longpo): `cached`, scored once before training by the model "
-        "as it starts, without an adapter that is trained, and kept on disk; no second model stays; `online`, a "
-        "forward of the reference in every step.",
-    )
-    solopo_logp_chunk: int = _key(
-        CHUNK,
-        "Response tokens whose fp32 logits exist at a time, >= 1; smaller saves memory, and no result changes.",
-    )
-    solopo_mlp_chunk: int = _key(
-        0,
-        "Tokens that a layer's MLP takes at a time, each chunk recomputed in backward; 0 takes all. For lengths that "
-        "do not fit otherwise: with checkpointing the MLP's intermediates are the largest part. Costs about one more "
-        "forward of the MLPs per step. Dense models only.",
-    )
-    solopo_sequence_parallel: int = _key(
-        1,
-        "Processes, so GPUs of one machine, that share every packed row, each a part of its tokens: for rows longer "
-        "than one GPU holds. Divides the number of processes and the model's attention heads; 1 is off.",
-    )
+    Attributes:
+        solopo_alpha: Weight of the short-to-long alignment term, >= 0 (0 is the plain preference loss on the short
+            pair). The paper uses 1 to 4. DPO sums log-probs and SimPO/ORPO average them, so the same alpha pulls very
+            differently per token.
+        solopo_align: What is kept equal between short and long context: the reward of the loss in use (SoLo-RA, the
+            paper's form), the log-probability (SoLo-KL; mean per token for ipo, simpo and orpo, sum otherwise), or the
+            whole distribution over the next token (`distill`), which given the short context is a constant teacher.
+        solopo_align_on: Which responses are aligned: `chosen` (the paper's form), or `both` (also the rejected; a
+            fourth sequence).
+        solopo_penalty: The function s(t) of the gap t: `auto` is the one that belongs to the loss (2t^2 for ipo, |t|
+            otherwise), `abs` |t|, `squared` t^2, `drop` only what the long context makes worse.
+        solopo_detach_short: No gradient through the short side of the alignment term.
+        solopo_objective: The objective: `solopo`, or on rows of the same columns `longpo` (arXiv:2502.13922) or
+            `distill`, the alignment of that name alone, with `pref_ftx` times the NLL of the short chosen response.
+        solopo_longpo_lambda: LongPO only: weight of the preference term; the NLL has weight 1. 0.01 is LongPO's.
+        solopo_distill_kl: Self-distillation's divergence per token, averaged over the response: `forward`, KL from the
+            distribution given the short context to that given the long one; `reverse`, the other way (OPSDL's,
+            arXiv:2604.17535); `jsd`, Jensen-Shannon's.
+        solopo_distill_temperature: Self-distillation: by which the logits of both sides are divided, > 0.
+        solopo_distill_topk: Self-distillation: the teacher's likeliest words that are compared one by one, all others
+            together as one; 0 compares all.
+        solopo_anchor: Weight of the KL, per token of the short responses, from the reference to the policy, >= 0:
+            against losing what short contexts could do. Needs a reference in every loss: `ref_model`, or the model as
+            it starts, without an adapter that is trained.
+        solopo_forward: How a step runs: `packed`, all sequences of a micro-batch as one row without padding in one
+            forward; `two_stage`, the short pair in one forward, then the long sequence in another; `auto`, packed where
+            the model supports it.
+        solopo_reference: The reference's log-probs (sigmoid, ipo, hinge, longpo): `cached`, scored once before training
+            by the model as it starts, without an adapter that is trained, and kept on disk; no second model stays;
+            `online`, a forward of the reference in every step.
+        solopo_logp_chunk: Response tokens whose fp32 logits exist at a time, >= 1; smaller saves memory, and no result
+            changes.
+        solopo_mlp_chunk: Tokens that a layer's MLP takes at a time, each chunk recomputed in backward; 0 takes all. For
+            lengths that do not fit otherwise: with checkpointing the MLP's intermediates are the largest part. Costs
+            about one more forward of the MLPs per step. Dense models only.
+        solopo_sequence_parallel: Processes, so GPUs of one machine, that share every packed row, each a part of its
+            tokens: for rows longer than one GPU holds. Divides the number of processes and the model's attention heads;
+            1 is off.
+        solopo_overlength: A row longer than `cutoff_len`: stop with an `error`, or `drop` it (counted and reported).
+            Never truncated.
+    """
+
+    solopo_alpha: float = 1.0
+    solopo_align: Literal["reward", "logp", "distill"] = "reward"
+    solopo_align_on: Literal["chosen", "both"] = "chosen"
+    solopo_penalty: Literal["auto", "abs", "squared", "drop"] = "auto"
+    solopo_detach_short: bool = False
+    solopo_objective: Literal["solopo", "longpo", "distill"] = "solopo"
+    solopo_longpo_lambda: float = 0.01
+    solopo_distill_kl: Literal["forward", "reverse", "jsd"] = "forward"
+    solopo_distill_temperature: float = 1.0
+    solopo_distill_topk: int = 0
+    solopo_anchor: float = 0.0
+    solopo_forward: Literal["auto", "packed", "two_stage"] = "auto"
+    solopo_reference: Literal["cached", "online"] = "cached"
+    solopo_logp_chunk: int = CHUNK
+    solopo_mlp_chunk: int = 0
+    solopo_sequence_parallel: int = 1
+    solopo_overlength: Literal["error", "drop"] = "error"
 
     @property
     def longpo(self) -> bool:
@@ -117,17 +95,9 @@ class SoloArguments:
         return distills(self.solopo_objective, self.solopo_align)
 
 
-@dataclass
-class SoloDataArguments:
-    """Declare what becomes of the rows; it joins the host's `DataArguments`, which reach the host's processors."""
-
-    solopo_overlength: Literal["error", "drop"] = _key(
-        "error",
-        "A row longer than `cutoff_len`: stop with an `error`, or `drop` it (counted and reported). Never truncated.",
-    )
-
-
-FIELDS: dict[str, Any] = {f.name: f for declared in (SoloArguments, SoloDataArguments) for f in fields(declared)}
+FIELDS: dict[str, Any] = {f.name: f for f in fields(SoloArguments)}
+for key, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(SoloArguments) or "", re.MULTILINE):
+    FIELDS[key].metadata = {"help": " ".join(text.split())}  # on the command line
 OF_SIDES = ("solopo_penalty", "solopo_detach_short")  # of an alignment of two numbers
 OF_DISTILL = ("solopo_distill_kl", "solopo_distill_temperature", "solopo_distill_topk")
 OF_LONGPO = ("solopo_longpo_lambda",)
@@ -161,7 +131,7 @@ def number_fault(name: str, value: Any) -> str | None:
     return f"`{name}` must be a number, got {value!r}{how}."
 
 
-def check_values(args: SoloArguments | SoloDataArguments) -> None:
+def check_values(args: SoloArguments) -> None:
     """Refuse a value of the wrong type or out of range; the message names key, value seen and what is allowed.
 
     Whole numbers are accepted for weights and become floats, as YAML writes `2` and `2.0` alike.

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from solopo_plugin.args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
+from solopo_plugin.args import FIELDS, SoloArguments, check_keys, check_values
 
 
 def test_defaults_are_the_papers_form():
-    assert dataclasses.asdict(SoloArguments()) | dataclasses.asdict(SoloDataArguments()) == {
+    assert dataclasses.asdict(SoloArguments()) == {
         "solopo_alpha": 1.0,
         "solopo_align": "reward",
         "solopo_align_on": "chosen",
@@ -33,7 +33,6 @@ def test_defaults_are_the_papers_form():
         "solopo_sequence_parallel": 1,
     }
     check_values(SoloArguments())
-    check_values(SoloDataArguments())
 
 
 def test_whole_numbers_become_floats():
@@ -198,7 +197,7 @@ def test_data_arguments_are_the_hosts_in_other_stages_and_keep_ours_in_this_one(
     theirs, host = parse(1, stage="sft", dataset="demo"), DataArguments(dataset="demo")
     assert pickle.dumps(theirs) == pickle.dumps(host) and theirs.to_dict() == host.to_dict()
     ours = parse(1, stage="solopo", solopo_overlength="drop")
-    assert ours.to_dict()["solopo_overlength"] == "drop" == pickle.loads(pickle.dumps(ours)).solopo_overlength
+    assert ours.solopo_overlength == "drop" == pickle.loads(pickle.dumps(ours)).solopo_overlength
 
 
 def test_chat_and_export_accept_a_training_recipe():

@@ -99,39 +99,16 @@ def with_solo(host: type[Any]) -> type:
     return SoloFinetuningArguments
 
 
-def with_solo_data(host: type) -> type:
-    """Return the host's `DataArguments` with ours."""
-
-    @dataclass
-    class SoloDataArguments(solo.SoloDataArguments, host):
-        def __post_init__(self):
-            solo.check_values(self)
-            super().__post_init__()
-
-        def __reduce__(self):
-            """Pickle, into fingerprints of maps over rows, as of the host's class: this one is found under no name."""
-            return _restored, (host, vars(self))
-
-    return SoloDataArguments
-
-
-def _restored(host: type, values: dict):
-    restored: Any = object.__new__(host)
-    vars(restored).update(values)
-    return restored
-
-
 def apply(parser) -> None:
     """Patch `llamafactory.hparams.parser` right after its import."""
-    finetuning, data = parser.FinetuningArguments, parser.DataArguments
-    ours = {finetuning: with_solo(finetuning), data: with_solo_data(data)}
+    host, ours = parser.FinetuningArguments, with_solo(parser.FinetuningArguments)
     wrap(
         (parser, "read_args", ("args",), _reading_json),
         (parser, "_parse_train_args", ("args",), partial(_checking_keys, parser)),
         (parser, "get_train_args", ("args",), _checking_recipe),
     )
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS, parser._TRAIN_MCA_ARGS):
-        arguments[:] = [ours.get(host, host) for host in arguments]
+        arguments[:] = [ours if part is host else part for part in arguments]
 
 
 def _reading_json(read_args, args=None):
@@ -154,9 +131,8 @@ def _checking_keys(parser, parse_train_args, args=None):
     if ours and stage != "solopo":
         raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
     parsed = parse_train_args(args)
-    if stage != "solopo":  # the host's own object: it is in the fingerprints of other stages' maps over rows
-        parsed[1].__class__ = parser.DataArguments
-        del parsed[1].solopo_overlength
+    if stage == "solopo":  # what is mapped over rows is given the host's data arguments alone
+        parsed[1].solopo_overlength = parsed[3].solopo_overlength
     return parsed
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
-from ..args import FIELDS, SoloArguments, SoloDataArguments, check_keys, check_values
+from ..args import FIELDS, SoloArguments, check_keys
 from . import board_texts
 from .arguments import check_best_direction, check_recipe
 from .data import LONG_COLUMN, check_stage
@@ -283,7 +283,6 @@ def refusal(args: dict) -> str:
     try:
         check_keys(args)
         check_best_direction(args)
-        check_values(SoloDataArguments(args.get("solopo_overlength") or SoloDataArguments.solopo_overlength))
         tuning = finetuning_args(**known)
         for keys in OF_SFT:
             if any(map(args.get, keys)):

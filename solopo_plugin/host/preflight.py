@@ -186,8 +186,7 @@ def _keys(recipe: dict) -> Iterator[str]:
     yield from refusals_of_keys(recipe.get)
     try:
         solo.check_keys(ours)
-        for part in (solo.SoloArguments, solo.SoloDataArguments):
-            solo.check_values(part(**{key: ours[key] for key in ours.keys() & part.__dataclass_fields__.keys()}))
+        solo.check_values(solo.SoloArguments(**ours))
     except ValueError as error:
         yield str(error)
 
