@@ -11,6 +11,7 @@ Shape suffixes: B samples, P pairs (data.py), T tokens of the row, K scored toke
 LongPO also sequences).
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,52 +190,35 @@ class PackedCollator:
         known = known_of(features)
         if self.reference and "reference_P2" not in known:
             known |= self.short_pair(features)
-        policy = self._pack_pairs(features, "long", True) if self.longpo else self._pack_policy(features)
+        policy = self._pack(features, "long", sequences=True) if self.longpo else self._pack(features, "short", "long")
         return known | {"policy": policy}
 
     def short_pair(self, features: list[dict]) -> dict:
         """Return all that a reference is shown."""
-        return {"reference": self._pack_pairs(features, "short")}
+        return {"reference": self._pack(features, "short")}
 
-    def _pack_policy(self, features: list[dict]) -> dict:
-        groups, n = [], 0
-        spans: dict[str, list[int]] = {"chosen": [], "rejected": [], "long_chosen": [], "long_rejected": []}
+    def _pack(self, features: list[dict], *sides: str, sequences: bool = False) -> dict:
+        """Pack pairs behind prompts of a side and, where there is another, what is aligned behind those of that one."""
+        groups: list[Group] = []
+        spans: dict[str, list[int]] = defaultdict(list)
+        n = first = 0
         for f in features:
             responses = [f["chosen_ids"], *rejected_of(f)]
-            groups.append((f["short_prompt_ids"], responses))
-            long = n if f["long_is_short"] else n + len(responses)
-            for m in range(1, len(responses)):
-                for name, span in zip(spans, (n, n + m, long, long + m), strict=True):
-                    spans[name].append(span)
-            n += len(responses)
-            if not f["long_is_short"]:
-                aligned = responses if self.long_pair else responses[:1]
-                groups.append((f["long_prompt_ids"], aligned))
-                n += len(aligned)
-        if not self.long_pair:
-            del spans["long_rejected"]
-        row = pack(groups) | {"spans": {name: torch.tensor(s) for name, s in spans.items()}}
-        if self.distill:
-            sides = [[*zip(spans[side], spans[f"long_{side}"], strict=True)] for side in self._aligned]
-            row["distilled"] = logits_of(row, sides)
-        return row | self._anchored(row)
-
-    @property
-    def _aligned(self) -> tuple[str, ...]:
-        return ("chosen", "rejected") if self.long_pair else ("chosen",)
-
-    def _anchored(self, row: dict) -> dict:
-        sides = [[(span,) for span in row["spans"][side].tolist()] for side in self._aligned]
-        return {"anchored": logits_of(row, sides)} if self.anchor else {}
-
-    def _pack_pairs(self, features: list[dict], side: str, score_sequences: bool = False) -> dict:
-        groups = [(f[f"{side}_prompt_ids"], [f["chosen_ids"], *rejected_of(f)]) for f in features]
-        once, n = ("sequence", "chosen") if score_sequences else ("chosen",), 0
-        spans: list[list[int]] = []  # of each pair: those of its sample, and its rejected response's
-        for _, (_, *rejected) in groups:
-            behind = n + len(once)
-            spans += [[*range(n, behind), behind + m] for m in range(len(rejected))]
-            n = behind + len(rejected)
-        of_names = torch.tensor(spans).unbind(1)
-        row = pack(groups, score_sequences) | {"spans": dict(zip((*once, "rejected"), of_names, strict=True))}
-        return row | self._anchored(row)
+            for prefix, side in zip(("", "long_"), sides, strict=False):
+                shown = responses if self.long_pair or not prefix else responses[:1]
+                if not prefix or not f["long_is_short"]:
+                    groups.append((f[f"{side}_prompt_ids"], shown))
+                    first, n = n + sequences, n + sequences + len(shown)
+                for m in range(1, len(responses)):  # the pairs
+                    spans[f"{prefix}chosen"].append(first)
+                    if len(shown) > 1:
+                        spans[f"{prefix}rejected"].append(first + m)
+                    if sequences:
+                        spans["sequence"].append(first - 1)
+        row = pack(groups, sequences) | {"spans": {name: torch.tensor(numbers) for name, numbers in spans.items()}}
+        aligned = ("chosen", "rejected") if self.long_pair else ("chosen",)
+        if self.distill and len(sides) > 1:
+            row["distilled"] = logits_of(row, [[*zip(spans[s], spans[f"long_{s}"], strict=True)] for s in aligned])
+        if self.anchor:
+            row["anchored"] = logits_of(row, [[(span,) for span in spans[side]] for side in aligned])
+        return row

@@ -357,22 +357,13 @@ def _processing(get_dataset_processor, data_args, stage, template, tokenizer, pr
 
 
 def _counting(
-    logger,
-    get_preprocessed_dataset,
-    dataset,
-    data_args,
-    training_args,
-    stage,
-    template,
-    tokenizer,
-    processor=None,
-    is_eval=False,
+    logger, preprocess, dataset, data_args, training_args, stage, template, tokenizer, processor=None, is_eval=False
 ):
     args = (dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
     if stage != "solopo" or dataset is None or data_args.streaming:
-        return get_preprocessed_dataset(*args)
+        return preprocess(*args)
     try:
-        rows = get_preprocessed_dataset(*args)
+        rows = preprocess(*args)
     except RuntimeError as error:
         if "Cannot find valid samples" not in str(error):
             raise
