@@ -237,14 +237,7 @@ def penalty(lost_B: Tensor, kind: str, pref_loss: str) -> Tensor:
 
 
 def alignment(
-    short_B: Tensor,
-    long_B: Tensor,
-    pref_loss: str,
-    beta: float,
-    align="reward",
-    kind="auto",
-    detach_short=False,
-    rise=False,
+    short_B: Tensor, long_B: Tensor, pref_loss, beta: float, align="reward", kind="auto", detach_short=False, rise=False
 ) -> Tensor:
     """Return SoLo-RA (eq. 9) or SoLo-KL (eq. 10) for one response, per sample, not reduced and not yet times alpha.
 
