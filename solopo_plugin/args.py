@@ -102,7 +102,6 @@ OF_SIDES = ("solopo_penalty", "solopo_detach_short")  # of an alignment of two n
 OF_DISTILL = ("solopo_distill_kl", "solopo_distill_temperature", "solopo_distill_topk")
 OF_LONGPO = ("solopo_longpo_lambda",)
 WITH_REFERENCE = ("sigmoid", "ipo", "hinge")  # values of `pref_loss`
-HOSTS_DEFAULTS = {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0}
 
 
 def flags(words: list[str]) -> dict[str, str]:
@@ -136,20 +135,20 @@ def check_values(args: SoloArguments) -> None:
 
     Whole numbers are accepted for weights and become floats, as YAML writes `2` and `2.0` alike.
     """
-    for name in (name for name in FIELDS if hasattr(args, name)):
-        value, spec = getattr(args, name), FIELDS[name]
-        if spec.type is float:
-            if number_fault(name, value) or value < 0:
-                raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
-            setattr(args, name, float(value))
-        elif spec.type is int:
+    for name, spec in FIELDS.items():
+        value, kind = getattr(args, name), spec.type
+        if kind is float:
+            good, needed = number_fault(name, value) is None and value >= 0, "a number >= 0,"
+        elif kind is int:
             least = min(1, spec.default)  # 0 switches off what is off by default
-            if type(value) is not int or value < least:  # true is an int
-                raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
-        elif spec.type is bool and not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
-        elif spec.type is not bool and value not in get_args(spec.type):
-            raise ValueError(f"`{name}` must be one of {', '.join(get_args(spec.type))}; got {value!r}.")
+            good, needed = type(value) is int and value >= least, f"a whole number >= {least},"  # true is an int
+        elif kind is bool:
+            good, needed = isinstance(value, bool), "true or false,"
+        else:
+            good, needed = value in get_args(kind), f"one of {', '.join(get_args(kind))};"
+        if not good:
+            raise ValueError(f"`{name}` must be {needed} got {value!r}.")
+        setattr(args, name, float(value) if kind is float else value)
 
 
 def distills(objective: str | None, align: str | None) -> bool:
@@ -187,13 +186,12 @@ def check_loss(args) -> None:
         )
     if args.longpo and args.pref_loss != "sigmoid":
         raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
-    for name in ("pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing", "pref_bco_weight"):
+    for name in ("pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing"):
         if sentence := number_fault(name, getattr(args, name)):
             raise ValueError(sentence)
     for reason, names in without_effect(args).items():
         for name in names:
-            default = HOSTS_DEFAULTS[name] if name in HOSTS_DEFAULTS else FIELDS[name].default
-            if getattr(args, name) != default:
+            if getattr(args, name) != args.__dataclass_fields__[name].default:
                 raise ValueError(
                     f"`{name}: {getattr(args, name)}` has no effect with `{reason}: {getattr(args, reason)}`; "
                     f"remove it, or on the command line {name}={default}."
@@ -205,10 +203,3 @@ def check_loss(args) -> None:
         raise ValueError(f"`pref_ftx` must be >= 0, got {args.pref_ftx!r}.")
     if not 0 <= args.dpo_label_smoothing < 0.5:
         raise ValueError(f"`dpo_label_smoothing` must be in [0, 0.5), got {args.dpo_label_smoothing!r}.")
-    if args.pref_bco_weight:
-        raise ValueError(f"`pref_bco_weight: {args.pref_bco_weight}` is not defined for `stage: solopo`; remove it.")
-    if args.ld_alpha is not None:
-        raise ValueError(
-            f"`ld_alpha: {args.ld_alpha}` would weigh the short log-probs and not the long ones; "
-            "remove it for `stage: solopo`."
-        )

@@ -29,35 +29,25 @@ REFUSED = {  # keys of the host that would change or bypass the step, unless the
     "apollo_layerwise": LAYERWISE,
     "dispatch_batches": "one process cannot cut the others' part from a packed row or from rows of different lengths",
 }
-# Keys of the host that its preference trainer, or ours, never reads: they would be taken and change nothing.
-# Why -> key -> the host's default, or what is off: that may stand in a recipe.
-UNREAD: dict[str, dict[str, Any]] = {
-    "dropout is off in preference training, as in the host's DPO": {"lora_dropout": 0.0, "module_dropout": 0.0},
-    "the stage has `dpo_label_smoothing`": {"label_smoothing_factor": 0.0},
-    "padding never counts": {"ignore_pad_token_for_loss": True},
-    "the router's auxiliary loss is no part of a step": {"moe_aux_loss_coef": 0.0},
-    "the host's preference trainer has no FP8": {
-        "fp8_enable_fsdp_float8_all_gather": False, "fp8": False, "fp8_backend": "auto",
-    },
-    "`train_sampling_strategy: group_by_length` measures the rows": {
-        "length_column_name": "length", "sortish_sampler": False,
-    },
-    "the stage generates nothing": {
-        "do_predict": False, "eval_num_beams": None, "generation_num_beams": None, "generation_config": None,
-        "do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "num_beams": 1, "max_length": 1024,
-        "max_new_tokens": 1024, "repetition_penalty": 1.0, "length_penalty": 1.0, "skip_special_tokens": True,
-    },
-    "it is for `stage: sft`": {
-        "compute_accuracy": False, "use_dft_loss": False, "use_asft_loss": False, "asft_alpha": 0.1,
-        "use_eaft_loss": False, "eaft_alpha": 1.0, "use_hyper_parallel": False, "hyper_parallel_args": None,
-    },
-    "it is for `stage: kto`": {"kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0},
-    "it is for `stage: ppo`": {
-        "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_score_norm": False, "ppo_target": 6.0, "ppo_whiten_rewards": False,
-        "reward_model": None, "reward_model_adapters": None, "reward_model_quantization_bit": None,
-        "reward_model_type": "lora",
-    },
-}  # fmt: skip
+# Keys that the host's preference trainer, or ours, never reads: they would be taken and change nothing. Why -> which;
+# their defaults may stand in a recipe.
+UNREAD = {
+    "dropout is off in preference training, as in the host's DPO": "lora_dropout module_dropout",
+    "the stage has `dpo_label_smoothing`": "label_smoothing_factor",
+    "padding never counts": "ignore_pad_token_for_loss",
+    "the router's auxiliary loss is no part of a step": "moe_aux_loss_coef",
+    "the short and the long context count alike": "ld_alpha",
+    "BCO's term is not defined for the stage": "pref_bco_weight",
+    "the host's preference trainer has no FP8": "fp8_enable_fsdp_float8_all_gather fp8 fp8_backend",
+    "`train_sampling_strategy: group_by_length` measures the rows": "length_column_name sortish_sampler",
+    "the stage generates nothing": "do_predict eval_num_beams generation_num_beams generation_config do_sample "
+    "temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty skip_special_tokens",
+    "it is for `stage: sft`": "compute_accuracy use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha "
+    "use_hyper_parallel hyper_parallel_args",
+    "it is for `stage: kto`": "kto_chosen_weight kto_rejected_weight",
+    "it is for `stage: ppo`": "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model "
+    "reward_model_adapters reward_model_quantization_bit reward_model_type",
+}
 LOWER = ("solopo/nll", "solopo/reward_gap", "solopo/anchor_kl", "logps/rejected", "rewards/rejected")  # is better
 PURE_BF16_LR = 1e-4  # about the step of a bf16 weight of 0.02, below which updates are lost; ours
 ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
@@ -191,9 +181,12 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
     strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
     if strategy not in (None, *ORDERS):
         yield f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."
-    for reason, defaults in _unread(given, args).items():
-        for key, default in defaults.items():
-            if given(key) not in (None, default):
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
+    known = {name: spec.default for part in _TRAIN_ARGS for name, spec in part.__dataclass_fields__.items()}
+    for reason, keys in _unread(given, args).items():
+        for key in keys.split():
+            if given(key) not in (None, known.get(key)):
                 yield f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it."
 
 
@@ -257,22 +250,21 @@ def _of_shared_rows(given: Callable[[str], Any], size: int) -> Iterator[str]:
             yield f"`solopo_sequence_parallel: {size}` does not run with `{key}`: {reason}; remove one of the two."
 
 
-def _unread(given: Callable[[str], Any], args) -> dict[str, dict[str, Any]]:
+def _unread(given: Callable[[str], Any], args) -> dict[str, str]:
     """Add to `UNREAD` what this recipe does not read."""
     unread = dict(UNREAD)
     if given("streaming"):
-        by_size = {"disable_shuffling": False, "train_sampling_strategy": "random"}
-        unread["the host shuffles a stream by `buffer_size`"] = by_size
-        unread["a stream has no length"] = {"include_effective_tokens_per_second": False}
+        unread["the host shuffles a stream by `buffer_size`"] = "disable_shuffling train_sampling_strategy"
+        unread["a stream has no length"] = "include_effective_tokens_per_second"
     if args.disable_shuffling and given("train_sampling_strategy") == "group_by_length":
-        unread["`disable_shuffling` already keeps the rows' order"] = {"train_sampling_strategy": "random"}
+        unread["`disable_shuffling` already keeps the rows' order"] = "train_sampling_strategy"
     if args.pref_loss != "simpo":
-        unread["it is for `pref_loss: simpo`"] = {"simpo_gamma": 0.5}
+        unread["it is for `pref_loss: simpo`"] = "simpo_gamma"
     if not args.use_ref_model:
         loss = "solopo_objective" if args.solopo_objective == "distill" else "pref_loss"
-        unread[f"`{loss}: {getattr(args, loss)}` has no reference"] = {"ref_model": None, "solopo_reference": "cached"}
+        unread[f"`{loss}: {getattr(args, loss)}` has no reference"] = "ref_model solopo_reference"
     if args.ref_model is None:
-        unread["there is no `ref_model`"] = {"ref_model_adapters": None, "ref_model_quantization_bit": None}
+        unread["there is no `ref_model`"] = "ref_model_adapters ref_model_quantization_bit"
     return unread
 
 
