@@ -152,7 +152,7 @@ class Store:
         self.stream: TextIO | None = None
 
     def open(self) -> None:
-        """Make the folder, or see that it is what its name says."""
+        """Make the folder, and write into it what its name is the hash of."""
         try:
             (self.tops if self.anchored else self.folder).mkdir(parents=True, exist_ok=True)
             if not (self.folder / "identity.json").exists() and not any(self.folder.glob("*.jsonl")):
@@ -164,18 +164,6 @@ class Store:
                 f"Reference scores cannot be kept in {self.folder} ({error.strerror}); set SOLOPO_CACHE to a folder "
                 "that can be written, or `solopo_reference: online`."
             ) from error
-
-    def check(self) -> None:
-        """Refuse scores of another model."""
-        theirs: dict = {}
-        with suppress(OSError, ValueError):
-            theirs = json.loads((self.folder / "identity.json").read_text())
-        differ = sorted(key for key in self.facts.keys() | theirs.keys() if self.facts.get(key) != theirs.get(key))
-        if differ:
-            raise ValueError(
-                f"{self.folder} holds reference scores of another model or setting ({', '.join(differ)} differ); "
-                "remove the folder to score anew."
-            )
 
     def read(self) -> dict[str, tuple[float, float]]:
         """Return all scores by row key; a line that was cut off when its writer was killed is no score."""
@@ -233,7 +221,6 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
     if trainer.args.local_process_index == 0:
         store.open()
     trainer.accelerator.wait_for_everyone()
-    store.check()
 
     splits = data_sets(trainer.train_dataset, trainer.eval_dataset)
     keys = {  # of each row's pairs
