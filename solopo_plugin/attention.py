@@ -74,8 +74,6 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "its attention is bidirectional"
     if getattr(config, "num_kv_shared_layers", 0):  # whose gradients reentrant checkpointing loses, the host's default
         return "its last layers share the keys and values of others"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "its attention has softcapping"
     if kinds:
         return f"its rope scaling ({', '.join(sorted(kinds))}) depends on the longest sequence of the row"
     if config.model_type not in TESTED:

@@ -4,11 +4,10 @@ The stage passes as `dpo` between parsing and dispatch; `run_dpo` gives its name
 """
 
 import os
-import sys
 from contextlib import nullcontext
 
 from .preflight import check, recipe_of, refusing
-from .versions import expect_signature, wrap
+from .versions import wrap
 
 # environment variables by which the user has chosen what transformers logs, or the board, which reads its log
 ASKED = ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY", "LLAMABOARD_ENABLED")
@@ -55,12 +54,6 @@ def _dispatching(run_dpo, model_args, data_args, training_args, finetuning_args,
 
 def log_alignment(callback) -> None:
     """Let the host's `LogCallback` write alignment loss and reward gap into `trainer_log.jsonl`, beside its own."""
-    try:
-        expect_signature(type(callback), "on_log", ("self", "args", "state", "control", "kwargs"))
-        expect_signature(type(callback), "_write_log", ("self", "output_dir", "logs"))
-    except RuntimeError as error:
-        print(f"[WARNING] solopo_plugin: no alignment loss in trainer_log.jsonl: {error}", file=sys.stderr)
-        return
     on_log, write = callback.on_log, callback._write_log
 
     def wrapper(args, state, control, **kwargs):
