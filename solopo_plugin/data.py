@@ -220,8 +220,8 @@ def known_of(features: list[dict]) -> dict:
     """
     known: dict = {"long_is_short_B": torch.tensor([f["long_is_short"] for f in features])}
     if REFERENCE[0] in features[0]:
-        sides = (np.concatenate([np.atleast_1d(f[column]) for f in features]) for column in REFERENCE)
-        known["reference_P2"] = torch.tensor(np.stack([*sides], 1), dtype=torch.float32)
+        sides = [[*chain.from_iterable(f[column] for f in features)] for column in REFERENCE]
+        known["reference_P2"] = torch.tensor(sides).T
     if ANCHOR_FILES in features[0]:  # the chosen responses, each once, then the rejected ones, where these are anchored
         tops = [(len(f["chosen_ids"]), [load_top(path) for path in f[ANCHOR_FILES]]) for f in features]
         parts = [[x[:n] for x in of_row[0]] for n, of_row in tops]

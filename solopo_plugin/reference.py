@@ -249,13 +249,11 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
 
 
 def _add_columns(splits: dict, keys: dict, scores: dict[str, list[float]], store: Store) -> None:
-    """Give every set the columns `REFERENCE`: a number of each row, or a list where a row has several pairs."""
+    """Give every set the columns `REFERENCE`: of each row a list, a number for each of its pairs."""
     for name, of_rows in keys.items():
-        single = all(len(of_row) == 1 for of_row in of_rows)
         for side, column in enumerate(REFERENCE):
             values = [[scores[key][side] for key in of_row] for of_row in of_rows]
-            flat = np.asarray(values, dtype=np.float32)[:, 0] if single else values
-            splits[name] = splits[name].add_column(column, flat)
+            splits[name] = splits[name].add_column(column, values)
         if store.anchored:
             files = [[str(store.top(key)) for key in of_row] for of_row in of_rows]
             splits[name] = splits[name].add_column(ANCHOR_FILES, files)

@@ -545,7 +545,7 @@ def test_step_with_a_known_reference(forward):
     model, ref_model = qwen2_float64(POLICY), qwen2_float64(REFERENCE)
     rows = [
         row | {
-            f"ref_{name}_logps": by_hand_logps(ref_model, row["short_prompt_ids"], row[f"{name}_ids"]).sum().item()
+            f"ref_{name}_logps": [by_hand_logps(ref_model, row["short_prompt_ids"], row[f"{name}_ids"]).sum().item()]
             for name in ("chosen", "rejected")
         }
         for row in tiny_rows()
