@@ -420,7 +420,7 @@ DECLARED = {  # `reference.BY_VALUE` besides
     "the loss, after the reference": "pref_beta pref_ftx pref_bco_weight dpo_label_smoothing simpo_gamma solopo_alpha "
     "solopo_align solopo_align_on solopo_penalty solopo_detach_short solopo_objective solopo_longpo_lambda "
     "solopo_distill_kl solopo_distill_temperature solopo_distill_topk solopo_anchor solopo_reference "
-    "solopo_logp_chunk solopo_mlp_chunk solopo_sequence_parallel",
+    "solopo_logp_chunk solopo_mlp_chunk solopo_sequence_parallel solopo_overlength",
     "other stages": "stage kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target "
     "ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit reward_model_type "
     "use_hyper_parallel hyper_parallel_args use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha",
