@@ -191,9 +191,10 @@ def check_loss(args) -> None:
             raise ValueError(sentence)
     for reason, names in without_effect(args).items():
         for name in names:
-            if getattr(args, name) != args.__dataclass_fields__[name].default:
+            value, default = getattr(args, name), args.__dataclass_fields__[name].default
+            if value != default:
                 raise ValueError(
-                    f"`{name}: {getattr(args, name)}` has no effect with `{reason}: {getattr(args, reason)}`; "
+                    f"`{name}: {value}` has no effect with `{reason}: {getattr(args, reason)}`; "
                     f"remove it, or on the command line {name}={default}."
                 )
     for name in ("solopo_distill_temperature", "pref_beta"):
