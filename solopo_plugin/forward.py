@@ -193,15 +193,14 @@ class TwoStages:
         if self.args.solopo_anchor:
             at_N = (short.mask_BK & self._aligned(batch)[:, None]).flatten().nonzero().squeeze(1)
             top = top_of_rows(short.logits_BKV.flatten(0, 1), at_N, ANCHOR_TOP, self.args.solopo_logp_chunk)
-        chosen_B, rejected_B = short.logps_B.chunk(2)
-        return Pair(chosen_B, rejected_B, top)
+        return Pair(*short.logps_B.chunk(2), top)
 
     def _score(self, model, batch: dict, side: str = "") -> Scored:
         """Run the short sequences or, as `side`, the `long_` ones, and score their responses."""
         labels_BT = batch[f"{side}labels"]
         positions_K = predicting_positions(labels_BT)
         logits_BKV = self.logits(model, batch, positions_K, side)
-        sums_B, counts_B = response_logps(logits_BKV, labels_BT, positions_K, self.args.solopo_logp_chunk)
+        sums_B, counts_B = response_logps(logits_BKV, labels_BT, positions_K, self.args.solopo_logp_chunk, not side)
         means_B = sums_B / counts_B
         logps_B = means_B if self.args.pref_loss in LENGTH_NORMALISED else sums_B
         return Scored(logps_B, means_B, logits_BKV, labels_BT[:, positions_K + 1] != IGNORE)

@@ -79,7 +79,7 @@ def test_the_core_stays_small(tmp_path):
     assert code_lines(tmp_path / "x.py") == 6
     board = {PACKAGE / "host/board.py", PACKAGE / "host/board_texts.py"}
     size = sum(code_lines(path) for path in {*PACKAGE.glob("*.py"), *PACKAGE.glob("host/*.py")} - board)
-    assert 2_000 < size <= 3_250, f"{size} lines: make it smaller, or say why not in CONTRIBUTING.md"
+    assert 2_000 < size <= 3_100, f"{size} lines: make it smaller, or say why not in CONTRIBUTING.md"
 
 
 def test_scripts_import_each_other_one_way():

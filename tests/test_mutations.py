@@ -41,8 +41,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     # the label shift
     "labels are read unshifted": (
         "logps.py",
-        "targets_BT = labels_BT[:, 1:]",
-        "targets_BT = labels_BT[:, :-1]",
+        "targets_BK = labels_BT[:, positions_K + 1]",
+        "targets_BK = labels_BT[:, positions_K]",
         "test_logps.py::test_the_logits_before_a_label_predict_it",
     ),
     "logits are taken unshifted": (
