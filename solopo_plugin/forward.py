@@ -193,7 +193,8 @@ class TwoStages:
         if self.args.solopo_anchor:
             at_N = (short.mask_BK & self._aligned(batch)[:, None]).flatten().nonzero().squeeze(1)
             top = top_of_rows(short.logits_BKV.flatten(0, 1), at_N, ANCHOR_TOP, self.args.solopo_logp_chunk)
-        return Pair(*short.logps_B.chunk(2), top)
+        chosen_B, rejected_B = short.logps_B.chunk(2)
+        return Pair(chosen_B, rejected_B, top)
 
     def _score(self, model, batch: dict, side: str = "") -> Scored:
         """Run the short sequences or, as `side`, the `long_` ones, and score their responses."""

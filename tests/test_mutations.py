@@ -60,8 +60,8 @@ FAULTS = {  # name: (file, source as it stands there exactly once, what it becom
     ),
     "chosen and rejected change places in the step": (
         "forward.py",
-        "chosen_B, rejected_B = short.logps_B.chunk(2)",
-        "rejected_B, chosen_B = short.logps_B.chunk(2)",
+        "chosen_B, rejected_B = short.logps_B.chunk(2)\n        nll_B",
+        "rejected_B, chosen_B = short.logps_B.chunk(2)\n        nll_B",
         f"{STEP}[sigmoid]",
     ),
     "chosen and rejected change places in the known reference": (
