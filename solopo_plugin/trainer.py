@@ -28,6 +28,7 @@ from .losses import ANCHOR, METRICS, OBJECTIVES, mean_of_pairs, solopo
 from .sequence_parallel import Ranks
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
+ROWS = "solopo_rows"  # of a checkpoint's state: the data sets that it was trained on
 
 
 class ExampleMeans:
@@ -96,6 +97,11 @@ class SoloTrainer(CustomDPOTrainer):
         # the alignment can lower the short side through its gradient, self-distillation through the weights it shares
         aligned = self.objective is solopo and args.solopo_alpha > 0 and (args.distills or not args.solopo_detach_short)
         self.may_collapse = aligned or args.solopo_objective == "distill"
+
+    def _save_checkpoint(self, *args):
+        """Do the Trainer's, and let trainer_state.json say what the run is trained on, which a resume looks at."""
+        self.state.stateful_callbacks[ROWS] = self.rows
+        super()._save_checkpoint(*args)
 
     def create_accelerator_and_postprocess(self):
         """Do the Trainer's, but leave logits in 16 bits where accelerate, with autocast, makes all fp32 at once.

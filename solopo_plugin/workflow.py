@@ -35,7 +35,7 @@ from .qa.provenance import installed
 from .qa.window import window_of
 from .reference import goes_on, with_reference_logps
 from .sequence_parallel import why_not_shared
-from .trainer import SoloTrainer
+from .trainer import ROWS, SoloTrainer
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
@@ -43,9 +43,10 @@ logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logg
 def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
     """Train and/or evaluate with SoLoPO; the arguments are the host's, `finetuning_args` with the `solopo_*` keys."""
     logger.info_rank0(f"solopo_plugin {__version__} is active in LLaMA-Factory {installed('llamafactory')}.")
+    rows = {"dataset": data_args.dataset, "dataset_dir": data_args.dataset_dir}
     with refusing():
         if training_args.do_train:
-            check_resume(training_args, finetuning_args.use_badam, data_args.streaming)
+            check_resume(training_args, finetuning_args.use_badam, data_args.streaming, rows)
         if (size := finetuning_args.solopo_sequence_parallel) > 1:
             check_sharing(size, model_args)
         if model_args.rope_scaling is not None:
@@ -68,6 +69,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         packed = choose_form(model, ref_model, model_args, training_args, finetuning_args)
         given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
         trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
+        trainer.rows = rows
         check_best_exists(trainer)
         if training_args.do_train:
             check_optimizer(trainer)
@@ -265,7 +267,7 @@ def abort_ends_the_process():
         signal.signal(signal.SIGABRT, handler)
 
 
-def check_resume(training_args, badam: bool = False, streaming: bool = False) -> None:
+def check_resume(training_args, badam: bool = False, streaming: bool = False, rows: dict | None = None) -> None:
     """Refuse what is no checkpoint, and warn of what a resume does not go on with, of which the Trainer says nothing.
 
     Without the optimizer's state, which `save_only_model` leaves out, DeepSpeed cannot resume; without DeepSpeed Adam's
@@ -281,6 +283,11 @@ def check_resume(training_args, badam: bool = False, streaming: bool = False) ->
         raise ValueError(
             f"`resume_from_checkpoint: {given}`: no whole checkpoint is in {checkpoint or folder}; name another, or "
             "remove the key, or the folder if its writing was cut off."
+        )
+    if rows and (before := (state.get("stateful_callbacks") or {}).get(ROWS, rows)) != rows:
+        logger.warning_rank0(
+            f"{checkpoint} was trained on other rows ({before}) than this run's ({rows}), and the run goes on from it; "
+            "to start from the beginning name another `output_dir`, or set `overwrite_output_dir: true`."
         )
     if streaming and (state.get("epoch") or 0) > 1:
         logger.warning_rank0(

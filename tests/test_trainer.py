@@ -665,8 +665,10 @@ def killed_after_step_4(folder):
     shutil.rmtree(folder / "checkpoint-6")
 
 
-def test_a_resume_without_the_optimizer_says_that_it_starts_anew(run, recipe, host_log):
+def test_a_resume_without_the_optimizer_says_that_it_starts_anew(run, recipe, host_log, tmp_path):
     """The same command again on what `save_only_model` left, and on a whole checkpoint, where nothing is to be said.
+
+    Said, too, is that the checkpoint's rows are another folder's.
 
     What is said of the learning rate is what happens: it begins again at the first step's.
     """
@@ -694,6 +696,16 @@ def test_a_resume_without_the_optimizer_says_that_it_starts_anew(run, recipe, ho
     again = run(args | dict(save_only_model=False))
     assert rates(again.log) == rates(whole.log)
     assert any("Resuming training from" in m for m in host_log) and not any("no optimizer state" in m for m in host_log)
+
+    assert not any("on other rows" in m for m in host_log)
+    killed_after_step_4(whole.dir)
+    other = dict(save_only_model=False, dataset_dir=str(shutil.copytree(args["dataset_dir"], tmp_path / "other")))
+    run(args | other)
+    run(args | other)  # from the last checkpoint, whose rows are these
+    (said,) = [message for message in host_log if "on other rows" in message]
+    assert said.startswith(
+        f"{checkpoint} was trained on other rows ({{'dataset': [{args['dataset']!r}], 'dataset_dir': "
+    )
 
 
 def test_a_resumed_run_converts_all_that_pissa_learned(run, recipe, tmp_path):
@@ -792,6 +804,23 @@ def test_a_resume_of_a_stream_past_its_first_pass_is_said_to_see_other_rows(tmp_
     assert not host_log
     check_resume(args, streaming=True)
     assert [f"{tmp_path} is past the stream's first pass" in message for message in host_log] == [True] * told
+
+
+@pytest.mark.parametrize("callbacks, told", [
+    (None, False), ({}, False), ({"solopo_rows": {"dataset": ["a"], "dataset_dir": "data"}}, False),
+    ({"solopo_rows": {"dataset": ["b"], "dataset_dir": "data"}}, True),
+    ({"solopo_rows": {"dataset": ["a"], "dataset_dir": "mine"}}, True),
+])  # fmt: skip
+def test_a_resume_on_other_rows_is_said(tmp_path, host_log, callbacks, told):
+    """A checkpoint of an earlier release does not say what it was trained on."""
+    from solopo_plugin.workflow import check_resume
+
+    for file in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / file).touch()
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": callbacks}))
+    args = SimpleNamespace(resume_from_checkpoint=str(tmp_path), deepspeed_plugin=None, output_dir="unused")
+    check_resume(args, rows={"dataset": ["a"], "dataset_dir": "data"})
+    assert ["was trained on other rows" in message for message in host_log] == [True] * told
 
 
 @pytest.mark.parametrize("state", [None, "", '{"epoch": 0.5, "glo', "null"])
