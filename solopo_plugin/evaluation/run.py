@@ -2,10 +2,11 @@
 
 import logging
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, lock_folder, write_json
+from ..qa.files import DataError, lock_folder, read_jsonl, write_json
 from ..qa.generate.calls import Model
 from ..qa.provenance import differences
 from ..qa.ready import check_ready
@@ -59,6 +60,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             log.info(f"scored again, as the last run had them: {', '.join(model.name for model in models)}.")
             if recipe.benchmarks:
                 models = write_stored(folder, models)
+                check_left(recipe, [model.name for model in models])
                 check_asked_so(recipe, models)
         if recipe.benchmarks:
             write_scores(folder, [model.name for model in models], recipe.prompt)
@@ -102,13 +104,31 @@ def write_stored(folder: Path, models: list[Model]) -> list[Model]:
                 if last := store.last_used(model.name):
                     set_id, chosen = last
                     write_answers(store, answers_file(folder, model), set_id, chosen, hashes)
-    answered = [model for model in models if answers_file(folder, model).exists()]
+    answered = [model for model in models if has_answers(answers_file(folder, model))]
     if not answered:
         raise DataError(f"{folder} holds no answers yet, which `--rescore` could score; leave it out.")
     for model in models:
         if model not in answered:
             log.warning("%s: nothing is answered yet; it is left out.", model.name)
     return answered
+
+
+def has_answers(path: Path) -> bool:
+    """Tell whether a file of answers has more than its first line, which says how they were asked for."""
+    return path.exists() and any("id" in row for row in islice(read_jsonl(path), 2))
+
+
+def check_left(recipe: EvalRecipe, names: list[str]) -> None:
+    """Refuse comparisons and runs that need a model without an answer."""
+    from .results import pairs_of, report_rows
+
+    try:
+        pairs_of(recipe.compare, report_rows(recipe.runs, names))
+    except DataError:
+        raise DataError(
+            f"Only {', '.join(names)} answered, and `compare` or `runs` names others; leave `--rescore` out, or write "
+            "`compare=null runs=null` behind it."
+        ) from None
 
 
 def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:
@@ -120,7 +140,8 @@ def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:
     folder = Path(recipe.output_dir)
     made = {name: entry["made_from"]["settings"] for name, entry in items_manifest(folder).items()}
     wanted = {name: settings(recipe, "items") | settings(recipe, name) for name in recipe.benchmarks}
-    pairs = [(made[name], keys) for name, keys in wanted.items() if name in made]
+    known = {name: made[name] for name in wanted if name in made}  # without keys that are newer than they are
+    pairs = [(old, {key: value for key, value in wanted[name].items() if key in old}) for name, old in known.items()]
     if made and set(made) != set(recipe.benchmarks):
         pairs.append(({"benchmarks": sorted(made)}, {"benchmarks": sorted(recipe.benchmarks)}))
     for model in models:

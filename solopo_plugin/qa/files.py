@@ -16,8 +16,9 @@ from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
 
-# Who calls: in an address from the slashes, of which a `Path` leaves one, to the `@`; in hf://datasets/a/b@main nobody
-USER = re.compile(r"""(:/{1,2}|//)(?:[^\s'"/]*|[^\s'"/@]*:[^\s'"]*)@""")
+# Who calls: in an address from the slashes, of which a `Path` leaves one, to the `@`; in hf://datasets/a/b@main nobody.
+# Of http://host:8000/v1/a@b too much goes, since a password may hold slashes.
+USER = re.compile(r"""(//)(?:[^\s'"/]*|[^\s'"/@]*:[^\s'"]*)@|(:/)[^\s'"/@]*:[^\s'"/]*@""")
 
 
 class DataError(ValueError):
@@ -28,7 +29,7 @@ class DataError(ValueError):
 
     def __init__(self, sentence: str):
         """Keep the sentence without them."""
-        super().__init__(USER.sub(r"\1", sentence))
+        super().__init__(USER.sub(r"\1\2", sentence))
 
 
 def shown(value: object) -> str:

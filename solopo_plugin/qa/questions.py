@@ -22,7 +22,7 @@ from .sources import Rows
 Documents = dict[str, dict]  # id -> {"title", "text"}
 # Of MRQA's paragraphs: where a document, its title and a paragraph begin, and the HTML of Natural Questions
 MARKS = re.compile(
-    r'(?:\s*(?:\[(?:DOC|TLE|PAR|SEP)\]|</?(?:P|Table|T[rhd]|[UOD]l|Li|D[dt]|H[1-6])(?:_\w+="?\d+"?)*>)\s*)+'
+    r'(?<!\s)\s*(?:(?:\[(?:DOC|TLE|PAR|SEP)\]|</?(?:P|Table|T[rhd]|[UOD]l|Li|D[dt]|H[1-6])(?:_\w+="?\d+"?)*>)\s*)+'
 )
 
 

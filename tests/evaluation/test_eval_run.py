@@ -360,6 +360,10 @@ def test_answers_are_not_scored_again_under_other_settings(benchmarks, model, se
             check_asked_so(served(tmp_path, [model], server, **keys), models)
         out = tmp_path / "out"
         assert str(error.value) == f"`--rescore` keeps what {out} was asked with, but {said}; leave `--rescore` out."
+    made = json.loads((out / "items.json").read_text())
+    del made["benchmarks"]["plain"]["made_from"]["settings"]["max_samples"]  # as of a version that did not know the key
+    write_json(out / "items.json", made)
+    check_asked_so(served(tmp_path, [model], server, max_samples=5), models)
 
 
 def test_a_damaged_answer_is_a_sentence(benchmarks, model, server, tmp_path):
@@ -514,10 +518,11 @@ def test_what_a_stopped_run_has_answered_is_reported(benchmarks, model, server, 
     recipe = served(tmp_path, [model, str(shutil.copytree(model, tmp_path / "second"))], server)
     recipe.served_model = {"model": "scripted", "second": "scripted"}
 
-    def stopped(recipe, model, *others):
+    def stopped(recipe, model, store, *others):
         if model.name == behind:
+            store.set_of(model.name, ask.fingerprint(recipe, model))  # as it does before it loads the model
             raise KeyboardInterrupt
-        ask.ask(recipe, model, *others)
+        ask.ask(recipe, model, store, *others)
 
     monkeypatch.setattr(run, "ask", stopped)
     for behind in ("model", "second"):
@@ -531,6 +536,8 @@ def test_what_a_stopped_run_has_answered_is_reported(benchmarks, model, server, 
     results = run.evaluate(recipe, rescore=True)
     assert "second: nothing is answered yet; it is left out." in caplog.text
     assert {row["model"] for row in results["summary"]} == {"model"}
+    with pytest.raises(DataError, match="Only model answered, and `compare` or `runs` names others; leave `--rescore`"):
+        run.evaluate(replace(recipe, compare=[["model", "second"]]), rescore=True)
     recipe.benchmarks = ["plain", "longbench_qa"]  # of which the other has no answer yet, nor a table
     monkeypatch.setattr(evaluate, "load_recipe", lambda *_: recipe)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: results)

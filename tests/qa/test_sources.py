@@ -249,6 +249,7 @@ ADDRESSES = {  # as it is given -> as a message shows it
     "http://user:SECRET@host/c.jsonl": "http://host/c.jsonl", "http:/user:SECRET@host/c": "http:/host/c",
     "'s3://SECRET@host'": "'s3://host'", "//u:a/SECRET@h": "//h", "(http://u:SECRET@a,http://b)": "(http://a,http://b)",
     "hf://datasets/a/b@main/c.jsonl": "hf://datasets/a/b@main/c.jsonl", "a@b.org, http://c": "a@b.org, http://c",
+    "{base:/scratch@b/x}": "{base:/scratch@b/x}",
 }  # fmt: skip
 
 
