@@ -98,9 +98,10 @@ def test_two_that_share_equal_one(train, run, recipe, tmp_path, monkeypatch):
 
 CPU_CHECKPOINTS = dict(activation_checkpointing=dict(partition_activations=True, cpu_checkpointing=True))
 STAGES = {
-    "z2": dict(pref_loss="hinge", finetuning_type="lora", max_samples=7),
+    "z2": dict(pref_loss="ipo", finetuning_type="lora"),
     "z3": dict(pref_loss="sigmoid", solopo_reference="online", gradient_accumulation_steps=2, max_samples=12),
     "z3_offload": dict(solopo_objective="longpo", solopo_mlp_chunk=50, solopo_longpo_lambda=0.5) | ADAM,
+    "z2_offload": dict(pref_loss="hinge", max_samples=7) | ADAM,
 }
 
 
