@@ -79,8 +79,9 @@ def disable_dropout(*models: nn.Module) -> None:
 class SoloTrainer(CustomDPOTrainer):
     """Add to the host's trainer the step, example-weighted accumulation, and metrics that are means over examples."""
 
-    def __init__(self, model, packed: bool = False, **kwargs):
+    def __init__(self, model, packed: bool = False, rows: dict | None = None, **kwargs):
         super().__init__(model=model, **kwargs)
+        self.rows = rows
         disable_dropout(*filter(None, (model, kwargs["ref_model"])))
         args, pad_id = self.finetuning_args, self.processing_class.pad_token_id
         self.form: Packed | TwoStages

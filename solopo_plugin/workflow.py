@@ -68,8 +68,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
 
         packed = choose_form(model, ref_model, model_args, training_args, finetuning_args)
         given = dict(args=training_args, finetuning_args=finetuning_args, callbacks=callbacks)
-        trainer = SoloTrainer(model, packed, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
-        trainer.rows = rows
+        trainer = SoloTrainer(model, packed, rows, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
         check_best_exists(trainer)
         if training_args.do_train:
             check_optimizer(trainer)

@@ -2,11 +2,10 @@
 
 import logging
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, lock_folder, read_jsonl, write_json
+from ..qa.files import DataError, lock_folder, write_json
 from ..qa.generate.calls import Model
 from ..qa.provenance import differences
 from ..qa.ready import check_ready
@@ -17,6 +16,7 @@ from .items import read_items
 from .models import as_row, find_models, stored_models
 from .prepare import ITEMS, items_manifest, prepare_items
 from .recipe import EvalRecipe
+from .score import stored_answers
 
 log = logging.getLogger(__name__)
 MODELS = "models.json"
@@ -104,18 +104,14 @@ def write_stored(folder: Path, models: list[Model]) -> list[Model]:
                 if last := store.last_used(model.name):
                     set_id, chosen = last
                     write_answers(store, answers_file(folder, model), set_id, chosen, hashes)
-    answered = [model for model in models if has_answers(answers_file(folder, model))]
+    files = {model.name: answers_file(folder, model) for model in models}
+    answered = [m for m in models if files[m.name].exists() and any(True for _ in stored_answers(files[m.name]))]
     if not answered:
         raise DataError(f"{folder} holds no answers yet, which `--rescore` could score; leave it out.")
     for model in models:
         if model not in answered:
             log.warning("%s: nothing is answered yet; it is left out.", model.name)
     return answered
-
-
-def has_answers(path: Path) -> bool:
-    """Tell whether a file of answers has more than its first line, which says how they were asked for."""
-    return path.exists() and any("id" in row for row in islice(read_jsonl(path), 2))
 
 
 def check_left(recipe: EvalRecipe, names: list[str]) -> None:
@@ -140,15 +136,14 @@ def check_asked_so(recipe: EvalRecipe, models: list[Model]) -> None:
     folder = Path(recipe.output_dir)
     made = {name: entry["made_from"]["settings"] for name, entry in items_manifest(folder).items()}
     wanted = {name: settings(recipe, "items") | settings(recipe, name) for name in recipe.benchmarks}
-    known = {name: made[name] for name in wanted if name in made}  # without keys that are newer than they are
-    pairs = [(old, {key: value for key, value in wanted[name].items() if key in old}) for name, old in known.items()]
+    pairs = [(made[name], keys) for name, keys in wanted.items() if name in made]
     if made and set(made) != set(recipe.benchmarks):
         pairs.append(({"benchmarks": sorted(made)}, {"benchmarks": sorted(recipe.benchmarks)}))
     for model in models:
-        first = asked_so(answers_file(folder, model)) or {}
-        pairs.append((first, {name: value for name, value in asked_with(recipe, model).items() if name in first}))
+        pairs.append((asked_so(answers_file(folder, model)) or {}, asked_with(recipe, model)))
     for old, new in pairs:
-        if words := ", ".join(differences({name: old[name] for name in new if name in old}, new)):
+        known = [name for name in new if name in old]  # an earlier version may not have written all
+        if words := ", ".join(differences(*({name: keys[name] for name in known} for keys in (old, new)))):
             raise DataError(f"`--rescore` keeps what {folder} was asked with, but {words}; leave `--rescore` out.")
 
 

@@ -157,6 +157,8 @@ def check_recipe(given: Callable[[str], Any], finetuning_args) -> None:
 
 
 def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
     yield from refusals_of_keys(given)
     if given("do_train") is given("do_eval") is False and not given("do_predict"):
         yield "There is nothing to do: set `do_train: true` or `do_eval: true`."
@@ -181,8 +183,6 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
     strategy = given("train_sampling_strategy")  # None in older transformers, which have `group_by_length: true`
     if strategy not in (None, *ORDERS):
         yield f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."
-    from llamafactory.hparams.parser import _TRAIN_ARGS
-
     known = {name: spec.default for part in _TRAIN_ARGS for name, spec in part.__dataclass_fields__.items()}
     for reason, keys in _unread(given, args).items():
         for key in keys.split():

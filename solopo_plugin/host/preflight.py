@@ -383,7 +383,7 @@ def misshapen(name: str, entry: Any) -> str | None:
 
 def _how_to_make(name: str, registered: list[str]) -> str:
     """Say how to come by a data set: the nearest name, the data recipe that makes it, or the documentation."""
-    made: dict[str, Path] = {}  # the longest name counts: rows of longer contexts are named after those of the paper
+    made: dict[str, Path] = {}  # the longest name counts: one may begin with another
     for path in sorted(Path("examples/yaml").rglob("*.yaml")):
         names = re.findall(r"^dataset_name: (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         made |= {known: path for known in names if name.startswith(f"{known}_")}

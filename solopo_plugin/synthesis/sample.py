@@ -117,10 +117,9 @@ def _take_over(recipe: DataRecipe, side: str, chosen: dict, store: Store) -> Non
 
     Or what they gave before the model's hash read places within large files.
     """
-    others, model = [], Path(recipe.model_name_or_path)
+    others, model, now = [], Path(recipe.model_name_or_path), chosen["outside"].get("model")
     for other, before in store.sets(side):
-        known, now = ((s.get("outside") or {}).get("model") for s in (before, chosen))
-        same = now is not None and is_of_model(known, now, model)
+        same = now is not None and is_of_model((before.get("outside") or {}).get("model"), now, model)
         if before != chosen and (n := alike(before | {"outside": chosen["outside"]} if same else before, chosen)):
             others.append((other, n))
     if others and not store.find(set_id := store.set_of(side, chosen), {})[0]:

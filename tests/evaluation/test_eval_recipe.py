@@ -327,7 +327,7 @@ def test_how_a_checkpoint_is_chosen():
 
 
 def test_commands_of_longer_contexts_go_on_from_row_to_checkpoint():
-    """Those of examples/yaml/README.md, of one row of the table."""
+    """Follow the commands of examples/yaml/README.md from one row of the table to a checkpoint."""
     page = (ROOT / "examples/yaml/README.md").read_text(encoding="utf-8")
     block = page.split("## Rows with longer contexts")[1].split("```")[1].replace("\\\n", "")
     data, training, choice = ([w for w in shlex.split(line) if "=" in w] for line in block.splitlines()[1:])
