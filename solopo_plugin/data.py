@@ -19,6 +19,7 @@ from pyarrow.compute import list_value_length
 
 from .distill import load_top
 from .logps import IGNORE
+from .qa.files import excerpt
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns that reference.py adds, as the loss has them
 ANCHOR_FILES = "anchor_files"  # column that reference.py adds for `solopo_anchor`: each pair's `distill.Top`
@@ -155,7 +156,7 @@ def _encoded(aligned: Aligned, encode: Encode) -> Iterator[tuple[str, str, list[
             try:
                 prompt_ids, response_ids = encode([*prompt, response], system, aligned.tools)
             except Exception as error:  # whatever the template's code raises at a function call that it cannot read
-                what = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+                what = f"{type(error).__name__} {excerpt(error, 200)}"
                 place = _unwritable(encode, side, prompt, which, response)
                 raise RowError(
                     f"{aligned.name}: the template cannot write {place}: {what}; "

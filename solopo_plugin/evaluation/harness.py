@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from ..qa.files import DataError, as_data_error, write_json
+from ..qa.files import DataError, as_data_error, excerpt, write_json
 from ..qa.generate.addresses import addresses, api_key, is_local
 from ..qa.generate.servers import served_name
 from ..qa.generate.vllm import max_lora_rank
@@ -287,7 +287,9 @@ def _run(model: Any, recipe: Any, folder: Path, server: str | None) -> None:
         lines = [line.strip() for line in tail.decode("utf-8", "replace").splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "it said nothing")
         hint = next((hint for words, hint in HINTS.items() if words in said), "")
-        raise DataError(f"lm-evaluation-harness ended with {code} for {model.name}: {said[:200]}; {hint}see {path}.")
+        raise DataError(
+            f"lm-evaluation-harness ended with {code} for {model.name}: {excerpt(said, 200)}; {hint}see {path}."
+        )
 
 
 def _environment(server: str | None, key: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ Nothing stays patched. Host: 0.9.5.
 import re
 from copy import copy
 
-from ..qa.files import did_you_mean
+from ..qa.files import did_you_mean, excerpt
 
 # templates whose thoughts begin and end with special tokens, told without the host, which takes seconds to load
 MARKED_BY_TOKENS = {"gemma4", "gemma4n", "gpt_oss"}
@@ -37,7 +37,7 @@ def load_template(
         cause = error.__cause__ or error
         raise ValueError(
             f"No tokenizer can be loaded from `model_name_or_path: {model_name_or_path}`: "
-            f"{type(cause).__name__} {' '.join(str(cause).split())[:300]}"
+            f"{type(cause).__name__} {excerpt(cause)}"
         ) from None
     data_args = DataArguments(template=template, default_system=default_system, enable_thinking=enable_thinking)
     registered = TEMPLATES[template]

@@ -54,6 +54,15 @@ def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.6) -> str
     return f"Did you mean `{near[0]}`? " if near else ""
 
 
+def excerpt(said: object, most: int = 300) -> str:
+    """Return the beginning of what a library says, for a message: on one line, and cut between two words if it is."""
+    text = " ".join(str(said).split())
+    if len(text) <= most:
+        return text
+    words = text[: most + 1].rpartition(" ")[0]
+    return (words if len(words) > most // 2 else text[:most]) + " ..."
+
+
 def dump(value: object) -> bytes:
     """Return a value as one line of JSON in UTF-8. Half of a surrogate pair, which no file can hold, becomes a `?`."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")

@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import ijson
 
-from .files import Bytes, DataError, as_data_error, parse_line, reading, shown
+from .files import Bytes, DataError, as_data_error, excerpt, parse_line, reading, shown
 
 log = logging.getLogger(__name__)
 Rows = Iterator[tuple[str, Callable[[], dict]]]  # where a row stands, and a function that parses it or raises DataError
@@ -237,7 +236,7 @@ def _library_rows(name: str, place: str, key: str, subset: str | None, split: st
         builder.download_and_prepare()
         rows, files = builder.as_dataset(split), builder.config.data_files if os.path.isdir(place) else None
     except Exception as error:  # of the hub, the network, the reader: whatever it is, the user must know the name
-        reason = shorten(str(error).strip().removesuffix("."), 300, placeholder=" ...")
+        reason = excerpt(str(error).strip().removesuffix("."))
         raise DataError(
             f"`{key}: {name}` cannot be loaded (subset {subset!r}, split {split!r}): {type(error).__name__} {reason}"
             + ("." if os.path.isdir(place) else "; without a network give the path of its files, copied here.")

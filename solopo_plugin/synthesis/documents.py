@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..qa.answers import judged_form
-from ..qa.files import DataError, dump, parse_line, reading, write_json, write_jsonl
+from ..qa.files import DataError, dump, excerpt, parse_line, reading, write_json, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.provenance import file_hash, installed
 from ..qa.recipe import Chat, pick
@@ -79,7 +79,7 @@ def read_folder(
         skipped[reason] += 1
         if skipped[reason] <= SHOWN:
             said = str(error) if isinstance(error, DataError) else f"{type(error).__name__} {error}"
-            log.warning("%s cannot be read: %s. Skipped.", where, " ".join(said.split())[:200].rstrip(".: "))
+            log.warning("%s cannot be read: %s. Skipped.", where, excerpt(said.rstrip().rstrip(".: "), 200))
 
     sizes = [path.stat().st_size for path in known]
     with tqdm(total=sum(sizes), desc="documents", unit="B", unit_scale=True, disable=None) as bar:

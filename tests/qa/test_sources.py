@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solopo_plugin.qa import sources
-from solopo_plugin.qa.files import DataError, read_jsonl, split_names
+from solopo_plugin.qa.files import DataError, excerpt, read_jsonl, split_names
 from solopo_plugin.qa.sources import file_rows, source_rows
 
 FUZZ = settings(deadline=None, max_examples=150, derandomize=True, database=None)
@@ -323,3 +323,17 @@ def test_a_comma_in_the_name_of_what_is_there_parts_nothing(tmp_path, monkeypatc
         "x,b.json": ["x", "b.json"], "org/x, a,b.json,c, d": ["org/x", "a,b.json", "c, d"], "x" * 5000: ["x" * 5000],
     }.items():  # fmt: skip
         assert split_names(text) == names
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (OSError("no\n  such   host"), "no such host"),
+        ("tokenizer " * 4, "tokenizer tokenizer tokenizer tokenizer"),
+        ("tokenizer " * 5, "tokenizer tokenizer tokenizer tokenizer ..."),
+        ("x" * 41, "x" * 40 + " ..."),
+        ("a " + "x" * 50, "a " + "x" * 38 + " ..."),
+    ],
+)
+def test_what_a_library_says_is_cut_between_two_words_if_it_can_be(said, told):
+    assert excerpt(said, 40) == told

@@ -17,7 +17,7 @@ from functools import cache
 import httpx  # rather than the openai package: it shares load and waits out restarts itself, and is here with the host
 
 from ...host.template import MARKED_BY_TOKENS, encode_prompt, thought_markers
-from ..files import DataError
+from ..files import DataError, excerpt
 from ..recipe import Sampling
 from .addresses import Address, addresses, api_key, transports
 from .calls import Call, Model, Reply, call_seed, load_chat
@@ -411,7 +411,7 @@ class _Servers:
         for secret in self.secrets:
             if len(secret) > 3:  # a shorter one keeps nobody out, and would tear words apart
                 text = text.replace(secret, "***")
-        return " ".join(text.split())[:200]
+        return excerpt(text, 200)
 
     def _said(self, response: httpx.Response) -> str:
         return repr(self._excerpt(response.content.decode("utf-8", "replace")))
