@@ -28,6 +28,7 @@ from solopo_plugin.qa.answers import gives_answer
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.generate import addresses, servers, vllm
 from solopo_plugin.qa.generate import generate as generate_with
+from solopo_plugin.qa.generate import local as local_backend
 from solopo_plugin.qa.generate.calls import Call, Model, Reply, call_seed, load_chat
 from solopo_plugin.qa.generate.servers import read_answers
 from solopo_plugin.qa.kinds import REQUEST
@@ -890,6 +891,30 @@ def test_transformers_sees_the_trainers_ids(tiny_model, run, recipe, tmp_path, m
     greedy = local(model, backend="transformers", temperature=0.0)
     alone = [call._replace(ks=(0,)) for call in PROMPTS]
     assert by_answer(generate(greedy, alone)) == by_answer(generate(greedy, reversed(alone)))
+
+
+def test_a_cpu_reads_long_prompts_without_others(tiny_model, monkeypatch):
+    """Long prompts have no padding, a mask of which would cost attention its causal half; answers stay as they were."""
+    model = tiny_model()
+    kind = AutoModelForCausalLM.from_pretrained(model).__class__
+    settings, read = local(model, backend="transformers", concurrency=16), []
+    usual = {reply.id: reply for reply in generate(settings, UNEQUAL)}
+    original = kind.forward
+
+    @wraps(original)
+    def spy(self, input_ids, **kwargs):
+        if input_ids.shape[1] > 1:
+            read.append(tuple(input_ids.shape))
+        return original(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", spy)
+    lengths = sorted(reply.prompt_tokens for reply in usual.values())
+    for alone in (lengths[-2], lengths[-1], lengths[-1] + 1):
+        monkeypatch.setattr(local_backend, "CPU_ALONE", alone)
+        read.clear()
+        assert {reply.id: reply for reply in generate(settings, UNEQUAL)} == usual
+        assert [(1, n) for n in lengths if n >= alone] == sorted(shape for shape in read if shape[1] >= alone)
+        assert any(prompts > 1 for prompts, _ in read)
 
 
 def test_memory_that_is_out_halves_the_batch(tiny_model, monkeypatch, caplog):
