@@ -47,7 +47,8 @@ lab-two-hop: .venv/.installed
 	@$(LAB) --task two_hop $(ARGS); status=$$?; $(REPORT); exit $$status
 
 # The third task, a real model on real questions: one GPU, an hour. DATA=FOLDER: of questions; without it the hub's SQuAD and NQ.
-# ARGS=--small: two CPU cores, a night; ARGS=--quick: one GPU, nine minutes. Without a network: scripts/gpu/real.sh
+# ARGS=--small: two CPU cores, a night; --brief: two or three hours; --quick: one GPU, nine minutes. Without a network:
+# scripts/gpu/real.sh
 lab-real: .venv/.installed
 	@$(BIN)/python scripts/lab/run.py --task real $(if $(DATA),--data $(DATA)) $(ARGS); status=$$?; \
 	$(BIN)/python scripts/lab/report_real.py; exit $$status

@@ -1,4 +1,4 @@
-"""Ask a real model real questions: the lab's third task, from a table in three sizes (examples/yaml/lab/real.yaml).
+"""Ask a real model real questions: the lab's third task, from a table in four sizes (examples/yaml/lab/real.yaml).
 
 The model (real_model.py) cannot do the task, so it is warmed up first: a few dozen steps of the host's `stage: sft` on
 gold answers behind short contexts. That is the base of all arms. Everything else is the project's own: questions in any
@@ -45,7 +45,14 @@ HUB = ["rajpurkar/squad", "lucadiliello/naturalquestionsshortqa"]  # of whoever 
 SAME = 70  # letters and digits at the beginning by which a paragraph is known
 SEED = 42  # of splits, contexts and sampled answers: the same for all seeds of training
 SAVES = ROOT / "saves/lab"
+WEIGHTS_ALONE = ("config.json", "*.safetensors")  # what a base is known by: training_args.bin has the folder's name
+OF_LONG_ANSWERS = {f"real_{name}" for name in ("long_po", "longpo", "sft_long")}  # rows made of sampled long answers
 WHERE = ("paragraphs", "evidence")  # of a prompt: where the probe finds its evidence
+LOOKED = (  # measures of solopo_plugin/probe/inside.py that a result keeps of every question
+    "evidence's share of what falls on documents",
+    "attention per token, evidence / distractors",
+    "log-prob per response token",
+)
 FILES = "files of questions"  # in splits.json: their hashes, or names of the hub
 UNCOUNTED = ("model_name_or_path", "dataset_dir", "output_dir", "resume_from_checkpoint")  # keys of warmup.json
 
@@ -87,7 +94,7 @@ class Real:
     """Hold the task in one size: what run.py asks of a task, and where its files are."""
 
     def __init__(self, task: str = "real"):
-        """Take the table of `real`, `real:small` or `real:quick`."""
+        """Take the table of `real` or of one of its sizes, such as `real:small`."""
         self.table, self.folder = table(task), SAVES / task.replace(":", "_")
         self.model, self.BASE = SAVES / "real_model", self.folder / "warm"
         self.lengths = tuple(self.table["lengths"])
@@ -213,7 +220,7 @@ class Real:
     def settings(self) -> dict:
         """Return what rows and measured accuracies depend on, beside the recipe."""
         files = {name: file_hash(self.folder / f"splits/{name}.jsonl") for name in self.table["questions"]}
-        base = folder_hash(self.BASE, WEIGHTS)
+        base = folder_hash(self.BASE, WEIGHTS_ALONE)
         return files | dict(base=base, data=self.table["data"], lengths=list(self.lengths), seed=SEED)
 
     def prepare(self, folder: Path, seed: int) -> None:
@@ -238,10 +245,11 @@ class Real:
             found[tokens] = "".join(str(int(row["correct"])) for row in rows)
         return found
 
-    def look(self, model: Path, name: str) -> list[dict]:
+    def look(self, model: Path, name: str) -> dict:
         """Compare where base and model look when they read the gold answers to validation questions.
 
-        Page and picture come into the folder `look`; returns the summary of solopo_plugin/probe/inside.py.
+        Page and picture come into the folder `look`, by the model's name. Returns what `inside.values_of` gives of
+        `LOOKED`, to five digits.
         """
         sides = {
             side: [*self.contexts("validation", self.table["data"][f"{side}_tokens"])] for side in ("short", "long")
@@ -253,7 +261,10 @@ class Real:
             row |= {key: short[key] for key in ("id", "question", "prompt")} | {"long_prompt": long["prompt"]}
             rows.append(row | {"chosen": f"The answer is: {short['answers'][0]}"})
         models = {"base": str(self.BASE), name: str(model)}
-        return inside.run(models, rows, self.folder / "look", **self.table["model"])["summary"]
+        looks = inside.run(models, rows, self.folder / "look" / name, **self.table["model"])["rows"]
+        return json.loads(
+            json.dumps(inside.values_of(looks, LOOKED)), parse_float=lambda digits: round(float(digits), 5)
+        )
 
     def answered(self, model: Path, folder: Path, tokens: int, rows: list[dict]) -> list[dict]:
         """Have a model answer what the store in `folder` lacks; returns {"id", "text", "answer", "correct", ...}."""

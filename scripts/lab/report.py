@@ -94,7 +94,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), float(half)
 
 
-def read(source: Path, task: str, shipped: Path | None = None) -> dict[tuple[str, float], dict[int, dict]]:
+def read(
+    source: Path, task: str, shipped: Path | None = None, base: str | None = None
+) -> dict[tuple[str, float], dict[int, dict]]:
     """Read results, (arm, rate) -> seed -> result, from a folder of them or from runs.json, which has no logs.
 
     A result of another recipe, base, rows or questions than those of today is left out and named.
@@ -103,6 +105,7 @@ def read(source: Path, task: str, shipped: Path | None = None) -> dict[tuple[str
         source: The folder or file.
         task: Whose results.
         shipped: A runs.json whose runs stand where the folder has none.
+        base: Its name in the file, of a task that has several.
     """
     settings = {} if source.suffix == ".json" else task_of(task).settings()  # which need the task's files
     found, stale = {}, []
@@ -111,9 +114,9 @@ def read(source: Path, task: str, shipped: Path | None = None) -> dict[tuple[str
         return run["arm"] in arms(task) and run["key"] == key_now(run, task, settings)
 
     if source.suffix == ".json":
-        runs = from_file(source, task)
+        runs = from_file(source, task, base)
     else:
-        runs = [run for run in from_file(shipped, task) if of_today(run)] if shipped else []
+        runs = [run for run in from_file(shipped, task, base) if of_today(run)] if shipped else []
         for run in from_folder(source):
             if of_today(run):
                 runs.append(short_form(run, task))
@@ -132,21 +135,20 @@ def from_folder(folder: Path) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def from_file(path: Path, task: str) -> list[dict]:
-    """Return a task's runs of a runs.json, without its base."""
+def from_file(path: Path, task: str, base: str | None = None) -> list[dict]:
+    """Return a task's runs of a runs.json, without the run that measured the base."""
     runs = json.loads(path.read_text(encoding="utf-8"))
-    return [run for run in runs if run["task"] == task and run["arm"] != "base"]
+    return [run for run in runs if (run["task"], run.get("base")) == (task, base) and run["arm"] != "base"]
 
 
-def base_accuracy(source: Path, task: str) -> dict[int, float]:
-    """Read the base's accuracy on the arms' questions, from beside a folder of results or from runs.json."""
+def measured_base(source: Path, task: str, base: str | None = None) -> dict:
+    """Read how the base does on the arms' questions, from beside a folder of results or from runs.json; else {}."""
     if source.suffix == ".json":
-        bases = json.loads(source.read_text(encoding="utf-8"))
-        found = next((run for run in bases if (run["task"], run["arm"]) == (task, "base")), None)
-    else:
-        base = base_of(task, source.parent)
-        found = json.loads(Path(base["result"]).read_text(encoding="utf-8")) if done(base) else None
-    return {int(length): share for length, share in found["accuracy"].items()} if found else {}
+        runs = json.loads(source.read_text(encoding="utf-8"))
+        wanted = (task, base, "base")
+        return next((run for run in runs if (run["task"], run.get("base"), run["arm"]) == wanted), {})
+    job = base_of(task, source.parent)
+    return json.loads(Path(job["result"]).read_text(encoding="utf-8")) if done(job) else {}
 
 
 def key_now(run: dict, task: str, settings: dict) -> str:
@@ -171,9 +173,10 @@ def warned(log: list[dict]) -> bool:
 class Results:
     """Hold a task's runs by arm and rate; what the tables show is at an arm's own rate and not of the sweep's seed."""
 
-    def __init__(self, source: Path, task: str = "recall", shipped: Path | None = None):
-        self.all, self.task = read(source, task, shipped), task
-        self.base = base_accuracy(source, task) or (base_accuracy(shipped, task) if shipped else {})
+    def __init__(self, source: Path, task: str = "recall", shipped: Path | None = None, base_name: str | None = None):
+        self.all, self.task = read(source, task, shipped, base_name), task
+        self.measured = measured_base(source, task, base_name) or (measured_base(shipped, task) if shipped else {})
+        self.base = {int(length): share for length, share in self.measured.get("accuracy", {}).items()}
         self.unit = "pairs" if task == "recall" else "tokens"
         self.lengths = MEASURED if task == "recall" else table(task).get("lengths", LENGTHS)
         self.ends = (SHORT, LONG) if task == "recall" else (self.lengths[0], self.lengths[-1])

@@ -1,13 +1,15 @@
 """Make tables and a plot of the lab's real model, with 95 % intervals over questions and seeds.
 
     python scripts/lab/report_real.py                # saves/lab/report: real.md, real.json and pictures
-    python scripts/lab/report_real.py --docs         # also into docs/lab.md, between its markers, and docs/lab/,
-                                                     # beside the runs there whose base, rows and recipe are the same
+    python scripts/lab/report_real.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
 
 A test question is one paragraph's, and every model gets the same ones, so that two models are compared question by
 question. What differs by chance is which questions were asked and the seed of the training; both are in an interval:
 the half widths over questions (normal) and over seeds (Student's t) are added as squares. With one seed it is over
 questions alone. The model, its warm-up and the rows are the same for all seeds.
+
+With --docs runs of the same base, rows and recipe that stand in docs/lab/real.json count like those of the folder. Runs
+on another base, which a machine with another processor makes, keep lines of their own: no mean is over two bases.
 """
 
 import argparse
@@ -15,13 +17,15 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import real
-from arms import chosen_rate
+from arms import chosen_rate, table
 from report import DOCS, ROOT, Results, cell, filled, interval, markdown, plt, save, sweep, write
-from run import SIZES, base_of, done
+from run import SIZES, base_of, done, task_of
 
+from solopo_plugin.probe import inside
 from solopo_plugin.qa.files import write_json
 
 RUNS = DOCS.with_suffix("") / "real.json"
@@ -40,30 +44,20 @@ DIFFERENCES = (  # first, second: what is asked
     ("solo_dpo_detached", "solo_dpo", "the same"),
     ("solo_orpo_distill", "solo_orpo_detached", "ORPO with self-distillation against detached SoLo-ORPO"),
 )
-LOOKED = (  # measures of solopo_plugin/probe/inside.py
-    "evidence's share of what falls on documents",
-    "attention per token, evidence / distractors",
-    "log-prob per response token",
-)
 
 
 class Marked(Results):
-    """Hold a size's runs with right and wrong of every question; the base is a run like another."""
+    """Hold a size's runs on one base with right and wrong of every question; the base is a run like another."""
 
-    def __init__(self, source: Path, task: str, shipped: Path | None = None):
-        super().__init__(source, task, shipped)
-        base = Path(base_of(task, source.parent)["result"]) if source.suffix != ".json" else None
-        if base is None:
-            runs = json.loads(source.read_text(encoding="utf-8"))
-            found = next((run for run in runs if (run["task"], run["arm"]) == (task, "base")), None)
-        else:
-            found = json.loads(base.read_text(encoding="utf-8")) if self.base else None
-        self.base_marks = found["marks"] if found else {}
+    def __init__(self, source: Path, task: str, shipped: Path | None = None, base_name: str | None = None):
+        super().__init__(source, task, shipped, base_name)
+        self.base_name, self.base_marks = base_name, self.measured.get("marks", {})
 
     def shipped(self) -> list[dict]:
         """Return what tables are made of, for real.json."""
         runs = super().shipped()
-        return [run | ({"marks": self.base_marks} if run["arm"] == "base" else {}) for run in runs]
+        marks = [{"marks": self.base_marks} if run["arm"] == "base" else {} for run in runs]
+        return [run | {"base": self.base_name} | more for run, more in zip(runs, marks, strict=True)]
 
     def marks(self, name: str, length: int) -> dict[int, list[int]]:
         """Return right and wrong by question, for each seed of an arm; of the base for every seed the same."""
@@ -88,8 +82,22 @@ def difference(results: Marked, first: str, second: str, length: int) -> tuple[f
     return over_both(pairs) if pairs else None
 
 
-def accuracies(results: Marked) -> str:
-    """Table accuracy by length of the base and of every arm."""
+def bases_in(path: Path, task: str) -> list[Marked]:
+    """Return a size's runs of a real.json, base by base."""
+    runs = [run for run in json.loads(path.read_text(encoding="utf-8")) if run["task"] == task]
+    return [Marked(path, task, base_name=name) for name in dict.fromkeys(run["base"] for run in runs)]
+
+
+def table_of(bases: list[Marked], head: list[str], lines: Callable[[Marked], list[list[str]]]) -> str:
+    """Return the lines of all bases as a table, with the number of the base before each where there are several."""
+    numbered = [[str(i), *line] for i, results in enumerate(bases, 1) for line in lines(results)]
+    if len(bases) == 1:
+        return markdown(head, [line for _, *line in numbered])
+    return markdown(["base no.", *head], numbered)
+
+
+def accuracies(results: Marked) -> list[list[str]]:
+    """Return the lines of the table of accuracies, the base's and every arm's."""
     lines = []
     for name in ("base", *results.names):
         if not (marks := {length: results.marks(name, length) for length in results.lengths})[results.lengths[0]]:
@@ -103,57 +111,74 @@ def accuracies(results: Marked) -> str:
         rate = f"{chosen_rate(name, results.task):g}" if runs else ""
         cells = [cell(*over_both(values)) for values in seeds.values()]
         lines.append([name, *cells, rate, str(len(runs) or ""), cost])
-    return markdown(["arm", *(f"{n} tokens" for n in results.lengths), "rate", "runs", "seconds"], lines)
+    return lines
 
 
-def differences(results: Marked) -> str:
-    """Table the differences that the questions are about, of arms that have been run."""
+def differences(results: Marked) -> list[list[str]]:
+    """Return the lines of the differences that the questions are about, of arms that have been run."""
     lines = []
     for first, second, what in DIFFERENCES:
         found = [difference(results, first, second, length) for length in results.lengths]
         if None not in found:
             lines.append([f"{first} - {second}", what, *(cell(*pair) for pair in found)])
-    return markdown(["difference", "what", *(f"{n} tokens" for n in results.lengths)], lines)
+    return lines
 
 
-def inside(results: Marked) -> str:
-    """Table what the model of one run looks at in both contexts, and the base, when they read gold answers."""
-    found = [run["look"] for runs in results.all.values() for run in runs.values() if "look" in run]
+def looked(results: Marked) -> list[dict]:
+    """Return `inside.summarise` of what models look at that read gold answers: arms, the base, the first arm's lead."""
+    found = {name: run["look"] for name in results.names for run in results.runs(name).values() if "look" in run}
     if not found:
-        return ""
-    by_line = {(line["measure"], line["model"], line["side"]): line for line in found[0]}
-    models, sides = (list(dict.fromkeys(line[name] for line in found[0])) for name in ("model", "side"))
-    rows = max(line["n"] for line in found[0])  # log-probs are of all
+        return []
+    first, *others = [name for name in table(results.task)["look"]["arms"] if name in found]
+    values = {m: {"base": found[first][m]["base"], **{n: found[n][m][n] for n in found}} for m in found[first]}
+    return inside.summarise(values, [(n, "base") for n in (first, *others)] + [(first, n) for n in others])
+
+
+def insides(results: Marked) -> list[list[str]]:
+    """Return the lines of the table of what models look at in both contexts."""
+    found = looked(results)
+    by_line = {(line["measure"], line["model"], line["side"]): line for line in found}
+    measures, models, sides = (list(dict.fromkeys(line[n] for line in found)) for n in ("measure", "model", "side"))
+    rows = max((line["n"] for line in found), default=0)  # log-probs are of all
 
     def shown(line: dict | None) -> str:
         fewer = f", n={line['n']}" if line and line["n"] != rows else ""
         return f"{line['mean']:.4f} ({line['low']:.4f} to {line['high']:.4f}){fewer}" if line else ""
 
-    lines = [
+    return [
         [measure, model, *(shown(by_line.get((measure, model, side))) for side in sides)]
-        for measure in LOOKED
+        for measure in measures
         for model in models
     ]
-    return markdown(["measure", "model", *sides], lines)
 
 
-def tables(results: Marked) -> dict[str, str]:
+def tables(bases: list[Marked]) -> dict[str, str]:
     """Return a size's tables: name of the marker in docs/lab.md -> Markdown."""
-    name = results.task.replace(":", "_")
-    parts = {name: accuracies(results), f"{name}_differences": differences(results), f"{name}_inside": inside(results)}
-    return parts | ({f"{name}_sweep": sweep(results)} if results.task == "real" else {})
+    name = bases[0].task.replace(":", "_")
+    lengths = [f"{n} tokens" for n in bases[0].lengths]
+    parts = {
+        name: table_of(bases, ["arm", *lengths, "rate", "runs", "seconds"], accuracies),
+        f"{name}_differences": table_of(bases, ["difference", "what", *lengths], differences),
+    }
+    seen = table_of(bases, ["measure", "model", "short", "long", "long - short"], insides)
+    parts[f"{name}_inside"] = seen if any(looked(results) for results in bases) else ""
+    return parts | ({f"{name}_sweep": sweep(bases[-1])} if bases[0].task == "real" else {})
 
 
-def draw(results: Marked, path: Path) -> None:
-    """Draw accuracy by length, the base dashed."""
+def draw(bases: list[Marked], path: Path) -> None:
+    """Draw accuracy by length: an arm's colour is the same on all bases, the bases' own are black and dashed."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in ("base", *results.names):
-        by_length = [list(results.marks(name, n).values()) for n in results.lengths]
-        if all(by_length):
-            points = [over_both(values[:1] if name == "base" else values) for values in by_length]
-            style = {"color": "black", "linestyle": "--"} if name == "base" else {}
-            means, halves = zip(*points, strict=True)
-            axes.errorbar(results.lengths, means, halves, capsize=2, label=name, **style)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(n for results in bases for n in results.names))}
+    for number, results in enumerate(bases):
+        for name in ("base", *results.names):
+            by_length = [list(results.marks(name, n).values()) for n in results.lengths]
+            if all(by_length):
+                points = [over_both(values[:1] if name == "base" else values) for values in by_length]
+                style = {"color": colours.get(name, "black"), "linestyle": "-" if name in colours else "--"}
+                label = f"{name}, base {number + 1}" if len(bases) > 1 else name
+                means, halves = zip(*points, strict=True)
+                style |= {"marker": "os^Dv"[number % 5], "label": label}
+                axes.errorbar(results.lengths, means, halves, capsize=2, **style)
     axes.set(xlabel="tokens in the prompt", ylabel="questions answered right", ylim=(0, None))
     axes.legend(fontsize="small")
     save(figure, path)
@@ -171,22 +196,27 @@ def main(words: list[str] | None = None) -> int:
     there = [size for size, at in folders.items() if (at / "base.json").is_file() and done(base_of(size, at))]
     if not there:
         sys.exit(f"{args.saves} holds no run of the real model; run scripts/lab/run.py --task real first.")
-    shipped = RUNS if args.docs and RUNS.is_file() else None  # runs on the same base that were made elsewhere
-    sizes = [Marked(folders[task] / "results", task, shipped) for task in there]
-    parts = {name: text for results in sizes for name, text in tables(results).items()}
+    shipped = RUNS if args.docs and RUNS.is_file() else None
+    sizes, kept = [], json.loads(RUNS.read_text(encoding="utf-8")) if shipped else []
+    for task in there:
+        own = Marked(folders[task] / "results", task, shipped, task_of(task).settings()["base"][:8])
+        others = bases_in(RUNS, task) if shipped else []
+        sizes.append([*(results for results in others if results.base_name != own.base_name), own])
+        kept = [run for run in kept if (run["task"], run["base"]) != (task, own.base_name)]
+    parts = {name: text for bases in sizes for name, text in tables(bases).items()}
     for folder in (args.output, *([RUNS.parent] if args.docs else [])):
         folder.mkdir(parents=True, exist_ok=True)
-        for results in sizes:
-            name = results.task.replace(":", "_")
-            draw(results, folder / f"{name}.png")
-            if (picture := args.saves / name / "look/shares_by_layer.png").is_file():
+        for bases in sizes:
+            task = bases[-1].task
+            name, look = task.replace(":", "_"), table(task)["look"]["arms"][0]
+            draw(bases, folder / f"{name}.png")
+            if (picture := args.saves / name / f"look/{look}/shares_by_layer.png").is_file():
                 shutil.copyfile(picture, folder / f"{name}_inside.png")
-    runs = [run for results in sizes for run in results.shipped()]
+    runs = [run for bases in sizes for run in bases[-1].shipped()]
     write_json(args.output / "real.json", runs)
     write(args.output / "real.md", "\n".join(f"## {name}\n\n{text}" for name, text in parts.items()))
-    if args.docs:  # sizes that were run elsewhere stay as they are
-        kept = json.loads(RUNS.read_text(encoding="utf-8")) if RUNS.is_file() else []
-        write_json(RUNS, [run for run in kept if run["task"] not in there] + runs)
+    if args.docs:
+        write_json(RUNS, kept + runs)
         write(DOCS, filled(DOCS.read_text(encoding="utf-8"), parts))
     print("\n".join([*(parts[name] for name in parts if not name.endswith("_sweep")), f"tables  {args.output}"]))
     return 0

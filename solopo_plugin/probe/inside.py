@@ -26,7 +26,7 @@ from ..data import RowError, check_text
 from ..evaluation.intervals import mean_interval
 from ..host.template import encode_turn
 from ..logps import token_logps
-from ..qa.files import DataError, as_data_error, replacing, write_json
+from ..qa.files import DataError, as_data_error, excerpt, replacing, write_json
 from ..qa.generate.calls import Model, load_chat
 from ..qa.generate.local import load_network
 from ..qa.pages import png
@@ -308,29 +308,44 @@ MEASURES: dict[str, Callable[[dict], float | None]] = {
 }
 
 
-def summarise(looks: dict[str, list[dict]], seed: int = 0) -> list[dict]:
-    """Average over rows, with 95 % bootstrap intervals.
+def values_of(looks: dict[str, list[dict]], measures: Sequence[str] = tuple(MEASURES)) -> dict:
+    """Measure every row: measure -> model -> side -> a value for each row, None where a row has no number.
 
     Args:
         looks: By model, the numbers of its rows; all models have the same rows.
+        measures: Of `MEASURES`.
+    """
+    return {
+        measure: {
+            name: {side: [MEASURES[measure](row[side]) for row in rows] for side in SIDES}
+            for name, rows in looks.items()
+        }
+        for measure in measures
+    }
+
+
+def summarise(values: dict, differences: Sequence[tuple[str, str]] = (), seed: int = 0) -> list[dict]:
+    """Average over rows, with 95 % bootstrap intervals.
+
+    Args:
+        values: Of `values_of`.
+        differences: Pairs of models; of (b, a) the first minus the second, row by row, is a model `b - a`, too.
         seed: Of the resamples.
 
     Returns:
-        {"model", "measure", "side": short, long or long - short, "n", "mean", "low", "high"}; with two models also the
-        second minus the first, row by row, as model `b - a`. Rows without a number, such as a ratio to no distractors,
-        are left out.
+        {"model", "measure", "side": short, long or long - short, "n", "mean", "low", "high"}. Rows without a number,
+        such as a ratio to no distractors, are left out.
     """
     lines = []
-    for measure, of in MEASURES.items():
+    for measure, by_model in values.items():
         series = {}
-        for name, rows in looks.items():
-            short, long = (np.array([of(row[side]) for row in rows], dtype=float) for side in SIDES)
+        for name, sides in by_model.items():
+            short, long = (np.array(sides[side], dtype=float) for side in SIDES)
             series[name] = {"short": short, "long": long, "long - short": long - short}
-        if len(series) == 2:
-            (a, first), (b, second) = series.items()
-            series[f"{b} - {a}"] = {side: second[side] - first[side] for side in first}
-        for name, side, values in ((name, *pair) for name, sides in series.items() for pair in sides.items()):
-            if len(kept := values[~np.isnan(values)]):
+        for b, a in differences:
+            series[f"{b} - {a}"] = {side: series[b][side] - series[a][side] for side in series[a]}
+        for name, side, of_rows in ((name, *pair) for name, sides in series.items() for pair in sides.items()):
+            if len(kept := of_rows[~np.isnan(of_rows)]):
                 mean, low, high = mean_interval([kept], SAMPLES, np.random.default_rng(seed))
                 line = {"model": name, "measure": measure, "side": side, "n": len(kept)}
                 lines.append(line | {"mean": mean, "low": low, "high": high})
@@ -373,8 +388,7 @@ def load(path: str, below: str | None = None, trust_remote_code: bool = False) -
             base = below or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model = load_network(Model(base, path if adapter.is_file() else None), trust_remote_code)
     except Exception as error:  # whatever the hub, the disk or the model's own code raised: the name is what helps
-        said = " ".join(str(error).split())[:300]
-        raise DataError(f"No model can be loaded from {path}: {type(error).__name__} {said}") from None
+        raise DataError(f"No model can be loaded from {path}: {type(error).__name__} {excerpt(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base
 
 
@@ -409,7 +423,9 @@ def run(
         del model
         gc.collect()
         torch.cuda.empty_cache()  # the next model needs the memory
-    result = {"models": models, "template": template, "summary": summarise(looks), "rows": looks}
+    first, *others = models
+    summary = summarise(values_of(looks), [(name, first) for name in others])
+    result = {"models": models, "template": template, "summary": summary, "rows": looks}
     picture = png(draw_shares(looks))
     write_json(output / "look.json", result)
     text = as_html(result, shown, picture).encode("utf-8", "replace")

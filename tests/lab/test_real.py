@@ -22,6 +22,7 @@ import real_model  # noqa: E402
 import report_real  # noqa: E402
 import run as run_lab  # noqa: E402
 
+from solopo_plugin.probe import inside  # noqa: E402
 from solopo_plugin.qa import generate  # noqa: E402
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl  # noqa: E402
 from solopo_plugin.qa.generate.calls import Reply  # noqa: E402
@@ -69,10 +70,12 @@ def test_table(task):
         assert keys["dataset"].removeprefix("real_") in {"warmup", *ENTRIES}
         assert recipe["cutoff_len"] >= table["data"]["long_tokens"] + table["data"]["max_new_tokens"]
         assert recipe["output_dir"] == f"saves/lab/{task.replace(':', '_')}/runs/{name}_0"
-    assert table["look"]["arm"] in table["arms_first"] and table["look"]["seed"] in table["seeds"]
+    assert set(table["look"]["arms"]) <= set(table["arms_first"]) and table["look"]["seed"] in table["seeds"]
     for first, second, _ in report_real.DIFFERENCES:
         assert {first, second} <= {"base", *table["arms"]}
-    assert table["warmup"].get("use_cpu", False) == table["base"].get("use_cpu", False) == (task == TASK)
+    assert (
+        table["warmup"].get("use_cpu", False) == table["base"].get("use_cpu", False) == (task in (TASK, "real:brief"))
+    )
     assert {**table["model"]}.items() <= table["warmup"].items(), "or a base is asked with another template"
     assert {**table["model"]}.items() <= table["base"].items() and {**table["model"]}.items() <= table["data"].items()
 
@@ -84,7 +87,39 @@ def test_sizes_replace_key_by_key():
     assert arms.recipe("real", "sft_more")["bf16"] and not arms.recipe(TASK, "sft_more")["bf16"]
 
 
-@pytest.mark.parametrize("words", [["--small"], ["--quick", "--task", "two_hop"], ["--data", "x"], ["--package", "x"]])
+def test_the_brief_size_is_the_small_one_without_answers_on_long_contexts(monkeypatch, capsys):
+    """What it differs in is in the key of a result, and arms of such answers are refused before anything is made."""
+    small, brief = arms.table(TASK), arms.table("real:brief")
+    differ = {key for key in brief if brief[key] != small[key]}
+    assert differ == {"seeds", "arms_first", "data", "base"}
+    assert brief["data"] == small["data"] | {"sample_long": False}
+    assert {key for key in small["base"] if brief["base"][key] != small["base"][key]} == set(run_lab.PLACES[:2])
+    monkeypatch.setattr(real.Real, "setup", lambda *args: pytest.fail("made something"))
+    for name in ("sft_long", "orpo_long", "longpo"):
+        with pytest.raises(SystemExit):
+            run_lab.main(["--task", "real", "--brief", "--arms", name])
+        said = f"--arms: {name} needs answers on the long contexts, which this size does not sample."
+        assert said in capsys.readouterr().err
+    read = {name for name, keys in brief["arms"].items() if keys["dataset"] in real.OF_LONG_ANSWERS}
+    assert read == {"sft_long", "orpo_long", "longpo"}
+
+
+def test_a_base_is_known_by_its_weights(task, tmp_path):
+    """The same weights are the same base wherever they were made; `training_args.bin` holds the run's folder."""
+    write_jsonl(tmp_path / "q.jsonl", (question(i) for i in range(94)))
+    task.split(real.read([str(tmp_path / "q.jsonl")]))
+    shutil.copytree(task.model, task.BASE)
+    known = task.settings()
+    (task.BASE / "training_args.bin").write_bytes(b"/elsewhere")
+    assert task.settings() == known
+    weights = task.BASE / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert task.settings()["base"] != known["base"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--small"], ["--quick", "--task", "two_hop"], ["--brief"], ["--data", "x"], ["--package", "x"]]
+)
 def test_sizes_are_of_the_real_model(words, capsys):
     with pytest.raises(SystemExit):
         run_lab.main(words)
@@ -226,24 +261,32 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     result = json.loads(Path(jobs[0]["result"]).read_text())
     assert result["cpu_seconds"] == seconds > 0, "of the training, whenever it was"
     assert run_lab.done(jobs[0]) and not Path(jobs[0]["recipe"]["output_dir"]).exists()
-    look = json.loads((task.folder / "look/look.json").read_text())
-    assert (
-        result["look"] == look["summary"]
-        and len(look["rows"]["base"]) == 5
-        and look["models"].keys() == {"base", "solo_orpo_detached"}
-    )
+    look = json.loads((task.folder / "look/solo_orpo_detached/look.json").read_text())
+    assert look["models"].keys() == look["rows"].keys() == {"base", "solo_orpo_detached"}
+    assert tuple(result["look"]) == real.LOOKED and len(look["rows"]["base"]) == 5
+    for measure, models in result["look"].items():
+        assert models.keys() == look["rows"].keys()
+        for name, rows in look["rows"].items():
+            of_rows = {side: [inside.MEASURES[measure](row[side]) for row in rows] for side in ("short", "long")}
+            assert models[name]["long"] == pytest.approx(of_rows["long"], abs=1e-5)
+            assert [value is None for value in models[name]["short"]] == [value is None for value in of_rows["short"]]
     assert result["marks"] == base["marks"] and [entry["step"] for entry in result["log"]][-1] == 2
 
+    seen = result.pop("look")
+    control = {m: {"base": of["base"], "orpo_short": of["solo_orpo_detached"]} for m, of in seen.items()}
     for job in jobs[1:]:  # as if they had been trained: one arm like the base, of another the second seed all wrong
         wrong = job["arm"] == "orpo_short" and job["seed"] == 1
         marks = {n: 30 * "0" if wrong else m for n, m in base["marks"].items()}
         shares = {n: m.count("1") / 30 for n, m in marks.items()}
-        result.pop("look", None)
-        keys = {name: job[name] for name in ("arm", "seed", "key", "recipe")} | {
-            "rate": job["rate"],
-            "accuracy": shares,
-            "cpu_seconds": None if job["arm"] == "solo_orpo_detached" else 9.0,
-        }
+        keys = (
+            {name: job[name] for name in ("arm", "seed", "key", "recipe")}
+            | {
+                "rate": job["rate"],
+                "accuracy": shares,
+                "cpu_seconds": None if job["arm"] == "solo_orpo_detached" else 9.0,
+            }
+            | ({"look": control} if job["arm"] == "orpo_short" and job["seed"] == 0 else {})
+        )
         Path(job["result"]).write_text(json.dumps(result | keys | {"marks": marks}))
     report_real.main(["--saves", str(tmp_path), "--output", str(tmp_path / "report")])
     told = capsys.readouterr().out
@@ -254,16 +297,34 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     drawn = {"real_small.png", "real_small_inside.png"}
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"real.md", "real.json", *drawn}
     assert re.search(r"\| evidence's share of what falls on documents \| solo_orpo_detached \| 0\.\d{4} \(", told)
-    again = report_real.Marked(tmp_path / "report/real.json", TASK)
-    tables = report_real.tables(again)
-    assert tables == report_real.tables(report_real.Marked(task.folder / "results", TASK))
+    measure = re.escape(real.LOOKED[0])
+    assert re.search(rf"\| {measure} \| orpo_short - base \| -?0\.\d{{4}} \(", told)
+    assert re.search(rf"\| {measure} \| solo_orpo_detached - orpo_short \| 0\.0000 \(0\.0000 to 0\.0000\)", told)
 
-    shipped = tmp_path / "report/real.json"  # it has the run that is not here, with today's key
-    Path(jobs[3]["result"]).unlink()
-    assert report_real.tables(report_real.Marked(task.folder / "results", TASK, shipped)) == tables
-    assert report_real.tables(report_real.Marked(task.folder / "results", TASK)) != tables
-    shipped.write_text(shipped.read_text().replace(jobs[3]["key"], "of another base"))
-    assert report_real.tables(report_real.Marked(task.folder / "results", TASK, shipped)) != tables
+    base_name = real.folder_hash(task.BASE, real.WEIGHTS_ALONE)[:8]
+    shipped = tmp_path / "report/real.json"
+
+    def tables(*others: Path) -> dict:
+        return report_real.tables([report_real.Marked(task.folder / "results", TASK, *others, base_name=base_name)])
+
+    (again,) = report_real.bases_in(shipped, TASK)
+    assert again.base_name == base_name and (whole := tables()) == report_real.tables([again])
+
+    Path(jobs[3]["result"]).unlink()  # the file has the run that is not here any more, with today's key
+    assert tables(shipped) == whole != tables()
+    monkeypatch.setattr(report_real, "RUNS", tmp_path / "docs/real.json")
+    monkeypatch.setattr(report_real, "DOCS", tmp_path / "docs.md")
+    places = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in whole)
+    (tmp_path / "docs.md").write_text(places)
+    older = [run | {"base": "older"} for run in json.loads(shipped.read_text())]
+    write_json(report_real.RUNS, [*older, {"task": "real:quick", "arm": "base", "base": "older"}])
+    for _ in range(2):  # a base of another machine keeps its lines, and what is there already comes but once
+        report_real.main(["--saves", str(tmp_path), "--output", str(tmp_path / "report"), "--docs"])
+        names = [run["base"] for run in json.loads(report_real.RUNS.read_text())]
+        assert names == ["older"] * (len(older) + 1) + [base_name] * (len(older) - 1)
+        page = (tmp_path / "docs.md").read_text()
+        assert page.count("| 1 | base |") == page.count("| 2 | base |") == 1
+        assert "| 1 | orpo_short | " in page and re.search(r"\| 2 \| orpo_short \|.*\| 1 \| 9 \|", page)
 
 
 def test_what_other_settings_made_is_not_gone_on_with(task, tmp_path, monkeypatch):
@@ -357,15 +418,20 @@ def test_page_is_what_its_runs_give():
         empty = {part: f"<!-- {part} -->\n<!-- /{part} -->" for part in names}
         assert all((text in page) == (task not in there) for text in empty.values()), task
         if task in there:
-            assert report_real.filled(page, report_real.tables(report_real.Marked(runs, task))) == page
+            assert report_real.filled(page, report_real.tables(report_real.bases_in(runs, task))) == page
 
 
-# ---- what docs/lab.md says in words of the small size, by the same runs: the words stand here, their numbers do not
+# ---- what docs/lab.md says in words of two sizes, by the same runs: the words stand here, their numbers do not
 
 
 @pytest.fixture(scope="module")
 def small():
-    return report_real.Marked(report_real.RUNS, TASK)
+    return report_real.bases_in(report_real.RUNS, TASK)[0]
+
+
+@pytest.fixture(scope="module")
+def brief():
+    return report_real.bases_in(report_real.RUNS, "real:brief")[0]
 
 
 def said(sentence: str) -> bool:
@@ -394,38 +460,53 @@ def only_one(results, first: str, second: str, tokens: int) -> list[int]:
     return [pairs.count((1, 0)), pairs.count((0, 1))]
 
 
-def test_what_is_said_of_what_was_run(small):
-    names = "solo_orpo_detached", "orpo_short", "sft_long"
-    assert {(name, *runs) for (name, _), runs in small.all.items()} == {(name, 0) for name in names}
+def test_what_is_said_of_what_was_run(small, brief):
+    for results, names in ((small, ("solo_orpo_detached", "orpo_short", "sft_long")), (brief, brief.names)):
+        assert {(name, *runs) for (name, _), runs in results.all.items()} == {(name, 0) for name in names}
+    assert set(brief.names) == {"solo_orpo_detached", "orpo_short"} and small.base_marks == brief.base_marks
     steps = set()
-    for keys in (arms.recipe(TASK, name) for name in names):
+    for task, name in [(TASK, name) for name in small.names] + [("real:brief", name) for name in brief.names]:
+        keys = arms.recipe(task, name)
         steps.add((keys["max_steps"], keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]))
     ((most, rows),) = steps
-    assert said(f"of the small size three arms with one seed (2026-11-27), {most} steps of {rows} rows each")
+    assert said(f"runs of one seed and {most} steps of {rows} rows each. Of the small size three arms (2026-11-27)")
+    assert said(
+        "Of the brief size the first two (2026-11-28), on as many pairs in another order; its base answers every"
+    )
 
 
-def test_what_is_said_of_the_gap(small):
+def test_what_is_said_of_the_gap(small, brief):
     (short, long), solo, n = small.lengths, "solo_orpo_detached", len(small.marks("base", small.lengths[0])[0])
     base_short, base_long, solo_short, solo_long = (share(small, a, t) for a in ("base", solo) for t in (short, long))
+    at = at_lengths(brief, solo)
     assert said(
         f"The base is right in {base_short:.3f} of {n} questions at {short} tokens and in "
         f"{base_long:.3f} at {long:,}. After SoLo it is {solo_short:.3f} and {solo_long:.3f}: "
-        f"{more(small, solo, 'base', short)} and {more(small, solo, 'base', long)} more."
+        f"{more(small, solo, 'base', short)} and {more(small, solo, 'base', long)} more. "
+        f"The brief size's SoLo has {at[0]} and {at[1]}."
     )
-    assert said(f"between the lengths it loses {solo_short - solo_long:.3f}, the base {base_short - base_long:.3f}.")
+    assert said(f"the small size's loses {solo_short - solo_long:.3f}, the base {base_short - base_long:.3f}.")
 
 
-def test_what_is_said_of_the_control(small):
+def test_what_is_said_of_the_control(small, brief):
     (_, long), solo, control = small.lengths, "solo_orpo_detached", "orpo_short"
-    at = at_lengths(small, control)
-    assert said(
-        f"**The control does nearly as well**: {at[0]} and {at[1]}. SoLo's lead over it at {long:,} tokens is "
-        f"{more(small, solo, control, long)}, which the interval does not tell from nothing."
+    (here, there), (leads, alone) = (
+        (at_lengths(size, control) for size in (small, brief)),
+        (
+            [more(size, solo, control, long) for size in (small, brief)],
+            [only_one(size, solo, control, long) for size in (small, brief)],
+        ),
     )
-    lead, half = report_real.difference(small, solo, control, long)
-    assert lead < half
-    solo_alone, control_alone = only_one(small, solo, control, long)
-    assert said(f"on which the two differ there, SoLo has {solo_alone} and the control {control_alone}.")
+    assert said(
+        f"**The control comes near**: {here[0]} and {here[1]} in the small size, where SoLo's lead over it at {long:,} "
+        f"tokens is {leads[0]}; {there[0]} and {there[1]} in the brief one, where it is {leads[1]}."
+    )
+    assert said(
+        f"on which the two differ there, SoLo has {alone[0][0]} and {alone[1][0]}, the control {alone[0][1]} and "
+        f"{alone[1][1]}. The first lead cannot be told from nothing, the second barely can."
+    )
+    (first, half), (second, other) = (report_real.difference(size, solo, control, long) for size in (small, brief))
+    assert first < half and other < second < 1.1 * other
 
 
 def test_what_is_said_of_sft_on_long_answers(small):
@@ -442,21 +523,34 @@ def test_what_is_said_of_sft_on_long_answers(small):
     assert said(f"24 steps took a core {took[0]:,} seconds, SoLo's {took[1]:,}, the control's {took[2]}, each beside")
 
 
-def test_what_is_said_of_where_it_looks(small):
-    solo, measure = "solo_orpo_detached", report_real.LOOKED[0]
-    (look,) = [run["look"] for runs in small.all.values() for run in runs.values() if "look" in run]
-    found = {line["model"]: line for line in look if (line["measure"], line["side"]) == (measure, "long")}
-    less = found[f"{solo} - base"]
+def test_what_is_said_of_what_gold_answers_get(brief):
+    """The log-probs of the gold answers behind both contexts, and where the models look meanwhile."""
+    solo, control, lines = "solo_orpo_detached", "orpo_short", report_real.looked(brief)
+    found = {(line["measure"], line["model"], line["side"]): line for line in lines}
+    evidence, ratio, logp = real.LOOKED
+
+    def spread(model: str, side: str) -> str:
+        line = found[logp, model, side]
+        return f"{line['mean']:.3f} ({line['low']:.3f} to {line['high']:.3f})"
+
+    losses = [f"{-found[logp, name, 'long - short']['mean']:.3f}" for name in ("base", control, solo)]
+    lead, n = f"{solo} - {control}", found[logp, solo, "long"]["n"]
     assert said(
-        f"behind {small.lengths[-1]:,} tokens ({less['n']} validation questions), the evidence has "
-        f"{found[solo]['mean']:.3f} of the attention that falls on documents, of the base's {found['base']['mean']:.3f}"
-        f": {less['low']:.3f} to {less['high']:.3f} more."
+        f"gold answers to {n} validation questions, a token has less log-prob behind {brief.lengths[-1]:,} tokens than "
+        f"behind {brief.lengths[0]}: {losses[0]} nats less from the base, {losses[1]} from the control, {losses[2]} "
+        f"from SoLo. SoLo loses {spread(lead, 'long - short')} less than the control, and behind "
+        f"{brief.lengths[-1]:,} tokens its log-prob is {spread(lead, 'long')} higher. The control's there is the base's, but for "
+        f"{spread(f'{control} - base', 'long')}."
     )
-    (n,) = {line["n"] for line in look if (line["measure"], line["side"]) == (report_real.LOOKED[1], "short")}
+    assert found[logp, lead, "long"]["low"] > 0 and found[logp, lead, "long - short"]["low"] > 0
+    assert found[logp, f"{control} - base", "long"]["low"] < 0 < found[logp, f"{control} - base", "long"]["high"]
+    shares = [f"{found[evidence, name, 'long']['mean']:.3f}" for name in (solo, control, "base")]
+    assert said(
+        f"the evidence has {shares[0]} of the attention that falls on documents from SoLo, {shares[1]} from the "
+        f"control and {shares[2]} from the base."
+    )
     page = " ".join(report_real.DOCS.read_text(encoding="utf-8").split())
-    assert (
-        f"({less['n'] - n} of the small size's {less['n']} short ones) has no ratio, so that n is smaller there" in page
-    )
+    assert f"({n - found[ratio, solo, 'short']['n']} of the brief size's {n} short ones) has no ratio" in page
 
 
 # ---- the package's model
