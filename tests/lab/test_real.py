@@ -471,7 +471,7 @@ def test_what_is_said_of_what_was_run(small, brief):
     ((most, rows),) = steps
     assert said(f"runs of one seed and {most} steps of {rows} rows each. Of the small size three arms (2026-11-27)")
     assert said(
-        "Of the brief size the first two (2026-11-28), on as many pairs in another order; its base answers every"
+        "Of the brief size the first two (2026-11-28), on 92 pairs of rows that it makes without such answers; its base"
     )
 
 
@@ -539,8 +539,8 @@ def test_what_is_said_of_what_gold_answers_get(brief):
         f"gold answers to {n} validation questions, a token has less log-prob behind {brief.lengths[-1]:,} tokens than "
         f"behind {brief.lengths[0]}: {losses[0]} nats less from the base, {losses[1]} from the control, {losses[2]} "
         f"from SoLo. SoLo loses {spread(lead, 'long - short')} less than the control, and behind "
-        f"{brief.lengths[-1]:,} tokens its log-prob is {spread(lead, 'long')} higher. The control's there is the base's, but for "
-        f"{spread(f'{control} - base', 'long')}."
+        f"{brief.lengths[-1]:,} tokens its log-prob is {spread(lead, 'long')} higher. The control's there is "
+        f"the base's, but for {spread(f'{control} - base', 'long')}."
     )
     assert found[logp, lead, "long"]["low"] > 0 and found[logp, lead, "long - short"]["low"] > 0
     assert found[logp, f"{control} - base", "long"]["low"] < 0 < found[logp, f"{control} - base", "long"]["high"]
