@@ -9,7 +9,7 @@ the half widths over questions (normal) and over seeds (Student's t) are added a
 questions alone. The model, its warm-up and the rows are the same for all seeds.
 
 With --docs runs of the same base, rows and recipe that stand in docs/lab/real.json count like those of the folder. Runs
-on another base, which a machine with another processor makes, keep lines of their own: no mean is over two bases.
+on another base, that is on other weights, keep lines of their own: no mean is over two bases.
 """
 
 import argparse
