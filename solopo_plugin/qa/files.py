@@ -55,12 +55,13 @@ def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.6) -> str
 
 
 def excerpt(said: object, most: int = 300) -> str:
-    """Return the beginning of what a library says, for a message: on one line, and cut between two words if it is."""
+    """Return what a library says, for a message: on one line of at most `most` characters, cut between two words."""
     text = " ".join(str(said).split())
     if len(text) <= most:
         return text
-    words = text[: most + 1].rpartition(" ")[0]
-    return (words if len(words) > most // 2 else text[:most]) + " ..."
+    end = most - len(" ...")
+    words = text[: end + 1].rpartition(" ")[0]
+    return (words if len(words) > most // 2 else text[:end]) + " ..."
 
 
 def dump(value: object) -> bytes:

@@ -330,9 +330,9 @@ def test_a_comma_in_the_name_of_what_is_there_parts_nothing(tmp_path, monkeypatc
     [
         (OSError("no\n  such   host"), "no such host"),
         ("tokenizer " * 4, "tokenizer tokenizer tokenizer tokenizer"),
-        ("tokenizer " * 5, "tokenizer tokenizer tokenizer tokenizer ..."),
-        ("x" * 41, "x" * 40 + " ..."),
-        ("a " + "x" * 50, "a " + "x" * 38 + " ..."),
+        ("tokenizer " * 5, "tokenizer tokenizer tokenizer ..."),
+        ("x" * 41, "x" * 36 + " ..."),
+        ("a " + "x" * 50, "a " + "x" * 34 + " ..."),
     ],
 )
 def test_what_a_library_says_is_cut_between_two_words_if_it_can_be(said, told):
