@@ -36,6 +36,7 @@ from solopo_plugin.qa.recipe import Chat, ContextKeys, Sampling
 from solopo_plugin.qa.seeded import digest
 from solopo_plugin.qa.sources import source_rows
 from solopo_plugin.qa.store import STORE, Store
+from solopo_plugin.synthesis.export import ENTRIES
 from solopo_plugin.synthesis.judge import judge
 from solopo_plugin.synthesis.pipeline import run_pipeline
 from solopo_plugin.synthesis.recipe import make_recipe
@@ -46,7 +47,9 @@ SAME = 70  # letters and digits at the beginning by which a paragraph is known
 SEED = 42  # of splits, contexts and sampled answers: the same for all seeds of training
 SAVES = ROOT / "saves/lab"
 WEIGHTS_ALONE = ("config.json", "*.safetensors")  # what a base is known by: training_args.bin has the folder's name
-OF_LONG_ANSWERS = {f"real_{name}" for name in ("long_po", "longpo", "sft_long")}  # rows made of sampled long answers
+OF_LONG_ANSWERS = {
+    f"real_{name}" for name, (rows, _) in ENTRIES.items() if rows != "solopo"
+}  # sampled behind long contexts
 WHERE = ("paragraphs", "evidence")  # of a prompt: where the probe finds its evidence
 LOOKED = (  # measures of solopo_plugin/probe/inside.py that a result keeps of every question
     "evidence's share of what falls on documents",

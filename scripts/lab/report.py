@@ -175,7 +175,9 @@ class Results:
 
     def __init__(self, source: Path, task: str = "recall", shipped: Path | None = None, base_name: str | None = None):
         self.all, self.task = read(source, task, shipped, base_name), task
-        self.measured = measured_base(source, task, base_name) or (measured_base(shipped, task) if shipped else {})
+        self.measured = measured_base(source, task, base_name) or (
+            measured_base(shipped, task, base_name) if shipped else {}
+        )
         self.base = {int(length): share for length, share in self.measured.get("accuracy", {}).items()}
         self.unit = "pairs" if task == "recall" else "tokens"
         self.lengths = MEASURED if task == "recall" else table(task).get("lengths", LENGTHS)

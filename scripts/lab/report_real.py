@@ -17,7 +17,6 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import real
@@ -29,6 +28,7 @@ from solopo_plugin.probe import inside
 from solopo_plugin.qa.files import write_json
 
 RUNS = DOCS.with_suffix("") / "real.json"
+SIDES = ("short", "long", "long - short")  # of a measure of what models look at
 NORMAL = 1.96  # half widths of 95 %, in standard errors
 DIFFERENCES = (  # first, second: what is asked
     ("solo_orpo_detached", "base", "what SoLo gives"),
@@ -56,8 +56,8 @@ class Marked(Results):
     def shipped(self) -> list[dict]:
         """Return what tables are made of, for real.json."""
         runs = super().shipped()
-        marks = [{"marks": self.base_marks} if run["arm"] == "base" else {} for run in runs]
-        return [run | {"base": self.base_name} | more for run, more in zip(runs, marks, strict=True)]
+        marks = {"marks": self.base_marks}
+        return [run | {"base": self.base_name} | (marks if run["arm"] == "base" else {}) for run in runs]
 
     def marks(self, name: str, length: int) -> dict[int, list[int]]:
         """Return right and wrong by question, for each seed of an arm; of the base for every seed the same."""
@@ -88,12 +88,11 @@ def bases_in(path: Path, task: str) -> list[Marked]:
     return [Marked(path, task, base_name=name) for name in dict.fromkeys(run["base"] for run in runs)]
 
 
-def table_of(bases: list[Marked], head: list[str], lines: Callable[[Marked], list[list[str]]]) -> str:
+def table_of(head: list[str], by_base: list[list[list[str]]]) -> str:
     """Return the lines of all bases as a table, with the number of the base before each where there are several."""
-    numbered = [[str(i), *line] for i, results in enumerate(bases, 1) for line in lines(results)]
-    if len(bases) == 1:
-        return markdown(head, [line for _, *line in numbered])
-    return markdown(["base no.", *head], numbered)
+    if len(by_base) == 1:
+        return markdown(head, by_base[0])
+    return markdown(["base no.", *head], [[str(i), *line] for i, lines in enumerate(by_base, 1) for line in lines])
 
 
 def accuracies(results: Marked) -> list[list[str]]:
@@ -138,7 +137,7 @@ def insides(results: Marked) -> list[list[str]]:
     """Return the lines of the table of what models look at in both contexts."""
     found = looked(results)
     by_line = {(line["measure"], line["model"], line["side"]): line for line in found}
-    measures, models, sides = (list(dict.fromkeys(line[n] for line in found)) for n in ("measure", "model", "side"))
+    measures, models = (list(dict.fromkeys(line[n] for line in found)) for n in ("measure", "model"))
     rows = max((line["n"] for line in found), default=0)  # log-probs are of all
 
     def shown(line: dict | None) -> str:
@@ -146,7 +145,7 @@ def insides(results: Marked) -> list[list[str]]:
         return f"{line['mean']:.4f} ({line['low']:.4f} to {line['high']:.4f}){fewer}" if line else ""
 
     return [
-        [measure, model, *(shown(by_line.get((measure, model, side))) for side in sides)]
+        [measure, model, *(shown(by_line.get((measure, model, side))) for side in SIDES)]
         for measure in measures
         for model in models
     ]
@@ -157,11 +156,11 @@ def tables(bases: list[Marked]) -> dict[str, str]:
     name = bases[0].task.replace(":", "_")
     lengths = [f"{n} tokens" for n in bases[0].lengths]
     parts = {
-        name: table_of(bases, ["arm", *lengths, "rate", "runs", "seconds"], accuracies),
-        f"{name}_differences": table_of(bases, ["difference", "what", *lengths], differences),
+        name: table_of(["arm", *lengths, "rate", "runs", "seconds"], [*map(accuracies, bases)]),
+        f"{name}_differences": table_of(["difference", "what", *lengths], [*map(differences, bases)]),
     }
-    seen = table_of(bases, ["measure", "model", "short", "long", "long - short"], insides)
-    parts[f"{name}_inside"] = seen if any(looked(results) for results in bases) else ""
+    seen = [*map(insides, bases)]
+    parts[f"{name}_inside"] = table_of(["measure", "model", *SIDES], seen) if any(seen) else ""
     return parts | ({f"{name}_sweep": sweep(bases[-1])} if bases[0].task == "real" else {})
 
 
@@ -172,13 +171,15 @@ def draw(bases: list[Marked], path: Path) -> None:
     for number, results in enumerate(bases):
         for name in ("base", *results.names):
             by_length = [list(results.marks(name, n).values()) for n in results.lengths]
-            if all(by_length):
-                points = [over_both(values[:1] if name == "base" else values) for values in by_length]
-                style = {"color": colours.get(name, "black"), "linestyle": "-" if name in colours else "--"}
-                label = f"{name}, base {number + 1}" if len(bases) > 1 else name
-                means, halves = zip(*points, strict=True)
-                style |= {"marker": "os^Dv"[number % 5], "label": label}
-                axes.errorbar(results.lengths, means, halves, capsize=2, **style)
+            if not all(by_length):
+                continue
+            points = [over_both(values[:1] if name == "base" else values) for values in by_length]
+            style = {"color": colours.get(name, "black"), "linestyle": "-" if name in colours else "--"}
+            style |= {"marker": "os^Dv"[number % 5], "label": name}
+            if len(bases) > 1:
+                style["label"] += f", base {number + 1}"
+            means, halves = zip(*points, strict=True)
+            axes.errorbar(results.lengths, means, halves, capsize=2, **style)
     axes.set(xlabel="tokens in the prompt", ylabel="questions answered right", ylim=(0, None))
     axes.legend(fontsize="small")
     save(figure, path)

@@ -88,7 +88,7 @@ def test_sizes_replace_key_by_key():
 
 
 def test_the_brief_size_is_the_small_one_without_answers_on_long_contexts(monkeypatch, capsys):
-    """What it differs in is in the key of a result, and arms of such answers are refused before anything is made."""
+    """Sample no long answers, which a result's key says; arms that need them are refused before anything is made."""
     small, brief = arms.table(TASK), arms.table("real:brief")
     differ = {key for key in brief if brief[key] != small[key]}
     assert differ == {"seeds", "arms_first", "data", "base"}
@@ -105,7 +105,7 @@ def test_the_brief_size_is_the_small_one_without_answers_on_long_contexts(monkey
 
 
 def test_a_base_is_known_by_its_weights(task, tmp_path):
-    """The same weights are the same base wherever they were made; `training_args.bin` holds the run's folder."""
+    """Take the same weights for the same base wherever they were made; `training_args.bin` holds the run's folder."""
     write_jsonl(tmp_path / "q.jsonl", (question(i) for i in range(94)))
     task.split(real.read([str(tmp_path / "q.jsonl")]))
     shutil.copytree(task.model, task.BASE)
@@ -267,9 +267,9 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     for measure, models in result["look"].items():
         assert models.keys() == look["rows"].keys()
         for name, rows in look["rows"].items():
-            of_rows = {side: [inside.MEASURES[measure](row[side]) for row in rows] for side in ("short", "long")}
-            assert models[name]["long"] == pytest.approx(of_rows["long"], abs=1e-5)
-            assert [value is None for value in models[name]["short"]] == [value is None for value in of_rows["short"]]
+            for side in ("short", "long"):
+                exact = [inside.MEASURES[measure](row[side]) for row in rows]
+                assert models[name][side] == [value if value is None else round(value, 5) for value in exact]
     assert result["marks"] == base["marks"] and [entry["step"] for entry in result["log"]][-1] == 2
 
     seen = result.pop("look")
@@ -278,15 +278,13 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
         wrong = job["arm"] == "orpo_short" and job["seed"] == 1
         marks = {n: 30 * "0" if wrong else m for n, m in base["marks"].items()}
         shares = {n: m.count("1") / 30 for n, m in marks.items()}
-        keys = (
-            {name: job[name] for name in ("arm", "seed", "key", "recipe")}
-            | {
-                "rate": job["rate"],
-                "accuracy": shares,
-                "cpu_seconds": None if job["arm"] == "solo_orpo_detached" else 9.0,
-            }
-            | ({"look": control} if job["arm"] == "orpo_short" and job["seed"] == 0 else {})
-        )
+        keys = {name: job[name] for name in ("arm", "seed", "key", "recipe")} | {
+            "rate": job["rate"],
+            "accuracy": shares,
+            "cpu_seconds": None if job["arm"] == "solo_orpo_detached" else 9.0,
+        }
+        if job["arm"] == "orpo_short" and job["seed"] == 0:
+            keys["look"] = control
         Path(job["result"]).write_text(json.dumps(result | keys | {"marks": marks}))
     report_real.main(["--saves", str(tmp_path), "--output", str(tmp_path / "report")])
     told = capsys.readouterr().out
@@ -312,6 +310,9 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
 
     Path(jobs[3]["result"]).unlink()  # the file has the run that is not here any more, with today's key
     assert tables(shipped) == whole != tables()
+    other = tmp_path / "other.json"
+    other.write_text(shipped.read_text().replace(jobs[3]["key"], "of another base"))
+    assert tables(other) != whole
     monkeypatch.setattr(report_real, "RUNS", tmp_path / "docs/real.json")
     monkeypatch.setattr(report_real, "DOCS", tmp_path / "docs.md")
     places = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in whole)
@@ -490,13 +491,9 @@ def test_what_is_said_of_the_gap(small, brief):
 
 def test_what_is_said_of_the_control(small, brief):
     (_, long), solo, control = small.lengths, "solo_orpo_detached", "orpo_short"
-    (here, there), (leads, alone) = (
-        (at_lengths(size, control) for size in (small, brief)),
-        (
-            [more(size, solo, control, long) for size in (small, brief)],
-            [only_one(size, solo, control, long) for size in (small, brief)],
-        ),
-    )
+    here, there = (at_lengths(size, control) for size in (small, brief))
+    leads = [more(size, solo, control, long) for size in (small, brief)]
+    alone = [only_one(size, solo, control, long) for size in (small, brief)]
     assert said(
         f"**The control comes near**: {here[0]} and {here[1]} in the small size, where SoLo's lead over it at {long:,} "
         f"tokens is {leads[0]}; {there[0]} and {there[1]} in the brief one, where it is {leads[1]}."
@@ -524,7 +521,7 @@ def test_what_is_said_of_sft_on_long_answers(small):
 
 
 def test_what_is_said_of_what_gold_answers_get(brief):
-    """The log-probs of the gold answers behind both contexts, and where the models look meanwhile."""
+    """Hold the page to the log-probs of gold answers behind both contexts, and to where the models look meanwhile."""
     solo, control, lines = "solo_orpo_detached", "orpo_short", report_real.looked(brief)
     found = {(line["measure"], line["model"], line["side"]): line for line in lines}
     evidence, ratio, logp = real.LOOKED
@@ -549,8 +546,8 @@ def test_what_is_said_of_what_gold_answers_get(brief):
         f"the evidence has {shares[0]} of the attention that falls on documents from SoLo, {shares[1]} from the "
         f"control and {shares[2]} from the base."
     )
-    page = " ".join(report_real.DOCS.read_text(encoding="utf-8").split())
-    assert f"({n - found[ratio, solo, 'short']['n']} of the brief size's {n} short ones) has no ratio" in page
+    page, fewer = " ".join(report_real.DOCS.read_text(encoding="utf-8").split()), n - found[ratio, solo, "short"]["n"]
+    assert f"({fewer} of the brief size's {n} short ones) has no ratio, so that n is smaller there" in page
 
 
 # ---- the package's model

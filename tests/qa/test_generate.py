@@ -844,6 +844,19 @@ def test_transformers_answers_in_batches_as_one_by_one(tiny_model, tmp_path, arc
     assert {reply.id: reply for reply in others} == replies
 
 
+def watch_forward(monkeypatch, kind: type, watch):
+    """Have `watch` called with the arguments of every forward of a kind of model, before it; returns that forward."""
+    original = kind.forward
+
+    @wraps(original)
+    def forward(self, **kwargs):
+        watch(**kwargs)
+        return original(self, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    return original
+
+
 def sampled_by_hand(
     model, tokenizer, prompt: list[int], n: int, steps: int, temperature: float, seed: int
 ) -> list[str]:
@@ -864,15 +877,12 @@ def test_transformers_sees_the_trainers_ids(tiny_model, run, recipe, tmp_path, m
     GenerationConfig(repetition_penalty=5.0, top_k=1, do_sample=True, max_length=4).save_pretrained(model)
     seen = []
     kind = AutoModelForCausalLM.from_pretrained(model).__class__
-    original = kind.forward
 
-    @wraps(original)
-    def spy(self, input_ids, attention_mask, **kwargs):
+    def watch(input_ids, attention_mask, **others):
         if input_ids.shape[1] > 1:  # the prompts: each once, whatever the number of its answers
             seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
-        return original(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    monkeypatch.setattr(kind, "forward", spy)
+    original = watch_forward(monkeypatch, kind, watch)
     settings = local(model, backend="transformers")
     got = list(generate(settings, PROMPTS))
     monkeypatch.setattr(kind, "forward", original)
@@ -894,20 +904,17 @@ def test_transformers_sees_the_trainers_ids(tiny_model, run, recipe, tmp_path, m
 
 
 def test_a_cpu_reads_long_prompts_without_others(tiny_model, monkeypatch):
-    """Long prompts have no padding, a mask of which would cost attention its causal half; answers stay as they were."""
+    """Read long prompts without padding, whose mask would cost attention its causal half; answers stay as they were."""
     model = tiny_model()
     kind = AutoModelForCausalLM.from_pretrained(model).__class__
     settings, read = local(model, backend="transformers", concurrency=16), []
     usual = {reply.id: reply for reply in generate(settings, UNEQUAL)}
-    original = kind.forward
 
-    @wraps(original)
-    def spy(self, input_ids, **kwargs):
+    def watch(input_ids, **others):
         if input_ids.shape[1] > 1:
             read.append(tuple(input_ids.shape))
-        return original(self, input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(kind, "forward", spy)
+    watch_forward(monkeypatch, kind, watch)
     lengths = sorted(reply.prompt_tokens for reply in usual.values())
     for alone in (lengths[-2], lengths[-1], lengths[-1] + 1):
         monkeypatch.setattr(local_backend, "CPU_ALONE", alone)
@@ -923,17 +930,14 @@ def test_memory_that_is_out_halves_the_batch(tiny_model, monkeypatch, caplog):
     kind = AutoModelForCausalLM.from_pretrained(model).__class__
     settings, sizes = local(model, backend="transformers", concurrency=16), []
     usual = {reply.id: reply for reply in generate(settings, UNEQUAL)}
-    original = kind.forward
 
-    @wraps(original)
-    def forward(self, input_ids, **kwargs):
+    def watch(input_ids, **others):
         if input_ids.shape[1] == 1:
             sizes.append(len(input_ids))
             if len(input_ids) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(self, input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(kind, "forward", forward)
+    original = watch_forward(monkeypatch, kind, watch)
     with caplog.at_level(logging.WARNING):
         assert {reply.id: reply for reply in generate(settings, UNEQUAL)} == usual
     said = [record.getMessage() for record in caplog.records if "Memory" in record.getMessage()]
