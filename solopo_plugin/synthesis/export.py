@@ -44,12 +44,7 @@ ENTRIES = {
 }
 
 
-def run(recipe: DataRecipe, work: Path) -> dict:
-    """Write the data files and register them, as `replace_rows` does; returns the number of rows of each file."""
-    return replace_rows(recipe, work, None)[0]
-
-
-def replace_rows(recipe: DataRecipe, work: Path, own: dict[str, str] | None) -> tuple[dict, dict[str, str]]:
+def run(recipe: DataRecipe, work: Path, own: dict[str, str] | None = None) -> tuple[dict, dict[str, str]]:
     """Write the data files and register them; returns the number of rows and the hash of each file.
 
     Args:

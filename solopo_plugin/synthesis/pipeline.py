@@ -29,11 +29,16 @@ PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "nump
 
 @dataclass(frozen=True)
 class Stage:
-    """Hold a stage's function, (recipe, work folder) -> counts, and the files of the work folder that it deals with."""
+    """Hold a stage's function, (recipe, work folder) -> counts, and the files of the work folder that it deals with.
 
-    run: Callable[[DataRecipe, Path], dict]
+    A stage that `keeps` something runs each time, since its outputs lie where others may change them: its function also
+    takes what it kept the last time, and returns what it keeps beside the counts.
+    """
+
+    run: Callable
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    keeps: str = ""  # as what the manifest's entry has it
 
 
 _SAMPLES, _JUDGED = (tuple(f"{kind}.{side}.jsonl" for side in ("short", "long")) for kind in ("samples", "judged"))
@@ -47,9 +52,7 @@ TABLE = {
     "sample": Stage(sample.run, ("contexts.jsonl",), _SAMPLES),
     "judge": Stage(judge.run, ("contexts.jsonl", *_SAMPLES), _JUDGED),
     "select": Stage(pairs.run, ("contexts.jsonl", *_JUDGED), ("pairs.jsonl",)),
-    "export": Stage(
-        export.run, ("contexts.jsonl", "pairs.jsonl"), ()
-    ),  # its outputs are in dataset_dir, which others write to
+    "export": Stage(export.run, ("contexts.jsonl", "pairs.jsonl"), (), keeps="rows"),  # in dataset_dir
 }
 SHOWN = ("contexts.jsonl", *_JUDGED, "pairs.jsonl")  # files that the page about a work folder reads
 STORES = {
@@ -165,14 +168,14 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume
     Without `resume` it forgets what it had finished, but not before it can begin. With `then_sample` documents and
     contexts are made to be asked about at once, so that the backend must be there.
     """
-    inputs, chosen = _made_from(name, recipe, work)
+    stage, (inputs, chosen) = TABLE[name], _made_from(name, recipe, work)
     finished, marked = manifest["stages"].get(name), name in manifest["forget"]
     if marked and resume:
         log.warning("%s: begins anew, as the run with `--no-resume` that did not reach it was told to.", name)
     resume = resume and not marked
     if finished and resume:
         changed = _changes(finished, inputs, chosen, work)
-        if not changed and name != "export":  # which is cheap, and dataset_info.json may have been edited
+        if not changed and not stage.keeps:
             finished["inputs"] = {file: inputs.get(file, digest) for file, digest in finished["inputs"].items()}
             log.info("%s: finished before, kept.", name)
             return
@@ -185,7 +188,7 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume
         if recipe.judge == "model":
             verdicts.read_rubric(recipe)
             check_backend(recipe.judging[0].backend, recipe.judging[1].server_urls)
-    if finished and name != "export":  # which goes by what it wrote last
+    if finished and not stage.keeps:
         del manifest["stages"][name]
         _save(manifest, work)
     if not resume:
@@ -194,15 +197,16 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume
         manifest["forget"].remove(name)
         _save(manifest, work)
     log.info("%s ...", name)
-    if name == "export":
-        counts, rows = export.replace_rows(recipe, work, finished.get("rows") if finished else {})
+    kept = {}
+    if stage.keeps:
+        counts, kept[stage.keeps] = stage.run(recipe, work, finished.get(stage.keeps) if finished else {})
     else:
-        counts, rows = TABLE[name].run(recipe, work), None
-    outputs = {file: file_hash(work / file) for file in TABLE[name].outputs}
+        counts = stage.run(recipe, work)
+    outputs = {file: file_hash(work / file) for file in stage.outputs}
     manifest["stages"][name] = {
         "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts,
-        "versions": installed_versions(PACKAGES),
-    } | ({"rows": rows} if name == "export" else {})  # fmt: skip
+        "versions": installed_versions(PACKAGES), **kept,
+    }  # fmt: skip
     _save(manifest, work)
     log.info("%s: done.", name)
 
@@ -249,7 +253,7 @@ def finished_stages(work: Path) -> dict[str, dict]:
         raise DataError(f"{work} is no finished work folder: stage `select` did not run; run scripts/build_data.py.")
     now = {file: digest for name in TABLE if name in stages for file, digest in stages[name]["outputs"].items()}
     now |= {file: file_hash(work / file) if (work / file).exists() else "missing" for file in SHOWN}
-    for name in (name for name in TABLE if name in stages and name != "export"):
+    for name in (name for name in TABLE if name in stages and not TABLE[name].keeps):
         known = stages[name]["inputs"] | stages[name]["outputs"]
         for file in TABLE[name].inputs + TABLE[name].outputs:
             if now.get(file) != known.get(file) and file in now and file in known:
