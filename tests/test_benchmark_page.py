@@ -56,11 +56,28 @@ def is_orpo(run: dict, variant: str) -> bool:
 
 
 def test_timed_steps_on_a_gpu(gpu):
-    timed = {key: len(run["step_s"]) for key, run in gpu["runs"].items() if run["status"] == "ok" and not run["trial"]}
+    ok = {key: run for key, run in gpu["runs"].items() if run["status"] == "ok" and not run["trial"]}
+    timed = {key: len(run["step_s"]) for key, run in ok.items() if run["tuning"] == "lora"}
     packed = {n: times for key, times in timed.items() if key[:2] == "S3" and (n := int(key.rpartition("L")[2]))}
     others = {(int(key.rpartition("L")[2]), times) for key, times in timed.items() if key[:2] != "S3"}
     assert others == {(8192, 2), (16384, 1)}
     assert f"of the packed step {' / '.join(map(str, packed.values()))}, of V0, S1 and T 2 at 8K and 1 at 16K." in TEXT
+    ((name, full),) = [(key, run) for key, run in ok.items() if run["tuning"] == "full"]
+    assert name == "S3 orpo full L8192" and full["steps"] == len(full["step_s"]) == 2
+    assert f"one packed step ({full['median_s']:.2f} s at 8K, {full['peak'] / 1e9:.1f} GB, SGD; two timed" in TEXT
+
+
+def test_checks_on_a_gpu(gpu):
+    """Hold the page to the distances of the trainer's gradients from fp32, in all forms and beside options."""
+    trainer, options = (gpu["check"][name] for name in ("trainer", "options"))
+    assert trainer["right"] and options["right"] and {"torch_compile", "use_unsloth_gc"} < options.keys()
+    forms = {name: seen for name, seen in trainer.items() if name.startswith(("full orpo", "lora sigmoid"))}
+    sixteen = {name: seen["gradients"] for name, seen in forms.items() if "fp32" not in name}
+    assert len(sixteen) == 10
+    low, high = (f"{extreme(sixteen.values()):.3f}" for extreme in (min, max))
+    assert f"as in the two stages (gradients {low} to {high})." in TEXT
+    stages = {name[:4]: far for name, far in sixteen.items() if "two stages" in name}
+    assert all(abs(far - stages[name[:4]]) < 0.1 * stages[name[:4]] for name, far in sixteen.items())
 
 
 def test_tflop_of_both_ways_to_train(gpu):

@@ -31,7 +31,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -483,8 +482,7 @@ def main(argv: list[str] | None = None) -> bool:
     device, all_right = "cpu" if args.dry else "cuda", True
     if not args.dry and not torch.cuda.is_available():
         sys.exit("> This needs a GPU and torch sees none; `--dry` runs on a CPU.")
-    document = record.load(args.out, hardware=benchmark_run.hardware(device))
-    document |= {"date": date.today().isoformat(), "dry": args.dry}
+    document = record.dated(record.load(args.out, hardware=benchmark_run.hardware(device))) | {"dry": args.dry}
     for name, part in {"cli": cli}.items() if args.cli else [(name, PARTS[name]) for name in args.parts]:
         if document["check"].get(name, {}).get("status") == "ok":
             continue

@@ -34,8 +34,9 @@ def heading(document: dict) -> list[str]:
         lines += ["**A dry run on a CPU at tiny shapes: it shows that the command works, no more.**", ""]
     machine = document.get("hardware")
     if machine:
+        days = " and ".join(dict.fromkeys([document.get("began", document["date"]), document["date"]]))
         lines += [
-            f"{document['date']}: {machine['device']}, {machine['memory_gb']} GB, {machine['cores']} cores. "
+            f"{days}: {machine['device']}, {machine['memory_gb']} GB, {machine['cores']} cores. "
             "`bash scripts/gpu/run.sh` wrote this page and `gpu.json`.", "",
         ]  # fmt: skip
     if "settings" not in document:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from datetime import date
 from pathlib import Path
 
 NAME = "gpu.json"
@@ -21,6 +22,12 @@ def load(out: Path, **same) -> dict:
         if document.setdefault(key, value) != value:
             sys.exit(f"> {file} was measured with other {key}: {document[key]}, now {value}. Choose another OUT.")
     return document
+
+
+def dated(document: dict) -> dict:
+    """Return the document with today as its date and, in "began", the day of the first run that it holds."""
+    today = date.today().isoformat()
+    return document | {"began": document.get("began", document.get("date", today)), "date": today}
 
 
 def save(document: dict, out: Path) -> None:

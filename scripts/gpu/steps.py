@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 import traceback
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +101,7 @@ class Session:
         mine = "versions of TRL's environment" if args.jobs == "trl" else "versions"
         same = {"settings": self.settings, "hardware": benchmark_run.hardware(self.settings["device"])}
         same[mine] = {name: installed(name) for name in packages}
-        self.document = record.load(args.out, **same) | {"date": date.today().isoformat(), "dry": args.dry}
+        self.document = record.dated(record.load(args.out, **same)) | {"dry": args.dry}
         if not (self.folder / "model").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             benchmark_run.write_model(self.folder, self.settings)
