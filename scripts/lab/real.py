@@ -27,7 +27,7 @@ from solopo_plugin.probe import inside
 from solopo_plugin.qa.answers import judged_form
 from solopo_plugin.qa.contexts import Builder
 from solopo_plugin.qa.documents import count_tokens, make_pool
-from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.files import DataError, read_jsonl, replacing, write_json, write_jsonl
 from solopo_plugin.qa.generate.calls import Call, Model, load_chat
 from solopo_plugin.qa.generate.stored import answer_missing
 from solopo_plugin.qa.provenance import WEIGHTS, differences, file_hash, folder_hash
@@ -216,7 +216,13 @@ class Real:
             subprocess.run(cli, check=True)
         model = checkpoints(unfinished)[-1]
         (model / "optimizer.pt").unlink(missing_ok=True)  # twice the weights
+        self.round_off(model)
         model.rename(self.BASE)
+
+    def round_off(self, model: Path) -> None:
+        """Save a trained model in bf16 where it was trained so: the host saves fp32, in which a GPU answers slowly."""
+        if self.table["base"].get("bf16"):
+            to_bf16(model)
 
     # ---- what run.py asks of a task
 
@@ -224,7 +230,8 @@ class Real:
         """Return what rows and measured accuracies depend on, beside the recipe."""
         files = {name: file_hash(self.folder / f"splits/{name}.jsonl") for name in self.table["questions"]}
         base = folder_hash(self.BASE, WEIGHTS_ALONE)
-        return files | dict(base=base, data=self.table["data"], lengths=list(self.lengths), seed=SEED)
+        data = {key: value for key, value in self.table["data"].items() if key != "concurrency"}  # changes no answer
+        return files | dict(base=base, data=data, lengths=list(self.lengths), seed=SEED)
 
     def prepare(self, folder: Path, seed: int) -> None:
         """Make the rows of all seeds by the pipeline, beside those of the warm-up. Can be killed and continues."""
@@ -248,8 +255,8 @@ class Real:
             found[tokens] = "".join(str(int(row["correct"])) for row in rows)
         return found
 
-    def look(self, model: Path, name: str) -> dict:
-        """Compare where base and model look when they read the gold answers to validation questions.
+    def look(self, model: Path, name: str, seed: int) -> dict:
+        """See where a model looks that reads gold answers to validation questions; with the first seed the base, too.
 
         Page and picture come into the folder `look`, by the model's name. Returns what `inside.values_of` gives of
         `LOOKED`, to five digits.
@@ -263,8 +270,10 @@ class Real:
             short, long = pair
             row |= {key: short[key] for key in ("id", "question", "prompt")} | {"long_prompt": long["prompt"]}
             rows.append(row | {"chosen": f"The answer is: {short['answers'][0]}"})
-        models = {"base": str(self.BASE), name: str(model)}
-        looks = inside.run(models, rows, self.folder / "look" / name, **self.table["model"])["rows"]
+        first = seed == self.table["look"]["seeds"][0]
+        models = ({"base": str(self.BASE)} if first else {}) | {name: str(model)}
+        folder = self.folder / "look" / (name if first else f"{name}_{seed}")
+        looks = inside.run(models, rows, folder, **self.table["model"])["rows"]
         return json.loads(
             json.dumps(inside.values_of(looks, LOOKED)), parse_float=lambda digits: round(float(digits), 5)
         )
@@ -273,8 +282,9 @@ class Real:
         """Have a model answer what the store in `folder` lacks; returns {"id", "text", "answer", "correct", ...}."""
         data = self.table["data"]
         sampling = Sampling(
-            **self.table["model"], max_new_tokens=data["max_new_tokens"], temperature=0.0, backend=data["backend"]
-        )
+            **self.table["model"], max_new_tokens=data["max_new_tokens"], temperature=0.0, backend=data["backend"],
+            concurrency=data["concurrency"],
+        )  # fmt: skip
         asked = Model(str(model), window=tokens + data["max_new_tokens"])
         calls = [Call(row["id"], (0,), row["prompt"]) for row in rows]
         with Store(folder / STORE) as store:
@@ -282,6 +292,19 @@ class Real:
             found = answer_missing(store, str(tokens), made_by, lambda: calls, sampling, asked)
             texts = {row["id"]: store.get(found[row["id"], 0])["text"] for row in rows}
         return [{"id": row["id"], "text": texts[row["id"]], **judge(texts[row["id"]], row["answers"])} for row in rows]
+
+
+def to_bf16(model: Path) -> None:
+    """Round a model's weights to bf16, in which autocast multiplies them anyway; again it changes nothing."""
+    import torch
+    from safetensors.torch import load_file
+    from safetensors.torch import save as as_bytes
+
+    weights, config = model / "model.safetensors", model / "config.json"
+    rounded = {name: weight.to(torch.bfloat16) for name, weight in load_file(weights).items()}
+    with replacing(weights) as file:
+        file.write(as_bytes(rounded, {"format": "pt"}))
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "bfloat16"})
 
 
 def checkpoints(folder: Path) -> list[Path]:

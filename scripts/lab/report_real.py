@@ -124,13 +124,27 @@ def differences(results: Marked) -> list[list[str]]:
 
 
 def looked(results: Marked) -> list[dict]:
-    """Return `inside.summarise` of what models look at that read gold answers: arms, the base, the first arm's lead."""
-    found = {name: run["look"] for name in results.names for run in results.runs(name).values() if "look" in run}
-    if not found:
+    """Return `inside.summarise` of what models look at that read gold answers: arms, the base, the first arm's lead.
+
+    An arm's value of a question is the mean over its seeds; intervals are over questions.
+    """
+    found = {name: [run["look"] for run in results.runs(name).values() if "look" in run] for name in results.names}
+    first, *others = [name for name in table(results.task)["look"]["arms"] if found.get(name)] or [None]
+    base = next((look for look in found.get(first, ()) if "base" in next(iter(look.values()))), None)
+    if base is None:  # of the first seed's run
         return []
-    first, *others = [name for name in table(results.task)["look"]["arms"] if name in found]
-    values = {m: {"base": found[first][m]["base"], **{n: found[n][m][n] for n in found}} for m in found[first]}
+    values = {
+        measure: {"base": models["base"]}
+        | {name: mean_of([x[measure][name] for x in looks]) for name, looks in found.items() if looks}
+        for measure, models in base.items()
+    }
     return inside.summarise(values, [(n, "base") for n in (first, *others)] + [(first, n) for n in others])
+
+
+def mean_of(looks: list[dict[str, list]]) -> dict[str, list]:
+    """Return the mean over runs of what they see of every question, by side; None stays None, it is the question's."""
+    by_side = {side: zip(*(look[side] for look in looks), strict=True) for side in looks[0]}
+    return {side: [None if None in seen else statistics.mean(seen) for seen in rows] for side, rows in by_side.items()}
 
 
 def insides(results: Marked) -> list[list[str]]:

@@ -114,6 +114,7 @@ def train(job: dict) -> None:
             run_exp(recipe | {"disable_tqdm": True} | keys)
             write_json(took, None if keys else round(clock() - start, 1))  # not known of a run that was killed
         model = real.checkpoints(folder)[-1]
+        task.round_off(model)
         seconds = json.loads(took.read_text(encoding="utf-8")) if took.is_file() else None
     else:
         shutil.rmtree(folder, ignore_errors=True)  # a killed run's checkpoints, which may be of another recipe
@@ -129,7 +130,7 @@ def train(job: dict) -> None:
         "cpu_seconds": seconds,
     }
     if looked_at(job):
-        result["look"] = task.look(model, job["arm"])
+        result["look"] = task.look(model, job["arm"], job["seed"])
     lengths = list(result["by_step"][earlier[0][0]]) if earlier else []
     result["by_step"][last[0]] = {length: result["accuracy"][length] for length in lengths}
     write_json(Path(job["result"]), result)
@@ -137,12 +138,12 @@ def train(job: dict) -> None:
 
 
 def looked_at(job: dict) -> bool:
-    """Tell whether this is the run whose attention the task's table has compared with the base's."""
+    """Tell whether this is a run of which the task's table wants to know where it looks."""
     look = table(job["task"]).get("look")
     return (
         bool(look)
         and job["arm"] in look["arms"]
-        and job["seed"] == look["seed"]
+        and job["seed"] in look["seeds"]
         and job["rate"] == chosen_rate(job["arm"], job["task"])
     )
 

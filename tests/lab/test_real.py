@@ -70,7 +70,8 @@ def test_table(task):
         assert keys["dataset"].removeprefix("real_") in {"warmup", *ENTRIES}
         assert recipe["cutoff_len"] >= table["data"]["long_tokens"] + table["data"]["max_new_tokens"]
         assert recipe["output_dir"] == f"saves/lab/{task.replace(':', '_')}/runs/{name}_0"
-    assert set(table["look"]["arms"]) <= set(table["arms_first"]) and table["look"]["seed"] in table["seeds"]
+    assert set(table["look"]["arms"]) <= set(table["arms_first"])
+    assert set(table["seeds"]) <= set(table["look"]["seeds"])
     for first, second, _ in report_real.DIFFERENCES:
         assert {first, second} <= {"base", *table["arms"]}
     assert (
@@ -115,6 +116,36 @@ def test_a_base_is_known_by_its_weights(task, tmp_path):
     weights = task.BASE / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert task.settings()["base"] != known["base"]
+
+
+def test_weights_are_rounded_where_training_computes_in_bf16(task, tmp_path, monkeypatch):
+    """Leave what a CPU trained in fp32; a base of bf16 stays the same one however many answers are asked at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(task.model, model := tmp_path / "copy")
+    files = [model / "model.safetensors", model / "config.json"]
+    before = [path.read_bytes() for path in files]
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    assert network.dtype == torch.float32
+    task.round_off(model)
+    assert [path.read_bytes() for path in files] == before
+    monkeypatch.setitem(task.table, "base", task.table["base"] | {"bf16": True})
+    task.round_off(model)
+    rounded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    assert rounded.dtype == torch.bfloat16 and len(files[0].read_bytes()) < 0.6 * len(before[0])
+    for (name, weight), half in zip(network.named_parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(weight.to(torch.bfloat16), half), name
+    once = [path.read_bytes() for path in files]
+    task.round_off(model)
+    assert [path.read_bytes() for path in files] == once
+
+    write_jsonl(tmp_path / "q.jsonl", (question(i) for i in range(94)))
+    task.split(real.read([str(tmp_path / "q.jsonl")]))
+    shutil.copytree(model, task.BASE)
+    known = task.settings()
+    monkeypatch.setitem(task.table, "data", task.table["data"] | {"concurrency": 7})
+    assert task.settings() == known and "concurrency" not in known["data"]
 
 
 @pytest.mark.parametrize(
@@ -272,6 +303,10 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
                 assert models[name][side] == [value if value is None else round(value, 5) for value in exact]
     assert result["marks"] == base["marks"] and [entry["step"] for entry in result["log"]][-1] == 2
 
+    alone = task.look(task.BASE, "orpo_short", 1)
+    assert {*alone[real.LOOKED[0]]} == {"orpo_short"} and (task.folder / "look/orpo_short_1/index.html").is_file()
+    assert all(alone[measure]["orpo_short"] == of["base"] for measure, of in result["look"].items())
+
     seen = result.pop("look")
     control = {m: {"base": of["base"], "orpo_short": of["solo_orpo_detached"]} for m, of in seen.items()}
     for job in jobs[1:]:  # as if they had been trained: one arm like the base, of another the second seed all wrong
@@ -407,6 +442,28 @@ def test_intervals_are_over_questions_and_seeds():
     # means 0.5 and 1: error 0.25, t 12.706; by question 1, 0.5, 0.5, 1: deviation 0.288675, error 0.144338
     half = ((12.7062 * 0.25) ** 2 + (1.96 * 0.144338) ** 2) ** 0.5
     assert report_real.over_both([one, [1, 1, 1, 1]]) == pytest.approx((0.75, half), rel=1e-4)
+
+
+def test_a_question_counts_with_the_mean_over_seeds(tmp_path):
+    """Add a second seed that sees no base and gives every gold answer one nat more: the mean is half a nat higher."""
+    runs = [
+        run for run in json.loads(report_real.RUNS.read_text()) if run["task"] == "real:brief" and not run.get("seed")
+    ]
+    (solo,) = [run for run in runs if run["arm"] == "solo_orpo_detached"]
+    second = json.loads(json.dumps(solo)) | {"seed": 1}
+    for measure, models in second["look"].items():
+        del models["base"]
+        if measure == real.LOOKED[2]:
+            models[solo["arm"]] = {side: [n + 1 for n in values] for side, values in models[solo["arm"]].items()}
+    write_json(tmp_path / "one.json", runs)
+    write_json(tmp_path / "two.json", [*runs, second])
+    write_json(tmp_path / "none.json", [run for run in [*runs, second] if run is not solo])
+    one, two, none = (report_real.bases_in(tmp_path / f"{n}.json", "real:brief")[0] for n in ("one", "two", "none"))
+    assert report_real.looked(none) == []
+    for before, after in zip(report_real.looked(one), report_real.looked(two), strict=True):
+        moved = before["measure"] == real.LOOKED[2] and before["model"].startswith(solo["arm"])
+        shift = 0.5 if moved and before["side"] != "long - short" else 0
+        assert after == before | {n: pytest.approx(before[n] + shift, abs=1e-9) for n in ("mean", "low", "high")}
 
 
 def test_page_is_what_its_runs_give():
