@@ -282,9 +282,8 @@ class Real:
         """Have a model answer what the store in `folder` lacks; returns {"id", "text", "answer", "correct", ...}."""
         data = self.table["data"]
         sampling = Sampling(
-            **self.table["model"], max_new_tokens=data["max_new_tokens"], temperature=0.0, backend=data["backend"],
-            concurrency=data["concurrency"],
-        )  # fmt: skip
+            **self.table["model"], max_new_tokens=data["max_new_tokens"], temperature=0.0, backend=data["backend"]
+        )
         asked = Model(str(model), window=tokens + data["max_new_tokens"])
         calls = [Call(row["id"], (0,), row["prompt"]) for row in rows]
         with Store(folder / STORE) as store:
