@@ -540,6 +540,15 @@ SAMENESS = [  # server, keys, questions, number of answers that are told of
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "told"),
+    [("cuda", torch.float32, True), ("cuda", torch.bfloat16, False), ("cpu", torch.float32, False)],
+)
+def test_a_gpu_that_answers_in_fp32_is_told_of(device, dtype, told, caplog):
+    local_backend._warn_of_fp32(SimpleNamespace(dtype=dtype), device, Model("trained"))
+    assert caplog.text.count("trained: its weights are in fp32, in which a GPU answers several times as slowly") == told
+
+
 @pytest.mark.parametrize("reply, keys, questions, told", SAMENESS)
 def test_answers_that_are_all_the_same_are_told_of_once(reply, keys, questions, told, caplog):
     with answering(reply) as server:

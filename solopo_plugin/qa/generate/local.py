@@ -41,6 +41,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
     stop, skip = set(template.get_stop_token_ids(tokenizer)), not thought_markers(tokenizer, template)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(model, sampling.trust_remote_code).to(device).eval()
+    _warn_of_fp32(network, device.type, model)
     window, warned = window_of(network.config.get_text_config()), False
     room, alone = (math.inf, math.inf) if device.type == "cuda" else (CPU_TOKENS, CPU_ALONE)
     calls = iter(calls)
@@ -74,6 +75,16 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
         del network
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _warn_of_fp32(network, device: str, model: Model) -> None:
+    """Say that a GPU answers slowly in fp32, in which the host saves a full fine-tuning without DeepSpeed."""
+    if device == "cuda" and str(network.dtype) == "torch.float32":
+        log.warning(
+            "%s: its weights are in fp32, in which a GPU answers several times as slowly as in bf16, with twice the "
+            "memory; `llamafactory-cli export` with `--infer_dtype bfloat16` saves them in bf16.",
+            model.path,
+        )  # fmt: skip
 
 
 def _beyond_window(longest: int, window: float, model: Model) -> bool:
