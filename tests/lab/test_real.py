@@ -519,17 +519,19 @@ def only_one(results, first: str, second: str, tokens: int) -> list[int]:
 
 
 def test_what_is_said_of_what_was_run(small, brief):
-    for results, names in ((small, ("solo_orpo_detached", "orpo_short", "sft_long")), (brief, brief.names)):
-        assert {(name, *runs) for (name, _), runs in results.all.items()} == {(name, 0) for name in names}
+    assert {name: {*runs} for (name, _), runs in small.all.items()} == dict.fromkeys(small.names, {0})
+    assert {name: {*runs} for (name, _), runs in brief.all.items()} == dict.fromkeys(brief.names, {0, 1, 2})
+    assert set(small.names) == {"solo_orpo_detached", "orpo_short", "sft_long"}
     assert set(brief.names) == {"solo_orpo_detached", "orpo_short"} and small.base_marks == brief.base_marks
     steps = set()
     for task, name in [(TASK, name) for name in small.names] + [("real:brief", name) for name in brief.names]:
         keys = arms.recipe(task, name)
         steps.add((keys["max_steps"], keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]))
     ((most, rows),) = steps
-    assert said(f"runs of one seed and {most} steps of {rows} rows each. Of the small size three arms (2026-11-27)")
+    assert said(f"runs of {most} steps of {rows} rows each. Of the small size three arms, of one seed (2026-11-27)")
     assert said(
-        "Of the brief size the first two (2026-11-28), on 92 pairs of rows that it makes without such answers; its base"
+        "Of the brief size the first two, of three seeds (2026-11-28), on 92 pairs of rows that it makes without such "
+        "answers; its base"
     )
 
 
@@ -541,7 +543,8 @@ def test_what_is_said_of_the_gap(small, brief):
         f"The base is right in {base_short:.3f} of {n} questions at {short} tokens and in "
         f"{base_long:.3f} at {long:,}. After SoLo it is {solo_short:.3f} and {solo_long:.3f}: "
         f"{more(small, solo, 'base', short)} and {more(small, solo, 'base', long)} more. "
-        f"The brief size's SoLo has {at[0]} and {at[1]}."
+        f"The brief size's SoLo, of three seeds, has {at[0]} and {at[1]}: {more(brief, solo, 'base', short)} and "
+        f"{more(brief, solo, 'base', long)} more."
     )
     assert said(f"the small size's loses {solo_short - solo_long:.3f}, the base {base_short - base_long:.3f}.")
 
@@ -551,13 +554,16 @@ def test_what_is_said_of_the_control(small, brief):
     here, there = (at_lengths(size, control) for size in (small, brief))
     leads = [more(size, solo, control, long) for size in (small, brief)]
     alone = [only_one(size, solo, control, long) for size in (small, brief)]
+    a, b = (brief.marks(name, long) for name in (solo, control))
+    by_seed = [f"{statistics.mean(a[seed]) - statistics.mean(b[seed]):.3f}" for seed in (0, 1, 2)]
     assert said(
         f"**The control comes near**: {here[0]} and {here[1]} in the small size, where SoLo's lead over it at {long:,} "
-        f"tokens is {leads[0]}; {there[0]} and {there[1]} in the brief one, where it is {leads[1]}."
+        f"tokens is {leads[0]}; {there[0]} and {there[1]} in the brief one, where it is {leads[1]} (by seed "
+        f"{by_seed[0]}, {by_seed[1]} and {by_seed[2]})."
     )
     assert said(
-        f"on which the two differ there, SoLo has {alone[0][0]} and {alone[1][0]}, the control {alone[0][1]} and "
-        f"{alone[1][1]}. The first lead cannot be told from nothing, the second barely can."
+        f"on which the two differ there, SoLo has {alone[0][0]} and, over three seeds, {alone[1][0]}, the control "
+        f"{alone[0][1]} and {alone[1][1]}. The first lead cannot be told from nothing, the second barely can."
     )
     (first, half), (second, other) = (report_real.difference(size, solo, control, long) for size in (small, brief))
     assert first < half and other < second < 1.1 * other
@@ -589,13 +595,18 @@ def test_what_is_said_of_what_gold_answers_get(brief):
 
     losses = [f"{-found[logp, name, 'long - short']['mean']:.3f}" for name in ("base", control, solo)]
     lead, n = f"{solo} - {control}", found[logp, solo, "long"]["n"]
+    a, b = ([run["look"][logp][name]["long"] for run in brief.runs(name).values()] for name in (solo, control))
+    by_seed = [f"{statistics.mean(x) - statistics.mean(y):.3f}" for x, y in zip(a, b, strict=True)]
     assert said(
         f"gold answers to {n} validation questions, a token has less log-prob behind {brief.lengths[-1]:,} tokens than "
         f"behind {brief.lengths[0]}: {losses[0]} nats less from the base, {losses[1]} from the control, {losses[2]} "
         f"from SoLo. SoLo loses {spread(lead, 'long - short')} less than the control, and behind "
-        f"{brief.lengths[-1]:,} tokens its log-prob is {spread(lead, 'long')} higher. The control's there is "
-        f"the base's, but for {spread(f'{control} - base', 'long')}."
+        f"{brief.lengths[-1]:,} tokens its log-prob is {spread(lead, 'long')} higher (by seed {by_seed[0]}, "
+        f"{by_seed[1]} and {by_seed[2]}). The control's there is the base's, but for "
+        f"{spread(f'{control} - base', 'long')}."
     )
+    evidence_page = " ".join((report_real.DOCS.parent / "evidence.md").read_text(encoding="utf-8").split())
+    assert f"gives the gold answers to held-out questions {spread(lead, 'long')} nats a token more" in evidence_page
     assert found[logp, lead, "long"]["low"] > 0 and found[logp, lead, "long - short"]["low"] > 0
     assert found[logp, f"{control} - base", "long"]["low"] < 0 < found[logp, f"{control} - base", "long"]["high"]
     shares = [f"{found[evidence, name, 'long']['mean']:.3f}" for name in (solo, control, "base")]

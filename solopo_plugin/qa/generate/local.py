@@ -79,7 +79,9 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
 
 def _warn_of_fp32(network, device: str, model: Model) -> None:
     """Say that a GPU answers slowly in fp32, in which the host saves a full fine-tuning without DeepSpeed."""
-    if device == "cuda" and str(network.dtype) == "torch.float32":
+    import torch
+
+    if device == "cuda" and network.dtype == torch.float32:
         log.warning(
             "%s: its weights are in fp32, in which a GPU answers several times as slowly as in bf16, with twice the "
             "memory; `llamafactory-cli export` with `--infer_dtype bfloat16` saves them in bf16.",
