@@ -44,6 +44,14 @@ def do(out, tmp_path, monkeypatch):
     return run
 
 
+def test_the_day_of_the_first_run_is_kept():
+    """Date a document of before there was "began" by its own day; a new one begins today."""
+    old = record.dated({"date": "2026-01-02"})
+    assert old["began"] == "2026-01-02" < old["date"] and record.dated(old)["began"] == "2026-01-02"
+    new = record.dated({})
+    assert new["began"] == new["date"] == old["date"]
+
+
 @pytest.mark.slow
 def test_checks_pass_and_are_written_down(out):
     """All but the options, which the dry command below runs."""

@@ -128,14 +128,15 @@ def looked(results: Marked) -> list[dict]:
 
     An arm's value of a question is the mean over its seeds; intervals are over questions.
     """
-    found = {name: [run["look"] for run in results.runs(name).values() if "look" in run] for name in results.names}
-    first, *others = [name for name in table(results.task)["look"]["arms"] if found.get(name)] or [None]
+    looks = {name: [run["look"] for run in results.runs(name).values() if "look" in run] for name in results.names}
+    found = {name: seen for name, seen in looks.items() if seen}
+    first, *others = [name for name in table(results.task)["look"]["arms"] if name in found] or [None]
     base = next((look for look in found.get(first, ()) if "base" in next(iter(look.values()))), None)
     if base is None:  # of the first seed's run
         return []
     values = {
         measure: {"base": models["base"]}
-        | {name: mean_of([x[measure][name] for x in looks]) for name, looks in found.items() if looks}
+        | {name: mean_of([look[measure][name] for look in seen]) for name, seen in found.items()}
         for measure, models in base.items()
     }
     return inside.summarise(values, [(n, "base") for n in (first, *others)] + [(first, n) for n in others])
