@@ -13,6 +13,8 @@ from conftest import ROOT, demo_rows, write_dataset, write_recipe
 
 from solopo_plugin.host import preflight
 from solopo_plugin.host.preflight import Refused, check
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.ready import check_ready
 
 SEVEN_B = "examples/yaml/qwen2.5-7b/solo_orpo.yaml"
 READY = dict(stage="solopo", model_name_or_path=str(ROOT / "data/lab/base"), template="empty", dataset="demo_solopo",
@@ -97,6 +99,24 @@ def test_what_is_missing(name):
     changes, sentence = MISSING[name]
     (said,) = told(**changes)
     assert sentence.format(data=ROOT / "data/dataset_info.json") in said
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "ref_model"])
+def test_weights_in_two_forms(key, tmp_path):
+    """The host would load the one file, which may be the older one; the other format beside it is not looked at."""
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "model-1.safetensors"):
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("no index", json.dumps({"weight_map": {"a": "gone"}})):
+        index.write_text(text)
+        assert told(**{key: str(tmp_path)}) == []
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert told(**{key: str(tmp_path)}) == [
+        f"`{key}: {tmp_path}` holds weights twice, in model.safetensors and in the shards that {index.name} names, and which are loaded depends on the program: remove those that are older, shards with their index."
+    ]
+    with pytest.raises(DataError, match=f"^`x: {tmp_path}` holds weights twice, "):  # of data and evaluations
+        check_ready("transformers", None, {"x": str(tmp_path)})
 
 
 AGAIN = {  # words of the command -> those that are advised where `bf16: true` finds no GPU

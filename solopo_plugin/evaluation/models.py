@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..qa.files import DataError, as_data_error, is_path
 from ..qa.generate.calls import Model
-from ..qa.provenance import TOKENIZER
+from ..qa.provenance import TOKENIZER, doubtful_weights, indexed_files
 from .recipe import TITLE, EvalRecipe
 
 
@@ -117,8 +117,11 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
         return Model(path)
     if (folder / "adapter_config.json").exists():
         _check_weights(folder, "adapter_model.safetensors", "adapter_model.bin")
-        return Model(_below(folder, recipe), str(folder), step=step)
+        below = _below(folder, recipe)
+        _check_once(Path(below), recipe)
+        return Model(below, str(folder), step=step)
     if (folder / "config.json").exists():
+        _check_once(folder, recipe)
         _check_weights(folder, "model*.safetensors", "pytorch_model*.bin", "*.safetensors")
         return Model(str(folder), step=step)
     if step is None and any(folder.glob("checkpoint-*")):
@@ -141,6 +144,12 @@ def _checkpoints(folder: Path, recipe: EvalRecipe) -> list[Model]:
     return [_model(str(steps[step]), recipe, step) for step in sorted(steps)]
 
 
+def _check_once(folder: Path, recipe: EvalRecipe) -> None:
+    """Refuse a folder whose weights are there in two forms, of which programs load one or the other."""
+    if sentence := doubtful_weights(folder, recipe.backend):
+        raise DataError(f"{folder} {sentence}")
+
+
 def _check_weights(folder: Path, *patterns: str) -> None:
     """Refuse a folder whose weights were not, or not all, written."""
     files = _weights(folder, patterns)
@@ -158,20 +167,18 @@ def _check_weights(folder: Path, *patterns: str) -> None:
 
 
 def _weights(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """List the files that are loaded: of the first pattern that has an index those that it names, or else its own."""
+    """List the files that are loaded: of the first pattern that has any the one file, or those that an index names."""
     for pattern in patterns:
-        index = folder / f"{pattern.replace('*', '')}.index.json"
-        if index.exists():
-            try:
-                files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise DataError(
-                    f"{index} is no index of weights: the model is half written; remove the folder."
-                ) from None
+        name = pattern.replace("*", "")
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = indexed_files(index)
+            if (folder / name).is_file() and folder / name not in files:
+                return [folder / name]
             if missing := [path.name for path in files if not path.is_file()]:
                 raise DataError(f"{folder} lacks {missing[0]}, which {index.name} names; wait until it is written.")
             return files
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return files
     return []
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import args as solo
 from ..qa.files import is_path
+from ..qa.provenance import doubtful_weights
 from .arguments import refusals_of_keys
 from .versions import wrap
 
@@ -271,7 +272,8 @@ def _models(recipe: dict) -> Iterator[str]:
         keys.append("ref_model")
     for key in keys:
         for name in names_of(recipe.get(key)) if key.startswith("adapter") else filter(None, [recipe.get(key)]):
-            if reason := why_not_there(str(name), recipe, key.startswith("adapter")):
+            reason = why_not_there(str(name), recipe, key.startswith("adapter"))
+            if reason := reason or doubtful_weights(Path(str(name))):
                 yield f"`{key}: {name}` {reason}"
 
 

@@ -1,14 +1,16 @@
 """Tell what results were made from: hashes of files and models, versions, what differs between settings."""
 
 import hashlib
+import json
 import os
 import platform
 import re
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .files import as_data_error, dump
+from .files import DataError, as_data_error, dump
 
 PLACES, PIECE = 64, 1 << 16  # of a large file that are read beside its ends, and the bytes at each; ours
 
@@ -79,6 +81,49 @@ TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 BINARIES = ("*.safetensors", "*.bin")
 WEIGHTS = ("config.json", "generation_config.json", *BINARIES)
 ADAPTER = ("adapter_config.json", *BINARIES)
+
+
+def doubtful_weights(folder: Path, backend: str = "transformers") -> str | None:
+    """Say that a folder has a model's weights in one file and an index of shards, and what to do; None if all is well.
+
+    Saving in one form leaves the other in place. Transformers then loads the one file, vLLM the shards, there or not.
+
+    Args:
+        folder: Of a model.
+        backend: What is to load it.
+    """
+    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):  # the second goes unseen by the first
+        index = whole.with_name(f"{whole.name}.index.json")
+        if there := whole.is_file() + index.is_file():
+            break
+    shards = [whole]
+    if there == 2:
+        with suppress(DataError):  # no index: nobody goes by it
+            shards = indexed_files(index)
+    if whole in shards:
+        return None
+    if any(path.is_file() for path in shards):
+        return (
+            f"holds weights twice, in {whole.name} and in the shards that {index.name} names, and which are loaded "
+            "depends on the program: remove those that are older, shards with their index."
+        )
+    if backend == "vllm" and whole.suffix == ".safetensors":
+        return f"holds {index.name}, by which vLLM goes and whose shards are gone: remove it."
+    return None
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index of weights names, sorted.
+
+    Raises:
+        DataError: It is no index.
+    """
+    with as_data_error(index, "read"):
+        text = index.read_bytes()
+    try:
+        return sorted({index.parent / name for name in json.loads(text)["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise DataError(f"{index} is no index of weights: the model is half written; remove the folder.") from None
 
 
 def installed(package: str) -> str:

@@ -1,8 +1,11 @@
 """Refuse, before anything long begins, a backend that cannot answer and models that cannot be loaded."""
 
+from pathlib import Path
+
 from ..host.preflight import listed, why_not_there
 from .files import DataError
 from .generate import check_backend
+from .provenance import doubtful_weights
 
 
 def check_ready(backend: str, server_urls: str | dict | None, models: dict[str, str]) -> None:
@@ -22,7 +25,7 @@ def check_ready(backend: str, server_urls: str | dict | None, models: dict[str, 
     except DataError as error:
         found.append(str(error))
     for key, name in models.items():
-        if reason := why_not_there(name, {}):
+        if reason := why_not_there(name, {}) or doubtful_weights(Path(name), backend):
             found.append(f"`{key}: {name}` {reason}")
     if found:
         raise DataError(listed(found))

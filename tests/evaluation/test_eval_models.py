@@ -138,7 +138,31 @@ def bad_folder(path, name):
     if name == "a missing shard":
         index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
         whole(path, **{"model.safetensors.index.json": index, "model-1.safetensors": "x"})
+        (path / "model.safetensors").unlink()
         return dict(models=[str(path)]), "lacks model-2.safetensors, which model.safetensors.index.json names; wait"
+    if name in ("both forms", "both forms below", "both forms of old"):
+        file = "pytorch_model.bin" if name == "both forms of old" else "model.safetensors"
+        index = json.dumps({"weight_map": {"a": "part-1", "b": "gone"}})
+        whole(path / "m", **{file: weights(), f"{file}.index.json": index, "part-1": weights()})
+        if name == "both forms of old":
+            (path / "m" / "model.safetensors").unlink()
+        lora(path / "a", str(path / "m"))
+        sentence = f"m holds weights twice, in {file} and in the shards that {file}.index.json names, and which are "
+        return dict(models=[str(path / ("a" if name == "both forms below" else "m"))]), sentence
+    if name == "an index that vLLM goes by":
+        whole(path, **{"model.safetensors.index.json": INDEX})
+        said = "holds model.safetensors.index.json, by which vLLM goes and whose shards are gone: remove it."
+        return dict(models=[str(path)], backend="vllm"), said
+    if name == "links to nothing":
+        (whole(path) / "model.safetensors").unlink()
+        (path / "model.safetensors").symlink_to("gone")
+        (path / "model.safetensors.index.json").mkdir()
+        return dict(models=[str(path)]), "has no weights"
+    if name == "a link to no shard":
+        whole(path, **{"model.safetensors.index.json": INDEX})
+        (path / "model.safetensors").unlink()
+        (path / "model-1.safetensors").symlink_to("gone")
+        return dict(models=[str(path)]), "lacks model-1.safetensors, which model.safetensors.index.json names; wait"
     if name == "half an index":
         whole(path, **{"model.safetensors.index.json": '{"weight'})
         return dict(models=[str(path)]), "index.json is no index of weights: the model is half written"
@@ -168,6 +192,8 @@ def bad_folder(path, name):
 
 FAULTS = ("no such folder", "a file", "no model", "only checkpoints", "no checkpoint", "checkpoints of nothing",
           "no weights", "empty weights", "DeepSpeed's shards", "a missing shard", "half an index", "half an adapter",
+          "both forms", "both forms below", "both forms of old", "an index that vLLM goes by", "links to nothing",
+          "a link to no shard",
           "torn weights", "a torn header", "a pointer of git",
           "an adapter of nothing", "an adapter that is silent")  # fmt: skip
 
@@ -185,18 +211,23 @@ INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.saf
 BIN_INDEX = json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}})
 
 
-@pytest.mark.parametrize("kind", ["shards", "one", "bin", "other"])
+@pytest.mark.parametrize("kind", ["shards", "one", "bin", "other", "stale index", "an index of one"])
 def test_weights_that_nobody_loads_stop_nothing(kind, tmp_path):
-    """As Mistral's own beside those of transformers, or a pointer where the other format was not downloaded."""
+    """As Mistral's own beside those of transformers, or a pointer where the other format was not downloaded.
+
+    And an index that a whole file has outlived: the file alone is loaded.
+    """
     files = {
         "shards": {"model.safetensors.index.json": INDEX, "model-1.safetensors": weights(), "pytorch_model-1.bin": ""},
         "one": {"model.safetensors": weights(), "pytorch_model.bin.index.json": BIN_INDEX},
         "bin": {"pytorch_model.bin.index.json": BIN_INDEX, "pytorch_model-1.bin": "x"},
         "other": {"weights.safetensors": weights()},
+        "stale index": {"model.safetensors.index.json": INDEX, "pytorch_model.bin.index.json": ""},
+        "an index of one": {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "model.safetensors"}})},
     }[kind]
     beside = {} if kind == "other" else {"consolidated.safetensors": POINTER, "other.index.json": "{}"}
     folder = whole(tmp_path / "m", **files | beside)
-    if kind != "one":
+    if kind in ("shards", "bin", "other"):
         (folder / "model.safetensors").unlink()
     assert [ref.path for ref in found(tmp_path, [str(folder)])] == [str(folder)]
 
