@@ -861,6 +861,7 @@ def test_what_the_trainer_refuses_is_said_before_anything_is_scored(run, recipe,
 def test_a_schedule_is_tried_without_traces(run, recipe, tmp_path):
     """The host fills in the lengths of `warmup_stable_decay`, which are those of the run."""
     keys = dict(pref_loss="orpo", lr_scheduler_type="warmup_stable_decay", num_train_epochs=3.0)
+    keys["lr_scheduler_kwargs"] = {"min_lr_ratio": 0.1}
     rates = [entry["learning_rate"] for entry in run(recipe(**keys)).log if "loss" in entry]
     assert rates[:4] == [1e-3] * 4 and rates[4] > rates[5] > rates[8]
 

@@ -49,6 +49,7 @@ timeout -k 5 $((began + TOTAL - 25 - $(date +%s))) python3 scripts/lab/run.py --
 tail -c 2000 "$OUT/real_log.txt"
 python3 scripts/lab/report_real.py --output "$OUT/real_report" || code=$?
 shopt -s nullglob
-tar czf "$OUT/real.tgz" saves/lab/real*/{results,log,look,base_answers,base.json,splits.json}
+made=(saves/lab/real*/{results,log,look,base_answers,base.json,splits.json})
+[ ${#made[@]} -eq 0 ] || tar czf "$OUT/real.tgz" "${made[@]}"
 echo "exit status $code, $((began + TOTAL - $(date +%s))) s left"
 exit "$code"

@@ -17,8 +17,8 @@ from io import BufferedReader
 from pathlib import Path
 
 # Who calls: in an address from the slashes, of which a `Path` leaves one, to the `@`; in hf://datasets/a/b@main nobody.
-# Of http://host:8000/v1/a@b too much goes, since a password may hold slashes.
-USER = re.compile(r"""(//)(?:[^\s'"/]*|[^\s'"/@]*:[^\s'"]*)@|(:/)[^\s'"/@]*:[^\s'"/]*@""")
+# Of http://host:8000/v1/a@b too much goes, since a password may hold slashes; never more than one address of several.
+USER = re.compile(r"""(//)(?:[^\s'"/]*|[^\s'"/@]*:(?:(?!,\w+://)[^\s'"])*)@|(:/)[^\s'"/@]*:[^\s'"/]*@""")
 
 
 class DataError(ValueError):

@@ -107,7 +107,7 @@ def settings(recipe: Any, stage: str) -> dict[str, Any]:
 def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
     """Read the keys of a YAML file and of `key=value` words that override them; they are not yet checked.
 
-    `key={a: 1}` replaces the file's value as a whole, `key.a=1` one part of it.
+    `key={a: 1}` and `key=[1]` replace the file's value as a whole, `key.a=1` one part of it.
 
     Raises:
         DataError: No such file, no YAML, or a word without `=`.
@@ -119,17 +119,22 @@ def read_values(path: str, overrides: list[str] | None) -> dict[str, Any]:
     for word in overrides or []:
         if "=" not in word:
             raise DataError(f"`{word}` is no `key=value`; write for example `seed=1`.")
+    what = recipe_itself = "the recipe is no YAML of `key: value`"
     try:
-        recipe, given = OmegaConf.load(path), OmegaConf.from_cli(overrides or [])
+        recipe = OmegaConf.load(path)
+        if overrides:
+            what = f"`{'`, `'.join(overrides)}` cannot be put into the recipe"
+        given = OmegaConf.from_cli(overrides or [])
         for name in (word.partition("=")[0] for word in overrides or []):
-            if OmegaConf.is_dict(OmegaConf.select(given, name, throw_on_resolution_failure=False)):
+            if OmegaConf.is_config(OmegaConf.select(given, name, throw_on_resolution_failure=False)):
                 OmegaConf.update(recipe, name, None)  # or the recipe's parts would stay beside those that are given
-        values = OmegaConf.to_container(OmegaConf.merge(recipe, given), resolve=True)
+        merged, what = OmegaConf.merge(recipe, given), recipe_itself
+        values = OmegaConf.to_container(merged, resolve=True)
     except OSError as error:
         raise DataError(f"Cannot read the recipe {path}: {error.strerror or error}.") from None
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: the recipe is no YAML of `key: value`: {reason}") from None
+        raise DataError(f"{path}: {what}: {reason}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: a recipe is a list of `key: value`, got {type(values).__name__}.")
     return {str(name): value for name, value in values.items()}

@@ -133,6 +133,11 @@ class Store:
                     others.add(question)
         return found, others - {question for question, _ in found}
 
+    def has_answers(self) -> bool:
+        """Return whether there is any answer."""
+        with self._transaction() as run:
+            return run("SELECT 1 FROM answers").fetchone() is not None
+
     def get(self, place: int) -> dict:
         """Return the answer at a place."""
         with self._transaction() as run:

@@ -25,10 +25,13 @@ UNPACKED = 1 << 29  # bytes that a Word file may unpack to; ours, far above any 
 HIDDEN = ("script", "style", "noscript", "template", "svg", "iframe")  # of HTML: what no reader sees as text
 ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
 FENCE = re.compile(r" {0,3}(`{3,}(?![^\n`]*`)|~{3,})")  # a line with more ` is code within a line
-# of YAML: lines `key:`, those that go on below one, items, comments; one of the words `key:` comes first
-YAML_KEY = r"[\w$@/'\"](?:[\w $@/.'\"()-]|:\b)*:(?:[ \t].*)?\n"
+# of YAML: lines `key:`, which come first; behind one without a value items; indented lines, comments, ends of brackets
+YAML_KEY = r"[\w$@/'\"](?:[\w $@/.'\"()-]|:\b)*:"
+YAML_REST = r"[# \t\]}].*\n|\n"
 FRONT_MATTER = re.compile(
-    rf"---[ \t]*\n(?:#.*\n|[ \t]*\n)*(?={YAML_KEY})(?:{YAML_KEY}|[-# \t\]}}].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
+    rf"---[ \t]*\n(?:#.*\n|[ \t]*\n)*+(?={YAML_KEY}(?:[ \t].*)?\n)"
+    rf"(?:{YAML_KEY}[ \t]*(?:#.*)?\n(?:-(?!--).*\n|{YAML_REST})*+|{YAML_KEY}[ \t].*\n|{YAML_REST})*+"
+    r"(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
 )
 # code in a fence and within a line, which may hold the signs of a comment; a comment; and one without an end
 CODE_OR_COMMENT = re.compile(

@@ -91,10 +91,11 @@ def run(recipe: DataRecipe, work: Path) -> dict:
     passages = {passage["id"]: passage for passage in read_jsonl(work / "passages.jsonl")}
     left = [read_candidate(row, passages) for row in read_jsonl(work / "asked.jsonl")]
     candidates, dropped = len(left), dict.fromkeys(FILTERS, 0)
+    unaided = read_prompt(recipe, "unaided.txt", "{question}")  # before anything is asked
     with Store(work / STORE) as store:
         finds_out: dict[str, Callable[[list[Candidate]], None]] = {  # before a filter that needs it
             "no_agreement": lambda left: ask_with_evidence(recipe, store, left),
-            "known_without_evidence": lambda left: ask_without(recipe, store, left),
+            "known_without_evidence": lambda left: ask_without(recipe, store, left, *unaided),
             "one_passage_is_enough": lambda left: ask_with_one(recipe, store, left),
             "asked_before": mark_repeats,
             "document_full": lambda left: take_turns(left, recipe.seed),
@@ -169,11 +170,13 @@ def ask_with_evidence(recipe: DataRecipe, store: Store, left: list[Candidate]) -
         candidate.agree = right
 
 
-def ask_without(recipe: DataRecipe, store: Store, left: list[Candidate]) -> None:
-    """Count the answers without any context that give the answer, asked of the model that is trained."""
+def ask_without(recipe: DataRecipe, store: Store, left: list[Candidate], before: str, behind: str) -> None:
+    """Count the answers without any context that give the answer, asked of the model that is trained.
+
+    Of their prompt `before` and `behind` are what stands around the question.
+    """
     if recipe.max_known is None:
         return
-    before, behind = read_prompt(recipe, "unaided.txt", "{question}")
     asked: Asked = {c.id: (c, []) for c in left}
     rights = count_right(recipe, store, "without", asked, lambda c, _: before + c.question + behind)
     for candidate, right in zip(left, rights, strict=True):

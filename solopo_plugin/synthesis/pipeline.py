@@ -8,15 +8,17 @@ inputs, settings or outputs is another one.
 import json
 import logging
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..qa.files import DataError, as_data_error, lock_folder, split_names, write_json
+from ..qa.files import DataError, as_data_error, lock_folder, replacing, split_names, write_json
 from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions, is_of_model
-from ..qa.store import STORE
+from ..qa.store import STORE, Store
 from . import ask, contexts, documents, export, filter, judge, pairs, read, sample, verdicts
 from .recipe import UNSAID, DataRecipe, from_documents, model_files, outside_inputs, stage_settings
 
@@ -61,6 +63,7 @@ STORES = {
     "sample": STORE,
     "judge": verdicts.STORE,
 }  # of what a stage asks for
+FORGOTTEN = ".forgotten"  # folder of what a stage forgets, until it has been answered anything
 OF_SQLITE = ("-wal", "-shm", "-journal")  # ends of the files beside a store
 HASH = "[0-9a-f]" * 64  # as a pattern of file names
 FROM_DOCUMENTS = ("documents", "ask", "filter")  # the stages that make questions, and
@@ -122,18 +125,62 @@ def _remove_half_written(work: Path) -> None:
     for path in [*(work / f"{name}.tmp" for name in names), *work.glob(f"{documents.CONVERTED}/{HASH}.json.tmp")]:
         if path.is_file() and not path.is_symlink():
             path.unlink()
+    shutil.rmtree(work / FORGOTTEN, ignore_errors=True)
 
 
 def _forget(name: str, work: Path) -> None:
     """Remove what a stage keeps of its work beside its outputs, and would go on from."""
+    for path in _kept(name, work):
+        with as_data_error(path, "remove"):
+            path.unlink(missing_ok=True)
+
+
+def _kept(name: str, work: Path) -> list[Path]:
+    """Return the files of what a stage keeps of its work beside its outputs; not all need be there."""
     files = [work / f"{STORES[name]}{end}" for end in ("", *OF_SQLITE)] if name in STORES else []
     if name == "documents":
         files += work.glob(f"{documents.CONVERTED}/{HASH}.json")
     if name == "sample":
         files += [work / f"samples.{side}.{end}" for side in ("short", "long") for end in sample.OF_EARLIER]
-    for path in files:
-        with as_data_error(path, "remove"):
-            path.unlink(missing_ok=True)
+    return files
+
+
+@contextmanager
+def _anew(name: str, work: Path) -> Iterator[None]:
+    """Have a stage forget what it would go on from; one that fails before its first answer has it again.
+
+    So does one that is refused for a setting, and one whose model or server does not start. The manifest is put back,
+    too.
+    """
+    if name not in STORES:
+        _forget(name, work)
+        yield
+        return
+    manifest, aside = (work / MANIFEST).read_bytes(), work / FORGOTTEN
+    try:
+        with as_data_error(aside, "write"):
+            aside.mkdir()
+            for path in _kept(name, work):
+                if path.exists():
+                    path.rename(aside / path.name)
+        yield
+    except Exception:
+        if not _has_answers(work / STORES[name]):
+            _forget(name, work)
+            for path in aside.iterdir():
+                path.rename(work / path.name)
+            with replacing(work / MANIFEST) as file:
+                file.write(manifest)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _has_answers(path: Path) -> bool:
+    """Return whether a stage has been answered anything."""
+    with suppress(DataError), Store(path) as store:
+        return store.has_answers()
+    return False
 
 
 def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manifest: dict) -> None:
@@ -165,7 +212,7 @@ def _made_from(name: str, recipe: DataRecipe, work: Path) -> tuple[dict[str, str
 def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume: bool, then_sample: bool) -> None:
     """Run a stage unless it is finished with these inputs and settings, and enter it into the manifest.
 
-    Without `resume` it forgets what it had finished, but not before it can begin. With `then_sample` documents and
+    Without `resume` it forgets what it had finished, but not before it has begun. With `then_sample` documents and
     contexts are made to be asked about at once, so that the backend must be there.
     """
     stage, (inputs, chosen) = TABLE[name], _made_from(name, recipe, work)
@@ -188,20 +235,19 @@ def _run_stage(name: str, recipe: DataRecipe, work: Path, manifest: dict, resume
         if recipe.judge == "model":
             verdicts.read_rubric(recipe)
             check_backend(recipe.judging[0].backend, recipe.judging[1].server_urls)
-    if finished and not stage.keeps:
-        del manifest["stages"][name]
-        _save(manifest, work)
-    if not resume:
-        _forget(name, work)
-    if marked:
-        manifest["forget"].remove(name)
-        _save(manifest, work)
-    log.info("%s ...", name)
     kept = {}
-    if stage.keeps:
-        counts, kept[stage.keeps] = stage.run(recipe, work, finished.get(stage.keeps) if finished else {})
-    else:
-        counts = stage.run(recipe, work)
+    with nullcontext() if resume else _anew(name, work):
+        if finished and not stage.keeps:
+            del manifest["stages"][name]
+            _save(manifest, work)
+        if marked:
+            manifest["forget"].remove(name)
+            _save(manifest, work)
+        log.info("%s ...", name)
+        if stage.keeps:
+            counts, kept[stage.keeps] = stage.run(recipe, work, finished.get(stage.keeps) if finished else {})
+        else:
+            counts = stage.run(recipe, work)
     outputs = {file: file_hash(work / file) for file in stage.outputs}
     manifest["stages"][name] = {
         "settings": chosen, "inputs": inputs, "outputs": outputs, "counts": counts,

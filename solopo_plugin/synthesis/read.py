@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..qa.files import DataError, split_names, write_jsonl
-from ..qa.questions import Documents, id_at, make_paragraph, read_questions, with_place
+from ..qa.questions import Documents, given, id_at, make_paragraph, read_questions, with_place
 from ..qa.seeded import digest
 from ..qa.sources import Rows, file_rows, source_rows
 from .converters import KINDS
@@ -97,7 +97,7 @@ def read_documents(recipe: DataRecipe, counts: Counter) -> Documents:
     for where, load in file_rows(Path(recipe.corpus)):
         try:
             row = load()
-            id = id_at(row) if "id" in row or "_id" in row else where
+            id = id_at(row) if {"id", "_id"} & given(row).keys() else where
             if id in documents:
                 raise DataError(f"two documents have the id {id!r}.")
             documents[id] = make_paragraph(row, {})

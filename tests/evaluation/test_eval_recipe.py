@@ -149,6 +149,7 @@ def test_values_take_the_form_of_their_key(tmp_path):
     (["models.base=A"], {"models": {"base": "A", "lora": "L"}}),
     (["models={a: A}", "models.b=B"], {"models": {"a": "A", "b": "B"}}),
     (["models=A,B"], {"models": ["A", "B"]}),
+    (["models=[A]"], {"models": ["A"]}),
     (["ruler_data={musique: F}"], {"ruler_data": {"musique": "F"}}),
     (["niah_needles={mine: F}"], {"niah_needles": {"mine": "F"}}),
     (["runs={}"], {"runs": {}}),

@@ -391,7 +391,8 @@ def test_what_one_row_has_and_another_has_not_is_null_in_parquet(tmp_path):
     """Paragraphs by id beside such with a text, and rows of several formats, in one file."""
     from datasets import Dataset
 
-    (tmp_path / "corpus.in").write_text('{"id": "d1", "title": "T", "text": "Rosvik is far."}\n')
+    documents = [{"id": "d1", "title": "T", "text": "Rosvik is far."}, {"text": "No id."}]
+    write_jsonl(tmp_path / "corpus.in", documents)
     evidence = [{"id": "d1"}, {"title": "B", "text": "Rosvik is a town."}]
     musique = {key: value for key, value in MUSIQUE_ROW.items() if key != "question_decomposition"}
     plain = {"question": "Where?", "answers": ["Rosvik"], "evidence": evidence}
@@ -400,7 +401,10 @@ def test_what_one_row_has_and_another_has_not_is_null_in_parquet(tmp_path):
     columns = dict.fromkeys(key for row in rows for key in row)
     Dataset.from_list([columns | row for row in rows]).to_parquet(str(tmp_path / "rows.parquet"))
     keys = dict(corpus=str(tmp_path / "corpus.in"))
-    questions, _ = run(tmp_path, tmp_path, input=str(tmp_path / "rows.parquet"), **keys)
+    questions, counts = run(tmp_path, tmp_path, input=str(tmp_path / "rows.parquet"), **keys)
+    Dataset.from_list(documents).to_parquet(str(tmp_path / "corpus.parquet"))
+    packed = dict(input=str(tmp_path / "rows.parquet"), corpus=str(tmp_path / "corpus.parquet"))
+    assert run(tmp_path, tmp_path, **packed) == (questions, counts)
     assert questions == run(tmp_path, rows, **keys)[0] and len(questions) == 4
 
 
@@ -588,6 +592,7 @@ def test_recipes_are_checked(tmp_path, caplog):
     assert load_recipe(str(path), ['dataset_name="2024"']).dataset_name == "2024"
     for words, message in {
         ("x",): "`x` is no `key=value`", ("num_rows=a",): "`num_rows` must be a whole number > 0, got 'a'.",
+        ("seed=2", "input={a"): "`seed=2`, `input={a` cannot be put into the recipe: ",
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=message):
             load_recipe(str(path), list(words))

@@ -250,6 +250,7 @@ ADDRESSES = {  # as it is given -> as a message shows it
     "'s3://SECRET@host'": "'s3://host'", "//u:a/SECRET@h": "//h", "(http://u:SECRET@a,http://b)": "(http://a,http://b)",
     "hf://datasets/a/b@main/c.jsonl": "hf://datasets/a/b@main/c.jsonl", "a@b.org, http://c": "a@b.org, http://c",
     "{base:/scratch@b/x}": "{base:/scratch@b/x}",
+    "http://h1:8000/v1,http://u:SECRET/x@h2": "http://h1:8000/v1,http://h2", "http://u:a,SECRET@h": "http://h",
 }  # fmt: skip
 
 

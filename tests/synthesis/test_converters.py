@@ -78,6 +78,8 @@ def test_a_fence_hides_headings():
         ("---\n\n# Rules\n\nNo dogs.\n\n---\n\nNo cats.\n", ["Rules", "No dogs.", "No cats."]),
         ("---\nNote: no dogs.\n\nNo cats.\n\n---\n", ["Note: no dogs.", "No cats."]),
         ("---\n'a': x\ntags:\n- one\n\nlist: [\n  2,\n]\n# three\n...\nNo cats.\n", ["No cats."]),
+        ("---\nDay: One\n\n# Rules\n\n- No dogs.\n\n---\n\nNo cats.", ["Day: One", "Rules", "- No dogs.", "No cats."]),
+        ("---\ntags: # three\n# of\n\n- one\na: >\n  - b\n---\nNo cats.\n", ["No cats."]),
         ("---\ntags:\n", ["tags:"]),
         ("---\n\n# Rules\n- one\n\n---\n\nNo cats.\n", ["Rules", "- one", "No cats."]),
         ("---\ndate created: 2021\ntags: x\n---\nNo cats.\n", ["No cats."]),
@@ -104,6 +106,7 @@ def test_markdown_loses_front_matter_and_comments_and_nothing_else(text, words):
         "<!-- " * 50_000,
         "`" * 100_000 + " a",
         "---\n" + "a: b a:b " * 20_000,
+        "---\n" + "a:\n\n" * 50_000 + "b",
     ],
 )
 def test_marks_without_an_end_are_text_and_cost_no_time(text):

@@ -30,7 +30,7 @@ from scripted_server import scripted, serving
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.provenance import TOKENIZER, WEIGHTS, file_hash, folder_hash
 from solopo_plugin.qa.recipe import settings
-from solopo_plugin.qa.store import STORE
+from solopo_plugin.qa.store import STORE, Store
 from solopo_plugin.synthesis import pipeline, sample
 from solopo_plugin.synthesis.look import open_source
 from solopo_plugin.synthesis.pipeline import FROM_DOCUMENTS, TABLE, read_manifest, run_pipeline, stages_of
@@ -441,6 +441,8 @@ def test_what_earlier_stages_read_elsewhere_may_be_gone(finished, prepare, monke
     ("stage", "keys"),
     [
         ("sample", {"short_tokens": 440}),  # without `--stage` it can begin
+        ("sample", {"cutoff_len": 9}),
+        ("judge", {"judge": "model", "judge_rubric": "gone.txt"}),
         *((s, {key: gone}) for s in (None, "sample") for key, gone in (
             ("input", "gone.jsonl"), ("model_name_or_path", "./gone"), ("template", "gone")
         )),
@@ -456,6 +458,31 @@ def test_what_cannot_begin_forgets_nothing(stage, keys, finished, prepare, monke
     assert "Error: " in capsys.readouterr().err
     after = results(Path())
     assert all(after[name] == before[name] for name in before if name != "work/manifest.json")
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_stage_that_fails_has_forgotten_once_it_is_answered(answered, finished, prepare, monkeypatch):
+    """As one whose model is too large for the GPU, or whose server goes away."""
+    monkeypatch.chdir(prepare())
+    shutil.copytree(finished / "work", "work")
+    made, before = load_recipe("recipe.yaml"), results(Path())
+
+    def fail(_, work):
+        with Store(work / STORE) as store:
+            if answered:
+                store.add(store.set_of("short", {}), [("q", 0, "hash", {"text": "new"})])
+            raise DataError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="^no room$"):
+        patch.setitem(TABLE, "sample", replace(TABLE["sample"], run=fail))
+        run_pipeline(made, "sample", resume=False)
+    after = results(Path())
+    assert after.keys() == before.keys()
+    assert {name for name in before if after[name] != before[name]} == (
+        {f"work/{STORE}", "work/manifest.json"} if answered else set()
+    )
+    kept = [json.loads(row[-1]) for row in json.loads(after[f"work/{STORE}"])]
+    assert kept == [{"text": "new"}] if answered else len(kept) > 1
 
 
 def test_a_stopped_run_that_was_to_begin_anew_does_so_where_it_goes_on(finished, prepare, monkeypatch, caplog):
