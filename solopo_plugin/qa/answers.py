@@ -10,6 +10,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -42,6 +43,8 @@ _PLAIN = re.compile(r"[\t\n\r -\[\]-~]*")  # printable ASCII without the backsla
 RULE = 3  # number of `gives_answer`'s rule: finished work folders are judged again by another one
 NO_ANSWER = "no answer"  # normalised; what the prompt asks for where the documents do not tell
 _NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS)})\b", re.I)
 
 
 def normalize_answer(text: str) -> str:
@@ -151,6 +154,21 @@ def holds_answer(text: str, answers: list[str]) -> bool:
         if re.search(whole, _NO_ANSWER.sub("|", words) if answer in NO_ANSWER.split() else words):
             return True
     return False
+
+
+def is_nearly_right(answer: str, golds: Sequence[str]) -> bool:
+    """Return whether a wrong answer is part of a gold one, or gives it once `six` and `6` are the same; ours.
+
+    `Koch` for `Robert Koch` and `6 months` for `six months` are wrong by sub-EM. `No answer` is never nearly right.
+    """
+    said, *written = (_NUMBER_WORD.sub(_digits, text) for text in (answer, *golds))
+    return judged_form(answer) != NO_ANSWER and (
+        holds_answer(said, written) or any(holds_answer(gold, [said]) for gold in written)
+    )
+
+
+def _digits(word: re.Match) -> str:
+    return str(_NUMBERS.index(word[0].lower()))
 
 
 def judged_form(text: str) -> str:

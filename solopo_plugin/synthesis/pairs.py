@@ -11,7 +11,7 @@ import logging
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ..host.template import encode_turn, template_markers, thought_markers
-from ..qa.answers import judged_form, normalize_answer
+from ..qa.answers import is_nearly_right, judged_form, normalize_answer
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.recipe import Chat, pick
@@ -218,6 +218,7 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
     """Say how to get more rows: of answers that most cannot be used, more questions are no help."""
     n = counts["answers"]
     reasons = {
+        "nearly_right": "are part of a gold answer, or write its numbers in another way: give such forms as `answers`",
         "no_marker": f"lack `The answer is:` and count as wrong: {advice(recipe.prompt)}",
         "cut": f"were cut: raise `max_new_tokens: {recipe.max_new_tokens}`",
         "no_grade": "have no grade: see the counts of the stage `judge`, and the replies in verdicts.db",
@@ -238,6 +239,7 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
 def draw_pair(
     answers: list[dict], room: int, encode: Callable[[str], list[int]], markers: set[str], rng: random.Random,
     balance_length: bool, dropped: Counter, graded: Graded | None = None, num_rejected: int = 1,
+    golds: Sequence[str] = (),
 ) -> DrawnPair:  # fmt: skip
     """Draw a random right answer and random wrong ones among the usable ones.
 
@@ -249,9 +251,11 @@ def draw_pair(
         rng: The random numbers of this question and side.
         balance_length: Take the wrong answer whose length is nearest to the chosen one's, instead of any.
         dropped: Counts the answers that are not usable by reason (`why_unusable`), and as `equal` those that have the
-            tokens of the chosen one; with `graded` as `between` those that are neither right nor to be rejected.
-        graded: Which answers a model's grades make a pair of; None: any wrong one is rejected.
+            tokens of the chosen one; those that are neither right nor to be rejected as `nearly_right`
+            (`is_nearly_right`), with `graded` as `between`.
+        graded: Which answers a model's grades make a pair of; None: any wrong one is rejected but the nearly right.
         num_rejected: Wrong answers to draw, no two of the same tokens; fewer where there are not so many.
+        golds: The question's answers.
     """
     right, wrong = [], []
     for answer in answers:
@@ -271,6 +275,9 @@ def draw_pair(
     rng.shuffle(wrong)
     if graded and chosen:
         wrong = [answer for answer in wrong if far_apart(chosen, answer, graded.margin)]
+    if not graded and (near := [answer for answer in wrong if is_nearly_right(answer["answer"], golds)]):
+        dropped["nearly_right"] += len(near)
+        wrong = [answer for answer in wrong if answer not in near]  # what else is drawn stays the same
     if balance_length and chosen:
         wrong.sort(key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
     for candidate in (_with_ids(answer, encode) for answer in wrong):
@@ -346,8 +353,9 @@ def _questions(
             answers = list(found)
             n_answers[side] += len(answers)
             drawn[side] = draw_pair(
-                answers, room, encode, unwanted, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected
-            )
+                answers, room, encode, unwanted, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected,
+                context["answers"],
+            )  # fmt: skip
             if marked:
                 drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")
         long = context["long"]

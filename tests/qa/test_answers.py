@@ -19,6 +19,7 @@ from solopo_plugin.qa.answers import (
     f1_score,
     gives_answer,
     holds_answer,
+    is_nearly_right,
     judged_form,
     longbench_v2_choice,
     longbench_v2_choice_lenient,
@@ -241,6 +242,33 @@ def test_thoughts_of_all_the_hosts_templates_are_told():
 def test_what_an_answer_holds(said, gold, right):
     assert holds_answer(said, [gold]) == holds_answer(said, ["Karvi", gold, "!"]) == right
     assert gives_answer(f"A thought. The answer is: {said}", [gold]) == right
+
+
+@pytest.mark.parametrize(
+    "said, golds, nearly",
+    [
+        ("Koch", ["Friedrich Loeffler", "Robert Koch"], True),
+        ("bone marrow.", ["in the bone marrow"], True),
+        ("5", ["five"], True),
+        ("About 6 months", ["Six months"], True),
+        ("Twelve", ["on May 12"], True),
+        ("US", ["U.S.-based firms"], True),
+        ("2", ["October 2, 2017"], True),
+        ("och", ["Robert Koch"], False),
+        ("Heinrich Koch", ["Robert Koch"], False),
+        ("6 months", ["sixteen months", "26 months"], False),
+        ("1", ["1,000"], False),
+        # these say nothing
+        ("", ["Robert Koch"], False),
+        ("the", ["the bone marrow"], False),
+        ("No answer.", ["no answer was given"], False),
+        ("No answer", ["no"], False),
+        ("No", ["yes"], False),
+        ("Yes", ["no"], False),
+    ],
+)
+def test_what_is_wrong_and_nearly_right(said, golds, nearly):
+    assert not holds_answer(said, golds) and is_nearly_right(said, golds) == nearly
 
 
 def test_no_answer_among_the_gold_ones_is_none():

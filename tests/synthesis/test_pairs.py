@@ -55,6 +55,42 @@ def test_what_is_dropped_and_why(answers, reason, dropped):
         assert (drawn.chosen["k"], drawn.rejected["k"]) == (0, 1)
 
 
+NEARLY = [answer("q1", 2, False, text=f"{k}. The answer is: {said}", answer=said) for k, said in enumerate("12")]
+
+
+def test_a_part_of_the_gold_answer_is_not_rejected():
+    """Nor are its numbers in digits, and draws without one are as ever; a model's grades decide by themselves."""
+    golds, encode = ["on one of 2"], lambda text: [*map(ord, text)]
+    dropped, marks, others = Counter(), {"<|end|>"}, [answer("q1", 3 + k, False) for k in range(4)]
+    for seed in range(40):
+        rng = random.Random(seed)
+        drawn = draw_pair([RIGHT, WRONG, *NEARLY, *others], 999, encode, marks, rng, False, dropped, golds=golds)
+        before, _ = draw([RIGHT, WRONG, *NEARLY, *others], seed=seed)
+        assert drawn.rejected == before.rejected or before.rejected["k"] == 2 != drawn.rejected["k"]
+    assert dropped == {"nearly_right": 80}
+    several = draw_pair([RIGHT, *NEARLY, WRONG], 999, encode, marks, rng, True, dropped, None, 3, golds)
+    assert (several.rejected["k"], several.more) == (1, [])
+    for answers, reason in (([RIGHT, *NEARLY], "no_usable_rejected"), (NEARLY, "all_wrong")):
+        assert draw_pair(answers, 999, encode, marks, rng, False, dropped, golds=golds).reason == reason
+    graded = [answer | {"grade": 9.0 - 8 * (answer["k"] == 2)} for answer in (RIGHT, *NEARLY)]
+    assert draw_pair(graded, 999, encode, marks, rng, False, dropped, Graded(4, 3), golds=golds).rejected["k"] == 2
+
+
+def test_parts_of_gold_answers_on_both_sides_are_counted(tmp_path):
+    """Of each side's answers one is right, one wrong and one a part of the gold answer, which is left to no set."""
+    near = [answer(f"q{i}", 2, False, text="The answer is: 3", answer="3") for i in range(6)]
+    write_work(tmp_path, *[[[*verdicts(i, bits), near[i]] for i in range(6)] for bits in ("10", "01")])
+    rows = [row | {"answers": [*row["answers"], "all three"]} for row in read_jsonl(tmp_path / "contexts.jsonl")]
+    write_jsonl(tmp_path / "contexts.jsonl", rows)
+    counts = pairs_stage.run(recipe_for(tmp_path, num_rejected=4), tmp_path)
+    assert counts["short"]["dropped_answers"] == counts["long"]["dropped_answers"] == {"nearly_right": 6}
+    assert len(pairs(tmp_path)) == 18 and all(len(row["all_rejected"]) == 1 for row in pairs(tmp_path))
+    write_work(tmp_path, [[answer(f"q{i}", 0, True), near[i], near[i]] for i in range(6)])
+    write_jsonl(tmp_path / "contexts.jsonl", rows)
+    with pytest.raises(DataError, match=r"6 no usable rejected; 12 of 18 answers \(66.7 %\) are part of a gold answer"):
+        pairs_stage.run(recipe_for(tmp_path, sample_long=False), tmp_path)
+
+
 def test_what_marks_a_thought_is_no_marker_of_the_template_in_an_answer(tmp_path, monkeypatch):
     """As of Gemma 4, whose marks are special tokens; in a prompt, and a stop word anywhere, they still are."""
     token, template = SimpleNamespace(content="<|channel>", special=True), Template()
