@@ -426,6 +426,15 @@ def test_openai_rows_are_the_alpaca_rows(template, rows):
     assert processed(talks, model, attributes("openai", tags=OPENAI_TAGS)) == processed(rows, model)
 
 
+def test_the_tags_of_the_docs_read_role_and_content():
+    tags = json.loads(
+        re.search(r'^"tags": (\{.+?\})', (ROOT / "docs/data.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    )
+    assert tags == OPENAI_TAGS
+    talk = reformatted(GOOD, *OPENAI_NAMES)
+    assert processed([talk], host("qwen"), attributes("sharegpt", tags=tags)) == processed([GOOD], host("qwen"))
+
+
 @pytest.mark.parametrize("formatting", ["alpaca", "sharegpt", "openai"])
 def test_a_list_of_rejected_responses_is_the_rows_it_stands_for(formatting):
     """Token for token, also of a list of one and with a history and a system prompt that ends as openai's."""
@@ -672,6 +681,8 @@ CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentenc
     "nothing but a system prompt": ([{"role": "system", "content": "Be brief."}], OPENAI_TAGS, "turn 1 of 1 is `system`"),
     "no role": ([{"role": None, "content": "Where?"}], BARE_TAGS, "turn 1 of column `messages` has `role` None; known are user, assistant, system"),
     "unknown role": ([USER, SAID, SEEN, SAID, USER], BARE_TAGS, "turn 3 of column `messages` has `role` 'tool'; known are user, assistant, system"),
+    "names without tags": ([USER], {}, "turn 1 of column `messages` must be a message with `from` and `value` (for other names set `tags` in dataset_info.json, docs/data.md), got dict"),
+    "roles without tags": ([{"from": "user", "value": "Where?"}], {}, "turn 1 of column `messages` has `from` 'user'; known are human, gpt, observation, function_call, system (for other names set `tags` in dataset_info.json, docs/data.md)."),
     "no message": ([USER, "Here.", USER], OPENAI_TAGS, "turn 2 of column `messages` must be a message with `role` and `content`, got str 'Here.'"),
     "no content key": ([USER, {"role": "assistant"}, USER], OPENAI_TAGS, "turn 2 of column `messages` must be a message with `role` and `content`, got dict"),
     "one message": (USER, OPENAI_TAGS, "column `messages` must be a list of messages, got"),
@@ -689,9 +700,10 @@ CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentenc
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_conversation_that_the_converter_would_not_keep_names_row_turn_and_role(name, column):
     messages, tags, sentence = CONVERSATIONS[name]
-    row = openai_row([USER]) | {column: messages}
+    asked = [USER] if tags else [{"from": "human", "value": "Where?"}]  # the host's own names
+    row = openai_row(asked) | {column: messages}
     with pytest.raises(RowError, match=rf"^rows\[0\]: .*{re.escape(sentence.replace('`messages`', f'`{column}`'))}"):
-        processed([row], host("qwen"), attributes("openai", tags=tags))
+        processed([row], host("qwen"), attributes("openai", **({"tags": tags} if tags else {})))
 
 
 @pytest.mark.parametrize("column", ["chosen", "rejected"])

@@ -19,6 +19,7 @@ COLUMN_KEYS = (
     "long_prompt", "long_messages",
 )  # fmt: skip
 IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
+OTHER_NAMES = "for other names set `tags` in dataset_info.json, docs/data.md"
 ALIGNED = tuple(f"_{field}" for field in Aligned._fields)  # columns, named as the host names them
 TURNS = ("_prompt", "_long_prompt", "_response")
 SHOWN = 400  # characters of a text of the example row
@@ -209,10 +210,11 @@ class LongConverter:
         for n, message in enumerate(messages, 1):
             turn = f"{name}: turn {n} of column `{column}`"
             good = isinstance(message, dict) and {attr.role_tag, attr.content_tag} <= message.keys()
-            expect(good, turn, f"a message with `{attr.role_tag}` and `{attr.content_tag}`", message)
+            hint = f" ({OTHER_NAMES})" if isinstance(message, dict) and len(message) > 1 else ""
+            expect(good, turn, f"a message with `{attr.role_tag}` and `{attr.content_tag}`{hint}", message)
             role, content = message[attr.role_tag], message[attr.content_tag]
             if role not in known:
-                raise RowError(f"{turn} has `{attr.role_tag}` {role!r}; known are {', '.join(known)}.")
+                raise RowError(f"{turn} has `{attr.role_tag}` {role!r}; known are {', '.join(known)} ({OTHER_NAMES}).")
             turn = f"{name}: turn {n} (`{role}`) of column `{column}`"
             if role == attr.system_tag:
                 expect(isinstance(content, str | None), turn, "a string or null", content)
