@@ -31,6 +31,7 @@ from .recipe import DataRecipe, from_documents
 log = logging.getLogger(__name__)
 TURN_END = 16  # tokens that a template puts behind a response, at most
 SETS = {"solopo": ("short", "short"), "long_po": ("long", "long"), "longpo": ("short", "long")}  # sides sampled on
+Refused = Callable[[str], str | None]  # text -> the reason why training refuses it as a response, if it does
 BESIDE = {"long_po": ("long_po", "sft_long"), "longpo": ("longpo",)}  # sets beside `solopo` -> entries made of them
 
 
@@ -227,6 +228,8 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
         "over_length": f"are longer than `cutoff_len: {recipe.cutoff_len}` leaves: raise it, or lower `long_tokens: "
         f"{recipe.long_tokens}`",
         "template_marker": "hold a special token of the template: check that `template` is the model's own",
+        "thought": "hold a thought that `enable_thinking: false` does not take out: ask the model not to think, or set "
+        "`enable_thinking: true`, in training as well",
         "empty": "are empty: see what the backend gives; a thought may have taken all of `max_new_tokens`",
     }
     found = {name: dropped for name in reasons if (dropped := counts["dropped_answers"].get(name))}
@@ -237,7 +240,7 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
 
 
 def draw_pair(
-    answers: list[dict], room: int, encode: Callable[[str], list[int]], markers: set[str], rng: random.Random,
+    answers: list[dict], room: int, encode: Callable[[str], list[int]], refused: Refused, rng: random.Random,
     balance_length: bool, dropped: Counter, graded: Graded | None = None, num_rejected: int = 1,
     golds: Sequence[str] = (),
 ) -> DrawnPair:  # fmt: skip
@@ -247,7 +250,7 @@ def draw_pair(
         answers: All judged answers of one side of a question.
         room: Tokens that `cutoff_len` leaves for a response behind the longer prompt.
         encode: Text -> ids of the response as in training, its stop token included.
-        markers: Texts that only the chat template may write.
+        refused: See `Refused`.
         rng: The random numbers of this question and side.
         balance_length: Take the wrong answer whose length is nearest to the chosen one's, instead of any.
         dropped: Counts the answers that are not usable by reason (`why_unusable`), and as `equal` those that have the
@@ -259,7 +262,7 @@ def draw_pair(
     """
     right, wrong = [], []
     for answer in answers:
-        if reason := why_unusable(answer, room, encode, markers, graded is not None):
+        if reason := why_unusable(answer, room, encode, refused, graded is not None):
             dropped[reason] += 1
             continue
         bad = answer["grade"] <= graded.rejected_max if graded else not answer["correct"]
@@ -296,13 +299,12 @@ def draw_pair(
 
 
 def why_unusable(
-    answer: dict, room: int, encode: Callable[[str], list[int]], markers: set[str], graded: bool = False
+    answer: dict, room: int, encode: Callable[[str], list[int]], refused: Refused, graded: bool = False
 ) -> str | None:
     """Return the first reason why an answer cannot be in a pair, None if it can.
 
     `empty`; `cut`, at max_new_tokens, since training ends every response with the stop token; `no_marker`, no `The
-    answer is:`, or for graded answers `no_grade`; `template_marker`, a token that only the template may write, which
-    training refuses; `over_length`.
+    answer is:`, or for graded answers `no_grade`; what `refused` says; `over_length`.
     """
     text = answer["text"]
     if not text.strip():
@@ -311,8 +313,8 @@ def why_unusable(
         return "cut"
     if answer["grade" if graded else "answer"] is None:
         return "no_grade" if graded else "no_marker"
-    if any(marker in text for marker in markers):
-        return "template_marker"
+    if reason := refused(text):
+        return reason
     # most answers need not be tokenised: no tokenizer makes more than two tokens of a byte
     surely_fits = 2 * len(text.encode()) + TURN_END <= room
     return None if surely_fits or len(encode(text)) <= room else "over_length"
@@ -330,10 +332,20 @@ def _questions(
     tokenizer, template = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
     markers = template_markers(tokenizer, template)
     unwanted = markers - (thought_markers(tokenizer, template) - {*template.stop_words})
+    of_thoughts = [] if recipe.enable_thinking else [word.strip() for word in template.thought_words]
+
+    def turn(text: str) -> tuple[list[int], list[int]]:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+        return encode_turn(tokenizer, template, messages)
 
     def encode(text: str) -> list[int]:
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-        return encode_turn(tokenizer, template, messages)[1]
+        return turn(text)[1]
+
+    def refused(text: str) -> str | None:
+        if any(marker in text for marker in unwanted):
+            return "template_marker"
+        torn = any(word in text for word in of_thoughts) and turn(text)[0] != turn("")[0]
+        return "thought" if torn else None  # the prompt would be another one than before other responses
 
     graded = Graded(recipe.judge_rejected_max, recipe.judge_margin) if recipe.judge == "model" else None
     sides = ("short", "long")[: 1 + recipe.sample_long]
@@ -353,7 +365,7 @@ def _questions(
             answers = list(found)
             n_answers[side] += len(answers)
             drawn[side] = draw_pair(
-                answers, room, encode, unwanted, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected,
+                answers, room, encode, refused, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected,
                 context["answers"],
             )  # fmt: skip
             if marked:

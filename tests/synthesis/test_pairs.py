@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from small_work import TOKENIZER, Template, answer, recipe_for, verdicts, write_work
 
+from solopo_plugin.host.template import encode_turn, load_template
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import pairs as pairs_stage
 from solopo_plugin.synthesis.export import ENTRIES
@@ -24,11 +25,15 @@ def toy_template(monkeypatch):
     monkeypatch.setattr(pairs_stage, "load_chat", lambda *_: (TOKENIZER, Template()))
 
 
+def refused(text: str) -> str | None:
+    return "template_marker" if "<|end|>" in text else None
+
+
 def draw(answers: list[dict], room=10_000, seed=0, balance_length=False, num_rejected=1):
     dropped = Counter()
     encode = lambda text: list(map(ord, text))  # noqa: E731
-    markers, rng = {"<|end|>"}, random.Random(seed)
-    drawn = draw_pair(answers, room, encode, markers, rng, balance_length, dropped, num_rejected=num_rejected)
+    rng = random.Random(seed)
+    drawn = draw_pair(answers, room, encode, refused, rng, balance_length, dropped, num_rejected=num_rejected)
     return drawn, {name: n for name, n in dropped.items() if n}
 
 
@@ -61,19 +66,19 @@ NEARLY = [answer("q1", 2, False, text=f"{k}. The answer is: {said}", answer=said
 def test_a_part_of_the_gold_answer_is_not_rejected():
     """Nor are its numbers in digits, and draws without one are as ever; a model's grades decide by themselves."""
     golds, encode = ["on one of 2"], lambda text: [*map(ord, text)]
-    dropped, marks, others = Counter(), {"<|end|>"}, [answer("q1", 3 + k, False) for k in range(4)]
+    dropped, others = Counter(), [answer("q1", 3 + k, False) for k in range(4)]
     for seed in range(40):
         rng = random.Random(seed)
-        drawn = draw_pair([RIGHT, WRONG, *NEARLY, *others], 999, encode, marks, rng, False, dropped, golds=golds)
+        drawn = draw_pair([RIGHT, WRONG, *NEARLY, *others], 999, encode, refused, rng, False, dropped, golds=golds)
         before, _ = draw([RIGHT, WRONG, *NEARLY, *others], seed=seed)
         assert drawn.rejected == before.rejected or before.rejected["k"] == 2 != drawn.rejected["k"]
     assert dropped == {"nearly_right": 80}
-    several = draw_pair([RIGHT, *NEARLY, WRONG], 999, encode, marks, rng, True, dropped, None, 3, golds)
+    several = draw_pair([RIGHT, *NEARLY, WRONG], 999, encode, refused, rng, True, dropped, None, 3, golds)
     assert (several.rejected["k"], several.more) == (1, [])
     for answers, reason in (([RIGHT, *NEARLY], "no_usable_rejected"), (NEARLY, "all_wrong")):
-        assert draw_pair(answers, 999, encode, marks, rng, False, dropped, golds=golds).reason == reason
+        assert draw_pair(answers, 999, encode, refused, rng, False, dropped, golds=golds).reason == reason
     graded = [answer | {"grade": 9.0 - 8 * (answer["k"] == 2)} for answer in (RIGHT, *NEARLY)]
-    assert draw_pair(graded, 999, encode, marks, rng, False, dropped, Graded(4, 3), golds=golds).rejected["k"] == 2
+    assert draw_pair(graded, 999, encode, refused, rng, False, dropped, Graded(4, 3), golds=golds).rejected["k"] == 2
 
 
 def test_parts_of_gold_answers_on_both_sides_are_counted(tmp_path):
@@ -112,6 +117,26 @@ def test_what_marks_a_thought_is_no_marker_of_the_template_in_an_answer(tmp_path
     assert [row["id"] for row in pairs(tmp_path)] == ["q0"]
     assert counts["short"]["dropped_answers"] == {"template_marker": 1}
     assert counts["short"]["dropped_questions"] == {"no_usable_chosen": 1, "template_marker_in_prompt": 1}
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_thought_that_training_would_leave_in_its_prompt(tmp_path, tokenizer, monkeypatch, thinks):
+    """Only what the host takes out where `enable_thinking: false` leaves the prompt that other responses have."""
+    tools = load_template(tokenizer, "qwen3", enable_thinking=thinks)
+    monkeypatch.setattr(pairs_stage, "load_chat", lambda *_: tools)
+    rows = [verdicts(i, "10") for i in range(5)]
+    thoughts = ["<think>\nSo.\n</think>\n\n", "<think>\nSo.\n</think>\n", "<think>So.</think>", "</think>", ""]
+    for row, thought in zip(rows, thoughts, strict=True):
+        row[1]["text"] = thought + row[1]["text"]
+    write_work(tmp_path, rows)
+    counts = pairs_stage.run(recipe_for(tmp_path, sample_long=False, enable_thinking=thinks), tmp_path)["short"]
+    kept = {row["id"]: [row["chosen"], row["rejected"]] for row in pairs(tmp_path)}
+    assert set(kept) == ({"q0", "q1", "q2", "q3", "q4"} if thinks else {"q0", "q4"})
+    assert counts["dropped_answers"] == ({} if thinks else {"thought": 3})
+    for texts in kept.values():
+        turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in texts]
+        prompts = [encode_turn(*tools, turn)[0] for turn in turns]
+        assert prompts[0] == prompts[1]
 
 
 def test_a_response_may_fill_the_room_exactly():
@@ -243,7 +268,7 @@ def test_no_validation_row_and_sets_that_lack_rows_are_told_of(tmp_path, caplog)
 def test_where_the_margin_alone_decides_questions_too_close_are_within_it(grades, reason):
     """`judge_chosen_min: 1` and `judge_rejected_max: 10`: every answer may be chosen, and rejected."""
     answers = [answer("q1", k, True, text=f"{k}", grade=grade) for k, grade in enumerate(grades)]
-    drawn = draw_pair(answers, 99, lambda t: [*map(ord, t)], set(), random.Random(0), False, Counter(), Graded(10, 3))
+    drawn = draw_pair(answers, 99, lambda t: [*map(ord, t)], refused, random.Random(0), False, Counter(), Graded(10, 3))
     assert drawn.reason == reason
 
 
