@@ -38,6 +38,6 @@ def run_command(
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped; the same command continues.", file=sys.stderr)
+        print(f"Stopped; the same command {'' if args.resume else 'without --no-resume '}continues.", file=sys.stderr)
         return 130
     return 0

@@ -33,10 +33,7 @@ from .score import answer_field, stored_answers
 log = logging.getLogger(__name__)
 
 
-def ask(
-    recipe: EvalRecipe, model: Model, store: Store, hashes: dict[str, str], window: int, busy: set[str],
-    resume: bool = True,
-) -> None:  # fmt: skip
+def ask(recipe: EvalRecipe, model: Model, store: Store, hashes: dict[str, str], window: int, busy: set[str]) -> None:
     """Have one model answer what it has not yet, and write its file.
 
     Args:
@@ -46,11 +43,10 @@ def ask(
         hashes: Prompt hash of every question, by its `key_of`.
         window: Tokens that the longest prompt and answer may have together.
         busy: Names of all models of this evaluation, each of which is asked for itself.
-        resume: False: forget what it has answered with these settings.
     """
     path = answers_file(recipe.output_dir, model)
     chosen = fingerprint(recipe, model)
-    set_id = _open(store, model, chosen, path, busy, resume)
+    set_id = _open(store, model, chosen, path, busy)
     found, others = store.find(set_id, hashes)
     have = {key for key, _ in found}
     if others:
@@ -81,14 +77,15 @@ def ask(
     _tell_cuts(map(store.get, places), model, recipe)
 
 
-def _open(store: Store, model: Model, chosen: dict, path: Path, busy: set[str], resume: bool) -> int:
-    """Return the model's set of answers with these settings; says why it is another one than before."""
-    before, set_id = store.last_used(model.name), store.set_of(model.name, chosen)
-    if not resume:
-        store.forget(set_id)
-    elif former := store.take_over(set_id, busy):
+def _open(store: Store, model: Model, chosen: dict, path: Path, busy: set[str]) -> int:
+    """Return the model's set of answers with these settings; says why it is another one than before.
+
+    A new set takes over what the same model has answered under another name; one that was made empty is to stay so.
+    """
+    earlier, set_id = store.sets(model.name), store.set_of(model.name, chosen)
+    if set_id not in dict(earlier) and (former := store.take_over(set_id, busy)):
         log.info(f"{model.name}: the same model was asked as {former}; its answers are taken over.")
-    if before and (words := ", ".join(differences(before[1], chosen))):
+    if earlier and (words := ", ".join(differences(earlier[0][1], chosen))):
         how = "taken up again" if store.find(set_id, {})[0] else "asked anew"
         log.warning(f"{path}: {how}, because {words}; the answers so far are kept in {STORE}.")
     return set_id

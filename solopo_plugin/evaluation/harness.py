@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ MADE = frozenset(  # its `model_args` that come from the model and the machine; 
 TEMPLATES = (*TOKENIZER, "*.jinja")  # it takes chats in the tokenizer's own template
 
 
-def run_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) -> list[dict]:
+def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     """Return results of `harness_tasks` for a model; what is there of the same model and settings is not run again.
 
     The harness asks in its own way. Of the recipe count the model, backend, `default_system`, `enable_thinking: false`
@@ -60,7 +59,6 @@ def run_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) 
         model: One of `find_models`.
         recipe: An EvalRecipe.
         output_dir: Of the evaluation; see above.
-        resume: False: forget what is there.
 
     Returns:
         {"model", "task", "metric", "value", "stderr", "n", "version"} for every task named, or its parts where it has
@@ -73,7 +71,7 @@ def run_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) 
     """
     folder = Path(output_dir) / "harness" / model.name
     made_from, rows = _begun(model, recipe, folder)
-    if resume and rows is not None:
+    if rows is not None:
         log.info(f"{model.name}: results of lm-evaluation-harness: made before, kept.")
         return rows
     _check_installed()
@@ -82,7 +80,7 @@ def run_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) 
     args = dict(config["model_args"])
     if args.get("model") == model.place:  # which the servers may call otherwise
         started["asked"] = args["model"] = served_name(pick(recipe, Sampling), model)
-    _begin(folder, started, resume)
+    _begin(folder, started)
     # a results path that ends in .json: its files then stand beside it, and not in a folder named after the model
     paths = {"output_path": str(folder / "results.json"), "use_cache": str(folder / "cache")}
     write_json(folder / "config.json", config | {"model_args": args} | paths)
@@ -124,16 +122,13 @@ def _same(kept: dict | None, made_from: dict) -> bool:
     return {"settings": made_from["settings"]} | (kept or {}) == made_from
 
 
-def _begin(folder: Path, started: dict, resume: bool) -> None:
+def _begin(folder: Path, started: dict) -> None:
     """Let a run that was stopped go on; one of another model or other settings begins anew.
 
     Args:
         folder: Of the harness' files for a model.
         started: What this run is made from, and what a server is asked for, where it was asked what it has.
-        resume: False: all of the folder goes.
     """
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
     kept, before = _read(folder / "rows.json"), folder / "made_from.json"  # where an earlier version had it
     asked = kept.get("asked", started["asked"])
     if not _same(kept.get("made_from") or _read(before), started["made_from"]) or asked != started["asked"]:

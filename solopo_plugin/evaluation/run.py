@@ -1,17 +1,19 @@
 """Run an evaluation from recipe to report: questions, answers of each model, scores. It can be killed and continues."""
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..qa.files import DataError, lock_folder, write_json
-from ..qa.generate.calls import Model
+from ..qa.generate.calls import Model, load_chat
+from ..qa.generate.servers import served_name
 from ..qa.provenance import differences
 from ..qa.ready import check_ready
-from ..qa.recipe import settings
+from ..qa.recipe import Chat, Sampling, pick, settings
 from ..qa.store import STORE, Store
-from .ask import answers_file, ask, asked_so, asked_with, key_of, take_in, write_answers
+from .ask import answers_file, ask, asked_so, asked_with, fingerprint, key_of, take_in, write_answers
 from .items import read_items
 from .models import as_row, find_models, stored_models
 from .prepare import ITEMS, items_manifest, prepare_items
@@ -29,14 +31,14 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
     Args:
         recipe: What is asked of which models.
         rescore: Load no model: score and report again what is answered.
-        resume: False: make all questions and ask for all answers again.
+        resume: False: make all questions and ask for all answers again; a run that is stopped goes on without it.
 
     Raises:
         DataError: Something that the user has to put right, or another run at work in the same folder.
     """
     folder = Path(recipe.output_dir)
     models = stored_models(recipe, folder / MODELS) if rescore else find_models(recipe)
-    if recipe.benchmarks and not rescore and not (folder / STORE).exists():
+    if recipe.benchmarks and not rescore and not (resume and (folder / STORE).exists()):
         named = [] if recipe.backend == "openai" else models  # a server has its own
         check_ready(recipe.backend, recipe.server_urls, {f"models: {model.name}": model.path for model in named})
     with lock_folder(folder, "output_dir"):
@@ -56,6 +58,8 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             write_json(folder / MODELS, list(map(as_row, models)))
             if recipe.benchmarks:
                 answer_all(recipe, models, resume)
+            elif not resume:
+                begin_anew(recipe, models)
         else:
             log.info(f"scored again, as the last run had them: {', '.join(model.name for model in models)}.")
             if recipe.benchmarks:
@@ -66,7 +70,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             write_scores(folder, [model.name for model in models], recipe.prompt)
         harness: list[dict] = []
         for model in models if recipe.harness_tasks else ():
-            harness += kept_results(model, folder) if rescore else run_harness(model, recipe, folder, resume)
+            harness += kept_results(model, folder) if rescore else run_harness(model, recipe, folder)
         results = make_results(folder, list(map(as_row, models)), public_settings(recipe), harness)
         write_report(folder)
     return results
@@ -80,12 +84,36 @@ def answer_all(recipe: EvalRecipe, models: list[Model], resume: bool = True) -> 
     for item in read_items(folder / ITEMS):
         hashes[key_of(item)] = item.prompt_hash
         longest = max(longest, item.max_new_tokens or recipe.max_new_tokens)
+    if not resume:
+        begin_anew(recipe, models)
     with Store(folder / STORE) as store:
-        for model in () if resume else models:
-            answers_file(folder, model).unlink(missing_ok=True)
         take_in(store, folder / "answers", names)
         for model in models:
-            ask(recipe, model, store, hashes, recipe.max_input_tokens + longest, names, resume)
+            ask(recipe, model, store, hashes, recipe.max_input_tokens + longest, names)
+
+
+def begin_anew(recipe: EvalRecipe, models: list[Model]) -> None:
+    """Forget what all models have answered with these settings, and the harness' results of them.
+
+    At once, so that a run that is stopped goes on without them also where it asks a model that it had not reached.
+
+    Raises:
+        DataError: A model or the first one's server is not ready; nothing is forgotten.
+    """
+    folder = Path(recipe.output_dir)
+    if recipe.benchmarks:
+        for tokenizer in sorted({model.tokenizer for model in models}):
+            load_chat(tokenizer, pick(recipe, Chat))
+        if recipe.backend == "openai":
+            served_name(pick(recipe, Sampling), models[0])
+        asked = [(model.name, fingerprint(recipe, model)) for model in models]
+        with Store(folder / STORE) as store:
+            take_in(store, folder / "answers", set())
+            for model in models:
+                answers_file(folder, model).unlink(missing_ok=True)
+            store.forget(asked)
+    for model in models if recipe.harness_tasks else ():
+        shutil.rmtree(folder / "harness" / model.name, ignore_errors=True)
 
 
 def write_stored(folder: Path, models: list[Model]) -> list[Model]:

@@ -32,6 +32,8 @@ _TABLES = (
     "prompt TEXT, value TEXT, UNIQUE (set_id, question, k, prompt))",
     "CREATE TABLE IF NOT EXISTS served (hash TEXT PRIMARY KEY, name TEXT)",  # the server's name of who answered
 )
+_MAKE = "INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, 0)"
+_ID = "SELECT id FROM sets WHERE name = ? AND hash = ?"
 _FULL = "free some space and start again, what is finished is kept"
 _REASONS = {  # second word of SQLite's name for an error -> what is said; {} is SQLite's own sentence
     "FULL": f"the disk is full ({{}}); {_FULL}",
@@ -69,11 +71,11 @@ class Store:
             name: Who answers.
             settings: All on which the answers depend but their prompts, as JSON has it, in any order of keys.
         """
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        digest = _digest(settings)
         with self._transaction() as run:
-            run("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, 0)", (name, digest, json.dumps(settings)))
+            run(_MAKE, (name, digest, json.dumps(settings)))
             run("UPDATE sets SET used = (SELECT max(used) + 1 FROM sets) WHERE name = ? AND hash = ?", (name, digest))
-            return run("SELECT id FROM sets WHERE name = ? AND hash = ?", (name, digest)).fetchone()[0]
+            return run(_ID, (name, digest)).fetchone()[0]
 
     def last_used(self, name: str) -> tuple[int, Any] | None:
         """Return number and settings of the set that was in use last under a name, None without any."""
@@ -167,10 +169,17 @@ class Store:
             copy = "INSERT OR IGNORE INTO answers SELECT NULL, ?, question, k, prompt, value FROM answers"
             return run(f"{copy} WHERE set_id = ? AND k < ? ORDER BY id", (set_id, other, n)).rowcount
 
-    def forget(self, set_id: int) -> None:
-        """Remove the answers of a set."""
+    def forget(self, sets: Iterable[tuple[str, Any]]) -> None:
+        """Make sets of answers empty, all or none of them; each is there from then on, but not the last used.
+
+        Args:
+            sets: Who answers and with what settings, as of `set_of`.
+        """
         with self._transaction() as run:
-            run("DELETE FROM answers WHERE set_id = ?", (set_id,))
+            for name, settings in sets:
+                digest = _digest(settings)
+                run(_MAKE, (name, digest, json.dumps(settings)))
+                run(f"DELETE FROM answers WHERE set_id = ({_ID})", (name, digest))
 
     def close(self) -> None:
         """Write everything into the one file, wait until it is on the disk, and let others at it."""
@@ -192,3 +201,8 @@ class Store:
             kind = getattr(error, "sqlite_errorname", "SQLITE_ERROR").split("_")[1]
             reason = _REASONS.get(kind, "{}").format(error)
             raise DataError(f"Cannot write {self.path}: {reason}.") from None
+
+
+def _digest(settings: Any) -> str:
+    """Return the hash of settings, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

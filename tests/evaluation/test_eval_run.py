@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import random
+import re
 import shutil
 import sqlite3
 import sys
@@ -11,6 +12,7 @@ from argparse import Namespace
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -325,7 +327,7 @@ def test_a_model_that_was_moved_is_not_asked_again(benchmarks, model, server, tm
     shutil.copytree(tmp_path / "moved", tmp_path / "beside")
     (folder / "model.jsonl").write_bytes(b"damaged")
     with Store(tmp_path / "out" / STORE) as store:
-        store.forget(store.last_used("model")[0])
+        store.forget([("model", store.last_used("model")[1])])
     assert asked_for("moved", "beside") == 20
     shutil.copytree(tmp_path / "moved", tmp_path / "trained")
     (tmp_path / "trained" / "model.safetensors").write_bytes(weights("trained on"))
@@ -364,6 +366,83 @@ def test_answers_are_not_scored_again_under_other_settings(benchmarks, model, se
     del made["benchmarks"]["plain"]["made_from"]["settings"]["max_samples"]  # as of a version that did not know the key
     write_json(out / "items.json", made)
     check_asked_so(served(tmp_path, [model], server, max_samples=5), models)
+
+
+def stored(out: Path) -> tuple[list, list]:
+    """What an evaluation has in its store and of the harness, as far as `--no-resume` forgets it."""
+    with closing(sqlite3.connect(out / STORE)) as store:
+        return store.execute("SELECT * FROM answers").fetchall(), sorted((out / "harness").rglob("*"))
+
+
+def test_a_run_that_begins_anew_and_is_stopped_goes_on_without_earlier_answers(
+    benchmarks, model, server, tmp_path, monkeypatch
+):
+    """Of no model, not even where it was not reached, or is known under another name; nor of the harness."""
+    recipe = served(tmp_path, {"first": model}, server, served_model="scripted")
+    answer_all(recipe, find_models(recipe))
+    (Path(shutil.copytree(model, tmp_path / "second")) / "model.safetensors").write_bytes(weights("another"))
+    for name in ("former", "second"):
+        recipe.models = {name: str(tmp_path / "second")}
+        answer_all(recipe, find_models(recipe))
+    recipe.models = {"first": model, "second": str(tmp_path / "second")}
+    file = tmp_path / "out" / "answers" / "second.jsonl"
+    file.with_name("second.0123456789abcdef.old").write_bytes(file.read_bytes())  # as an earlier version put it aside
+    for name in ("first", "second"):
+        (tmp_path / "out" / "harness" / name / "results").mkdir(parents=True)
+    recipe.harness_tasks = ["t"]
+    asked(server)
+    original = ask.generate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ask, "generate", lambda *given: stop_after(original(*given), 3))
+        answer_all(recipe, find_models(recipe), resume=False)
+    assert len(stored(tmp_path / "out")[0]) == 20 + 3 and not stored(tmp_path / "out")[1]
+    asked(server)
+    answer_all(recipe, find_models(recipe))
+    assert len(asked(server)) == 17 + 20
+
+
+@pytest.mark.parametrize(("words", "how"), [([], ""), (["--no-resume"], "without --no-resume ")])
+def test_how_a_stopped_run_goes_on(words, how, monkeypatch, capsys):
+    """With `--no-resume` again it would begin anew."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_recipe", stop)
+    assert evaluate.main(["recipe.yaml", *words]) == 130
+    assert capsys.readouterr().err == f"Stopped; the same command {how}continues.\n"
+
+
+def stop_after(replies, n: int):
+    with closing(replies):
+        yield from islice(replies, n)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"backend": "vllm"}, "`backend: vllm` is not installed"),
+        ({}, "`plain` has no question; check its files"),
+        ({"server_urls": "http://127.0.0.1:9", "served_model": None, "retries": 0}, "127.0.0.1:9"),
+        ({"served_model": None}, "is called first"),
+        ({"model_name_or_path": "./gone"}, "No tokenizer can be loaded from `model_name_or_path: ./gone`"),
+        ({"harness_tasks": ["t"], "harness_args": {"tasks": "t"}}, "`harness_args` cannot set `tasks`"),
+    ],
+)  # fmt: skip
+def test_what_cannot_begin_anew_forgets_nothing(keys, said, benchmarks, model, server, tmp_path):
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    places = {"first": model, "bare": str(bare)}
+    base = dict(model_name_or_path=model, served_model="scripted")
+    recipe = served(tmp_path, places, server, **base)
+    answer_all(recipe, find_models(recipe))
+    (tmp_path / "out" / "harness" / "first").mkdir(parents=True)
+    before = stored(tmp_path / "out")
+    benchmarks["plain"] = toy.benchmark(20 if keys else 0)
+    with pytest.raises(DataError, match=re.escape(said)):
+        run.evaluate(replace(recipe, **keys), resume=False)
+    assert stored(tmp_path / "out") == before and len(before[0]) == 40
+    assert len(answers(tmp_path / "out", "first")) == len(answers(tmp_path / "out", "bare")) == 20
 
 
 def test_a_damaged_answer_is_a_sentence(benchmarks, model, server, tmp_path):
@@ -580,10 +659,11 @@ def test_what_the_harness_refuses_is_told_before_a_model_is_asked(benchmarks, mo
     write_json(tmp_path / "out" / "models.json", [{"name": "model", "path": model}])
     with pytest.raises(DataError, match="`--rescore` keeps what .*model was made with, but `limit` was None and is 5"):
         run.evaluate(replace(recipe, harness_args={"limit": 5}), rescore=True)
-    seen: list = []
-    monkeypatch.setattr("solopo_plugin.evaluation.harness.run_harness", lambda *given: seen.append(given[-1]) or [])
-    run.evaluate(replace(recipe, benchmarks=[]), resume=False)
-    assert seen == [False]
+    there: list = []
+    monkeypatch.setattr("solopo_plugin.evaluation.harness.run_harness", lambda *_: there.append(ran.exists()) or [])
+    for resume in (True, False):
+        run.evaluate(replace(recipe, benchmarks=[]), resume=resume)
+    assert there == [True, False]
 
 
 def test_no_file_of_a_run_holds_the_servers_key_or_password(benchmarks, model, server, tmp_path, monkeypatch):

@@ -169,12 +169,9 @@ def test_run_again_when_something_changed_and_only_then(scripted, tmp_path, monk
     (weights / "chat_template.jinja").write_text("another")
     run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
     assert scripted() == 4
-    (out / "harness" / "toy" / "of_before").touch()
     caplog.set_level(logging.INFO)
     run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
     assert "toy: results of lm-evaluation-harness: made before, kept." in caplog.text and scripted() == 4
-    run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out, resume=False)
-    assert scripted() == 5 and not (out / "harness" / "toy" / "of_before").exists()
 
 
 OTHERS = {  # changes of settings under which results were made, and what is said of them

@@ -111,7 +111,7 @@ def test_the_first_answer_to_a_prompt_stays(tmp_path):
             found, others = store.find(warm, {"q": prompt})
             assert list(found) == [("q", 1)] and store.get(found["q", 1]) == {"a": a} and not others
         assert store.find(warm, {"q": "p3"}) == ({}, {"q"}) and all_of(store, warm) == [{"a": 2}]
-        store.forget(cold)
+        store.forget([("m", {"t": 0})])
         assert not all_of(store, cold) and all_of(store, warm)
 
 
