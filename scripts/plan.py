@@ -11,7 +11,9 @@ bytes. S, L, R: tokens of the short prompt, the long prompt, a response.
 
 import argparse
 import json
+import os
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -120,7 +122,7 @@ def how_it_runs(config, recipe: dict, setup: Setup) -> tuple[str, str]:
         variant, sentence = "V0" if stage == "dpo" else "SFT", f"A step is the host's `stage: {stage}`: {form}, "
         sentence += f"fp32 logits of every position; attention: {IN_WORDS.get(attention, attention)}."
     else:
-        model, longpo = on_meta(config), recipe.get("solopo_objective") == "longpo"
+        model, longpo = on_meta(deepcopy(config)), recipe.get("solopo_objective") == "longpo"
         model.config._attn_implementation = attention
         why = why_two_stages(forward, model)
         dtype = torch.bfloat16 if setup.element == 2 else torch.float32
@@ -138,7 +140,7 @@ class Measured(NamedTuple):
 
     length: int  # tokens of the long prompt
     flops: float  # counted FLOPs per second
-    memory: float  # measured peak over the predicted one
+    memory: float | None  # measured activations over the predicted ones, None of full fine-tuning
 
 
 def measurements(document: dict, tuning: str, L: int, references: dict) -> dict[str, Measured]:
@@ -159,7 +161,11 @@ def measurements(document: dict, tuning: str, L: int, references: dict) -> dict[
     def measured(run: dict) -> Measured:
         step = shape, run["variant"], settings["short"], settings["response"], run["length"], run["reference"]
         flops = sum(step_flops(*step, setup.checkpointing, tuning == "lora").values())
-        return Measured(run["length"], flops / run["median_s"], run["peak"] / peak(step_memory(*step, setup)))
+        parts = step_memory(*step, setup)
+        state, whole = peak(parts, 0), peak(parts)
+        # in full fine-tuning gradients as large as this take turns with the activations of the only micro-batch
+        memory = (run["peak"] - state) / (whole - state) if tuning == "lora" else None
+        return Measured(run["length"], flops / run["median_s"], memory)
 
     wanted = {"tuning": tuning, "status": "ok", "trial": False}  # a trial's only step is a warm-up
     runs = [r for r in document["runs"].values() if wanted.items() <= r.items() and r["variant"] in references]
@@ -183,10 +189,12 @@ def calibration(tuning: str, L: int, references: dict) -> tuple[dict[str, Measur
     if not seen:
         return {}, f"Basis: arithmetic; {name} has no measurement of {tuning} fine-tuning on a GPU."
     each = [
-        f"{variant} at {m.length:,} tokens {m.flops / 1e12:.0f} TFLOP/s and {m.memory:.2f} times the predicted peak"
+        f"{variant} at {m.length:,} tokens {m.flops / 1e12:.0f} TFLOP/s"
+        + (f" and {m.memory:.2f} times the predicted activations" if m.memory else "")
         for variant, m in sorted(seen.items())
     ]
-    return seen, f"Basis: arithmetic, calibrated by {name} ({card}) where that has the same: {'; '.join(each)}."
+    said = f"Basis: arithmetic, calibrated by {name} ({card}) where that has the same: {'; '.join(each)}."
+    return seen, said + " Memory of full fine-tuning is not calibrated." * (tuning == "full")
 
 
 def gb(size: float) -> str:
@@ -291,20 +299,19 @@ class Plan:
             raise ValueError(f"A response of {R:,} tokens leaves no room in the model's window of {self.window:,}.")
 
     def factor(self, variant: str) -> float:
-        """Return measured over computed memory."""
-        return self.seen[variant].memory if variant in self.seen else 1.0
+        """Return measured over computed memory of activations, 1 where nothing was measured."""
+        return (self.seen[variant].memory if variant in self.seen else None) or 1.0
 
     def need(self, variant: str, at: int | None = None, setup: Setup | None = None) -> float:
         """Return a GPU's bytes, at another long prompt or in another setup perhaps."""
         S, R, L = self.lengths
         parts = step_memory(self.shape, variant, S, R, at or L, self.references[variant], setup or self.setup)
-        return peak(parts) * self.factor(variant)
+        return peak(parts, self.factor(variant))
 
     def longest_of(self, variant: str, setup: Setup | None = None) -> int:
         """Return the tokens of the longest prompt that memory allows, 0 if none."""
-        S, R, _ = self.lengths
-        memory = self.memory / self.factor(variant)
-        return longest(self.shape, variant, S, R, self.references[variant], setup or self.setup, memory)
+        step = self.shape, variant, *self.lengths[:2], self.references[variant], setup or self.setup
+        return longest(*step, self.memory, self.factor(variant))
 
     def in_memory(self, setup: Setup) -> tuple[float, int]:
         """Return a setup's bytes and longest prompt."""
@@ -491,4 +498,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a `| head` that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

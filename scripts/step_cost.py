@@ -329,6 +329,9 @@ def host_memory(shape: Shape, reference: str | None, setup: Setup) -> dict[str, 
     }
 
 
+STATE = ("weights", "gradients", "optimizer", "reference")  # parts of `step_memory` that are not activations
+
+
 def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: str | None = None,
                 setup: Setup = Setup()) -> dict[str, float]:  # fmt: skip
     """Return bytes per GPU by part; `peak` says what they come to.
@@ -377,15 +380,25 @@ def step_memory(shape: Shape, variant: str, S: int, R: int, L: int, reference: s
     }
 
 
-def peak(memory: dict[str, float]) -> float:
-    """Return bytes at the peak: logits are gone before the layers run backward, so the larger of those two counts."""
-    return sum(memory.values()) - min(memory["layer"], memory["logits"])
+def peak(memory: dict[str, float], factor: float = 1.0) -> float:
+    """Return bytes at the peak: logits are gone before the layers run backward, so the larger of those two counts.
+
+    Args:
+        memory: From `step_memory`.
+        factor: By which activations are larger than computed; weights, gradients and optimizer are known exactly.
+    """
+    state = sum(memory[part] for part in STATE)
+    return state + factor * (memory["checkpoints"] + max(memory["layer"], memory["logits"]))
 
 
-def longest(shape: Shape, variant: str, S: int, R: int, reference: str | None, setup: Setup, memory: float) -> int:
-    """Return tokens of the longest long prompt whose step needs at most `memory` bytes per GPU; 0 where none does."""
+def longest(shape: Shape, variant: str, S: int, R: int, reference: str | None, setup: Setup, memory: float,
+            factor: float = 1.0) -> int:  # fmt: skip
+    """Return tokens of the longest long prompt whose step needs at most `memory` bytes per GPU; 0 where none does.
+
+    `factor`: as `peak` has it.
+    """
 
     def needed(L: int) -> float:
-        return peak(step_memory(shape, variant, S, R, L, reference, setup))
+        return peak(step_memory(shape, variant, S, R, L, reference, setup), factor)
 
     return bisect_right(range(1, 1 << 24), memory, key=needed)

@@ -150,22 +150,20 @@ def test_the_page_has_the_overrides_that_are_tested():
 
 def longest_prompts(row: Row) -> tuple[str, list[str]]:
     """What a step runs, and the longest prompts of LoRA at 24 and 80 GB and of full fine-tuning on four GPUs."""
-    from dataclasses import replace
+    from plan import Plan, how_it_runs, read_recipe, references_of
+    from step_cost import shape_of
 
-    from plan import how_it_runs, read_recipe
-    from step_cost import longest, shape_of
-
-    from solopo_plugin.qa.window import window_of
-
-    config = config_of(row)
-    shape, window, found = shape_of(config), window_of(config), []
-    lora, on_one = read_recipe(FOLDER / "lora.yaml", 1)
-    variant, _ = how_it_runs(config, lora, on_one)
+    config, found = config_of(row), []
+    variant, _ = how_it_runs(config, *read_recipe(FOLDER / "lora.yaml", 1))
     if row.name in UNKNOWN:
         return FORM[variant == "S3"], ["?"] * 3
-    on_four = read_recipe(FOLDER / "full.yaml", 4)[1]
-    for setup, memory in ((on_one, 24e9), (replace(on_one, frozen=2.0), 80e9), (on_four, 80e9)):
-        found.append(f"{min(window - 256, longest(shape, variant, 1024, 256, None, setup, memory)) // 1000}K")
+    for file, gpus, words, memory in (
+        ("lora.yaml", 1, [], 24e9), ("lora.yaml", 1, ["quantization_bit=null"], 80e9), ("full.yaml", 4, [], 80e9)
+    ):  # fmt: skip
+        recipe, setup = read_recipe(FOLDER / file, gpus, words)
+        lengths = 1024, 256, recipe["cutoff_len"] - 256
+        plan = Plan(shape_of(config), config, recipe, setup, lengths, references_of(recipe), memory, 1)
+        found.append(f"{min(plan.room, plan.fits) // 1000}K")
     return FORM[variant == "S3"], found
 
 

@@ -38,7 +38,7 @@ TINY = dict(
     model_type="qwen2", hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, vocab_size=300, max_position_embeddings=1024, tie_word_embeddings=True,
 )  # fmt: skip
-VARIANTS = list(plan.VARIANTS)
+VARIANTS, SHIPPED = list(plan.VARIANTS), plan.GPU_JSON
 
 
 @pytest.fixture(autouse=True)
@@ -743,6 +743,10 @@ def test_the_answers_of_the_long_recipes_are_those_of_their_header_and_of_the_pa
     takes = [re.search(r"It takes ([\d.]+) GB on each of 4 GPUs of 80 GB", line)[1] for line in (lines[0], before)]
     assert tuple(takes) == LONG[name] and lines[0].startswith("Fits. A step runs packed")
     assert f"# {takes[0]} GB on each; with solopo_sequence_parallel=1 {takes[1]} GB." in path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "GPU_JSON", SHIPPED)
+        calibrated = lines_of(monkeypatch, capsys, "--recipe", str(path), "--gpus", "4", *model)[0]
+    assert f"It takes {takes[0]} GB on each of 4 GPUs of 80 GB" in calibrated
     assert lines[2].startswith(f"GPUs: an optimizer step has 64 rows, {16 * shared} on each {shared} that share a row.")
     pattern = (
         r"Sharing: (\d) GPUs share a row of ([\d,]+) tokens, ([\d,]+) each; a GPU sends ([\d.]+ MB) a layer and pass, "
@@ -815,7 +819,7 @@ def test_a_row_that_cannot_be_shared_so_is_refused(monkeypatch, tmp_path, keys, 
 
 
 def measured(settings: dict, runs: list[tuple]) -> dict:
-    """A document as benchmark_step.py writes it, in which a step has the given FLOP/s and times the predicted peak."""
+    """A document as benchmark_step.py writes it, with steps of given FLOP/s and times the predicted activations."""
     shape = shape_of(AutoConfig.for_model(**settings["model"]))
     document = {"settings": settings, "hardware": {"device": "A card"}, "date": "2026-01-02", "runs": {}}
     for variant, tuning, length, rate, factor in runs:
@@ -824,7 +828,7 @@ def measured(settings: dict, runs: list[tuple]) -> dict:
         flops = sum(step_flops(*step, settings["checkpointing"], tuning == "lora").values())
         document["runs"][f"{variant} {tuning} {length}"] = dict(
             variant=variant, tuning=tuning, reference=None, length=length, trial=False, status="ok",
-            median_s=flops / rate, peak=peak(step_memory(*step, setup)) * factor,
+            median_s=flops / rate, peak=peak(step_memory(*step, setup), factor),
         )  # fmt: skip
     like = dict(tuning="lora", reference=None, length=9984, trial=False, status="ok", median_s=1.0, peak=1)
     others = [dict(variant="V0", status="oom"), dict(variant="T"), dict(variant="V0", trial=True),
@@ -842,13 +846,31 @@ def test_a_measurement_calibrates_the_answer(monkeypatch, capsys):
     answer, _, _, basis, *_ = lines_of(monkeypatch, capsys, "--recipe", str(ROOT / LORA), *QWEN.split())
     assert basis.endswith(
         "gpu.json (A card, 2026-01-02) where that has the same: S3 at 8,192 tokens 200 TFLOP/s and 1.50 times the "
-        "predicted peak; V0 at 8,192 tokens 400 TFLOP/s and 1.25 times the predicted peak."
+        "predicted activations; V0 at 8,192 tokens 400 TFLOP/s and 1.25 times the predicted activations."
     )
-    assert "It takes 18.8 GB on the GPU of 80 GB" in answer  # 1.5 times 12.52
-    assert "It is 0.93 times as fast" in answer and "which takes 59.6 GB" in answer  # half of 1.85; 1.25 times 47.7
+    assert "It takes 15.7 GB on the GPU of 80 GB" in answer  # 6.17 of weights; 1.5 times the other 6.35
+    assert "It is 0.93 times as fast" in answer and "which takes 58.0 GB" in answer  # half of 1.85; 1.25 times 41.5
     _, setup = read_recipe(ROOT / LORA, 1)
     shape = shape_of(read_config("qwen2.5-7b"))
-    assert f"memory allows {longest(shape, 'S3', 1024, 256, None, setup, 80e9 / 1.5):,}." in answer
+    assert f"memory allows {longest(shape, 'S3', 1024, 256, None, setup, 80e9, 1.5):,}." in answer
+
+
+@pytest.mark.parametrize("gpus, memory", [("1", "125"), ("2", "64")])
+def test_the_state_of_full_fine_tuning_does_not_fit_because_of_a_measurement(gpus, memory, monkeypatch, capsys):
+    """Weights, gradients and Adam's state under ZeRO-3 are 123.85 and 62.94 GB; the shipped step was taken with SGD."""
+    monkeypatch.setattr(plan, "GPU_JSON", SHIPPED)
+    argv = [str(ROOT / "examples/yaml/qwen2.5-7b/solo_orpo.yaml"), "deepspeed=examples/yaml/deepspeed/ds_z3.json"]
+    answer, *rest = lines_of(monkeypatch, capsys, "--recipe", *argv, "--gpus", gpus, "--gpu-memory", memory)
+    assert answer.startswith("Does not fit.") and "No prompt fits" in answer
+    assert any(line.endswith(" TFLOP/s. Memory of full fine-tuning is not calibrated.") for line in rest)
+
+
+def test_measured_activations_of_lora_are_as_many_times_the_predicted_at_every_length():
+    """So the longest prompt that a short run promises is nearly what the longest run of the shipped ones took."""
+    references = dict.fromkeys(VARIANTS)
+    for length in (8192, 16384, 32768):
+        seen = plan.measurements(json.loads(SHIPPED.read_text(encoding="utf-8")), "lora", length, references)
+        assert seen["S3"].length == length and seen["S3"].memory == pytest.approx(1.107, abs=1e-3)
 
 
 @pytest.mark.parametrize("text, said", [("{}", "KeyError: 'settings'"), ("not json", "JSONDecodeError")])
