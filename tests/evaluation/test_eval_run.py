@@ -378,7 +378,8 @@ def test_a_run_that_begins_anew_and_is_stopped_goes_on_without_earlier_answers(
     benchmarks, model, server, tmp_path, monkeypatch
 ):
     """Of no model, not even where it was not reached, or is known under another name; nor of the harness."""
-    recipe = served(tmp_path, {"first": model}, server, served_model="scripted")
+    keys = dict(served_model="scripted", concurrency=1)  # so that none is under way where it is stopped
+    recipe = served(tmp_path, {"first": model}, server, **keys)
     answer_all(recipe, find_models(recipe))
     (Path(shutil.copytree(model, tmp_path / "second")) / "model.safetensors").write_bytes(weights("another"))
     for name in ("former", "second"):
