@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class DrawnPair:
     pass_rate: float  # share of all its answers that are right
     reason: str | None = None  # why there is no pair
     more: list[dict] = field(default_factory=list)  # to reject as well
+    beside_short: list[dict] = field(default_factory=list)  # to reject in longpo, if lengths decide; of the long side
 
 
 @dataclass
@@ -62,12 +64,12 @@ class DrawnQuestion:
         side, other = SETS[name]
         if other not in self.sides:
             return None
-        chosen, rejected = self.sides[side].chosen, self.sides[other].rejected
-        if not (chosen and rejected):
+        chosen, drawn = self.sides[side].chosen, self.sides[other]
+        if not (chosen and drawn.rejected):
             return None
         fitting = [
             answer
-            for answer in (rejected, *self.sides[other].more)
+            for answer in (side != other and drawn.beside_short) or (drawn.rejected, *drawn.more)
             if answer["ids"] != chosen["ids"] and (not self.margin or far_apart(chosen, answer, self.margin))
         ]
         return (chosen, fitting) if fitting else None
@@ -242,7 +244,7 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
 def draw_pair(
     answers: list[dict], room: int, encode: Callable[[str], list[int]], refused: Refused, rng: random.Random,
     balance_length: bool, dropped: Counter, graded: Graded | None = None, num_rejected: int = 1,
-    golds: Sequence[str] = (),
+    golds: Sequence[str] = (), beside: dict | None = None,
 ) -> DrawnPair:  # fmt: skip
     """Draw a random right answer and random wrong ones among the usable ones.
 
@@ -259,6 +261,7 @@ def draw_pair(
         graded: Which answers a model's grades make a pair of; None: any wrong one is rejected but the nearly right.
         num_rejected: Wrong answers to draw, no two of the same tokens; fewer where there are not so many.
         golds: The question's answers.
+        beside: An answer chosen on the short side, beside which wrong ones of this side are drawn as well.
     """
     right, wrong = [], []
     for answer in answers:
@@ -274,28 +277,40 @@ def draw_pair(
     if graded and both:
         right = [answer for answer in right if any(far_apart(answer, other, graded.margin) for other in wrong)]
     chosen = _with_ids(rng.choice(right), encode) if right else None
-    rejected: list[dict] = []
     rng.shuffle(wrong)
-    if graded and chosen:
-        wrong = [answer for answer in wrong if far_apart(chosen, answer, graded.margin)]
     if not graded and (near := [answer for answer in wrong if is_nearly_right(answer["answer"], golds)]):
         dropped["nearly_right"] += len(near)
         wrong = [answer for answer in wrong if answer not in near]  # what else is drawn stays the same
-    if balance_length and chosen:
-        wrong.sort(key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
-    for candidate in (_with_ids(answer, encode) for answer in wrong):
-        if chosen and candidate["ids"] == chosen["ids"]:
-            dropped["equal"] += 1
-        elif all(candidate["ids"] != other["ids"] for other in rejected):
-            rejected.append(candidate)
-        if len(rejected) == num_rejected:
-            break
+    reject = partial(_first_rejected, wrong, encode, balance_length, graded, num_rejected)
+    rejected, beside_short = reject(chosen, dropped), reject(beside, Counter()) if beside else []
     n_right, reason = sum(answer["correct"] for answer in answers), None
     if not (chosen and rejected):
         reason = "within_margin" if both and not chosen else "no_usable_rejected" if chosen else "no_usable_chosen"
         if n_right in (0, len(answers)) and not both:
             reason = "all_correct" if n_right else "all_wrong"
-    return DrawnPair(chosen, rejected[0] if rejected else None, n_right / len(answers), reason, rejected[1:])
+    return DrawnPair(
+        chosen, rejected[0] if rejected else None, n_right / len(answers), reason, rejected[1:], beside_short
+    )
+
+
+def _first_rejected(
+    wrong: list[dict], encode: Callable[[str], list[int]], balance_length: bool, graded: Graded | None, n: int,
+    chosen: dict | None, dropped: Counter,
+) -> list[dict]:  # fmt: skip
+    """Return the first `n` of shuffled wrong answers that a chosen one, if there is one, can stand beside."""
+    if graded and chosen:
+        wrong = [answer for answer in wrong if far_apart(chosen, answer, graded.margin)]
+    if balance_length and chosen:
+        wrong = sorted(wrong, key=lambda answer: abs(len(encode(answer["text"])) - len(chosen["ids"])))
+    rejected: list[dict] = []
+    for candidate in (_with_ids(answer, encode) for answer in wrong):
+        if chosen and candidate["ids"] == chosen["ids"]:
+            dropped["equal"] += 1
+        elif all(candidate["ids"] != other["ids"] for other in rejected):
+            rejected.append(candidate)
+        if len(rejected) == n:
+            break
+    return rejected
 
 
 def why_unusable(
@@ -353,7 +368,7 @@ def _questions(
     for context in tqdm(read_jsonl(work / "contexts.jsonl"), desc="select", unit=" questions", disable=None):
         room = recipe.cutoff_len - max(context[side]["tokens"] for side in ("short", "long"))
         marked = any(marker in context[side]["prompt"] for side in ("short", "long") for marker in markers)
-        drawn = {}
+        drawn: dict[str, DrawnPair] = {}
         for side in sides:
             name, found = next(judged[side], (None, ()))
             if name != context["id"]:
@@ -366,7 +381,7 @@ def _questions(
             n_answers[side] += len(answers)
             drawn[side] = draw_pair(
                 answers, room, encode, refused, rng, recipe.balance_length, dropped[side], graded, recipe.num_rejected,
-                context["answers"],
+                context["answers"], drawn["short"].chosen if side == "long" and recipe.balance_length else None,
             )  # fmt: skip
             if marked:
                 drawn[side] = DrawnPair(None, None, drawn[side].pass_rate, "template_marker_in_prompt")

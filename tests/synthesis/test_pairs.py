@@ -461,6 +461,32 @@ def test_several_rejected_are_the_nearest_in_length():
     assert [a["k"] for a in (drawn.rejected, *drawn.more)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("judge", ["rule", "model"])
+def test_of_each_set_the_rejected_are_the_nearest_in_length(tmp_path, balance, judge):
+    """To the chosen one of the same row, which in `longpo` is of the other side; grades are another reason."""
+    rng = random.Random(0)
+
+    def made(i: int, k: int) -> dict:
+        right = k < 4
+        grade = rng.choice([7.0, 9.0] if right else [2.0, 4.0])
+        text = "so " * rng.randrange(80) + f"{k}. The answer is: {f'Town{i}ville' if right else 'No answer.'}"
+        return answer(f"q{i}", k, right, text=text, grade=grade)
+
+    sides = {side: [[made(i, k) for k in range(12)] for i in range(20)] for side in ("short", "long")}
+    write_work(tmp_path, *sides.values())
+    keys = {"judge": judge, "judge_margin": 4.0} if judge == "model" else {}
+    recipe = recipe_for(tmp_path, num_rows=20, num_rejected=2, balance_length=balance, **keys)
+    pairs_stage.run(recipe, tmp_path)
+    nearest = Counter()
+    for row in pairs(tmp_path):
+        side, i = pairs_stage.SETS[row["set"]][1], int(row["id"][1:])
+        wrong = [a for a in sides[side][i][4:] if judge == "rule" or row["chosen_grade"] - a["grade"] >= 4]
+        gaps, chosen = sorted(abs(len(a["text"]) - len(row["chosen"])) for a in wrong), len(row["chosen"])
+        nearest[row["set"]] += [abs(len(text) - chosen) for text in row["all_rejected"]] == gaps[:2]
+    assert nearest == dict.fromkeys(pairs_stage.SETS, 20) if balance else max(nearest.values(), default=0) < 5
+
+
 def test_rows_of_longpo_reject_none_that_is_the_chosen(tmp_path):
     """The wrong answers of the long side, of which one has the tokens of the chosen one of the short side."""
     right = answer("q0", 0, True)
