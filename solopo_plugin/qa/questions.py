@@ -40,7 +40,7 @@ def read_questions(
         rows: Where a row stands, and a function that parses it, as from `source_rows`.
         form: A value of `input_format`.
         documents: The recipe's `corpus`, by id.
-        counts: Counts `lines`, `unanswerable` and `same_id`, and `answer_not_retrieved` of a retrieval log.
+        counts: Counts `lines`, `unanswerable` and `same_id`, and what `NotRetrieved` names of a retrieval log.
         bad: What to do with a row that cannot be used, given where it stands and why.
         open_ended: Take questions without `answers` in the plain format: a model judges what is said to them.
     """
@@ -53,8 +53,8 @@ def read_questions(
                 counts["unanswerable"] += 1
                 continue
             question = parse_row(row, form, documents, open_ended)
-        except NotRetrieved:
-            counts["answer_not_retrieved"] += 1
+        except NotRetrieved as error:
+            counts[str(error)] += 1
             continue
         except DataError as error:
             bad(where, error)
@@ -67,7 +67,7 @@ def read_questions(
 
 
 class NotRetrieved(DataError):
-    """Say that none of the passages of a retrieval log holds the answer."""
+    """Name the reason why nothing tells which passages of a retrieval log are evidence."""
 
 
 def unanswerable(row: dict) -> bool:
@@ -251,9 +251,12 @@ def _retrieval(row: dict, documents: Documents) -> tuple:
             "give the passages as documents (`input_format: documents`), about which questions are asked."
         )
     answers, passages = texts(row, key), _passages(row, documents)
-    evidence = [p for p in passages if holds_answer(document_text(p), answers)]
+    telling = [answer for answer in answers if judged_form(answer) not in ("yes", "no")]
+    if not telling:
+        raise NotRetrieved("yes_or_no")  # a passage with that word is no evidence for it
+    evidence = [p for p in passages if holds_answer(document_text(p), telling)]
     if not evidence:
-        raise NotRetrieved("no passage holds the answer.")
+        raise NotRetrieved("answer_not_retrieved")
     question = str(row.get("question"))
     id = id_at(row) if {"id", "_id"} & given(row).keys() else digest(question).hex()[:16]
     return id, answers, None, evidence, [p for p in passages if p not in evidence]
