@@ -40,9 +40,11 @@ _SAID_CHOICE = re.compile(
 )
 _CHOICE_ALONE = re.compile(r"\W*([A-Da-d])\W*")
 _PLAIN = re.compile(r"[\t\n\r -\[\]-~]*")  # printable ASCII without the backslash
-RULE = 3  # number of `gives_answer`'s rule: finished work folders are judged again by another one
+RULE = 4  # number of `gives_answer`'s rule: finished work folders are judged again by another one
 NO_ANSWER = "no answer"  # normalised; what the prompt asks for where the documents do not tell
 _NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
+# read in the text as it stands: in `No. Data show ...` the word is the answer
+_SAYS_NOTHING = re.compile(r"\bno\s+(?:information|mention|evidence|data|details?|documents?|such)\b", re.I)
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS)})\b", re.I)
 
@@ -143,7 +145,7 @@ def holds_answer(text: str, answers: list[str]) -> bool:
 
     An answer whose form is empty stands nowhere. Words end at spaces and at punctuation: `US` is in `U.S.-based` and
     not in `Russia`. Of `No answer`, what the prompt asks for where the documents do not tell, the words `no` and
-    `answer` are no answers.
+    `answer` are no answers; nor is `no` in `no information` and the like.
     """
     words = _judged_words(text)
     form = words.replace("_", "")
@@ -151,7 +153,8 @@ def holds_answer(text: str, answers: list[str]) -> bool:
         if not answer or answer not in form:
             continue
         whole = rf"(?<![^ _]){'_?'.join(map(re.escape, answer))}(?![^ _])"
-        if re.search(whole, _NO_ANSWER.sub("|", words) if answer in NO_ANSWER.split() else words):
+        denies = answer in NO_ANSWER.split()
+        if re.search(whole, _NO_ANSWER.sub("|", _judged_words(_SAYS_NOTHING.sub(" ", text))) if denies else words):
             return True
     return False
 
