@@ -258,6 +258,49 @@ def test_what_is_no_refusal_stays_what_it_is(error):
     assert caught.value is error
 
 
+@pytest.mark.parametrize(
+    "changes, built, compiler, refused",
+    [
+        ({}, "", "c++", True),
+        ({}, "", "no-such-compiler -O1", True),
+        ({}, "", f"{sys.executable} -O1", False),
+        ({}, "package/ops/adam/cpu_adam_op.cpython-311.so", "c++", False),
+        ({}, "extensions/py311_cpu/cpu_adam/cpu_adam.so", "c++", False),
+        ({"do_train": False}, "", "c++", False),
+        ({"deepspeed": "examples/yaml/deepspeed/ds_z3.json"}, "", "c++", False),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, "", "c++", True),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "none"}}}}, "", "c++", False),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": None}}}, "", "c++", False),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "optimizer": {}}},
+            "",
+            "c++",
+            False,
+        ),
+    ],
+)
+def test_offload_needs_a_compiler_unless_adam_is_built(
+    machine, monkeypatch, tmp_path, changes, built, compiler, refused
+):
+    machine(packages=SimpleNamespace(origin=str(tmp_path / "package/__init__.py")))
+    for name, value in {
+        "PATH": "",
+        "CXX": compiler,
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        "FORCE_TORCHRUN": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    if built:
+        (tmp_path / built).parent.mkdir(parents=True)
+        (tmp_path / built).touch()
+    sentence = (
+        "`deepspeed` offloads the optimizer to the CPU, for which DeepSpeed compiles its Adam at the first start; "
+        f"the C++ compiler `{compiler.split()[0]}` is not there: apt-get install g++, or set CXX to another."
+    )
+    recipe = {"do_train": True, "deepspeed": "examples/yaml/deepspeed/ds_z3_offload.json"} | changes
+    assert told(**recipe) == [sentence] * refused
+
+
 def test_deepspeed(machine, monkeypatch):
     zero = "examples/yaml/deepspeed/ds_z3.json"
     package, launch = told(deepspeed=zero)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -235,6 +236,32 @@ def _launch(recipe: dict) -> Iterator[str]:
         yield f"NPROC_PER_NODE={processes}, and there are {devices} GPUs: {again}"
 
 
+def _offload(recipe: dict) -> Iterator[str]:
+    settings: Any = recipe.get("deepspeed")
+    offloads = False
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):  # no offload, or the host's to refuse
+        config = json.loads(Path(settings).read_text(encoding="utf-8")) if isinstance(settings, str) else settings
+        device = config["zero_optimization"]["offload_optimizer"]["device"]
+        # where accelerate puts DeepSpeed's Adam in the place of the optimizer
+        offloads = device != "none" and "optimizer" not in config and config.get("zero_force_ds_cpu_optimizer", True)
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
+    if offloads and recipe.get("do_train") and not shutil.which(compiler) and not _adam_is_built():
+        yield (
+            "`deepspeed` offloads the optimizer to the CPU, for which DeepSpeed compiles its Adam at the first start; "
+            f"the C++ compiler `{compiler}` is not there: apt-get install g++, or set CXX to another."
+        )
+
+
+def _adam_is_built() -> bool:
+    """Return whether DeepSpeed's Adam was compiled when it was installed, or by an earlier run."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    package = find_spec("deepspeed")
+    folders = [Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())]
+    folders += [Path(package.origin).parent / "ops/adam"] if package and package.origin else []
+    return any(path for folder in folders for path in folder.rglob("cpu_adam*.so"))
+
+
 def _processes() -> int:
     """Return how many there are or will be on this machine; the host's own rule."""
     from llamafactory.extras.misc import get_device_count
@@ -405,4 +432,4 @@ def names_of(value: object) -> list[str]:
 
 
 # each yields a sentence for what is missing
-PARTS = (_keys, _device, _packages, _launch, _shared_rows, _models, _template, _data)
+PARTS = (_keys, _device, _packages, _launch, _offload, _shared_rows, _models, _template, _data)
