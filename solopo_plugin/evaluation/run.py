@@ -2,16 +2,17 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..qa.files import DataError, lock_folder, write_json
 from ..qa.generate.calls import Model, load_chat
-from ..qa.generate.servers import served_name
 from ..qa.provenance import differences
 from ..qa.ready import check_ready
-from ..qa.recipe import Chat, Sampling, pick, settings
+from ..qa.recipe import Chat, pick, settings
 from ..qa.store import STORE, Store
 from .ask import answers_file, ask, asked_so, asked_with, fingerprint, key_of, take_in, write_answers
 from .items import read_items
@@ -22,6 +23,7 @@ from .score import stored_answers
 
 log = logging.getLogger(__name__)
 MODELS = "models.json"
+FORGOTTEN = ".forgotten"  # folder of what `--no-resume` forgets, until there is an answer
 PRIVATE = ("server_urls", "api_key_env", "extra_body")  # keys of a recipe that no report shows
 
 
@@ -59,7 +61,8 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             if recipe.benchmarks:
                 answer_all(recipe, models, resume)
             elif not resume:
-                begin_anew(recipe, models)
+                for place in _harness_folders(recipe, models):
+                    shutil.rmtree(place, ignore_errors=True)
         else:
             log.info(f"scored again, as the last run had them: {', '.join(model.name for model in models)}.")
             if recipe.benchmarks:
@@ -84,36 +87,46 @@ def answer_all(recipe: EvalRecipe, models: list[Model], resume: bool = True) -> 
     for item in read_items(folder / ITEMS):
         hashes[key_of(item)] = item.prompt_hash
         longest = max(longest, item.max_new_tokens or recipe.max_new_tokens)
-    if not resume:
-        begin_anew(recipe, models)
-    with Store(folder / STORE) as store:
+    with Store(folder / STORE) as store, nullcontext() if resume else _anew(recipe, models, store):
         take_in(store, folder / "answers", names)
         for model in models:
             ask(recipe, model, store, hashes, recipe.max_input_tokens + longest, names)
 
 
-def begin_anew(recipe: EvalRecipe, models: list[Model]) -> None:
-    """Forget what all models have answered with these settings, and the harness' results of them.
+@contextmanager
+def _anew(recipe: EvalRecipe, models: list[Model], store: Store) -> Iterator[None]:
+    """Forget what all models have answered with these settings, and their results of the harness.
 
-    At once, so that a run that is stopped goes on without them also where it asks a model that it had not reached.
-
-    Raises:
-        DataError: A model or the first one's server is not ready; nothing is forgotten.
+    At once, so that a run that is stopped goes on without them also where it asks a model that it had not reached. One
+    that fails before its first answer, as where a model or server does not start, has them again.
     """
     folder = Path(recipe.output_dir)
-    if recipe.benchmarks:
-        for tokenizer in sorted({model.tokenizer for model in models}):
-            load_chat(tokenizer, pick(recipe, Chat))
-        if recipe.backend == "openai":
-            served_name(pick(recipe, Sampling), models[0])
-        asked = [(model.name, fingerprint(recipe, model)) for model in models]
-        with Store(folder / STORE) as store:
-            take_in(store, folder / "answers", set())
-            for model in models:
-                answers_file(folder, model).unlink(missing_ok=True)
-            store.forget(asked)
-    for model in models if recipe.harness_tasks else ():
-        shutil.rmtree(folder / "harness" / model.name, ignore_errors=True)
+    for tokenizer in sorted({model.tokenizer for model in models}):
+        load_chat(tokenizer, pick(recipe, Chat))
+    sets = [(model.name, fingerprint(recipe, model)) for model in models]
+    take_in(store, folder / "answers", set())
+    aside, places = folder / FORGOTTEN, [answers_file(folder, model) for model in models]
+    places += _harness_folders(recipe, models)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for i, place in enumerate(places):
+            if place.exists():
+                place.rename(aside / str(i))
+        store.forget(sets)
+        yield
+    except Exception:
+        if store.remember(sets):
+            for path in aside.iterdir():
+                path.rename(places[int(path.name)])
+        raise
+    finally:
+        store.forget([])
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _harness_folders(recipe: EvalRecipe, models: list[Model]) -> list[Path]:
+    return [Path(recipe.output_dir, "harness", model.name) for model in models if recipe.harness_tasks]
 
 
 def write_stored(folder: Path, models: list[Model]) -> list[Model]:

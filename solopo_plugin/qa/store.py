@@ -172,14 +172,26 @@ class Store:
     def forget(self, sets: Iterable[tuple[str, Any]]) -> None:
         """Make sets of answers empty, all or none of them; each is there from then on, but not the last used.
 
+        What they had is kept for `remember` until the next call.
+
         Args:
             sets: Who answers and with what settings, as of `set_of`.
         """
         with self._transaction() as run:
+            run("DELETE FROM answers WHERE set_id < 0")
             for name, settings in sets:
                 digest = _digest(settings)
                 run(_MAKE, (name, digest, json.dumps(settings)))
-                run(f"DELETE FROM answers WHERE set_id = ({_ID})", (name, digest))
+                run(f"UPDATE answers SET set_id = -set_id WHERE set_id = ({_ID})", (name, digest))
+
+    def remember(self, sets: Iterable[tuple[str, Any]]) -> bool:
+        """Give sets back what `forget` took from them, unless one of them has an answer; returns whether none has."""
+        with self._transaction() as run:
+            for name, settings in sets:
+                if run(f"SELECT 1 FROM answers WHERE set_id = ({_ID})", (name, _digest(settings))).fetchone():
+                    return False
+            run("UPDATE answers SET set_id = -set_id WHERE set_id < 0")
+        return True
 
     def close(self) -> None:
         """Write everything into the one file, wait until it is on the disk, and let others at it."""

@@ -414,10 +414,10 @@ def test_how_a_stopped_run_goes_on(words, how, monkeypatch, capsys):
     assert capsys.readouterr().err == f"Stopped; the same command {how}continues.\n"
 
 
-def stop_after(replies, n: int):
+def stop_after(replies, n: int, how: type[BaseException] = KeyboardInterrupt):
     with closing(replies):
         yield from islice(replies, n)
-        raise KeyboardInterrupt
+        raise how
 
 
 @pytest.mark.parametrize(
@@ -425,10 +425,10 @@ def stop_after(replies, n: int):
     [
         ({"backend": "vllm"}, "`backend: vllm` is not installed"),
         ({}, "`plain` has no question; check its files"),
-        ({"server_urls": "http://127.0.0.1:9", "served_model": None, "retries": 0}, "127.0.0.1:9"),
+        ({"server_urls": "http://127.0.0.1:9", "retries": 0}, "127.0.0.1:9"),
         ({"served_model": None}, "is called first"),
         ({"model_name_or_path": "./gone"}, "No tokenizer can be loaded from `model_name_or_path: ./gone`"),
-        ({"harness_tasks": ["t"], "harness_args": {"tasks": "t"}}, "`harness_args` cannot set `tasks`"),
+        ({"harness_args": {"tasks": "t"}}, "`harness_args` cannot set `tasks`"),
     ],
 )  # fmt: skip
 def test_what_cannot_begin_anew_forgets_nothing(keys, said, benchmarks, model, server, tmp_path):
@@ -437,13 +437,27 @@ def test_what_cannot_begin_anew_forgets_nothing(keys, said, benchmarks, model, s
     base = dict(model_name_or_path=model, served_model="scripted")
     recipe = served(tmp_path, places, server, **base)
     answer_all(recipe, find_models(recipe))
-    (tmp_path / "out" / "harness" / "first").mkdir(parents=True)
+    (tmp_path / "out" / "harness" / "first" / "results").mkdir(parents=True)
+    recipe.harness_tasks = ["t"]
     before = stored(tmp_path / "out")
     benchmarks["plain"] = toy.benchmark(20 if keys else 0)
     with pytest.raises(DataError, match=re.escape(said)):
         run.evaluate(replace(recipe, **keys), resume=False)
     assert stored(tmp_path / "out") == before and len(before[0]) == 40
     assert len(answers(tmp_path / "out", "first")) == len(answers(tmp_path / "out", "bare")) == 20
+
+
+def test_what_is_answered_anew_forgets_the_rest(benchmarks, model, server, tmp_path, monkeypatch):
+    """Also where it then fails; before its first answer it has all again."""
+    places = {"first": model, "second": str(shutil.copytree(model, tmp_path / "second"))}
+    recipe = served(tmp_path, places, server, served_model="scripted")
+    answer_all(recipe, find_models(recipe))
+    before, original = stored(tmp_path / "out"), ask.generate
+    for n, left in ((0, 40), (1, 1)):
+        monkeypatch.setattr(ask, "generate", lambda *given, n=n: stop_after(original(*given), n, RuntimeError))
+        with pytest.raises(RuntimeError):
+            answer_all(recipe, find_models(recipe), resume=False)
+        assert len(stored(tmp_path / "out")[0]) == left and (n or stored(tmp_path / "out") == before)
 
 
 def test_a_damaged_answer_is_a_sentence(benchmarks, model, server, tmp_path):

@@ -112,7 +112,10 @@ def test_the_first_answer_to_a_prompt_stays(tmp_path):
             assert list(found) == [("q", 1)] and store.get(found["q", 1]) == {"a": a} and not others
         assert store.find(warm, {"q": "p3"}) == ({}, {"q"}) and all_of(store, warm) == [{"a": 2}]
         store.forget([("m", {"t": 0})])
-        assert not all_of(store, cold) and all_of(store, warm)
+        assert not all_of(store, cold) and all_of(store, warm) and store.remember([("m", {"t": 0})])
+        store.forget([("m", {"t": 0}), ("new", {"t": 0})])
+        store.add(store.set_of("new", {"t": 0}), [("q", 0, "p1", {"a": 5})])
+        assert not store.remember([("m", {"t": 0}), ("new", {"t": 0})]) and not all_of(store, cold)
 
 
 def test_answers_of_the_same_settings_are_taken_over(tmp_path):
