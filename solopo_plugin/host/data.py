@@ -80,7 +80,8 @@ def check_stage(name: str, attr: Any, stage: str) -> None:
     if not long or not getattr(attr, column):
         raise ValueError(
             f"Dataset `{name}` has no long context for `stage: solopo`: under `columns` in dataset_info.json map "
-            f"`{column}` (formatting `{attr.formatting}`) to the column that holds the long prompt."
+            f"`{column}` (formatting `{attr.formatting}`) to the column that holds the long prompt, and "
+            f"`{column.removeprefix('long_')}` to one with its evidence and question alone."
         )
     if attr.ranking is not True:
         raise ValueError(f'Dataset `{name}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
