@@ -14,7 +14,7 @@ import pytest
 from conftest import BIN, ROOT, shell_environment
 from zygote import Run
 
-PAGE = (ROOT / "docs/after_training.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/after_training.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")  # commands on one line
 
 
 def commands(program: str) -> list[str]:
