@@ -95,7 +95,8 @@ def refusing() -> Iterator[None]:
 def _how_to_see_where(error: ValueError) -> str:
     """Return nothing for a sentence of ours or of the host; a library's, as of JSON, does not say where."""
     *_, (frame, _) = walk_tb(error.__traceback__)
-    ours = str(frame.f_globals.get("__name__")).startswith(("solopo_plugin.", "llamafactory."))
+    raised = frame.f_globals.get("__name__"), type(error).__module__  # what another process raised is raised again here
+    ours = any(str(name).startswith(("solopo_plugin.", "llamafactory.")) for name in raised)
     return "" if ours else f" (`{DEBUG}=DEBUG` shows where)"
 
 
