@@ -266,6 +266,8 @@ def test_what_is_no_refusal_stays_what_it_is(error):
         ({}, "", f"{sys.executable} -O1", False),
         ({}, "package/ops/adam/cpu_adam_op.cpython-311.so", "c++", False),
         ({}, "extensions/py311_cpu/cpu_adam/cpu_adam.so", "c++", False),
+        ({}, "extensions/cpu_adam/cpu_adam.so", "c++", False),
+        ({}, "extensions/of_others/cpu_adam/cpu_adam.so", " ", True),
         ({"do_train": False}, "", "c++", False),
         ({"deepspeed": "examples/yaml/deepspeed/ds_z3.json"}, "", "c++", False),
         ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, "", "c++", True),
@@ -293,9 +295,11 @@ def test_offload_needs_a_compiler_unless_adam_is_built(
     if built:
         (tmp_path / built).parent.mkdir(parents=True)
         (tmp_path / built).touch()
+        of = tmp_path / ("others" if "of_others" in built else "package")
+        (tmp_path / built).with_name(".ninja_deps").write_bytes(b"# ninjadeps\n\x04" + bytes(of / "ops/csrc/a.cpp"))
     sentence = (
         "`deepspeed` offloads the optimizer to the CPU, for which DeepSpeed compiles its Adam at the first start; "
-        f"the C++ compiler `{compiler.split()[0]}` is not there: apt-get install g++, or set CXX to another."
+        f"the C++ compiler `{(compiler.split() or ['c++'])[0]}` is not there: apt-get install g++, or set CXX to another."
     )
     recipe = {"do_train": True, "deepspeed": "examples/yaml/deepspeed/ds_z3_offload.json"} | changes
     assert told(**recipe) == [sentence] * refused

@@ -87,6 +87,7 @@ def answer_all(recipe: EvalRecipe, models: list[Model], resume: bool = True) -> 
     for item in read_items(folder / ITEMS):
         hashes[key_of(item)] = item.prompt_hash
         longest = max(longest, item.max_new_tokens or recipe.max_new_tokens)
+    shutil.rmtree(folder / FORGOTTEN, ignore_errors=True)  # of a run that was killed
     with Store(folder / STORE) as store, nullcontext() if resume else _anew(recipe, models, store):
         take_in(store, folder / "answers", names)
         for model in models:
@@ -108,7 +109,6 @@ def _anew(recipe: EvalRecipe, models: list[Model], store: Store) -> Iterator[Non
     aside, places = folder / FORGOTTEN, [answers_file(folder, model) for model in models]
     places += _harness_folders(recipe, models)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         for i, place in enumerate(places):
             if place.exists():
@@ -119,6 +119,7 @@ def _anew(recipe: EvalRecipe, models: list[Model], store: Store) -> Iterator[Non
         if store.remember(sets):
             for path in aside.iterdir():
                 path.rename(places[int(path.name)])
+            log.warning("All answers so far are there again; repeat `--no-resume` to begin anew.")
         raise
     finally:
         store.forget([])

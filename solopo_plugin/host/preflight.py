@@ -245,7 +245,7 @@ def _offload(recipe: dict) -> Iterator[str]:
         device = config["zero_optimization"]["offload_optimizer"]["device"]
         # where accelerate puts DeepSpeed's Adam in the place of the optimizer
         offloads = device != "none" and "optimizer" not in config and config.get("zero_force_ds_cpu_optimizer", True)
-    compiler = (os.environ.get("CXX") or "c++").split()[0]
+    compiler = (os.environ.get("CXX", "").split() or ["c++"])[0]
     if offloads and recipe.get("do_train") and not shutil.which(compiler) and not _adam_is_built():
         yield (
             "`deepspeed` offloads the optimizer to the CPU, for which DeepSpeed compiles its Adam at the first start; "
@@ -254,13 +254,16 @@ def _offload(recipe: dict) -> Iterator[str]:
 
 
 def _adam_is_built() -> bool:
-    """Return whether DeepSpeed's Adam was compiled when it was installed, or by an earlier run."""
+    """Return whether DeepSpeed's Adam was compiled when it was installed, or by an earlier run of this environment."""
     from torch.utils.cpp_extension import get_default_build_root
 
     package = find_spec("deepspeed")
-    folders = [Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())]
-    folders += [Path(package.origin).parent / "ops/adam"] if package and package.origin else []
-    return any(path for folder in folders for path in folder.rglob("cpu_adam*.so"))
+    folder = Path(package.origin).parent if package and package.origin else Path("no-deepspeed")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    logs = [*root.glob("cpu_adam/.ninja_deps"), *root.glob("*/cpu_adam/.ninja_deps")]  # of what it was compiled
+    return any(folder.glob("ops/adam/cpu_adam*.so")) or any(
+        log.with_name("cpu_adam.so").is_file() and f"{folder}/".encode() in log.read_bytes() for log in logs
+    )
 
 
 def _processes() -> int:

@@ -44,7 +44,10 @@ RULE = 4  # number of `gives_answer`'s rule: finished work folders are judged ag
 NO_ANSWER = "no answer"  # normalised; what the prompt asks for where the documents do not tell
 _NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
 # read in the text as it stands: in `No. Data show ...` the word is the answer
-_SAYS_NOTHING = re.compile(r"\bno\s+(?:information|mention|evidence|data|details?|documents?|such)\b", re.I)
+_SAYS_NOTHING = re.compile(
+    r"\bno[\s*_]+(?:[\w-]+[\s*_]+)?(?:information|mention|evidence|data|details?|documents?|such|answer)\b", re.I
+)
+_NO = re.compile(r"\bno\b", re.I)
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS)})\b", re.I)
 
@@ -162,11 +165,13 @@ def holds_answer(text: str, answers: list[str]) -> bool:
 def is_nearly_right(answer: str, golds: Sequence[str]) -> bool:
     """Return whether a wrong answer is part of a gold one, or gives it once `six` and `6` are the same; ours.
 
-    `Koch` for `Robert Koch` and `6 months` for `six months` are wrong by sub-EM. `No answer` is never nearly right.
+    `Koch` for `Robert Koch` and `6 months` for `six months` are wrong by sub-EM. `No such law exists` may say the gold
+    answer `no`, or nothing. `No answer` is never nearly right.
     """
     said, *written = (_NUMBER_WORD.sub(_digits, text) for text in (answer, *golds))
+    denies = bool(_NO.search(answer)) and "no" in map(judged_form, golds)
     return judged_form(answer) != NO_ANSWER and (
-        holds_answer(said, written) or any(holds_answer(gold, [said]) for gold in written)
+        denies or holds_answer(said, written) or any(holds_answer(gold, [said]) for gold in written)
     )
 
 

@@ -17,7 +17,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Container, Iterable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ _REASONS = {  # second word of SQLite's name for an error -> what is said; {} is
     "NOTADB": "{}; remove it and start again, what stands in JSON lines files is taken from there",
     "CORRUPT": "{}; remove it and start again, what stands in JSON lines files is taken from there",
 }
+
+
+def has_answers(path: Path) -> bool:
+    """Return whether there is any answer in a store that nobody of this process has open; True if it cannot be told."""
+    try:
+        with closing(sqlite3.connect(path)) as db:
+            return path.exists() and db.execute("SELECT 1 FROM answers").fetchone() is not None
+    except sqlite3.Error as error:
+        return "no such table" not in str(error)
 
 
 class Store:
@@ -135,11 +144,6 @@ class Store:
                     others.add(question)
         return found, others - {question for question, _ in found}
 
-    def has_answers(self) -> bool:
-        """Return whether there is any answer."""
-        with self._transaction() as run:
-            return run("SELECT 1 FROM answers").fetchone() is not None
-
     def get(self, place: int) -> dict:
         """Return the answer at a place."""
         with self._transaction() as run:
@@ -191,6 +195,7 @@ class Store:
                 if run(f"SELECT 1 FROM answers WHERE set_id = ({_ID})", (name, _digest(settings))).fetchone():
                     return False
             run("UPDATE answers SET set_id = -set_id WHERE set_id < 0")
+            run("DELETE FROM sets WHERE used = 0 AND id NOT IN (SELECT set_id FROM answers)")  # that `forget` made
         return True
 
     def close(self) -> None:

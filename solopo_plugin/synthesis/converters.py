@@ -30,7 +30,7 @@ YAML_KEY = r"[\w$@/'\"](?:[\w $@/.'\"()-]|:\b)*:"
 YAML_REST = r"[# \t\]}].*\n|\n"
 FRONT_MATTER = re.compile(
     rf"---[ \t]*\n(?:#.*\n|[ \t]*\n)*+(?={YAML_KEY}(?:[ \t].*)?\n)"
-    rf"(?:{YAML_KEY}[ \t]*(?:#.*)?\n(?:-(?!--).*\n|{YAML_REST})*+|{YAML_KEY}[ \t].*\n|{YAML_REST})*+"
+    rf"(?:{YAML_KEY}[ \t]*(?:[&!]\S*[ \t]*)?(?:#.*)?\n(?:-(?!--).*\n|{YAML_REST})*+|{YAML_KEY}[ \t].*\n|{YAML_REST})*+"
     r"(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
 )
 # code in a fence and within a line, which may hold the signs of a comment; a comment; and one without an end

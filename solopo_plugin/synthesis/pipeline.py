@@ -10,15 +10,15 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..qa.files import DataError, as_data_error, lock_folder, replacing, split_names, write_json
+from ..qa.files import DataError, as_data_error, lock_folder, split_names, write_json
 from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions, is_of_model
-from ..qa.store import STORE, Store
+from ..qa.store import STORE, has_answers
 from . import ask, contexts, documents, export, filter, judge, pairs, read, sample, verdicts
 from .recipe import UNSAID, DataRecipe, from_documents, model_files, outside_inputs, stage_settings
 
@@ -147,40 +147,37 @@ def _kept(name: str, work: Path) -> list[Path]:
 
 @contextmanager
 def _anew(name: str, work: Path) -> Iterator[None]:
-    """Have a stage forget what it would go on from; one that fails before its first answer has it again.
+    """Have a stage forget what it would go on from; one that fails before it has made any of it has it again.
 
     So does one that is refused for a setting, and one whose model or server does not start. The manifest is put back,
-    too.
+    too. A stage that is stopped has forgotten.
     """
-    if name not in STORES:
-        _forget(name, work)
-        yield
-        return
-    manifest, aside = (work / MANIFEST).read_bytes(), work / FORGOTTEN
+    aside, before = work / FORGOTTEN, read_manifest(work)
+    kept = [path for path in _kept(name, work) if path.exists()]
     try:
         with as_data_error(aside, "write"):
             aside.mkdir()
-            for path in _kept(name, work):
-                if path.exists():
-                    path.rename(aside / path.name)
+            for path in kept:
+                path.rename(aside / path.name)
         yield
     except Exception:
-        if not _has_answers(work / STORES[name]):
+        if not _has_begun(name, work):
             _forget(name, work)
-            for path in aside.iterdir():
-                path.rename(work / path.name)
-            with replacing(work / MANIFEST) as file:
-                file.write(manifest)
+            for path in kept:
+                if (aside / path.name).exists():
+                    (aside / path.name).rename(path)
+            if before["stages"]:
+                write_json(work / MANIFEST, before)
+            if kept and name not in before.get("forget", []):
+                log.warning("%s: what it had finished is there again; repeat `--no-resume` to begin anew.", name)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _has_answers(path: Path) -> bool:
-    """Return whether a stage has been answered anything."""
-    with suppress(DataError), Store(path) as store:
-        return store.has_answers()
-    return False
+def _has_begun(name: str, work: Path) -> bool:
+    """Return whether a stage has been answered, or has converted, anything."""
+    return has_answers(work / STORES[name]) if name in STORES else any(path.exists() for path in _kept(name, work))
 
 
 def _check_before(stage: str, stages: tuple[str, ...], recipe: DataRecipe, manifest: dict) -> None:

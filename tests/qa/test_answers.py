@@ -232,6 +232,10 @@ def test_thoughts_of_all_the_hosts_templates_are_told():
         ("No answer is sure, but Rosvik", "Rosvik", True),
         ("none", "no", False),
         ("No mention of their nationality.", "no", False),
+        ("No relevant information is given.", "no", False),
+        ("No **mention** of it.", "no", False),
+        ("No clear answer.", "no", False),
+        ("No, data show another thing.", "no", True),
         ("There is no mention of this", "No", False),
         ("No such film.", "no", False),
         ("NO  INFORMATION", "no", False),
@@ -268,6 +272,7 @@ def test_what_an_answer_holds(said, gold, right):
         ("Heinrich Koch", ["Robert Koch"], False),
         ("6 months", ["sixteen months", "26 months"], False),
         ("1", ["1,000"], False),
+        ("No such law exists.", ["no"], True),
         # these say nothing
         ("", ["Robert Koch"], False),
         ("the", ["the bone marrow"], False),

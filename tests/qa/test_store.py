@@ -113,6 +113,9 @@ def test_the_first_answer_to_a_prompt_stays(tmp_path):
         assert store.find(warm, {"q": "p3"}) == ({}, {"q"}) and all_of(store, warm) == [{"a": 2}]
         store.forget([("m", {"t": 0})])
         assert not all_of(store, cold) and all_of(store, warm) and store.remember([("m", {"t": 0})])
+        store.forget([("m", {"t": 0}), ("later", {"t": 0})])
+        assert store.remember([("m", {"t": 0}), ("later", {"t": 0})]) and all_of(store, cold) == [{"a": 4}]
+        assert store.sets("later") == []  # or it would not take over what others of its settings have
         store.forget([("m", {"t": 0}), ("new", {"t": 0})])
         store.add(store.set_of("new", {"t": 0}), [("q", 0, "p1", {"a": 5})])
         assert not store.remember([("m", {"t": 0}), ("new", {"t": 0})]) and not all_of(store, cold)

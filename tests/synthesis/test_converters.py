@@ -79,7 +79,7 @@ def test_a_fence_hides_headings():
         ("---\nNote: no dogs.\n\nNo cats.\n\n---\n", ["Note: no dogs.", "No cats."]),
         ("---\n'a': x\ntags:\n- one\n\nlist: [\n  2,\n]\n# three\n...\nNo cats.\n", ["No cats."]),
         ("---\nDay: One\n\n# Rules\n\n- No dogs.\n\n---\n\nNo cats.", ["Day: One", "Rules", "- No dogs.", "No cats."]),
-        ("---\ntags: # three\n# of\n\n- one\na: >\n  - b\n---\nNo cats.\n", ["No cats."]),
+        ("---\nkinds: &k\n- one\ntags: # three\n# of\n\n- one\na: >\n  - b\n---\nNo cats.\n", ["No cats."]),
         ("---\ntags:\n", ["tags:"]),
         ("---\n\n# Rules\n- one\n\n---\n\nNo cats.\n", ["Rules", "- one", "No cats."]),
         ("---\ndate created: 2021\ntags: x\n---\nNo cats.\n", ["No cats."]),

@@ -30,7 +30,7 @@ from scripted_server import scripted, serving
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.provenance import TOKENIZER, WEIGHTS, file_hash, folder_hash
 from solopo_plugin.qa.recipe import settings
-from solopo_plugin.qa.store import STORE, Store
+from solopo_plugin.qa.store import STORE, Store, has_answers
 from solopo_plugin.synthesis import pipeline, sample
 from solopo_plugin.synthesis.look import open_source
 from solopo_plugin.synthesis.pipeline import FROM_DOCUMENTS, TABLE, read_manifest, run_pipeline, stages_of
@@ -483,6 +483,38 @@ def test_a_stage_that_fails_has_forgotten_once_it_is_answered(answered, finished
     )
     kept = [json.loads(row[-1]) for row in json.loads(after[f"work/{STORE}"])]
     assert kept == [{"text": "new"}] if answered else len(kept) > 1
+
+
+def test_a_store_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path):
+    path = tmp_path / STORE
+    assert not has_answers(path)
+    with Store(path) as store:
+        pass
+    assert not has_answers(path)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        assert has_answers(path)
+    with Store(path) as store:
+        store.add(store.set_of("a", {}), [("q", 0, "hash", {})])
+    assert has_answers(path)
+    path.write_bytes(b"no store" * 2000)
+    assert has_answers(path)
+
+
+def test_converted_documents_are_there_again_where_none_was_converted(tmp_path):
+    """As where a package is missing; not where one was converted anew, or the run was stopped."""
+    (tmp_path / "converted").mkdir()
+    old, new = (tmp_path / f"converted/{digit * 64}.json" for digit in "ab")
+    for error, made, there in ((DataError, None, [old]), (DataError, new, [new]), (KeyboardInterrupt, None, [])):
+        old.touch()
+        new.unlink(missing_ok=True)
+        with pytest.raises(error), pipeline._anew("documents", tmp_path):
+            assert not old.exists()
+            if made:
+                made.touch()
+            raise error("no")
+        assert list((tmp_path / "converted").iterdir()) == there and not (tmp_path / pipeline.FORGOTTEN).exists()
 
 
 def test_a_stopped_run_that_was_to_begin_anew_does_so_where_it_goes_on(finished, prepare, monkeypatch, caplog):
