@@ -867,10 +867,12 @@ def test_the_state_of_full_fine_tuning_does_not_fit_because_of_a_measurement(gpu
 
 def test_measured_activations_of_lora_are_as_many_times_the_predicted_at_every_length():
     """So the longest prompt that a short run promises is nearly what the longest run of the shipped ones took."""
-    references = dict.fromkeys(VARIANTS)
-    for length in (8192, 16384, 32768):
-        seen = plan.measurements(json.loads(SHIPPED.read_text(encoding="utf-8")), "lora", length, references)
-        assert seen["S3"].length == length and seen["S3"].memory == pytest.approx(1.107, abs=1e-3)
+    document, references = json.loads(SHIPPED.read_text(encoding="utf-8")), dict.fromkeys(VARIANTS)
+    for run in document["runs"].values():
+        run["trial"] = False  # whose memory is that of any other step
+    for length, factor in {8192: "1.107", 16384: "1.107", 32768: "1.107", 103424: "1.108"}.items():
+        seen = plan.measurements(document, "lora", length, references)
+        assert seen["S3"].length == length and f"{seen['S3'].memory:.3f}" == factor
 
 
 @pytest.mark.parametrize("text, said", [("{}", "KeyError: 'settings'"), ("not json", "JSONDecodeError")])
