@@ -163,16 +163,22 @@ def holds_answer(text: str, answers: list[str]) -> bool:
 
 
 def is_nearly_right(answer: str, golds: Sequence[str]) -> bool:
-    """Return whether a wrong answer is part of a gold one, or gives it once `six` and `6` are the same; ours.
+    """Return whether a wrong answer is part of a gold one, has its words in another order, or `6` for its `six`; ours.
 
-    `Koch` for `Robert Koch` and `6 months` for `six months` are wrong by sub-EM. `No such law exists` may say the gold
-    answer `no`, or nothing. `No answer` is never nearly right.
+    `Koch` for `Robert Koch`, `5 May 2010` for `May 5, 2010` and `6 months` for `six months` are wrong by sub-EM. `No
+    such law exists` may say the gold answer `no`, or nothing. `No answer` is never nearly right.
     """
     said, *written = (_NUMBER_WORD.sub(_digits, text) for text in (answer, *golds))
     denies = bool(_NO.search(answer)) and "no" in map(judged_form, golds)
     return judged_form(answer) != NO_ANSWER and (
-        denies or holds_answer(said, written) or any(holds_answer(gold, [said]) for gold in written)
+        denies
+        or holds_answer(said, written)
+        or any(holds_answer(gold, [said]) or _words(gold) == _words(said) != [] for gold in written)
     )
+
+
+def _words(text: str) -> list[str]:
+    return sorted(judged_form(text).split())
 
 
 def _digits(word: re.Match) -> str:
