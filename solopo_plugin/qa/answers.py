@@ -45,7 +45,9 @@ NO_ANSWER = "no answer"  # normalised; what the prompt asks for where the docume
 _NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
 # read in the text as it stands: in `No. Data show ...` the word is the answer
 _SAYS_NOTHING = re.compile(
-    r"\bno[\s*_]+(?:[\w-]+[\s*_]+)?(?:information|mention|evidence|data|details?|documents?|such|answer)\b", re.I
+    r"\bno\s+\*{0,2}(?:(?:relevant|specific|explicit|direct|further|additional|clear|known)\s+)?"
+    r"\*{0,2}(?:information|mention|evidence|data|details?|documents?|such|answer)\b",
+    re.I,
 )
 _NO = re.compile(r"\bno\b", re.I)
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()

@@ -49,6 +49,7 @@ def has_answers(path: Path) -> bool:
     """Return whether there is any answer in a store that nobody of this process has open; True if it cannot be told."""
     try:
         with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA locking_mode=EXCLUSIVE")
             return path.exists() and db.execute("SELECT 1 FROM answers").fetchone() is not None
     except sqlite3.Error as error:
         return "no such table" not in str(error)

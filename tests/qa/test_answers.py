@@ -236,6 +236,9 @@ def test_thoughts_of_all_the_hosts_templates_are_told():
         ("No **mention** of it.", "no", False),
         ("No clear answer.", "no", False),
         ("No, data show another thing.", "no", True),
+        ("No - documents 2 and 3 show that they differ.", "no", True),
+        ("**No** The documents state otherwise.", "no", True),
+        ("No because documents 1 and 2 differ.", "no", True),
         ("There is no mention of this", "No", False),
         ("No such film.", "no", False),
         ("NO  INFORMATION", "no", False),
@@ -287,6 +290,13 @@ def test_what_an_answer_holds(said, gold, right):
 )
 def test_what_is_wrong_and_nearly_right(said, golds, nearly):
     assert not holds_answer(said, golds) and is_nearly_right(said, golds) == nearly
+
+
+@pytest.mark.parametrize("text", ["no" + "_" * 4000, "no " + "*" * 8000, "no relevant " * 2000, "no" + " " * 8000])
+def test_an_answer_that_repeats_itself_is_soon_judged(text):
+    start = time.perf_counter()
+    assert holds_answer(text, ["no"])
+    assert time.perf_counter() - start < 1
 
 
 def test_no_answer_among_the_gold_ones_is_none():
