@@ -221,8 +221,8 @@ def _remedy(counts: dict, recipe: DataRecipe) -> str:
     """Say how to get more rows: of answers that most cannot be used, more questions are no help."""
     n = counts["answers"]
     reasons = {
-        "nearly_right": "are part of a gold answer, have its words in another order or its numbers in another form: give "
-        "such forms as `answers`; or hold a `no` where that is the gold answer",
+        "nearly_right": "are part of a gold answer, have its words in another order or its numbers in another form: "
+        "give such forms as `answers`; or hold a `no` where that is the gold answer",
         "no_marker": f"lack `The answer is:` and count as wrong: {advice(recipe.prompt)}",
         "cut": f"were cut: raise `max_new_tokens: {recipe.max_new_tokens}`",
         "no_grade": "have no grade: see the counts of the stage `judge`, and the replies in verdicts.db",
