@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..qa.files import DataError, lock_folder, write_json
+from ..qa.files import FORGOTTEN, DataError, lock_folder, set_aside, write_json
 from ..qa.generate.calls import Model, load_chat
 from ..qa.provenance import differences
 from ..qa.ready import check_ready
@@ -23,7 +23,6 @@ from .score import stored_answers
 
 log = logging.getLogger(__name__)
 MODELS = "models.json"
-FORGOTTEN = ".forgotten"  # folder of what `--no-resume` forgets, until there is an answer
 PRIVATE = ("server_urls", "api_key_env", "extra_body")  # keys of a recipe that no report shows
 
 
@@ -106,24 +105,19 @@ def _anew(recipe: EvalRecipe, models: list[Model], store: Store) -> Iterator[Non
         load_chat(tokenizer, pick(recipe, Chat))
     sets = [(model.name, fingerprint(recipe, model)) for model in models]
     take_in(store, folder / "answers", set())
-    aside, places = folder / FORGOTTEN, [answers_file(folder, model) for model in models]
-    places += _harness_folders(recipe, models)
-    try:
-        aside.mkdir()
-        for i, place in enumerate(places):
-            if place.exists():
-                place.rename(aside / str(i))
-        store.forget(sets)
-        yield
-    except Exception:
-        if store.remember(sets):
-            for path in aside.iterdir():
-                path.rename(places[int(path.name)])
+    places = [answers_file(folder, model) for model in models] + _harness_folders(recipe, models)
+
+    def put_back() -> bool:
+        if back := store.remember(sets):
             log.warning("All answers so far are there again; repeat `--no-resume` to begin anew.")
-        raise
+        return back
+
+    try:
+        with set_aside(places, folder / FORGOTTEN, put_back):
+            store.forget(sets)
+            yield
     finally:
         store.forget([])
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _harness_folders(recipe: EvalRecipe, models: list[Model]) -> list[Path]:

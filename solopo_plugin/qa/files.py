@@ -9,13 +9,15 @@ import gzip
 import json
 import os
 import re
+import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
 
+FORGOTTEN = ".forgotten"  # folder of what `--no-resume` forgets, until there is an answer
 # Who calls: in an address from the slashes, of which a `Path` leaves one, to the `@`; in hf://datasets/a/b@main nobody.
 # Of http://host:8000/v1/a@b too much goes, since a password may hold slashes; never more than one address of several.
 USER = re.compile(r"""(//)(?:[^\s'"/]*|[^\s'"/@]*:(?:(?!,\w+://)[^\s'"])*)@|(:/)[^\s'"/@]*:[^\s'"/]*@""")
@@ -171,6 +173,32 @@ def replacing(path: Path | str):
             temporary.unlink(missing_ok=True)  # gives a full disk its space back
             raise
         _sync_folder(path.parent)
+
+
+@contextmanager
+def set_aside(paths: Iterable[Path], folder: Path, put_back: Callable[[], bool]) -> Iterator[None]:
+    """Move files and folders into `folder` while a block runs, and remove them behind it.
+
+    Args:
+        paths: Of those that are there are moved.
+        folder: Is not there before, nor behind.
+        put_back: Called where the block fails; True: they are put back. A block that is stopped has removed them.
+    """
+    places = {folder / str(i): path for i, path in enumerate(paths) if path.exists()}
+    try:
+        with as_data_error(folder, "write"):
+            folder.mkdir()
+            for place, path in places.items():
+                path.rename(place)
+        yield
+    except Exception:
+        if put_back():
+            for place, path in places.items():
+                if place.exists():
+                    place.rename(path)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..qa.files import DataError, as_data_error, lock_folder, split_names, write_json
+from ..qa.files import FORGOTTEN, DataError, as_data_error, lock_folder, set_aside, split_names, write_json
 from ..qa.generate import check_backend
 from ..qa.provenance import differences, file_hash, installed_versions, is_of_model
 from ..qa.store import STORE, has_answers
@@ -63,7 +63,6 @@ STORES = {
     "sample": STORE,
     "judge": verdicts.STORE,
 }  # of what a stage asks for
-FORGOTTEN = ".forgotten"  # folder of what a stage forgets, until it has been answered anything
 OF_SQLITE = ("-wal", "-shm", "-journal")  # ends of the files beside a store
 HASH = "[0-9a-f]" * 64  # as a pattern of file names
 FROM_DOCUMENTS = ("documents", "ask", "filter")  # the stages that make questions, and
@@ -152,27 +151,20 @@ def _anew(name: str, work: Path) -> Iterator[None]:
     So does one that is refused for a setting, and one whose model or server does not start. The manifest is put back,
     too. A stage that is stopped has forgotten.
     """
-    aside, before = work / FORGOTTEN, read_manifest(work)
-    kept = [path for path in _kept(name, work) if path.exists()]
-    try:
-        with as_data_error(aside, "write"):
-            aside.mkdir()
-            for path in kept:
-                path.rename(aside / path.name)
+    before, kept = read_manifest(work), [path for path in _kept(name, work) if path.exists()]
+
+    def put_back() -> bool:
+        if _has_begun(name, work):
+            return False
+        _forget(name, work)
+        if before["stages"]:
+            write_json(work / MANIFEST, before)
+        if kept and name not in before.get("forget", []):
+            log.warning("%s: what it had finished is there again; repeat `--no-resume` to begin anew.", name)
+        return True
+
+    with set_aside(kept, work / FORGOTTEN, put_back):
         yield
-    except Exception:
-        if not _has_begun(name, work):
-            _forget(name, work)
-            for path in kept:
-                if (aside / path.name).exists():
-                    (aside / path.name).rename(path)
-            if before["stages"]:
-                write_json(work / MANIFEST, before)
-            if kept and name not in before.get("forget", []):
-                log.warning("%s: what it had finished is there again; repeat `--no-resume` to begin anew.", name)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _has_begun(name: str, work: Path) -> bool:

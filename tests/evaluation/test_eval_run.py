@@ -369,7 +369,7 @@ def test_answers_are_not_scored_again_under_other_settings(benchmarks, model, se
 
 
 def stored(out: Path) -> tuple[list, list]:
-    """What an evaluation has in its store and of the harness, as far as `--no-resume` forgets it."""
+    """Return what an evaluation has in its store and of the harness, as far as `--no-resume` forgets it."""
     with closing(sqlite3.connect(out / STORE)) as store:
         return store.execute("SELECT * FROM answers").fetchall(), sorted((out / "harness").rglob("*"))
 
@@ -377,7 +377,7 @@ def stored(out: Path) -> tuple[list, list]:
 def test_a_run_that_begins_anew_and_is_stopped_goes_on_without_earlier_answers(
     benchmarks, model, server, tmp_path, monkeypatch
 ):
-    """Of no model, not even where it was not reached, or is known under another name; nor of the harness."""
+    """Keep answers of no model, also where it was not reached or is known by another name, nor of the harness."""
     keys = dict(served_model="scripted", concurrency=1)  # so that none is under way where it is stopped
     recipe = served(tmp_path, {"first": model}, server, **keys)
     answer_all(recipe, find_models(recipe))

@@ -82,7 +82,7 @@ def test_a_part_of_the_gold_answer_is_not_rejected():
 
 
 def test_parts_of_gold_answers_on_both_sides_are_counted(tmp_path):
-    """Of each side's answers one is right, one wrong and one a part of the gold answer, which is left to no set."""
+    """Judge one of each side's answers right, one wrong and one a part of the gold answer, which is left to no set."""
     near = [answer(f"q{i}", 2, False, text="The answer is: 3", answer="3") for i in range(6)]
     write_work(tmp_path, *[[[*verdicts(i, bits), near[i]] for i in range(6)] for bits in ("10", "01")])
     rows = [row | {"answers": [*row["answers"], "all three"]} for row in read_jsonl(tmp_path / "contexts.jsonl")]
