@@ -173,7 +173,7 @@ class TwoStages:
         if self.args.distills:
             logits_NV = short.logits_BKV.detach()[short.mask_BK & (aligned_B & is_long_P.repeat(2))[:, None]]
             teacher = Rows(logits_NV, torch.arange(len(logits_NV), device=logits_NV.device))
-            distill_P = torch.zeros_like(chosen_B)
+            distill_P = 0 * chosen_B  # with its graph: where no long forward runs, backward still does
         del short  # its logits
         longs = [chosen_B, rejected_B] if self.args.long_pair else [chosen_B]
         if not self.may_skip(batch["long_is_short_B"]):

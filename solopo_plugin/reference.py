@@ -350,13 +350,17 @@ def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
 def _ready_to_score(trainer, model):
     """Give a model that can run forwards without gradients: on its device, sharded as the recipe says, its adapter off.
 
-    DeepSpeed: an engine without optimizer, as the host makes one for a reference model, taken off again afterwards.
+    DeepSpeed: an engine without optimizer, as the host makes one for a reference model, taken off again afterwards. One
+    that the configuration names would cost its memory, and its `auto` scheduler is filled in later.
     """
     training, engine = model.training, None
     if trainer.is_deepspeed_enabled:
         from trl.models.utils import prepare_deepspeed
 
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        named = {key: config.pop(key) for key in ("optimizer", "scheduler") if key in config}
         engine = prepare_deepspeed(model, trainer.accelerator)
+        config.update(named)
     elif not hasattr(model, "hf_device_map"):
         model.to(trainer.args.device)
     own = model is trainer.model and hasattr(model, "disable_adapter")

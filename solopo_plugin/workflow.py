@@ -369,7 +369,10 @@ def configure_checkpointing(model, model_args, training_args, finetuning_args) -
     all of them. A packed step has one forward before its backward, and either kind is right.
 
     Where layers share the keys of others (small Gemma 4), the reentrant kind loses gradients that come through them.
+
+    DDP writes all buffers again before each forward, also those that the first has saved for backward (Gemma's scales).
     """
+    training_args.ddp_broadcast_buffers = bool(training_args.ddp_broadcast_buffers)
     distributed = training_args.parallel_mode == ParallelMode.DISTRIBUTED
     within_backward = "lomo" in training_args.optim
     shares = getattr(base_of(model).config.get_text_config(), "num_kv_shared_layers", 0)

@@ -307,6 +307,10 @@ def test_equal_prompts_cost_nothing(forward, monkeypatch):
     keys = BASE | dict(pref_loss="orpo", solopo_align="distill", solopo_align_on="both", solopo_forward=forward)
     losses_B, metrics = step(qwen2_float64(POLICY), None, rows, **keys)
     assert losses_B.requires_grad and not metrics["solopo/align_loss"].any() and sum(seen) == 0
+    alone = dict(solopo_objective="distill", solopo_forward=forward)
+    losses_B, _ = step(qwen2_float64(POLICY), None, rows, **alone)
+    losses_B.sum().backward()
+    assert losses_B.tolist() == [0, 0]
 
 
 # ---- in real runs

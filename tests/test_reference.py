@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 import weakref
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import BIN, demo_rows, write_dataset, write_recipe
 from safetensors.torch import load_file, save_file
 
 from solopo_plugin.host.preflight import Refused
+from solopo_plugin.reference import _ready_to_score
 
 
 @pytest.fixture(autouse=True)
@@ -676,3 +678,17 @@ def test_evaluation_against_a_ref_model(recipe, tiny_model, tmp_path):
         metrics = json.loads((tmp_path / how / "eval_results.json").read_text())
         found.append({name: value for name, value in metrics.items() if "/" in name or name == "eval_loss"})
     assert found[0] == found[1] and found[0]["eval_rewards/margins"] != 0
+
+
+def test_scoring_under_deepspeed_leaves_out_the_optimizer(monkeypatch):
+    """Give the scoring engine neither optimizer (memory) nor scheduler (its `auto` values are not filled in yet)."""
+    named = dict(optimizer={"type": "AdamW"}, scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}})
+    config, given = named | dict(zero_optimization={"stage": 3}), []
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=True, model=None, accelerator=SimpleNamespace(state=state, autocast=nullcontext)
+    )
+    monkeypatch.setattr("trl.models.utils.prepare_deepspeed", lambda model, accelerator: given.append(dict(config)))
+    with _ready_to_score(trainer, torch.nn.Linear(1, 1)):
+        assert given == [dict(zero_optimization={"stage": 3})]
+    assert config == named | given[0]

@@ -89,10 +89,14 @@ def assert_equal(one, two) -> None:
         assert kept[1][row] == pytest.approx(pair, rel=1e-6)
 
 
-@pytest.mark.parametrize("forward", ["packed", "two_stage"])
-def test_ddp(one_and_two, forward):
-    """A packed step has one forward before its backward and keeps the host's reentrant checkpointing."""
-    one, two, out = one_and_two(DDP, pref_loss="sigmoid", solopo_alpha=2.0, solopo_forward=forward)
+@pytest.mark.parametrize("forward, model", [("packed", None), ("two_stage", None), ("two_stage", "gemma3_text")])
+def test_ddp(one_and_two, tiny_model, forward, model):
+    """A packed step has one forward before its backward and keeps the host's reentrant checkpointing.
+
+    Gemma's buffers are saved for backward: DDP must not write them again before the second forward.
+    """
+    of_model = dict(model_name_or_path=tiny_model(model)) if model else {}
+    one, two, out = one_and_two(DDP, pref_loss="sigmoid", solopo_alpha=2.0, solopo_forward=forward, **of_model)
     assert_equal(one, two)
     assert "Gradient checkpointing enabled" in out
     assert ("Set `use_reentrant_gc` to False" in out) == (forward == "two_stage")
