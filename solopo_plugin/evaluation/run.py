@@ -23,7 +23,7 @@ from .score import stored_answers
 
 log = logging.getLogger(__name__)
 MODELS = "models.json"
-PRIVATE = ("server_urls", "api_key_env", "extra_body")  # keys of a recipe that no report shows
+PRIVATE = ("server_urls", "api_key_env")  # keys of a recipe that no report shows
 
 
 def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> dict:

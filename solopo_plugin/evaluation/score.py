@@ -15,7 +15,7 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -105,12 +105,15 @@ def write_scores(output_dir: Path | str, model_names: list[str], prompt: str | N
     answers = {name: read_answers(path) for name, path in files.items()}
     with ExitStack() as stack:
         scores = {name: stack.enter_context(replacing(folder / "scores" / f"{name}.jsonl")) for name in files}
+        known: set[tuple] = set()
         for item in tqdm(read_items(folder / "items.jsonl"), desc="score", unit=" questions", disable=None):
             asked += 1
+            known.add(item.key)
+            source = source_of(item, known)
             for name, path in files.items():
                 if answer := answers[name].pop(item.key, None):
                     scored[name] += 1
-                    scores[name].write(dump(_scored(item, *answer, path, prompt)) + b"\n")
+                    scores[name].write(dump(_scored(item, *answer, path, prompt) | {"source": source}) + b"\n")
     for name, path in files.items():
         if unknown := answers[name]:
             log.warning(
@@ -122,14 +125,17 @@ def write_scores(output_dir: Path | str, model_names: list[str], prompt: str | N
     return {name: {"asked": asked, "scored": scored[name], "unknown": len(answers[name])} for name in files}
 
 
-def source_of(item: Item) -> str:
+def source_of(item: Item, known: Collection[tuple] = ()) -> str:
     """Return what items of one question share: its text, and its id up to the length that built contexts name.
 
-    Rows of NIAH-Plus' files may each have an id of their own: there it is task and answers.
+    Rows of NIAH-Plus' files may each have an id of their own: there it is task and answers. An id that stands in a task
+    again has `#2` behind it, and so on (benchmarks/rows.py): it is the first one's, if `known` has the first one's key.
     """
     if item.benchmark == "niah_plus" and not item.evidence:  # contexts that are built here say where it is
         return hashlib.sha256(dump([item.task, item.question, item.answers])).hexdigest()[:16]
     name = item.id if item.length is None else item.id.rpartition(f"/{item.length}")[0] or item.id
+    if (*item.key[:2], first := re.sub(r"#\d+$", "", name)) in known:
+        name = first
     return hashlib.sha256(f"{name}\n{item.question}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -196,5 +202,4 @@ def _scored(item: Item, number: int, answer: dict, path: Path, prompt: str | Non
         **{name: answer.get(name) for name in ("prompt_tokens", "cut_tokens", "finish_reason")},
         "length": item.length, "depth": item.depth, "groups": item.groups,
         "evidence_depth": 100 * sum(places) / len(places) / len(item.prompt) if places and item.prompt else None,
-        "source": source_of(item),
     }  # fmt: skip

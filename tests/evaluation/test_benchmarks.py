@@ -243,7 +243,7 @@ def test_plain_questions(tmp_path, ask):
         {"id": 4, "prompt": "Q?", "answers": ["c", "b"]},
         base | {"id": 5, "context": "C.", "choices": ["Oslo", "Rosvik"], "answers": "Rosvik"},
         base | {"id": 6, "documents": documents, "choices": ["x", "y", "z"], "answers": ["C"]},
-        base | {"id": 6, "prompt": "Which? (A) or (B)?", "choices": ["B", "A"], "answers": "A", "context": None},
+        base | {"id": 6, "prompt": "Which? (A) or (B)?", "choices": ["A", "B"], "answers": "A", "context": None},
     ]  # fmt: skip
     (tmp_path / "own.json").write_text(json.dumps(forms))
     items = ask("plain", plain_data=str(tmp_path / "own.json"))
@@ -263,6 +263,14 @@ def test_plain_questions(tmp_path, ask):
     assert "\n\nC.\n\nQuestion: Where?\n\n(A) Oslo\n(B) Rosvik\n\nThink" in items[4].prompt and laid in items[5].prompt
     shipped = ask("plain", plain_data=str(ROOT / "data" / "demo_questions.jsonl"))
     assert len(shipped) == 40 and all(i.prompt[p["start"] : p["end"]] for i in shipped for p in i.evidence)
+
+
+def test_both_prompts_of_a_row_are_one_question(tmp_path, ask):
+    """As docs/after_training.md writes a pair by hand."""
+    text = (ROOT / "docs" / "after_training.md").read_text(encoding="utf-8")
+    (tmp_path / "own.jsonl").write_text("\n".join(re.findall(r'^\{"id": .*"task": .*\}$', text, re.MULTILINE)))
+    items = ask("plain", plain_data=str(tmp_path / "own.jsonl"))
+    assert [item.task for item in items] == ["short", "long"] and len({*map(source_of, items)}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +385,8 @@ BAD = [
         ({"prompt": "?", "choices": ["x"]}, ":1: `choices` must be two to four texts, got 1."),
         ({"prompt": "?", "choices": ["y", "z"]}, ":1: `answers` must be one of the letters A, B or choices, got"),
         ({"prompt": "?", "choices": ["y", "y"], "answers": "y"}, ":1: `choices` must differ, got"),
+        ({"prompt": "?", "choices": ["O", "A", "B", "AB"], "answers": "A"},
+         ":1: `answers: A` is the letter of one choice and the text of another, (B); put that choice in place A, or"),
         ({"prompt": "?", "task": 1}, f":1: `task` {TEXT} int 1."),
         ({"prompt": "?", "answers": "A"}, ":1: there is no usable answer in list ['A']: articles and punctuation do"),
         ({"prompt": "?", "answers": ["", "The", "!"]}, "for a question of multiple choice give its `choices`."),

@@ -107,6 +107,12 @@ def test_a_stretched_window_is_not_reported_of_a_server(tmp_path, caplog):
     assert "`rope_factor: 4` is not used: a server is started with its own." in caplog.text
 
 
+def test_what_changes_answers_is_reported_and_addresses_are_not(tmp_path):
+    keys = dict(backend="openai", server_urls="http://a/v1", extra_body={"repetition_penalty": 1.2})
+    shown = run.public_settings(recipe_in(tmp_path, ["m"], **keys))
+    assert shown["extra_body"] == {"repetition_penalty": 1.2} and not shown.keys() & {"server_urls", "api_key_env"}
+
+
 def test_a_further_benchmark_leaves_the_others_as_they_are(benchmarks, model, tmp_path):
     benchmarks["validation"] = toy.benchmark(5, benchmark="validation")
     one = recipe_in(tmp_path, [model])

@@ -211,6 +211,16 @@ def test_source_of_questions_that_are_asked_often():
     assert len({source_of(other) for other in [*others, item(["x"], id="a/1")]}) == 6
 
 
+def test_a_question_that_stands_in_a_task_twice_has_one_source(tmp_path):
+    """`#2` behind its id is ours if there is a first; an id of the user's own may end so, too."""
+    items = [item(["x"], id=id, task=task) for task in "ab" for id in ("q", "q#2", "q#10", "own#2", "own#3")]
+    items.append(item(["x"], id="q#3", task="a", question="Where?"))
+    save(tmp_path, items, [answer(question) for question in items])
+    write_scores(tmp_path, ["m"])
+    sources = {row["id"]: row["source"] for row in read_jsonl(tmp_path / "scores/m.jsonl")}
+    assert sources["q"] == sources["q#2"] == sources["q#10"] and len({*sources.values()}) == 4
+
+
 def test_the_order_of_answers_changes_no_byte(tmp_path):
     items = make_items(40)
     answers = [answer(question, f"The answer is: {'Rosvik ' * (k % 7)}") for k, question in enumerate(items)]

@@ -83,7 +83,13 @@ def _letter(choices: list[str], answers: list[str]) -> str:
         raise DataError(f"`choices` must be two to four texts, got {len(choices)}.")
     if len(set(choices)) < len(choices):
         raise DataError(f"`choices` must differ, got {shown(choices)}.")
-    found = answers[0] if answers[0] in tuple(letters) else dict(zip(choices, letters, strict=True)).get(answers[0])
+    by_text, letter = dict(zip(choices, letters, strict=True)), answers[0] if answers[0] in tuple(letters) else None
+    found = by_text.get(answers[0], letter)
     if len(answers) != 1 or found is None:
         raise DataError(f"`answers` must be one of the letters {', '.join(letters)} or choices, got {shown(answers)}.")
+    if letter not in (None, found):
+        raise DataError(
+            f"`answers: {letter}` is the letter of one choice and the text of another, ({found}); put that choice in "
+            f"place {letter}, or word the choices otherwise."
+        )
     return found
