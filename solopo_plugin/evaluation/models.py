@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..qa.files import DataError, as_data_error, is_path
 from ..qa.generate.calls import Model
-from ..qa.provenance import TOKENIZER, doubtful_weights, indexed_files
+from ..qa.provenance import TOKENIZER, doubtful_weights, indexed_files, residual_adapter
 from .recipe import TITLE, EvalRecipe
 
 
@@ -117,6 +117,8 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
         return Model(path)
     if (folder / "adapter_config.json").exists():
         _check_weights(folder, "adapter_model.safetensors", "adapter_model.bin")
+        if sentence := residual_adapter(folder, recipe.backend):
+            raise DataError(f"{folder} {sentence}")
         below = _below(folder, recipe)
         _check_once(Path(below), recipe)
         return Model(below, str(folder), step=step)

@@ -387,6 +387,8 @@ def load(path: str, below: str | None = None, trust_remote_code: bool = False) -
         if adapter.is_file():
             base = below or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model = load_network(Model(base, path if adapter.is_file() else None), trust_remote_code)
+    except DataError:
+        raise
     except Exception as error:  # whatever the hub, the disk or the model's own code raised: the name is what helps
         raise DataError(f"No model can be loaded from {path}: {type(error).__name__} {excerpt(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), base

@@ -83,6 +83,35 @@ WEIGHTS = ("config.json", "generation_config.json", *BINARIES)
 ADAPTER = ("adapter_config.json", *BINARIES)
 
 
+RESIDUAL = ("pissa", "olora", "corda", "loftq")  # initialisations of peft that change the weights below the adapter
+
+
+def residual_adapter(folder: Path, backend: str = "transformers") -> str | None:
+    """Say that a LoRA adapter does not fit its base model's own weights, and what to do; None if all is well.
+
+    PiSSA and its kin begin with a part of the weights and train beside the rest. What loads such an adapter has to take
+    that part off again: vLLM does not, and peft finds the same one only where it is not drawn at random.
+
+    Args:
+        folder: Of an adapter.
+        backend: What is to load it.
+    """
+    config = None
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+    kind = str(config.get("init_lora_weights")) if isinstance(config, dict) else ""
+    again = kind.lower() in ("pissa", "olora")
+    if not kind.lower().startswith(RESIDUAL) or (again and backend == "transformers"):
+        return None
+    advice = "train with `pissa_convert: true` and take the run's pissa_converted"
+    if converted := [p / "pissa_converted" for p in (folder, folder.parent) if (p / "pissa_converted").is_dir()]:
+        advice = f"take {converted[0]}, which is converted, as it was at the end of the training"
+    return (
+        f"is an adapter to what `init_lora_weights: {kind}` of its adapter_config.json left of the model, and would be "
+        f"put on the whole one: {advice}{', or set `backend: transformers`' * again}."
+    )
+
+
 def doubtful_weights(folder: Path, backend: str = "transformers") -> str | None:
     """Say that a folder has a model's weights in one file and an index of shards, and what to do; None if all is well.
 

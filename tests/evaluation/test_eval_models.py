@@ -187,6 +187,15 @@ def bad_folder(path, name):
     if name == "an adapter that is silent":
         lora(path, None)
         return dict(models=[str(path)]), "names no base_model_name_or_path; give it as `model_name_or_path`"
+    if name in ("a PiSSA adapter", "a PiSSA checkpoint"):
+        lora(path, "org/x", init_lora_weights="pissa_niter_16")
+        place = path / "pissa_converted" if name == "a PiSSA adapter" else path.parent / "pissa_converted"
+        place.mkdir()
+        return dict(models=[str(path)]), f"is an adapter to what `init_lora_weights: pissa_n.* take {place}, which is"
+    if name in ("PiSSA by vLLM", "OLoRA by vLLM"):
+        lora(path, "org/x", init_lora_weights=name.split()[0].lower())
+        said = "put on the whole one: train with `pissa_convert: true` and .*, or set `backend: transformers`"
+        return dict(models=[str(path)], backend="vllm"), said
     raise KeyError(name)
 
 
@@ -195,7 +204,8 @@ FAULTS = ("no such folder", "a file", "no model", "only checkpoints", "no checkp
           "both forms", "both forms below", "both forms of old", "an index that vLLM goes by", "links to nothing",
           "a link to no shard",
           "torn weights", "a torn header", "a pointer of git",
-          "an adapter of nothing", "an adapter that is silent")  # fmt: skip
+          "an adapter of nothing", "an adapter that is silent", "a PiSSA adapter", "a PiSSA checkpoint",
+          "PiSSA by vLLM", "OLoRA by vLLM")  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -204,6 +214,16 @@ def test_folders_that_cannot_be(fault, tmp_path):
     with pytest.raises(DataError, match=sentence) as error:
         found(tmp_path, keys.pop("models", None), **keys)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_adapters_that_fit_their_base(tmp_path):
+    """Whatever its initialisation, if the weights below stay, or peft changes them as in training; also for a look."""
+    from solopo_plugin.probe.inside import load
+
+    for kind in (True, "gaussian", "eva", "pissa"):
+        assert found(tmp_path, [str(lora(tmp_path / "a", "org/x", init_lora_weights=kind))], backend="transformers")
+    with pytest.raises(DataError, match=r"a is an adapter to what `init_lora_weights: loftq` of its .*converted\.$"):
+        load(str(lora(tmp_path / "a", "org/x", init_lora_weights="loftq")))
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"

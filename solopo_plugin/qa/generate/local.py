@@ -6,10 +6,12 @@ import math
 from collections import deque
 from collections.abc import Generator, Iterable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...host.template import encode_prompt, thought_markers
 from ..files import DataError
+from ..provenance import residual_adapter
 from ..recipe import Sampling
 from ..window import window_of
 from .calls import Call, Model, Reply, load_chat
@@ -154,6 +156,8 @@ def load_network(model: Model, trust_remote_code: bool = False):
     """Load weights in the dtype they were saved in, with YaRN and adapter where asked for; it is not merged."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if model.adapter and (sentence := residual_adapter(Path(model.adapter))):
+        raise DataError(f"{model.adapter} {sentence}")
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
     for name, value in yarn(config, model).items():
         setattr(config, name, value)
