@@ -303,9 +303,8 @@ def _models(recipe: dict) -> Iterator[str]:
         keys.append("ref_model")
     for key in keys:
         for name in names_of(recipe.get(key)) if key.startswith("adapter") else filter(None, [recipe.get(key)]):
-            reason = why_not_there(str(name), recipe, key.startswith("adapter"))
-            if reason := reason or doubtful_weights(Path(str(name))):
-                yield f"`{key}: {name}` {reason}"
+            if why := why_not_there(str(name), recipe, key.startswith("adapter")) or doubtful_weights(Path(str(name))):
+                yield f"`{key}: {name}` {why}"
 
 
 def why_not_there(name: str, recipe: dict, adapter: bool = False) -> str | None:
@@ -370,9 +369,7 @@ def _data(recipe: dict) -> Iterator[str]:
     if tokenized and Path(tokenized).is_dir():
         return
     info = Path(folder, "dataset_info.json")
-    wanted: dict[str, str] = {}  # data set -> the key that names it
-    for key in ("dataset", "eval_dataset"):
-        wanted |= {name: key for name in names_of(recipe.get(key))}
+    wanted = {name: key for key in ("dataset", "eval_dataset") for name in names_of(recipe.get(key))}
     if wanted and not info.is_file():
         yield (
             f"`dataset_dir: {folder}` has no dataset_info.json: make the rows first, as the head of the recipe says, "
