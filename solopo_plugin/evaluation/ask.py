@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..host.template import encode_prompt
 from ..qa.files import DataError, read_jsonl, write_jsonl
 from ..qa.generate import generate
-from ..qa.generate.calls import Call, Model, counts_differently, load_chat
+from ..qa.generate.calls import Call, Model, load_chat, tell_counts
 from ..qa.generate.stored import Found, of_one_model
 from ..qa.provenance import ADAPTER, TOKENIZER, WEIGHTS, differences, model_hash
 from ..qa.recipe import Chat, Sampling, pick, settings
@@ -57,15 +57,16 @@ def ask(recipe: EvalRecipe, model: Model, store: Store, hashes: dict[str, str], 
         log.info(f"{model.name}: {missing} of {len(hashes)} questions to be asked.")
         model = replace(model, window=window)
         pending: dict[str, dict] = {}
-        warned = False
+        told: set[bool] = set()
         asked = closing(generate(pick(recipe, Sampling), model, _calls(recipe, model, have, pending)))
-        told = tqdm(total=len(hashes), initial=len(hashes) - missing, unit=" answers", desc=model.name)
-        with told as bar, asked as replies:
+        shown = tqdm(total=len(hashes), initial=len(hashes) - missing, unit=" answers", desc=model.name)
+        with shown as bar, asked as replies:
             for reply in of_one_model(replies, store, set_id, model):
                 answer = pending.pop(reply.id)
                 name = f"{answer['task']}/{answer['id']}"
-                counted = reply.prompt_tokens, answer["prompt_tokens"], name, recipe.template
-                warned = warned or counts_differently(*counted)
+                tell_counts(reply.prompt_tokens, answer["prompt_tokens"], name, recipe.template, told)
+                if reply.prompt_tokens not in (None, answer["prompt_tokens"]):
+                    answer["server_tokens"] = reply.prompt_tokens
                 text, finish_reason = reply.answers[0]
                 answer |= {"text": text, "finish_reason": finish_reason}
                 store.add(set_id, [(reply.id, 0, answer["prompt_hash"], answer)])

@@ -25,6 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..qa.files import DataError, as_data_error, read_jsonl, write_json
+from ..qa.generate.calls import cut_by_server
 from ..qa.provenance import installed_versions
 from .intervals import compare_paired, mean_interval, mean_of_means
 from .items import EACH_OWN, GROUPS, MAIN_METRIC, main_metric
@@ -173,14 +174,21 @@ def load_scores(path: Path, asked: int) -> tuple[pd.DataFrame, dict]:
     for row in read_jsonl(path) if asked else ():
         counts.update(
             missing=-1, cut=bool(row["cut_tokens"]), no_marker=not row["marker"], empty=row["empty"],
-            stopped_by_length=row["finish_reason"] == "length",
+            stopped_by_length=row["finish_reason"] == "length", prompt_tokens_differ="server_tokens" in row,
+            cut_by_server=cut_by_server(row.get("server_tokens"), row["prompt_tokens"]),
         )  # fmt: skip
         question = {name: row[name] for name in ("benchmark", "task", "id", "source")} | groups_of(row)
         own = [question | {"metric": metric, "value": value} for metric, value in row["scores"].items()]
         lines[row["benchmark"], row["task"]] += own
     if counts["missing"]:
         log.warning("%s: %d of %d questions are missing; means are over the others.", path, counts["missing"], asked)
-    names = ("asked", "missing", "cut", "no_marker", "empty", "stopped_by_length")
+    if counts["prompt_tokens_differ"]:
+        log.warning(
+            "%s: of %d answered prompts a server counted other tokens than training has, of %d far fewer, as where it "
+            "cuts them.", path, counts["prompt_tokens_differ"], counts["cut_by_server"],
+        )  # fmt: skip
+    names = ["asked", "missing", "cut", "no_marker", "empty", "stopped_by_length"]
+    names += [name for name in ("prompt_tokens_differ", "cut_by_server") if counts[name]]
     # of objects, so that whole numbers stay whole beside None
     scores = pd.DataFrame([*chain(*lines.values())], columns=[*KEY, "source", *GROUPS, "value"], dtype=object)
     return scores.astype({"value": float}), {name: counts[name] for name in names}

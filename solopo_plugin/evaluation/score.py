@@ -84,9 +84,10 @@ def write_scores(output_dir: Path | str, model_names: list[str], prompt: str | N
     """Score what models have answered; one line per answer, in the order of items.jsonl, whatever the answers' order.
 
     A line is {"benchmark", "task", "id", "prediction", "marker", "empty", "scores", "prompt_tokens", "cut_tokens",
-    "finish_reason", "length", "depth", "groups", "evidence_depth", "source"}. `evidence_depth` is where the evidence is
-    in the uncut prompt, in percent of its characters, on average; null where that is not known. `source` is the same
-    for a question that is asked at several lengths or depths, or in several tasks (`source_of`).
+    "finish_reason", "length", "depth", "groups", "evidence_depth", "source"}, and "server_tokens" where a server
+    counted other prompt tokens than "prompt_tokens". `evidence_depth` is where the evidence is in the uncut prompt,
+    in percent of its characters, on average; null where that is not known. `source` is the same for a question that is
+    asked at several lengths or depths, or in several tasks (`source_of`).
 
     Args:
         output_dir: Folder of the evaluation; its items.jsonl, which may have gigabytes, is read once for all models.
@@ -200,6 +201,7 @@ def _scored(item: Item, number: int, answer: dict, path: Path, prompt: str | Non
         "benchmark": item.benchmark, "task": item.task, "id": item.id, "empty": not text.strip(),
         **score_answer(item, text, prompt),
         **{name: answer.get(name) for name in ("prompt_tokens", "cut_tokens", "finish_reason")},
+        **{name: answer[name] for name in ("server_tokens",) if name in answer},
         "length": item.length, "depth": item.depth, "groups": item.groups,
         "evidence_depth": 100 * sum(places) / len(places) / len(item.prompt) if places and item.prompt else None,
     }  # fmt: skip

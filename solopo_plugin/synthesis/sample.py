@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..qa.files import DataError, dump, parse_line, read_jsonl, write_jsonl
-from ..qa.generate.calls import Call, Reply, counts_differently
+from ..qa.generate.calls import Call, Reply, tell_counts
 from ..qa.generate.stored import Found, answer_missing, reply_rows
 from ..qa.prompts import prompt_hash
 from ..qa.provenance import file_hash, is_of_model
@@ -43,7 +43,8 @@ def sample_side(recipe: DataRecipe, work: Path, side: str, store: Store) -> dict
     Raises:
         DataError: No answer fits behind any long prompt.
     """
-    chosen, tokens, longer, warned = depends_on(recipe), {}, [], False
+    chosen, tokens, longer = depends_on(recipe), {}, []
+    told: set[bool] = set()
     for context in read_jsonl(work / "contexts.jsonl"):
         tokens[context["id"]] = context[side]["tokens"]
         longer.append(max(context["short"]["tokens"], context["long"]["tokens"]))
@@ -59,9 +60,7 @@ def sample_side(recipe: DataRecipe, work: Path, side: str, store: Store) -> dict
             yield Call(context["id"], tuple(range(recipe.num_samples)), context[side]["prompt"])
 
     def compare_tokens(reply: Reply) -> None:
-        nonlocal warned
-        counted = reply.prompt_tokens, tokens[reply.id], reply.id, recipe.template
-        warned = warned or counts_differently(*counted)
+        tell_counts(reply.prompt_tokens, tokens[reply.id], reply.id, recipe.template, told)
 
     _take_in(work, side, chosen, calls, store)
     _take_over(recipe, side, chosen, store)

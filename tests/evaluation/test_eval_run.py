@@ -33,10 +33,12 @@ from solopo_plugin.evaluation.harness import settings_of
 from solopo_plugin.evaluation.items import Item, read_items
 from solopo_plugin.evaluation.models import find_models
 from solopo_plugin.evaluation.prepare import prepare_items
+from solopo_plugin.evaluation.report.tables import notes_of
+from solopo_plugin.evaluation.results import load_scores
 from solopo_plugin.evaluation.run import answer_all, check_asked_so
 from solopo_plugin.evaluation.score import write_scores
 from solopo_plugin.host.template import encode_prompt
-from solopo_plugin.qa.files import DataError, write_json
+from solopo_plugin.qa.files import DataError, read_jsonl, write_json
 from solopo_plugin.qa.generate.calls import load_chat
 from solopo_plugin.qa.provenance import file_hash
 from solopo_plugin.qa.store import STORE, Store
@@ -238,6 +240,26 @@ def served(folder, model, server, **keys):
     return recipe_in(folder, model, backend="openai", server_urls=server.url, **keys)
 
 
+def test_what_a_server_did_with_a_prompt_is_kept_counted_and_told(benchmarks, model, tmp_path, caplog):
+    """Another template's count, and one so small that the prompt was cut, apart; of answers without either nothing."""
+    benchmarks["plain"] = lambda *_: (toy.item(i, words=40 if i < 3 else 900) for i in range(5))
+    with serving(answers_for(tmp_path / "answers.json", 5), prompt_tokens=7) as server:
+        recipe = served(tmp_path, [model], server, openai_endpoint="chat", served_model="scripted")
+        answer_all(recipe, find_models(recipe))
+    said = caplog.text
+    assert said.count("its chat template is another one; use `openai_endpoint: completions`") == 1
+    assert said.count("it cuts prompts, or has another tokenizer; give it a longer window, or ask shorter") == 1
+    folder = tmp_path / "out"
+    assert {row["server_tokens"] for row in answers(folder, "model")} == {7}
+    write_scores(folder, ["model"])
+    counts = load_scores(folder / "scores" / "model.jsonl", 5)[1]
+    assert (counts["prompt_tokens_differ"], counts["cut_by_server"]) == (5, 2)
+    assert "of 5 answered prompts a server counted other tokens than training has, of 2 far fewer" in caplog.text
+    notes = notes_of("plain", {"model": list(read_jsonl(folder / "scores" / "model.jsonl"))})
+    assert "Prompts of which the server counted other tokens than training has: model 5 of 5." in notes
+    assert "Prompts of which it counted far fewer, as where it cuts them: model 2 of 5." in notes
+
+
 def test_long_prompts_are_cut_counted_and_told(benchmarks, model, server, tmp_path, caplog):
     benchmarks["plain"] = lambda *_: (toy.item(i, words=40 if i < 5 else 400) for i in range(12))
     recipe = served(tmp_path, [model], server, max_input_tokens=250)
@@ -252,7 +274,8 @@ def test_long_prompts_are_cut_counted_and_told(benchmarks, model, server, tmp_pa
         assert row["prompt_tokens"] + row["cut_tokens"] == whole and row["prompt_hash"] == item.prompt_hash
         assert (row["cut_tokens"] > 0) == (i >= 5) and row["prompt_tokens"] <= 250
         assert set(row) == {
-            "benchmark", "task", "id", "prompt_hash", "prompt_tokens", "cut_tokens", "text", "finish_reason"
+            "benchmark", "task", "id", "prompt_hash", "prompt_tokens", "cut_tokens", "text", "finish_reason",
+            "server_tokens",
         }  # fmt: skip
     benchmarks["plain"] = lambda *_: (toy.item(i, words=40 if i < 5 else 400) for i in range(7))
     (tmp_path / "plain.jsonl").write_text("five fewer")

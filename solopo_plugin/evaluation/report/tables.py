@@ -7,6 +7,7 @@ from itertools import groupby
 
 import pandas as pd
 
+from ...qa.generate.calls import cut_by_server
 from ..items import EACH_OWN, GROUPS, LONGBENCH, MAIN_METRIC, OFFICIAL_TOKENS, main_metric
 from ..published import CAVEATS, DOUBTFUL, PUBLISHED, SOURCE, matches
 
@@ -280,6 +281,10 @@ def notes_of(benchmark: str, scores: dict[str, list[dict]]) -> list[str]:
         "Over-long prompts, cut in the middle": lambda row: row["cut_tokens"],
         "Answers without the marker (or letter)": lambda row: not row["marker"],
         "Answers stopped by max_new_tokens": lambda row: row["finish_reason"] == "length",
+        "Prompts of which the server counted other tokens than training has": lambda row: "server_tokens" in row,
+        "Prompts of which it counted far fewer, as where it cuts them": lambda row: cut_by_server(
+            row.get("server_tokens"), row["prompt_tokens"]
+        ),
     }
     own = {model: [row for row in rows if row["benchmark"] == benchmark] for model, rows in scores.items()}
     notes = []

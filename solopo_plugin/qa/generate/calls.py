@@ -12,6 +12,7 @@ from ..recipe import Chat
 from ..seeded import digest
 
 log = logging.getLogger(__name__)
+FEWER = 256  # tokens of a prompt, or a 20th of it, by which templates and tokenizers may differ; ours
 
 
 class Call(NamedTuple):
@@ -66,23 +67,31 @@ class Reply(NamedTuple):
     served: str | None = None
 
 
-def counts_differently(counted: int | None, tokens: int, question: str, template: str) -> bool:
-    """Warn if a server counts other prompt tokens than training does; returns whether it does.
+def tell_counts(counted: int | None, tokens: int, question: str, template: str, told: set[bool]) -> None:
+    """Warn if a server counts other prompt tokens than training does: once of another template, once of cut prompts.
 
     Args:
         counted: What the server says, None where it says nothing.
         tokens: Those of training.
         question: Its name, for the warning.
         template: The recipe's, for the warning.
+        told: Holds what was warned of before: whether prompts are cut.
     """
-    if counted in (None, tokens):
-        return False
+    if counted in (None, tokens) or (cut := cut_by_server(counted, tokens)) in told:
+        return
+    told.add(cut)
+    why = "its chat template is another one; use `openai_endpoint: completions`, or serve with that template"
+    if cut:
+        why = "it cuts prompts, or has another tokenizer; give it a longer window, or ask shorter prompts"
     log.warning(
         f"The server counts {counted} prompt tokens for question {question} where training with `template: {template}` "
-        f"has {tokens}: its chat template is another one; use `openai_endpoint: completions`, or serve with that "
-        "template."
+        f"has {tokens}: {why}."
     )
-    return True
+
+
+def cut_by_server(counted: int | None, tokens: int | None) -> bool:
+    """Return whether a server counts so few prompt tokens that it cuts prompts; no template is so much shorter."""
+    return counted is not None and tokens is not None and tokens - counted > max(FEWER, tokens // 20)
 
 
 def load_chat(tokenizer: str, chat: Chat) -> tuple:
