@@ -46,7 +46,8 @@ def data_sets(train, evaluated) -> dict[tuple[str, str], Any]:
 def expect(good: bool, what: str, needed: str, value: object) -> None:
     """Refuse a value of a row that is not what is needed; `what` says row, column and turn."""
     if not good:
-        raise RowError(f"{what} must be {needed}, got {type(value).__name__} {str(value)[:60]!r}.")
+        hint = "; dates in JSON lines load as times: save the file as a .json array" * hasattr(value, "isoformat")
+        raise RowError(f"{what} must be {needed}, got {type(value).__name__} {str(value)[:60]!r}{hint}.")
 
 
 def check_text(name: str, column: str, value: Any, turn: str = "", blank: bool = False) -> None:
@@ -78,8 +79,8 @@ Encode = Callable[[list[dict], str | None, str | None], tuple[list[int], list[in
 def build_row(aligned: Aligned, encode: Encode, markers: list[str]) -> dict:
     """Tokenise one row; the chat template is applied here and nowhere else.
 
-    `markers`: texts that only the template may write, the BOS token (which so comes at most once) and the stop words
-    that end its turns.
+    `markers`: texts that only the template may write, the BOS token (which so comes at most once), the EOS token and
+    the stop words that end its turns.
 
     Raises:
         RowError: Equal or empty responses, a template inside the text, responses that tokenise differently behind the
@@ -251,11 +252,8 @@ class SoloCollator:
         long = _sequences(features, "long", "chosen")
         if self.long_pair:
             long += _sequences(pairs, "long", "rejected")
-        return {
-            **self.short_pair(pairs),
-            **{f"long_{name}": tensor for name, tensor in self._pad(long, multiple=1).items()},
-            **known_of(features),
-        }
+        padded = {f"long_{name}": tensor for name, tensor in self._pad(long, multiple=1).items()}
+        return self.short_pair(pairs) | padded | known_of(features)
 
     def short_pair(self, pairs: list[dict]) -> dict:
         """Return all that a reference is shown of rows with one rejected response each."""

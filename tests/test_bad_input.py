@@ -65,6 +65,8 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "best by nll": ({"metric_for_best_model": "solopo/nll"}, "`metric_for_best_model: solopo/nll` is better when lower, and the host would keep the checkpoint with the highest; set `greater_is_better: false`."),
     "best by a data set's gap": ({"metric_for_best_model": "eval_one_solopo/reward_gap"}, "`metric_for_best_model: eval_one_solopo/reward_gap` is better when lower"),
     "dropping from a stream": ({"streaming": True, "max_samples": None, "max_steps": 1, "solopo_overlength": "drop"}, "`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`."),
+    "no samples": ({"max_samples": 0}, "Dataset `demo_solopo` has no rows; `num_samples` and `max_samples` (here 0) must leave some of those in its file."),
+    "a data set twice": ({"dataset": "demo_solopo, demo_solopo"}, "Dataset `demo_solopo` is named twice and counts once; register it under a second name, too."),
     "stream without workers": ({"streaming": True, "max_samples": None, "max_steps": 1}, "Dataset `demo_solopo` has no rows; with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more."),
     "alpha in longpo": ({"solopo_objective": "longpo", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: longpo`; remove it, or on the command line solopo_alpha=1.0."),
     "ftx in longpo": ({"solopo_objective": "longpo", "pref_ftx": 1.0}, "`pref_ftx: 1.0` has no effect with `solopo_objective: longpo`; remove it, or on the command line pref_ftx=0.0."),
@@ -273,6 +275,31 @@ def test_a_line_that_is_no_json(run, recipe, tmp_path):
         "Dataset `rows` cannot be read: pyarrow.lib.ArrowInvalid: JSON parse error: Missing a name for object member"
     )
     refused(run, args, sentence)  # a worker's error comes as text
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_file_that_is_not_in_utf8(run, recipe, tmp_path, encoding, as_array):
+    rows = [row | {"chosen": "Im Café."} for row in GOOD]
+    lines = [json.dumps(row, ensure_ascii=False) for row in ([rows] if as_array else rows)]
+    folder = write_dataset(tmp_path / "data", GOOD)
+    (tmp_path / "data" / "rows.jsonl").write_text("\n".join(lines), encoding=encoding)
+    sentence = "Dataset `rows` cannot be read: the file is not in UTF-8; save it as UTF-8."
+    refused(run, recipe(dataset="rows", dataset_dir=folder, max_samples=None), sentence)
+
+
+def test_answers_that_are_all_dates(run, recipe, tmp_path):
+    """They load as times from JSON lines, and train from the array that the message advises."""
+    rows = [row | {"chosen": f"2024-01-0{n}"} for n, row in enumerate(GOOD, 1)]
+    args = recipe(dataset="rows", dataset_dir=write_dataset(tmp_path / "data", rows), max_samples=None)
+    sentence = (
+        "rows[0]: column `chosen` must be a string, got datetime '2024-01-01 00:00:00'; dates in JSON lines load as times: "
+        "save the file as a .json array."
+    )
+    refused(run, args, sentence)
+    (tmp_path / "data" / "rows.json").write_text(json.dumps(rows))
+    write_dataset(tmp_path / "data", [], file_name="rows.json")
+    reaches_the_model(run, args)
 
 
 @pytest.mark.parametrize("name", LISTS)

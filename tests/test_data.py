@@ -9,6 +9,7 @@ what the host's own pairwise processor and collator make of the same rows, and s
 import copy
 import json
 import re
+from datetime import datetime
 from functools import cache
 from types import SimpleNamespace
 
@@ -491,6 +492,16 @@ def test_a_second_bos_in_a_response_is_refused(column):
         processed([GOOD | {column: f"{BOS}hello"}], host("llama3", BOS))
 
 
+@pytest.mark.parametrize("column", ["prompt", "long_prompt", "history", "chosen", "rejected"])
+@pytest.mark.parametrize("template", ["default", "mistral"])
+def test_an_eos_in_a_text_is_refused(template, column):
+    """Also where the template has no stop words: then EOS ends its turns."""
+    model = host(template)
+    dirty = f"Rosvik{model.tokenizer.eos_token} and more"
+    with pytest.raises(RowError, match=r"^rows\[0\]: the text contains .*stop token"):
+        processed([GOOD | {column: [["Who?", dirty]] if column == "history" else dirty}], model)
+
+
 @pytest.mark.parametrize("template, bos", [("smollm2", "<|im_start|>"), ("default", "<|endoftext|>")])
 def test_a_bos_that_the_template_itself_repeats_is_accepted(template, bos):
     """SmolLM2 declares <|im_start|>, which opens every turn, as BOS; GPT-2's kin have BOS = EOS, which ends turns."""
@@ -633,6 +644,7 @@ BAD_TOOLS = {
     "no name": ('[{"parameters": {"properties": {}}}]', "the template cannot write `tools`: KeyError 'name'"),
     "a number": (3, "column `tools` must be JSON text, got int '3'"),
     "keys of other rows": ([FILLED], "column `tools` holds null, which loading fills in for keys of other rows"),
+    "a date": ([TOOL | {"default": datetime(2024, 1, 1)}], "holds a date, which loading takes for a time; give"),
 }
 
 
@@ -691,6 +703,7 @@ CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentenc
     "a number of calls": ([USER, CALLING | {"tool_calls": 3}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `tool_calls` must be a list of `function` with `name` and `arguments`, got int"),
     "calls as text": ([USER, CALLING | {"tool_calls": json.dumps([CALL])}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `tool_calls` must be a list of `function` with `name` and `arguments`, got"),
     "arguments of other rows": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": {"who": "a", "city": None}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` holds null, which loading fills in for keys of other rows"),
+    "an argument that is a date": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": {"days": [datetime(2024, 1, 1)]}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` holds a date, which loading takes for a time; give the call as the JSON text of a message of `function_tag`."),
     "a call of the user's": ([USER | {"tool_calls": [{"function": CALL}]}], OPENAI_TAGS, "turn 1 (`user`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
     "a call without a tag": ([CALLING, SAID, USER], BARE_TAGS, "turn 1 (`assistant`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
 }  # fmt: skip

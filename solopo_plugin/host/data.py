@@ -24,7 +24,6 @@ ALIGNED = tuple(f"_{field}" for field in Aligned._fields)  # columns, named as t
 TURNS = ("_prompt", "_long_prompt", "_response")
 SHOWN = 400  # characters of a text of the example row
 WRITTEN = "detailed thinking off"  # by the host's openai converter
-HOLDS_NULL = "holds null, which loading fills in for keys of other rows"
 
 
 def apply(module) -> None:
@@ -105,6 +104,8 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
     attrs = loader.get_dataset_list(dataset_names, data_args.dataset_dir)
     for name, attr in zip(dataset_names or [], attrs, strict=True):
         check_stage(name, attr, stage)
+        if stage == "solopo" and dataset_names.count(name) > 1:  # the host keeps them by name
+            raise ValueError(f"Dataset `{name}` is named twice and counts once; register it under a second name, too.")
     from datasets.exceptions import DatasetsError
 
     args = (dataset_names, model_args, data_args, training_args)
@@ -112,13 +113,15 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
         return get_merged_dataset(*args, stage, return_dict)
     try:
         return get_merged_dataset(*args, "rm", return_dict)  # to the host our rows are ranking rows
-    except (DatasetsError, OSError) as error:
+    except (DatasetsError, OSError, UnicodeDecodeError) as error:
         said = error.__cause__ or error
         if errno.ENOSPC in (getattr(error, "errno", None), getattr(said, "errno", None)):
             raise  # a full disk is no fault of the data set
         which = "` or `".join(dataset_names)  # several: the host's last line before says of which
         told = str(said).partition("\n\nThe above exception")[0]
         reason = told.splitlines()[-1] if "Traceback" in told else " ".join(told.split())  # the first, of a worker
+        if any(isinstance(e, UnicodeDecodeError) for e in (said, said.__context__)):
+            reason = "the file is not in UTF-8; save it as UTF-8"
         raise ValueError(f"Dataset `{which}` cannot be read: {reason.rstrip('.') or type(said).__name__}.") from error
 
 
@@ -186,8 +189,8 @@ class LongConverter:
         for column in filter(None, (attr.query, attr.system)):
             text = example[column]
             expect(isinstance(text, str | None), f"{name}: column `{column}`", "a string or null", text)
-        if attr.tools and holds_null(example[attr.tools]):
-            raise RowError(f"{name}: column `{attr.tools}` {HOLDS_NULL}; give the tools as JSON text.")
+        if attr.tools and (changed := changed_by_loading(example[attr.tools])):
+            raise RowError(f"{name}: column `{attr.tools}` {changed}; give the tools as JSON text.")
         if attr.formatting != "alpaca":
             for column in (attr.messages, self.long_column):
                 self.check_messages(name, column, example[column])
@@ -239,8 +242,8 @@ class LongConverter:
         functions: list[Any] = [entry.get("function") if isinstance(entry, dict) else None for entry in entries]
         good = all(isinstance(f, dict) and f.get("name") and "arguments" in f for f in functions)
         expect(good, f"{turn}: `tool_calls`", "a list of `function` with `name` and `arguments`", calls)
-        if any(holds_null(function["arguments"]) for function in functions):
-            raise RowError(f"{turn} {HOLDS_NULL}; give the call as the JSON text of a message of `function_tag`.")
+        if changed := changed_by_loading([function["arguments"] for function in functions]):
+            raise RowError(f"{turn} {changed}; give the call as the JSON text of a message of `function_tag`.")
 
     def check_response(self, name: str, column: str, response: Any) -> None:
         """Refuse a response that a converter would crash on, or would read only in part."""
@@ -274,11 +277,14 @@ class LongConverter:
             check_text(name, column, turn["content"], f"turn {n} (`{role}`) of ", blank)
 
 
-def holds_null(value: Any) -> bool:
-    """Return whether an object anywhere in a value has a null."""
+def changed_by_loading(value: Any) -> str | None:
+    """Say what anywhere in a value is not the file's but loading's; None if nothing can be told."""
     if isinstance(value, dict):
-        return any(item is None or holds_null(item) for item in value.values())
-    return isinstance(value, list) and any(map(holds_null, value))
+        filled = "holds null, which loading fills in for keys of other rows"
+        return filled if None in value.values() else changed_by_loading([*value.values()])
+    if isinstance(value, list):
+        return next(filter(None, map(changed_by_loading, value)), None)
+    return "holds a date, which loading takes for a time" if hasattr(value, "isoformat") else None
 
 
 def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_args):
@@ -297,10 +303,9 @@ def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_
     converter = LongConverter(dataset_attr, data_args, get_dataset_converter)
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(
-            f"Dataset `{dataset_attr.entry}` has no rows; with `streaming: true` a local file also needs "
-            "`dataloader_num_workers: 1` or more."
-        )
+        stream = "with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more"
+        given = f"`num_samples` and `max_samples` (here {data_args.max_samples}) must leave some of those in its file"
+        raise ValueError(f"Dataset `{dataset_attr.entry}` has no rows; {stream if data_args.streaming else given}.")
     kwargs = {}
     if not data_args.streaming:
         kwargs = dict(
@@ -333,15 +338,12 @@ class SoloDatasetProcessor:
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return a batch of aligned rows as a batch of tokenised rows; over-long rows raise or are left out."""
-        batch: dict[str, list[Any]] = {column: [] for column in COLUMNS}
         encode = partial(encode_turn, self.tokenizer, self.template)
-        markers = [*filter(None, [self.tokenizer.bos_token]), *self.template.stop_words]
-        for aligned in zip(*(examples[column] for column in ALIGNED), strict=True):
-            row = build_row(Aligned(*aligned), encode, markers)
-            if fits(row, self.cutoff_len, self.overlength):
-                for column, value in row.items():
-                    batch[column].append(value)
-        return batch
+        markers = [*filter(None, (self.tokenizer.bos_token, self.tokenizer.eos_token)), *self.template.stop_words]
+        aligned = zip(*(examples[column] for column in ALIGNED), strict=True)
+        rows = (build_row(Aligned(*values), encode, markers) for values in aligned)
+        kept = [row for row in rows if fits(row, self.cutoff_len, self.overlength)]
+        return {column: [row[column] for row in kept] for column in COLUMNS}
 
     def print_data_example(self, example: dict[str, Any]) -> None:
         """Show the first row as the model sees it, a line for each part, long ones without their middle."""
