@@ -40,9 +40,9 @@ class SoloArguments:
         solopo_distill_temperature: Self-distillation: by which the logits of both sides are divided, > 0.
         solopo_distill_topk: Self-distillation: the teacher's likeliest words that are compared one by one, all others
             together as one; 0 compares all.
-        solopo_anchor: Weight of the KL, per token of the short responses, from the reference to the policy, >= 0:
-            against losing what short contexts could do. Needs a reference in every loss: `ref_model`, or the model as
-            it starts, without an adapter that is trained.
+        solopo_anchor: Weight of the KL from the reference to the policy, >= 0: the mean over the chosen response's
+            tokens given the short prompt (`both` adds the rejected one's), against losing what short contexts could do.
+            Needs a reference in every loss: `ref_model`, or the model as it starts, without an adapter that is trained.
         solopo_forward: How a step runs: `packed`, all sequences of a micro-batch as one row without padding in one
             forward; `two_stage`, the short pair in one forward, then the long sequence in another; `auto`, packed where
             the model supports it.
@@ -190,13 +190,11 @@ def check_loss(args) -> None:
         if sentence := number_fault(name, getattr(args, name)):
             raise ValueError(sentence)
     for reason, names in without_effect(args).items():
+        why = f"with `{reason}: {getattr(args, reason)}`"
         for name in names:
             value, default = getattr(args, name), args.__dataclass_fields__[name].default
             if value != default:
-                raise ValueError(
-                    f"`{name}: {value}` has no effect with `{reason}: {getattr(args, reason)}`; "
-                    f"remove it, or on the command line {name}={default}."
-                )
+                raise ValueError(f"`{name}: {value}` has no effect {why}; remove it, or set it to {default}.")
     for name in ("solopo_distill_temperature", "pref_beta"):
         if getattr(args, name) <= 0:
             raise ValueError(f"`{name}` must be > 0, got {getattr(args, name)!r}.")

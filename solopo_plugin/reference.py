@@ -30,7 +30,7 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HOME
 from llamafactory.extras import logging
-from llamafactory.extras.misc import torch_gc
+from llamafactory.extras.misc import is_env_enabled, torch_gc
 from torch import Tensor
 from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -147,7 +147,6 @@ class Store:
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         cache = Path(os.environ.get("SOLOPO_CACHE") or Path(HF_HOME, "solopo"))  # the latter beside the hub's
         self.facts, self.folder = facts, cache / "reference" / name
-        self.path = self.folder / f"{uuid.uuid4().hex}.jsonl"
         self.anchored = anchored  # `chosen` or `both`
         self.stream: TextIO | None = None
 
@@ -196,7 +195,7 @@ class Store:
     def write(self, keys: list[str], logps_B2: Tensor) -> None:
         """Append scores to this writer's file, at once."""
         if self.stream is None:
-            self.stream = self.path.open("w")
+            self.stream = (self.folder / f"{uuid.uuid4().hex}.jsonl").open("w")
         for key, (chosen, rejected) in zip(keys, logps_B2.tolist(), strict=True):
             self.stream.write(json.dumps({"row": key, "chosen": chosen, "rejected": rejected}) + "\n")
         self.stream.flush()
@@ -214,8 +213,7 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
     if trainer.is_fsdp_enabled:
         raise ValueError("`solopo_reference: cached` does not run under FSDP; set `online`, or use DeepSpeed ZeRO-3.")
     reference = trainer.model if load is None else load()
-    main = trainer.args.process_index == 0
-    facts = identity(trainer, reference, model_args, finetuning_args) if main else None
+    facts = identity(trainer, reference, model_args, finetuning_args) if trainer.args.process_index == 0 else None
     (facts,) = broadcast_object_list([facts])
     store = Store(facts, finetuning_args.solopo_align_on if finetuning_args.solopo_anchor else None)
     if trainer.args.local_process_index == 0:
@@ -268,7 +266,7 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
     again = known[:: -(-len(known) // (size * world)) or 1]  # one batch a rank, spread over all rows
     logger.info_rank0(f"Reference log-probs: {len(known)} rows are in {store.folder}, {len(missing)} to score.")
     live_N2, new_N2 = torch.full_like(known_N2, UNKNOWN), torch.full_like(known_N2, UNKNOWN)
-    quiet = args.disable_tqdm or args.process_index > 0
+    quiet, on_board = args.disable_tqdm or args.process_index > 0, is_env_enabled("LLAMABOARD_ENABLED")
     bar = tqdm(total=len(missing), desc="Scoring the reference", unit="row", disable=quiet)
     with _ready_to_score(trainer, reference) as scorer, bar:
         for batch, _, logps_B2, _ in _scores(trainer, scorer, places, again):
@@ -277,13 +275,16 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
         for n in again:
             split, index, m = places[n]
             check_known(trainer, reference, store, pairs_of(split[index])[m], known_N2[n].tolist(), live_N2[n].tolist())
-        for batch, features, logps_B2, top in _scores(trainer, scorer, places, missing):
+        for number, (batch, features, logps_B2, top) in enumerate(_scores(trainer, scorer, places, missing), 1):
             new_N2[batch] = logps_B2.to(new_N2.device)
+            done = min(number * size * world, len(missing))
             if trainer.ranks.rank == 0:  # the first of those that share a row
                 if top is not None:  # first: a row with a line has its file
                     store.write_tops([keys[n] for n in batch], features, top)
                 store.write([keys[n] for n in batch], logps_B2)
-                bar.update(min(len(batch) * world, len(missing) - bar.n))
+                bar.update(done - bar.n)
+            if on_board and 10 * done // len(missing) > 10 * (done - size * world) // len(missing):  # it shows no bar
+                logger.info_rank0(f"Scoring the reference: {done} of {len(missing)} rows.")
         return known_N2.maximum(_agree(new_N2))
 
 

@@ -74,7 +74,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
             check_optimizer(trainer)
         if cached:
             load = partial(load_ref, packed) if elsewhere else None
-            with abort_ends_the_process():
+            with abort_ends_the_process(trainer.callback_handler.callbacks):
                 sets = with_reference_logps(trainer, model_args, finetuning_args, load)
             trainer.train_dataset, trainer.eval_dataset = sets
     if training_args.do_train:
@@ -250,10 +250,11 @@ def evaluate(trainer: SoloTrainer, against_itself: bool) -> None:
 
 
 @contextmanager
-def abort_ends_the_process():
+def abort_ends_the_process(callbacks: list):
     """Obey LlamaBoard's "Abort" while the reference is scored: the host's handler sets a flag that only steps look at.
 
-    What has been scored is on disk and is found by the next run.
+    Its callback has the flag, which is up where "Abort" was pressed before. What has been scored is on disk and is
+    found by the next run.
     """
     handler = signal.getsignal(signal.SIGABRT)
     if not callable(handler):  # not started from the board
@@ -261,6 +262,8 @@ def abort_ends_the_process():
         return
     signal.signal(signal.SIGABRT, lambda *_: sys.exit(0))
     try:
+        if any(getattr(callback, "aborted", False) for callback in callbacks):
+            sys.exit(0)
         yield
     finally:
         signal.signal(signal.SIGABRT, handler)

@@ -141,7 +141,8 @@ WATCHES, LOSS = "`early_stopping_steps: 2` needs a metric to watch: set", "`metr
     (dict(finetuning_type="lora", quantization_bit=4, do_train=False, do_eval=True, **WATCHED), None),
     (dict(do_train=False), "There is nothing to do: set `do_train: true` or `do_eval: true`."),
     (dict(do_train=False, do_predict=True, eval_dataset="demo_solopo"),
-     "`do_predict: True` has no effect in `stage: solopo`: the stage generates nothing; remove it."),
+     "`do_predict: True` has no effect in `stage: solopo`: the stage generates nothing; "
+     "remove it, or set it to False."),
     (dict(learning_rate=None), "`learning_rate` must be a number, got None."),
 ])  # fmt: skip
 def test_settings_that_the_host_takes_and_fails_with(monkeypatch, keys, sentence):

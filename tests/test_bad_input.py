@@ -68,23 +68,23 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "no samples": ({"max_samples": 0}, "Dataset `demo_solopo` has no rows; `num_samples` and `max_samples` (here 0) must leave some of those in its file."),
     "a data set twice": ({"dataset": "demo_solopo, demo_solopo"}, "Dataset `demo_solopo` is named twice and counts once; register it under a second name, too."),
     "stream without workers": ({"streaming": True, "max_samples": None, "max_steps": 1}, "Dataset `demo_solopo` has no rows; with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more."),
-    "alpha in longpo": ({"solopo_objective": "longpo", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: longpo`; remove it, or on the command line solopo_alpha=1.0."),
-    "ftx in longpo": ({"solopo_objective": "longpo", "pref_ftx": 1.0}, "`pref_ftx: 1.0` has no effect with `solopo_objective: longpo`; remove it, or on the command line pref_ftx=0.0."),
+    "alpha in longpo": ({"solopo_objective": "longpo", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: longpo`; remove it, or set it to 1.0."),
+    "ftx in longpo": ({"solopo_objective": "longpo", "pref_ftx": 1.0}, "`pref_ftx: 1.0` has no effect with `solopo_objective: longpo`; remove it, or set it to 0.0."),
     "distill kl": ({"solopo_align": "distill", "solopo_distill_kl": "kl"}, "`solopo_distill_kl` must be one of forward, reverse, jsd; got 'kl'."),
     "temperature 0": ({"solopo_align": "distill", "solopo_distill_temperature": 0}, "`solopo_distill_temperature` must be > 0, got 0.0."),
     "topk negative": ({"solopo_align": "distill", "solopo_distill_topk": -1}, "`solopo_distill_topk` must be a whole number >= 0, got -1."),
     "negative anchor": ({"solopo_anchor": -0.1}, "`solopo_anchor` must be a number >= 0, got -0.1."),
-    "distill kl of rewards": ({"solopo_distill_kl": "reverse"}, "`solopo_distill_kl: reverse` has no effect with `solopo_align: reward`; remove it, or on the command line solopo_distill_kl=forward."),
-    "temperature of log-probs": ({"solopo_align": "logp", "solopo_distill_temperature": 2}, "`solopo_distill_temperature: 2.0` has no effect with `solopo_align: logp`; remove it, or on the command line solopo_distill_temperature=1.0."),
-    "penalty in distill": ({"solopo_align": "distill", "solopo_penalty": "drop"}, "`solopo_penalty: drop` has no effect with `solopo_align: distill`; remove it, or on the command line solopo_penalty=auto."),
-    "detached distill": ({"solopo_align": "distill", "solopo_detach_short": True}, "`solopo_detach_short: True` has no effect with `solopo_align: distill`; remove it, or on the command line solopo_detach_short=False."),
-    "alpha of distill alone": ({"solopo_objective": "distill", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: distill`; remove it, or on the command line solopo_alpha=1.0."),
-    "log-probs of distill alone": ({"solopo_objective": "distill", "solopo_align": "logp"}, "`solopo_align: logp` has no effect with `solopo_objective: distill`; remove it, or on the command line solopo_align=reward."),
-    "loss of distill alone": ({"solopo_objective": "distill", "pref_loss": "orpo"}, "`pref_loss: orpo` has no effect with `solopo_objective: distill`; remove it, or on the command line pref_loss=sigmoid."),
-    "beta of distill alone": ({"solopo_objective": "distill", "pref_beta": 0.2}, "`pref_beta: 0.2` has no effect with `solopo_objective: distill`; remove it, or on the command line pref_beta=0.1."),
+    "distill kl of rewards": ({"solopo_distill_kl": "reverse"}, "`solopo_distill_kl: reverse` has no effect with `solopo_align: reward`; remove it, or set it to forward."),
+    "temperature of log-probs": ({"solopo_align": "logp", "solopo_distill_temperature": 2}, "`solopo_distill_temperature: 2.0` has no effect with `solopo_align: logp`; remove it, or set it to 1.0."),
+    "penalty in distill": ({"solopo_align": "distill", "solopo_penalty": "drop"}, "`solopo_penalty: drop` has no effect with `solopo_align: distill`; remove it, or set it to auto."),
+    "detached distill": ({"solopo_align": "distill", "solopo_detach_short": True}, "`solopo_detach_short: True` has no effect with `solopo_align: distill`; remove it, or set it to False."),
+    "alpha of distill alone": ({"solopo_objective": "distill", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: distill`; remove it, or set it to 1.0."),
+    "log-probs of distill alone": ({"solopo_objective": "distill", "solopo_align": "logp"}, "`solopo_align: logp` has no effect with `solopo_objective: distill`; remove it, or set it to reward."),
+    "loss of distill alone": ({"solopo_objective": "distill", "pref_loss": "orpo"}, "`pref_loss: orpo` has no effect with `solopo_objective: distill`; remove it, or set it to sigmoid."),
+    "beta of distill alone": ({"solopo_objective": "distill", "pref_beta": 0.2}, "`pref_beta: 0.2` has no effect with `solopo_objective: distill`; remove it, or set it to 0.1."),
     "reference of distill alone": ({"solopo_objective": "distill", "ref_model": "a/model"}, "`ref_model: a/model` has no effect in `stage: solopo`: `solopo_objective: distill` has no reference; remove it."),
-    "anchor in longpo": ({"solopo_objective": "longpo", "solopo_anchor": 1}, "`solopo_anchor: 1.0` has no effect with `solopo_objective: longpo`; remove it, or on the command line solopo_anchor=0.0."),
-    "topk in longpo": ({"solopo_objective": "longpo", "solopo_distill_topk": 9}, "`solopo_distill_topk: 9` has no effect with `solopo_objective: longpo`; remove it, or on the command line solopo_distill_topk=0."),
+    "anchor in longpo": ({"solopo_objective": "longpo", "solopo_anchor": 1}, "`solopo_anchor: 1.0` has no effect with `solopo_objective: longpo`; remove it, or set it to 0.0."),
+    "topk in longpo": ({"solopo_objective": "longpo", "solopo_distill_topk": 9}, "`solopo_distill_topk: 9` has no effect with `solopo_objective: longpo`; remove it, or set it to 0."),
     "anchored pissa": ({"solopo_anchor": 1, "pref_loss": "orpo", "finetuning_type": "lora", "pissa_init": True}, "`pissa_init: true` changes the reference's weights; set `ref_model` to the model before training."),
     "pissa and a reference": ({"finetuning_type": "lora", "pissa_init": True}, "`pissa_init: true` changes the reference's weights; set `ref_model` to the model before training."),
     "pissa without lora": ({"pref_loss": "orpo", "pissa_init": True}, "`pissa_init` is only valid for LoRA training."),
@@ -92,14 +92,14 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "neftune": ({"neftune_noise_alpha": 5}, "`neftune_noise_alpha: 5` does not work with `stage: solopo`: its noise depends on the length of what runs as one row, so the short and the long context get different noise"),
     "dispatched batches": ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches: True` does not work with `stage: solopo`: one process cannot cut the others' part from a packed row or from rows of different lengths; remove it."),
     "sampling strategy": ({"train_sampling_strategy": "by_length"}, "`train_sampling_strategy` must be one of random, sequential, group_by_length; got 'by_length'."),
-    "grouped and unshuffled": ({"train_sampling_strategy": "group_by_length", "disable_shuffling": True}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: `disable_shuffling` already keeps the rows' order; remove it."),
-    "grouped stream": ({"train_sampling_strategy": "group_by_length", **STREAM}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: the host shuffles a stream by `buffer_size`; remove it."),
-    "unshuffled stream": ({"disable_shuffling": True, **STREAM}, "`disable_shuffling: True` has no effect in `stage: solopo`: the host shuffles a stream by `buffer_size`; remove it."),
-    "rate of a stream": ({"include_effective_tokens_per_second": True, **STREAM}, "`include_effective_tokens_per_second: True` has no effect in `stage: solopo`: a stream has no length; remove it."),
-    "gamma without simpo": ({"simpo_gamma": 0.7}, "`simpo_gamma: 0.7` has no effect in `stage: solopo`: it is for `pref_loss: simpo`; remove it."),
+    "grouped and unshuffled": ({"train_sampling_strategy": "group_by_length", "disable_shuffling": True}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: `disable_shuffling` already keeps the rows' order; remove it, or set it to random."),
+    "grouped stream": ({"train_sampling_strategy": "group_by_length", **STREAM}, "`train_sampling_strategy: group_by_length` has no effect in `stage: solopo`: the host shuffles a stream by `buffer_size`; remove it, or set it to random."),
+    "unshuffled stream": ({"disable_shuffling": True, **STREAM}, "`disable_shuffling: True` has no effect in `stage: solopo`: the host shuffles a stream by `buffer_size`; remove it, or set it to False."),
+    "rate of a stream": ({"include_effective_tokens_per_second": True, **STREAM}, "`include_effective_tokens_per_second: True` has no effect in `stage: solopo`: a stream has no length; remove it, or set it to False."),
+    "gamma without simpo": ({"simpo_gamma": 0.7}, "`simpo_gamma: 0.7` has no effect in `stage: solopo`: it is for `pref_loss: simpo`; remove it, or set it to 0.5."),
     "reference without need": ({"ref_model": "a/model", "pref_loss": "orpo"}, "`ref_model: a/model` has no effect in `stage: solopo`: `pref_loss: orpo` has no reference; remove it."),
-    "online without need": ({"solopo_reference": "online", "pref_loss": "orpo"}, "`solopo_reference: online` has no effect in `stage: solopo`: `pref_loss: orpo` has no reference; remove it."),
-    "online distill alone": ({"solopo_reference": "online", "solopo_objective": "distill"}, "`solopo_reference: online` has no effect in `stage: solopo`: `solopo_objective: distill` has no reference; remove it."),
+    "online without need": ({"solopo_reference": "online", "pref_loss": "orpo"}, "`solopo_reference: online` has no effect in `stage: solopo`: `pref_loss: orpo` has no reference; remove it, or set it to cached."),
+    "online distill alone": ({"solopo_reference": "online", "solopo_objective": "distill"}, "`solopo_reference: online` has no effect in `stage: solopo`: `solopo_objective: distill` has no reference; remove it, or set it to cached."),
     "adapters of no reference": ({"ref_model_adapters": "an/adapter"}, "`ref_model_adapters: an/adapter` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
     "bits of no reference": ({"ref_model_quantization_bit": 4}, "`ref_model_quantization_bit: 4` has no effect in `stage: solopo`: there is no `ref_model`; remove it."),
     "neat packing": ({"neat_packing": True}, "`neat_packing` cannot be set as True except SFT."),
@@ -110,7 +110,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "predictions": ({"predict_with_generate": True}, "`predict_with_generate` cannot be set as True except SFT."),
     "wider window": ({"rope_scaling": "yarn", "cutoff_len": 16384}, "The host's `rope_scaling` does not work with transformers 5; remove it, and write the scaling into the model's config.json (docs/training.md, \"Rows longer than one GPU\")."),
     "layerwise galore": ({"galore_layerwise": True}, "`galore_layerwise: True` does not work with `stage: solopo`: the layers' optimizers keep the full `learning_rate`"),
-    "lambda in solopo": ({"solopo_longpo_lambda": 0.1}, "`solopo_longpo_lambda: 0.1` has no effect with `solopo_objective: solopo`; remove it, or on the command line solopo_longpo_lambda=0.01."),
+    "lambda in solopo": ({"solopo_longpo_lambda": 0.1}, "`solopo_longpo_lambda: 0.1` has no effect with `solopo_objective: solopo`; remove it, or set it to 0.01."),
 }  # fmt: skip
 
 USER, BOT = "human", "gpt"
@@ -231,7 +231,8 @@ def test_a_key_that_would_change_nothing(run, recipe, key):
     default, reason = fields[key].default, UNREAD_KEYS[key]
     needs = {"val_size": 4} if key == "do_predict" else {}
     value = OTHER[key] if key in OTHER else not default if isinstance(default, bool) else default + 1
-    sentence = f"`{key}: {value}` has no effect in `stage: solopo`: {reason}; remove it."
+    off = "" if default is None else f", or set it to {default}"
+    sentence = f"`{key}: {value}` has no effect in `stage: solopo`: {reason}; remove it{off}."
     refused(run, recipe(**{key: value}, **needs), sentence)
     parser.get_train_args(recipe(**{key: default}, **needs))
 

@@ -181,6 +181,15 @@ def test_extra_arguments_win(page):
             {"solopo_sequence_parallel": 2, "solopo_forward": "two_stage"},
         ),
         ({"extra_args": '{"solopo_alfa": 1}'}, {"solopo_alfa": 1}),
+        ({"extra_args": '{"solopo_alpha": null}', "solopo_alpha": "3"}, {"solopo_alpha": None}),
+        ({"extra_args": '{"pref_beta": null}'}, {"pref_beta": None}),
+        ({"solopo_align": None}, {"solopo_align": None}),
+        ({"extra_args": '{"learning_rat": 1}'}, {"learning_rat": 1}),
+        ({"extra_args": '{"streaming": true}'}, {"streaming": True, "max_samples": 9}),
+        (
+            {"extra_args": '{"val_size": 0.1, "eval_dataset": "demo_solopo"}'},
+            {"val_size": 0.1, "eval_dataset": "demo_solopo"},
+        ),
         ({"extra_args": '{"ld_alpha": 0.5}'}, {"ld_alpha": 0.5}),
         ({"neftune_alpha": 5.0}, {"neftune_noise_alpha": 5.0}),
         ({"extra_args": '{"label_smoothing_factor": 0.1}'}, {"label_smoothing_factor": 0.1}),
@@ -220,6 +229,24 @@ def test_a_wrong_value_gets_the_command_lines_sentence(page, monkeypatch, values
     assert preview(page).startswith("```bash\nllamafactory-cli train")
 
 
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({"learning_rate": ""}, "`learning_rate` must be a number, got ''."),
+        ({"max_samples": "1e3"}, "`max_samples` must be a whole number, got '1e3'."),
+        ({"extra_args": "1"}, 'Extra arguments must be keys with values, such as {"use_cpu": true}, got 1.'),
+        ({"val_size": None}, "A field of the Train tab is empty or no number: "),
+    ],
+)
+def test_a_text_that_the_host_cannot_read_gets_a_sentence(page, values, sentence):
+    """In preview, start and save, where the host raises, or saves it."""
+    box = page.manager.get_elem_by_id("train.output_box")
+    (started,) = page.runner.run_train(page.fill(**values))
+    saved = page.runner.save_args(page.fill(**values))
+    assert preview(page, **values) == started[box] == saved[box]
+    assert saved[box].startswith(sentence)
+
+
 def test_unsloth_is_refused_in_the_page(page):
     """On the command line the host first asks for the package."""
     assert "`use_unsloth: True` does not work with `stage: solopo`" in preview(page, **{"top.booster": "unsloth"})
@@ -229,7 +256,14 @@ def test_a_data_set_of_another_stage_is_refused_in_the_page(page):
     assert "Dataset `demo_short_po` has no long context" in preview(page, dataset=["demo_solopo", "demo_short_po"])
     assert "--dataset elsewhere" in preview(page, dataset=["elsewhere"])
     assert "--dataset demo_solopo" in preview(page, extra_args='{"dataset": ["demo_solopo"]}')
-    assert "Dataset `demo_short_po` has no" in preview(page, extra_args='{"dataset": ["demo_short_po"]}')
+    for key in ("dataset", "eval_dataset"):
+        assert "Dataset `demo_short_po` has no" in preview(page, extra_args=f'{{"{key}": ["demo_short_po"]}}')
+
+
+def test_a_stream_is_previewed(page):
+    """With the key that takes the widget's number of samples back, which the host refuses beside a stream."""
+    command = preview(page, extra_args='{"streaming": true, "max_samples": null, "max_steps": 5}')
+    assert "--streaming True" in command and "--max_samples" not in command
 
 
 def test_loading_does_not_lose_the_chosen_data_sets(host):
@@ -491,11 +525,13 @@ def test_a_run_logs_what_the_chart_shows(host, recipe, run, tmp_path):
 # ---- abort
 
 
-def test_abort_while_the_reference_is_scored(recipe, run, monkeypatch, tmp_path):
-    """The board's signal ends the process at once; the next run finds what was scored."""
+def test_abort_while_the_reference_is_scored(recipe, run, host_log, monkeypatch, tmp_path):
+    """The board's signal ends the process at once; the next run finds what was scored. The log says how far it is."""
+    from solopo_plugin import reference
     from solopo_plugin.trainer import SoloTrainer
 
     monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reference, "is_env_enabled", lambda name: name == "LLAMABOARD_ENABLED")
     scored, score_pair = [], SoloTrainer.score_pair
 
     def aborting(self, model, features):
@@ -517,3 +553,25 @@ def test_abort_while_the_reference_is_scored(recipe, run, monkeypatch, tmp_path)
     finally:
         signal.signal(signal.SIGABRT, before)
     assert scored[2:] == [2, 2, 2, 2], "two of the eight rows had been scored: they are checked, six are left"
+    told = [re.match(r"Scoring the reference: (\d) of (\d) rows\.$", message) for message in host_log]
+    assert [m.groups() for m in told if m] == [("2", "8"), ("2", "6"), ("4", "6"), ("6", "6")]
+
+
+def test_abort_before_the_reference_is_scored(recipe, tuner, monkeypatch):
+    """Obey what was pressed while rows were read or the model was loaded, which the host's handler only notes."""
+    from llamafactory.train.callbacks import LogCallback
+
+    from solopo_plugin import workflow
+    from solopo_plugin.trainer import SoloTrainer
+
+    host, load_model, scored = LogCallback(), workflow.load_model, []
+    monkeypatch.setattr(workflow, "load_model", lambda *a: signal.raise_signal(signal.SIGABRT) or load_model(*a))
+    monkeypatch.setattr(SoloTrainer, "score_pair", lambda *a: scored.append(a))
+    before = signal.signal(signal.SIGABRT, host._set_abort)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            tuner.run_exp(recipe(max_samples=4), callbacks=[host])
+        assert signal.getsignal(signal.SIGABRT) == host._set_abort
+    finally:
+        signal.signal(signal.SIGABRT, before)
+    assert ended.value.code == 0 and host.aborted and not scored

@@ -185,9 +185,10 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
         yield f"`train_sampling_strategy` must be one of {', '.join(ORDERS)}; got {strategy!r}."
     known = {name: spec.default for part in _TRAIN_ARGS for name, spec in part.__dataclass_fields__.items()}
     for reason, keys in _unread(given, args).items():
-        for key in keys.split():
-            if given(key) not in (None, known.get(key)):
-                yield f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it."
+        for key, default in ((key, known.get(key)) for key in keys.split()):
+            if given(key) not in (None, default):
+                off = "" if default is None else f", or set it to {default}"
+                yield f"`{key}: {given(key)}` has no effect in `stage: solopo`: {reason}; remove it{off}."
 
 
 def _of_a_stream(given: Callable[[str], Any]) -> Iterator[str]:

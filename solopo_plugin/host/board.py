@@ -3,6 +3,7 @@
 If the board is not the known one it starts without the section, and says so.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,8 @@ try:
     import gradio as gr
     from llamafactory.data.parser import DatasetAttr
     from llamafactory.extras import constants
-    from llamafactory.hparams import parser
+    from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.hparams import DataArguments, parser
     from llamafactory.webui import control
     from llamafactory.webui.common import DEFAULT_DATA_DIR, load_dataset_info
     from llamafactory.webui.components import data as data_tab
@@ -30,6 +32,7 @@ try:
     from llamafactory.webui.locales import LOCALES
     from llamafactory.webui.manager import Manager
     from llamafactory.webui.runner import Runner
+    from transformers import HfArgumentParser
 except ImportError as error:  # a board of another host: `check` refuses it
     absent = error
 
@@ -40,6 +43,7 @@ WIDGETS = tuple(sorted((*FIELDS, "simpo_gamma"), key=[*board_texts.TEXTS].index)
 PER_ROW = 5
 LARGEST = 131072  # of a slider, tokens: that of the host's `cutoff_len`
 MACHINE = 16  # of a slider, GPUs of one machine; ours
+TYPED = {"learning_rate": float, "num_train_epochs": float, "max_grad_norm": float, "max_samples": int}  # as text
 OF_SFT = (("predict_with_generate",), ("neat_packing",), ("train_on_prompt", "mask_history"))  # refused by the host
 SHOWN = 2000  # characters of a text in the preview of rows
 
@@ -272,24 +276,46 @@ def _refusing(initialize, self, data, do_train, from_preview):
     error = initialize(self, data, do_train, from_preview)
     if error or not do_train or data[self.manager.get_elem_by_id("train.training_stage")] != STAGE:
         return error
-    return refusal(self._parse_train_args(data))
+    try:
+        args = self._parse_train_args(data)
+    except (TypeError, ValueError) as fault:
+        typed = {name: data[self.manager.get_elem_by_id(f"train.{name}")] for name in (*TYPED, "extra_args")}
+        return unreadable(typed) or f"A field of the Train tab is empty or no number: {fault}; fill it in."
+    return refusal(args)
+
+
+def unreadable(typed: dict[str, str]) -> str:
+    """Return a sentence on the first text that the host would end with when it reads it; empty if there is none."""
+    for name, kind in TYPED.items():
+        try:
+            kind(typed[name])
+        except (TypeError, ValueError):
+            return f"`{name}` must be {'a whole number' if kind is int else 'a number'}, got {typed[name]!r}."
+    if not isinstance(json.loads(typed["extra_args"]), dict):
+        return f'Extra arguments must be keys with values, such as {{"use_cpu": true}}, got {typed["extra_args"]}.'
+    return ""
 
 
 def refusal(args: dict) -> str:
-    """Return the sentence with which the command line refuses these arguments, or an empty one."""
+    """Return the sentence with which the command line refuses these arguments, or an empty one.
+
+    The host's rules for the model and for the Trainer, whose arguments look for devices, are left to the run.
+    """
     finetuning_args = next(a for a in parser._TRAIN_ARGS if issubclass(a, SoloArguments))
-    fields = finetuning_args.__dataclass_fields__
-    known = {n: v for n, v in args.items() if n in fields and fields[n].init and v is not None}
+    keys = {name for part in parser._TRAIN_ARGS for name, spec in part.__dataclass_fields__.items() if spec.init}
     try:
         check_keys(args)
         check_best_direction(args)
-        tuning = finetuning_args(**known)
-        for keys in OF_SFT:
-            if any(map(args.get, keys)):
-                raise ValueError(f"`{'` or `'.join(keys)}` cannot be set as True except SFT.")
+        parts = HfArgumentParser([DataArguments, finetuning_args])
+        _, tuning = parts.parse_dict(args, allow_extra_keys=True)
+        if (unknown := sorted(args.keys() - keys)) and not is_env_enabled("ALLOW_EXTRA_ARGS"):
+            raise ValueError(f"Some keys are not used by the HfArgumentParser: {unknown}")
+        for of_sft in OF_SFT:
+            if any(map(args.get, of_sft)):
+                raise ValueError(f"`{'` or `'.join(of_sft)}` cannot be set as True except SFT.")
         check_recipe(args.get, tuning)
         info = load_dataset_info(args["dataset_dir"])
-        for name in names_of(args["dataset"]):
+        for name in (*names_of(args["dataset"]), *names_of(args.get("eval_dataset"))):
             if name in info:  # else it is a name on a hub, or the host's to refuse
                 check_dataset(name, info[name], "solopo")
     except Exception as error:  # of the host's own rules, too

@@ -60,7 +60,10 @@ TEXTS = {
         "ja": ("LongPO lambda", "LongPO の選好項の重み。目的関数が longpo の場合のみ。"),
     },
     "solopo_distill_kl": {
-        "en": ("Distill KL", "Self-distillation's divergence from the short context's distribution to the long one's."),
+        "en": (
+            "Distill KL",
+            "Self-distillation's divergence between the short context's distribution (the teacher) and the long one's.",
+        ),
         "ru": ("KL дистилляции", "Расхождение между распределениями в коротком (учитель) и длинном контексте."),
         "zh": ("蒸馏 KL", "自蒸馏的散度：短上下文的分布（教师）与长上下文的分布之间。"),
         "ko": ("증류 KL", "짧은 문맥의 분포(교사)와 긴 문맥의 분포 사이의 발산."),
