@@ -51,9 +51,10 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     """Return results of `harness_tasks` for a model; what is there of the same model and settings is not run again.
 
     The harness asks in its own way. Of the recipe count the model, backend, `default_system`, `enable_thinking: false`
-    (not `rope_factor`), and `harness_args`: keys of its configuration file (batch_size, limit, num_fewshot, ...), whose
-    `model_args` are added to those made here. Prompts are chats, as the leaderboard has them for instruct models, in
-    the tokenizer's own chat template; `harness_args: {apply_chat_template: false}` for a base model.
+    (not of a server; nor do `rope_factor` and `extra_body`), and `harness_args`: keys of its configuration file
+    (batch_size, limit, num_fewshot, ...), whose `model_args` are added to those made here. Prompts are chats, as the
+    leaderboard has them for instruct models, in the tokenizer's own chat template; `harness_args: {apply_chat_template:
+    false}` for a base model.
 
     Args:
         model: One of `find_models`.
@@ -103,6 +104,44 @@ def check_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True
     _, rows = _begun(model, recipe, Path(output_dir) / "harness" / model.name)
     if rows is None or not resume:
         _check_installed()
+
+
+def check_thoughts(models: list[Any], recipe: Any) -> None:
+    """Warn once where models may think in answers that the harness scores whole, or though the recipe says not to.
+
+    Raises:
+        DataError: `enable_thinking: false`, where the harness makes the prompts for a server and does not heed it.
+    """
+    told, server = settings_of(recipe), recipe.backend == "openai"
+    args, ids = told["model_args"], server and recipe.openai_endpoint == "completions"
+    if not told["apply_chat_template"] or "think_end_token" in args or args.get("enable_thinking") is False:
+        return
+    if not (names := ", ".join(model.name for model in models if _thinks(model.tokenizer, recipe))):
+        return
+    asked = "`backend: vllm` or `transformers`"
+    strip = "`harness_args: {model_args: {think_end_token: </think>}}`"
+    if not recipe.enable_thinking and ids:
+        raise DataError(
+            "`enable_thinking: false` does not reach lm-evaluation-harness with `openai_endpoint: completions`, and "
+            f"the chat template of {names} knows thoughts; use {asked}, or `openai_endpoint: chat` and a server that "
+            "does not think."
+        )
+    advice = strip if server else f"{strip}, or `enable_thinking: false`"
+    said = f"{names}: the chat template knows thoughts, and lm-evaluation-harness scores them with the answer"
+    if not recipe.enable_thinking:
+        said = f"{names}: `enable_thinking: false` does not reach a server from lm-evaluation-harness"
+        advice = f"a server that was started so that it does not think, or {asked}"
+    log.warning("%s; use %s.", said, asked if ids else advice)
+
+
+def _thinks(tokenizer: str, recipe: Any) -> bool:
+    """Return whether a tokenizer's own chat template knows thoughts; where there is none, whether they are unwanted."""
+    from transformers import AutoTokenizer
+
+    with suppress(Exception):  # a name that only a server knows, or what the harness itself will tell of
+        found = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=recipe.trust_remote_code)
+        return "</think>" in str(found.chat_template)
+    return not recipe.enable_thinking
 
 
 def _check_installed() -> None:

@@ -260,11 +260,12 @@ def _check_lengths(recipe: EvalRecipe) -> None:
 
 def _check_idle(recipe: EvalRecipe) -> None:
     """Refuse keys that would change nothing, since another one that they belong to is not set."""
+    server = recipe.backend == "openai"
     idle = {
         "with_base": ("`checkpoints`", not recipe.checkpoints),
         "harness_args": ("`harness_tasks`", not recipe.harness_tasks),
-        "extra_body": ("`backend: openai`", recipe.backend != "openai"),
-        "served_model": ("`backend: openai`", recipe.backend != "openai"),
+        "extra_body": ("`benchmarks`", not recipe.benchmarks) if server else ("`backend: openai`", True),
+        "served_model": ("`backend: openai`", not server),
     }
     for name, (needed, missing) in idle.items():
         if missing and getattr(recipe, name):

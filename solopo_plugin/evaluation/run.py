@@ -43,7 +43,7 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
         named = [] if recipe.backend == "openai" else models  # a server has its own
         check_ready(recipe.backend, recipe.server_urls, {f"models: {model.name}": model.path for model in named})
     with lock_folder(folder, "output_dir"):
-        from .harness import check_harness, check_kept, kept_results, run_harness
+        from .harness import check_harness, check_kept, check_thoughts, kept_results, run_harness
         from .report import write_report
         from .results import make_results, pairs_of, report_rows
         from .score import write_scores
@@ -56,6 +56,8 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
             else:
                 check_harness(model, recipe, folder, resume)
         if not rescore:
+            if recipe.harness_tasks:
+                check_thoughts(models, recipe)
             write_json(folder / MODELS, list(map(as_row, models)))
             if recipe.benchmarks:
                 answer_all(recipe, models, resume)

@@ -81,6 +81,9 @@ REFUSED = {
     "`extra_body` is for `backend: openai`, which the recipe does not have; leave it out (`extra_body=null` on ": dict(
         extra_body={"top_k": 1}
     ),
+    "`extra_body` is for `benchmarks`, which the recipe does not have; leave it out (`extra_body=null` on the": dict(
+        extra_body={"top_k": 1}, backend="openai", benchmarks=[], harness_tasks="t"
+    ),
     "`served_model` is for `backend: openai`, which": dict(served_model={"a": "b"}, backend="transformers"),
     "`extra_body` cannot hold `temperature`, which every request has: set `temperature` of the recipe.": dict(
         extra_body={"temperature": 0.7, "max_tokens": 9}, backend="openai"

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -26,6 +27,7 @@ from solopo_plugin.evaluation.harness import (
     _without,
     check_harness,
     check_kept,
+    check_thoughts,
     configuration,
     kept_results,
     read_results,
@@ -304,6 +306,37 @@ def test_what_the_harness_is_told(case):
     assert found["model"] == kind and found["tasks"] == ["toy_colours"] and found["apply_chat_template"] is True
     assert args.items() <= found["model_args"].items()
     assert found["model_args"].keys() <= taken(kind)
+
+
+STRIP = "harness_args: {model_args: {think_end_token: </think>}}"
+THOUGHTS = {  # changes of the recipe, what the own chat template holds, and what is said
+    "scored": (
+        {},
+        "</think>",
+        f"toy: the chat template knows thoughts, .* with the answer; use `{STRIP}`, or `en",
+    ),
+    "of a server": (SERVER, "</think>", f"scores them with the answer; use `{STRIP}`\\.$"),
+    "by ids": (SERVER | IDS, "</think>", "scores them with the answer; use `backend: vllm` or `transformers`\\.$"),
+    "unwanted": (SERVER | dict(enable_thinking=False), "</think>", "does not reach a server .*, or `backend: vllm` or"),
+    "off": (dict(enable_thinking=False), "</think>", None),
+    "none": (SERVER | IDS | dict(enable_thinking=False), "plain", None),
+    "stripped": (dict(harness_args={"model_args": {"think_end_token": "</t>"}}), "</think>", None),
+    "no chat": (dict(harness_args={"apply_chat_template": False}), "</think>", None),
+}
+
+
+@pytest.mark.parametrize("case", THOUGHTS)
+def test_thoughts_are_told_of(case, monkeypatch, caplog):
+    """Since the harness scores them, and a server is not told to leave them out."""
+    changes, text, said = THOUGHTS[case]
+    tokenizer = SimpleNamespace(chat_template=text)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *given, **more: tokenizer)
+    check_thoughts([model(**changes)], recipe(**changes))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (said is not None) and all(re.search(said, text) for text in told)
+    if case == "by ids":
+        with pytest.raises(DataError, match=r"`enable_thinking: false` does not reach lm-evaluation-harness with `op"):
+            check_thoughts([model(**changes)], recipe(**changes, enable_thinking=False))
 
 
 @pytest.mark.parametrize("rank, taken", [(None, 8), (1, 8), (8, 8), (12, 16), (64, 64), (65, 128), (300, 320)])
