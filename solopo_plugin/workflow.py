@@ -72,9 +72,11 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         check_best_exists(trainer)
         if training_args.do_train:
             check_optimizer(trainer)
+        if any(getattr(callback, "aborted", False) for callback in trainer.callback_handler.callbacks):
+            sys.exit(0)  # LlamaBoard's "Abort" until here: the host's callback notes it, and only steps look there
         if cached:
             load = partial(load_ref, packed) if elsewhere else None
-            with abort_ends_the_process(trainer.callback_handler.callbacks):
+            with abort_ends_the_process():
                 sets = with_reference_logps(trainer, model_args, finetuning_args, load)
             trainer.train_dataset, trainer.eval_dataset = sets
     if training_args.do_train:
@@ -250,11 +252,10 @@ def evaluate(trainer: SoloTrainer, against_itself: bool) -> None:
 
 
 @contextmanager
-def abort_ends_the_process(callbacks: list):
+def abort_ends_the_process():
     """Obey LlamaBoard's "Abort" while the reference is scored: the host's handler sets a flag that only steps look at.
 
-    Its callback has the flag, which is up where "Abort" was pressed before. What has been scored is on disk and is
-    found by the next run.
+    What has been scored is on disk and is found by the next run.
     """
     handler = signal.getsignal(signal.SIGABRT)
     if not callable(handler):  # not started from the board
@@ -262,8 +263,6 @@ def abort_ends_the_process(callbacks: list):
         return
     signal.signal(signal.SIGABRT, lambda *_: sys.exit(0))
     try:
-        if any(getattr(callback, "aborted", False) for callback in callbacks):
-            sys.exit(0)
         yield
     finally:
         signal.signal(signal.SIGABRT, handler)

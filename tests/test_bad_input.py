@@ -65,7 +65,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "best by nll": ({"metric_for_best_model": "solopo/nll"}, "`metric_for_best_model: solopo/nll` is better when lower, and the host would keep the checkpoint with the highest; set `greater_is_better: false`."),
     "best by a data set's gap": ({"metric_for_best_model": "eval_one_solopo/reward_gap"}, "`metric_for_best_model: eval_one_solopo/reward_gap` is better when lower"),
     "dropping from a stream": ({"streaming": True, "max_samples": None, "max_steps": 1, "solopo_overlength": "drop"}, "`solopo_overlength: drop` cannot count what it drops from a stream; set `streaming: false`."),
-    "no samples": ({"max_samples": 0}, "Dataset `demo_solopo` has no rows; `num_samples` and `max_samples` (here 0) must leave some of those in its file."),
+    "no samples": ({"max_samples": 0}, "Dataset `demo_solopo` has no rows; `num_samples: None`, `max_samples: 0` leave none."),
     "a data set twice": ({"dataset": "demo_solopo, demo_solopo"}, "Dataset `demo_solopo` is named twice and counts once; register it under a second name, too."),
     "stream without workers": ({"streaming": True, "max_samples": None, "max_steps": 1}, "Dataset `demo_solopo` has no rows; with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more."),
     "alpha in longpo": ({"solopo_objective": "longpo", "solopo_alpha": 2}, "`solopo_alpha: 2.0` has no effect with `solopo_objective: longpo`; remove it, or set it to 1.0."),
@@ -285,7 +285,7 @@ def test_a_file_that_is_not_in_utf8(run, recipe, tmp_path, encoding, as_array):
     lines = [json.dumps(row, ensure_ascii=False) for row in ([rows] if as_array else rows)]
     folder = write_dataset(tmp_path / "data", GOOD)
     (tmp_path / "data" / "rows.jsonl").write_text("\n".join(lines), encoding=encoding)
-    sentence = "Dataset `rows` cannot be read: the file is not in UTF-8; save it as UTF-8."
+    sentence = "Dataset `rows` cannot be read: the file is no text in UTF-8; save it so, or give it the ending of its format (.parquet, ...)."
     refused(run, recipe(dataset="rows", dataset_dir=folder, max_samples=None), sentence)
 
 

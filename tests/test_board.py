@@ -262,7 +262,7 @@ def test_a_data_set_of_another_stage_is_refused_in_the_page(page):
 
 def test_a_stream_is_previewed(page):
     """With the key that takes the widget's number of samples back, which the host refuses beside a stream."""
-    command = preview(page, extra_args='{"streaming": true, "max_samples": null, "max_steps": 5}')
+    command = preview(page, extra_args='{"streaming": true, "max_samples": null, "val_size": null, "max_steps": 5}')
     assert "--streaming True" in command and "--max_samples" not in command
 
 
@@ -557,7 +557,8 @@ def test_abort_while_the_reference_is_scored(recipe, run, host_log, monkeypatch,
     assert [m.groups() for m in told if m] == [("2", "8"), ("2", "6"), ("4", "6"), ("6", "6")]
 
 
-def test_abort_before_the_reference_is_scored(recipe, tuner, monkeypatch):
+@pytest.mark.parametrize("pref_loss", ["sigmoid", "orpo"])
+def test_abort_before_the_first_step(recipe, tuner, tmp_path, monkeypatch, pref_loss):
     """Obey what was pressed while rows were read or the model was loaded, which the host's handler only notes."""
     from llamafactory.train.callbacks import LogCallback
 
@@ -570,8 +571,10 @@ def test_abort_before_the_reference_is_scored(recipe, tuner, monkeypatch):
     before = signal.signal(signal.SIGABRT, host._set_abort)
     try:
         with pytest.raises(SystemExit) as ended:
-            tuner.run_exp(recipe(max_samples=4), callbacks=[host])
+            args = recipe(max_samples=4, pref_loss=pref_loss, output_dir=str(tmp_path / "out"))
+            tuner.run_exp(args, callbacks=[host])
         assert signal.getsignal(signal.SIGABRT) == host._set_abort
     finally:
         signal.signal(signal.SIGABRT, before)
     assert ended.value.code == 0 and host.aborted and not scored
+    assert not [*tmp_path.glob("out/*.safetensors")]

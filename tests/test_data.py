@@ -502,6 +502,14 @@ def test_an_eos_in_a_text_is_refused(template, column):
         processed([GOOD | {column: [["Who?", dirty]] if column == "history" else dirty}], model)
 
 
+def test_an_eos_that_the_tokenizer_splits_is_text():
+    """The host's `split_special_tokens: true` writes it in pieces, and the one behind the response ends the turn."""
+    model = host("default")
+    model.tokenizer.split_special_tokens = True
+    (result,) = processed([GOOD | {"chosen": f"Rosvik{model.tokenizer.eos_token} and more"}], model)
+    assert result["chosen_ids"].count(model.tokenizer.eos_token_id) == 1
+
+
 @pytest.mark.parametrize("template, bos", [("smollm2", "<|im_start|>"), ("default", "<|endoftext|>")])
 def test_a_bos_that_the_template_itself_repeats_is_accepted(template, bos):
     """SmolLM2 declares <|im_start|>, which opens every turn, as BOS; GPT-2's kin have BOS = EOS, which ends turns."""

@@ -306,6 +306,8 @@ def refusal(args: dict) -> str:
     try:
         check_keys(args)
         check_best_direction(args)
+        # the host drops nulls of its own
+        args = {n: v for n, v in args.items() if v is not None or n in (*FROM_HOST, *WIDGETS)}
         parts = HfArgumentParser([DataArguments, finetuning_args])
         _, tuning = parts.parse_dict(args, allow_extra_keys=True)
         if (unknown := sorted(args.keys() - keys)) and not is_env_enabled("ALLOW_EXTRA_ARGS"):

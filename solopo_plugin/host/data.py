@@ -121,7 +121,7 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
         told = str(said).partition("\n\nThe above exception")[0]
         reason = told.splitlines()[-1] if "Traceback" in told else " ".join(told.split())  # the first, of a worker
         if any(isinstance(e, UnicodeDecodeError) for e in (said, said.__context__)):
-            reason = "the file is not in UTF-8; save it as UTF-8"
+            reason = "the file is no text in UTF-8; save it so, or give it the ending of its format (.parquet, ...)"
         raise ValueError(f"Dataset `{which}` cannot be read: {reason.rstrip('.') or type(said).__name__}.") from error
 
 
@@ -304,7 +304,7 @@ def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_
     first = next(iter(dataset), None)
     if first is None:
         stream = "with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more"
-        given = f"`num_samples` and `max_samples` (here {data_args.max_samples}) must leave some of those in its file"
+        given = f"`num_samples: {dataset_attr.num_samples}`, `max_samples: {data_args.max_samples}` leave none"
         raise ValueError(f"Dataset `{dataset_attr.entry}` has no rows; {stream if data_args.streaming else given}.")
     kwargs = {}
     if not data_args.streaming:
@@ -313,10 +313,9 @@ def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_
             load_from_cache_file=(not data_args.overwrite_cache) or (training_args.local_process_index != 0),
             desc="Converting format of dataset",
         )
-    text = Value("string")
-    turns = [{"role": text, "content": text}]
+    turns = [{"role": Value("string"), "content": Value("string")}]
     # given, not guessed from the rows, so that they are those of any other data set
-    features = Features({name: turns if name in TURNS else text for name in ALIGNED})
+    features = Features({name: turns if name in TURNS else Value("string") for name in ALIGNED})
     return dataset.map(converter, with_indices=True, remove_columns=list(first), features=features, **kwargs)
 
 
@@ -335,13 +334,14 @@ class SoloDatasetProcessor:
     def __init__(self, template, tokenizer, processor, data_args):
         self.template, self.tokenizer, self.version = template, tokenizer, (__version__, COLUMNS)
         self.cutoff_len, self.overlength = data_args.cutoff_len, data_args.solopo_overlength
+        ends = () if tokenizer.split_special_tokens else (tokenizer.bos_token, tokenizer.eos_token)
+        self.markers = [*filter(None, ends), *template.stop_words]  # hashed by `datasets`, as all here
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return a batch of aligned rows as a batch of tokenised rows; over-long rows raise or are left out."""
         encode = partial(encode_turn, self.tokenizer, self.template)
-        markers = [*filter(None, (self.tokenizer.bos_token, self.tokenizer.eos_token)), *self.template.stop_words]
         aligned = zip(*(examples[column] for column in ALIGNED), strict=True)
-        rows = (build_row(Aligned(*values), encode, markers) for values in aligned)
+        rows = (build_row(Aligned(*values), encode, self.markers) for values in aligned)
         kept = [row for row in rows if fits(row, self.cutoff_len, self.overlength)]
         return {column: [row[column] for row in kept] for column in COLUMNS}
 
