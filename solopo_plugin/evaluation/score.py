@@ -129,6 +129,8 @@ def write_scores(output_dir: Path | str, model_names: list[str], prompt: str | N
 def source_of(item: Item, known: Collection[tuple] = ()) -> str:
     """Return what items of one question share: its text, and its id up to the length that built contexts name.
 
+    Of rows with a `prompt` only, whose question is not known apart from it, the gold answers are in place of the text.
+
     Rows of NIAH-Plus' files may each have an id of their own: there it is task and answers. An id that stands in a task
     again has `#2` behind it, and so on (benchmarks/rows.py): it is the first one's, if `known` has the first one's key.
     """
@@ -137,7 +139,7 @@ def source_of(item: Item, known: Collection[tuple] = ()) -> str:
     name = item.id if item.length is None else item.id.rpartition(f"/{item.length}")[0] or item.id
     if (*item.key[:2], first := re.sub(r"#\d+$", "", name)) in known:
         name = first
-    return hashlib.sha256(f"{name}\n{item.question}".encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(f"{name}\n{item.question or item.answers}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def read_answers(path: Path) -> dict[tuple[str, str, str], tuple[int, dict]]:

@@ -215,9 +215,15 @@ def test_a_question_that_stands_in_a_task_twice_has_one_source(tmp_path):
     """`#2` behind its id is ours if there is a first; an id of the user's own may end so, too."""
     items = [item(["x"], id=id, task=task) for task in "ab" for id in ("q", "q#2", "q#10", "own#2", "own#3")]
     items.append(item(["x"], id="q#3", task="a", question="Where?"))
+    # rows with a prompt only: of another file, the same again, and the first file's in another task
+    bare = {("t", "1"): "x", ("t", "1#2"): "y", ("t", "1#3"): "x", ("long", "1"): "x", ("long", "1#2"): "y"}
+    items += [item([gold], id=id, task=task, question="") for (task, id), gold in bare.items()]
     save(tmp_path, items, [answer(question) for question in items])
     write_scores(tmp_path, ["m"])
-    sources = {row["id"]: row["source"] for row in read_jsonl(tmp_path / "scores/m.jsonl")}
+    rows = list(read_jsonl(tmp_path / "scores/m.jsonl"))
+    found = {(row["source"], bare[row["task"], row["id"]]) for row in rows[-5:]}
+    assert len(found) == 2 == len({source for source, _ in found})
+    sources = {row["id"]: row["source"] for row in rows[:-5]}
     assert sources["q"] == sources["q#2"] == sources["q#10"] and len({*sources.values()}) == 4
 
 
