@@ -95,15 +95,16 @@ def run_harness(model: Any, recipe: Any, output_dir: Path) -> list[dict]:
     return results
 
 
-def check_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) -> None:
-    """Refuse what `run_harness` would refuse, before any model is asked.
+def check_harness(model: Any, recipe: Any, output_dir: Path, resume: bool = True) -> bool:
+    """Refuse what `run_harness` would refuse, before any model is asked; return whether it is to run.
 
     Raises:
         DataError: A key that cannot be, or lm-evaluation-harness is to run and is not installed.
     """
     _, rows = _begun(model, recipe, Path(output_dir) / "harness" / model.name)
-    if rows is None or not resume:
+    if to_run := rows is None or not resume:
         _check_installed()
+    return to_run
 
 
 def check_thoughts(models: list[Any], recipe: Any) -> None:
@@ -113,35 +114,48 @@ def check_thoughts(models: list[Any], recipe: Any) -> None:
         DataError: `enable_thinking: false`, where the harness makes the prompts for a server and does not heed it.
     """
     told, server = settings_of(recipe), recipe.backend == "openai"
-    args, ids = told["model_args"], server and recipe.openai_endpoint == "completions"
-    if not told["apply_chat_template"] or "think_end_token" in args or args.get("enable_thinking") is False:
+    chat, args, key = server and recipe.openai_endpoint == "chat", told["model_args"], "enable_thinking"
+    if not told["apply_chat_template"] or (chat and f"'{key}': False" in str(told.get("gen_kwargs"))):
+        return  # the latter stands in each request
+    templates = {model.name: _chat_template(model.tokenizer, recipe) for model in models}
+    thinking = {name: text for name, text in templates.items() if "</think>" in text}
+    if not server and args.get(key) is False:  # which templates of models that always think do not read
+        thinking = {name: text for name, text in thinking.items() if key not in text}
+    if not thinking:
         return
-    if not (names := ", ".join(model.name for model in models if _thinks(model.tokenizer, recipe))):
-        return
-    asked = "`backend: vllm` or `transformers`"
-    strip = "`harness_args: {model_args: {think_end_token: </think>}}`"
-    if not recipe.enable_thinking and ids:
-        raise DataError(
-            "`enable_thinking: false` does not reach lm-evaluation-harness with `openai_endpoint: completions`, and "
-            f"the chat template of {names} knows thoughts; use {asked}, or `openai_endpoint: chat` and a server that "
-            "does not think."
-        )
-    advice = strip if server else f"{strip}, or `enable_thinking: false`"
-    said = f"{names}: the chat template knows thoughts, and lm-evaluation-harness scores them with the answer"
-    if not recipe.enable_thinking:
-        said = f"{names}: `enable_thinking: false` does not reach a server from lm-evaluation-harness"
-        advice = f"a server that was started so that it does not think, or {asked}"
-    log.warning("%s; use %s.", said, asked if ids else advice)
+    names, reads = ", ".join(thinking), any(key in text for text in thinking.values())
+    off = f"`harness_args: {{gen_kwargs: {{chat_template_kwargs: {{{key}: false}}}}}}`" if chat else f"`{key}: false`"
+    local = "`backend: vllm` or `transformers`"
+    if server and reads and not recipe.enable_thinking:
+        if not chat:
+            raise DataError(
+                f"`{key}: false` does not reach lm-evaluation-harness with `openai_endpoint: completions`, and the "
+                f"chat template of {names} knows thoughts; use {local}."
+            )
+        said, advice = f"`{key}: false` does not reach a server from lm-evaluation-harness", [off, local]
+    else:
+        said = "the chat template knows thoughts, and lm-evaluation-harness scores them with the answer"
+        advice = ["`harness_args: {model_args: {think_end_token: </think>}}`"] + [off] * reads
+        if server and not chat:  # where it knows no `think_end_token`
+            advice = [local]
+        elif "think_end_token" in args:
+            return
+    log.warning("%s: %s; use %s.", names, said, ", or ".join(advice))
 
 
-def _thinks(tokenizer: str, recipe: Any) -> bool:
-    """Return whether a tokenizer's own chat template knows thoughts; where there is none, whether they are unwanted."""
+def _chat_template(tokenizer: str, recipe: Any) -> str:
+    """Return a tokenizer's own chat template; for an unknown one, if thoughts are unwanted, the words of one with them.
+
+    A name that only a server may know is not looked up on the hub.
+    """
     from transformers import AutoTokenizer
 
-    with suppress(Exception):  # a name that only a server knows, or what the harness itself will tell of
-        found = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=recipe.trust_remote_code)
-        return "</think>" in str(found.chat_template)
-    return not recipe.enable_thinking
+    only_served = recipe.backend == "openai" and recipe.openai_endpoint == "chat" and not Path(tokenizer).is_dir()
+    if not only_served or tokenizer == recipe.model_name_or_path:
+        with suppress(Exception):  # what the harness itself will tell of
+            found = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=recipe.trust_remote_code)
+            return str(found.chat_template)
+    return "" if recipe.enable_thinking else "</think>, enable_thinking"
 
 
 def _check_installed() -> None:

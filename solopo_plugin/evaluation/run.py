@@ -50,14 +50,15 @@ def evaluate(recipe: EvalRecipe, rescore: bool = False, resume: bool = True) -> 
 
         # a mistake is better told now than at the end
         pairs_of(recipe.compare, report_rows(recipe.runs, [model.name for model in models]))
+        to_run = []
         for model in models if recipe.harness_tasks else ():
             if rescore:
                 check_kept(model, recipe, folder)
-            else:
-                check_harness(model, recipe, folder, resume)
+            elif check_harness(model, recipe, folder, resume):
+                to_run.append(model)
+        if to_run:
+            check_thoughts(to_run, recipe)
         if not rescore:
-            if recipe.harness_tasks:
-                check_thoughts(models, recipe)
             write_json(folder / MODELS, list(map(as_row, models)))
             if recipe.benchmarks:
                 answer_all(recipe, models, resume)

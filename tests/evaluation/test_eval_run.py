@@ -704,10 +704,16 @@ def test_what_the_harness_refuses_is_told_before_a_model_is_asked(benchmarks, mo
     with pytest.raises(DataError, match="`--rescore` keeps what .*model was made with, but `limit` was None and is 5"):
         run.evaluate(replace(recipe, harness_args={"limit": 5}), rescore=True)
     there: list = []
-    monkeypatch.setattr("solopo_plugin.evaluation.harness.run_harness", lambda *_: there.append(ran.exists()) or [])
+    told: list = []  # of thoughts, where the harness is to run
+    for name, stand_in in {
+        "run_harness": lambda *_: there.append(ran.exists()) or [],
+        "check_harness": lambda *given: not given[-1],
+        "check_thoughts": lambda models, _: told.extend(model.name for model in models),
+    }.items():
+        monkeypatch.setattr(f"solopo_plugin.evaluation.harness.{name}", stand_in)
     for resume in (True, False):
         run.evaluate(replace(recipe, benchmarks=[]), resume=resume)
-    assert there == [True, False]
+    assert there == [True, False] and told == ["model"]
 
 
 def test_no_file_of_a_run_holds_the_servers_key_or_password(benchmarks, model, server, tmp_path, monkeypatch):

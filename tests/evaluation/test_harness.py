@@ -173,6 +173,9 @@ def test_run_again_when_something_changed_and_only_then(scripted, tmp_path, monk
     assert scripted() == 4
     caplog.set_level(logging.INFO)
     run_harness(model(weights), recipe(**keys, harness_args={"limit": 4}), out)
+    for limit, resume, to_run in ((4, True, False), (5, True, True), (4, False, True)):
+        given = recipe(**keys, harness_args={"limit": limit})
+        assert check_harness(model(weights), given, out, resume) == to_run
     assert "toy: results of lm-evaluation-harness: made before, kept." in caplog.text and scripted() == 4
 
 
@@ -308,33 +311,44 @@ def test_what_the_harness_is_told(case):
     assert found["model_args"].keys() <= taken(kind)
 
 
-STRIP = "harness_args: {model_args: {think_end_token: </think>}}"
-THOUGHTS = {  # changes of the recipe, what the own chat template holds, and what is said
-    "scored": (
-        {},
-        "</think>",
-        f"toy: the chat template knows thoughts, .* with the answer; use `{STRIP}`, or `en",
-    ),
-    "of a server": (SERVER, "</think>", f"scores them with the answer; use `{STRIP}`\\.$"),
-    "by ids": (SERVER | IDS, "</think>", "scores them with the answer; use `backend: vllm` or `transformers`\\.$"),
-    "unwanted": (SERVER | dict(enable_thinking=False), "</think>", "does not reach a server .*, or `backend: vllm` or"),
-    "off": (dict(enable_thinking=False), "</think>", None),
-    "none": (SERVER | IDS | dict(enable_thinking=False), "plain", None),
-    "stripped": (dict(harness_args={"model_args": {"think_end_token": "</t>"}}), "</think>", None),
-    "no chat": (dict(harness_args={"apply_chat_template": False}), "</think>", None),
+STRIP, OFF = "harness_args: {model_args: {think_end_token: </think>}}", "gen_kwargs: {chat_template_kwargs: {enable_th"
+STRIPPED = dict(harness_args={"model_args": {"think_end_token": "</t>"}})
+NOT_ASKED = dict(harness_args={"gen_kwargs": {"chat_template_kwargs": {"enable_thinking": False}}})
+CHAT, UNWANTED = SERVER | dict(model_name_or_path="m"), dict(enable_thinking=False)
+READS, ALWAYS = "{% if enable_thinking %}</think>{% endif %}", "{{ text.split('</think>') }}"
+LOCAL = "; use `backend: vllm` or `transformers`\\.$"
+THOUGHTS = {  # changes of the recipe, the own chat template, and what is said
+    "scored": ({}, READS, f"toy: the chat template knows thoughts, .* with the answer; use `{STRIP}`, or `en"),
+    "of a server": (CHAT, READS, f"scores them with the answer; use `{STRIP}`, or `harness_args: {{{OFF}"),
+    "by ids": (SERVER | IDS, READS, f"scores them with the answer{LOCAL}"),
+    "by ids, stripped": (SERVER | IDS | STRIPPED, READS, f"scores them with the answer{LOCAL}"),
+    "by ids, always": (SERVER | IDS | UNWANTED, ALWAYS, f"scores them with the answer{LOCAL}"),
+    "unwanted": (CHAT | UNWANTED, READS, f"does not reach a server .*{OFF}.*, or `backend: vllm` or"),
+    "unwanted, stripped": (CHAT | UNWANTED | STRIPPED, READS, "does not reach a server"),
+    "unwanted, unknown": (SERVER | UNWANTED, "plain", "does not reach a server"),
+    "in vain": (CHAT | dict(harness_args={"model_args": UNWANTED}), READS, "scores them with the answer"),
+    "not asked": (CHAT | UNWANTED | NOT_ASKED, READS, None),
+    "off": (UNWANTED, READS, None),
+    "always": (UNWANTED, ALWAYS, f"with the answer; use `{STRIP}`\\.$"),
+    "none": (SERVER | IDS | UNWANTED, "plain", None),
+    "stripped": (STRIPPED, READS, None),
+    "no chat": (dict(harness_args={"apply_chat_template": False}), READS, None),
+    "unknown": (SERVER, READS, None),
 }
 
 
 @pytest.mark.parametrize("case", THOUGHTS)
 def test_thoughts_are_told_of(case, monkeypatch, caplog):
-    """Since the harness scores them, and a server is not told to leave them out."""
+    """Since the harness scores them, and a server is not told to leave them out; nor the hub of a server's names."""
     changes, text, said = THOUGHTS[case]
-    tokenizer = SimpleNamespace(chat_template=text)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *given, **more: tokenizer)
+    asked, tokenizer = [], SimpleNamespace(chat_template=text)
+    find = "transformers.AutoTokenizer.from_pretrained"
+    monkeypatch.setattr(find, lambda name, **more: (asked.append(name), tokenizer)[1])
     check_thoughts([model(**changes)], recipe(**changes))
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == (said is not None) and all(re.search(said, text) for text in told)
-    if case == "by ids":
+    assert not ("unknown" in case and asked)
+    if case.startswith("by ids") and text == READS:
         with pytest.raises(DataError, match=r"`enable_thinking: false` does not reach lm-evaluation-harness with `op"):
             check_thoughts([model(**changes)], recipe(**changes, enable_thinking=False))
 
