@@ -520,19 +520,27 @@ def only_one(results, first: str, second: str, tokens: int) -> list[int]:
 
 def test_what_is_said_of_what_was_run(small, brief):
     assert {name: {*runs} for (name, _), runs in small.all.items()} == dict.fromkeys(small.names, {0})
-    assert {name: {*runs} for (name, _), runs in brief.all.items()} == dict.fromkeys(brief.names, {0, 1, 2})
+    of_three, of_one = {"solo_orpo_detached", "orpo_short"}, {"orpo_expand_long", "sft_more"}
+    seeds = dict.fromkeys(of_three, {0, 1, 2}) | dict.fromkeys(of_one, {0})
+    assert {name: {*runs} for (name, _), runs in brief.all.items()} == seeds
     assert set(small.names) == {"solo_orpo_detached", "orpo_short", "sft_long"}
-    assert set(brief.names) == {"solo_orpo_detached", "orpo_short"} and small.base_marks == brief.base_marks
-    steps = set()
-    for task, name in [(TASK, name) for name in small.names] + [("real:brief", name) for name in brief.names]:
+    assert set(brief.names) == of_three | of_one and small.base_marks == brief.base_marks
+    steps, longer = set(), arms.recipe("real:brief", "sft_more")["max_steps"]
+    for task, name in [(TASK, name) for name in small.names] + [
+        ("real:brief", name) for name in {*seeds} - {"sft_more"}
+    ]:
         keys = arms.recipe(task, name)
         steps.add((keys["max_steps"], keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]))
     ((most, rows),) = steps
-    assert said(f"runs of {most} steps of {rows} rows each. Of the small size three arms, of one seed (2026-11-27)")
+    assert said(
+        f"runs of {most} steps of {rows} rows each, but one. Of the small size three arms, of one seed (2026-11-27)"
+    )
     assert said(
         "Of the brief size the first two, of three seeds (2026-11-28), on 92 pairs of rows that it makes without such "
-        "answers; its base"
+        "answers; and two more of seed 0: ORPO by the host's `stage: dpo` on the same pairs behind the long contexts, "
+        f"and the warm-up continued for as many tokens, {longer} steps. Its base"
     )
+    assert arms.recipe("real:brief", "orpo_expand_long")["stage"] == "dpo"
 
 
 def test_what_is_said_of_the_gap(small, brief):
@@ -567,6 +575,28 @@ def test_what_is_said_of_the_control(small, brief):
     )
     (first, half), (second, other) = (report_real.difference(size, solo, control, long) for size in (small, brief))
     assert first < half and other < second < 1.1 * other
+
+
+def test_what_is_said_of_the_arms_of_one_seed(brief):
+    """Hold the page to ORPO behind the long contexts and to the warm-up continued; both share one seed with SoLo."""
+    (short, long), solo = brief.lengths, "solo_orpo_detached"
+    expanded, on = (at_lengths(brief, name) for name in ("orpo_expand_long", "sft_more"))
+    behind = [more(brief, "orpo_expand_long", solo, tokens) for tokens in (short, long)]
+    alone = only_one(brief, solo, "orpo_expand_long", long)
+    assert said(
+        f"**ORPO on the short pairs behind the long contexts does as well**: {expanded[0]} and {expanded[1]} (seed 0). "
+        f"With the same seed SoLo is behind by {behind[0]} and {behind[1]}: of the questions on which the two differ at "
+        f"{long:,} tokens SoLo has {alone[0]}, it {alone[1]}."
+    )
+    for tokens in (short, long):
+        lead, half = report_real.difference(brief, solo, "orpo_expand_long", tokens)
+        assert abs(lead) < half
+    took = statistics.mean(run["cpu_seconds"] for run in brief.runs(solo).values())
+    assert said(f"all took {took / arms.recipe('real:brief', solo)['max_steps']:.0f} of a core")
+    assert said(
+        f"the warm-up continued has {on[0]} and {on[1]} (seed 0), where SoLo is ahead by "
+        f"{more(brief, solo, 'sft_more', short)} and {more(brief, solo, 'sft_more', long)}."
+    )
 
 
 def test_what_is_said_of_sft_on_long_answers(small):
