@@ -585,8 +585,8 @@ def test_what_is_said_of_the_arms_of_one_seed(brief):
     alone = only_one(brief, solo, "orpo_expand_long", long)
     assert said(
         f"**ORPO on the short pairs behind the long contexts does as well**: {expanded[0]} and {expanded[1]} (seed 0). "
-        f"With the same seed SoLo is behind by {behind[0]} and {behind[1]}: of the questions on which the two differ at "
-        f"{long:,} tokens SoLo has {alone[0]}, it {alone[1]}."
+        f"With the same seed SoLo is behind by {behind[0]} and {behind[1]}: of the questions on which the two differ "
+        f"at {long:,} tokens SoLo has {alone[0]}, it {alone[1]}."
     )
     for tokens in (short, long):
         lead, half = report_real.difference(brief, solo, "orpo_expand_long", tokens)
