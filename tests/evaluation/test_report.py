@@ -14,7 +14,7 @@ from solopo_plugin.evaluation.items import EACH_OWN, GROUPS, MAIN_METRIC
 from solopo_plugin.evaluation.published import PUBLISHED, matches
 from solopo_plugin.evaluation.report import explorer, write_report
 from solopo_plugin.evaluation.report.figures import draw_figures
-from solopo_plugin.evaluation.report.tables import NONE, Summary, benchmark_tables
+from solopo_plugin.evaluation.report.tables import NONE, Summary, benchmark_tables, harness_table
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
 
@@ -478,6 +478,7 @@ def test_the_reader_has_answers_scores_and_places_of_evidence(made):
             assert by["text"] == texts[model, *key] and by["prediction"] == score["prediction"]
             assert by["score"] == score["scores"][MAIN_METRIC[row["benchmark"]]]
             assert by["facts"] == {name: score[name] for name in ("prompt_tokens", "cut_tokens", "finish_reason")}
+    assert explorer._answer(score | {"server_tokens": 7}, "x", 9)["facts"]["server_tokens"] == 7, "where there is one"
 
 
 def test_thousands_of_long_questions_stay_small_and_the_choice_is_seeded(tmp_path):
@@ -553,7 +554,12 @@ def test_each_benchmark_alone(tmp_path, benchmark):
 
 
 def test_lm_evaluation_harness_alone_needs_no_questions(tmp_path):
-    write_folder(tmp_path, [])
+    """And settings that do not reach it, which stand over its numbers, are named."""
+    results = write_folder(tmp_path, [])
+    used, said = {"extra_body": {"top_k": 1}, "rope_factor": 4.0}, "Settings that it did not have: {}."
+    for settings, names in ((used, "extra_body, rope_factor"), ({"rope_factor": "the server's own"}, None)):
+        notes = harness_table(results | {"settings": settings}).notes
+        assert [note for note in notes if note.startswith(said[:8])] == ([said.format(names)] if names else [])
     for name in ("items.jsonl", "answers", "scores"):
         path = tmp_path / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()

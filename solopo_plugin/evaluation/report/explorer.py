@@ -88,11 +88,11 @@ def _question(item: dict) -> dict:
 
 
 def _answer(row: dict, text: str, most: int) -> dict:
-    names = ("prompt_tokens", "cut_tokens", "finish_reason")
+    names = ("prompt_tokens", "cut_tokens", "server_tokens", "finish_reason")
     return {
         "text": shorten(text, most),
         "prediction": None if row["prediction"] is None else shorten(row["prediction"], PASSAGE),
         "scores": {name: round(value, 1) for name, value in row["scores"].items()},
         "score": row["scores"].get(main_metric(row["benchmark"], row["scores"])),
-        "facts": {name: row[name] for name in names},
+        "facts": {name: row[name] for name in names if name in row},
     }

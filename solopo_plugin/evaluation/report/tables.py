@@ -353,6 +353,9 @@ def harness_table(results: dict) -> Table | None:
     notes = ["With the harness' own prompts and in its units (accuracies from 0 to 1); ± is its standard error."]
     ran = {row["model"]: row.get("version", "a version that was not noted") for row in rows}
     notes.append(f"lm-evaluation-harness: {', '.join(f'{model} {version}' for model, version in ran.items())}.")
+    used = results.get("settings", {})  # a `rope_factor` that is a text is the server's own
+    if idle := [name for name in ("extra_body", "rope_factor") if isinstance(used.get(name), dict | float | int)]:
+        notes.append(f"Settings that it did not have: {', '.join(idle)}.")
     for model, times in {row["model"]: row["cut"] for row in rows if row.get("cut")}.items():
         notes.append(f"{model}: prompts beyond its window lost their beginning, {times} times by the harness' log.")
     return Table("", keys, [("", lines)], notes)
