@@ -53,7 +53,7 @@ lab-real: .venv/.installed
 	@$(BIN)/python scripts/lab/run.py --task real $(if $(DATA),--data $(DATA)) $(ARGS); status=$$?; \
 	$(BIN)/python scripts/lab/report_real.py; exit $$status
 
-# The core, in at most five minutes on two cores: what is not marked `slow`. TESTS=tests/test_losses.py: one file
+# The core, some ten minutes on two cores: what is not marked `slow`. TESTS=tests/test_losses.py: one file
 PYTEST = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web
 test: .venv/.test
 	$(PYTEST) -m "not slow" $(TESTS)
