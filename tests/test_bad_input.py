@@ -290,7 +290,7 @@ def test_a_file_that_is_not_in_utf8(run, recipe, tmp_path, encoding, as_array):
 
 
 def test_answers_that_are_all_dates(run, recipe, tmp_path):
-    """They load as times from JSON lines, and train from the array that the message advises."""
+    """Refuse them from JSON lines, where they load as times; train from the array that the message advises."""
     rows = [row | {"chosen": f"2024-01-0{n}"} for n, row in enumerate(GOOD, 1)]
     args = recipe(dataset="rows", dataset_dir=write_dataset(tmp_path / "data", rows), max_samples=None)
     sentence = (

@@ -239,7 +239,7 @@ def test_a_wrong_value_gets_the_command_lines_sentence(page, monkeypatch, values
     ],
 )
 def test_a_text_that_the_host_cannot_read_gets_a_sentence(page, values, sentence):
-    """In preview, start and save, where the host raises, or saves it."""
+    """Say it in preview, start and save, where the host raises, or saves it."""
     box = page.manager.get_elem_by_id("train.output_box")
     (started,) = page.runner.run_train(page.fill(**values))
     saved = page.runner.save_args(page.fill(**values))
@@ -261,7 +261,7 @@ def test_a_data_set_of_another_stage_is_refused_in_the_page(page):
 
 
 def test_a_stream_is_previewed(page):
-    """With the key that takes the widget's number of samples back, which the host refuses beside a stream."""
+    """Preview it with the key that takes back the widget's number of samples, which the host refuses there."""
     command = preview(page, extra_args='{"streaming": true, "max_samples": null, "val_size": null, "max_steps": 5}')
     assert "--streaming True" in command and "--max_samples" not in command
 

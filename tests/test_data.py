@@ -495,7 +495,7 @@ def test_a_second_bos_in_a_response_is_refused(column):
 @pytest.mark.parametrize("column", ["prompt", "long_prompt", "history", "chosen", "rejected"])
 @pytest.mark.parametrize("template", ["default", "mistral"])
 def test_an_eos_in_a_text_is_refused(template, column):
-    """Also where the template has no stop words: then EOS ends its turns."""
+    """Refuse it where the template has no stop words, too: then EOS ends its turns."""
     model = host(template)
     dirty = f"Rosvik{model.tokenizer.eos_token} and more"
     with pytest.raises(RowError, match=r"^rows\[0\]: the text contains .*stop token"):
@@ -503,7 +503,7 @@ def test_an_eos_in_a_text_is_refused(template, column):
 
 
 def test_an_eos_that_the_tokenizer_splits_is_text():
-    """The host's `split_special_tokens: true` writes it in pieces, and the one behind the response ends the turn."""
+    """Write it in pieces, as the host's `split_special_tokens: true` does; the one behind the response ends the turn."""
     model = host("default")
     model.tokenizer.split_special_tokens = True
     (result,) = processed([GOOD | {"chosen": f"Rosvik{model.tokenizer.eos_token} and more"}], model)

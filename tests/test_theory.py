@@ -272,7 +272,7 @@ def test_chosen_only_is_no_bound_for_any_alpha(pref_loss):
 
 @pytest.mark.parametrize("pref_loss", [*LIPSCHITZ, "ipo"])
 def test_chosen_only_absolute_value_is_no_bound(pref_loss):
-    """On random triples a sixth to a fifth violates it, as the page says, and none once the rejected is aligned too.
+    """Count random triples: a sixth to a fifth violates it, as the page says, none once the rejected is aligned too.
 
     IPO's squares, which the one-sided bound leaves out, are violated by more, and by a tenth even then.
     """

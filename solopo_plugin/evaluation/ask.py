@@ -64,8 +64,7 @@ def ask(recipe: EvalRecipe, model: Model, store: Store, hashes: dict[str, str], 
             for reply in of_one_model(replies, store, set_id, model):
                 answer = pending.pop(reply.id)
                 name = f"{answer['task']}/{answer['id']}"
-                tell_counts(reply.prompt_tokens, answer["prompt_tokens"], name, recipe.template, told)
-                if reply.prompt_tokens not in (None, answer["prompt_tokens"]):
+                if tell_counts(reply.prompt_tokens, answer["prompt_tokens"], name, recipe.template, told):
                     answer["server_tokens"] = reply.prompt_tokens
                 text, finish_reason = reply.answers[0]
                 answer |= {"text": text, "finish_reason": finish_reason}

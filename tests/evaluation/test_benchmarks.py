@@ -266,7 +266,7 @@ def test_plain_questions(tmp_path, ask):
 
 
 def test_both_prompts_of_a_row_are_one_question(tmp_path, ask):
-    """As docs/after_training.md writes a pair by hand."""
+    """Read a pair as docs/after_training.md writes it by hand."""
     text = (ROOT / "docs" / "after_training.md").read_text(encoding="utf-8")
     (tmp_path / "own.jsonl").write_text("\n".join(re.findall(r'^\{"id": .*"task": .*\}$', text, re.MULTILINE)))
     items = ask("plain", plain_data=str(tmp_path / "own.jsonl"))

@@ -217,7 +217,7 @@ def test_folders_that_cannot_be(fault, tmp_path):
 
 
 def test_adapters_that_fit_their_base(tmp_path):
-    """Whatever its initialisation, if the weights below stay, or peft changes them as in training; also for a look."""
+    """Take any initialisation that leaves the weights below, or that peft repeats as in training; also for a look."""
     from solopo_plugin.probe.inside import load
 
     for kind in (True, "gaussian", "eva", "pissa"):

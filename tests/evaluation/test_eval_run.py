@@ -241,7 +241,7 @@ def served(folder, model, server, **keys):
 
 
 def test_what_a_server_did_with_a_prompt_is_kept_counted_and_told(benchmarks, model, tmp_path, caplog):
-    """Another template's count, and one so small that the prompt was cut, apart; of answers without either nothing."""
+    """Tell another template's count from one so small that the prompt was cut; say nothing of other answers."""
     benchmarks["plain"] = lambda *_: (toy.item(i, words=40 if i < 3 else 900) for i in range(5))
     with serving(answers_for(tmp_path / "answers.json", 5), prompt_tokens=7) as server:
         recipe = served(tmp_path, [model], server, openai_endpoint="chat", served_model="scripted")

@@ -339,7 +339,7 @@ THOUGHTS = {  # changes of the recipe, the own chat template, and what is said
 
 @pytest.mark.parametrize("case", THOUGHTS)
 def test_thoughts_are_told_of(case, monkeypatch, caplog):
-    """Since the harness scores them, and a server is not told to leave them out; nor the hub of a server's names."""
+    """Warn, since the harness scores them and tells no server to leave them out; ask no hub for a server's names."""
     changes, text, said = THOUGHTS[case]
     asked, tokenizer = [], SimpleNamespace(chat_template=text)
     find = "transformers.AutoTokenizer.from_pretrained"

@@ -212,7 +212,7 @@ def test_source_of_questions_that_are_asked_often():
 
 
 def test_a_question_that_stands_in_a_task_twice_has_one_source(tmp_path):
-    """`#2` behind its id is ours if there is a first; an id of the user's own may end so, too."""
+    """Take `#2` behind an id for ours if there is a first; an id of the user's own may end so, too."""
     items = [item(["x"], id=id, task=task) for task in "ab" for id in ("q", "q#2", "q#10", "own#2", "own#3")]
     items.append(item(["x"], id="q#3", task="a", question="Where?"))
     # rows with a prompt only: of another file, the same again, and the first file's in another task

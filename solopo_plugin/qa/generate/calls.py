@@ -67,8 +67,8 @@ class Reply(NamedTuple):
     served: str | None = None
 
 
-def tell_counts(counted: int | None, tokens: int, question: str, template: str, told: set[bool]) -> None:
-    """Warn if a server counts other prompt tokens than training does: once of another template, once of cut prompts.
+def tell_counts(counted: int | None, tokens: int, question: str, template: str, told: set[bool]) -> bool:
+    """Return whether a server counts other prompt tokens than training; warn once of a template, once of cut prompts.
 
     Args:
         counted: What the server says, None where it says nothing.
@@ -77,8 +77,10 @@ def tell_counts(counted: int | None, tokens: int, question: str, template: str, 
         template: The recipe's, for the warning.
         told: Holds what was warned of before: whether prompts are cut.
     """
-    if counted in (None, tokens) or (cut := cut_by_server(counted, tokens)) in told:
-        return
+    if counted in (None, tokens):
+        return False
+    if (cut := cut_by_server(counted, tokens)) in told:
+        return True
     told.add(cut)
     why = "its chat template is another one; use `openai_endpoint: completions`, or serve with that template"
     if cut:
@@ -87,6 +89,7 @@ def tell_counts(counted: int | None, tokens: int, question: str, template: str, 
         f"The server counts {counted} prompt tokens for question {question} where training with `template: {template}` "
         f"has {tokens}: {why}."
     )
+    return True
 
 
 def cut_by_server(counted: int | None, tokens: int | None) -> bool:
