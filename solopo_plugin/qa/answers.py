@@ -26,11 +26,19 @@ _ARGUMENT = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # with braces two dee
 _BOXED = re.compile(rf"\\boxed\s*{_ARGUMENT}")
 # apart from other words, with which its text would be one word or number
 _WRAPPED = re.compile(rf"(?<![^\s$`*(\[]){_COMMAND}(\s*){_ARGUMENT}(?=[.,:;!?]?(?:[\s$`*)\]]|\\[)\]]|\Z))")
-_PARTS = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+[.:]\d+|\d{1,3}[/⁄]\d{1,3})"  # 1,000, 2.5, 3:30, 1/2; not 1989/90
+# 1,000 and 1,00,000, 1'000, 1.000.000, 2.5, 3:30, 1/2; not 1989/90
+_GROUPS = r"\d{1,3}(?:,\d{2,3})*,\d{3}(?:\.\d+)?|\d{1,3}(?:['’_]\d{3})+|\d{1,3}(?:\.\d{3}){2,}"
+_PARTS = rf"(?:{_GROUPS}|\d+[.:]\d+|\d{{1,3}}[/⁄]\d{{1,3}})"
 _MINUS = r"(?<![\w)\]%\-–—−])[-–−]"  # and none in 1946-1950
-_NUMBER = re.compile(rf"((?:{_MINUS}(?:{_PARTS}|\d+)|(?<![\d.,:/⁄]){_PARTS})(?![.,:/⁄]?\d))")  # not 1.2.1990
-_AS_WRITTEN = str.maketrans("–−⁄", "--/", ",")  # of a number
-_SIGNED = re.compile(r"\d[.:/]\d|-\d")  # what may be a number whose signs count
+_NUMBER = rf"(?:{_MINUS}(?:{_PARTS}|\d+)|(?<![\d.,:/⁄]){_PARTS})(?![.,:/⁄]?\d)"  # not 1.2.1990
+# of C++ and Notepad++; of C#, A+ and AB+, which LGBTQ+ is not; not of `a+b`
+_NAME_SIGN = r"(?<=[^\W\d_])\+\+(?!\+)|(?:(?<=(?<![^\W_])[^\W\d_])|(?<=(?<![^\W_])[^\W\d_]{2}))[+#](?![^\W_]|[+#])"
+_KEPT = re.compile(f"({_NUMBER}|{_NAME_SIGN})")
+_AS_WRITTEN = str.maketrans("–−⁄", "--/", ",'’_")  # of a number
+# what may be a sign that counts, in ASCII
+_SIGNED = re.compile(r"[-+#\d](?:(?<=[+#])|(?<=-)\d|(?<=\d)[!-/:-@[-`{-~]+\d)")
+_PARTED = re.compile(r"(?<=\d)_+(?=\d)")
+_DIGIT = re.compile(r"[^\D0-9]|[٫٬]")  # of other scripts, with Arabic's point and comma
 _UNSPACED = "CJK IDEOGRAPHIC HIRAGANA KATAKANA HANGUL THAI LAO KHMER MYANMAR TIBETAN".split()  # Hangul: glued particles
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _CHOICES = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The correct answer is ([A-D])"))
@@ -40,7 +48,7 @@ _SAID_CHOICE = re.compile(
 )
 _CHOICE_ALONE = re.compile(r"\W*([A-Da-d])\W*")
 _PLAIN = re.compile(r"[\t\n\r -\[\]-~]*")  # printable ASCII without the backslash
-RULE = 4  # number of `gives_answer`'s rule: finished work folders are judged again by another one
+RULE = 5  # number of `gives_answer`'s rule: finished work folders are judged again by another one
 NO_ANSWER = "no answer"  # normalised; what the prompt asks for where the documents do not tell
 _NO_ANSWER = re.compile(rf"(?<![^ _]){NO_ANSWER}(?![^ _])")
 # read in the text as it stands: in `No. Data show ...` the word is the answer
@@ -66,10 +74,12 @@ def exact_match(prediction: str, answers: list[str]) -> bool:
 
 def f1_score(prediction: str, answers: list[str]) -> float:
     """Return F1 of the words in normal form, from 0 to 1, best over the answers (LongBench v1 `qa_f1_score`)."""
-    return max((_f1(normalize_answer(prediction).split(), normalize_answer(a).split()) for a in answers), default=0.0)
+    words = normalize_answer(prediction).split()
+    return max((f1_of_words(words, normalize_answer(answer).split()) for answer in answers), default=0.0)
 
 
-def _f1(words: list[str], gold: list[str]) -> float:
+def f1_of_words(words: list[str], gold: list[str]) -> float:
+    """Return F1 of the words of two texts, from 0 to 1."""
     same = sum((Counter(words) & Counter(gold)).values())
     if not same:
         return 0.0
@@ -191,9 +201,10 @@ def judged_form(text: str) -> str:
     r"""Return SQuAD's normal form of a text, the same for every way to write a sign.
 
     Compatibility characters, cases and composed accents are unified (NFKC, case folding). All punctuation goes, not
-    only ASCII's, but for what tells numbers apart: a point, colon or slash within one and a minus before it. So do
-    invisible signs, and LaTeX's `\boxed`, `\text` and the like. Other symbols (`€`) are words. Of printable ASCII
-    without LaTeX and such numbers it is `normalize_answer`.
+    only ASCII's, but for what tells numbers apart: a point, colon or slash within one and a minus before it; and but
+    for the end of names such as `C++` and `C#`. Digits of all scripts are ASCII's, and signs between two of them part
+    words (`1.1.10`, `2020-01-12`), unless they group thousands. Invisible signs go, and LaTeX's `\boxed`, `\text` and
+    the like. Other symbols (`€`) are words. Of printable ASCII without such signs it is `normalize_answer`.
     """
     if _PLAIN.fullmatch(text) and not _SIGNED.search(text):
         return normalize_answer(text)  # 4 times faster
@@ -207,10 +218,18 @@ def _judged_words(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text.replace("´", "'"))
     text = unicodedata.normalize("NFKC", _LATEX.sub("", text).casefold())
-    parts = enumerate(_NUMBER.split(text))  # every second one is a number
-    text = "".join(part.translate(_AS_WRITTEN if n % 2 else _SIGNS) for n, part in parts)
-    words = (re.sub("_+", "_", word).strip("_") for word in text.split())
+    text = _DIGIT.sub(lambda sign: {"٫": ".", "٬": ","}.get(sign[0]) or str(unicodedata.decimal(sign[0])), text)
+    parts = enumerate(_KEPT.split(text))  # every second one is a number, or the end of a name
+    text = "".join(_as_written(part) if n % 2 else part.translate(_SIGNS) for n, part in parts)
+    words = (re.sub("_+", "_", word).strip("_") for word in _PARTED.sub(" ", text).split())
     return " ".join(word for word in words if word.replace("_", "") not in ("", "a", "an", "the"))
+
+
+def _as_written(part: str) -> str:
+    """Return what `_judged_words` writes for what `_KEPT` finds."""
+    if part[-1] in "+#":
+        return f"{part}_"
+    return part.translate(_AS_WRITTEN).replace(".", "" if part.count(".") > 1 else ".")
 
 
 class _Signs(dict):

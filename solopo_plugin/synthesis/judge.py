@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..qa.answers import NO_ANSWER, exact_match, extract_answer, f1_score, gives_answer, judged_form
+from ..qa.answers import NO_ANSWER, extract_answer, f1_of_words, gives_answer, judged_form
 from ..qa.files import read_jsonl, write_jsonl
 from ..qa.store import Store
 from . import verdicts
@@ -39,14 +39,14 @@ def run(recipe: DataRecipe, work: Path) -> dict:
 def judge(text: str, golds: list[str]) -> dict:
     """Judge one answer by the text after its marker; without the marker it is wrong, and so is `No answer`.
 
-    EM and F1 are SQuAD's, of texts in `judged_form`.
+    EM and F1 are SQuAD's, but of texts in `judged_form`.
     """
     answer, correct = extract_answer(text), gives_answer(text, golds)
     form, gold_forms = judged_form(answer or ""), list(map(judged_form, golds))
     if answer is None or (form == NO_ANSWER and not correct):
         return {"answer": answer, "correct": False, "em": False, "f1": 0.0}
-    em, f1 = exact_match(form, gold_forms), round(f1_score(form, gold_forms), 4)
-    return {"answer": answer, "correct": correct, "em": em, "f1": f1}
+    f1 = max((f1_of_words(form.split(), gold.split()) for gold in gold_forms), default=0.0)
+    return {"answer": answer, "correct": correct, "em": form in gold_forms, "f1": round(f1, 4)}
 
 
 def advice(prompt: str | None) -> str:

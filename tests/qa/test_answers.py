@@ -3,6 +3,7 @@
 `tests/synthesis/test_judge.py` has 2,000 answers to real questions and an implementation of its own.
 """
 
+import re
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from solopo_plugin.qa.answers import (
-    _NUMBER,
+    _KEPT,
     _judged_words,
     _unwrapped,
     behind_thought,
@@ -110,7 +111,7 @@ def test_what_was_put_behind_the_marker_is_found(thought, answer):
         assert normalize_answer(found) == normalize_answer(answer)
 
 
-LATEX = ["\\boxed{", "\\text {", "{", "}", "$", "\\)", " ", "-", "1", ".5", ",", "1,000", "/2", "the", "US", "_", "*"]
+LATEX = [*"{}$ -1,_*+#", "\\boxed{", "\\text {", "\\)", ".5", "1,000", "/2", "the", "US"]
 
 
 @given(st.lists(st.sampled_from(LATEX), max_size=12).map("".join))
@@ -190,6 +191,45 @@ def test_thoughts_of_all_the_hosts_templates_are_told():
         ("1989/90", "1989", True),
         ("1,500.25", "1500.25", True),
         ("1,2,3", "2", True),
+        # numbers of several parts: where the digits are parted counts, and not by which sign
+        ("1.11.0", "1.1.10", False),
+        ("version 1.1.10-rc1", "1.1.10", True),
+        ("1/21/2020", "12/1/2020", False),
+        ("11.2.1990", "1.12.1990", False),
+        ("2020-11-2", "2020-1-12", False),
+        ("2020/01/12", "2020-01-12", True),
+        ("May 12, 1990", "May 12,1990", True),
+        ("192.168.1.10", "192.168.11.0", False),
+        ("1:23:45", "12:3:45", False),
+        ("\u00a7 12(3)", "\u00a7 1(23)", False),
+        ("555-1234", "5551234", False),
+        ("2,5", "25", False),
+        # thousands in the way of other countries and of code
+        ("1,00,000", "100,000", True),
+        ("1.000.000", "1,000,000", True),
+        ("1'000", "1\u2019000", True),
+        ("1_000_000", "1000000", True),
+        # signs at the end of names
+        ("C", "C++", False),
+        ("C#", "C++", False),
+        ("C++.", "c++", True),
+        ("in C++11", "C++", True),
+        ("C11", "C++11", False),
+        ("Notepad", "Notepad++", False),
+        ("`C#`", "C#", True),
+        ("A+", "A", False),
+        ("AB+", "AB-", False),
+        ("LGBTQ", "LGBTQ+", True),
+        ("x+y", "x", True),
+        ("page#part", "part", True),
+        ("10+", "10", True),
+        # digits of other scripts
+        ("1889", "\u0661\u0668\u0668\u0669", True),
+        ("\u06f1\u06f8\u06f8\u06f9", "1889", True),
+        ("\u0967\u096e\u096e\u096f", "1889", True),
+        ("\u0662\u066b\u0665", "2.5", True),
+        ("\u0661\u066c\u0660\u0660\u0660", "1,000", True),
+        ("1890", "\u0661\u0668\u0668\u0669", False),
         # the same sign, written in another way
         ("Xi\u2019an", "Xi'an", True),
         ("Xi'an", "Xi\u00b4an", True),
@@ -309,15 +349,18 @@ def test_a_response_without_an_answer_gives_none(response):
 
 
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="\\"))
-ARTICLES = st.lists(st.sampled_from([*"a.,-'1U ", "the", "an ", " the ", "1,000", "2.5", "1/2", ":3"])).map("".join)
+ARTICLES = st.lists(st.sampled_from([*"a.,-'1U+#_ ", "the", "an ", " the ", "1,000", "2.5", "1/2", ":3"])).map("".join)
+PARTED = re.compile(r"\d[\W_]+\d")
 
 
 @given(ASCII | ARTICLES)
 def test_of_ascii_the_form_is_squads(text):
-    """But for numbers whose signs count."""
-    form = judged_form(text)
-    assert form == _judged_words(text).replace("_", "") and normalize_answer(form) == normalize_answer(text)
-    assert form == normalize_answer(text) or any(set(".:/-") & {*number} for number in _NUMBER.findall(text))
+    """But for signs that count."""
+    form, official = judged_form(text), normalize_answer(text)
+    assert form == _judged_words(text).replace("_", "")
+    assert normalize_answer(form) == official or PARTED.search(text)
+    assert normalize_answer(form).replace(" ", "") == official.replace(" ", "")
+    assert form == official or _KEPT.search(text) or PARTED.search(text)
 
 
 @given(st.text() | ARTICLES, st.text() | ARTICLES)
@@ -326,8 +369,8 @@ def test_what_is_equal_in_squads_form_is_held(text, other):
     for gold in (text, other):
         assume("\u0338" not in gold)  # joins with `=`, which SQuAD takes out, into another sign
         if judged_form(gold) and "no answer" not in judged_form(text):
-            numbers = _NUMBER.search(text) or _NUMBER.search(gold)  # EM has no signs of numbers
-            assert numbers or not exact_match(text, [gold]) or holds_answer(text, [gold])
+            signs = any(sign.search(each) for sign in (_KEPT, PARTED) for each in (text, gold))  # EM has none of them
+            assert signs or not exact_match(text, [gold]) or holds_answer(text, [gold])
             assert holds_answer(f"{text} {gold} {text}", [gold])
 
 

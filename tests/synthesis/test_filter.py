@@ -14,7 +14,8 @@ from scripted_server import serving
 from solopo_plugin.qa.documents import build_pool
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import ask, filter
-from solopo_plugin.synthesis.filter import FILTERS, Candidate, take_turns, verbatim
+from solopo_plugin.synthesis.filter import FILTERS, Candidate, mark_repeats, take_turns, verbatim
+from solopo_plugin.synthesis.pairs import question_key
 from solopo_plugin.synthesis.recipe import make_recipe, stage_settings
 
 REAL = SHARED_DATA / "real" / "train" / "squad_train_44_articles.jsonl"
@@ -120,6 +121,14 @@ def test_what_a_model_knows_is_no_matter_where_the_recipe_says_so():
 
 def test_one_passage_may_be_enough_where_the_recipe_says_so():
     assert reasons(candidate(alone=5), max_alone=None) == []
+
+
+def test_questions_about_two_versions_are_two():
+    versions = "1.11.0", "1.1.10", "C++", "C#", "1.1.10"
+    made = [candidate(question=f"What came with {version}?", answer=version) for version in versions]
+    mark_repeats(made)
+    assert [c.repeats for c in made] == [False] * 4 + [True]
+    assert len({question_key({"question": c.question, "answers": ["x"]}) for c in made}) == 4
 
 
 def test_hops_and_documents_take_turns():

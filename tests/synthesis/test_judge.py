@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import unicodedata
+from itertools import pairwise
 
 import pytest
 from material import HOTPOTQA, MUSIQUE, make_questions, recipe, save_tokenizer
@@ -104,8 +105,9 @@ def slow_words(text: str) -> list[tuple[str, bool]]:
                 pieces, word = [*pieces, word], ""
             at += 1
         pieces = [piece for piece in [*pieces, word] if piece]
-        if "".join(pieces) not in ("a", "an", "the"):
-            spaced += [(piece, k > 0) for k, piece in enumerate(pieces)]
+        if pieces and "".join(pieces) not in ("a", "an", "the"):
+            glued = [False, *(not (a[-1].isdigit() and b[0].isdigit()) for a, b in pairwise(pieces))]
+            spaced += zip(pieces, glued, strict=True)
     return spaced
 
 
@@ -241,6 +243,8 @@ def test_what_the_judge_said_is_what_the_inspection_finds(judged):
         ("The answer is: No answer.", ["no"], False, False, 0.0),
         ("The answer is: No answer.", ["no answer"], True, True, 1.0),
         ("<think>The answer is: Rosvik</think> Karvik", ["Rosvik"], False, False, 0.0),
+        ("The answer is: 1.11.0", ["1.1.10"], False, False, 0.3333),
+        ("The answer is: C", ["C++", "2.5"], False, False, 0.0),
         ("It is Rosvik", ["Rosvik"], False, False, 0.0),
         ("", ["Rosvik"], False, False, 0.0),
     ],
