@@ -36,9 +36,12 @@ _SPEAKS = re.compile(
     r"|\b(?:mentioned|described|stated|given|quoted|listed)\s+(?:above|below|here)\b|\b(?:does|did|by)\s+the\s+author\b",
     re.I,
 )
+_PRONOUNS = "he she it they him her them his hers its their theirs we us our my you your this these those".split()
+# not in capitals (US, IT), nor the `i` and the first `I` of other languages
 _LEANS = re.compile(
-    r"\b(?:he|she|it|they|him|her|them|his|hers|its|their|theirs|we|us|our|i|my|you|your|this|these|those)\b", re.I
+    rf"\b(?:{'|'.join(f'[{word[0].upper()}{word[0]}]{word[1:]}' for word in _PRONOUNS)})\b|(?<=\s)I(?=[\s'’])"
 )
+_ASKS = re.compile(r"[?？؟]\Z|か。?\Z|[\u0370-\u03ff].*[;\u037e]\Z", re.S)  # a question of Greek ends in a semicolon
 _NAMED = re.compile(
     rf"(?<=\s)[\"'“‘(]*[{UPPER}]\w|\d|\b(?:[Tt]he|[Aa]n?|[Ee]ach|[Ee]very|[Aa]ll|[Aa]ny|[Nn]o)\s+\w{{3}}"
 )
@@ -154,9 +157,9 @@ def is_long(answer: str, words: int) -> bool:
 def stands_alone(question: str) -> bool:
     """Return whether a question is one, of three words or more, and says what each pronoun stands for before it.
 
-    The pronouns are English. In a script without spaces only the question mark is looked at.
+    The pronouns are English. In a script without spaces only the end is looked at: a question mark, or Japanese `か`.
     """
-    if not question.endswith(("?", "？", "؟")) or (question.isascii() and len(question.split()) < 3):
+    if not _ASKS.search(question) or (question.isascii() and len(question.split()) < 3):
         return False
     leans, named = _LEANS.search(question), _NAMED.search(question)
     return leans is None or (named is not None and named.start() < leans.start())
