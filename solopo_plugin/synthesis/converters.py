@@ -17,9 +17,12 @@ from typing import NamedTuple
 
 from ..qa.files import DataError, reading, shown
 
-VERSION = 2  # of what this file makes of a file; a higher one converts all again
+VERSION = 3  # of what this file makes of a file; a higher one converts all again
 TITLE = 100  # characters of the first line of a plain text that can be its title; ours
 WRAPPED = 40  # characters from which on a line may have been broken for its length; ours
+# signs of Chinese and Japanese, and marks that may stand beside them
+UNSPACED, MARKS = r"\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff", "“”‘’…—·"
+UNSPACED_END = re.compile(f"[{UNSPACED}][{UNSPACED}{MARKS}]|[{MARKS}][{UNSPACED}]")
 LONGEST_HEADING = 200  # characters; what is longer is a paragraph. Ours
 UNPACKED = 1 << 29  # bytes that a Word file may unpack to; ours, far above any that people write
 HIDDEN = ("script", "style", "noscript", "template", "svg", "iframe")  # of HTML: what no reader sees as text
@@ -182,8 +185,13 @@ def unwrap(paragraph: str) -> str:
     parts = lines[:1]
     for before, line in pairwise(lines):
         wrapped = len(before) >= WRAPPED and not re.match(r"\s|[-*+•|>#:=~]|\d+[.)] ", line)
-        parts.append(f" {line}" if wrapped and not before.startswith(("    ", "|")) else f"\n{line}")
+        parts.append((seam(before, line) if wrapped and not before.startswith(("    ", "|")) else "\n") + line)
     return "".join(parts)
+
+
+def seam(before: str, line: str) -> str:
+    """Return what joins two lines: a blank, but nothing within Chinese and Japanese, whose words have none between."""
+    return "" if UNSPACED_END.fullmatch(before[-1:] + line[:1]) else " "
 
 
 def plain(heading: str) -> str:
@@ -241,11 +249,16 @@ def markup_words(lines: list[str]) -> str:
     return "\n".join(filter(None, (first, body)))
 
 
-def text_blocks(text: str) -> Iterator[Block]:
-    """Yield the paragraphs of plain text, which are parted by blank lines."""
+def text_parts(text: str) -> Iterator[str]:
+    """Yield what blank lines part, without blanks at the ends of lines."""
     for part in re.split(r"\n[ \t]*\n", text):
         if part.strip():
-            yield Block(0, unwrap("\n".join(line.rstrip() for line in part.strip("\n").split("\n")).rstrip()))
+            yield "\n".join(line.rstrip() for line in part.strip("\n").split("\n")).rstrip()
+
+
+def text_blocks(text: str) -> Iterator[Block]:
+    """Yield the paragraphs of plain text, which are parted by blank lines."""
+    return (Block(0, unwrap(part)) for part in text_parts(text))
 
 
 def _markdown(path: Path) -> tuple[str, list[Block]]:
@@ -302,9 +315,10 @@ def _pdf(path: Path) -> tuple[str, list[Block]]:
 
     logging.getLogger("pdfminer").setLevel(logging.ERROR)  # it warns of every odd font
     blocks = []
-    for block in text_blocks(clean(extract_text(path))):
-        text = re.sub(r"(?<=[^\W\d_])-\n(?=[^\W\d_A-Z])", "", block.text)
-        text = re.sub(r"\s*\n\s*", " ", re.sub(r"\(cid:\d+\)", "", text)).strip()
+    for part in text_parts(clean(extract_text(path))):
+        part = re.sub(r"(?<=[^\W\d_])-\n(?=[^\W\d_A-Z])|\(cid:\d+\)", "", part)
+        lines = [line for each in part.split("\n") if (line := each.strip())]
+        text = "".join(seam(before, line) + line for before, line in pairwise(["", *lines])).strip()
         if text and not text.isdecimal():  # the number of a page
             blocks.append(Block(0, text))
     return "", blocks

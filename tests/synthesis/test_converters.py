@@ -187,6 +187,25 @@ def test_lines_that_were_broken_for_their_length_are_joined():
         assert unwrap(kept) == kept
 
 
+CHINESE = "北京大学创办于一八九八年，是中国近代第一所国立大学，也是中国最早以大学之名创办的学校，首任校长“孙家鼐”先生。"
+
+
+JAPANESE = "東京タワーは、日本の東京都港区にある、高さ三百三十三メートルの電波塔である。" * 2
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE])
+def test_lines_of_scripts_without_spaces_are_joined_without_one(text, tmp_path, monkeypatch):
+    """Wherever a line ends; beside words of other scripts, and in Korean, stands a blank."""
+    monkeypatch.setattr("pdfminer.high_level.extract_text", lambda path: path.read_text())
+    for end in range(40, len(text) - 1):
+        for name in ("a.txt", "a.md", "a.pdf"):
+            (tmp_path / name).write_text(f"{text[:end]}\n{text[end:]}")
+            assert [block.text for block in read_document(tmp_path / name, name).blocks] == [text]
+    korean = "로스빅의 방앗간은 강가에 있다 " * 3 + "로스빅"
+    for line, after in ((text, "Rosvik"), ("Rosvik " * 9 + "town", "东京"), (korean, "의")):
+        assert unwrap(f"{line}\n{after}") == f"{line} {after}"
+
+
 def test_two_columns_are_read_one_after_the_other(tmp_path):
     """Even where the file draws them line by line, across."""
     rng = random.Random(0)
@@ -200,12 +219,12 @@ def test_two_columns_are_read_one_after_the_other(tmp_path):
 
 
 def test_a_pdf_has_its_words_whole_and_no_page_numbers(tmp_path):
-    lines = [(50, 740, "The harbour master signs for the moor-"), (50, 726, "ing of ships."), (300, 40, "17")]
-    write_pdf(tmp_path / "a b.pdf", [lines])
-    document = read_document(tmp_path / "a b.pdf", "a b.pdf")
-    assert document.title == "a b" and document.blocks == [
-        Block(0, "The harbour master signs for the mooring of ships.")
-    ]
+    for master in ("The harbour master", "The harbour master of the town of Rosvik"):  # of a short line, and a long one
+        lines = [(50, 740, f"{master} signs for the moor-"), (50, 726, "ing of ships."), (300, 40, "17")]
+        write_pdf(tmp_path / "a b.pdf", [lines])
+        document = read_document(tmp_path / "a b.pdf", "a b.pdf")
+        assert document.title == "a b"
+        assert document.blocks == [Block(0, f"{master} signs for the mooring of ships.")]
 
 
 def test_what_holds_no_text_says_so(tmp_path):
