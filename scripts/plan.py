@@ -5,8 +5,8 @@
 
 The first line answers for the recipe as it will run; tokens, FLOPs and memory of a step by part stand below. Where
 docs/benchmarks/gpu.json is there, the answer is calibrated by it. All else are predictions of step_cost.py, not
-measurements: a "longest" is an upper bound, and ratios between configurations are surer than either side. GB are 1e9
-bytes. S, L, R: tokens of the short prompt, the long prompt, a response.
+measurements: a "longest" is an upper bound, or it is said to be none, and ratios between configurations are surer than
+either side. GB are 1e9 bytes. S, L, R: tokens of the short prompt, the long prompt, a response.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from step_cost import (
+    COUNTED,
     MODELS,
     OPTIMIZERS,
     OTHERS,
@@ -48,6 +49,7 @@ from solopo_plugin.qa.window import window_of
 ROOT = Path(__file__).parent.parent
 CUTOFF = 2048  # tokens, the host's default of `cutoff_len`
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"
+WHOLLY = ("additional_target", "resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
 HOSTS_REFERENCE = ("V0", "S0", "S1")  # run it in every step
 TOGETHER = (1, 2, 4, 8)  # GPUs that are proposed to share a row, as machines have them; ours
 LINKS = {"an A100's NVLink": 300e9, "PCIe 4": 25e9}  # bytes a second each way, about
@@ -74,6 +76,9 @@ def read_recipe(path: str | Path, gpus: int, overrides: list[str] | None = None)
     tuning, optim = recipe.get("finetuning_type", "lora"), recipe.get("optim", "adamw_torch_fused")
     if tuning not in ("full", "lora") or optim not in OPTIMIZERS:
         raise ValueError(f"{path}: only full and lora, with {', '.join(OPTIMIZERS)}; got {tuning}, {optim}.")
+    for key in WHOLLY:
+        if tuning == "lora" and recipe.get(key):
+            raise ValueError(f"{path}: `{key}` trains whole modules, which is not planned; leave it out, and add them.")
     deepspeed = recipe.get("deepspeed") or {}
     if isinstance(deepspeed, str):
         here = Path(deepspeed)  # below the current folder, as in training; else below this repository
@@ -351,6 +356,11 @@ class Plan:
                 lines.append(
                     "Precision: `pure_bf16` rounds most of AdamW's updates away at this rate (docs/training.md)."
                 )
+        if (kind := self.config.model_type) not in COUNTED:
+            lines.append(
+                f"Memory: what a layer of `{kind}` keeps is not counted, so that the longest prompt is no upper bound; "
+                f"counted are {', '.join(COUNTED)}."
+            )
         return [*lines, self.basis, self.planned()]
 
     def table(self) -> str:
@@ -485,7 +495,8 @@ def main() -> None:
             raise ValueError(f"{args.recipe} has no `model_name_or_path`; add it, or give `--model`.")
         config = read_config(model)
         memory = args.gpu_memory * 1e9
-        plan = Plan(shape_of(config), config, recipe, setup, (S, R, L), references_of(recipe), memory, args.nodes)
+        shape = shape_of(config, recipe.get("lora_target", "all") if setup.lora_rank else "all")
+        plan = Plan(shape, config, recipe, setup, (S, R, L), references_of(recipe), memory, args.nodes)
         lines, table = plan.sentences(), plan.table()
     except (OSError, ValueError) as error:
         sys.exit(str(error))

@@ -32,6 +32,9 @@ PACKED = ("S3", "L3")
 GB = 1e9  # bytes
 # Bytes of optimizer state per trained parameter, of the host's `optim` values; in fp32 or, by name, 8 bits.
 OPTIMIZERS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "rmsprop": 4, "sgd": 0}
+# Architectures whose layers keep what `layer_bytes` counts, by the tests; of IN_FP32 norms multiply before they round.
+IN_FP32 = ("gemma3_text", "olmo3")
+COUNTED = ("llama", "qwen2", "qwen3", "mistral", "ministral", "smollm3", *IN_FP32)
 HOST_GRADIENT = 4  # bytes per trained parameter beside an offloaded optimizer: DeepSpeed's CPU Adam takes fp32
 # Shapes as published with the models; any other is read from its config.json.
 MODELS = {
@@ -90,11 +93,13 @@ class Shape(NamedTuple):
     vocabulary: int
     linear: int  # parameters of the layers' matrices
     parameters: int  # all, a tied head once
-    fans: int  # inputs plus outputs of all those matrices: LoRA parameters per rank for `lora_target: all`
+    fans: int  # inputs plus outputs of those matrices that `lora_target` names: LoRA parameters per rank
     heads: int = 1  # of queries
     key_heads: int = 1
     windowed: int = 0  # layers in which a query sees `window` keys at most
     window: int = 0
+    normed: int = 0  # numbers that the norms of a layer take, per token
+    norms_in_fp32: bool = False
 
 
 def read_config(model: str):
@@ -121,13 +126,31 @@ def on_meta(config):
         return AutoModelForCausalLM.from_config(config)
 
 
-def shape_of(config) -> Shape:
-    """Count a model's matrices: exact for every dense architecture.
-
-    Linear attention is counted as full, which is an upper bound.
+def fans_of(matrices: dict[str, tuple[int, int]], lora_target: str | list[str]) -> int:
+    """Sum inputs and outputs of the matrices that the host's `lora_target` names, which begin with a dot here.
 
     Raises:
-        ValueError: A model with images or sound, with experts, or whose configuration has other names for its sizes.
+        ValueError: A name is none of theirs.
+    """
+    targets = lora_target.split(",") if isinstance(lora_target, str) else lora_target
+    ends = [""] if targets == ["all"] else ["." + target.strip() for target in targets]
+    if missing := [end for end in ends if not any(name.endswith(end) for name in matrices)]:
+        known = sorted({name.split(".")[-1] for name in matrices})
+        raise ValueError(
+            f"`lora_target` names `{missing[0][1:]}`, which is no matrix of the layers; write all, or some of "
+            f"{', '.join(known)}."
+        )
+    return sum(sum(shape) for name, shape in matrices.items() if name.endswith(tuple(ends)))
+
+
+def shape_of(config, lora_target: str | list[str] = "all") -> Shape:
+    """Count a model's matrices: exact for every dense architecture.
+
+    Linear attention is counted as full, an upper bound of FLOPs; norms are those of the first layer.
+
+    Raises:
+        ValueError: A model with images or sound, with experts, or whose configuration has other names for its sizes; or
+            a `lora_target` that is none of its matrices.
     """
     import torch
 
@@ -140,7 +163,9 @@ def shape_of(config) -> Shape:
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Conv1d)}  # of linear attention
     if any(p.dim() > 2 and id(p) not in convolutions for p in model.parameters()):
         raise ValueError(f"`{config.model_type}` has experts, of which a token uses some; plan a dense model.")
-    matrices = [m.weight.shape for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    matrices = {
+        "." + name: m.weight.shape for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     if missing := [name for name in sizes if not isinstance(getattr(config, name, None), int)]:
         raise ValueError(
@@ -149,14 +174,18 @@ def shape_of(config) -> Shape:
         )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query, key = head * config.num_attention_heads, head * heads
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+    norms = [name.split(".")[-1] for name, m in first.named_modules() if type(m).__name__.endswith("Norm")]
+    normed = sum({"q_norm": query, "k_norm": key}.get(name, config.hidden_size) for name in norms)
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     windowed = kinds.count("sliding_attention") if window else 0
     return Shape(
-        config.num_hidden_layers, config.hidden_size, head * config.num_attention_heads,
-        head * heads, config.intermediate_size, config.vocab_size,
-        sum(a * b for a, b in matrices), sum(p.numel() for p in model.parameters()), sum(a + b for a, b in matrices),
-        config.num_attention_heads, heads, windowed, window,
+        config.num_hidden_layers, config.hidden_size, query, key, config.intermediate_size, config.vocab_size,
+        sum(a * b for a, b in matrices.values()), sum(p.numel() for p in model.parameters()),
+        fans_of(matrices, lora_target), config.num_attention_heads, heads, windowed, window, normed,
+        config.model_type in IN_FP32,
     )  # fmt: skip
 
 
@@ -269,11 +298,13 @@ def setup_of(settings: dict, tuning: str) -> Setup:
 
 
 def layer_bytes(shape: Shape, element: int) -> int:
-    """Return what one layer keeps for its backward, per token, read from transformers' Llama and Qwen2 with SDPA.
+    """Return what one layer keeps for its backward, per token, read from transformers' `COUNTED` models with SDPA.
 
-    Two norms: input (in fp32), normalised, scaled. Queries, keys, values, attention's output. Four MLP tensors.
+    Each norm: input (in fp32), normalised. What attention and MLP take. Queries, keys, values, attention's output. Four
+    MLP tensors.
     """
-    return 8 * shape.width + element * (4 * shape.width + 2 * shape.query + 2 * shape.key + 4 * shape.inner)
+    norms = shape.normed * (4 + (4 if shape.norms_in_fp32 else element))
+    return norms + element * (2 * shape.width + 2 * shape.query + 2 * shape.key + 4 * shape.inner)
 
 
 def of_one(variant: str, S: int, R: int, L: int, setup: Setup) -> tuple[int, int]:

@@ -240,20 +240,20 @@ class SoloCollator:
 
     `input_ids`, `attention_mask`, `labels`: the short pairs, all chosen, then all rejected (2P, T), padded to a
     multiple of 8, as the host's pairwise collator gives it. `long_*`: the long prompt with the chosen responses
-    (B, T'), or with chosen, then rejected (B + P, T') where `long_pair`. The rest: see `known_of`.
+    (B, T'), or with chosen, then rejected (B + P, T') where `long_pair`. `longpo` is there where the policy is
+    shown these alone. The rest: see `known_of`.
     """
 
     pad_token_id: int
     long_pair: bool = False
+    longpo: bool = False
 
     def __call__(self, features: list[dict]) -> dict:
         """Return the batch."""
         pairs = [pair for row in features for pair in pairs_of(row)]
-        long = _sequences(features, "long", "chosen")
-        if self.long_pair:
-            long += _sequences(pairs, "long", "rejected")
+        long = _sequences(features, "long", "chosen") + _sequences(pairs, "long", "rejected") * self.long_pair
         padded = {f"long_{name}": tensor for name, tensor in self._pad(long, multiple=1).items()}
-        return self.short_pair(pairs) | padded | known_of(features)
+        return self.short_pair(pairs) | padded | known_of(features) | ({"longpo": True} if self.longpo else {})
 
     def short_pair(self, pairs: list[dict]) -> dict:
         """Return all that a reference is shown of rows with one rejected response each."""

@@ -150,7 +150,7 @@ class TwoStages:
     def __init__(self, args, model: nn.Module, may_skip: Callable, pad_id: int):
         """Take who says of `long_is_short_B` that no long forward is needed: for all ranks, as ZeRO-3 needs it."""
         self.args, self.may_skip = args, may_skip
-        self.collator = SoloCollator(pad_id, args.long_pair)
+        self.collator = SoloCollator(pad_id, args.long_pair, args.longpo)
         base = attention.base_of(model)
         self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         if not self.keeps_logits:
@@ -262,5 +262,6 @@ def all_tokens(batch: dict) -> dict[str, Tensor]:
     if "policy" in batch:
         ids = batch["policy"]["input_ids"]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    names = ("input_ids", "attention_mask")
-    return {name: torch.cat([batch[name].flatten(), batch[f"long_{name}"].flatten()])[None] for name in names}
+    # LongPO's short pair is for a reference alone
+    names, sides = ("input_ids", "attention_mask"), ("", "long_")["longpo" in batch :]
+    return {name: torch.cat([batch[side + name].flatten() for side in sides])[None] for name in names}

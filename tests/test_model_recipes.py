@@ -151,11 +151,11 @@ def test_the_page_has_the_overrides_that_are_tested():
 def longest_prompts(row: Row) -> tuple[str, list[str]]:
     """What a step runs, and the longest prompts of LoRA at 24 and 80 GB and of full fine-tuning on four GPUs."""
     from plan import Plan, how_it_runs, read_recipe, references_of
-    from step_cost import shape_of
+    from step_cost import COUNTED, shape_of
 
     config, found = config_of(row), []
     variant, _ = how_it_runs(config, *read_recipe(FOLDER / "lora.yaml", 1))
-    if row.name in UNKNOWN:
+    if row.name in UNKNOWN or config.model_type not in COUNTED:
         return FORM[variant == "S3"], ["?"] * 3
     for file, gpus, words, memory in (
         ("lora.yaml", 1, [], 24e9), ("lora.yaml", 1, ["quantization_bit=null"], 80e9), ("full.yaml", 4, [], 80e9)

@@ -15,6 +15,7 @@ from conftest import ROOT
 from kept import bytes_kept
 from plan import Setup, Shape, count, longest, peak, read_config, read_recipe, shape_of, step_flops, step_memory
 from step_cost import (
+    COUNTED,
     MODELS,
     counts,
     divergence_bytes,
@@ -354,20 +355,54 @@ def test_self_distillation_takes_what_is_counted(monkeypatch, dtype, chunk, both
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_keeps_what_is_counted(dtype):
+@pytest.mark.parametrize("architecture", COUNTED)
+def test_a_layer_keeps_what_is_counted(architecture, dtype):
     """Bytes that autograd saves per token and layer: a model of three layers less one of two, parameters apart.
 
-    Beside what is counted: 1 / rms of both norms and attention's log-sum-exp per head, in fp32.
+    Beside what is counted, in fp32: 1 / rms of each norm (of each head, where heads are normed), attention's
+    log-sum-exp per head, and Gemma's 1 + weight, once for all tokens.
     """
-    tokens, saved = 64, []
+    tokens, saved, own = 64, [], {} if architecture == "qwen2" else {"head_dim": 32}
+    beside = {"qwen3": 2 + 6, "gemma3_text": 4 + 6 + (4 * 64 + 2 * 32) / tokens, "olmo3": 4}.get(architecture, 2)
     for layers in (2, 3):
-        config = AutoConfig.for_model(**TINY | {"num_hidden_layers": layers, "dtype": dtype})
+        kinds = {"layer_types": ["sliding_attention"] * layers} if architecture == "gemma3_text" else {}
+        changed = {"model_type": architecture, "num_hidden_layers": layers, "dtype": dtype, "pad_token_id": 0}
+        config = AutoConfig.for_model(**TINY | own | kinds | changed)
         model = AutoModelForCausalLM.from_config(config).to(dtype)
         with bytes_kept(model) as kept:
             model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
         saved.append(sum(kept.values()))
-    expected = layer_bytes(shape_of(config), dtype.itemsize) + 4 * (2 + config.num_attention_heads)
+    expected = layer_bytes(shape_of(config), dtype.itemsize) + 4 * (beside + config.num_attention_heads)
     assert (saved[1] - saved[0]) / tokens == expected
+
+
+def test_what_a_layer_keeps_is_said_where_it_is_not_counted(monkeypatch, capsys):
+    said = {name: lines_of(monkeypatch, capsys, "--model", name, "--long", "8192") for name in MODELS}
+    told = {
+        name for name, lines in said.items() if any("the longest prompt is no upper bound;" in line for line in lines)
+    }
+    assert told == {"qwen3.5-9b"}
+    assert {AutoConfig.for_model(**MODELS[name]).model_type for name in told}.isdisjoint(COUNTED)
+
+
+@pytest.mark.parametrize("target", ["all", "q_proj,v_proj", " mlp.down_proj", ["k_proj"]])
+def test_lora_trains_what_is_counted(target):
+    from peft import LoraConfig, get_peft_model
+
+    config = AutoConfig.for_model(**TINY)
+    names = [name.strip() for name in target.split(",")] if isinstance(target, str) else target
+    lora = LoraConfig(r=8, target_modules="all-linear" if names == ["all"] else names, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    assert 8 * shape_of(config, target).fans == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_adapters_on_what_is_no_matrix_are_refused(monkeypatch, tmp_path):
+    recipe = str(write(tmp_path, model_name_or_path="qwen2.5-7b", finetuning_type="lora"))
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", recipe, "lora_target=q_proj,lm_head"])
+    with pytest.raises(
+        SystemExit, match="`lora_target` names `lm_head`, .* write all, or some of down_proj, gate_proj, "
+    ):
+        plan.main()
 
 
 def test_longest_is_the_last_that_fits(qwen):
@@ -454,6 +489,11 @@ def test_precision_and_zero_of_a_recipe(tmp_path, keys, expected):
         (dict(stage="kto"), "only recipes of `stage: solopo`, `dpo` and `sft`, without FSDP, can be planned"),
         (dict(fsdp="full_shard"), "without FSDP, can be planned"),
         (dict(rope_scaling="yarn"), "`rope_scaling` is not planned; put it into the model's config.json"),
+        (
+            dict(finetuning_type="lora", additional_target="lm_head"),
+            "`additional_target` trains whole modules, which is",
+        ),
+        (dict(finetuning_type="lora", resize_vocab=True), "`resize_vocab` trains whole modules, which is not planned"),
         (dict(solopo_forwards="packed"), "Unknown key `solopo_forwards` in the recipe. Did you mean `solopo_forward`?"),
         (dict(finetuning_type="freeze"), "only full and lora, with .*; got freeze"),
         (dict(optim="lion_32bit"), "got full, lion_32bit"),

@@ -323,21 +323,27 @@ def test_gradient_checkpointing_changes_nothing(run, recipe, tmp_path):
         assert all(torch.equal(weight, results[0].weights[name]) for name, weight in other.weights.items())
 
 
-@pytest.mark.parametrize("forward", ["packed", "two_stage"])
-def test_counters_see_both_contexts(run, recipe, tiny_model, forward):
-    """Count what was run: in two stages the short prompt twice, packed once. The effective rate is of packed rows."""
+@pytest.mark.parametrize("forward, objective", [("packed", "solopo"), ("two_stage", "solopo"), ("two_stage", "longpo")])
+def test_counters_see_what_is_run(run, recipe, tiny_model, forward, objective):
+    """Count in two stages the short prompt twice, packed once, and LongPO's long pair alone.
+
+    The effective rate is of packed rows.
+    """
     result = run(recipe(
         max_samples=2, num_train_epochs=1.0, include_num_input_tokens_seen="non_padding",
-        include_effective_tokens_per_second=True, solopo_forward=forward,
+        include_effective_tokens_per_second=True, solopo_forward=forward, solopo_objective=objective,
     ))  # fmt: skip
-    tokens = shared = 0
+    tokens = shared = pairs = 0
     for sequences in encode_rows(tiny_model(), 2):
+        pairs += sum(len(ids) for response in ("chosen", "rejected") for ids in sequences["long", response])
         for key in (("short", "chosen"), ("short", "rejected"), ("long", "chosen")):
             prompt, response = sequences[key]
             tokens += len(prompt) + len(response)
         shared += len(sequences["short", "rejected"][0])
     seen = [e for e in result.log if "num_input_tokens_seen" in e][-1]["num_input_tokens_seen"]
-    assert seen == (tokens - shared if forward == "packed" else tokens)
+    assert seen == (pairs if objective == "longpo" else tokens - shared * (forward == "packed"))
+    if objective == "longpo":
+        return
     metrics = json.loads((result.dir / "train_results.json").read_text())
     rate = (tokens - shared) / metrics["train_runtime"]
     assert metrics["effective_tokens_per_sec"] == pytest.approx(rate, rel=1e-3)
