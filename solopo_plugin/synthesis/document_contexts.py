@@ -12,7 +12,7 @@ from ..qa.prompts import BETWEEN, lay_out
 from .passages import STEP
 
 CUT = "[...]"
-TRIED = 0.98  # share of the room that is left when a context came out too long; ours
+CLOSE = 0.98  # share of the target that is near enough, and of the room when a context came out too long; ours
 
 
 def by_source(pool: Pool) -> dict[str, list[int]]:
@@ -42,7 +42,8 @@ def build_document_context(
     sources = list(dict.fromkeys(pool.origins[i].source for i in question.evidence))
     rng.shuffle(sources)
     shares = [rng.random() for _ in sources]
-    room = target - prepared.overhead
+    room, all_evidence = target - prepared.overhead, True
+    best: dict | None = None
     for _ in range(ROUNDS):
         chosen, free = [], room - sum(pool.tokens[i] for i in question.evidence)
         for n, (source, share) in enumerate(zip(sources, shares, strict=True)):
@@ -51,11 +52,18 @@ def build_document_context(
             free -= used
         prompt, found = _lay_out(builder, question, sources, chosen, passages)
         tokens = builder.budget.of_prompt(prompt)
-        if tokens <= target:
-            fields = {"prompt": prompt, "tokens": tokens, "paragraphs": len(sources), "evidence": found, "dropped": []}
-            return fields if any(set(window) - set(question.evidence) for window in chosen) else "document_is_evidence"
-        room = int(room * TRIED) - (tokens - target)
-    return "evidence_longer_than_long"
+        left = target - tokens
+        if left >= 0 and (best is None or tokens > best["tokens"]):
+            best = {"prompt": prompt, "tokens": tokens, "paragraphs": len(sources), "evidence": found, "dropped": []}
+            all_evidence = not any(set(window) - set(question.evidence) for window in chosen)
+        is_whole = all(len(window) == len(passages[source]) for source, window in zip(sources, chosen, strict=True))
+        if left >= 0 and (is_whole or tokens >= target * CLOSE):
+            break
+        # passages were counted with their titles, of which a document shows the new ones alone
+        room = room + left if left >= 0 else int(room * CLOSE) + left
+    if best is None:
+        return "evidence_longer_than_long"
+    return "document_is_evidence" if all_evidence else best
 
 
 def widen(

@@ -102,13 +102,37 @@ def test_a_long_document_is_cut_around_its_evidence(handbook, model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    passages, rows, _ = handbook(ONE | TWO, contexts="document", short_tokens=600, long_tokens=900)
+    passages, rows, _ = handbook(ONE | TWO, contexts="document", short_tokens=600, long_tokens=800)
     for row in rows.values():
         long = row["long"]
-        assert CUT in long["prompt"] and 600 < long["tokens"] <= 900
+        assert CUT in long["prompt"] and 600 < long["tokens"] <= 800
         assert len(tokenizer.encode(long["prompt"])) < long["tokens"]
         for place in long["evidence"]:
             assert long["prompt"][place["start"] : place["end"]] in passages
+
+
+@pytest.mark.parametrize("sentences", [1, 6])
+def test_a_long_document_fills_the_context(tmp_path, model, sentences):
+    """However long its headings are, which the context shows once."""
+    parts = ["# Handbook of the administration of the town of Rosvik"]
+    for n in range(60):
+        told = " ".join(f"The council of Rosvik lent the boat numbered {n}{k} to the miller." for k in range(sentences))
+        parts += [f"## Part {n // 10} on the regulations of the council"] * (n % 10 == 0)
+        parts += [f"### Rule {n} on the boats, bridges and markets in winter", told]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.md").write_text("\n\n".join(parts))
+    keys = dict(contexts="document", passage_tokens=200, short_tokens=400, long_tokens=1500)
+    made, work = recipe(tmp_path, model, tmp_path / "in", input_format="documents", **keys), tmp_path / "work"
+    work.mkdir()
+    documents.run(made, work)
+    passages = list(read_jsonl(work / "passages.jsonl"))
+    question = {"question": "Of what number?", "answers": ["x"], "hops": 1, "distractors": []}
+    write_jsonl(work / "questions.jsonl", [{"id": p["id"], "evidence": [p]} | question for p in passages])
+    write_jsonl(work / "corpus.jsonl", passages)
+    counts = contexts.run(made, work)
+    longest = max(p["tokens"] for p in passages)
+    assert counts["contexts"] >= 60 and counts["tokens"]["long"]["max"] <= 1500
+    assert counts["tokens"]["long"]["min"] > 1500 - longest - 60  # of a passage, and its heading
 
 
 def test_the_evidence_stands_anywhere_in_what_is_cut():
