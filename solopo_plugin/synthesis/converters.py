@@ -23,6 +23,8 @@ WRAPPED = 40  # characters from which on a line may have been broken for its len
 # signs of Chinese and Japanese, and marks that may stand beside them
 UNSPACED, MARKS = r"\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff", "“”‘’…—·"
 UNSPACED_END = re.compile(f"[{UNSPACED}][{UNSPACED}{MARKS}]|[{MARKS}][{UNSPACED}]")
+FULL_STOPS = "。｡！？؟۔।॥။។།։።"  # signs that end a sentence, of other scripts than Latin
+NO_TITLE = f".,;:!?…，、；：،؛{FULL_STOPS}"  # what no title ends in, not even before quotes that close
 LONGEST_HEADING = 200  # characters; what is longer is a paragraph. Ours
 UNPACKED = 1 << 29  # bytes that a Word file may unpack to; ours, far above any that people write
 HIDDEN = ("script", "style", "noscript", "template", "svg", "iframe")  # of HTML: what no reader sees as text
@@ -87,9 +89,14 @@ def read_document(path: Path, source: str) -> Document:
         DataError: The file cannot be read. A converter may raise whatever it likes at a broken file.
     """
     title, blocks = KINDS[path.suffix.lower()](path)
-    if not any(block.level == 0 and block.text for block in blocks):
-        raise NoText("it holds no text" + "; a scan must go through OCR first" * (path.suffix.lower() == ".pdf"))
+    check_text(blocks, "; a scan must go through OCR first" * (path.suffix.lower() == ".pdf"))
     return Document(source, title or title_of(blocks) or Path(source).stem.replace("_", " "), blocks)
+
+
+def check_text(blocks: list[Block], advice: str = "") -> None:
+    """Raise NoText where there is nothing but headings."""
+    if not any(block.level == 0 and block.text for block in blocks):
+        raise NoText("it holds no text" + advice)
 
 
 def title_of(blocks: list[Block]) -> str:
@@ -102,12 +109,14 @@ def row_document(row: dict, source: str, number: int) -> Document:
     """Return line `number` of a .jsonl file, {"text"} and perhaps {"title"}, as a document of its own.
 
     Raises:
-        DataError: It has no text.
+        NoText: There is nothing but headings.
+        DataError: It is no such line.
     """
     text, title = row.get("text"), row.get("title")
-    if not isinstance(text, str) or not text.strip() or not isinstance(title, str | None):
+    if not isinstance(text, str) or not isinstance(title, str | None):
         raise DataError(f"a line must have a `text` and perhaps a `title`, got {shown(row)}")
     blocks = list(markdown_blocks(without_unseen(clean(text))))
+    check_text(blocks)
     title = " ".join((title or "").split()) or title_of(blocks) or f"{Path(source).stem} {number}"
     return Document(f"{source}:{number}", title, blocks)
 
@@ -272,7 +281,8 @@ def _rst(path: Path) -> tuple[str, list[Block]]:
 def _text(path: Path) -> tuple[str, list[Block]]:
     """Read plain text; a short first line that stands alone and does not end as a sentence does is the title."""
     first, *others = list(text_blocks(decode(path))) or [Block(0, "")]
-    is_title = others and "\n" not in first.text and len(first.text) <= TITLE and first.text[-1] not in ".,;:!?"
+    ends = first.text.rstrip("\"'”’»」』")[-1:] in NO_TITLE
+    is_title = others and "\n" not in first.text and len(first.text) <= TITLE and not ends
     return "", [Block(1, " ".join(first.text.split())), *others] if is_title else [first, *others]
 
 

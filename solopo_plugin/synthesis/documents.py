@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,7 +18,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..qa.answers import judged_form
 from ..qa.files import DataError, dump, excerpt, parse_line, reading, write_json, write_jsonl
 from ..qa.generate.calls import load_chat
 from ..qa.provenance import file_hash, installed
@@ -30,6 +30,7 @@ from .recipe import DataRecipe
 
 log = logging.getLogger(__name__)
 SHOWN = 5  # files that are named before they are only counted
+ONE_SIGN = str.maketrans("‐‑‒–—―−‘’“”„", "-" * 7 + "'" * 2 + '"' * 3)  # of repeated passages
 CONVERTED = "converted"  # folder of what converters made of files, so that a run that was killed goes on
 
 
@@ -154,7 +155,7 @@ def check_packages(recipe: DataRecipe, files: list[Path]) -> None:
 
 
 def passages(recipe: DataRecipe, documents: Iterator[Document], counts: Counter) -> Iterator[dict]:
-    """Yield the passages of documents; of those that are alike in normal form the first one stays."""
+    """Yield the passages of documents; of those that differ in case, quotes, dashes or blanks alone the first stays."""
     tokenizer, _ = load_chat(recipe.model.tokenizer, pick(recipe, Chat))
 
     def count(texts: list[str]) -> list[int]:
@@ -163,8 +164,8 @@ def passages(recipe: DataRecipe, documents: Iterator[Document], counts: Counter)
     seen = set()
     for document in documents:
         for passage in split_document(document, recipe.passage_tokens, count):
-            text = passage["text"]
-            form = digest(judged_form(text) or text)
+            text = unicodedata.normalize("NFKC", passage["text"]).translate(ONE_SIGN).casefold()
+            form = digest(" ".join(text.split()))
             if form in seen:
                 counts["duplicates"] += 1
                 continue

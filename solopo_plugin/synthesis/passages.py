@@ -4,10 +4,13 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import groupby, pairwise
 
-from .converters import Block, Document
+from .converters import FULL_STOPS, Block, Document
 
 Count = Callable[[list[str]], list[int]]  # texts -> tokens of each
-SENTENCE_END = re.compile(r"[.!?]['\"’”)\]]*\s+|[。！？]|\n(?=\s*(?:[-*+•|]|\d+[.)])\s)")  # or the next item of a list
+CLOSED = r"['\"’”»」』）)\]]*"  # behind a sentence
+SENTENCE_END = re.compile(  # or the next item of a list
+    rf"[.!?]{CLOSED}\s+|[{FULL_STOPS}]{CLOSED}\s*|\n(?=\s*(?:[-*+•|]|\d+[.)])\s)"
+)
 LINE_END = re.compile(r"\n")
 STEP = " > "  # between headings
 BETWEEN = "\n\n"  # paragraphs

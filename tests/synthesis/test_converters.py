@@ -60,8 +60,12 @@ def test_plain_text_has_a_title_where_its_first_line_is_one(tmp_path):
         Block(0, "It has walls.\n  A gate."),
         Block(0, "It is old."),
     ]
-    path.write_text("It has walls.\n\nIt is old.")
-    assert read_document(path, "old_town.txt").title == "old town"
+    for first in ("It has walls.", '"It has walls!"', "磨坊建于河边。", "他说：“好。”", "أليس كذلك؟", "मिल पुरानी है।"):
+        path.write_text(f"{first}\n\nIt is old.")
+        assert read_document(path, "old_town.txt").title == "old town"
+    for first in ("The “old” town", "《北京大学》", "C#", "الطاحونة"):
+        path.write_text(f"{first}\n\nIt is old.")
+        assert read_document(path, "old_town.txt").title == first
     path.write_text("A lonely line")
     assert [block.level for block in read_document(path, "x").blocks] == [0]
 

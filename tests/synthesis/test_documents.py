@@ -79,6 +79,7 @@ def test_what_cannot_be_read_is_named_and_counted(read, tmp_path, caplog):
     (folder / ".git" / "secret.md").write_text("hidden")
     (folder / "rows.jsonl").write_text(
         '{"text": "A row."}\n{"txt": "no"}\n\nno JSON\n{"text": "# T\\n\\nLast.", "title": "L"}\n'
+        '{"text": "<!-- hidden -->"}\n{"text": "# Only a heading"}\n{"text": ""}\n'
     )
     outside = tmp_path / "outside.md"
     outside.write_text("From outside the folder.")
@@ -87,7 +88,7 @@ def test_what_cannot_be_read_is_named_and_counted(read, tmp_path, caplog):
     if os.geteuid():
         (folder / "good.md").chmod(0o644)
     counts, passages = read(folder)
-    assert counts["skipped"] == {"broken": 5, "hidden": 1, "links": 2, "no_text": 2, "other_kinds": 1}
+    assert counts["skipped"] == {"broken": 5, "hidden": 1, "links": 2, "no_text": 5, "other_kinds": 1}
     assert (counts["files"], counts["documents"], counts["passages"]) == (8, 4, 4)
     assert {p["source"]: p["title"] for p in passages} == {
         "good.md": "Good", "rows.jsonl:1": "rows 1", "rows.jsonl:5": "L > T",
@@ -151,14 +152,15 @@ def test_two_hundred_pages(read, tmp_path):
 
 
 def test_repeated_passages_are_taken_once(read, tmp_path):
-    """Equal in normal form, whatever case, dashes and spaces; one that differs in a number stays."""
+    """Equal whatever case, quotes, dashes and spaces; one that differs in a number or another sign stays."""
     for name, text in {
-        "a": "The fee is 3 florins - a day.", "b": "the  fee is 3 florins – a day", "c": "The fee is 4 florins - a day."
+        "a": "The “fee” is 3 florins - a day.", "b": 'the  "fee" is 3\nflorins – a day.', "c": "The fee is 4 florins.",
+        "d": "Use C++ here.", "e": "Use C# here.", "f": "`x = a + b`", "g": "`x = a - b`", "h": "Use C  here.",
     }.items():  # fmt: skip
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{name}.txt").write_text(text)
     counts, passages = read(tmp_path / "in")
-    assert counts["duplicates"] == 1 and [p["source"] for p in passages] == ["a.txt", "c.txt"]
+    assert counts["duplicates"] == 1 and [p["source"] for p in passages] == [f"{name}.txt" for name in "acdefgh"]
 
 
 def test_documents_are_data(read, tmp_path, monkeypatch):

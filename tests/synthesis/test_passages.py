@@ -42,6 +42,9 @@ def test_short_paragraphs_share_a_passage_and_long_ones_are_split_at_sentences()
     assert [p["text"] for p in split([(0, "Aa."), (0, "Bb."), (0, "Cc.")], 20)] == ["Aa.\n\nBb.\n\nCc."]
     texts = [p["text"] for p in split([(0, "First one. Second one! Third one? Fourth one.")], 20)]
     assert texts == ["First one. Second one!", "Third one? Fourth one."]
+    for end in (*"؟۔।", "。", "！”", ". "):  # of scripts with and without blanks behind a sentence
+        texts = [p["text"] for p in split([(0, f"aa bb cc{end}dd ee ff{end}gg hh ii{end}".strip())], 12)]
+        assert texts == [f"{words}{end.strip()}" for words in ("aa bb cc", "dd ee ff", "gg hh ii")]
     assert [p["text"] for p in split([(0, "- a b\n- c d\n- e f")], 4)] == ["- a b", "- c d", "- e f"]
     assert [p["text"] for p in split([(0, "no end of a sentence at all here")], 12)] == [
         "no end of a",
