@@ -202,8 +202,7 @@ def attend(
     if torch.is_autocast_enabled(device.type):  # it casts for plain attention, but not for custom operators
         dtype = torch.get_autocast_dtype(device.type)
     query, key, value = (x.to(dtype) for x in (query_1HTD, key_1HTD, value_1HTD))
-    part = solopo_segments.part
-    if part is not None:
+    if (part := solopo_segments.part) is not None:
         query, key, value = part.to_heads(query, key, value)
     head_size = query_1HTD.shape[-1]
     layout = solopo_segments.layout(device)
@@ -285,8 +284,7 @@ def long_apart_segments(query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor
         query, key, value = (F.pad(torch.cat(part, dim=2), pad) for part in parts)
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         outputs[i] = output[:, :, :length].transpose(1, 2)
-    rest = [i for i in range(len(queries)) if i not in outputs]
-    if rest:
+    if rest := [i for i in range(len(queries)) if i not in outputs]:
         together = varlen_segments(torch.cat([queries[i] for i in rest], dim=2), key_1HTD, value_1HTD, others, scale)
         outputs |= zip(rest, together.split(others.queries, dim=1), strict=True)
     return torch.cat([outputs[i] for i in range(len(queries))], dim=1)

@@ -34,7 +34,6 @@ from llamafactory.extras.misc import is_env_enabled, torch_gc
 from torch import Tensor
 from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils.hub import cached_file
 
 from . import __version__
 from .attention import base_of
@@ -42,12 +41,10 @@ from .data import ANCHOR_FILES, REFERENCE, data_sets, pairs_of
 from .distill import Top, save_top
 from .forward import ANCHOR_TOP, Pair
 from .losses import LENGTH_NORMALISED
-from .qa.provenance import file_hash, installed
+from .qa.provenance import installed, weight_hashes
 
 SEEN = ["short_prompt_ids", "chosen_ids", "rejected_ids"]  # columns that the reference is shown
 UNKNOWN = -torch.inf  # no log-prob of a real row: scores that are not finite are refused
-WEIGHTS = (".safetensors", ".bin")
-OF_THE_TRAINER = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # beside a model, no part of it
 PACKAGES = ("llamafactory", "peft", "torch", "transformers")
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 
@@ -77,8 +74,8 @@ def identity(trainer, reference, model_args, finetuning_args) -> dict:
     states = ["merged"] * (len(adapters) - 1) + [last]
     facts = {
         "versions": {"solopo": __version__, **{name: installed(name) for name in PACKAGES}},
-        "weights": digest(base.config._name_or_path, model_args),
-        "adapters": [[s, digest(a, model_args, adapter=True)] for a, s in zip(adapters, states, strict=False)],
+        "weights": weight_hashes(base.config._name_or_path, model_args),
+        "adapters": [[s, weight_hashes(a, model_args, adapter=True)] for a, s in zip(adapters, states, strict=False)],
         "arguments": arguments,
         "config": {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "use_cache")},
         "dtype": {name: str(getattr(args, name)) for name in ("bf16", "fp16", "tf32")}
@@ -99,32 +96,6 @@ def goes_on(model, model_args, finetuning_args) -> bool:
     """Return whether training goes on with a given adapter: the host merges all before a new one, where it can."""
     can = not is_deepspeed_zero3_enabled() and not getattr(base_of(model), "quantization_method", None)
     return bool(model_args.adapter_name_or_path) and not (finetuning_args.create_new_adapter and can)
-
-
-def digest(path: str, model_args, adapter: bool = False) -> dict[str, str]:
-    """Return the SHA-256 by name of the files that make a model or an adapter: weights, configuration, code.
-
-    `path`: a folder or a hub name. An adapter is looked for where the host looks: in its sub-folder `adapter_folder`.
-
-    Raises:
-        ValueError: No weights are found there, though weights were read.
-    """
-    config, inside = ("adapter_config.json", model_args.adapter_folder or "") if adapter else ("config.json", "")
-    folder = Path(path, inside)
-    if not folder.is_dir():
-        where = dict(cache_dir=model_args.cache_dir, revision=model_args.model_revision, token=model_args.hf_hub_token)
-        found = cached_file(path, config, subfolder=inside, **where)
-        assert found is not None  # for the type checker: a file that is not there raises
-        folder = Path(found).parent
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name not in OF_THE_TRAINER]
-    if not any(f.suffix in WEIGHTS for f in files) and (adapter or not model_args.train_from_scratch):
-        raise ValueError(
-            f"{folder} holds no weights ({', '.join(WEIGHTS)}) by which its reference scores could be known; set "
-            "`solopo_reference: online`."
-        )
-    kinds = (*WEIGHTS, ".py", *((".json", ".model", ".txt") if model_args.resize_vocab else ()))  # draw new tokens
-    names = (config, "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-    return {file.name: file_hash(file) for file in files if file.suffix in kinds or file.name in names}
 
 
 def row_key(row: dict) -> str:
@@ -339,8 +310,7 @@ def rounding(trainer, reference, logp: float, tokens: int) -> float:
 
 
 def _check_finite(logps_B2: Tensor, features: list[dict]) -> None:
-    bad = [f["name"] for f, finite in zip(features, logps_B2.isfinite().all(1).tolist(), strict=True) if not finite]
-    if bad:
+    if bad := [f["name"] for f, good in zip(features, logps_B2.isfinite().all(1).tolist(), strict=True) if not good]:
         raise FloatingPointError(
             f"The reference's log-prob of {', '.join(bad)} is not finite; look at the model and its dtype (`bf16` "
             "rather than `fp16`), and at the row."

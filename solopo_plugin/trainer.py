@@ -25,6 +25,7 @@ from .distill import Top
 from .forward import Packed, Pair, TwoStages, all_tokens
 from .host.preflight import refusing
 from .losses import ANCHOR, METRICS, OBJECTIVES, mean_of_pairs, solopo
+from .qa.checkpoints import set_back_from_the_future
 from .sequence_parallel import Ranks
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
@@ -102,6 +103,8 @@ class SoloTrainer(CustomDPOTrainer):
     def _save_checkpoint(self, *args):
         """Do the Trainer's, and let trainer_state.json say what the run is trained on, which a resume looks at."""
         self.state.stateful_callbacks[ROWS] = self.rows
+        if self.args.should_save:
+            set_back_from_the_future(self.args.output_dir)
         super()._save_checkpoint(*args)
 
     def create_accelerator_and_postprocess(self):
@@ -243,6 +246,9 @@ class SoloTrainer(CustomDPOTrainer):
 
         What fills no step at the end of a stream's pass is left out: the Trainer would add its gradient to the next.
         """
+        if self.state.global_step >= self.state.max_steps:  # a resumed run's, of which the Trainer would make one more
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) < num_batches and not hasattr(self.train_dataset, "num_rows"):
             if not self.state.global_step:

@@ -1,10 +1,9 @@
 """`run_solopo`: load, build, train, evaluate, save, in the shape of the host's own `train/dpo/workflow.py`."""
 
-import json
 import os
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.model_utils.rope import configure_rope
 from llamafactory.train.callbacks import PissaConvertCallback
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 
 from . import __version__
@@ -30,6 +28,7 @@ from .data import data_sets, part_lengths, step_lengths
 from .host.preflight import check_vocabulary, refusing
 from .host.saved import recorded
 from .losses import ANCHOR
+from .qa.checkpoints import by_step, set_earlier_aside, state_of, whole
 from .qa.files import did_you_mean
 from .qa.provenance import installed
 from .qa.window import window_of
@@ -79,6 +78,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
             with abort_ends_the_process():
                 sets = with_reference_logps(trainer, model_args, finetuning_args, load)
             trainer.train_dataset, trainer.eval_dataset = sets
+        if training_args.do_train:
+            begin(trainer)
     if training_args.do_train:
         train(trainer)
     if training_args.do_eval:
@@ -205,6 +206,17 @@ def warn_of_reference(model, model_args, finetuning_args, trains: bool) -> None:
         )
 
 
+def begin(trainer: SoloTrainer) -> None:
+    """Move an earlier run's checkpoints aside, which a resume or an evaluation would take for this one's."""
+    args = trainer.args
+    if args.should_save and (moved := set_earlier_aside(args.output_dir, args.resume_from_checkpoint)):
+        logger.warning(
+            f"{args.output_dir} holds an earlier run's checkpoints behind the step at which this one begins; they are "
+            f"called {', '.join(path.name for path in moved)} now, and may be deleted."
+        )
+    trainer.accelerator.wait_for_everyone()
+
+
 def train(trainer: SoloTrainer) -> None:
     """Train, and save the model, its metrics and curves as the host's stages do."""
     args, finetuning_args = trainer.args, trainer.finetuning_args
@@ -219,10 +231,10 @@ def train(trainer: SoloTrainer) -> None:
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if trainer.is_world_process_zero() and finetuning_args.plot_loss:
-        evaluated = trainer.eval_dataset
-        names = [f"eval_{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["eval_loss"]
-        keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss"]
-        plot_loss(args.output_dir, keys=keys if evaluated is None else keys + names)
+        sets = data_sets(None, trainer.eval_dataset)
+        evaluated = [f"eval_{name}_loss" if name else "eval_loss" for _, name in sets]
+        keys = ["loss", "rewards/accuracies", "rewards/margins", "solopo/align_loss", *evaluated]
+        plot_loss(args.output_dir, keys=keys)
 
 
 def save_pissa_init(trainer: SoloTrainer) -> None:
@@ -274,17 +286,20 @@ def check_resume(training_args, badam: bool = False, streaming: bool = False, ro
     Without the optimizer's state, which `save_only_model` leaves out, DeepSpeed cannot resume; without DeepSpeed Adam's
     moments are 0 and the learning rate is the first step's, warm-up included, so that it is not decayed in the end.
     """
-    given, folder, state = training_args.resume_from_checkpoint, training_args.output_dir, None
+    given, folder = training_args.resume_from_checkpoint, training_args.output_dir
     if not given:
         return
-    checkpoint = given if given is not True else Path(folder).is_dir() and get_last_checkpoint(folder)
-    with suppress(OSError, ValueError):
-        state = checkpoint and json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
-    if not checkpoint or not isinstance(state, dict):
+    checkpoint = given if given is not True else str(next(reversed(whole(folder)), ""))
+    if (state := state_of(checkpoint)) is None:
         raise ValueError(
             f"`resume_from_checkpoint: {given}`: no whole checkpoint is in {checkpoint or folder}; name another, or "
-            "remove the key, or the folder if its writing was cut off."
+            "remove the key, or the folder if its writing was cut off; without the key `overwrite_output_dir: true` "
+            "begins anew."
         )
+    if given is True:
+        training_args.resume_from_checkpoint = checkpoint
+        if (last := str([*by_step(folder).values()][-1])) != checkpoint:
+            logger.warning_rank0(f"The writing of {last} was cut off: the run goes on from {checkpoint}.")
     if rows and (before := (state.get("stateful_callbacks") or {}).get(ROWS, rows)) != rows:
         logger.warning_rank0(
             f"{checkpoint} was trained on other rows ({before}) than this run's ({rows}), and the run goes on from it; "

@@ -338,7 +338,7 @@ def hub(root: Path, name: str, files: dict[str, Path]) -> str:
 @pytest.mark.slow
 def test_an_adapter_in_a_sub_folder(run, recipe, sft, tmp_path, host_log):
     """Of a hub repository or of a folder, found where the host finds it; another sub-folder is another reference."""
-    from solopo_plugin.reference import digest
+    from solopo_plugin.qa.provenance import weight_hashes
 
     one, two = (Path(sft(seed, tmp_path / "adapters" / name)) for seed, name in ((1, "one"), (2, "two")))
     names = ("adapter_config.json", "adapter_model.safetensors")
@@ -346,7 +346,7 @@ def test_an_adapter_in_a_sub_folder(run, recipe, sft, tmp_path, host_log):
     files |= {f"{f.name}/{f.name}/{names[1]}": f / names[1] for f in (one, two)}  # where peft 0.18 looks when offline
     cache_dir = hub(tmp_path / "hub", "solo/adapters", files)
     for path, where in (("solo/adapters", dict(cache_dir=cache_dir)), (str(tmp_path / "adapters"), {})):
-        found = [digest(path, model_args(adapter_folder=n, **where), adapter=True) for n in ("one", "two")]
+        found = [weight_hashes(path, model_args(adapter_folder=n, **where), adapter=True) for n in ("one", "two")]
         assert all(set(names) <= set(f) for f in found) and found[0][names[1]] != found[1][names[1]]
         lora = (
             ONE_BY_ONE
@@ -364,20 +364,20 @@ def test_an_adapter_in_a_sub_folder(run, recipe, sft, tmp_path, host_log):
 
 def test_a_folder_without_weights_is_no_identity(tiny_model, tmp_path):
     """Nor is what the trainer leaves beside a model one."""
-    from solopo_plugin.reference import digest
+    from solopo_plugin.qa.provenance import weight_hashes
 
     shutil.copy(Path(tiny_model()) / "config.json", tmp_path)
     (tmp_path / "training_args.bin").write_text("")
     sentence = re.escape(f"{tmp_path} holds no weights (.safetensors, .bin) by which its reference scores could be")
     for adapter in (False, True):
         with pytest.raises(ValueError, match=sentence):
-            digest(str(tmp_path), model_args(), adapter=adapter)
-    assert list(digest(str(tmp_path), model_args(train_from_scratch=True))) == ["config.json"]
+            weight_hashes(str(tmp_path), model_args(), adapter=adapter)
+    assert list(weight_hashes(str(tmp_path), model_args(train_from_scratch=True))) == ["config.json"]
 
 
 def test_only_the_hubs_names_stand_for_content(tmp_path):
     """A user's own `blobs` folder may hold other content under the same name tomorrow."""
-    from solopo_plugin.reference import digest
+    from solopo_plugin.qa.provenance import weight_hashes
 
     (tmp_path / "blobs").mkdir()
     (tmp_path / "m").mkdir()
@@ -386,7 +386,7 @@ def test_only_the_hubs_names_stand_for_content(tmp_path):
         (tmp_path / "blobs" / "w.bin").write_text(text)
         (tmp_path / "m" / "model.bin").unlink(missing_ok=True)
         (tmp_path / "m" / "model.bin").symlink_to(tmp_path / "blobs" / "w.bin")
-        found.append(digest(str(tmp_path / "m"), model_args()))
+        found.append(weight_hashes(str(tmp_path / "m"), model_args()))
     assert found[0] != found[1]
 
 

@@ -602,9 +602,11 @@ def test_a_window_that_is_not_full_is_left_out_of_streams_alone(monkeypatch, str
     monkeypatch.setattr(CustomDPOTrainer, "get_batch_samples", lambda *_: (window, None))
     trainer, rows = object.__new__(SoloTrainer), Dataset.from_dict({"x": [1, 2, 3]})
     trainer.train_dataset = rows.to_iterable_dataset() if streams else rows
-    trainer.state = SimpleNamespace(global_step=1)
+    trainer.state, trainer.control = SimpleNamespace(global_step=1, max_steps=2), SimpleNamespace()
     batches, _ = trainer.get_batch_samples(iter(window), 4, None)
     assert batches == ([] if streams else window) and trainer.window_weight == (1.0 if streams else 2 / 3)
+    trainer.state.global_step = 2  # of a run that is resumed behind its last step: the Trainer would make one more
+    assert trainer.get_batch_samples(iter(window), 4, None)[0] == [] and trainer.control.should_training_stop
 
 
 def test_a_model_is_pushed_with_its_card(run, recipe, monkeypatch):
@@ -839,6 +841,81 @@ def test_a_checkpoint_whose_state_is_torn_is_no_whole_one(tmp_path, streaming, s
     args = SimpleNamespace(resume_from_checkpoint=str(tmp_path), deepspeed_plugin=None, output_dir="unused")
     with pytest.raises(ValueError, match="no whole checkpoint is in .*; name another, or remove the key, or the fold"):
         check_resume(args, streaming=streaming)
+
+
+@pytest.mark.parametrize("states, outcome", [
+    ({2: "{}", 4: "{}", 10: "{}"}, "10"), ({2: "{}", 4: "{}", 10: None}, "4, warned"),
+    ({2: "{}", 10: '{"ep'}, "2, warned"), ({2: None, 10: None}, "refused"), ({}, "refused"),
+])  # fmt: skip
+def test_the_newest_whole_checkpoint_is_taken(tmp_path, host_log, states, outcome):
+    """Nobody named one: the host takes the last, however far its writing came."""
+    from solopo_plugin.workflow import check_resume
+
+    for step, state in states.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for file in ("optimizer.pt", "scheduler.pt", "trainer_state.json")[: 2 if state is None else 3]:
+            (tmp_path / f"checkpoint-{step}" / file).write_text(state or "")
+    args = SimpleNamespace(resume_from_checkpoint=True, deepspeed_plugin=None, output_dir=str(tmp_path))
+    if outcome == "refused":
+        with pytest.raises(ValueError, match=f"no whole checkpoint is in {tmp_path}; .*_output_dir: true` begins"):
+            check_resume(args)
+        return
+    check_resume(args)
+    chosen = tmp_path / f"checkpoint-{outcome.split(',')[0]}"
+    assert args.resume_from_checkpoint == str(chosen)
+    said = f"The writing of {tmp_path / 'checkpoint-10'} was cut off: the run goes on from {chosen}."
+    assert host_log == [said] * ("warned" in outcome)
+
+
+def stopped_in_step(step: int):
+    """A callback that kills a run in a step."""
+    from transformers import TrainerCallback
+
+    class Killer(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == step - 1:
+                raise KeyboardInterrupt
+
+    return Killer()
+
+
+@pytest.mark.slow
+def test_what_a_kill_leaves_is_gone_on_with(run, tuner, recipe, tmp_path, host_log):
+    """Behind the last step no other is made, and a checkpoint whose writing was cut off is passed over.
+
+    What an earlier run left in `output_dir` is neither resumed nor deleted.
+    """
+    args = recipe(max_steps=6, lr_scheduler_type="constant", pref_loss="orpo", save_strategy="steps", save_steps=2,
+                  overwrite_output_dir=None)  # fmt: skip
+    whole = run(args)
+    names = lambda: sorted(path.name for path in whole.dir.glob("*checkpoint-*"))  # noqa: E731
+    same = lambda found: all(torch.equal(w, found.weights[name]) for name, w in whole.weights.items())  # noqa: E731
+    (whole.dir / "model.safetensors").unlink()
+    again = run(args)
+    assert len(again.losses) == 6 and same(again) and names() == [f"checkpoint-{n}" for n in (2, 4, 6)]
+
+    (whole.dir / "model.safetensors").unlink()
+    for file in ("trainer_state.json", "rng_state.pth"):
+        (whole.dir / "checkpoint-6" / file).unlink()
+    again = run(args)
+    assert again.losses == whole.losses and same(again)
+    assert any(m.endswith(f"was cut off: the run goes on from {whole.dir / 'checkpoint-4'}.") for m in host_log)
+    assert names() == ["_earlier_checkpoint-6", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+    shutil.rmtree(whole.dir / "_earlier_checkpoint-6")
+    other, kept = dict(learning_rate=1e-2), (whole.dir / "checkpoint-6/trainer_state.json").read_text()
+    run(args | dict(do_train=False, do_eval=True, eval_dataset="demo_solopo", overwrite_output_dir=True))
+    assert names() == [f"checkpoint-{n}" for n in (2, 4, 6)], "an evaluation moves nothing"
+    host_log.clear()
+    with pytest.raises(KeyboardInterrupt):
+        tuner.run_exp(args | other | dict(overwrite_output_dir=True), callbacks=[stopped_in_step(4)])
+    assert names() == [*(f"_earlier_checkpoint-{n}" for n in (2, 4, 6)), "checkpoint-2"]
+    assert (whole.dir / "_earlier_checkpoint-6/trainer_state.json").read_text() == kept
+    (said,) = [m for m in host_log if "earlier run" in m]
+    assert said.endswith("_earlier_checkpoint-2, _earlier_checkpoint-4, _earlier_checkpoint-6 now, and may be deleted.")
+    resumed = run(args | other)
+    new = run(args | other | dict(output_dir=str(tmp_path / "new")))
+    assert resumed.losses == new.losses and all(torch.equal(w, resumed.weights[n]) for n, w in new.weights.items())
 
 
 NO_KWARGS = "`lr_scheduler_type: cosine_with_min_lr` cannot be set up: "

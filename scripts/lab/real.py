@@ -25,6 +25,7 @@ from recall import ROOT
 from solopo_plugin.host.template import template_markers
 from solopo_plugin.probe import inside
 from solopo_plugin.qa.answers import judged_form
+from solopo_plugin.qa.checkpoints import whole
 from solopo_plugin.qa.contexts import Builder
 from solopo_plugin.qa.documents import count_tokens, make_pool
 from solopo_plugin.qa.files import DataError, read_jsonl, replacing, write_json, write_jsonl
@@ -214,7 +215,7 @@ class Real:
             write_json(self.folder / "warmup.json", recipe | keys)  # JSON is YAML
             cli = [sys.executable, "-m", "llamafactory.cli", "train", str(self.folder / "warmup.json")]
             subprocess.run(cli, check=True)
-        model = checkpoints(unfinished)[-1]
+        model = whole(unfinished)[-1]
         (model / "optimizer.pt").unlink(missing_ok=True)  # twice the weights
         self.round_off(model)
         model.rename(self.BASE)
@@ -306,17 +307,11 @@ def to_bf16(model: Path) -> None:
     write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "bfloat16"})
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints of a run of the host, by step; a checkpoint's state is written last."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
 def resumed(folder: Path, steps: int) -> dict | None:
     """Return the keys by which a killed run goes on from its last checkpoint, none without one; None: all is done.
 
-    A Trainer that is resumed behind its last step makes one more.
+    The host's own trainer, which the warm-up is made by, makes one more when it is resumed behind its last step.
     """
-    if not (found := checkpoints(folder)):
+    if not (found := whole(folder)):
         return {}
     return None if found[-1].name == f"checkpoint-{steps}" else {"resume_from_checkpoint": str(found[-1])}

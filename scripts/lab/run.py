@@ -28,6 +28,7 @@ from arms import arms, chosen_rate, recipe, table
 from pool import in_parallel
 from recall import ROOT
 
+from solopo_plugin.qa.checkpoints import by_step, whole
 from solopo_plugin.qa.files import DataError, write_json
 
 TASKS = {"recall": lab_rows, "two_hop": two_hop}  # each: BASE, settings, prepare, measured
@@ -113,14 +114,14 @@ def train(job: dict) -> None:
         if keys is not None:
             run_exp(recipe | {"disable_tqdm": True} | keys)
             write_json(took, None if keys else round(clock() - start, 1))  # not known of a run that was killed
-        model = real.checkpoints(folder)[-1]
+        model = whole(folder)[-1]
         task.round_off(model)
         seconds = json.loads(took.read_text(encoding="utf-8")) if took.is_file() else None
     else:
         shutil.rmtree(folder, ignore_errors=True)  # a killed run's checkpoints, which may be of another recipe
         run_exp(recipe | {"disable_tqdm": True})
         seconds = round(clock() - start, 1)
-    *earlier, last = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
+    *earlier, last = by_step(folder).items()
     earlier = earlier if job["task"] in TASKS else []  # to measure a real model takes long
     result = {
         **{name: job[name] for name in ("arm", "rate", "seed", "key", "recipe")},

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..qa.checkpoints import by_step
 from ..qa.files import DataError, as_data_error, is_path
 from ..qa.generate.calls import Model
 from ..qa.provenance import TOKENIZER, doubtful_weights, indexed_files, residual_adapter
@@ -135,15 +136,11 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
 
 
 def _checkpoints(folder: Path, recipe: EvalRecipe) -> list[Model]:
-    steps = {}
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
-                steps[int(match[1])] = path
+    steps = by_step(folder)
     if not steps:
         reason = "holds no checkpoint-*" if folder.is_dir() else "is no folder"
         raise DataError(f"`checkpoints: {folder}` {reason}; give the `output_dir` of a training run with checkpoints.")
-    return [_model(str(steps[step]), recipe, step) for step in sorted(steps)]
+    return [_model(str(path), recipe, step) for step, path in steps.items()]
 
 
 def _check_once(folder: Path, recipe: EvalRecipe) -> None:

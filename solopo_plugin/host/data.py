@@ -301,8 +301,7 @@ def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_
             "the rows with `formatting: sharegpt`."
         )
     converter = LongConverter(dataset_attr, data_args, get_dataset_converter)
-    first = next(iter(dataset), None)
-    if first is None:
+    if (first := next(iter(dataset), None)) is None:
         stream = "with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more"
         given = f"`num_samples: {dataset_attr.num_samples}`, `max_samples: {data_args.max_samples}` leave none"
         raise ValueError(f"Dataset `{dataset_attr.entry}` has no rows; {stream if data_args.streaming else given}.")
@@ -410,8 +409,7 @@ def warn_of_empty_thoughts(rows, template, tokenizer, is_eval: bool, logger) -> 
     empty = template.get_thought_word_ids(tokenizer)
     pairs = rows.select_columns([f"{name}_ids" for name in RESPONSES])
     responses = [ids for row in pairs for ids in (row["chosen_ids"], *rejected_of(row))]
-    n = sum(ids[: len(empty)] == empty for ids in responses)
-    if n:
+    if n := sum(ids[: len(empty)] == empty for ids in responses):
         logger.warning_rank0(
             f"{n} of the {len(responses)} responses of the {'evaluation' if is_eval else 'training'} rows have no "
             "thought, and `enable_thinking: true` trains them with an empty one in front: set `enable_thinking: "

@@ -53,9 +53,8 @@ def check(facts: dict, record: Path) -> None:
             f"{where} does not say what its rows were made of: they are another stage's, an earlier release's, or of a "
             f"run that ended while it saved them; {instead}"
         ) from None
-    differ = [name for name in facts.keys() & theirs.keys() if facts[name] != theirs[name]]
-    differ = differ or facts.keys() ^ theirs.keys()  # of another data set not every fact, but its name
-    if differ:
+    # of another data set not every fact, but its name
+    if differ := [n for n in facts.keys() & theirs.keys() if facts[n] != theirs[n]] or facts.keys() ^ theirs.keys():
         values = (f"{name} (there {theirs.get(name)!r:.60}, here {facts.get(name)!r:.60})" for name in sorted(differ))
         raise ValueError(f"{where} holds rows that were made otherwise: {', '.join(values)}; {instead}")
 

@@ -28,6 +28,8 @@ def _disguising(get_train_args, args=None):
             check(recipe)
         parsed = get_train_args(args)
     if parsed[3].stage == "solopo":
+        if parsed[2].resume_from_checkpoint and not recipe.get("resume_from_checkpoint"):
+            parsed[2].resume_from_checkpoint = True  # the host's choice, whole or not: run_solopo makes it anew
         parsed[3].stage, parsed[3].disguised = "dpo", True
     return parsed
 

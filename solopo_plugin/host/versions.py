@@ -16,8 +16,7 @@ INSTALL = "pip install " + " ".join(f'"{name}=={v}.*"' for name, v in WORKING_SE
 @cache
 def tested() -> bool:
     """Return whether the host is one that the patches were tested with; warns once, on stderr, if it is not."""
-    host = installed("llamafactory")
-    if host not in TESTED:
+    if (host := installed("llamafactory")) not in TESTED:
         warn_inactive(
             f"it is tested with LLaMA-Factory {', '.join(TESTED)} and found {host}. "
             f'`stage: solopo` needs: pip install "llamafactory=={TESTED[-1]}"'

@@ -81,6 +81,36 @@ TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 BINARIES = ("*.safetensors", "*.bin")
 WEIGHTS = ("config.json", "generation_config.json", *BINARIES)
 ADAPTER = ("adapter_config.json", *BINARIES)
+OF_THE_TRAINER = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # beside a model, no part of it
+
+
+def weight_hashes(path: str, model_args, adapter: bool = False) -> dict[str, str]:
+    """Return the SHA-256 by name of the files that make a model or an adapter: weights, configuration, code.
+
+    `path`: a folder or a hub name. An adapter is looked for where the host looks: in its sub-folder `adapter_folder`.
+
+    Raises:
+        ValueError: No weights are found there, though weights were read.
+    """
+    from transformers.utils.hub import cached_file
+
+    config, inside = ("adapter_config.json", model_args.adapter_folder or "") if adapter else ("config.json", "")
+    folder = Path(path, inside)
+    if not folder.is_dir():
+        where = dict(cache_dir=model_args.cache_dir, revision=model_args.model_revision, token=model_args.hf_hub_token)
+        found = cached_file(path, config, subfolder=inside, **where)
+        assert found is not None  # for the type checker: a file that is not there raises
+        folder = Path(found).parent
+    suffixes = tuple(pattern.removeprefix("*") for pattern in BINARIES)
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name not in OF_THE_TRAINER]
+    if not any(f.suffix in suffixes for f in files) and (adapter or not model_args.train_from_scratch):
+        raise ValueError(
+            f"{folder} holds no weights ({', '.join(suffixes)}) by which its reference scores could be known; set "
+            "`solopo_reference: online`."
+        )
+    kinds = (*suffixes, ".py", *((".json", ".model", ".txt") if model_args.resize_vocab else ()))  # draw new tokens
+    names = (config, "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    return {file.name: file_hash(file) for file in files if file.suffix in kinds or file.name in names}
 
 
 RESIDUAL = ("pissa", "olora", "corda", "loftq")  # initialisations of peft that change the weights below the adapter

@@ -425,9 +425,9 @@ def test_a_run_of_another_key_is_not_gone_on_with(tmp_path):
     assert run_lab.taken_up(job, folder) == {}
     for step in (2, 10):
         (folder / f"checkpoint-{step}").mkdir()
-    (folder / "checkpoint-2/trainer_state.json").touch()  # the state comes last: 10 is half written
+    (folder / "checkpoint-2/trainer_state.json").write_text("{}")  # the state comes last: 10 is half written
     assert run_lab.taken_up(job, folder) == {"resume_from_checkpoint": str(folder / "checkpoint-2")}
-    (folder / "checkpoint-10/trainer_state.json").touch()
+    (folder / "checkpoint-10/trainer_state.json").write_text("{}")
     assert run_lab.taken_up(job, folder) is None, "all steps are made"
     assert run_lab.taken_up(job | {"key": "b"}, folder) == {} and not (folder / "checkpoint-2").exists()
 
