@@ -63,8 +63,13 @@ class Candidate:
     known: int = 0  # answers without it that do
     alone: int = 0  # answers with one of two passages that do, of the passage with which more do
     repeats: bool = False  # one before it asks the same
-    nth: int = 0  # of its document, in turn, from 0
+    nth: int = 0  # of its document, in turn, from 0; of two documents the higher number
     turn: int = 0  # of all, from 0
+
+    @property
+    def sources(self) -> set[str]:
+        """Return the documents of the passages."""
+        return {passage["source"] for passage in self.passages}
 
 
 FILTERS: dict[str, Callable[[Candidate, DataRecipe], bool]] = {  # reason -> whether a question is left out for it
@@ -101,7 +106,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
             "known_without_evidence": lambda left: ask_without(recipe, store, left, *unaided),
             "one_passage_is_enough": lambda left: ask_with_one(recipe, store, left),
             "asked_before": mark_repeats,
-            "document_full": lambda left: take_turns(left, recipe.seed),
+            "document_full": lambda left: take_turns(left, recipe.seed, recipe.max_per_document),
             "beyond_max_questions": lambda left: take_turns(left, recipe.seed),
         }
         for reason, leaves_out in FILTERS.items():
@@ -113,7 +118,7 @@ def run(recipe: DataRecipe, work: Path) -> dict:
         raise DataError(f"None of {candidates} questions can be used ({reasons}); read {work / 'asked.jsonl'}.")
     write_jsonl(work / "questions.jsonl", map(make_question, left))
     corpus = ({name: passage[name] for name in PARAGRAPH} for passage in passages.values())
-    documents, hops = Counter(c.passages[0]["source"] for c in left), Counter(str(c.hops) for c in left)
+    documents, hops = Counter(s for c in left for s in c.sources), Counter(str(c.hops) for c in left)
     return {
         "candidates": candidates, "questions": len(left), "dropped": dropped, "hops": dict(sorted(hops.items())),
         "documents": len(documents), "most_of_a_document": max(documents.values()),
@@ -240,10 +245,10 @@ def mark_repeats(left: list[Candidate]) -> None:
             seen |= asked
 
 
-def take_turns(left: list[Candidate], seed: int) -> None:
+def take_turns(left: list[Candidate], seed: int, limit: int | None = None) -> None:
     """Give the questions numbers in which hops take turns, and among those of the same hops documents, by the seed.
 
-    The document of a pair is that of its first passage.
+    A pair takes the turn of its first passage's document and counts for both; from number `limit` on it does for none.
     """
     rows: dict[int, list[tuple]] = defaultdict(list)
     of_one: Counter = Counter()
@@ -254,6 +259,6 @@ def take_turns(left: list[Candidate], seed: int) -> None:
     turns = [(i, hops, row[2]) for hops in rows for i, row in enumerate(sorted(rows[hops], key=lambda row: row[:2]))]
     of_document: Counter = Counter()
     for turn, (_, _, candidate) in enumerate(sorted(turns, key=lambda row: row[:2])):
-        source = candidate.passages[0]["source"]
-        candidate.turn, candidate.nth = turn, of_document[source]
-        of_document[source] += 1
+        candidate.turn, candidate.nth = turn, max(of_document[source] for source in candidate.sources)
+        if limit is None or candidate.nth < limit:
+            of_document.update(candidate.sources)

@@ -167,6 +167,17 @@ def test_hops_and_documents_take_turns():
     assert {c.id: c.turn for c in again} != turns
 
 
+def test_a_pair_counts_for_both_of_its_documents():
+    """And one that is left out for neither: another document's questions stay."""
+    made = []
+    for i in range(30):
+        passages = [{"id": f"{source}#{i}", "source": source} for source in (f"a{i % 4}.md", "z.md")]
+        made += [candidate(id=f"two{i}", hops=2, passages=passages), candidate(id=f"one{i}", passages=passages[:1])]
+    take_turns(made, 1, 3)
+    kept = Counter(source for c in made if c.nth < 3 for source in c.sources)
+    assert kept == {f"{name}.md": 3 for name in ("a0", "a1", "a2", "a3", "z")}
+
+
 # ---- all of them, with a server
 
 
