@@ -1,10 +1,12 @@
 """Look inside a model: where a response's attention goes, and what the long context does to its log-probs.
 
-For a model and rows that build_data.py exported. The prompt runs with the model's usual attention into a cache, then
-the response's tokens with eager attention over that cache: the weights of their rows alone exist, a block of them and
-one layer at a time, and are those of a whole eager forward.
+For a model and rows that build_data.py exported. The prompt but its last token runs with the model's usual attention
+into a cache, then what predicts the response, that token and the response but its last, with eager attention over that
+cache: the weights of their rows alone exist, a block of them and one layer at a time, and are those of a whole eager
+forward.
 
-Shape suffixes: H heads, R response tokens or a block of them, T tokens of prompt and response, L layers, G regions.
+Shape suffixes: H heads, R response tokens or a block of them, each with the query that predicts it, T tokens of prompt
+and response but the last, L layers, G regions.
 """
 
 import gc
@@ -37,9 +39,10 @@ from ..qa.window import window_of
 from .page import as_html, draw_shares
 
 # evidence: documents of the row's evidence, label, title and text; question: that and the instruction;
-# template: system prompt and markers of the chat template; response: the tokens of the response up to the query itself
+# template: system prompt and markers of the chat template; response: its tokens before the one that is predicted
 REGIONS = ("evidence", "distractors", "question", "template", "response")
 SIDES = {"short": "prompt", "long": "long_prompt"}
+RECURRENT = {"linear_attention", "conv", "mamba", "hybrid"}  # of a configuration's `layer_types`: these keep a state
 BLOCK = 64  # response tokens whose weights exist at a time: 28 heads x 64 x 8,192 keys in fp32 are 59 MB; ours
 PER_TOKEN = 2048  # prompt tokens up to which the page colours single tokens, and paragraphs beyond; ours
 SAMPLES = 10000  # bootstrap resamples of rows
@@ -138,24 +141,30 @@ def unit_of_tokens(prompt: str, places: Sequence[tuple[int, int]], units: list[t
 
 
 @contextmanager
-def attention_rows(model: nn.Module, take: Callable[[int, Tensor], None]):
+def attention_rows(model: nn.Module, take: Callable[[int, Tensor, Tensor], None]):
     """Let `model` attend eagerly within the context, and give each layer's weights, mean over heads, to `take`.
 
     Args:
         model: The network, or a LoRA adapter on it.
-        take: Called with the layer's index and weights of shape (R, T), fp32; nothing else of them is kept.
+        take: Called with the layer's index, weights of shape (R, T), fp32, and which of them its mask lets be seen;
+            nothing else of them is kept.
     """
     model = base_of(model)
     before = model.config._attn_implementation
 
-    def hook(module, args, output):
+    def hook(module, args, keys, output):
         weights_1HRT = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if isinstance(weights_1HRT, Tensor) and weights_1HRT.ndim == 4:
-            take(module.layer_idx, weights_1HRT[0].float().mean(0))
+            weights_RT, mask = weights_1HRT[0].float().mean(0), keys.get("attention_mask")
+            seen_RT = torch.ones_like(weights_RT, dtype=torch.bool).tril(weights_RT.shape[1] - weights_RT.shape[0])
+            if isinstance(mask, Tensor) and mask.ndim == 4:  # bool, or what is added to the scores
+                mask_RT = mask[0, 0, :, : weights_RT.shape[1]]
+                seen_RT = mask_RT if mask.dtype == torch.bool else mask_RT > torch.finfo(mask.dtype).min / 2
+            take(module.layer_idx, weights_RT, seen_RT)
             return (output[0], None, *output[2:])
 
     found = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
-    handles = [module.register_forward_hook(hook) for module in found]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in found]
     model.set_attn_implementation("eager")
     try:
         yield
@@ -176,37 +185,48 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
         regions: Region of each token of the prompt.
 
     Returns:
-        `shares_LRG`: of each response token's attention, mean over heads; sums to 1 over G, in the order of `REGIONS`.
-        `uniform_RG`: the same if it looked at all tokens up to itself alike. `attention_T`: mean over layers, heads and
-        response tokens. `logps_R`: log-prob of each response token, nats, fp32, as solopo_plugin.logps has it.
+        `shares_LRG`: of the attention of the query that predicts each response token, mean over heads; sums to 1 over
+        G, in the order of `REGIONS`, or to less in models with attention sinks, on which the rest falls.
+        `uniform_LRG`: the same if it looked at all that the layer lets it see alike. `attention_T`, `uniform_T`: both
+        for each token, means over layers, heads and queries. `logps_R`: log-prob of each response token, nats, fp32, as
+        solopo_plugin.logps has it.
 
     Raises:
-        DataError: The model shows no attention weights.
+        DataError: The model shows no attention weights, or has layers without.
     """
-    device, n_prompt, n = base_of(model).device, len(prompt_ids), len(response_ids)
-    region_T = torch.tensor([REGIONS.index(name) for name in (*regions, *["response"] * n)], device=device)
+    base, n = base_of(model), len(response_ids)
+    if found := RECURRENT.intersection(getattr(base.config.get_text_config(), "layer_types", None) or ()):
+        name, kind = type(base).__name__, min(found)
+        raise DataError(
+            f"{name} has layers without attention weights (`{kind}`); give a model that attends in all layers."
+        )
+    device = base.device
+    region_T = torch.tensor([REGIONS.index(name) for name in (*regions, *["response"] * (n - 1))], device=device)
     member_TG = nn.functional.one_hot(region_T, len(REGIONS)).float()
-    attention_T, cache = torch.zeros(n_prompt + n, device=device), DynamicCache()  # which keeps all positions
+    attention_T, uniform_T = torch.zeros(2, len(region_T), device=device)
     shares: dict[int, list[Tensor]] = {}
+    uniform: dict[int, list[Tensor]] = {}
 
-    def take(layer: int, weights_RT: Tensor) -> None:
-        attention_T[: weights_RT.shape[1]] += weights_RT.sum(0)
-        shares.setdefault(layer, []).append(weights_RT @ member_TG[: weights_RT.shape[1]])
+    def take(layer: int, weights_RT: Tensor, seen_RT: Tensor) -> None:
+        alike_RT, width = seen_RT / seen_RT.sum(-1, keepdim=True), weights_RT.shape[1]
+        for x_RT, total_T, parts in ((weights_RT, attention_T, shares), (alike_RT, uniform_T, uniform)):
+            total_T[:width] += x_RT.sum(0)
+            parts.setdefault(layer, []).append(x_RT @ member_TG[:width])
 
-    response_R = torch.tensor(response_ids, device=device)
-    output = model(torch.tensor([prompt_ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits = [output.logits[0]]
+    cache, logits = DynamicCache(), []  # which keeps all positions
+    model(torch.tensor([prompt_ids[:-1]], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    queries_R = torch.tensor([prompt_ids[-1], *response_ids[:-1]], device=device)
     with attention_rows(model, take):
-        for block_R in response_R.split(BLOCK):
+        for block_R in queries_R.split(BLOCK):
             logits.append(model(block_R[None], past_key_values=cache, use_cache=True).logits[0])
     if not shares:
-        raise DataError(f"{type(base_of(model)).__name__} shows no attention weights, so there is nothing to look at.")
-    seen_RG = member_TG.cumsum(0)[n_prompt:]
+        raise DataError(f"{type(base).__name__} shows no attention weights, so there is nothing to look at.")
+    by_layer = (torch.stack([torch.cat(parts[layer]) for layer in sorted(parts)]) for parts in (shares, uniform))
     return {
-        "shares_LRG": torch.stack([torch.cat(shares[layer]) for layer in sorted(shares)]),
-        "uniform_RG": seen_RG / seen_RG.sum(-1, keepdim=True),
+        **dict(zip(("shares_LRG", "uniform_LRG"), by_layer, strict=True)),
         "attention_T": attention_T / len(shares) / n,
-        "logps_R": token_logps(torch.cat(logits)[:-1], response_R),
+        "uniform_T": uniform_T / len(shares) / n,
+        "logps_R": token_logps(torch.cat(logits), torch.tensor(response_ids, device=device)),
     }
 
 
@@ -226,19 +246,20 @@ def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict
     of_token = unit_of_tokens(prompt, places, units)
     regions = ["template" if unit is None else units[unit][1] for unit in of_token]
     found = {key: value.double().cpu() for key, value in attend(model, prompt_ids, response_ids, regions).items()}
-    shares_LG, uniform_G = found["shares_LRG"].mean(1), found["uniform_RG"].mean(0)
-    share, uniform = (dict(zip(REGIONS, values.tolist(), strict=True)) for values in (shares_LG.mean(0), uniform_G))
+    shares_LG, uniform_LG = found["shares_LRG"].mean(1), found["uniform_LRG"].mean(1)
+    share, uniform = (dict(zip(REGIONS, x_LG.mean(0).tolist(), strict=True)) for x_LG in (shares_LG, uniform_LG))
     numbers = {
         "tokens": {region: regions.count(region) for region in REGIONS[:-1]} | {"response": len(response_ids)},
         "share": share,
         "uniform": uniform,
         "per_token": {region: share[region] / uniform[region] if uniform[region] else None for region in REGIONS},
         "share_by_layer": dict(zip(REGIONS, shares_LG.T.tolist(), strict=True)),
+        "uniform_by_layer": dict(zip(REGIONS, uniform_LG.T.tolist(), strict=True)),
         "evidence_by_token": found["shares_LRG"][:, :, 0].mean(0).tolist(),
         "logps": found["logps_R"].tolist(),
     }
-    alike = (1 - uniform["response"]) / len(prompt_ids)  # what each token of the prompt would get
-    return numbers, response_ids, pieces(prompt, places, units, of_token, found["attention_T"] / alike)
+    relative_T = found["attention_T"] / found["uniform_T"]
+    return numbers, response_ids, pieces(prompt, places, units, of_token, relative_T.nan_to_num(0))  # 0 / 0: not seen
 
 
 def pieces(prompt: str, places: list, units: list, of_token: list, relative_T: Tensor) -> list[tuple[str, bool, float]]:

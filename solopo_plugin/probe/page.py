@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from ..qa.pages import render
 
 CAPTION = (
-    "Top: share of the response tokens' attention by layer, mean over heads, tokens and rows. Bottom: the same per "
-    "token, 1 being attention that falls on all tokens alike. A second model is dashed."
+    "Top: share of attention by layer, of what predicts the response, mean over heads, tokens and rows. Bottom: the "
+    "same per token, 1 being attention that falls alike on all tokens that a layer sees. A second model is dashed."
 )
 LIMIT = 2.0  # nats: a token's log-prob difference that is coloured fully; ours
 
@@ -20,12 +20,13 @@ def draw_shares(looks: dict[str, list[dict]]) -> Figure:
         for column, side in enumerate(("short", "long")):
             for i, region in enumerate(rows[0][side]["share_by_layer"]):
                 line = dict(linestyle=style, color=f"C{i}", label=region if (style, column) == ("-", 0) else None)
-                layers = [np.array(row[side]["share_by_layer"][region]) for row in rows]
-                uniform = [row[side]["uniform"][region] for row in rows]
-                per_token = [values / alike for values, alike in zip(layers, uniform, strict=True) if alike]
+                layers, alike = (
+                    np.array([row[side][f"{name}_by_layer"][region] for row in rows]) for name in ("share", "uniform")
+                )
                 panels[0, column].plot(np.mean(layers, 0), **line)
-                if region in ("evidence", "distractors") and per_token:
-                    panels[1, column].plot(np.mean(per_token, 0), **line | {"label": None})
+                if region in ("evidence", "distractors") and alike.any():
+                    per_token = layers / np.ma.masked_equal(alike, 0)  # of rows and layers that see such a token
+                    panels[1, column].plot(per_token.mean(0), **line | {"label": None})
             panels[0, column].set(title=f"{side} context", ylim=(0, 1))
             panels[1, column].axhline(1, color="grey", linewidth=0.8)
             panels[1, column].set(xlabel="layer")
