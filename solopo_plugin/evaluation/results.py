@@ -253,22 +253,27 @@ def harness_of(run: str, members: list[str], harness: Sequence[dict]) -> Iterato
         yield {"model": run, "task": task, "metric": metric} | numbers | ran | cut | {"seeds": len(values), "sd": sd}
 
 
-def cells_of(scores: pd.DataFrame, groupings: list[list[str]]) -> Iterator[tuple[dict, list[pd.DataFrame]]]:
-    """Yield what each number is of, and the scores of its tasks: one task, or with task "" all, for their mean.
+def cells_of(scores: pd.DataFrame, groupings: list[list[str]]) -> Iterator[tuple[dict, list[np.ndarray]]]:
+    """Yield what each number is of, and the rows of its tasks: one task, or with task "" all, for their mean.
 
     A task that has no question of a group is not in that group's mean.
     """
     for names in groupings:
-        keys, grouped = ["benchmark", *names, "metric"], scores.dropna(subset=names) if names else scores
-        for _, lines in grouped.groupby(keys, sort=False):
-            where = dict.fromkeys(("benchmark", "task", *GROUPS, "metric")) | lines[keys].iloc[0].to_dict()
-            tasks = dict([*lines.groupby("task", sort=False)])
+        keys, found = ["benchmark", *names, "metric"], scores.assign(row=np.arange(len(scores))).dropna(subset=names)
+        cells: dict[tuple, defaultdict[str, list[int]]] = {}
+        for task, row, *cell in zip(*(found[name] for name in ("task", "row", *keys)), strict=True):
+            cells.setdefault(tuple(cell), defaultdict(list))[task].append(row)
+        for values, of_task in cells.items():
+            where = dict.fromkeys(("benchmark", "task", *GROUPS, "metric")) | dict(zip(keys, values, strict=True))
+            tasks = {task: np.array(rows) for task, rows in of_task.items()}
             for task, parts in [*((task, [part]) for task, part in tasks.items()), ("", [*tasks.values()])]:
                 yield where | {"task": task}, parts
 
 
-def _columns(parts: list[pd.DataFrame], name: str) -> list[np.ndarray]:
-    return [part[name].to_numpy(str if name == "source" else float) for part in parts]
+def _columns(scores: pd.DataFrame, *names: str) -> dict[str, np.ndarray]:
+    """Return columns of numbers by name, and "source" as numbers in the order of the sources' names."""
+    sources = np.unique(scores["source"].to_numpy(str), return_inverse=True)[1]
+    return {name: scores[name].to_numpy(float) for name in names} | {"source": sources}
 
 
 def _questions(index: pd.MultiIndex) -> int:
@@ -282,10 +287,11 @@ def summarise(model: str, scores: pd.DataFrame, samples: int, seed: int) -> Iter
     A run's rows also have "seeds", how many there are, and "sd", the sample standard deviation of their means.
     """
     seeds = [name for name in scores if name.startswith("seed ")]
+    columns = _columns(scores, "value", *seeds)
     for where, parts in tqdm(cells_of(scores, BY_CELL), f"intervals {model}", unit="", disable=None):
-        sources = _columns(parts, "source")
-        value, low, high = mean_interval(_columns(parts, "value"), samples, np.random.default_rng(seed), sources)
-        means = [mean_of_means(_columns(parts, name)) for name in seeds]
+        of = {name: [column[rows] for rows in parts] for name, column in columns.items()}
+        value, low, high = mean_interval(of["value"], samples, np.random.default_rng(seed), of["source"])
+        means = [mean_of_means(of[name]) for name in seeds]
         spread = {"seeds": len(means), "sd": stdev(means)} if means else {}
         numbers = {"n": sum(map(len, parts)), "value": value, "low": low, "high": high}
         yield {"model": model} | where | numbers | spread
@@ -298,11 +304,13 @@ def compare_models(a: str, b: str, of_a: pd.DataFrame, of_b: pd.DataFrame, sampl
     length; not by length and depth at once, since the few questions of such a cell tell nothing.
     """
     both = _side_by_side(of_a, of_b)
+    columns = _columns(both, "a", "b")
+    answered = ~np.isnan(columns["a"] + columns["b"])
     for where, parts in tqdm(cells_of(both, BY_ONE), f"{b} against {a}", unit="", disable=None):
-        common = [found for part in parts if len(found := part.dropna(subset=["a", "b"]))]
+        common = [found for rows in parts if len(found := rows[answered[rows]])]
         if common:
-            of_b, of_a, sources = (_columns(common, name) for name in ("b", "a", "source"))
-            found = compare_paired(of_a, of_b, samples, np.random.default_rng(seed), sources)
+            of = {name: [column[rows] for rows in common] for name, column in columns.items()}
+            found = compare_paired(of["a"], of["b"], samples, np.random.default_rng(seed), of["source"])
             yield {"a": a, "b": b} | where | found | {"left_out": sum(map(len, parts)) - found["n"]}
     if total := _questions(both[both[["a", "b"]].isna().any(axis=1)].set_index(KEY).index):
         log.warning("%s against %s: %d questions that only one of them answered are left out.", b, a, total)
