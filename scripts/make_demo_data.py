@@ -9,9 +9,9 @@ All text is made up here from the lists below, seeded per row, so the file is re
 for trying the stage out: they teach nothing about long contexts (see docs/evidence.md).
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 NAMES = "Arlo Bettina Corin Dalia Edvin Fenna Goran Hedda Ilmar Jorun Kasimir Liora Maren Nestor Odile Pavel".split()
@@ -154,4 +154,6 @@ def main(path: str = "data/demo_solopo.jsonl", n: int = 96, n_questions: int = 4
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="?", default="data/demo_solopo.jsonl")
+    main(parser.parse_args().path)

@@ -3,6 +3,7 @@
 python scripts/show_run.py OUTPUT_DIR
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -32,4 +33,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1]) if len(sys.argv) == 2 else sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="OUTPUT_DIR")
+    main(parser.parse_args().folder)

@@ -201,10 +201,14 @@ def test_a_reason_is_one_sentence_and_a_full_disk_no_fault_of_the_data(monkeypat
         data._merging(loader, reads, ["rows"], None, SimpleNamespace(dataset_dir="data"), None, "solopo")
 
     monkeypatch.setattr(data, "check_stage", lambda *_: None)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/no/home/.cache/huggingface/datasets")
     for error, reason in ((OSError("No access."), "No access."), (OSError("gone"), "gone."), (OSError(), "OSError.")):
         with pytest.raises(ValueError) as caught:
             read_with(error)
         assert str(caught.value) == f"Dataset `rows` cannot be read: {reason}"
+    for file in ("/no/home/.cache", "/no/home/.cache/huggingface/datasets/json"):
+        with pytest.raises(ValueError, match=f"^{file} cannot be written .*; set HF_HOME to a folder that can be"):
+            read_with(PermissionError(errno.EACCES, "Permission denied", file))
     full = OSError(errno.ENOSPC, "No space left on device")
     for error, cause in ((full, None), (DatasetGenerationError("generating"), full)):
         with pytest.raises(type(error)) as caught:
@@ -243,6 +247,23 @@ def test_gpus(machine, monkeypatch):
         "NPROC_PER_NODE=4, and there are 2 GPUs: FORCE_TORCHRUN=1 NPROC_PER_NODE=2 llamafactory-cli train recipe.yaml"
     ]
     assert told() == []  # processes on the CPU
+
+
+def test_blanks_that_torchrun_would_part(machine, monkeypatch):
+    """The host joins the words of the command, and parts them again at every blank."""
+    machine(gpus=2, packages=True)
+    words = ["llamafactory-cli", "train", "my recipe.yaml", "output_dir=saves/my out", "seed=1"]
+    monkeypatch.setattr(sys, "argv", words)
+    said = [f"torchrun cannot be given {word!r}, which has a blank: rename the folder, file or value that has it."
+            for word in words[2:4]]  # fmt: skip
+    assert told() == said
+    monkeypatch.setattr("llamafactory.launcher.__file__", "/home/me/My Projects/launcher.py")
+    assert len(told()) == 3 and "My Projects" in told()[0]
+    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started it already
+    assert told() == []
+    monkeypatch.delenv("LOCAL_RANK")
+    machine(gpus=1, packages=True)
+    assert told() == []  # one process, without torchrun
 
 
 def test_one_package_of_several_is_enough(monkeypatch):

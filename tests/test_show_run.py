@@ -37,15 +37,21 @@ def test_a_run_without_numbers_is_a_sentence(tmp_path, state, sentence):
     assert str(stopped.value).startswith(sentence.format(out=tmp_path))
 
 
-def test_the_help_of_the_tiny_model_makes_none(tmp_path, monkeypatch, capsys):
+SCRIPTS = [path for path in sorted((ROOT / "scripts").rglob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_is_shown_and_nothing_made(tmp_path, monkeypatch, capsys, script):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["make_tiny_model.py", "--help"])
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
     with pytest.raises(SystemExit, match="^0$"):
-        runpy.run_path(str(ROOT / "scripts/make_tiny_model.py"), run_name="__main__")
-    assert "OUTPUT_DIR [TEXT_FILE]" in capsys.readouterr().out and not [*tmp_path.iterdir()]
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: {script.name}") and not [*tmp_path.iterdir()]
 
 
-def test_without_a_folder_it_says_how_it_is_called(monkeypatch):
+def test_without_a_folder_it_says_how_it_is_called(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["show_run.py"])
-    with pytest.raises(SystemExit, match=r"python scripts/show_run\.py OUTPUT_DIR"):
+    with pytest.raises(SystemExit, match="^2$"):
         runpy.run_path(show_run.__file__, run_name="__main__")
+    assert "show_run.py [-h] OUTPUT_DIR" in capsys.readouterr().err

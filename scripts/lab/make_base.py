@@ -7,6 +7,7 @@ random sequences repeated three times, until copying by association appears; the
 Seeds are fixed; another machine or number of threads rounds differently and gives another, similar model.
 """
 
+import argparse
 import itertools
 import json
 import sys
@@ -139,4 +140,6 @@ def main(folder: str | Path = BASE, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="OUTPUT_FOLDER", nargs="?", default=BASE)
+    main(parser.parse_args().folder)

@@ -4,6 +4,7 @@ import errno
 import json
 from copy import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pyarrow.compute import list_value_length, mean
@@ -62,42 +63,38 @@ def _naming(get_dataset_list, dataset_names, dataset_dir):
 
 def check_stage(name: str, attr: Any, stage: str) -> None:
     """Refuse a data set that is not made for the stage, and say how to register it."""
+    if fault := _misfit(attr, stage):
+        raise ValueError(f"Dataset `{name}`{fault}")
+
+
+def _misfit(attr: Any, stage: str) -> str | None:
     long = attr.long_prompt or attr.long_messages
     if stage != "solopo":
-        if long:
-            raise ValueError(
-                f"Dataset `{name}` is registered for `stage: solopo` (it has a long column, `{long}`). "
-                "For another stage, register the same file under a second name without that column in "
-                "dataset_info.json."
-            )
-        return
-    if attr.formatting not in [*LONG_COLUMN]:
-        raise ValueError(
-            f"Dataset `{name}`: `formatting` must be one of {', '.join(LONG_COLUMN)}; got {attr.formatting!r}."
+        return long and (
+            f" is registered for `stage: solopo` (it has a long column, `{long}`). For another stage, register the "
+            "same file under a second name without that column in dataset_info.json."
         )
+    if attr.formatting not in [*LONG_COLUMN]:
+        return f": `formatting` must be one of {', '.join(LONG_COLUMN)}; got {attr.formatting!r}."
     column = LONG_COLUMN[attr.formatting]
     if not long or not getattr(attr, column):
-        raise ValueError(
-            f"Dataset `{name}` has no long context for `stage: solopo`: under `columns` in dataset_info.json map "
+        return (
+            " has no long context for `stage: solopo`: under `columns` in dataset_info.json map "
             f"`{column}` (formatting `{attr.formatting}`) to the column that holds the long prompt, and "
             f"`{column.removeprefix('long_')}` to one with its evidence and question alone."
         )
     if attr.ranking is not True:
-        raise ValueError(f'Dataset `{name}` needs `"ranking": true` in dataset_info.json for `stage: solopo`.')
+        return ' needs `"ranking": true` in dataset_info.json for `stage: solopo`.'
     conversations = column == "long_messages"
     columns = ("messages" if conversations else "prompt", "chosen", "rejected")
     tags = ("role_tag", "content_tag", "user_tag", "assistant_tag") if conversations else ()
     for needed in (*columns, *tags):
         if not getattr(attr, needed):
-            where = "columns" if needed in columns else "tags"
-            raise ValueError(f"Dataset `{name}` must map `{needed}` under `{where}` in dataset_info.json.")
+            return f" must map `{needed}` under `{'columns' if needed in columns else 'tags'}` in dataset_info.json."
     if attr.chosen == attr.rejected:
-        raise ValueError(
-            f"Dataset `{name}` maps `chosen` and `rejected` to one column, `{attr.chosen}`; correct `columns` in "
-            "dataset_info.json."
-        )
-    if attr.images or attr.videos or attr.audios:
-        raise ValueError(f"Dataset `{name}` maps images, videos or audios; `stage: solopo` is for text only.")
+        return f" maps `chosen` and `rejected` to one column, `{attr.chosen}`; correct `columns` in dataset_info.json."
+    unseen = attr.images or attr.videos or attr.audios
+    return " maps images, videos or audios; `stage: solopo` is for text only." if unseen else None
 
 
 def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, training_args, stage, return_dict=False):
@@ -106,6 +103,7 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
         check_stage(name, attr, stage)
         if stage == "solopo" and dataset_names.count(name) > 1:  # the host keeps them by name
             raise ValueError(f"Dataset `{name}` is named twice and counts once; register it under a second name, too.")
+    from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
     args = (dataset_names, model_args, data_args, training_args)
@@ -120,6 +118,9 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
         which = "` or `".join(dataset_names)  # several: the host's last line before says of which
         told = str(said).partition("\n\nThe above exception")[0]
         reason = told.splitlines()[-1] if "Traceback" in told else " ".join(told.split())  # the first, of a worker
+        cache, file = Path(HF_DATASETS_CACHE), Path(getattr(said, "filename", None) or ".")
+        if file in (cache, *cache.parents) or file.is_relative_to(cache):  # "." is none of them: the cache is absolute
+            raise ValueError(f"{file} cannot be written ({reason}); set HF_HOME to a folder that can be.") from error
         if any(isinstance(e, UnicodeDecodeError) for e in (said, said.__context__)):
             reason = "the file is no text in UTF-8; save it so, or give it the ending of its format (.parquet, ...)"
         raise ValueError(f"Dataset `{which}` cannot be read: {reason.rstrip('.') or type(said).__name__}.") from error

@@ -176,12 +176,18 @@ def _again(changes: str = "", before: str = "") -> str:
     return f"{before} llamafactory-cli train {command}".strip()
 
 
+def _devices() -> int:
+    from llamafactory.extras.misc import get_device_count
+
+    return get_device_count()
+
+
 def _under_torchrun() -> bool:
     """Return whether torchrun has started this process, or the host will start it; the host's own rule."""
-    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
+    from llamafactory.extras.misc import is_env_enabled, use_kt, use_ray
 
     forced = is_env_enabled("FORCE_TORCHRUN") or is_env_enabled("USE_MCA")
-    return LOCAL_RANK in os.environ or forced or (get_device_count() > 1 and not use_ray() and not use_kt())
+    return LOCAL_RANK in os.environ or forced or (_devices() > 1 and not use_ray() and not use_kt())
 
 
 def _keys(recipe: dict) -> Iterator[str]:
@@ -195,13 +201,12 @@ def _keys(recipe: dict) -> Iterator[str]:
 
 
 def _device(recipe: dict) -> Iterator[str]:
-    from llamafactory.extras.misc import get_device_count
     from transformers.utils import is_torch_bf16_gpu_available
 
     wanted = next((key for key in ("bf16", "pure_bf16", "fp16") if recipe.get(key)), None)
     if wanted is None or recipe.get("use_cpu"):
         return
-    if not get_device_count():
+    if not _devices():
         on_cpu = _again("pure_bf16=false " * bool(recipe.get("pure_bf16")) + "use_cpu=true")  # which has no `pure_bf16`
         yield (
             f"`{wanted}: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; "
@@ -224,14 +229,18 @@ def _packages(recipe: dict) -> Iterator[str]:
 
 
 def _launch(recipe: dict) -> Iterator[str]:
-    from llamafactory.extras.misc import get_device_count
+    from llamafactory import launcher
 
     settings = recipe.get("deepspeed")
     if isinstance(settings, str) and not Path(settings).is_file():
         yield f"`deepspeed: {settings}`: there is no such file below {Path.cwd()}; start in the repository's folder."
     if settings and not _under_torchrun():
         yield f"`deepspeed` is started by torchrun: {_again(before='FORCE_TORCHRUN=1')}"
-    processes, devices = _processes(), get_device_count()
+    starts_it = sys.argv[1:2] == ["train"] and LOCAL_RANK not in os.environ and _under_torchrun()
+    for word in (launcher.__file__, *sys.argv[2:]) if starts_it else ():
+        if len(word.split()) > 1:  # the host parts what it gives to torchrun by blanks
+            yield f"torchrun cannot be given {word!r}, which has a blank: rename the folder, file or value that has it."
+    processes, devices = _processes(), _devices()
     if processes > devices > 0 and not recipe.get("use_cpu"):
         again = _again(before=f"FORCE_TORCHRUN=1 NPROC_PER_NODE={devices}")
         yield f"NPROC_PER_NODE={processes}, and there are {devices} GPUs: {again}"
@@ -268,9 +277,7 @@ def _adam_is_built() -> bool:
 
 def _processes() -> int:
     """Return how many there are or will be on this machine; the host's own rule."""
-    from llamafactory.extras.misc import get_device_count
-
-    asked = os.environ.get("NPROC_PER_NODE") or str(get_device_count()) if _under_torchrun() else "1"
+    asked = os.environ.get("NPROC_PER_NODE") or str(_devices()) if _under_torchrun() else "1"
     processes = os.environ.get("LOCAL_WORLD_SIZE") or asked
     return int(processes) if processes.isdigit() else 1
 
@@ -279,11 +286,9 @@ def _shared_rows(recipe: dict) -> Iterator[str]:
     size = recipe.get("solopo_sequence_parallel", 1)
     if not isinstance(size, int) or size <= 1:
         return
-    from llamafactory.extras.misc import get_device_count
-
     from ..sequence_parallel import why_not_shared
 
-    heads, devices, needs = None, get_device_count(), f"`solopo_sequence_parallel: {size}` needs {size}"
+    heads, devices, needs = None, _devices(), f"`solopo_sequence_parallel: {size}` needs {size}"
     with suppress(OSError, ValueError, AttributeError):  # the hub's, or the host's to refuse
         config = json.loads(Path(str(recipe.get("model_name_or_path")), "config.json").read_text(encoding="utf-8"))
         heads = config.get("num_attention_heads")
@@ -364,9 +369,8 @@ def _template(recipe: dict) -> Iterator[str]:
 
 def _data(recipe: dict) -> Iterator[str]:
     folder, tokenized = recipe.get("dataset_dir", "data"), recipe.get("tokenized_path")
-    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
-        return
-    if tokenized and Path(tokenized).is_dir():
+    saved = tokenized and Path(tokenized).is_dir()
+    if saved or not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
     info = Path(folder, "dataset_info.json")
     wanted = {name: key for key in ("dataset", "eval_dataset") for name in names_of(recipe.get(key))}
@@ -378,20 +382,18 @@ def _data(recipe: dict) -> Iterator[str]:
         return
     try:
         entries = json.loads(info.read_text(encoding="utf-8"))
-        missing = [name for name in wanted if name not in entries]
-        given = {name: entries[name] for name in wanted if name in entries}
-    except (OSError, ValueError, TypeError):
-        return  # the host's to refuse
-    for name in missing:
-        yield f"`{wanted[name]}: {name}` is not registered in {info}: {_how_to_make(name, list(entries))}"
-    for name, entry in given.items():
-        if sentence := misshapen(name, entry):
+    except (OSError, ValueError):
+        return  # the host's to refuse, as what is no object
+    for name, key in wanted.items() if isinstance(entries, dict) else ():
+        if name not in entries:
+            yield f"`{key}: {name}` is not registered in {info}: {_how_to_make(name, [*entries])}"
+        elif sentence := misshapen(name, entries[name]):
             yield sentence
-        elif not entry.keys() & URLS:
-            path = Path(folder, entry["file_name"])
+        elif not entries[name].keys() & URLS:
+            path = Path(folder, entries[name]["file_name"])
             if not (there := path.exists()) or not (any(path.iterdir()) if path.is_dir() else path.stat().st_size):
                 which = "empty" if there else "not there"
-                yield f"`{wanted[name]}: {name}` is read from {path}, which is {which}: check the path."
+                yield f"`{key}: {name}` is read from {path}, which is {which}: check the path."
 
 
 def misshapen(name: str, entry: Any) -> str | None:

@@ -313,10 +313,12 @@ def read_manifest(work: Path) -> dict:
         text = path.read_bytes()
     try:
         manifest = json.loads(text)
-        assert isinstance(manifest["stages"], dict) and isinstance(manifest.get("forget", []), list)
-        assert all(isinstance(entry[key], dict) for entry in manifest["stages"].values() for key in ENTRY)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise DataError(f"{path} is no manifest of ours; give another `work_dir`, or delete the file.") from None
+        entries = [entry[key] for entry in manifest["stages"].values() for key in ENTRY]
+        whole = isinstance(manifest.get("forget", []), list) and all(isinstance(entry, dict) for entry in entries)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path} is no manifest of ours; give another `work_dir`, or delete the file.")
     return manifest
 
 
