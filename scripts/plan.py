@@ -78,7 +78,10 @@ def read_recipe(path: str | Path, gpus: int, overrides: list[str] | None = None)
         raise ValueError(f"{path}: only full and lora, with {', '.join(OPTIMIZERS)}; got {tuning}, {optim}.")
     for key in WHOLLY:
         if tuning == "lora" and recipe.get(key):
-            raise ValueError(f"{path}: `{key}` trains whole modules, which is not planned; leave it out, and add them.")
+            raise ValueError(
+                f"{path}: `{key}` trains whole modules, which is not planned; plan without it, and add their weights, "
+                "gradients and optimizer."
+            )
     deepspeed = recipe.get("deepspeed") or {}
     if isinstance(deepspeed, str):
         here = Path(deepspeed)  # below the current folder, as in training; else below this repository
