@@ -25,8 +25,7 @@ def chunk_mlps(model: nn.Module, tokens: int) -> None:
         ValueError: A model whose layers have no such MLP (mixtures of experts balance over all tokens).
     """
     for layer in layers_of(model):
-        mlp = getattr(layer, "mlp", None)
-        if mlp is None or hasattr(mlp, "experts"):
+        if (mlp := getattr(layer, "mlp", None)) is None or hasattr(mlp, "experts"):
             raise ValueError(
                 f"`solopo_mlp_chunk: {tokens}` needs a dense `mlp` in every layer, and {type(layer).__name__} has "
                 f"{'a mixture of experts' if mlp else 'none'}; remove the key."

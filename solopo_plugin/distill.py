@@ -7,8 +7,6 @@ Shape suffixes: N tokens, M rows of logits among which they are, V vocabulary, K
 words, or K and one for the rest).
 """
 
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .args import CHUNK
+from .qa.files import replacing
 
 KINDS = ("forward", "reverse", "jsd")
 
@@ -88,10 +87,8 @@ def top_of_rows(logits_MV: Tensor, at_N: Tensor, k: int, chunk: int) -> Top:
 
 def save_top(path: Path, top: Top) -> None:
     """Write a teacher to a file, at once: 4 bytes for each word and 4 for each log-prob."""
-    draft = path.with_name(f"{uuid.uuid4().hex}.tmp")  # other processes may write the same file
-    with draft.open("wb") as file:
+    with replacing(path, shared=True) as file:
         np.savez(file, ids=top.ids_NK.int().cpu().numpy(), logps=top.logps_NC.float().cpu().numpy())
-    os.replace(draft, path)
 
 
 def load_top(path: str | Path) -> Top:

@@ -116,13 +116,9 @@ class Packed:
         """Run a packed row, or this rank's part of one that is shared."""
         row = self.ranks.part_of(packed) if self.ranks else packed
         logits_1KV = model(
-            input_ids=row["input_ids"],
-            position_ids=row["position_ids"],
-            logits_to_keep=row["positions_K"],
-            use_cache=False,
-            return_dict=True,
-            solopo_segments=row["plan"],
-        ).logits
+            input_ids=row["input_ids"], position_ids=row["position_ids"], logits_to_keep=row["positions_K"],
+            use_cache=False, return_dict=True, solopo_segments=row["plan"],
+        ).logits  # fmt: skip
         logps_K = token_logps(logits_1KV[0], row["targets_K"], self.args.solopo_logp_chunk)
         sums_N = torch.stack([span.sum() for span in logps_K.split(row["counts"])])
         if self.ranks:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from . import __version__
 from .attention import base_of
 from .data import ANCHOR_FILES, REFERENCE, data_sets, pairs_of
-from .distill import Top, save_top
+from .distill import Top, load_top, save_top
 from .forward import ANCHOR_TOP, Pair
 from .losses import LENGTH_NORMALISED
+from .qa.files import as_data_error
 from .qa.provenance import installed, weight_hashes
 
 SEEN = ["short_prompt_ids", "chosen_ids", "rejected_ids"]  # columns that the reference is shown
@@ -136,13 +138,15 @@ class Store:
             ) from error
 
     def read(self) -> dict[str, tuple[float, float]]:
-        """Return all scores by row key; a line that was cut off when its writer was killed is no score."""
+        """Return all scores by row key; a line that is damaged, as where its writer was killed, is no score."""
         scores: dict[str, tuple[float, float]] = {}
         for file in sorted(self.folder.glob("*.jsonl")):
-            for line in file.read_text().splitlines():
-                with suppress(ValueError, KeyError, TypeError):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError, OverflowError):
                     entry = json.loads(line)
-                    scores.setdefault(entry["row"], (entry["chosen"], entry["rejected"]))
+                    pair = float(entry["chosen"]), float(entry["rejected"])
+                    if all(abs(logp) < 1e38 for logp in pair):  # finite in fp32
+                        scores.setdefault(entry["row"], pair)
         return scores
 
     @property
@@ -154,22 +158,25 @@ class Store:
         """Return a row's file for the anchor."""
         return self.tops / f"{key}.npz"
 
-    def write_tops(self, keys: list[str], features: list[dict], top: Top) -> None:
-        """Write the rows' files for the anchor, from what a forward of them gave."""
+    def tops_of(self, features: list[dict], top: Top | None) -> Iterator[Top]:
+        """Yield what belongs in each row's file for the anchor, of what a forward of them gave; nothing without one."""
+        if top is None:
+            return
         sides = ("chosen", "rejected") if self.anchored == "both" else ("chosen",)
         counts = [len(f[f"{side}_ids"]) for side in sides for f in features]
         ids, logps = (x.split(counts) for x in top)
-        for i, key in enumerate(keys):
-            of_row = slice(i, None, len(keys))
-            save_top(self.top(key), Top(torch.cat(ids[of_row]), torch.cat(logps[of_row])))
+        for i in range(len(features)):
+            of_row = slice(i, None, len(features))
+            yield Top(torch.cat(ids[of_row]), torch.cat(logps[of_row]))
 
     def write(self, keys: list[str], logps_B2: Tensor) -> None:
         """Append scores to this writer's file, at once."""
-        if self.stream is None:
-            self.stream = (self.folder / f"{uuid.uuid4().hex}.jsonl").open("w")
-        for key, (chosen, rejected) in zip(keys, logps_B2.tolist(), strict=True):
-            self.stream.write(json.dumps({"row": key, "chosen": chosen, "rejected": rejected}) + "\n")
-        self.stream.flush()
+        with as_data_error(self.folder, "write"):
+            if self.stream is None:
+                self.stream = (self.folder / f"{uuid.uuid4().hex}.jsonl").open("w")
+            for key, (chosen, rejected) in zip(keys, logps_B2.tolist(), strict=True):
+                self.stream.write(json.dumps({"row": key, "chosen": chosen, "rejected": rejected}) + "\n")
+            self.stream.flush()
 
 
 # ---- scoring
@@ -201,10 +208,10 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
         for index, of_row in enumerate(keys[name]):
             for m, key in enumerate(of_row):
                 rows.setdefault(key, (split, index, m))
-    known = {key: pair for key, pair in store.read().items() if not store.anchored or store.top(key).is_file()}
+    known = {key: pair for key, pair in store.read().items() if not store.anchored or is_zipfile(store.top(key))}
     logps_N2 = torch.tensor([known.get(key, (UNKNOWN, UNKNOWN)) for key in rows], dtype=torch.float32)
     logps_N2 = _score(trainer, reference, store, rows, _agree(logps_N2.to(trainer.args.device)))
-    if store.anchored and (gone := [key for key in rows if not store.top(key).is_file()]):
+    if store.anchored and (gone := [key for key in rows if not is_zipfile(store.top(key))]):
         raise ValueError(
             f"{len(gone)} of {len(rows)} files that the anchor needs are not in {store.tops} of this machine; set "
             "SOLOPO_CACHE to a folder that all machines share, or `solopo_reference: online`."
@@ -240,8 +247,10 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
     quiet, on_board = args.disable_tqdm or args.process_index > 0, is_env_enabled("LLAMABOARD_ENABLED")
     bar = tqdm(total=len(missing), desc="Scoring the reference", unit="row", disable=quiet)
     with _ready_to_score(trainer, reference) as scorer, bar:
-        for batch, _, logps_B2, _ in _scores(trainer, scorer, places, again):
+        for batch, features, logps_B2, top in _scores(trainer, scorer, places, again):
             live_N2[batch] = logps_B2.to(live_N2.device)
+            for n, row, live in zip(batch, features, store.tops_of(features, top), strict=False):
+                check_top(trainer, reference, store, row, load_top(store.top(keys[n])), live)
         live_N2 = _agree(live_N2)
         for n in again:
             split, index, m = places[n]
@@ -250,8 +259,8 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
             new_N2[batch] = logps_B2.to(new_N2.device)
             done = min(number * size * world, len(missing))
             if trainer.ranks.rank == 0:  # the first of those that share a row
-                if top is not None:  # first: a row with a line has its file
-                    store.write_tops([keys[n] for n in batch], features, top)
+                for n, of_row in zip(batch, store.tops_of(features, top), strict=False):
+                    save_top(store.top(keys[n]), of_row)  # first: a row with a line has its file
                 store.write([keys[n] for n in batch], logps_B2)
                 bar.update(done - bar.n)
             if on_board and 10 * done // len(missing) > 10 * (done - size * world) // len(missing):  # it shows no bar
@@ -259,9 +268,7 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
         return known_N2.maximum(_agree(new_N2))
 
 
-def _scores(
-    trainer, scorer, places: list[tuple], wanted: list[int]
-) -> Iterator[tuple[list[int], list[dict], Tensor, Top | None]]:
+def _scores(trainer, scorer, places: list[tuple], wanted: list[int]) -> Iterator[tuple[Any, ...]]:
     """Yield this rank's batches of the wanted rows, as their numbers, the rows, log-probs (B, 2) and likeliest words.
 
     Each rank has its share of the batches; equally many on every rank, as ZeRO-3 needs it.
@@ -288,6 +295,18 @@ def check_known(trainer, reference, store, row: dict, known_2: list[float], live
                 f"reference gives {live:.6g}, and rounding explains {bound:.2g} at most: the scores there are another "
                 "model's. Remove the folder to score anew, or set `solopo_reference: online`."
             )
+
+
+def check_top(trainer, reference, store, row: dict, known: Top, live: Top) -> None:
+    """Refuse a file for the anchor that is, on the mean, further from the live reference than rounding takes it."""
+    known_NC, live_NC = known.logps_NC, live.logps_NC.float().cpu()
+    bound = rounding(trainer, reference, 0.0, 1)
+    if known_NC.shape != live_NC.shape or (known_NC - live_NC).nan_to_num().abs().mean() > bound:
+        raise ValueError(
+            f"{store.tops} has other words, or other log-probs of them, for {row['name']} than the reference gives: "
+            "the files there are another model's or other rows'. Remove the folder to score anew, or set "
+            "`solopo_reference: online`."
+        )
 
 
 def rounding(trainer, reference, logp: float, tokens: int) -> float:

@@ -1,7 +1,9 @@
 """The cached reference equals the online one, is reused by who may, and by nobody else."""
 
+import errno
 import gc
 import json
+import math
 import re
 import shutil
 import time
@@ -12,13 +14,16 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import BIN, demo_rows, write_dataset, write_recipe
 from safetensors.torch import load_file, save_file
 
+from solopo_plugin.distill import Top, save_top
 from solopo_plugin.host.preflight import Refused
-from solopo_plugin.reference import _ready_to_score
+from solopo_plugin.qa.files import DataError
+from solopo_plugin.reference import Store, _ready_to_score
 
 
 @pytest.fixture(autouse=True)
@@ -125,11 +130,48 @@ def test_an_anchor_scores_what_has_no_file_and_nothing_twice(run, recipe, tmp_pa
     assert first.losses == plain.losses  # at the start the anchor is 0
     files = sorted(cache.glob("*/top64_chosen/*.npz"))
     assert len(files) == 6 and not list(cache.glob("*/*/*.tmp"))
-    for file in files[:2]:  # a killed writer leaves a line only for a row whose file is there
-        file.unlink()
+    files[0].unlink()  # a killed writer leaves a line only for a row whose file is there
+    files[1].write_bytes(files[1].read_bytes()[:-30])  # and a power cut perhaps a torn file
     assert_same(run(recipe(solopo_anchor=0.5, **keys)), first)
     run(recipe(solopo_anchor=0.5, solopo_align_on="both", **keys))
     assert scored(host_log) == [(0, 6), (0, 6), (6, 0), (4, 2), (0, 6)]
+    for file, other in zip(files, [*files[1:], files[0]], strict=True):
+        file.with_suffix(".old").write_bytes(other.read_bytes())
+    for file in files:
+        file.with_suffix(".old").replace(file)
+    with pytest.raises(ValueError, match=r"top64_chosen has other words, .* Remove the folder to score anew, or set"):
+        run(recipe(solopo_anchor=0.5, **keys))
+
+
+def test_damaged_lines_are_no_scores(cache):
+    """A row whose line cannot be used is scored again; a whole line of it, wherever it stands, counts."""
+    store = Store({})
+    store.open()
+    good, line = {"row": "a", "chosen": -1.5, "rejected": -2}, lambda **keys: json.dumps(good | keys) + "\n"
+    bad = (None, "x", math.nan, -math.inf, 1e300, 10**400, [], {})
+    lines = [line(row="b", chosen=value) for value in bad]
+    lines += [line(row=[]), "[]\n", "1\n", '{"row": "c"}\n', line()[:-9]]
+    (store.folder / "1.jsonl").write_bytes(b"\xff\xfe\x80\n" + "".join(lines).encode())
+    assert store.read() == {}
+    (store.folder / "2.jsonl").write_text(line() + line(chosen=-3) + line(row="b"))
+    assert store.read() == {"a": (-1.5, -2), "b": (-1.5, -2)}
+
+
+def test_a_full_disk_is_said(cache, monkeypatch):
+    """What fails leaves no draft behind."""
+    store = Store({}, "chosen")
+    store.open()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.stream = SimpleNamespace(write=full)
+    with pytest.raises(DataError, match=f"^Cannot write {store.folder}: the disk is full .* what is finished is kept"):
+        store.write(["a"], torch.zeros(1, 2))
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(DataError, match=f"^Cannot write {store.top('a')}: the disk is full"):
+        save_top(store.top("a"), Top(torch.zeros(1, 2), torch.zeros(1, 3)))
+    assert [*store.tops.iterdir()] == []
 
 
 def test_files_that_another_machine_has_are_asked_for(run, recipe, monkeypatch):

@@ -203,8 +203,7 @@ def _of_a_stream(given: Callable[[str], Any]) -> Iterator[str]:
 
 
 def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
-    optim = str(getattr(given("optim"), "value", given("optim")))
-    if "layerwise" in optim:
+    if "layerwise" in (optim := str(getattr(given("optim"), "value", given("optim")))):
         yield f"`optim: {optim}` does not work with `stage: solopo`: {LAYERWISE}; remove it."
     ratio = "badam_mode: ratio" if args.use_badam and args.badam_mode == "ratio" else None
     unfused = next((key for key in ("use_galore", "use_apollo") if given(key)), ratio)

@@ -13,12 +13,9 @@ MARKED_BY_TOKENS = {"gemma4", "gemma4n", "gpt_oss"}
 
 
 def load_template(
-    model_name_or_path: str,
-    template: str,
-    default_system: str | None = None,
-    enable_thinking: bool = True,
+    model_name_or_path: str, template: str, default_system: str | None = None, enable_thinking: bool = True,
     trust_remote_code: bool = False,
-) -> tuple:
+) -> tuple:  # fmt: skip
     """Return tokenizer and template as the host loads them for training; the arguments are the host's keys.
 
     Raises:

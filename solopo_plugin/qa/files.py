@@ -10,9 +10,10 @@ import json
 import os
 import re
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
@@ -153,14 +154,16 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 @contextmanager
-def replacing(path: Path | str):
+def replacing(path: Path | str, shared: bool = False):
     """Give a binary file to write to, which takes the place of `path` when the block ends without an error.
+
+    `shared`: other processes may write the same file at the same time.
 
     Raises:
         DataError: The disk is full or the place cannot be written to; what stood at `path` is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     with as_data_error(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -251,9 +254,10 @@ def lock_folder(folder: Path, key: str | None = None) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Make a rename in `folder` survive a power cut, where a folder can be synchronised: not on Windows."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
