@@ -269,6 +269,8 @@ class SoloTrainer(CustomDPOTrainer):
             means = self.train_means.read(lambda t: self.accelerator.reduce(t, "sum"))
             logs.update(zip(self.metrics, means, strict=True))
             self.train_means = ExampleMeans()
+        if self.args.resume_from_checkpoint:  # the Trainer's divides the losses since then by the steps of all starts
+            logs.pop("train_loss", None)
         Trainer.log(self, logs, *args, **kwargs)
         self.warn_of_collapse()
 

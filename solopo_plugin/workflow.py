@@ -221,11 +221,12 @@ def train(trainer: SoloTrainer) -> None:
     """Train, and save the model, its metrics and curves as the host's stages do."""
     args, finetuning_args = trainer.args, trainer.finetuning_args
     save_pissa_init(trainer)
+    begun = (state_of(args.resume_from_checkpoint) or {}).get("epoch") or 0  # before the checkpoint may be deleted
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if finetuning_args.include_effective_tokens_per_second:
         tokens = step_lengths(trainer.train_dataset, finetuning_args.longpo, finetuning_args.long_pair)
-        rate = sum(tokens) * result.metrics["epoch"] / result.metrics["train_runtime"]
+        rate = sum(tokens) * (result.metrics["epoch"] - begun) / result.metrics["train_runtime"]
         result.metrics["effective_tokens_per_sec"] = rate / args.world_size
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -332,8 +333,7 @@ def configure_streaming(dataset_module: dict, training_args) -> None:
     """
     training_args.accelerator_config.dispatch_batches = False
     streams = data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
-    shards = max(getattr(stream, "n_shards", 1) for stream in streams)
-    if 1 < training_args.world_size < shards:
+    if 1 < training_args.world_size < (shards := max(getattr(stream, "n_shards", 1) for stream in streams)):
         raise ValueError(
             f"A stream has {shards} shards for {training_args.world_size} processes, which would get unequal shares; "
             "set `dataloader_num_workers` to at most the number of processes, or `streaming: false`."

@@ -1,11 +1,13 @@
 """The step and what surrounds it, in real runs on one process: against hand-written loops and against invariants."""
 
+import errno
 import json
 import math
 import re
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from conftest import LOSS_BOUND, ROOT, SGD, demo_rows, weight_bound, write_datas
 
 from solopo_plugin.host.preflight import Refused
 from solopo_plugin.losses import LENGTH_NORMALISED
+from solopo_plugin.qa.files import lock_folder
 from solopo_plugin.trainer import METRICS
 
 
@@ -843,6 +846,48 @@ def test_a_checkpoint_whose_state_is_torn_is_no_whole_one(tmp_path, streaming, s
         check_resume(args, streaming=streaming)
 
 
+@pytest.mark.parametrize("start, rate", [(None, 75.0), ("checkpoint-4", 30.0)])
+def test_tokens_per_second_are_those_of_this_start(tmp_path, monkeypatch, start, rate):
+    from solopo_plugin import workflow
+
+    (tmp_path / "trainer_state.json").write_text('{"epoch": 1.5}')
+    monkeypatch.setattr(workflow, "step_lengths", lambda *_: [100, 200])
+    args = SimpleNamespace(resume_from_checkpoint=start and str(tmp_path), world_size=2, output_dir=str(tmp_path))
+    trainer = MagicMock(args=args)
+    trainer.callback_handler.callbacks, trainer.finetuning_args.plot_loss = [], False
+    trainer.train.return_value = SimpleNamespace(metrics={"epoch": 2.5, "train_runtime": 5.0})
+    workflow.train(trainer)
+    (_, metrics), _ = trainer.save_metrics.call_args
+    assert metrics["effective_tokens_per_sec"] == rate
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_second_run_in_an_output_dir_is_refused(tuner, recipe, tmp_path, monkeypatch, locks):
+    """Before it loads anything; where a file system has no locks both go on, and an evaluation goes on everywhere."""
+    import fcntl
+
+    from solopo_plugin import workflow
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def ran(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(workflow, "run_solopo", ran)
+    out, said = tmp_path / "out", "Another run is at work in .*out; wait for it, or give another `output_dir`"
+    with lock_folder(out, "output_dir", "_lock"):
+        if not locks:
+            monkeypatch.setattr(fcntl, "flock", no_locks)
+        with pytest.raises(Refused, match=said) if locks else pytest.raises(ZeroDivisionError):
+            tuner.run_exp(recipe())
+        with pytest.raises(ZeroDivisionError):
+            tuner.run_exp(recipe(do_train=False, do_eval=True, eval_dataset="demo_solopo"))
+    for _ in range(2):  # the lock of a run that has ended, or was killed, keeps nobody out
+        with pytest.raises(ZeroDivisionError):
+            tuner.run_exp(recipe())
+
+
 @pytest.mark.parametrize("states, outcome", [
     ({2: "{}", 4: "{}", 10: "{}"}, "10"), ({2: "{}", 4: "{}", 10: None}, "4, warned"),
     ({2: "{}", 10: '{"ep'}, "2, warned"), ({2: None, 10: None}, "refused"), ({}, "refused"),
@@ -888,6 +933,7 @@ def test_what_a_kill_leaves_is_gone_on_with(run, tuner, recipe, tmp_path, host_l
     args = recipe(max_steps=6, lr_scheduler_type="constant", pref_loss="orpo", save_strategy="steps", save_steps=2,
                   overwrite_output_dir=None)  # fmt: skip
     whole = run(args)
+    assert "train_loss" in json.loads((whole.dir / "train_results.json").read_text())
     names = lambda: sorted(path.name for path in whole.dir.glob("*checkpoint-*"))  # noqa: E731
     same = lambda found: all(torch.equal(w, found.weights[name]) for name, w in whole.weights.items())  # noqa: E731
     (whole.dir / "model.safetensors").unlink()
@@ -899,6 +945,8 @@ def test_what_a_kill_leaves_is_gone_on_with(run, tuner, recipe, tmp_path, host_l
         (whole.dir / "checkpoint-6" / file).unlink()
     again = run(args)
     assert again.losses == whole.losses and same(again)
+    assert not any("train_loss" in entry for entry in again.log), "of two steps, over six"
+    assert "train_loss" not in json.loads((whole.dir / "train_results.json").read_text())
     assert any(m.endswith(f"was cut off: the run goes on from {whole.dir / 'checkpoint-4'}.") for m in host_log)
     assert names() == ["_earlier_checkpoint-6", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
 

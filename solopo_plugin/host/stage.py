@@ -4,8 +4,10 @@ The stage passes as `dpo` between parsing and dispatch; `run_dpo` gives its name
 """
 
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
+from ..qa.files import lock_folder
 from .preflight import check, recipe_of, refusing
 from .versions import wrap
 
@@ -45,13 +47,14 @@ def _dispatching(run_dpo, model_args, data_args, training_args, finetuning_args,
     for callback in callbacks or []:
         if type(callback).__name__ == "LogCallback":
             log_alignment(callback)
-    before = logging.get_verbosity()
-    if not any(os.environ.get(name) for name in ASKED):
-        logging.set_verbosity_warning()  # the host's INFO prints each configuration whole, each time it is read
-    try:
+    with ExitStack() as stack:
+        if training_args.do_train and training_args.process_index == 0:
+            with refusing():  # no other run writes there meanwhile; what begins with _ is not pushed to the hub
+                stack.enter_context(lock_folder(Path(training_args.output_dir), "output_dir", "_lock"))
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        if not any(os.environ.get(name) for name in ASKED):
+            logging.set_verbosity_warning()  # the host's INFO prints each configuration whole, each time it is read
         return run_solopo(model_args, data_args, training_args, finetuning_args, callbacks)
-    finally:
-        logging.set_verbosity(before)
 
 
 def log_alignment(callback) -> None:

@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # what some file systems say
 FORGOTTEN = ".forgotten"  # folder of what `--no-resume` forgets, until there is an answer
 # Who calls: in an address from the slashes, of which a `Path` leaves one, to the `@`; in hf://datasets/a/b@main nobody.
 # Of http://host:8000/v1/a@b too much goes, since a password may hold slashes; never more than one address of several.
@@ -228,26 +229,33 @@ def as_data_error(path: Path | str, verb: str):
 
 
 @contextmanager
-def lock_folder(folder: Path, key: str | None = None) -> Iterator[None]:
-    """Lock a folder for this process; the lock ends with it, however it ends.
+def lock_folder(folder: Path, key: str | None = None, name: str = ".lock") -> Iterator[None]:
+    """Lock a folder for this process; the lock ends with it, however it ends. Nothing is locked where that cannot be.
 
     Args:
         folder: It is made if it is not there.
         key: The recipe's key that names the folder, for the sentence; None: wait until nobody else holds it.
+        name: Of the file that is locked with a `key`; it stays there.
 
     Raises:
         DataError: Another process holds it.
     """
-    import fcntl  # not on Windows, where training uses this file's other functions
-
+    try:
+        import fcntl
+    except ImportError:  # Windows, where training runs too
+        yield
+        return
     with as_data_error(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644) if key else os.open(folder, os.O_RDONLY)
+        lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) if key else os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if key else 0))
         except BlockingIOError:
             raise DataError(f"Another run is at work in {folder}; wait for it, or give another `{key}`.") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
     finally:
         os.close(lock)
