@@ -79,7 +79,7 @@ def differences(old: object, new: dict) -> list[str]:
 
 TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 BINARIES = ("*.safetensors", "*.bin")
-WEIGHTS = ("config.json", "generation_config.json", *BINARIES)
+WEIGHTS = ("config.json", "generation_config.json", *BINARIES, "*.py")  # the last: a model's own code
 ADAPTER = ("adapter_config.json", *BINARIES)
 OF_THE_TRAINER = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # beside a model, no part of it
 

@@ -36,6 +36,14 @@ def test_data_is_read_whole(model):
     assert folder_hash(model, ("*.safetensors",), None) != before
 
 
+def test_a_model_with_code_of_its_own_is_known_by_it_too(model):
+    """With `trust_remote_code` it decides what the model answers; folders without keep the hashes of before."""
+    (model / "modeling_x.py").write_text("one")
+    before = model_hash(model, WEIGHTS + TOKENIZER)
+    (model / "modeling_x.py").write_text("two")
+    assert model_hash(model, WEIGHTS + TOKENIZER) != before
+
+
 def test_hashes_are_those_of_before(tmp_path):
     """Compare with hashes by which stored answers are known."""
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 16)
