@@ -183,7 +183,7 @@ def test_documents_are_data(read, tmp_path, monkeypatch):
 
 
 def test_a_converted_file_is_kept_and_another_one_is_not(read, tmp_path, monkeypatch):
-    """A run that was killed converts what is left; --no-resume forgets all."""
+    """A run that was killed converts what is left; another version of the converters converts all again."""
     folder = tmp_path / "in"
     folder.mkdir()
     write_docx(folder / "a.docx", [(1, "A"), (0, "First text.")])
@@ -209,6 +209,9 @@ def test_a_converted_file_is_kept_and_another_one_is_not(read, tmp_path, monkeyp
     _, passages = read(folder)
     assert done[2:] == ["b.docx", "c.md"]
     assert [p["text"] for p in passages] == ["First text.", "Changed text.", "Third text."]
+    monkeypatch.setattr(documents, "VERSION", documents.VERSION + 1)
+    read(folder)
+    assert done[4:] == ["a.docx", "b.docx", "c.md"]
 
 
 def test_killed_at_random(read, tmp_path, tokenizer, monkeypatch):
