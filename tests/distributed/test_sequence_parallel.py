@@ -172,8 +172,11 @@ def test_killed_and_resumed(train, tmp_path):
     assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] and not (
         tmp_path / "parts" / "all_results.json"
     ).exists()
+    (tmp_path / "parts/checkpoint-6/trainer_state.json").unlink()  # as if it had died while it wrote that one
     parts, out = train(4, parts=common)
     assert "10 rows are in" in out  # the reference was scored before
+    assert out.count(f"cut off: the run goes on from {tmp_path / 'parts/checkpoint-4'}.") == 1
+    assert (tmp_path / "parts/_earlier_checkpoint-6").is_dir()
     assert [e["step"] for e in parts["parts"].log if "loss" in e] == [*range(1, 11)]
     for name, weight in whole["whole"].weights.items():
         assert weight.equal(parts["parts"].weights[name]), name
