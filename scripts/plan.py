@@ -50,6 +50,7 @@ ROOT = Path(__file__).parent.parent
 CUTOFF = 2048  # tokens, the host's default of `cutoff_len`
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"
 WHOLLY = ("additional_target", "resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
+OTHER_STATES = ("use_dora", "use_galore", "use_apollo", "use_badam")  # other weights or optimizer states than planned
 HOSTS_REFERENCE = ("V0", "S0", "S1")  # run it in every step
 TOGETHER = (1, 2, 4, 8)  # GPUs that are proposed to share a row, as machines have them; ours
 LINKS = {"an A100's NVLink": 300e9, "PCIe 4": 25e9}  # bytes a second each way, about
@@ -76,6 +77,9 @@ def read_recipe(path: str | Path, gpus: int, overrides: list[str] | None = None)
     tuning, optim = recipe.get("finetuning_type", "lora"), recipe.get("optim", "adamw_torch_fused")
     if tuning not in ("full", "lora") or optim not in OPTIMIZERS:
         raise ValueError(f"{path}: only full and lora, with {', '.join(OPTIMIZERS)}; got {tuning}, {optim}.")
+    for key in OTHER_STATES:
+        if recipe.get(key):
+            raise ValueError(f"{path}: `{key}` changes what is kept in memory, which is not planned; plan without it.")
     for key in WHOLLY:
         if tuning == "lora" and recipe.get(key):
             raise ValueError(

@@ -494,6 +494,8 @@ def test_precision_and_zero_of_a_recipe(tmp_path, keys, expected):
             "`additional_target` trains whole modules, which is",
         ),
         (dict(finetuning_type="lora", resize_vocab=True), "`resize_vocab` trains whole modules, which is not planned"),
+        (dict(use_galore=True), "`use_galore` changes what is kept in memory, which is not planned; plan without it."),
+        (dict(finetuning_type="lora", use_dora=True), "`use_dora` changes what is kept in memory"),
         (dict(solopo_forwards="packed"), "Unknown key `solopo_forwards` in the recipe. Did you mean `solopo_forward`?"),
         (dict(finetuning_type="freeze"), "only full and lora, with .*; got freeze"),
         (dict(optim="lion_32bit"), "got full, lion_32bit"),
