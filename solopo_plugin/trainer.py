@@ -29,6 +29,8 @@ from .qa.checkpoints import set_back_from_the_future
 from .sequence_parallel import Ranks
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
+# what a Trainer that is resumed gets wrong: it divides losses since then by all steps, and all steps by the time since
+OF_ALL_STARTS = ("train_loss", "train_samples_per_second", "train_steps_per_second")
 ROWS = "solopo_rows"  # of a checkpoint's state: the data sets that it was trained on
 
 
@@ -269,8 +271,8 @@ class SoloTrainer(CustomDPOTrainer):
             means = self.train_means.read(lambda t: self.accelerator.reduce(t, "sum"))
             logs.update(zip(self.metrics, means, strict=True))
             self.train_means = ExampleMeans()
-        if self.args.resume_from_checkpoint:  # the Trainer's divides the losses since then by the steps of all starts
-            logs.pop("train_loss", None)
+        for name in OF_ALL_STARTS if self.args.resume_from_checkpoint else ():
+            logs.pop(name, None)
         Trainer.log(self, logs, *args, **kwargs)
         self.warn_of_collapse()
 
