@@ -209,6 +209,26 @@ def test_thoughts_of_all_the_hosts_templates_are_told():
         ("1.000.000", "1,000,000", True),
         ("1'000", "1\u2019000", True),
         ("1_000_000", "1000000", True),
+        ("CHF 1'234.50", "1234.50", True),
+        ("1_000.5", "1000.5", True),
+        ("1_000.5", "10005", False),
+        ("2.000.000.000", "2,000,000,000", True),
+        ("142.250.190.142", "142250190142", False),
+        ("142.250.190.142:443", "142.250.190.142", True),
+        ("101,15,100", "15", True),
+        # and of LaTeX
+        ("$10{,}000$", "10,000", True),
+        ("10\\,000", "10,000", True),
+        ("1\\;000", "1,000", True),
+        ("$1,\\!000,\\!000.5$", "1000000.5", True),
+        ("2\\,5", "25", False),
+        # powers and mixed fractions
+        ("$10^6$", "10⁶", True),
+        ("10^{-3}", "10⁻³", True),
+        ("2⁵", "25", False),
+        ("1990¹", "1990", True),
+        ("1½", "1 1/2", True),
+        ("1½", "11/2", False),
         # signs at the end of names
         ("C", "C++", False),
         ("C#", "C++", False),
@@ -223,6 +243,14 @@ def test_thoughts_of_all_the_hosts_templates_are_told():
         ("x+y", "x", True),
         ("page#part", "part", True),
         ("10+", "10", True),
+        ("C\\#", "C#", True),
+        ("C\\+\\+", "C++", True),
+        ("$\\text{C\\#}$", "C#", True),
+        ("F\u266f minor", "F#", True),
+        ("in C#9", "C#", True),
+        ("C#7.0", "7.0", True),
+        ("C9", "C#9", False),
+        ("x+1", "x", True),
         # digits of other scripts
         ("1889", "\u0661\u0668\u0668\u0669", True),
         ("\u06f1\u06f8\u06f8\u06f9", "1889", True),
@@ -319,6 +347,14 @@ def test_what_an_answer_holds(said, gold, right):
         ("6 months", ["sixteen months", "26 months"], False),
         ("1", ["1,000"], False),
         ("No such law exists.", ["no"], True),
+        # digits in other groups
+        ("9783161484100", ["978-3-16-148410-0"], True),
+        ("555-1234", ["5551234"], True),
+        ("20200112", ["x", "2020-01-12"], True),
+        ("1 000", ["1000"], True),
+        ("1.11.0", ["1.1.10"], False),
+        ("5551235", ["555-1234"], False),
+        ("Ros vik", ["Rosvik"], False),
         # these say nothing
         ("", ["Robert Koch"], False),
         ("the", ["the bone marrow"], False),
@@ -349,7 +385,8 @@ def test_a_response_without_an_answer_gives_none(response):
 
 
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="\\"))
-ARTICLES = st.lists(st.sampled_from([*"a.,-'1U+#_ ", "the", "an ", " the ", "1,000", "2.5", "1/2", ":3"])).map("".join)
+PARTS = [*"a.,-'1U+#_ ", "the", "an ", " the ", "1,000", "1{,}000", "2.5", "1/2", ":3"]
+ARTICLES = st.lists(st.sampled_from(PARTS)).map("".join)
 PARTED = re.compile(r"\d[\W_]+\d")
 
 
