@@ -129,18 +129,21 @@ def on_meta(config):
 def fans_of(matrices: dict[str, tuple[int, int]], lora_target: str | list[str]) -> int:
     """Sum inputs and outputs of the matrices that the host's `lora_target` names, which begin with a dot here.
 
+    A name that no matrix has is passed over, as peft does where another one is found.
+
     Raises:
-        ValueError: A name is none of theirs.
+        ValueError: None is named, or one that does not stand in the layers.
     """
-    targets = lora_target.split(",") if isinstance(lora_target, str) else lora_target
-    ends = [""] if targets == ["all"] else ["." + target.strip() for target in targets]
-    if missing := [end for end in ends if not any(name.endswith(end) for name in matrices)]:
+    names = [name.strip() for name in (lora_target.split(",") if isinstance(lora_target, str) else lora_target)]
+    ends = tuple("" if names == ["all"] else "." + name.removeprefix("model.") for name in names if name)
+    found = [sum(shape) for name, shape in matrices.items() if name.endswith(ends)]
+    for name in names:
+        if name in ("lm_head", "embed_tokens"):
+            raise ValueError(f"`lora_target` names `{name}`, which is not planned; plan without it.")
+    if not found:
         known = sorted({name.split(".")[-1] for name in matrices})
-        raise ValueError(
-            f"`lora_target` names `{missing[0][1:]}`, which is no matrix of the layers; write all, or some of "
-            f"{', '.join(known)}."
-        )
-    return sum(sum(shape) for name, shape in matrices.items() if name.endswith(tuple(ends)))
+        raise ValueError(f"`lora_target` names no matrix of the layers; write all, or some of {', '.join(known)}.")
+    return sum(found)
 
 
 def shape_of(config, lora_target: str | list[str] = "all") -> Shape:

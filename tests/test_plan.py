@@ -385,7 +385,10 @@ def test_what_a_layer_keeps_is_said_where_it_is_not_counted(monkeypatch, capsys)
     assert {AutoConfig.for_model(**MODELS[name]).model_type for name in told}.isdisjoint(COUNTED)
 
 
-@pytest.mark.parametrize("target", ["all", "q_proj,v_proj", " mlp.down_proj", ["k_proj"]])
+TARGETS = ["all", " all", "q_proj,v_proj", " mlp.down_proj", ["k_proj"], "model.layers.0.mlp.up_proj", "q_proj,W_pack"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_lora_trains_what_is_counted(target):
     from peft import LoraConfig, get_peft_model
 
@@ -398,11 +401,13 @@ def test_lora_trains_what_is_counted(target):
 
 def test_adapters_on_what_is_no_matrix_are_refused(monkeypatch, tmp_path):
     recipe = str(write(tmp_path, model_name_or_path="qwen2.5-7b", finetuning_type="lora"))
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", recipe, "lora_target=q_proj,lm_head"])
-    with pytest.raises(
-        SystemExit, match="`lora_target` names `lm_head`, .* write all, or some of down_proj, gate_proj, "
+    for target, sentence in (
+        ("q_proj,lm_head", "`lora_target` names `lm_head`, which is not planned; plan without it."),
+        ("c_attn", "`lora_target` names no matrix of the layers; write all, or some of down_proj, gate_proj, "),
     ):
-        plan.main()
+        monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", recipe, f"lora_target={target}"])
+        with pytest.raises(SystemExit, match=sentence):
+            plan.main()
 
 
 def test_longest_is_the_last_that_fits(qwen):

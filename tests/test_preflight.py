@@ -201,14 +201,24 @@ def test_a_reason_is_one_sentence_and_a_full_disk_no_fault_of_the_data(monkeypat
         data._merging(loader, reads, ["rows"], None, SimpleNamespace(dataset_dir="data"), None, "solopo")
 
     monkeypatch.setattr(data, "check_stage", lambda *_: None)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/no/home/.cache/huggingface/datasets")
     for error, reason in ((OSError("No access."), "No access."), (OSError("gone"), "gone."), (OSError(), "OSError.")):
         with pytest.raises(ValueError) as caught:
             read_with(error)
         assert str(caught.value) == f"Dataset `rows` cannot be read: {reason}"
-    for file in ("/no/home/.cache", "/no/home/.cache/huggingface/datasets/json"):
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    for cache, file in (
+        ("/no/home/hf/datasets", "/no/home"),
+        ("/no/datasets", "/no/datasets/json"),
+        (".hf", ".hf/json"),
+    ):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
         with pytest.raises(ValueError, match=f"^{file} cannot be written .*; set HF_HOME to a folder that can be"):
             read_with(PermissionError(errno.EACCES, "Permission denied", file))
+        with pytest.raises(ValueError, match="^Dataset `rows` cannot be read: gone"):
+            read_with(OSError("gone"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", ".hf")  # wins over HF_HOME
+    with pytest.raises(ValueError, match="; set HF_DATASETS_CACHE to a folder"):
+        read_with(PermissionError(errno.EACCES, "Permission denied", ".hf"))
     full = OSError(errno.ENOSPC, "No space left on device")
     for error, cause in ((full, None), (DatasetGenerationError("generating"), full)):
         with pytest.raises(type(error)) as caught:

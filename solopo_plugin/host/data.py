@@ -4,6 +4,7 @@ import errno
 import json
 from copy import copy
 from functools import partial
+from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,8 @@ def _misfit(attr: Any, stage: str) -> str | None:
         )
     if attr.ranking is not True:
         return ' needs `"ranking": true` in dataset_info.json for `stage: solopo`.'
-    conversations = column == "long_messages"
-    columns = ("messages" if conversations else "prompt", "chosen", "rejected")
-    tags = ("role_tag", "content_tag", "user_tag", "assistant_tag") if conversations else ()
+    columns = ("messages" if column == "long_messages" else "prompt", "chosen", "rejected")
+    tags = ("role_tag", "content_tag", "user_tag", "assistant_tag") if column == "long_messages" else ()
     for needed in (*columns, *tags):
         if not getattr(attr, needed):
             return f" must map `{needed}` under `{'columns' if needed in columns else 'tags'}` in dataset_info.json."
@@ -103,24 +103,24 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
         check_stage(name, attr, stage)
         if stage == "solopo" and dataset_names.count(name) > 1:  # the host keeps them by name
             raise ValueError(f"Dataset `{name}` is named twice and counts once; register it under a second name, too.")
-    from datasets.config import HF_DATASETS_CACHE
-    from datasets.exceptions import DatasetsError
+    from datasets import config, exceptions
 
     args = (dataset_names, model_args, data_args, training_args)
     if stage != "solopo":
         return get_merged_dataset(*args, stage, return_dict)
     try:
         return get_merged_dataset(*args, "rm", return_dict)  # to the host our rows are ranking rows
-    except (DatasetsError, OSError, UnicodeDecodeError) as error:
+    except (exceptions.DatasetsError, OSError, UnicodeDecodeError) as error:
         said = error.__cause__ or error
         if errno.ENOSPC in (getattr(error, "errno", None), getattr(said, "errno", None)):
             raise  # a full disk is no fault of the data set
         which = "` or `".join(dataset_names)  # several: the host's last line before says of which
         told = str(said).partition("\n\nThe above exception")[0]
         reason = told.splitlines()[-1] if "Traceback" in told else " ".join(told.split())  # the first, of a worker
-        cache, file = Path(HF_DATASETS_CACHE), Path(getattr(said, "filename", None) or ".")
-        if file in (cache, *cache.parents) or file.is_relative_to(cache):  # "." is none of them: the cache is absolute
-            raise ValueError(f"{file} cannot be written ({reason}); set HF_HOME to a folder that can be.") from error
+        cache, name = Path(config.HF_DATASETS_CACHE).absolute(), getattr(said, "filename", None)
+        if name and ((file := Path(name).absolute()) in cache.parents or file.is_relative_to(cache)):
+            key = "HF_DATASETS_CACHE" if "HF_DATASETS_CACHE" in environ else "HF_HOME"  # the former wins
+            raise ValueError(f"{name} cannot be written ({reason}); set {key} to a folder that can be.") from error
         if any(isinstance(e, UnicodeDecodeError) for e in (said, said.__context__)):
             reason = "the file is no text in UTF-8; save it so, or give it the ending of its format (.parquet, ...)"
         raise ValueError(f"Dataset `{which}` cannot be read: {reason.rstrip('.') or type(said).__name__}.") from error

@@ -42,7 +42,7 @@ from .page import as_html, draw_shares
 # template: system prompt and markers of the chat template; response: its tokens before the one that is predicted
 REGIONS = ("evidence", "distractors", "question", "template", "response")
 SIDES = {"short": "prompt", "long": "long_prompt"}
-RECURRENT = {"linear_attention", "conv", "mamba", "hybrid"}  # of a configuration's `layer_types`: these keep a state
+RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "recurrent"}  # of a configuration: these keep a state
 BLOCK = 64  # response tokens whose weights exist at a time: 28 heads x 64 x 8,192 keys in fp32 are 59 MB; ours
 PER_TOKEN = 2048  # prompt tokens up to which the page colours single tokens, and paragraphs beyond; ours
 SAMPLES = 10000  # bootstrap resamples of rows
@@ -160,6 +160,7 @@ def attention_rows(model: nn.Module, take: Callable[[int, Tensor, Tensor], None]
             if isinstance(mask, Tensor) and mask.ndim == 4:  # bool, or what is added to the scores
                 mask_RT = mask[0, 0, :, : weights_RT.shape[1]]
                 seen_RT = mask_RT if mask.dtype == torch.bool else mask_RT > torch.finfo(mask.dtype).min / 2
+                seen_RT = seen_RT ^ ~seen_RT[-1, -1]  # MPT's mask tells what is not seen; a query sees itself
             take(module.layer_idx, weights_RT, seen_RT)
             return (output[0], None, *output[2:])
 
@@ -195,7 +196,9 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
         DataError: The model shows no attention weights, or has layers without.
     """
     base, n = base_of(model), len(response_ids)
-    if found := RECURRENT.intersection(getattr(base.config.get_text_config(), "layer_types", None) or ()):
+    config = base.config.get_text_config()
+    kinds = {kind for key in ("layer_types", "block_types") for kind in getattr(config, key, None) or ()}
+    if found := RECURRENT & kinds:
         name, kind = type(base).__name__, min(found)
         raise DataError(
             f"{name} has layers without attention weights (`{kind}`); give a model that attends in all layers."

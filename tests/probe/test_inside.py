@@ -145,11 +145,23 @@ def test_attention_on_chosen_tokens_gives_its_softmax(tiny):
     assert found["shares_LRG"][0, :, 0].tolist() == pytest.approx(want, abs=1e-4)
 
 
+def test_a_mask_of_what_is_not_seen():
+    config = AutoConfig.for_model("mpt", d_model=32, n_heads=2, n_layers=2, vocab_size=30, max_seq_len=64)
+    found = attend(AutoModelForCausalLM.from_config(config).eval(), [3, 4, 5], [6, 7], ["evidence", *["template"] * 2])
+    assert found["uniform_LRG"][:, :, 0].tolist() == [pytest.approx([1 / 3, 1 / 4])] * 2
+
+
 HYBRID = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
 
 
 @pytest.mark.parametrize(
-    "architecture, kind", [("qwen3_5_text", "linear_attention"), ("falcon_h1", "hybrid"), ("jamba", "mamba")]
+    "architecture, kind",
+    [
+        ("qwen3_5_text", "linear_attention"),
+        ("falcon_h1", "hybrid"),
+        ("jamba", "mamba"),
+        ("recurrent_gemma", "recurrent"),
+    ],
 )
 def test_layers_without_attention_are_refused(architecture, kind):
     with torch.device("meta"):
