@@ -55,7 +55,6 @@ def step(model, reference, rows, **keys):
     args = with_solo(FinetuningArguments)(stage="solopo", **keys)
     trainer = SoloTrainer.__new__(SoloTrainer)
     trainer.finetuning_args, trainer.ref_model = args, reference if args.use_ref_model else None
-    trainer.beta, trainer.loss_type, trainer.ld_alpha = args.pref_beta, args.pref_loss, None
     trainer.accelerator = SimpleNamespace(gather=lambda t: t, unwrap_model=lambda m: m)
     trainer.train_dataset, trainer.eval_dataset = SimpleNamespace(), None
     trainer.objective = losses.OBJECTIVES[args.solopo_objective]
