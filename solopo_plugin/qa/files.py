@@ -19,6 +19,7 @@ from io import BufferedReader
 from pathlib import Path
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # what some file systems say
+_LOCKS: set[int] = set()  # the files by which this process holds folders
 FORGOTTEN = ".forgotten"  # folder of what `--no-resume` forgets, until there is an answer
 # Who calls: in an address from the slashes, of which a `Path` leaves one, to the `@`; in hf://datasets/a/b@main nobody.
 # Of http://host:8000/v1/a@b too much goes, since a password may hold slashes; never more than one address of several.
@@ -232,6 +233,8 @@ def as_data_error(path: Path | str, verb: str):
 def lock_folder(folder: Path, key: str | None = None, name: str = ".lock") -> Iterator[None]:
     """Lock a folder for this process; the lock ends with it, however it ends. Nothing is locked where that cannot be.
 
+    Processes that it forks, as a DataLoader's workers, do not hold the lock.
+
     Args:
         folder: It is made if it is not there.
         key: The recipe's key that names the folder, for the sentence; None: wait until nobody else holds it.
@@ -248,6 +251,7 @@ def lock_folder(folder: Path, key: str | None = None, name: str = ".lock") -> It
     with as_data_error(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) if key else os.open(folder, os.O_RDONLY)
+        _LOCKS.add(lock)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if key else 0))
@@ -258,7 +262,22 @@ def lock_folder(folder: Path, key: str | None = None, name: str = ".lock") -> It
                 raise
         yield
     finally:
+        if lock in _LOCKS:  # not in a process that was forked meanwhile
+            _LOCKS.remove(lock)
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # also of copies that others have
+            os.close(lock)
+
+
+def _close_locks() -> None:
+    """Close what a forked process has of its parent's locks, which would last as long as the last copy."""
+    for lock in _LOCKS:
         os.close(lock)
+    _LOCKS.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def _sync_folder(folder: Path) -> None:

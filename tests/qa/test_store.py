@@ -1,14 +1,19 @@
 """Check that the store keeps: torn logs, full disks, power cuts; answers come back with settings and prompts."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solopo_plugin.qa import files
 from solopo_plugin.qa import store as store_module
-from solopo_plugin.qa.files import DataError
+from solopo_plugin.qa.files import DataError, lock_folder
 from solopo_plugin.qa.store import Store
 
 FUZZ = settings(deadline=None, max_examples=100, derandomize=True, database=None)
@@ -141,3 +146,57 @@ def test_what_cannot_be_opened_is_a_sentence(tmp_path):
         Store("/dev/null/c.db")
     with Store(tmp_path / "a.db"), pytest.raises(DataError, match="a.db: another program has it open; close that and"):
         Store(tmp_path / "a.db")
+
+
+def locked_with_a_worker(folder: Path, pipe) -> None:
+    """A run that has forked a worker, as a DataLoader does; it tells the worker's number, and waits."""
+    with lock_folder(folder, "output_dir"):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        pipe.send(worker.pid)
+        pipe.recv()
+    pipe.send("left")
+    pipe.recv()
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_lock_ends_with_its_run_while_its_workers_live_on(tmp_path, killed):
+    """Persistent ones do, and those of a run that was stopped or killed."""
+    here, there = multiprocessing.Pipe()
+    run = multiprocessing.get_context("fork").Process(target=locked_with_a_worker, args=(tmp_path, there))
+    run.start()
+    worker = here.recv()
+    try:
+        with pytest.raises(DataError, match="Another run is at work in .*; wait for it"), lock_folder(tmp_path, "x"):
+            pass
+        if killed:
+            run.kill()
+            run.join()
+        else:
+            here.send("leave")
+            assert here.recv() == "left"
+        with lock_folder(tmp_path, "x"):
+            pass
+        os.kill(worker, 0)  # it lives
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        run.kill()
+        run.join()
+
+
+def test_a_lock_stays_when_a_forked_process_leaves_its_block(tmp_path):
+    """As by an exception there; and it ends with its block where another has a copy of the file."""
+    lock = lock_folder(tmp_path, "output_dir")
+    lock.__enter__()
+    forked = multiprocessing.get_context("fork").Process(target=lock.__exit__, args=(None, None, None))
+    forked.start()
+    forked.join()
+    assert forked.exitcode == 0
+    with pytest.raises(DataError, match="Another run is at work"), lock_folder(tmp_path, "x"):
+        pass
+    copies = [os.dup(number) for number in files._LOCKS]
+    lock.__exit__(None, None, None)
+    with lock_folder(tmp_path, "x"):
+        pass
+    assert len(copies) == 1 and not files._LOCKS
+    os.close(copies[0])
