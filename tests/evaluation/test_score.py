@@ -68,6 +68,8 @@ ASKED, PLAIN = PROMPT.format(documents="", question="Where?"), "Where?"
         (PLAIN, "<think>It is Rosvik", ["Rosvik"], None, 0, 0, 0, 100),
         (ASKED, "The answer is: \\boxed{Rosvik}", ["Rosvik"], "Rosvik", 100, 100, 100, 100),
         (ASKED, "So $\\boxed{\\text{Rosvik}}$.", ["Rosvik"], "Rosvik", 100, 100, 100, 100),
+        (ASKED, "The answer is: $10{,}000$", ["10,000"], "$10{,}000$", 100, 100, 100, 0),
+        (ASKED, "The answer is: 1\\,000,\\!000", ["1,000,000"], "1\\,000,\\!000", 100, 100, 100, 0),
         (PLAIN, " \n ", ["Rosvik"], None, 0, 0, 0, 0),
         (PLAIN, "", ["Rosvik"], None, 0, 0, 0, 0),
         (PLAIN, "", ["", "Rosvik"], None, 0, 0, 0, 0),  # an empty alias is no answer
@@ -108,7 +110,7 @@ PIECES = [
     "[a-z]+(a|a)*$", "\x00", "\x1f\x7f", "\r\n", "\u2028", "\u202e", "\ufeff",
     "\ud800", "\udfff", "İ", "ß", "ﬁ", "e\u0301", "中文答案", "🙂‍↔️",
     "\u00a0", "%s {} ${x}", "' OR 1=1", "<script>", "NaN", "-0", "1e999", "A", "D)", " ", "\t", "\n\n", "।", "١٢٣",
-    " 10,000 ", " 10{,}000 ", " 10\\,000 ",
+    " 10,000 ",
 ]  # fmt: skip
 
 
@@ -134,13 +136,14 @@ def test_ten_thousand_nasty_predictions():
         kind = "choice" if number % 5 == 4 else "qa"
         golds = ["B"] if kind == "choice" else [nasty(rng) or "x" for _ in range(rng.randrange(1, 4))]
         text = nasty(rng) + (rng.choice(golds) if rng.random() < 0.3 else "")
+        text = text.replace("10,000", rng.choice(["10,000", "10{,}000", "10\\,000"]))
         found = score_answer(item(golds, rng.choice([ASKED, PLAIN]), kind), text)
         scores = found["scores"]
         assert set(scores) == (CHOICE if kind == "choice" else QA)
         assert all(type(value) is float and 0 <= value <= 100 for value in scores.values()), (text, golds)
         assert found["prediction"] is None or found["prediction"] in ("ABCD" if kind == "choice" else text)
         plain = [THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), each) for each in (text, *golds)]
-        odd = any(_KEPT.search(each) or re.search(r"\d[\W_]+\d", each) for each in plain)
+        odd = any(_KEPT.search(each) or re.search(r"\d(?:_|[^\w\s])+\d", each) for each in plain)
         odd = odd or not all(map(judged_form, golds))
         assert kind == "choice" or scores["em"] <= scores["sub_em"] or odd  # EM has no signs that count
         seen["marker"] += found["marker"]
