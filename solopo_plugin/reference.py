@@ -228,11 +228,9 @@ def _add_columns(splits: dict, keys: dict, scores: dict[str, list[float]], store
     """Give every set the columns `REFERENCE`: of each row a list, a number for each of its pairs."""
     for name, of_rows in keys.items():
         for side, column in enumerate(REFERENCE):
-            values = [[scores[key][side] for key in of_row] for of_row in of_rows]
-            splits[name] = splits[name].add_column(column, values)
+            splits[name] = splits[name].add_column(column, [[scores[key][side] for key in row] for row in of_rows])
         if store.anchored:
-            files = [[str(store.top(key)) for key in of_row] for of_row in of_rows]
-            splits[name] = splits[name].add_column(ANCHOR_FILES, files)
+            splits[name] = splits[name].add_column(ANCHOR_FILES, [[str(store.top(key)) for key in row] for row in of_rows])
 
 
 def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Tensor:
@@ -250,7 +248,8 @@ def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Te
         for batch, features, logps_B2, top in _scores(trainer, scorer, places, again):
             live_N2[batch] = logps_B2.to(live_N2.device)
             for n, row, live in zip(batch, features, store.tops_of(features, top), strict=False):
-                check_top(trainer, reference, store, row, load_top(store.top(keys[n])), live)
+                if is_zipfile(file := store.top(keys[n])):  # else another machine has it, which is said below
+                    check_top(trainer, reference, store, row, load_top(file), live)
         live_N2 = _agree(live_N2)
         for n in again:
             split, index, m = places[n]

@@ -174,9 +174,18 @@ def test_a_full_disk_is_said(cache, monkeypatch):
     assert [*store.tops.iterdir()] == []
 
 
-def test_files_that_another_machine_has_are_asked_for(run, recipe, monkeypatch):
+@pytest.mark.parametrize("known", [False, True])
+def test_files_that_another_machine_has_are_asked_for(run, recipe, cache, monkeypatch, known):
+    """`known`: they and their scores are in the other one's cache; all ranks have the scores, by agreeing on them."""
     from solopo_plugin import reference
 
+    if known:
+        agreed = []
+        monkeypatch.setattr(reference, "_agree", lambda logps_N2: agreed.append(logps_N2) or logps_N2)
+        run(recipe(solopo_anchor=1, max_samples=4))
+        shutil.rmtree(cache)
+        others = iter(agreed[-1:])
+        monkeypatch.setattr(reference, "_agree", lambda logps_N2: next(others, logps_N2))
     monkeypatch.setattr(reference, "save_top", lambda path, top: None)
     with pytest.raises(
         ValueError, match=r"4 of 4 files that the anchor needs are not in \S+top64_chosen of this machine"

@@ -912,6 +912,25 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, host_log, states, outcom
     assert host_log == [said] * ("warned" in outcome)
 
 
+@pytest.mark.parametrize("words, step, taken", [
+    ([], 10, True), ([], None, None), (["--resume_from_checkpoint", "OUT/checkpoint-10"], 10, 10),
+    (["--resume_from", "OUT/checkpoint-4"], 4, 4),
+    (["--resume_from_checkpoint", "OUT/checkpoint-4", "--run_name", "[a"], 4, 4),
+])  # fmt: skip
+def test_a_checkpoint_that_is_named_is_the_one(tmp_path, monkeypatch, words, step, taken):
+    """Also where a flag is abbreviated, or its command line is no YAML; the host makes its own choice without it."""
+    from solopo_plugin.host import stage
+
+    for n in (4, 10):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+    at = {n: f"{tmp_path}/checkpoint-{n}" for n in (4, 10)}
+    training = SimpleNamespace(resume_from_checkpoint=at.get(step), output_dir=f"{tmp_path}/")
+    monkeypatch.setattr(stage, "check", lambda recipe: None)
+    given = ["--stage", "solopo", *(word.replace("OUT", str(tmp_path)) for word in words)]
+    stage._disguising(lambda args: [None, None, training, SimpleNamespace(stage="solopo")], given)
+    assert training.resume_from_checkpoint == at.get(taken, taken)
+
+
 def stopped_in_step(step: int):
     """A callback that kills a run in a step."""
     from transformers import TrainerCallback

@@ -7,6 +7,7 @@ import os
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+from ..qa.checkpoints import is_last
 from ..qa.files import lock_folder
 from .preflight import check, recipe_of, refusing
 from .versions import wrap
@@ -30,7 +31,7 @@ def _disguising(get_train_args, args=None):
             check(recipe)
         parsed = get_train_args(args)
     if parsed[3].stage == "solopo":
-        if parsed[2].resume_from_checkpoint and not recipe.get("resume_from_checkpoint"):
+        if not recipe.get("resume_from_checkpoint") and is_last(parsed[2].resume_from_checkpoint, parsed[2].output_dir):
             parsed[2].resume_from_checkpoint = True  # the host's choice, whole or not: run_solopo makes it anew
         parsed[3].stage, parsed[3].disguised = "dpo", True
     return parsed

@@ -25,6 +25,11 @@ def by_step(folder: Path | str) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
+def is_last(checkpoint: str | None, folder: Path | str) -> bool:
+    """Return whether a checkpoint is the last of a training run, whole or not, which the host chooses itself."""
+    return bool(checkpoint) and [Path(str(checkpoint))] == [*by_step(folder).values()][-1:]
+
+
 def state_of(checkpoint: Path | str | None) -> dict | None:
     """Return what the state of a checkpoint says; None where there is none, or it is not whole."""
     state = None
