@@ -226,11 +226,11 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
 
 def _add_columns(splits: dict, keys: dict, scores: dict[str, list[float]], store: Store) -> None:
     """Give every set the columns `REFERENCE`: of each row a list, a number for each of its pairs."""
-    for name, of_rows in keys.items():
+    for name, rows in keys.items():
         for side, column in enumerate(REFERENCE):
-            splits[name] = splits[name].add_column(column, [[scores[key][side] for key in row] for row in of_rows])
+            splits[name] = splits[name].add_column(column, [[scores[key][side] for key in row] for row in rows])
         if store.anchored:
-            splits[name] = splits[name].add_column(ANCHOR_FILES, [[str(store.top(key)) for key in row] for row in of_rows])
+            splits[name] = splits[name].add_column(ANCHOR_FILES, [[str(store.top(key)) for key in row] for row in rows])
 
 
 def _score(trainer, reference, store: Store, rows: dict, known_N2: Tensor) -> Tensor:
