@@ -44,18 +44,22 @@ def build_document_context(
     shares = [rng.random() for _ in sources]
     room, all_evidence = target - prepared.overhead, True
     best: dict | None = None
+    counted: dict[str, int] = {}  # tokens of what was laid out already, by its passages
     for _ in range(ROUNDS):
         chosen, free = [], room - sum(pool.tokens[i] for i in question.evidence)
         for n, (source, share) in enumerate(zip(sources, shares, strict=True)):
             window, used = widen(passages[source], question.evidence, free // (len(sources) - n), share, pool.tokens)
             chosen.append(window)
             free -= used
-        prompt, found = _lay_out(builder, question, sources, chosen, passages)
-        tokens = builder.budget.of_prompt(prompt)
+        if (key := str(chosen)) not in counted:
+            prompt, found = _lay_out(builder, question, sources, chosen, passages)
+            tokens = counted[key] = builder.budget.of_prompt(prompt)
+            if tokens <= target and (best is None or tokens > best["tokens"]):
+                made = {"prompt": prompt, "tokens": tokens, "paragraphs": len(sources)}
+                best = made | {"evidence": found, "dropped": []}
+                all_evidence = not any(set(window) - set(question.evidence) for window in chosen)
+        tokens = counted[key]
         left = target - tokens
-        if left >= 0 and (best is None or tokens > best["tokens"]):
-            best = {"prompt": prompt, "tokens": tokens, "paragraphs": len(sources), "evidence": found, "dropped": []}
-            all_evidence = not any(set(window) - set(question.evidence) for window in chosen)
         is_whole = all(len(window) == len(passages[source]) for source, window in zip(sources, chosen, strict=True))
         if left >= 0 and (is_whole or tokens >= target * CLOSE):
             break

@@ -11,7 +11,7 @@ from solopo_plugin.qa.answers import holds_answer
 from solopo_plugin.qa.contexts import others_first
 from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.qa.prompts import split_documents
-from solopo_plugin.synthesis import contexts, documents, read
+from solopo_plugin.synthesis import contexts, document_contexts, documents, read
 from solopo_plugin.synthesis.document_contexts import CUT, widen
 from solopo_plugin.synthesis.recipe import stage_settings
 
@@ -112,8 +112,15 @@ def test_a_long_document_is_cut_around_its_evidence(handbook, model):
 
 
 @pytest.mark.parametrize("sentences", [1, 6])
-def test_a_long_document_fills_the_context(tmp_path, model, sentences):
-    """However long its headings are, which the context shows once."""
+def test_a_long_document_fills_the_context(tmp_path, model, sentences, monkeypatch):
+    """However long its headings are, which the context shows once; and no context of a question is laid out twice."""
+    laid_out: list[str] = []
+
+    def note(builder, question, sources, chosen, passages, lay_out=document_contexts._lay_out):
+        laid_out.append(f"{question.id} {chosen}")
+        return lay_out(builder, question, sources, chosen, passages)
+
+    monkeypatch.setattr(document_contexts, "_lay_out", note)
     parts = ["# Handbook of the administration of the town of Rosvik"]
     for n in range(60):
         told = " ".join(f"The council of Rosvik lent the boat numbered {n}{k} to the miller." for k in range(sentences))
@@ -130,6 +137,7 @@ def test_a_long_document_fills_the_context(tmp_path, model, sentences):
     write_jsonl(work / "questions.jsonl", [{"id": p["id"], "evidence": [p]} | question for p in passages])
     write_jsonl(work / "corpus.jsonl", passages)
     counts = contexts.run(made, work)
+    assert len(set(laid_out)) == len(laid_out) > counts["contexts"]
     longest = max(p["tokens"] for p in passages)
     assert counts["contexts"] >= 60 and counts["tokens"]["long"]["max"] <= 1500
     assert counts["tokens"]["long"]["min"] > 1500 - longest - 60  # of a passage, and its heading
