@@ -72,8 +72,12 @@ def disable_dropout(*models: nn.Module) -> None:
     """Turn off dropout that a module does by a function, at a rate that it holds; TRL turns off modules of dropout.
 
     Falcon, Persimmon and BLT read a rate, by default 0, from the configuration, which is saved and stays as it is.
+
+    Turn off, too, what a router draws in training: noise, and in Phi-3.5-MoE the experts. It is kept in evaluation.
     """
     for module in chain.from_iterable(model.modules() for model in models):
+        if any("jitter" in name for name in vars(module)):
+            vars(module)["train"] = MethodType(lambda self, mode=True: self, module.eval())
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
@@ -184,9 +188,7 @@ class SoloTrainer(CustomDPOTrainer):
 
     def every_rank_may_skip(self, long_is_short_B: Tensor) -> bool:
         """Return whether this micro-batch needs no long forward on any rank; under ZeRO-3 all must do the same."""
-        if not self.some_long_is_short:
-            return False
-        return bool(self.accelerator.gather(long_is_short_B.all()[None]).all())
+        return self.some_long_is_short and bool(self.accelerator.gather(long_is_short_B.all()[None]).all())
 
     @cached_property
     def some_long_is_short(self) -> bool:
