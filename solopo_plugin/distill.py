@@ -86,8 +86,8 @@ def top_of_rows(logits_MV: Tensor, at_N: Tensor, k: int, chunk: int) -> Top:
 
 
 def save_top(path: Path, top: Top) -> None:
-    """Write a teacher to a file, at once: 4 bytes for each word and 4 for each log-prob."""
-    with replacing(path, shared=True) as file:
+    """Write a teacher to a file, at once: 4 bytes for each word and 4 for each log-prob. A lost one is made anew."""
+    with replacing(path, shared=True, lasts=False) as file:
         np.savez(file, ids=top.ids_NK.int().cpu().numpy(), logps=top.logps_NC.float().cpu().numpy())
 
 

@@ -211,7 +211,7 @@ def begin(trainer: SoloTrainer) -> None:
     args = trainer.args
     if args.should_save and (moved := set_earlier_aside(args.output_dir, args.resume_from_checkpoint)):
         logger.warning(
-            f"{args.output_dir} holds an earlier run's checkpoints behind the step at which this one begins; they are "
+            f"{args.output_dir} holds checkpoints of an earlier run that this one does not go on from; they are "
             f"called {', '.join(path.name for path in moved)} now, and may be deleted."
         )
     trainer.accelerator.wait_for_everyone()
@@ -221,13 +221,13 @@ def train(trainer: SoloTrainer) -> None:
     """Train, and save the model, its metrics and curves as the host's stages do."""
     args, finetuning_args = trainer.args, trainer.finetuning_args
     save_pissa_init(trainer)
-    begun = (state_of(args.resume_from_checkpoint) or {}).get("epoch") or 0  # before the checkpoint may be deleted
+    begun = (state_of(args.resume_from_checkpoint) or {}).get("global_step") or 0  # before it may be deleted
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if finetuning_args.include_effective_tokens_per_second:
-        tokens = step_lengths(trainer.train_dataset, finetuning_args.longpo, finetuning_args.long_pair)
-        rate = sum(tokens) * (result.metrics["epoch"] - begun) / result.metrics["train_runtime"]
-        result.metrics["effective_tokens_per_sec"] = rate / args.world_size
+        tokens = sum(step_lengths(trainer.train_dataset, finetuning_args.longpo, finetuning_args.long_pair))
+        epochs = result.metrics["epoch"] * (1 - begun / max(result.global_step, 1))  # of these rows, since the resume
+        result.metrics["effective_tokens_per_sec"] = tokens * epochs / result.metrics["train_runtime"] / args.world_size
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -172,6 +173,15 @@ def test_a_full_disk_is_said(cache, monkeypatch):
     with pytest.raises(DataError, match=f"^Cannot write {store.top('a')}: the disk is full"):
         save_top(store.top("a"), Top(torch.zeros(1, 2), torch.zeros(1, 3)))
     assert [*store.tops.iterdir()] == []
+
+
+def test_a_file_for_the_anchor_is_synchronised_without_its_folder(cache, monkeypatch):
+    """Of the many a lost name costs but its row's score."""
+    synchronised = []
+    monkeypatch.setattr(os, "fsync", synchronised.append)
+    store = Store({}, "chosen")
+    save_top(store.top("a"), Top(torch.zeros(1, 2), torch.zeros(1, 3)))
+    assert len(synchronised) == 1 and store.top("a").exists()
 
 
 @pytest.mark.parametrize("known", [False, True])

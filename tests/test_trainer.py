@@ -858,16 +858,17 @@ def test_a_checkpoint_whose_state_is_torn_is_no_whole_one(tmp_path, streaming, s
         check_resume(args, streaming=streaming)
 
 
-@pytest.mark.parametrize("start, rate", [(None, 75.0), ("checkpoint-4", 30.0)])
-def test_tokens_per_second_are_those_of_this_start(tmp_path, monkeypatch, start, rate):
+@pytest.mark.parametrize("start, epoch, rate", [(None, None, 75.0), ("checkpoint-6", 1.5, 30.0), ("others", 3.0, 30.0)])
+def test_tokens_per_second_are_those_of_this_start(tmp_path, monkeypatch, start, epoch, rate):
+    """Also where the checkpoint was trained on other rows, of which an epoch had another number of steps."""
     from solopo_plugin import workflow
 
-    (tmp_path / "trainer_state.json").write_text('{"epoch": 1.5}')
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "global_step": 6}))
     monkeypatch.setattr(workflow, "step_lengths", lambda *_: [100, 200])
     args = SimpleNamespace(resume_from_checkpoint=start and str(tmp_path), world_size=2, output_dir=str(tmp_path))
     trainer = MagicMock(args=args)
     trainer.callback_handler.callbacks, trainer.finetuning_args.plot_loss = [], False
-    trainer.train.return_value = SimpleNamespace(metrics={"epoch": 2.5, "train_runtime": 5.0})
+    trainer.train.return_value = SimpleNamespace(metrics={"epoch": 2.5, "train_runtime": 5.0}, global_step=10)
     workflow.train(trainer)
     (_, metrics), _ = trainer.save_metrics.call_args
     assert metrics["effective_tokens_per_sec"] == rate

@@ -49,9 +49,11 @@ def set_earlier_aside(folder: Path | str, start: str | None) -> list[Path]:
 
     Args:
         folder: The run's own. What an earlier run left there would be taken for this one's.
-        start: The checkpoint that the run goes on from; None: it begins anew.
+        start: The checkpoint that the run goes on from; None: it begins anew. In another folder it is no past of this
+            one's, and all are renamed.
     """
-    step, moved = (state_of(start) or {}).get("global_step", math.inf) if start else -1, []
+    own = start and Path(folder).resolve() in (Path(start).parent.resolve(), Path(start).resolve().parent)
+    step, moved = (state_of(start) or {}).get("global_step", math.inf) if own else -1, []
     with as_data_error(folder, "write"):
         for path in (path for number, path in by_step(folder).items() if number > step):
             aside = path.with_name(EARLIER + path.name)

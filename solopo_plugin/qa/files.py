@@ -156,10 +156,13 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 @contextmanager
-def replacing(path: Path | str, shared: bool = False):
+def replacing(path: Path | str, shared: bool = False, lasts: bool = True):
     """Give a binary file to write to, which takes the place of `path` when the block ends without an error.
 
-    `shared`: other processes may write the same file at the same time.
+    Args:
+        path: Of the file; its folder is made if it is not there.
+        shared: Other processes may write the same file at the same time.
+        lasts: Its name outlives a power cut, for which the folder is synchronised; the file is in any case.
 
     Raises:
         DataError: The disk is full or the place cannot be written to; what stood at `path` is untouched.
@@ -177,7 +180,8 @@ def replacing(path: Path | str, shared: bool = False):
         except BaseException:
             temporary.unlink(missing_ok=True)  # gives a full disk its space back
             raise
-        _sync_folder(path.parent)
+        if lasts:
+            _sync_folder(path.parent)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Which checkpoints of a run are there and whole, and what is moved aside."""
 
 import os
+import shutil
 import time
 
 import pytest
@@ -41,6 +42,17 @@ def test_an_earlier_runs_checkpoints_are_moved_aside(run, start, left):
     assert (run / "_earlier_checkpoint-10/old").exists() == (10 in left), "the older one of that name is replaced"
     assert (run / "checkpoint-best").is_dir() and all(path.is_dir() for path in moved)
     assert set_earlier_aside(run, start and str(run / start)) == []
+
+
+@pytest.mark.parametrize("start, left", [("other/checkpoint-9", []), ("run/checkpoint-9", [2, 9]), ("to", [2, 9])])
+def test_a_start_in_another_folder_leaves_no_checkpoint(run, tmp_path_factory, start, left):
+    """It is no past of theirs; one in this folder is, whatever it is called."""
+    folder = tmp_path_factory.mktemp("links")
+    shutil.copytree(run, folder / "other")
+    (folder / "run").symlink_to(run)
+    (folder / "to").symlink_to(run / "checkpoint-9")
+    set_earlier_aside(run, str(folder / start))
+    assert [*by_step(run)] == left and [*by_step(folder / "other")] == [2, 9, 10, 12]
 
 
 def test_a_checkpoint_that_cannot_be_moved_is_said(run):
