@@ -41,6 +41,7 @@ _NAME_SIGN = (
 )
 _KEPT = re.compile(rf"((?=[-–−+#\d])(?:{_NUMBER}|{_NAME_SIGN}))")  # 7 times faster with what it begins with first
 _TEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,;:!])(?=\d{3}(?!\d))")  # between thousands
+_POINTS = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3})+(?=,\d{1,2}(?![\d.,]))")  # 1.234,56 is 1234,56
 _RAISED = re.compile(r"[⁻⁰¹²³⁴-⁹](?<=\d.)")  # 10⁶ is 10^6, and not 106
 _FRACTION = re.compile(r"[¼-¾⅐-⅞](?<=\d.)")  # 1½ is 1 1/2
 _AS_WRITTEN = str.maketrans("–−⁄", "--/", ",'’_")  # of a number
@@ -234,6 +235,7 @@ def _judged_words(text: str) -> str:
     text = _TEX_COMMA.sub(",", text).replace("\\+", "+").replace("\\#", "#").replace("♯", "#").replace("´", "'")
     text = unicodedata.normalize("NFKC", _FRACTION.sub(r" \g<0>", _RAISED.sub(r"^\g<0>", text)))
     text = unicodedata.normalize("NFKC", _LATEX.sub("", text).casefold())
+    text = _POINTS.sub(lambda number: number[0].replace(".", ""), text)
     text = _DIGIT.sub(lambda sign: {"٫": ".", "٬": ","}.get(sign[0]) or str(unicodedata.decimal(sign[0])), text)
     parts = enumerate(_KEPT.split(text))  # every second one is a number, or the end of a name
     text = "".join(_as_written(part) if n % 2 else part.translate(_SIGNS) for n, part in parts)
