@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .packing import LONG, Layout, Plan
+from .qa.window import ropes_by_length
 
 ARGUMENT = "solopo_segments"
 SEGMENTS = "solopo_segments"  # the name of `attend` among transformers' attention functions
@@ -44,17 +45,12 @@ WINDOWED = (
 )  # fmt: skip
 BLOCK = 1024  # queries whose mask exists at a time where a window is kept without varlen; ours
 GRAIN = 512  # tokens to whose multiple a segment of its own is padded: cuDNN prepares anew for every length; ours
-# `dynamic` and `longrope` choose frequencies by the row's longest part.
-ROPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
 def why_not_packed(model: nn.Module) -> str | None:
     """Return why a model cannot run a packed row, or None where it can, by its class, modules and configuration."""
     model = base_of(model)
     config, forward = model.config, inspect.signature(model.forward).parameters
-    of_model = getattr(config, "rope_parameters", None) or {}
-    ropes = [r for r in of_model.values() if isinstance(r, dict)] or [of_model]  # one per kind of layer, or one for all
-    kinds = {r.get("rope_type", "default") for r in ropes} - set(ROPES)
     windowed = getattr(config, "model_type", None) in WINDOWED
     packs = {"full_attention", "sliding_attention"} if windowed else {"full_attention"}
     other_layers = set(getattr(config, "layer_types", None) or ()) - packs
@@ -74,7 +70,7 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "its attention is bidirectional"
     if getattr(config, "num_kv_shared_layers", 0):  # whose gradients reentrant checkpointing loses, the host's default
         return "its last layers share the keys and values of others"
-    if kinds:
+    if kinds := ropes_by_length(config):
         return f"its rope scaling ({', '.join(sorted(kinds))}) depends on the longest sequence of the row"
     if config.model_type not in TESTED:
         return f"`{config.model_type}` is not among the tested architectures ({', '.join(TESTED)})"

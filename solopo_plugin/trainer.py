@@ -175,10 +175,9 @@ class SoloTrainer(CustomDPOTrainer):
             return Pair(chosen_P, rejected_P, Top(*inputs["anchor"]) if "anchor" in inputs else None)
         if not self.finetuning_args.use_ref_model:
             return None
-        if self.ref_model is None:
+        ref_model, as_reference = self.ref_model, nullcontext()
+        if ref_model is None:
             ref_model, as_reference = model, self.accelerator.unwrap_model(model).disable_adapter()
-        else:
-            ref_model, as_reference = self.ref_model, nullcontext()
         with torch.no_grad(), as_reference:
             return self.form.pair(ref_model, inputs)
 
@@ -198,14 +197,12 @@ class SoloTrainer(CustomDPOTrainer):
 
     def check_finite(self, losses_B: Tensor, names: list[str], when: str) -> None:
         """Stop at a loss that is NaN or infinite, before it reaches the weights."""
-        if losses_B.isfinite().all():
-            return
         losses = zip(names, losses_B.tolist(), strict=True)
-        bad = ", ".join(f"{name} ({loss})" for name, loss in losses if not math.isfinite(loss))
-        raise FloatingPointError(
-            f"Loss is not finite in {when}, rows {bad}. Lower `learning_rate` or `solopo_alpha`, or look at the rows; "
-            "the last checkpoint is unharmed."
-        )
+        if bad := ", ".join(f"{name} ({loss})" for name, loss in losses if not math.isfinite(loss)):
+            raise FloatingPointError(
+                f"Loss is not finite in {when}, rows {bad}. Lower `learning_rate` or `solopo_alpha`, or look at the "
+                "rows; the last checkpoint is unharmed."
+            )
 
     # ---- around the step
 

@@ -31,7 +31,7 @@ from .losses import ANCHOR
 from .qa.checkpoints import by_step, set_earlier_aside, state_of, whole
 from .qa.files import did_you_mean
 from .qa.provenance import installed
-from .qa.window import window_of
+from .qa.window import ropes_by_length, window_of
 from .reference import goes_on, with_reference_logps
 from .sequence_parallel import why_not_shared
 from .trainer import ROWS, SoloTrainer
@@ -55,10 +55,10 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
             model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
         if finetuning_args.solopo_mlp_chunk:
             chunk_mlps(model, finetuning_args.solopo_mlp_chunk)
-        warn_of_window(model, data_args, dataset_module)
-
         elsewhere, ref_model = finetuning_args.ref_model is not None, None
         cached = reference_is_cached(data_args, training_args, finetuning_args)
+        check_window(model, data_args, dataset_module, cached)
+
         load_ref = partial(load_ref_model, model_args, finetuning_args, training_args.seed)
         if finetuning_args.use_ref_model and not cached:  # evaluation of a model against itself needs no second one
             ref_model = load_ref() if elsewhere or training_args.do_train else model
@@ -168,27 +168,35 @@ def choose_form(model, ref_model, model_args, training_args, finetuning_args) ->
     return reason is None
 
 
-def warn_of_window(model, data_args, dataset_module: dict) -> None:
+def check_window(model, data_args, dataset_module: dict, cached: bool) -> None:
     """Warn of rows with more tokens than the model was made for; a stream's, which are unknown, have `cutoff_len`.
 
-    Of several rejected responses the mean counts.
+    Refuse those that change what is beside or behind them. Of several rejected responses the mean counts.
     """
-    window, lengths = window_of(base_of(model).config.get_text_config()), [np.array([data_args.cutoff_len])]
+    config, short = base_of(model).config.get_text_config(), np.array([data_args.cutoff_len])
+    window, ropes, long = window_of(config), ropes_by_length(config), short
     if not data_args.streaming:
         sets = data_sets(dataset_module.get("train_dataset"), dataset_module.get("eval_dataset")).values()
-        lengths = [
-            np.maximum(n["short_prompt"], n["long_prompt"]) + np.maximum(n["chosen"], n["rejected"] // n["pairs"])
-            for n in map(part_lengths, sets)
-        ]
-    tokens = np.concatenate(lengths)
+        parts = [(n, np.maximum(n["chosen"], n["rejected"] // n["pairs"])) for n in map(part_lengths, sets)]
+        short, long = (np.concatenate([n[f"{side}_prompt"] + m for n, m in parts]) for side in ("short", "long"))
+    tokens = np.maximum(short, long)
     if beyond := (tokens > window).sum():
         rows, out = f"{beyond:,} of {len(tokens):,} rows", "with `solopo_overlength: drop` to leave longer rows out"
         if data_args.streaming:
             rows, out = "Rows of a stream", "beyond which a row ends the run: leave longer ones out of the data set"
-        logger.warning_rank0(
+        sentence = (
             f"{rows} have up to {tokens.max():,} tokens, and the model was made for {window:,}: widen its window by "
             f'YaRN (docs/training.md, "Rows longer than one GPU"), or set `cutoff_len: {window}`, {out}.'
         )
+        if "dynamic" in ropes:
+            raise ValueError(f"With `dynamic` rope scaling a longer row changes all that follow. {sentence}")
+        logger.warning_rank0(sentence)
+    for kind, limit in ropes.items() if cached else ():
+        if short.max() > limit:
+            raise ValueError(
+                f"`solopo_reference: cached` does not go with `{kind}` rope scaling and short sequences of up to "
+                f"{short.max():,} tokens: more than {limit:,} change others in a batch; set `solopo_reference: online`."
+            )
 
 
 def warn_of_reference(model, model_args, finetuning_args, trains: bool) -> None:

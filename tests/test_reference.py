@@ -715,6 +715,35 @@ def test_what_cannot_be_cached(run, recipe, tmp_path, host_log, monkeypatch):
         run(recipe())
 
 
+def test_a_rope_whose_frequencies_the_batch_chooses(run, recipe, tiny_model, monkeypatch):
+    """Refuse to score rows that change others; where none does, or the reference runs in the step, all is equal."""
+
+    def rewards(limit: int, **changes) -> list[float]:
+        rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=limit)
+        rope |= dict(short_factor=[1.0] * 8, long_factor=[1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0, 9.0])
+        model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=limit, initializer_range=0.1)
+        alone = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, num_train_epochs=1.0)
+        log = run(recipe(model_name_or_path=model, optim="sgd", learning_rate=1e-12, **alone, **changes)).log
+        return [entry["rewards/chosen"] for entry in log if "rewards/chosen" in entry]
+
+    sentence = r"`solopo_reference: cached` does not go with `longrope` .* 182 tokens: more than 176 .* `.*: online`"
+    with pytest.raises(Refused, match=sentence):
+        rewards(176)
+    assert rewards(176, solopo_reference="online") == [0.0] * 3
+    assert rewards(184) == pytest.approx([0.0] * 3, abs=1e-4)
+    monkeypatch.setattr("solopo_plugin.workflow.ropes_by_length", lambda config: {})
+    assert max(map(abs, rewards(176))) > 1e-3, "what is refused"
+
+
+def test_a_rope_that_remembers_longer_rows(run, recipe, tiny_model):
+    rope = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    model = tiny_model(rope_parameters=rope, max_position_embeddings=128)
+    with pytest.raises(
+        Refused, match="With `dynamic` rope scaling a longer row changes all that follow. 12 of 12 rows"
+    ):
+        run(recipe(model_name_or_path=model, pref_loss="orpo"))
+
+
 def test_a_reference_that_is_not_finite(run, recipe, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model(), tmp_path / "model")
     weights = load_file(model / "model.safetensors")

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from traceback import walk_tb
 from typing import Any
 
 from .. import args as solo
-from ..qa.files import is_path
+from ..qa.files import did_you_mean, is_path
 from ..qa.provenance import doubtful_weights
 from .arguments import refusals_of_keys
 from .versions import wrap
@@ -328,9 +327,8 @@ def why_not_there(name: str, recipe: dict, adapter: bool = False) -> str | None:
     if is_path(name):
         return "is a folder that is not there: check the path."
     other_hubs = (os.environ.get(f"USE_{hub}_HUB", "0").lower() for hub in ("MODELSCOPE", "OPENMIND"))
-    if any(asked in ("true", "y", "1") for asked in other_hubs):
-        return None
-    return _why_not_on_the_hub(name, file, recipe)
+    asked = any(value in ("true", "y", "1") for value in other_hubs)
+    return None if asked else _why_not_on_the_hub(name, file, recipe)
 
 
 def _why_not_on_the_hub(name: str, file: str, recipe: dict) -> str | None:
@@ -423,9 +421,8 @@ def _how_to_make(name: str, registered: list[str]) -> str:
         known = max(made, key=len)
         longer = " with the overrides of examples/yaml/README.md" * bool(re.match(r"\d+k_", name[len(known) + 1 :]))
         return f"python scripts/build_data.py {made[known]}{longer}"
-    near = get_close_matches(name, registered, n=1)
-    meant = f"did you mean `{near[0]}`? If not, " if near else ""
-    return f"{meant}make rows (scripts/build_data.py), or register yours (docs/data.md)."
+    near = did_you_mean(name, registered).replace("Did", "did", 1)
+    return f"{near}{'If not, ' * bool(near)}make rows (scripts/build_data.py), or register yours (docs/data.md)."
 
 
 def names_of(value: object) -> list[str]:
