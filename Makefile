@@ -1,8 +1,7 @@
 # `make demo` and `make test` install what they need into .venv and run; nothing has to be done by hand before them.
 PYTHON ?= python3
 BIN := .venv/bin
-# Bytecode is made of what is imported, at its first import: of all that is installed it takes as long as the rest
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install demo story lab lab-rates lab-two-hop lab-real test test-all test-vllm test-cpu test-web quality screenshot chromium benchmark benchmark-trl clean
