@@ -127,7 +127,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def prepare(model: nn.Module) -> None:
     """Let a model take `solopo_segments`. Idempotent; costs nothing in calls without it."""
-    if getattr(model := base_of(model), "_solopo_prepared", False):
+    model = base_of(model)
+    if getattr(model, "_solopo_prepared", False):
         return
     layers = layers_of(model)
     switch = _Switch(model.config, len(layers))

@@ -260,7 +260,7 @@ def test_gpus(machine, monkeypatch):
 
 
 def test_blanks_that_torchrun_would_part(machine, monkeypatch):
-    """The host joins the words of the command, and parts them again at every blank."""
+    """Refuse them: the host joins the words of the command, and parts them again at every blank."""
     machine(gpus=2, packages=True)
     words = ["llamafactory-cli", "train", "my recipe.yaml", "output_dir=saves/my out", "seed=1"]
     monkeypatch.setattr(sys, "argv", words)

@@ -145,7 +145,7 @@ def test_an_anchor_scores_what_has_no_file_and_nothing_twice(run, recipe, tmp_pa
 
 
 def test_damaged_lines_are_no_scores(cache):
-    """A row whose line cannot be used is scored again; a whole line of it, wherever it stands, counts."""
+    """Score a row again whose line cannot be used; count a whole line of it, wherever it stands."""
     store = Store({})
     store.open()
     good, line = {"row": "a", "chosen": -1.5, "rejected": -2}, lambda **keys: json.dumps(good | keys) + "\n"
@@ -159,7 +159,7 @@ def test_damaged_lines_are_no_scores(cache):
 
 
 def test_a_full_disk_is_said(cache, monkeypatch):
-    """What fails leaves no draft behind."""
+    """Leave no draft behind of what fails."""
     store = Store({}, "chosen")
     store.open()
 
@@ -176,7 +176,7 @@ def test_a_full_disk_is_said(cache, monkeypatch):
 
 
 def test_a_file_for_the_anchor_is_synchronised_without_its_folder(cache, monkeypatch):
-    """Of the many a lost name costs but its row's score."""
+    """Spare the folder: of the many files a lost name costs but its row's score."""
     synchronised = []
     monkeypatch.setattr(os, "fsync", synchronised.append)
     store = Store({}, "chosen")
@@ -186,7 +186,7 @@ def test_a_file_for_the_anchor_is_synchronised_without_its_folder(cache, monkeyp
 
 @pytest.mark.parametrize("known", [False, True])
 def test_files_that_another_machine_has_are_asked_for(run, recipe, cache, monkeypatch, known):
-    """`known`: they and their scores are in the other one's cache; all ranks have the scores, by agreeing on them."""
+    """Ask for them; `known`: they and their scores are in the other one's cache; the ranks agree on the scores."""
     from solopo_plugin import reference
 
     if known:

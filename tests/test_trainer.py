@@ -860,7 +860,7 @@ def test_a_checkpoint_whose_state_is_torn_is_no_whole_one(tmp_path, streaming, s
 
 @pytest.mark.parametrize("start, epoch, rate", [(None, None, 75.0), ("checkpoint-6", 1.5, 30.0), ("others", 3.0, 30.0)])
 def test_tokens_per_second_are_those_of_this_start(tmp_path, monkeypatch, start, epoch, rate):
-    """Also where the checkpoint was trained on other rows, of which an epoch had another number of steps."""
+    """Count them also where the checkpoint was trained on other rows, of which an epoch had another number of steps."""
     from solopo_plugin import workflow
 
     (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "global_step": 6}))
@@ -876,7 +876,7 @@ def test_tokens_per_second_are_those_of_this_start(tmp_path, monkeypatch, start,
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_a_second_run_in_an_output_dir_is_refused(tuner, recipe, tmp_path, monkeypatch, locks):
-    """Before it loads anything; where a file system has no locks both go on, and an evaluation goes on everywhere."""
+    """Refuse it before it loads anything; where a file system has no locks both go on, an evaluation everywhere."""
     import fcntl
 
     from solopo_plugin import workflow
@@ -906,7 +906,7 @@ def test_a_second_run_in_an_output_dir_is_refused(tuner, recipe, tmp_path, monke
     ({2: "{}", 10: '{"ep'}, "2, warned"), ({2: None, 10: None}, "refused"), ({}, "refused"),
 ])  # fmt: skip
 def test_the_newest_whole_checkpoint_is_taken(tmp_path, host_log, states, outcome):
-    """Nobody named one: the host takes the last, however far its writing came."""
+    """Name none: the host takes the last, however far its writing came."""
     from solopo_plugin.workflow import check_resume
 
     for step, state in states.items():
@@ -931,7 +931,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, host_log, states, outcom
     (["--resume_from_checkpoint", "OUT/checkpoint-4", "--run_name", "[a"], 4, 4),
 ])  # fmt: skip
 def test_a_checkpoint_that_is_named_is_the_one(tmp_path, monkeypatch, words, step, taken):
-    """Also where a flag is abbreviated, or its command line is no YAML; the host makes its own choice without it."""
+    """Take it also where a flag is abbreviated, or its command line is no YAML; let the host choose without it."""
     from solopo_plugin.host import stage
 
     for n in (4, 10):
@@ -945,7 +945,7 @@ def test_a_checkpoint_that_is_named_is_the_one(tmp_path, monkeypatch, words, ste
 
 
 def stopped_in_step(step: int):
-    """A callback that kills a run in a step."""
+    """Return a callback that kills a run in a step."""
     from transformers import TrainerCallback
 
     class Killer(TrainerCallback):
@@ -958,7 +958,7 @@ def stopped_in_step(step: int):
 
 @pytest.mark.slow
 def test_what_a_kill_leaves_is_gone_on_with(run, tuner, recipe, tmp_path, host_log):
-    """Behind the last step no other is made, and a checkpoint whose writing was cut off is passed over.
+    """Make no step behind the last one, and pass over a checkpoint whose writing was cut off.
 
     What an earlier run left in `output_dir` is neither resumed nor deleted.
     """

@@ -286,9 +286,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut, where a folder can be synchronised: not on Windows."""
-    with suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -55,8 +55,7 @@ def build_document_context(
             prompt, found = _lay_out(builder, question, sources, chosen, passages)
             tokens = counted[key] = builder.budget.of_prompt(prompt)
             if tokens <= target and (best is None or tokens > best["tokens"]):
-                made = {"prompt": prompt, "tokens": tokens, "paragraphs": len(sources)}
-                best = made | {"evidence": found, "dropped": []}
+                best = dict(prompt=prompt, tokens=tokens, paragraphs=len(sources), evidence=found, dropped=[])
                 all_evidence = not any(set(window) - set(question.evidence) for window in chosen)
         tokens = counted[key]
         left = target - tokens

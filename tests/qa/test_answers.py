@@ -398,7 +398,7 @@ PARTED = re.compile(r"\d(?:_|[^\w\s])+\d")
 
 @given(ASCII | ARTICLES)
 def test_of_ascii_the_form_is_squads(text):
-    """But for signs that count."""
+    """Hold it but for signs that count."""
     form, official = judged_form(text), normalize_answer(text)
     assert form == _judged_words(text).replace("_", "")
     assert normalize_answer(form) == official or PARTED.search(text)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are there and whole, and what is moved aside."""
+"""Check which checkpoints of a run are there and whole, and what is moved aside."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from solopo_plugin.qa.files import DataError
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with whole checkpoints of steps 2, 9 and 10, a cut off one, and what is no checkpoint."""
+    """Make a run with whole checkpoints of steps 2, 9 and 10, a cut off one, and what is no checkpoint."""
     for step in (10, 2, 9, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(f'{{"global_step": {step}}}')
@@ -33,7 +33,7 @@ def test_checkpoints_are_in_the_order_of_steps(run):
     (None, []), ("checkpoint-9", [2, 9]), ("checkpoint-10", [2, 9, 10]), ("checkpoint-12", [2, 9, 10, 12])
 ])  # fmt: skip
 def test_an_earlier_runs_checkpoints_are_moved_aside(run, start, left):
-    """A state that cannot be read moves nothing."""
+    """Move nothing for a state that cannot be read."""
     (run / "_earlier_checkpoint-10").mkdir()
     (run / "_earlier_checkpoint-10/old").touch()
     moved = set_earlier_aside(run, start and str(run / start))
@@ -46,7 +46,7 @@ def test_an_earlier_runs_checkpoints_are_moved_aside(run, start, left):
 
 @pytest.mark.parametrize("start, left", [("other/checkpoint-9", []), ("run/checkpoint-9", [2, 9]), ("to", [2, 9])])
 def test_a_start_in_another_folder_leaves_no_checkpoint(run, tmp_path_factory, start, left):
-    """It is no past of theirs; one in this folder is, whatever it is called."""
+    """Take it for no past of theirs; one in this folder is, whatever it is called."""
     folder = tmp_path_factory.mktemp("links")
     shutil.copytree(run, folder / "other")
     (folder / "run").symlink_to(run)
@@ -62,7 +62,7 @@ def test_a_checkpoint_that_cannot_be_moved_is_said(run):
 
 
 def test_a_checkpoint_of_a_clock_ahead_is_dated_now(run):
-    """The Trainer keeps the latest by the clock."""
+    """Set it back, since the Trainer keeps the latest by the clock."""
     now = time.time()
     os.utime(run / "checkpoint-2", (now + 3600, now + 3600))
     os.utime(run / "checkpoint-9", (now - 3600, now - 3600))

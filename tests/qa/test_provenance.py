@@ -37,7 +37,7 @@ def test_data_is_read_whole(model):
 
 
 def test_a_model_with_code_of_its_own_is_known_by_it_too(model):
-    """With `trust_remote_code` it decides what the model answers; folders without keep the hashes of before."""
+    """Count it, since it decides what the model answers; folders without it keep the hashes of before."""
     (model / "modeling_x.py").write_text("one")
     before = model_hash(model, WEIGHTS + TOKENIZER)
     (model / "modeling_x.py").write_text("two")

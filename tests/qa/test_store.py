@@ -149,7 +149,7 @@ def test_what_cannot_be_opened_is_a_sentence(tmp_path):
 
 
 def locked_with_a_worker(folder: Path, pipe) -> None:
-    """A run that has forked a worker, as a DataLoader does; it tells the worker's number, and waits."""
+    """Be a run that has forked a worker, as a DataLoader does; tell the worker's number, and wait."""
     with lock_folder(folder, "output_dir"):
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         worker.start()
@@ -161,7 +161,7 @@ def locked_with_a_worker(folder: Path, pipe) -> None:
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_lock_ends_with_its_run_while_its_workers_live_on(tmp_path, killed):
-    """Persistent ones do, and those of a run that was stopped or killed."""
+    """Leave the workers alive, as persistent ones are, and those of a run that was stopped or killed."""
     here, there = multiprocessing.Pipe()
     run = multiprocessing.get_context("fork").Process(target=locked_with_a_worker, args=(tmp_path, there))
     run.start()
@@ -185,7 +185,7 @@ def test_a_lock_ends_with_its_run_while_its_workers_live_on(tmp_path, killed):
 
 
 def test_a_lock_stays_when_a_forked_process_leaves_its_block(tmp_path):
-    """As by an exception there; and it ends with its block where another has a copy of the file."""
+    """Leave it as by an exception there; end it with its block where another has a copy of the file."""
     lock = lock_folder(tmp_path, "output_dir")
     lock.__enter__()
     forked = multiprocessing.get_context("fork").Process(target=lock.__exit__, args=(None, None, None))

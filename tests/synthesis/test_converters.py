@@ -199,7 +199,7 @@ JAPANESE = "東京タワーは、日本の東京都港区にある、高さ三�
 
 @pytest.mark.parametrize("text", [CHINESE, JAPANESE])
 def test_lines_of_scripts_without_spaces_are_joined_without_one(text, tmp_path, monkeypatch):
-    """Wherever a line ends; beside words of other scripts, and in Korean, stands a blank."""
+    """Join them wherever a line ends; beside words of other scripts, and in Korean, stands a blank."""
     monkeypatch.setattr("pdfminer.high_level.extract_text", lambda path: path.read_text())
     for end in range(40, len(text) - 1):
         for name in ("a.txt", "a.md", "a.pdf"):

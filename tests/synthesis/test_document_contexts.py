@@ -113,7 +113,7 @@ def test_a_long_document_is_cut_around_its_evidence(handbook, model):
 
 @pytest.mark.parametrize("sentences", [1, 6])
 def test_a_long_document_fills_the_context(tmp_path, model, sentences, monkeypatch):
-    """However long its headings are, which the context shows once; and no context of a question is laid out twice."""
+    """Fill it however long its headings are, which the context shows once; lay no context of a question out twice."""
     laid_out: list[str] = []
 
     def note(builder, question, sources, chosen, passages, lay_out=document_contexts._lay_out):

@@ -152,7 +152,7 @@ def test_two_hundred_pages(read, tmp_path):
 
 
 def test_repeated_passages_are_taken_once(read, tmp_path):
-    """Equal whatever case, quotes, dashes and spaces; one that differs in a number or another sign stays."""
+    """Ignore case, quotes, dashes and spaces; keep one that differs in a number or another sign."""
     for name, text in {
         "a": "The “fee” is 3 florins - a day.", "b": 'the  "fee" is 3\nflorins – a day.', "c": "The fee is 4 florins.",
         "d": "Use C++ here.", "e": "Use C# here.", "f": "`x = a + b`", "g": "`x = a - b`", "h": "Use C  here.",
@@ -183,7 +183,7 @@ def test_documents_are_data(read, tmp_path, monkeypatch):
 
 
 def test_a_converted_file_is_kept_and_another_one_is_not(read, tmp_path, monkeypatch):
-    """A run that was killed converts what is left; another version of the converters converts all again."""
+    """Convert what a killed run has left, and all again by another version of the converters."""
     folder = tmp_path / "in"
     folder.mkdir()
     write_docx(folder / "a.docx", [(1, "A"), (0, "First text.")])

@@ -168,7 +168,7 @@ def test_hops_and_documents_take_turns():
 
 
 def test_a_pair_counts_for_both_of_its_documents():
-    """And one that is left out for neither: another document's questions stay."""
+    """Count one that is left out for neither: another document's questions stay."""
     made = []
     for i in range(30):
         passages = [{"id": f"{source}#{i}", "source": source} for source in (f"a{i % 4}.md", "z.md")]
