@@ -127,7 +127,7 @@ def _model(path: str, recipe: EvalRecipe, step: int | None = None) -> Model:
         _check_once(folder, recipe)
         _check_weights(folder, "model*.safetensors", "pytorch_model*.bin", "*.safetensors")
         return Model(str(folder), step=step)
-    if step is None and any(folder.glob("checkpoint-*")):
+    if step is None and by_step(folder):
         raise DataError(f"{folder} holds checkpoints and no model of its own; write `checkpoints: {folder}`.")
     raise DataError(
         f"{folder} holds no model: neither config.json nor adapter_config.json is there; before it is trained ask the "

@@ -175,6 +175,21 @@ def attention_rows(model: nn.Module, take: Callable[[int, Tensor, Tensor], None]
             handle.remove()
 
 
+def check_attends(base: nn.Module) -> None:
+    """Refuse a network with layers that keep a state and have no attention weights.
+
+    Raises:
+        DataError: One of its layers is recurrent.
+    """
+    config = base.config.get_text_config()
+    kinds = {kind for key in ("layer_types", "block_types") for kind in getattr(config, key, None) or ()}
+    if found := RECURRENT & kinds:
+        raise DataError(
+            f"{type(base).__name__} has layers without attention weights (`{min(found)}`); give a model that attends "
+            "in all layers."
+        )
+
+
 @torch.inference_mode()
 def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], regions: list[str]) -> dict[str, Tensor]:
     """Measure the attention and the log-probs of a response.
@@ -196,13 +211,7 @@ def attend(model: nn.Module, prompt_ids: list[int], response_ids: list[int], reg
         DataError: The model shows no attention weights, or has layers without.
     """
     base, n = base_of(model), len(response_ids)
-    config = base.config.get_text_config()
-    kinds = {kind for key in ("layer_types", "block_types") for kind in getattr(config, key, None) or ()}
-    if found := RECURRENT & kinds:
-        name, kind = type(base).__name__, min(found)
-        raise DataError(
-            f"{name} has layers without attention weights (`{kind}`); give a model that attends in all layers."
-        )
+    check_attends(base)
     device = base.device
     region_T = torch.tensor([REGIONS.index(name) for name in (*regions, *["response"] * (n - 1))], device=device)
     member_TG = nn.functional.one_hot(region_T, len(REGIONS)).float()
