@@ -106,12 +106,12 @@ class SoloTrainer(CustomDPOTrainer):
         aligned = self.objective is solopo and args.solopo_alpha > 0 and (args.distills or not args.solopo_detach_short)
         self.may_collapse = aligned or args.solopo_objective == "distill"
 
-    def _save_checkpoint(self, *args):
+    def _save_checkpoint(self, *args, **kwargs):
         """Do the Trainer's, and let trainer_state.json say what the run is trained on, which a resume looks at."""
         self.state.stateful_callbacks[ROWS] = self.rows
         if self.args.should_save:
             set_back_from_the_future(self.args.output_dir)
-        super()._save_checkpoint(*args)
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self):
         """Do the Trainer's, but leave logits in 16 bits where accelerate, with autocast, makes all fp32 at once.
@@ -203,6 +203,20 @@ class SoloTrainer(CustomDPOTrainer):
                 f"Loss is not finite in {when}, rows {bad}. Lower `learning_rate` or `solopo_alpha`, or look at the "
                 "rows; the last checkpoint is unharmed."
             )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Return the Trainer's; stop at a gradient that is not finite, as a loss that is can have, before it is saved.
+
+        The scaler of fp16 leaves out such a step by itself.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient is not finite in training step {self.state.global_step + 1}, though the loss is: lower "
+                "`learning_rate`, or let another kernel attend (docs/troubleshooting.md); the last checkpoint is "
+                "unharmed."
+            )
+        return norm
 
     # ---- around the step
 

@@ -3,21 +3,20 @@
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_config, load_model, load_tokenizer
-from llamafactory.model.model_utils.rope import configure_rope
 from llamafactory.train.callbacks import PissaConvertCallback
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.training_args import ParallelMode
 
 from . import __version__
@@ -37,6 +36,8 @@ from .sequence_parallel import why_not_shared
 from .trainer import ROWS, SoloTrainer
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
+# what attends in padded batches: cuDNN's gradients under a mask can be NaN since torch 2.11 (pytorch's issue 196678)
+MASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
@@ -48,8 +49,6 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
             check_resume(training_args, finetuning_args.use_badam, data_args.streaming, rows)
         if (size := finetuning_args.solopo_sequence_parallel) > 1:
             check_sharing(size, model_args)
-        if model_args.rope_scaling is not None:
-            check_rope(model_args)
         tokenizer_module, dataset_module = load_data(model_args, data_args, training_args)
         with drawn_from(training_args.seed):
             model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
@@ -81,7 +80,8 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         if training_args.do_train:
             begin(trainer)
     if training_args.do_train:
-        train(trainer)
+        with nullcontext() if packed else sdpa_kernel(MASKED):
+            train(trainer)
     if training_args.do_eval:
         evaluate(trainer, against_itself=ref_model is model)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
@@ -92,21 +92,6 @@ def check_sharing(size: int, model_args) -> None:
     heads = load_config(model_args).get_text_config().num_attention_heads
     if reason := why_not_shared(size, heads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
         raise ValueError(reason)
-
-
-def check_rope(model_args) -> None:
-    """Refuse a `rope_scaling` with which the host would fail when it loads the model, after all rows are tokenised."""
-    host = logging.get_logger(configure_rope.__module__)
-    host.disabled = True  # it says the same when it loads the model
-    try:
-        configure_rope(load_config(model_args), model_args)
-    except StrictDataclassFieldValidationError:
-        raise ValueError(
-            "The host's `rope_scaling` does not work with transformers 5; remove it, and write the scaling into the "
-            'model\'s config.json (docs/training.md, "Rows longer than one GPU").'
-        ) from None
-    finally:
-        host.disabled = False
 
 
 def check_best_exists(trainer: SoloTrainer) -> None:

@@ -250,6 +250,66 @@ def test_a_non_finite_loss_stops_with_step_and_rows(run, recipe):
         run(recipe(learning_rate=1e30, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant"))
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_non_finite_gradient_of_a_finite_loss_stops_before_it_is_saved(run, recipe, tmp_path, monkeypatch, clip):
+    """Emulate attention's backward that gives NaN, as cuDNN's can; the weights of the step before stay good."""
+    from safetensors.torch import load_file
+
+    from solopo_plugin.trainer import SoloTrainer
+
+    step = SoloTrainer.training_step
+
+    def spoiled(self, model, *args):
+        loss = step(self, model, *args)
+        if self.state.global_step == 1:
+            model.model.layers[0].self_attn.q_proj.weight.grad[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(SoloTrainer, "training_step", spoiled)
+    keys = dict(save_strategy="steps", save_steps=1, save_only_model=True, max_grad_norm=clip)
+    with pytest.raises(FloatingPointError, match="The gradient is not finite in training step 2, though the loss is"):
+        run(recipe(**keys))
+    (kept,) = (tmp_path / "out").glob("checkpoint-*")
+    assert kept.name == "checkpoint-1"
+    assert all(weight.isfinite().all() for weight in load_file(kept / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("forward", ["packed", "two_stage"])
+def test_cudnn_does_not_attend_in_padded_batches(run, recipe, monkeypatch, forward):
+    """Keep its backward, which a mask can make NaN, from training in two stages, and from nothing else."""
+    from solopo_plugin.trainer import SoloTrainer
+
+    kernels, step = [], SoloTrainer.solopo_step
+
+    def seen(self, model, inputs):
+        cuda = torch.backends.cuda
+        kernels.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()))
+        return step(self, model, inputs)
+
+    monkeypatch.setattr(SoloTrainer, "solopo_step", seen)
+    run(recipe(pref_loss="orpo", solopo_forward=forward, max_steps=1))
+    assert set(kernels) == {(forward == "packed", True, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_checkpoint_just_in_time(run, recipe, tmp_path, monkeypatch):
+    """Save a whole checkpoint where the Trainer asks for one at SIGTERM, with keywords of its own."""
+    from solopo_plugin.qa.checkpoints import whole
+    from solopo_plugin.trainer import SoloTrainer
+
+    step = SoloTrainer.training_step
+
+    def told_to_end(self, *args):
+        (manager,) = (m for c in self.callback_handler.callbacks if (m := getattr(c, "jit_manager", None)))
+        manager.is_checkpoint_requested = self.state.global_step == 2
+        return step(self, *args)
+
+    monkeypatch.setattr(SoloTrainer, "training_step", told_to_end)
+    run(recipe(enable_jit_checkpoint=True, pref_loss="orpo"))
+    assert [path.name for path in whole(tmp_path / "out")] == ["checkpoint-2"]
+    assert not [*(tmp_path / "out").glob("*/checkpoint-is-incomplete.txt")]
+
+
 def test_bf16_is_near_fp32(run, recipe, tmp_path):
     """Mixed precision on the CPU: the first loss, a mean over tokens, is the same to bf16's 8 bits (relative 2^-8)."""
     args = dict(pref_loss="orpo", max_steps=1)

@@ -22,6 +22,8 @@ REFUSED = {  # keys of the host that would change or bypass the step, unless the
     "shift_attn": "short and long sequences would attend differently",
     "mixture_of_depths": "tokens of the response could skip layers",
     "export_quantization_bit": "it quantizes what is trained",
+    "rope_scaling": "the host's fails with transformers 5, and the model's config.json takes it (docs/training.md, "
+    '"Rows longer than one GPU")',
     "packing": "rows of pairs cannot be packed by the host",
     "neftune_noise_alpha": "its noise depends on the length of what runs as one row, so the short and the long context "
     "get different noise and the alignment is trained on the difference",
