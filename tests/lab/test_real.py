@@ -494,6 +494,12 @@ def brief():
     return report_real.bases_in(report_real.RUNS, "real:brief")[0]
 
 
+@pytest.fixture(scope="module")
+def again():
+    """Runs of the brief size from the base that was made once more."""
+    return report_real.bases_in(report_real.RUNS, "real:brief")[1]
+
+
 def said(sentence: str) -> bool:
     page = report_real.DOCS.read_text(encoding="utf-8")
     return sentence in " ".join(page.split("**What has been measured:**")[1].split("\n`make lab-real")[0].split())
@@ -520,7 +526,7 @@ def only_one(results, first: str, second: str, tokens: int) -> list[int]:
     return [pairs.count((1, 0)), pairs.count((0, 1))]
 
 
-def test_what_is_said_of_what_was_run(small, brief):
+def test_what_is_said_of_what_was_run(small, brief, again):
     assert {name: {*runs} for (name, _), runs in small.all.items()} == dict.fromkeys(small.names, {0})
     of_three, of_one = {"solo_orpo_detached", "orpo_short"}, {"orpo_expand_long", "sft_more"}
     seeds = dict.fromkeys(of_three, {0, 1, 2}) | dict.fromkeys(of_one, {0})
@@ -542,6 +548,13 @@ def test_what_is_said_of_what_was_run(small, brief):
         "answers; and two more of seed 0: ORPO by the host's `stage: dpo` on the same pairs behind the long contexts, "
         f"and the warm-up continued for as many tokens, {longer} steps. Its base"
     )
+    assert said(
+        "once more by the same recipe (no. 2 in the tables, 2026-11-28) for one more run of seed 0, SoLo-ORPO in the "
+        "paper's form on 92 pairs from it: its weights are not the first's to the bit, and it answers every test "
+        "question right or wrong as the first."
+    )
+    assert {name: {*runs} for (name, _), runs in again.all.items()} == {"solo_orpo": {0}}
+    assert again.base_marks == brief.base_marks and again.base_name != brief.base_name
     assert arms.recipe("real:brief", "orpo_expand_long")["stage"] == "dpo"
 
 
@@ -598,6 +611,28 @@ def test_what_is_said_of_the_arms_of_one_seed(brief):
     assert said(
         f"the warm-up continued has {on[0]} and {on[1]} (seed 0), where SoLo is ahead by "
         f"{more(brief, solo, 'sft_more', short)} and {more(brief, solo, 'sft_more', long)}."
+    )
+
+
+def test_what_is_said_of_the_papers_form(brief, again):
+    """Compare over two bases that answer alike; questions and seed of the training are the same."""
+    form, (short, long) = "solo_orpo", brief.lengths
+    keys, detached = (arms.recipe("real:brief", name) | {"output_dir": ""} for name in (form, "solo_orpo_detached"))
+    assert keys | {"solopo_detach_short": True} == detached and keys["solopo_alpha"] == 1
+    at, gained = at_lengths(again, form), [more(again, form, "base", tokens) for tokens in (short, long)]
+    ahead, alone = [], []
+    for tokens in (short, long):
+        pairs = [*zip(brief.marks("solo_orpo_detached", tokens)[0], again.marks(form, tokens)[0], strict=True)]
+        lead, half = report_real.over_both([[a - b for a, b in pairs]])
+        assert lead > half
+        ahead.append(report_real.cell(lead, half))
+        alone.append([pairs.count((1, 0)), pairs.count((0, 1))])
+    assert gained[0].startswith("-")
+    assert said(
+        f"has {at[0]} and {at[1]} (seed 0), at {short} tokens {gained[0][1:]} less than its base, at {long:,} "
+        f"{gained[1]} more. Detached it is ahead by {ahead[0]} and {ahead[1]} with the same seed: of the questions on "
+        f"which the two differ it has {alone[0][0]} and {alone[1][0]}, the paper's form {alone[0][1]} and "
+        f"{alone[1][1]}."
     )
 
 
