@@ -226,13 +226,8 @@ def kernel_for(
 
 def runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int, capability=None) -> bool:
     """Return whether torch's own FlashAttention-2 for variable lengths runs: on a GPU since Ampere, in 16 bits."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and head_size % 8 == 0
-        and head_size <= 256
-        and (capability or torch.cuda.get_device_capability(device)) >= (8, 0)
-    )
+    fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    return device.type == "cuda" and fits and (capability or torch.cuda.get_device_capability(device)) >= (8, 0)
 
 
 def runs_cudnn(device: torch.device, head_size: int, capability=None) -> bool:

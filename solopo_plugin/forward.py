@@ -61,31 +61,21 @@ class Packed:
     def __init__(self, args, *models: nn.Module | None, ranks: Ranks | None = None):
         """Let the models, policy and reference, take packed rows; `ranks` is None where none share a row."""
         self.args, self.ranks = args, ranks
-        self.collator = PackedCollator(
-            longpo=args.longpo,
-            long_pair=args.long_pair,
-            reference=args.use_ref_model,
-            distill=args.distills,
-            anchor=args.solopo_anchor > 0,
-        )
+        needs = dict(reference=args.use_ref_model, distill=args.distills, anchor=args.solopo_anchor > 0)
+        self.collator = PackedCollator(longpo=args.longpo, long_pair=args.long_pair, **needs)
         for model in filter(None, models):
             attention.prepare(model)
 
     def policy(self, model, batch: dict, anchor: Top | None = None) -> LogProbs:
         """Return all log-probs of the policy; `nll_B` is of the whole sequence where the row has one scored."""
-        packed = batch["policy"]
+        packed, args = batch["policy"], self.args
         row = self._score(model, packed)
         logps, nll_B = row.logps, -row.means.get("sequence", row.means["chosen"])
-        of_policy = LogProbs(
-            logps["chosen"], logps["rejected"], nll_B, logps.get("long_chosen"), logps.get("long_rejected")
-        )
-        if self.args.distills:
-            distill_P = self._kl(row, packed["distilled"], None, distill_form(self.args))
-            of_policy = of_policy._replace(distill_B=distill_P)
-        if anchor is not None:
-            anchor_P = self._kl(row, packed["anchored"], anchor, Form(chunk=self.args.solopo_logp_chunk))
-            of_policy = of_policy._replace(anchor_B=anchor_P)
-        return of_policy
+        longs = logps.get("long_chosen"), logps.get("long_rejected")
+        distill_P = self._kl(row, packed["distilled"], None, distill_form(args)) if args.distills else None
+        anchor_P = self._kl(row, packed["anchored"], anchor, Form(chunk=args.solopo_logp_chunk)) if anchor else None
+        of_policy = LogProbs(logps["chosen"], logps["rejected"], nll_B, *longs)
+        return of_policy._replace(distill_B=distill_P, anchor_B=anchor_P)
 
     def pair(self, model, batch: dict) -> Pair:
         """Return a model's log-probs of the short pair."""

@@ -161,11 +161,8 @@ def logits_of(row: dict, sides: Sequence[Sequence[tuple[int, ...]]]) -> dict:
         for of_place, n in zip(rows, spans, strict=True):
             of_place.extend(range(ends[n] - row["counts"][n], ends[n]))
     which = [[responses.index(spans) for spans in side] for side in sides]
-    return {
-        "rows": [torch.tensor(of_place, dtype=torch.long) for of_place in rows],
-        "counts": counts,
-        "responses_SP": torch.tensor(which),
-    }
+    places = [torch.tensor(of_place, dtype=torch.long) for of_place in rows]
+    return {"rows": places, "counts": counts, "responses_SP": torch.tensor(which)}
 
 
 @dataclass(kw_only=True)
