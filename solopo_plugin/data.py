@@ -205,6 +205,16 @@ def part_lengths(dataset) -> dict[str, np.ndarray]:
     return {name: of_rows[rows] for name, of_rows in n.items()}
 
 
+def trained_on(train, held_out) -> int:
+    """Count the rows held out that are rows of training too, by all their tokens; of others no more than lengths."""
+    lengths = [[*zip(*part_lengths(rows).values(), strict=True)] for rows in (train, held_out)]
+    both, hashes = {*lengths[0]}.intersection(lengths[1]), []
+    for rows, of_rows in zip((train, held_out), lengths, strict=True):
+        alike = rows.select([i for i, n in enumerate(of_rows) if n in both]).remove_columns("name")
+        hashes.append([hash(str(row)) for row in alike])
+    return sum(map({*hashes[0]}.__contains__, hashes[1]))
+
+
 def step_lengths(dataset, longpo: bool, long_pair: bool) -> list[int]:
     """Return the tokens that a packed step runs of each row, by which `group_by_length` groups in either form."""
     n = part_lengths(dataset)

@@ -23,7 +23,7 @@ from . import __version__
 from .args import loss_refers
 from .attention import base_of, how_a_step_runs, prepare, why_two_stages
 from .chunked_mlp import chunk_mlps
-from .data import data_sets, part_lengths, step_lengths
+from .data import data_sets, part_lengths, step_lengths, trained_on
 from .host.preflight import check_vocabulary, refusing
 from .host.saved import recorded
 from .losses import ANCHOR
@@ -138,6 +138,12 @@ def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
+    elif training_args.do_train and data_args.val_size > 1e-6 and (n := trained_on(*dataset_module.values())):
+        raise ValueError(
+            f"`val_size: {data_args.val_size:g}` holds rows out, and {n} of {len(dataset_module['eval_dataset'])} are "
+            "trained on too, since the data set has them more than once (`mix_strategy: interleave_over` repeats rows, "
+            "and so does a `num_samples` above their number); leave each in it once, or set `eval_dataset`."
+        )
     return tokenizer_module, dataset_module
 
 

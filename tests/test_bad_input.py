@@ -500,6 +500,27 @@ def test_saved_rows_that_were_drawn_belong_to_their_seed(run, tokenised, tmp_pat
     refused(run, tokenised(val_size=0.5, tokenized_path=path, seed=8), "seed (there 7, here 8)")
 
 
+def test_rows_held_out_are_not_trained_on(run, recipe, tmp_path):
+    """The host repeats rows, in two ways, before it splits them; a file may have one twice, as well."""
+    folder = write_dataset(tmp_path / "data", GOOD, num_samples=12)
+    write_dataset(tmp_path / "data", GOOD, "once")
+    write_dataset(tmp_path / "data", demo_rows(8)[4:], "others")
+    write_dataset(
+        tmp_path / "data", [*GOOD, *(row | {"long_prompt": row["long_prompt"] + " So."} for row in GOOD)], "longer"
+    )
+    write_dataset(tmp_path / "data", [*GOOD, *GOOD], "twice")
+    common = dict(dataset_dir=folder, max_samples=None, val_size=0.5, eval_strategy="epoch")
+    mixed = dict(dataset="once,others", mix_strategy="interleave_over", interleave_probs="0.1,0.9")
+    for changes in ({"dataset": "rows"}, {"dataset": "twice"}, mixed):
+        sentence = (
+            r"`val_size: 0\.5` holds rows out, and \d+ of \d+ are trained on too, since the data set has them more"
+        )
+        refused(run, recipe(**common | changes), sentence)
+        reaches_the_model(run, recipe(**common | changes | {"do_train": False, "do_eval": True}))
+    for changes in ({"dataset": "once"}, {"dataset": "longer"}, {"dataset": "once,others"}):
+        reaches_the_model(run, recipe(**common | changes))
+
+
 @pytest.mark.parametrize("left", ["rows of another stage", "no record", "half a record"])
 def test_saved_rows_of_which_nothing_is_known(run, tokenised, tmp_path, left):
     from datasets import Dataset, DatasetDict
