@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 from .args import CHUNK
 from .qa.files import replacing
 
-KINDS = ("forward", "reverse", "jsd")
-
 
 class Rows(NamedTuple):
     """Hold a teacher as logits (M, V), any float dtype, and which of their rows each token has, (N,)."""

@@ -130,15 +130,9 @@ def pack(groups: Sequence[Group], score_sequences: bool = False) -> dict:
             alone = Segment((first, end), ((start, behind), (first, end)))
             segments.append(alone if i else Segment((start, end), ((start, end),)))
             score([behind - 1, *range(first, end - 1)], response)
-    return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([places]),
-        "positions_K": torch.tensor(positions),
-        "targets_K": torch.tensor(targets),
-        "counts_N": torch.tensor(counts),
-        "counts": counts,
-        "plan": Plan(tuple(segments)),
-    }
+    row = {"input_ids": [ids], "position_ids": [places], "positions_K": positions, "targets_K": targets}
+    tensors = {name: torch.tensor(numbers) for name, numbers in (row | {"counts_N": counts}).items()}
+    return tensors | {"counts": counts, "plan": Plan(tuple(segments))}
 
 
 def logits_of(row: dict, sides: Sequence[Sequence[tuple[int, ...]]]) -> dict:

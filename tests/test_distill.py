@@ -5,6 +5,7 @@ gets no gradient; no more fp32 rows exist than are asked for.
 """
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from by_hand import (
 )
 from test_packing import assert_equal, both_ways
 
-from solopo_plugin.distill import KINDS, Form, Rows, Top, divergence, token_kl, top_of, top_of_rows
+from solopo_plugin.args import FIELDS
+from solopo_plugin.distill import Form, Rows, Top, divergence, token_kl, top_of, top_of_rows
 
 T, W = 6, 11  # tokens and words
+KINDS = get_args(FIELDS["solopo_distill_kl"].type)
 
 
 def logits(seed: int = 0, n: int = T, words: int = W, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
