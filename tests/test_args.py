@@ -136,6 +136,19 @@ WATCHES, LOSS = "`early_stopping_steps: 2` needs a metric to watch: set", "`metr
     (dict(early_stopping_steps=2, eval_on_each_dataset=True, **WATCHED),
      f"{WATCHES} `metric_for_best_model` (such as `NAME_loss`, with the name of a data set)."),
     (dict(early_stopping_steps=2, metric_for_best_model="loss", **WATCHED), None),
+    (dict(lr_scheduler_type="reduce_lr_on_plateau", metric_for_best_model="rewards/margins", **WATCHED),
+     "`lr_scheduler_type: reduce_lr_on_plateau` would take a better `rewards/margins` for a worse one, and lower the "
+     "rate; set `lr_scheduler_kwargs: {mode: max}`."),
+    (dict(lr_scheduler_type="greedy", metric_for_best_model="rewards/accuracies", **WATCHED),
+     "`lr_scheduler_type: greedy` would take a better `rewards/accuracies` for a worse one"),
+    (dict(lr_scheduler_type="greedy", lr_scheduler_kwargs={"mode": "max"}, **WATCHED),
+     "`lr_scheduler_type: greedy` would take a better `loss` for a worse one, and lower the rate; set "
+     "`lr_scheduler_kwargs: {mode: min}`."),
+    (dict(lr_scheduler_type="greedy", lr_scheduler_kwargs={"mode": "max"}, metric_for_best_model="rewards/margins",
+          **WATCHED), None),
+    (dict(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"patience": 0}, **WATCHED), None),
+    (dict(lr_scheduler_type="reduce_lr_on_plateau", metric_for_best_model="solopo/nll", greater_is_better=False,
+          **WATCHED), None),
     (dict(finetuning_type="lora", quantization_bit=4), "`quantization_bit: 4` does not train on a CPU: bitsandbytes "
      "packs the weights anew when it first evaluates, and part of the gradient is lost; set `quantization_bit: 8`, "),
     (dict(finetuning_type="lora", quantization_bit=4, do_train=False, do_eval=True, **WATCHED), None),

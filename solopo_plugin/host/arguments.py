@@ -52,6 +52,7 @@ UNREAD = {
 }
 LOWER = ("solopo/nll", "solopo/reward_gap", "solopo/anchor_kl", "logps/rejected", "rewards/rejected")  # is better
 PURE_BF16_LR = 1e-4  # about the step of a bf16 weight of 0.02, below which updates are lost; ours
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that go by the best checkpoint's metric
 ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
 
 
@@ -205,7 +206,8 @@ def _of_a_stream(given: Callable[[str], Any]) -> Iterator[str]:
 
 
 def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
-    if "layerwise" in (optim := str(getattr(given("optim"), "value", given("optim")))):
+    optim, schedule = (str(getattr(of := given(key), "value", of)) for key in ("optim", "lr_scheduler_type"))
+    if "layerwise" in optim:
         yield f"`optim: {optim}` does not work with `stage: solopo`: {LAYERWISE}; remove it."
     ratio = "badam_mode: ratio" if args.use_badam and args.badam_mode == "ratio" else None
     unfused = next((key for key in ("use_galore", "use_apollo") if given(key)), ratio)
@@ -213,6 +215,13 @@ def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
         yield f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
     if given("disable_gradient_checkpointing") and given("gradient_checkpointing"):
         yield "`gradient_checkpointing: true` undoes `disable_gradient_checkpointing: true`; remove one of the two."
+    mode = {True: "max", False: "min"}.get(given("greater_is_better"))  # None on the board: transformers fills it in
+    if mode and schedule in BY_METRIC and (given("lr_scheduler_kwargs") or {}).get("mode", "min") != mode:
+        metric = given("metric_for_best_model")
+        yield (
+            f"`lr_scheduler_type: {schedule}` would take a better `{metric}` for a worse one, and lower the rate; set "
+            f"`lr_scheduler_kwargs: {{mode: {mode}}}`."
+        )
     if args.early_stopping_steps:
         loss = "`NAME_loss`, with the name of a data set" if given("eval_on_each_dataset") else "`loss`"
         watched = given("metric_for_best_model") or given("load_best_model_at_end")
