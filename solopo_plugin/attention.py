@@ -81,12 +81,10 @@ def why_two_stages(solopo_forward: str, *models) -> str | None:
     """Return why the step has two stages, or None where it is packed: as `solopo_forward` says and the models allow."""
     if solopo_forward == "two_stage":
         return "`solopo_forward: two_stage`"
-    reasons = [reason for model in models if model is not None and (reason := why_not_packed(model))]
-    if reasons and solopo_forward == "packed":
-        raise ValueError(
-            f"`solopo_forward: packed` does not run on this model: {reasons[0]}. Set `auto` or `two_stage`."
-        )
-    return reasons[0] if reasons else None
+    found = [reason for model in models if model is not None and (reason := why_not_packed(model))]
+    if found and solopo_forward == "packed":
+        raise ValueError(f"`solopo_forward: packed` does not run on this model: {found[0]}. Set `auto` or `two_stage`.")
+    return found[0] if found else None
 
 
 def base_of(model) -> PreTrainedModel:
@@ -250,9 +248,7 @@ def varlen_segments(
     query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
     order = [i for keys in layout.keys for i in keys]
     if order != [*range(len(layout.pieces))]:  # a shared prompt's keys come once per response; or some are left out
-        key, value = (
-            torch.cat([pieces[i] for i in order]) for pieces in (key.split(layout.pieces), value.split(layout.pieces))
-        )
+        key, value = (torch.cat([x[i] for i in order]) for x in (key.split(layout.pieces), value.split(layout.pieces)))
     lengths = (layout.cu_queries, layout.cu_keys, layout.longest_queries, layout.longest_keys)
     output = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(window - 1 if window else -1, 0))
     assert isinstance(output, Tensor)  # for the type checker: asked for more, it returns a tuple

@@ -39,9 +39,8 @@ class Pair(NamedTuple):
 
 def distill_form(args) -> Form:
     """Return the divergence that a recipe asks for."""
-    return Form(
-        args.solopo_distill_kl, args.solopo_distill_temperature, args.solopo_distill_topk, args.solopo_logp_chunk
-    )
+    of_recipe = args.solopo_distill_kl, args.solopo_distill_temperature, args.solopo_distill_topk
+    return Form(*of_recipe, args.solopo_logp_chunk)
 
 
 class ScoredRow(NamedTuple):

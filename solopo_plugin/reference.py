@@ -199,12 +199,10 @@ def with_reference_logps(trainer, model_args, finetuning_args, load: Callable[[]
     trainer.accelerator.wait_for_everyone()
 
     splits = data_sets(trainer.train_dataset, trainer.eval_dataset)
-    keys = {  # of each row's pairs
-        name: [[row_key(pair) for pair in pairs_of(row)] for row in split.select_columns(SEEN)]
-        for name, split in splits.items()
-    }
+    keys: dict[tuple[str, str], list[list[str]]] = {}  # of each row's pairs
     rows: dict[str, tuple[Any, int, int]] = {}  # the distinct ones by key: data set, index, number of the pair
     for name, split in splits.items():
+        keys[name] = [[row_key(pair) for pair in pairs_of(row)] for row in split.select_columns(SEEN)]
         for index, of_row in enumerate(keys[name]):
             for m, key in enumerate(of_row):
                 rows.setdefault(key, (split, index, m))
