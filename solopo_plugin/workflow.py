@@ -140,9 +140,8 @@ def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
         configure_streaming(dataset_module, training_args)
     elif training_args.do_train and data_args.val_size > 1e-6 and (n := trained_on(*dataset_module.values())):
         raise ValueError(
-            f"`val_size: {data_args.val_size:g}` holds rows out, and {n} of {len(dataset_module['eval_dataset'])} are "
-            "trained on too, since the data set has them more than once (`mix_strategy: interleave_over` repeats rows, "
-            "and so does a `num_samples` above their number); leave each in it once, or set `eval_dataset`."
+            f"`val_size: {data_args.val_size:g}` holds out {n} rows that are trained on, too: they come several times "
+            "(`mix_strategy: interleave_over` and `num_samples` may repeat rows); set `eval_dataset`, or repeat none."
         )
     return tokenizer_module, dataset_module
 

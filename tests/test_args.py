@@ -137,13 +137,12 @@ WATCHES, LOSS = "`early_stopping_steps: 2` needs a metric to watch: set", "`metr
      f"{WATCHES} `metric_for_best_model` (such as `NAME_loss`, with the name of a data set)."),
     (dict(early_stopping_steps=2, metric_for_best_model="loss", **WATCHED), None),
     (dict(lr_scheduler_type="reduce_lr_on_plateau", metric_for_best_model="rewards/margins", **WATCHED),
-     "`lr_scheduler_type: reduce_lr_on_plateau` would take a better `rewards/margins` for a worse one, and lower the "
-     "rate; set `lr_scheduler_kwargs: {mode: max}`."),
+     "`reduce_lr_on_plateau` takes a better `rewards/margins` for a worse one; set "
+     "`lr_scheduler_kwargs: {mode: max}`."),
     (dict(lr_scheduler_type="greedy", metric_for_best_model="rewards/accuracies", **WATCHED),
-     "`lr_scheduler_type: greedy` would take a better `rewards/accuracies` for a worse one"),
+     "`greedy` takes a better `rewards/accuracies` for a worse one; set `lr_scheduler_kwargs: {mode: max}`."),
     (dict(lr_scheduler_type="greedy", lr_scheduler_kwargs={"mode": "max"}, **WATCHED),
-     "`lr_scheduler_type: greedy` would take a better `loss` for a worse one, and lower the rate; set "
-     "`lr_scheduler_kwargs: {mode: min}`."),
+     "`greedy` takes a better `loss` for a worse one; set `lr_scheduler_kwargs: {mode: min}`."),
     (dict(lr_scheduler_type="greedy", lr_scheduler_kwargs={"mode": "max"}, metric_for_best_model="rewards/margins",
           **WATCHED), None),
     (dict(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"patience": 0}, **WATCHED), None),

@@ -52,7 +52,6 @@ UNREAD = {
 }
 LOWER = ("solopo/nll", "solopo/reward_gap", "solopo/anchor_kl", "logps/rejected", "rewards/rejected")  # is better
 PURE_BF16_LR = 1e-4  # about the step of a bf16 weight of 0.02, below which updates are lost; ours
-BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that go by the best checkpoint's metric
 ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
 
 
@@ -215,24 +214,20 @@ def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
         yield f"`{unfused}` does not run with the host's default `optim: adamw_torch_fused`; set `optim: adamw_torch`."
     if given("disable_gradient_checkpointing") and given("gradient_checkpointing"):
         yield "`gradient_checkpointing: true` undoes `disable_gradient_checkpointing: true`; remove one of the two."
-    mode = {True: "max", False: "min"}.get(given("greater_is_better"))  # None on the board: transformers fills it in
-    if mode and schedule in BY_METRIC and (given("lr_scheduler_kwargs") or {}).get("mode", "min") != mode:
-        metric = given("metric_for_best_model")
-        yield (
-            f"`lr_scheduler_type: {schedule}` would take a better `{metric}` for a worse one, and lower the rate; set "
-            f"`lr_scheduler_kwargs: {{mode: {mode}}}`."
-        )
-    if args.early_stopping_steps:
+    # on the board there is no mode: transformers fills `greater_is_better` in
+    mode, metric = {True: "max", False: "min"}.get(given("greater_is_better")), given("metric_for_best_model")
+    by_metric = mode and schedule in ("reduce_lr_on_plateau", "greedy")
+    if by_metric and (given("lr_scheduler_kwargs") or {}).get("mode", "min") != mode:
+        yield f"`{schedule}` takes a better `{metric}` for a worse one; set `lr_scheduler_kwargs: {{mode: {mode}}}`."
+    if steps := args.early_stopping_steps:
         loss = "`NAME_loss`, with the name of a data set" if given("eval_on_each_dataset") else "`loss`"
-        watched = given("metric_for_best_model") or given("load_best_model_at_end")
         needs = {
-            f"`metric_for_best_model` (such as {loss})": watched,
+            f"`metric_for_best_model` (such as {loss})": metric or given("load_best_model_at_end"),
             "`eval_strategy`": given("eval_strategy") not in (None, "no"),
             "`eval_dataset` or `val_size`": given("eval_dataset") or given("val_size") or given("tokenized_path"),
         }
         if missing := [key for key, there in needs.items() if not there]:
-            steps = f"`early_stopping_steps: {args.early_stopping_steps}`"
-            yield f"{steps} needs a metric to watch: set {' and '.join(missing)}."
+            yield f"`early_stopping_steps: {steps}` needs a metric to watch: set {' and '.join(missing)}."
     if given("quantization_bit") == 4 and given("quantization_method") == "bnb" and _on_cpu(given):
         yield (
             "`quantization_bit: 4` does not train on a CPU: bitsandbytes packs the weights anew when it first "
