@@ -186,9 +186,6 @@ def check_loss(args) -> None:
         )
     if args.longpo and args.pref_loss != "sigmoid":
         raise ValueError(f"`solopo_objective: longpo` is a DPO loss: set `pref_loss: sigmoid`, got {args.pref_loss!r}.")
-    for name in ("pref_beta", "pref_ftx", "simpo_gamma", "dpo_label_smoothing"):
-        if sentence := number_fault(name, getattr(args, name)):
-            raise ValueError(sentence)
     for reason, names in without_effect(args).items():
         why = f"with `{reason}: {getattr(args, reason)}`"
         for name in names:
@@ -196,9 +193,9 @@ def check_loss(args) -> None:
             if value != default:
                 raise ValueError(f"`{name}: {value}` has no effect {why}; remove it, or set it to {default}.")
     for name in ("solopo_distill_temperature", "pref_beta"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"`{name}` must be > 0, got {getattr(args, name)!r}.")
-    if args.pref_ftx < 0:
+    if not 0 <= args.pref_ftx < math.inf:
         raise ValueError(f"`pref_ftx` must be >= 0, got {args.pref_ftx!r}.")
     if not 0 <= args.dpo_label_smoothing < 0.5:
         raise ValueError(f"`dpo_label_smoothing` must be in [0, 0.5), got {args.dpo_label_smoothing!r}.")

@@ -151,11 +151,14 @@ WATCHES, LOSS = "`early_stopping_steps: 2` needs a metric to watch: set", "`metr
     (dict(finetuning_type="lora", quantization_bit=4), "`quantization_bit: 4` does not train on a CPU: bitsandbytes "
      "packs the weights anew when it first evaluates, and part of the gradient is lost; set `quantization_bit: 8`, "),
     (dict(finetuning_type="lora", quantization_bit=4, do_train=False, do_eval=True, **WATCHED), None),
+    (dict(num_train_epochs=0, max_steps=1), None), (dict(max_grad_norm=float("inf")), None),
+    (dict(save_total_limit=None, warmup_steps=0, mix_strategy="interleave_over"), None),
     (dict(do_train=False), "There is nothing to do: set `do_train: true` or `do_eval: true`."),
     (dict(do_train=False, do_predict=True, eval_dataset="demo_solopo"),
      "`do_predict: True` has no effect in `stage: solopo`: the stage generates nothing; "
      "remove it, or set it to False."),
     (dict(learning_rate=None), "`learning_rate` must be a number, got None."),
+    (dict(num_train_epochs=None), "`num_train_epochs` must be a number, got None."),
 ])  # fmt: skip
 def test_settings_that_the_host_takes_and_fails_with(monkeypatch, keys, sentence):
     from llamafactory.hparams import parser

@@ -52,6 +52,7 @@ UNREAD = {
 }
 LOWER = ("solopo/nll", "solopo/reward_gap", "solopo/anchor_kl", "logps/rejected", "rewards/rejected")  # is better
 PURE_BF16_LR = 1e-4  # about the step of a bf16 weight of 0.02, below which updates are lost; ours
+NUMBERS = (int, float, int | None, float | None)  # types of keys
 ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
 
 
@@ -120,6 +121,8 @@ def _checking_keys(parser, parse_train_args, args=None):
     stage, ours = recipe.get("stage"), [key for key in recipe if key.startswith("solopo")]
     solo.check_keys(ours)
     check_best_direction(recipe)
+    if stage == "solopo" and recipe is args:  # of flags the host reads texts
+        check_kinds(recipe)
     if ours and stage != "solopo":
         raise ValueError(f"`{ours[0]}` has no effect in `stage: {stage}`; set `stage: solopo` or remove the key.")
     parsed = parse_train_args(args)
@@ -139,6 +142,16 @@ def check_best_direction(recipe: dict) -> None:
             f"`metric_for_best_model: {best}` is better when lower, and the host would keep the checkpoint with "
             "the highest; set `greater_is_better: false`."
         )
+
+
+def check_kinds(recipe: dict) -> None:
+    """Refuse what is no number, or a list, where a key of the host takes none: it ends in a traceback, maybe late."""
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
+    kinds = {key: kind for part in _TRAIN_ARGS for key, kind in get_type_hints(part).items() if kind in NUMBERS}
+    for key in [key for key in recipe if key in kinds and key not in solo.FIELDS]:
+        if not isinstance(value := recipe[key], kinds[key] | int) or value != value:
+            raise ValueError(solo.number_fault(key, value) or f"`{key}` must be a whole number, got {value!r}.")
 
 
 def refusals_of_keys(given: Callable[[str], Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ..args import FIELDS, SoloArguments, check_keys
 from . import board_texts
-from .arguments import check_best_direction, check_recipe
+from .arguments import check_best_direction, check_kinds, check_recipe
 from .data import LONG_COLUMN, check_stage
 from .preflight import misshapen, names_of
 from .stage import IN_LOG
@@ -308,6 +308,7 @@ def refusal(args: dict) -> str:
         check_best_direction(args)
         # the host drops nulls of its own
         args = {n: v for n, v in args.items() if v is not None or n in (*FROM_HOST, *WIDGETS)}
+        check_kinds(args)
         parts = HfArgumentParser([DataArguments, finetuning_args])
         _, tuning = parts.parse_dict(args, allow_extra_keys=True)
         if (unknown := sorted(args.keys() - keys)) and not is_env_enabled("ALLOW_EXTRA_ARGS"):
