@@ -117,6 +117,8 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "rank as text": ({"finetuning_type": "lora", "lora_rank": "8"}, "`lora_rank` must be a number, got '8'; write it without quotes"),
     "endless beta": ({"pref_beta": float("inf")}, "`pref_beta` must be > 0, got inf."),
     "learning rate nan": ({"learning_rate": float("nan")}, "`learning_rate` must be a number, got nan."),
+    "no epoch": ({"num_train_epochs": 0}, "`num_train_epochs: 0` takes no step, and the model is saved as it was; set it above 0."),
+    "fewer epochs than none": ({"num_train_epochs": -1.0, "max_steps": -1}, "`num_train_epochs: -1.0` takes no step, and the model is saved as it was; set it above 0."),
     "trained prompts": ({"train_on_prompt": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "masked history": ({"mask_history": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "predictions": ({"predict_with_generate": True}, "`predict_with_generate` cannot be set as True except SFT."),
