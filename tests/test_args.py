@@ -133,6 +133,7 @@ WATCHES, LOSS = "`early_stopping_steps: 2` needs a metric to watch: set", "`metr
      f"{WATCHES} `eval_strategy` and `eval_dataset` or `val_size`."),
     (dict(early_stopping_steps=2, metric_for_best_model="loss", val_size=0.5), f"{WATCHES} `eval_strategy`."),
     (dict(early_stopping_steps=2, **WATCHED), f"{WATCHES} {LOSS}."),
+    (dict(early_stopping_steps=0, **WATCHED), f"{WATCHES} {LOSS}.".replace("2", "0")),
     (dict(early_stopping_steps=2, eval_on_each_dataset=True, **WATCHED),
      f"{WATCHES} `metric_for_best_model` (such as `NAME_loss`, with the name of a data set)."),
     (dict(early_stopping_steps=2, metric_for_best_model="loss", **WATCHED), None),

@@ -234,7 +234,7 @@ def _of_training(given: Callable[[str], Any], args) -> Iterator[str]:
         yield f"`{schedule}` takes a better `{metric}` for a worse one; set `lr_scheduler_kwargs: {{mode: {mode}}}`."
     if (given("max_steps") or -1) <= 0 and (epochs := given("num_train_epochs")) is not None and epochs <= 0:
         yield f"`num_train_epochs: {epochs}` takes no step, and the model is saved as it was; set it above 0."
-    if steps := args.early_stopping_steps:
+    if (steps := args.early_stopping_steps) is not None:
         loss = "`NAME_loss`, with the name of a data set" if given("eval_on_each_dataset") else "`loss`"
         needs = {
             f"`metric_for_best_model` (such as {loss})": metric or given("load_best_model_at_end"),
