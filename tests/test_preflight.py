@@ -58,7 +58,7 @@ MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
     "pure bf16": ({"pure_bf16": True, "use_cpu": False}, "`pure_bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml pure_bf16=false use_cpu=true"),
     "bitsandbytes": ({"quantization_bit": 4}, '`quantization_bit: 4` needs the package bitsandbytes: pip install ".[qlora]"'),
     "liger": ({"enable_liger_kernel": True}, "`enable_liger_kernel: True` needs the package liger-kernel: pip install liger-kernel"),
-    "liger of transformers": ({"use_liger_kernel": True}, "`use_liger_kernel: True` needs the package liger-kernel: pip install liger-kernel"),
+    "liger of transformers": ({"use_liger_kernel": True}, "`use_liger_kernel: True` does not work with `stage: solopo`: it undoes `solopo_mlp_chunk` and comes after the reference, as `enable_liger_kernel` does not; remove it."),
     "galore": ({"use_galore": True}, "`use_galore: True` needs the package galore-torch: pip install galore-torch"),
     "apollo": ({"use_apollo": True}, "`use_apollo: True` needs the package apollo-torch: pip install apollo-torch"),
     "badam": ({"use_badam": True}, "`use_badam: True` needs the package badam: pip install badam"),

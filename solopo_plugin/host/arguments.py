@@ -19,6 +19,7 @@ REFUSED = {  # keys of the host that would change or bypass the step, unless the
     "use_mca": "it has its own trainer (unset USE_MCA)",
     "use_unsloth": "it replaces the model's forward",
     "use_kt": "it replaces the model's forward",
+    "use_liger_kernel": "it undoes `solopo_mlp_chunk` and comes after the reference, as `enable_liger_kernel` does not",
     "shift_attn": "short and long sequences would attend differently",
     "mixture_of_depths": "tokens of the response could skip layers",
     "export_quantization_bit": "it quantizes what is trained",

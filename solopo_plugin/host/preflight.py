@@ -28,7 +28,7 @@ DEBUG = "LLAMAFACTORY_VERBOSITY"  # DEBUG: a sentence comes with its traceback
 PACKAGES = {  # `key: value` of a recipe -> the package (of several one is enough); "": what the value says
     "deepspeed:": "deepspeed",
     "quantization_bit:|optim: (?!adamw_torch).*(bit|bnb|mix)": "bitsandbytes",
-    "(enable|use)_liger_kernel:": "liger_kernel",
+    "enable_liger_kernel:": "liger_kernel",
     "use_galore:|optim: galore": "galore_torch",
     "use_apollo:|optim: apollo": "apollo_torch",
     "use_badam:": "badam",
