@@ -160,6 +160,12 @@ WATCHES, LOSS = "`early_stopping_steps: 2` needs a metric to watch: set", "`metr
      "remove it, or set it to False."),
     (dict(learning_rate=None), "`learning_rate` must be a number, got None."),
     (dict(num_train_epochs=None), "`num_train_epochs` must be a number, got None."),
+    (dict(finetuning_type="lora", adapter_name_or_path=["a", "b"]),
+     "`adapter_name_or_path` must be one text, with commas between several, got ['a', 'b']."),
+    (dict(add_tokens=["<a>"]), "`add_tokens` must be one text, with commas between several, got ['<a>']."),
+    (dict(add_special_tokens=["<a>"]), "`add_special_tokens` must be one text, with commas between several, got"),
+    (dict(ref_model="a", ref_model_adapters=["a"]), "`ref_model_adapters` must be one text, with commas between"),
+    (dict(dataset=["demo_solopo", "demo_history"], mix_strategy="interleave_over", interleave_probs=[0.5, 0.5]), None),
 ])  # fmt: skip
 def test_settings_that_the_host_takes_and_fails_with(monkeypatch, keys, sentence):
     from llamafactory.hparams import parser

@@ -54,6 +54,7 @@ UNREAD = {
 LOWER = ("solopo/nll", "solopo/reward_gap", "solopo/anchor_kl", "logps/rejected", "rewards/rejected")  # is better
 PURE_BF16_LR = 1e-4  # about the step of a bf16 weight of 0.02, below which updates are lost; ours
 NUMBERS = (int, float, int | None, float | None)  # types of keys
+TEXTS = ("adapter_name_or_path", "add_tokens", "add_special_tokens", "ref_model_adapters")  # which the host splits
 ORDERS = ("random", "sequential", "group_by_length")  # the Trainer takes any other `train_sampling_strategy` for random
 
 
@@ -153,6 +154,8 @@ def check_kinds(recipe: dict) -> None:
     for key in [key for key in recipe if key in kinds and key not in solo.FIELDS]:
         if not isinstance(value := recipe[key], kinds[key] | int) or value != value:
             raise ValueError(solo.number_fault(key, value) or f"`{key}` must be a whole number, got {value!r}.")
+    if key := next((key for key in TEXTS if isinstance(recipe.get(key), list)), None):
+        raise ValueError(f"`{key}` must be one text, with commas between several, got {recipe[key]}.")
 
 
 def refusals_of_keys(given: Callable[[str], Any]) -> Iterator[str]:
