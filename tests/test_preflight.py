@@ -54,7 +54,7 @@ MISSING = {  # name: (changes to a recipe that is ready, the one sentence)
     "misspelt key": ({"solopo_alfa": 1}, "Unknown key `solopo_alfa` in the recipe. Did you mean `solopo_alpha`? Allowed: "),
     "value of a key": ({"solopo_align": "kl"}, "`solopo_align` must be one of reward, logp, distill; got 'kl'."),
     "bf16": ({"bf16": True, "use_cpu": False}, "`bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml use_cpu=true"),
-    "fp16": ({"fp16": True, "use_cpu": False}, "`fp16: true` needs a GPU, and PyTorch finds none: "),
+    "fp16": ({"fp16": True, "use_cpu": False}, "`fp16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml fp16=false use_cpu=true"),
     "pure bf16": ({"pure_bf16": True, "use_cpu": False}, "`pure_bf16: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; a model that is small enough runs on the CPU: llamafactory-cli train recipe.yaml pure_bf16=false use_cpu=true"),
     "bitsandbytes": ({"quantization_bit": 4}, '`quantization_bit: 4` needs the package bitsandbytes: pip install ".[qlora]"'),
     "liger": ({"enable_liger_kernel": True}, "`enable_liger_kernel: True` needs the package liger-kernel: pip install liger-kernel"),

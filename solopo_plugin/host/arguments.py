@@ -281,6 +281,8 @@ def _unread(given: Callable[[str], Any], args) -> dict[str, str]:
     if given("streaming"):
         unread["the host shuffles a stream by `buffer_size`"] = "disable_shuffling train_sampling_strategy"
         unread["a stream has no length"] = "include_effective_tokens_per_second"
+    if given("fp16") and _on_cpu(given) and not given("deepspeed"):
+        unread["a CPU computes in fp32"] = "fp16"
     if args.disable_shuffling and given("train_sampling_strategy") == "group_by_length":
         unread["`disable_shuffling` already keeps the rows' order"] = "train_sampling_strategy"
     if args.pref_loss != "simpo":
