@@ -119,6 +119,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "learning rate nan": ({"learning_rate": float("nan")}, "`learning_rate` must be a number, got nan."),
     "no epoch": ({"num_train_epochs": 0}, "`num_train_epochs: 0` takes no step, and the model is saved as it was; set it above 0."),
     "fewer epochs than none": ({"num_train_epochs": -1.0, "max_steps": -1}, "`num_train_epochs: -1.0` takes no step, and the model is saved as it was; set it above 0."),
+    "each row once": ({"dataset": "demo_solopo,demo_history", "mix_strategy": "interleave_once"}, "`mix_strategy: interleave_once` needs a newer `datasets` than the host takes; set another strategy."),
     "half precision on a CPU": ({"fp16": True}, "`fp16: True` has no effect in `stage: solopo`: a CPU computes in fp32; remove it, or set it to False."),
     "trained prompts": ({"train_on_prompt": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "masked history": ({"mask_history": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),

@@ -188,6 +188,8 @@ def _faults(given: Callable[[str], Any], args) -> Iterator[str]:
             yield f"`{key}` must be a whole number >= 1, got {size!r}."
     if given("even_batches") is False and (given("world_size") or 1) > 1:
         yield "`even_batches: False` gives processes unequal shares, and one waits for another in vain; remove it."
+    if given("mix_strategy") == "interleave_once":
+        yield "`mix_strategy: interleave_once` needs a newer `datasets` than the host takes; set another strategy."
     if given("streaming"):
         yield from _of_a_stream(given)
     if given("train_from_scratch") and args.use_ref_model and args.ref_model is not None:
