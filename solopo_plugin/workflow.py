@@ -69,7 +69,7 @@ def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=
         trainer = SoloTrainer(model, packed, rows, ref_model=ref_model, **given, **dataset_module, **tokenizer_module)
         check_best_exists(trainer)
         if training_args.do_train:
-            check_optimizer(trainer)
+            check_start(trainer)
         if any(getattr(callback, "aborted", False) for callback in trainer.callback_handler.callbacks):
             sys.exit(0)  # LlamaBoard's "Abort" until here: the host's callback notes it, and only steps look there
         if cached:
@@ -110,8 +110,11 @@ def check_best_exists(trainer: SoloTrainer) -> None:
         )
 
 
-def check_optimizer(trainer: SoloTrainer) -> None:
-    """Refuse an optimizer or a schedule that the Trainer cannot make, which it says after the reference is scored."""
+def check_start(trainer: SoloTrainer) -> None:
+    """Refuse rows, an optimizer or a schedule with which the Trainer cannot start: it says so after scoring."""
+    rows, batch = getattr(trainer.train_dataset, "num_rows", np.inf), trainer.args.train_batch_size
+    if trainer.args.dataloader_drop_last and rows < (batch := batch * trainer.ranks.groups):
+        raise ValueError(f"`dataloader_drop_last: true` drops all {rows} rows: a batch has {batch}; remove the key.")
     trial, key = copy(trainer), "optim"
     trial.args = copy(trainer.args)
     trial.args.lr_scheduler_kwargs = dict(trainer.args.lr_scheduler_kwargs or {})  # which the host fills in

@@ -624,7 +624,7 @@ def test_an_optimizer_that_steps_within_backward_steps_once(run, recipe, tmp_pat
     import llamafactory.train.dpo.trainer as host
 
     monkeypatch.setattr(host, "create_custom_optimizer", layerwise_sgd)
-    monkeypatch.setattr("solopo_plugin.workflow.check_optimizer", lambda *_: None)  # LOMO's package is not there
+    monkeypatch.setattr("solopo_plugin.workflow.check_start", lambda *_: None)  # LOMO's package is not there
     monkeypatch.setattr("solopo_plugin.host.preflight.PACKAGES", {})  # LOMO's, whose backward takes a learning rate
     monkeypatch.setattr("accelerate.Accelerator.backward", lambda self, loss, **_: loss.backward())
     args = dict(optim="lomo", gradient_accumulation_steps=1, max_steps=3, learning_rate=0.1, pref_loss="orpo",
@@ -737,6 +737,14 @@ def test_a_best_checkpoint_by_no_metric_is_refused_before_training(run, recipe):
     args = dict(metric_for_best_model="align_loss", eval_dataset="demo_solopo", eval_strategy="epoch")
     with pytest.raises(Refused, match="`metric_for_best_model: align_loss` is no metric of the evaluation"):
         run(recipe(load_best_model_at_end=True, save_strategy="epoch", **args))
+
+
+def test_rows_that_fill_no_batch_are_refused_before_scoring(run, recipe):
+    """The Trainer, which drops them all, blames `max_steps`."""
+    keys = dict(dataloader_drop_last=True, max_samples=3, gradient_accumulation_steps=1, max_steps=1)
+    with pytest.raises(Refused, match="^`dataloader_drop_last: true` drops all 3 rows: a batch has 4; remove the key"):
+        run(recipe(per_device_train_batch_size=4, **keys))
+    assert len(run(recipe(per_device_train_batch_size=3, **keys)).losses) == 1
 
 
 # ---- a checkpoint without the optimizer

@@ -206,8 +206,8 @@ def _device(recipe: dict) -> Iterator[str]:
     if wanted is None or recipe.get("use_cpu"):
         return
     if not _devices():
-        off = "".join(f"{key}=false " for key in ("pure_bf16", "fp16") if recipe.get(key))  # a CPU has neither
-        on_cpu = _again(f"{off}use_cpu=true")
+        # a CPU has neither of the two
+        on_cpu = _again("".join(f"{key}=false " for key in ("pure_bf16", "fp16") if recipe.get(key)) + "use_cpu=true")
         yield (
             f"`{wanted}: true` needs a GPU, and PyTorch finds none: look at `nvidia-smi`, or start on another machine; "
             f"a model that is small enough runs on the CPU: {on_cpu}"
