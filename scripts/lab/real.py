@@ -229,10 +229,16 @@ class Real:
 
     def settings(self) -> dict:
         """Return what rows and measured accuracies depend on, beside the recipe."""
-        files = {name: file_hash(self.folder / f"splits/{name}.jsonl") for name in self.table["questions"]}
-        base = folder_hash(self.BASE, WEIGHTS_ALONE)
         data = {key: value for key, value in self.table["data"].items() if key != "concurrency"}  # changes no answer
-        return files | dict(base=base, data=data, lengths=list(self.lengths), seed=SEED)
+        return self.made_of() | dict(data=data, lengths=list(self.lengths), seed=SEED)
+
+    def made_of(self) -> dict[str, str]:
+        """Return hashes of splits and base; of a folder without the weights, from elsewhere, those in its base.json."""
+        if not self.BASE.is_dir() and (measured := self.folder / "base.json").is_file():
+            if made_of := json.loads(measured.read_text(encoding="utf-8")).get("made_of"):
+                return made_of
+        files = {name: file_hash(self.folder / f"splits/{name}.jsonl") for name in self.table["questions"]}
+        return files | {"base": folder_hash(self.BASE, WEIGHTS_ALONE)}
 
     def prepare(self, folder: Path, seed: int) -> None:
         """Make the rows of all seeds by the pipeline, beside those of the warm-up. Can be killed and continues."""

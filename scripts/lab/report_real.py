@@ -2,6 +2,7 @@
 
     python scripts/lab/report_real.py                # saves/lab/report: real.md, real.json and pictures
     python scripts/lab/report_real.py --docs         # also into docs/lab.md, between its markers, and docs/lab/
+    python scripts/lab/report_real.py --docs --saves saves/gpu/real.tgz     # of what scripts/gpu/real.sh brought home
 
 A test question is one paragraph's, and every model gets the same ones, so that two models are compared question by
 question. What differs by chance is which questions were asked and the seed of the training; both are in an interval:
@@ -17,6 +18,10 @@ import json
 import shutil
 import statistics
 import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import real
@@ -25,7 +30,7 @@ from report import DOCS, ROOT, Results, cell, filled, interval, markdown, plt, s
 from run import SIZES, base_of, done, task_of
 
 from solopo_plugin.probe import inside
-from solopo_plugin.qa.files import write_json
+from solopo_plugin.qa.files import DataError, write_json
 
 RUNS = DOCS.with_suffix("") / "real.json"
 SIDES = ("short", "long", "long - short")  # of a measure of what models look at
@@ -200,18 +205,49 @@ def draw(bases: list[Marked], path: Path) -> None:
     save(figure, path)
 
 
+@contextmanager
+def opened(saves: Path) -> Iterator[Path]:
+    """Yield a folder of runs; an archive of scripts/gpu/real.sh, which has neither splits nor weights, is unpacked."""
+    if not saves.is_file():
+        yield saves
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with tarfile.open(saves) as archive:
+                archive.extractall(folder, filter="data")
+        except (tarfile.TarError, EOFError) as error:
+            sys.exit(f"{saves} is no whole archive: {error}; give --saves a folder, or scripts/gpu/real.sh's real.tgz.")
+        yield Path(folder, "saves/lab")
+
+
+def why_not(task: str, folder: Path) -> str | None:
+    """Return in a few words why a size's folder cannot be reported; None: its base was measured by today's settings."""
+    try:
+        return None if done(base_of(task, folder)) else "its base.json is of another base, other questions or settings"
+    except DataError as error:
+        return str(error)
+
+
 def main(words: list[str] | None = None) -> int:
     """Write tables, runs and plots of the sizes that have been run; with --docs also into docs/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saves", type=Path, default=ROOT / "saves/lab")
+    parser.add_argument("--saves", type=Path, default=ROOT / "saves/lab", help="or the archive of scripts/gpu/real.sh")
     parser.add_argument("--output", type=Path, default=ROOT / "saves/lab/report")
     parser.add_argument("--docs", action="store_true", help="fill docs/lab.md and draw into docs/lab")
     args = parser.parse_args(words)
-    real.SAVES = args.saves  # where a size's settings are read, too
-    folders = {task: args.saves / task.replace(":", "_") for task in SIZES}
-    there = [size for size, at in folders.items() if (at / "base.json").is_file() and done(base_of(size, at))]
-    if not there:
-        sys.exit(f"{args.saves} holds no run of the real model; run scripts/lab/run.py --task real first.")
+    with opened(args.saves) as real.SAVES:  # where a size's settings are read, too
+        return report(args, real.SAVES)
+
+
+def report(args: argparse.Namespace, saves: Path) -> int:
+    """Report what a folder of runs holds."""
+    folders = {task: saves / task.replace(":", "_") for task in SIZES}
+    refused = {task: why_not(task, at) for task, at in folders.items() if (at / "base.json").is_file()}
+    for task, why in refused.items():
+        if why:
+            print(f"{task} of {args.saves} is left out: {why}", file=sys.stderr)
+    if not (there := [task for task, why in refused.items() if why is None]):
+        sys.exit(f"{args.saves} holds no base of the real model; run scripts/lab/run.py --task real first.")
     shipped = RUNS if args.docs and RUNS.is_file() else None
     sizes, kept = [], json.loads(RUNS.read_text(encoding="utf-8")) if shipped else []
     for task in there:
@@ -226,7 +262,7 @@ def main(words: list[str] | None = None) -> int:
             task = bases[-1].task
             name, look = task.replace(":", "_"), table(task)["look"]["arms"][0]
             draw(bases, folder / f"{name}.png")
-            if (picture := args.saves / name / f"look/{look}/shares_by_layer.png").is_file():
+            if (picture := saves / name / f"look/{look}/shares_by_layer.png").is_file():
                 shutil.copyfile(picture, folder / f"{name}_inside.png")
     runs = [run for bases in sizes for run in bases[-1].shipped()]
     write_json(args.output / "real.json", runs)

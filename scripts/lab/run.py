@@ -191,9 +191,10 @@ def base_of(task: str, out: Path) -> dict:
 
 
 def measure_base(job: dict) -> None:
-    """Measure the base and write the result."""
+    """Measure the base and write the result; of a real model with hashes of what does not travel with results."""
     task = task_of(job["task"])
-    write_json(Path(job["result"]), {"key": job["key"], **accuracy_of(task, task.BASE, 0)})
+    made_of = {"made_of": task.made_of()} if job["task"] in SIZES else {}
+    write_json(Path(job["result"]), {"key": job["key"], **made_of, **accuracy_of(task, task.BASE, 0)})
 
 
 def wanted_arms(args, parser) -> list[str]:

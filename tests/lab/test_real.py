@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -363,6 +364,30 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
         page = (tmp_path / "docs.md").read_text()
         assert page.count("| 1 | base |") == page.count("| 2 | base |") == 1
         assert "| 1 | orpo_short | " in page and re.search(r"\| 2 \| orpo_short \|.*\| 1 \| 9 \|", page)
+
+    docs, pictures = report_real.RUNS.read_bytes(), {path.name for path in report_real.RUNS.parent.iterdir()}
+    with tarfile.open(tmp_path / "real.tgz", "w:gz") as archive:  # as it comes home, without splits and weights
+        for name in ("results", "look", "base.json", "splits.json"):
+            archive.add(task.folder / name, f"saves/lab/real_small/{name}")
+    shutil.rmtree(tmp_path / "docs")
+    report_real.RUNS.parent.mkdir()
+    write_json(report_real.RUNS, [*older, {"task": "real:quick", "arm": "base", "base": "older"}])
+    (tmp_path / "docs.md").write_text(places)
+    there = [str(tmp_path / "real.tgz"), "--output", str(tmp_path / "elsewhere")]
+    for words in ([], ["--docs"], ["--docs"]):
+        report_real.main(["--saves", *there, *words])
+    assert report_real.RUNS.read_bytes() == docs and (tmp_path / "docs.md").read_text() == page
+    assert {path.name for path in report_real.RUNS.parent.iterdir()} == pictures
+
+    monkeypatch.setattr(real, "SAVES", tmp_path)
+    (tmp_path / "cut.tgz").write_bytes((tmp_path / "real.tgz").read_bytes()[:-3000])
+    with pytest.raises(SystemExit, match=re.escape(f"{tmp_path}/cut.tgz is no whole archive: ")):
+        report_real.main(["--saves", str(tmp_path / "cut.tgz")])
+    shutil.rmtree(task.folder / "splits")  # the base was measured before it said what it was made of
+    write_json(task.folder / "base.json", {name: base[name] for name in ("key", "accuracy", "marks")})
+    with pytest.raises(SystemExit, match=re.escape(f"{tmp_path} holds no base of the real model")):
+        report_real.main(["--saves", str(tmp_path)])
+    assert f"{TASK} of {tmp_path} is left out: Cannot read {task.folder}/splits/" in capsys.readouterr().err
 
 
 def test_what_other_settings_made_is_not_gone_on_with(task, tmp_path, monkeypatch):
