@@ -90,9 +90,11 @@ def sweep_jobs(names: list[str], seeds: list[int] | None, rates: list[float] | N
 
 
 def done(job: dict) -> bool:
-    """Tell whether a job's result is there, of today's key."""
+    """Tell whether a job's result is there, of today's key, and its look made, if that is wanted and its model left."""
     path = Path(job["result"])
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["key"] == job["key"]
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"key": None}
+    looked = not looked_at(job) or "look" in result or not Path(job["recipe"]["output_dir"]).is_dir()
+    return result["key"] == job["key"] and looked
 
 
 def environment(out: Path, cpu: bool = True) -> None:
@@ -130,11 +132,11 @@ def train(job: dict) -> None:
         "log": json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"],
         "cpu_seconds": seconds,
     }
-    if looked_at(job):
-        result["look"] = task.look(model, job["arm"], job["seed"])
     lengths = list(result["by_step"][earlier[0][0]]) if earlier else []
     result["by_step"][last[0]] = {length: result["accuracy"][length] for length in lengths}
     write_json(Path(job["result"]), result)
+    if looked_at(job):  # takes long, and is the lesser part
+        write_json(Path(job["result"]), result | {"look": task.look(model, job["arm"], job["seed"])})
     shutil.rmtree(folder)
 
 
@@ -143,7 +145,7 @@ def looked_at(job: dict) -> bool:
     look = table(job["task"]).get("look")
     return (
         bool(look)
-        and job["arm"] in look["arms"]
+        and job.get("arm") in look["arms"]  # the base's job has none
         and job["seed"] in look["seeds"]
         and job["rate"] == chosen_rate(job["arm"], job["task"])
     )

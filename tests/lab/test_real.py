@@ -290,7 +290,14 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
         with pytest.raises(ZeroDivisionError):
             run_lab.train(jobs[0])
     seconds = json.loads(Path(jobs[0]["recipe"]["output_dir"], "seconds.json").read_text())
+    with monkeypatch.context() as killed:  # behind the measurement: the next call has the look alone left to make
+        killed.setattr(real.Real, "look", lambda *args, **keys: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_lab.train(jobs[0])
+    measured = json.loads(Path(jobs[0]["result"]).read_text())
+    assert measured["marks"] == base["marks"] and "look" not in measured and not run_lab.done(jobs[0])
     run_lab.train(jobs[0])
+    assert measured.items() < json.loads(Path(jobs[0]["result"]).read_text()).items()
     assert len(trained) == 1 and "resume_from_checkpoint" not in trained[0], "no step is made twice"
     result = json.loads(Path(jobs[0]["result"]).read_text())
     assert result["cpu_seconds"] == seconds > 0, "of the training, whenever it was"
@@ -311,6 +318,9 @@ def test_from_questions_to_the_report(task, tmp_path, monkeypatch, tuner, capsys
     assert all(alone[measure]["orpo_short"] == of["base"] for measure, of in result["look"].items())
 
     seen = result.pop("look")
+    write_json(Path(jobs[0]["result"]), result)
+    assert run_lab.done(jobs[0]), "one of an earlier lab, whose model is gone"
+    write_json(Path(jobs[0]["result"]), result | {"look": seen})
     control = {m: {"base": of["base"], "orpo_short": of["solo_orpo_detached"]} for m, of in seen.items()}
     for job in jobs[1:]:  # as if they had been trained: one arm like the base, of another the second seed all wrong
         wrong = job["arm"] == "orpo_short" and job["seed"] == 1
