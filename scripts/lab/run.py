@@ -15,6 +15,7 @@ questions now is run again; nothing else is.
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -123,13 +124,15 @@ def train(job: dict) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # a killed run's checkpoints, which may be of another recipe
         run_exp(recipe | {"disable_tqdm": True})
         seconds = round(clock() - start, 1)
+    log = json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    check_finite(log, folder)
     *earlier, last = by_step(folder).items()
     earlier = earlier if job["task"] in TASKS else []  # to measure a real model takes long
     result = {
         **{name: job[name] for name in ("arm", "rate", "seed", "key", "recipe")},
         **accuracy_of(task, model, job["seed"]),
         "by_step": {step: task.measured(path, job["seed"], ends=True) for step, path in earlier},
-        "log": json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"],
+        "log": log,
         "cpu_seconds": seconds,
     }
     lengths = list(result["by_step"][earlier[0][0]]) if earlier else []
@@ -138,6 +141,20 @@ def train(job: dict) -> None:
     if looked_at(job):  # takes long, and is the lesser part
         write_json(Path(job["result"]), result | {"look": task.look(model, job["arm"], job["seed"])})
     shutil.rmtree(folder)
+
+
+def check_finite(log: list[dict], folder: Path) -> None:
+    """Refuse a run whose loss or gradient was not finite at a logged step: its accuracy would be of spoilt weights.
+
+    The host's own stages go on with such a gradient.
+    """
+    for line in log:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(line.get(name, 0)):
+                raise FloatingPointError(
+                    f"`{name}` is {line[name]} at step {line['step']} of {folder}: nothing is measured; remove the "
+                    "folder to train anew, by another kernel if it was on a GPU (docs/troubleshooting.md)."
+                )
 
 
 def looked_at(job: dict) -> bool:

@@ -286,6 +286,20 @@ def test_checkpoints_of_a_killed_run_are_not_counted(tmp_path, monkeypatch, tune
     assert list(json.loads(Path(job["result"]).read_text())["by_step"]) == ["100", "200"]
 
 
+@pytest.mark.parametrize("name, value", [("grad_norm", float("nan")), ("loss", float("inf"))])
+def test_a_run_that_was_not_finite_is_no_result(tmp_path, monkeypatch, tuner, name, value):
+    """Refuse to measure weights that such a step has spoilt, which the host's own stages save like others."""
+    (job,) = run_lab.jobs(["dpo_short"], [0], [3e-4], tmp_path)
+    folder = Path(job["recipe"]["output_dir"])
+    log = [{"step": 1, "loss": 0.7, "grad_norm": 1.5}, {"step": 2, "loss": 0.6, "grad_norm": 1.0} | {name: value}]
+    places = [folder / at / "trainer_state.json" for at in ("checkpoint-2", ".")]
+    monkeypatch.setattr(tuner, "run_exp", lambda keys: [write_json(place, {"log_history": log}) for place in places])
+    monkeypatch.setattr(lab_rows, "measured", lambda *args, **keys: pytest.fail("measured"))
+    with pytest.raises(FloatingPointError, match=f"`{name}` is {value} at step 2 of {re.escape(str(folder))}: "):
+        run_lab.train(job)
+    assert not Path(job["result"]).exists()
+
+
 @pytest.mark.slow
 def test_a_killed_process_takes_no_other_run_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "begin", None)  # which imports torch
