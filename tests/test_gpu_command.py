@@ -100,6 +100,27 @@ def test_a_part_that_breaks_leaves_the_others(out, monkeypatch):
     assert seen["speed"]["status"] == "ok"
 
 
+def test_what_came_out_wrong_is_measured_again(out, monkeypatch, capsys):
+    """Leave what is right alone, and take up a part that is wrong or lacks a package that has come."""
+    made = []
+    for name in ("op", "speed", "options"):
+        monkeypatch.setitem(check.PARTS, name, lambda dry, device, name=name: made.append(name) or {"right": True})
+    kept = {
+        "op": {"status": "ok", "right": False},
+        "speed": {"status": "ok"},
+        "options": {"status": "ok", "right": True},
+    }
+    record.save({"check": kept, "runs": {}}, out)
+    words = ["--out", str(out), "--dry", "--parts", "op", "speed", "options"]
+    monkeypatch.setitem(check.PARTS, "op", lambda dry, device: {"right": False})
+    assert not check.main(words), "still wrong"
+    monkeypatch.setitem(check.PARTS, "op", lambda dry, device: made.append("op") or {"right": True})
+    assert check.main(words) and made == ["op"] and record.load(out)["check"]["op"]["right"]
+    monkeypatch.setattr(check, "find_spec", lambda name: name == "liger_kernel")
+    assert not check.is_done("options", kept["options"], dry=False) and check.is_done("speed", kept["speed"], dry=False)
+    assert check.is_done("options", kept["options"] | {"enable_liger_kernel": {}}, dry=False)
+
+
 @pytest.mark.slow
 def test_steps_longest_and_page(do, out):
     """The forms of one process compute the same: what one replaces in the trainer is put back for the next."""
