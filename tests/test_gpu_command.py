@@ -121,6 +121,26 @@ def test_what_came_out_wrong_is_measured_again(out, monkeypatch, capsys):
     assert check.is_done("options", kept["options"] | {"enable_liger_kernel": {}}, dry=False)
 
 
+def test_a_longest_prompt_that_was_not_tried_is_said():
+    """Show a step's length as a bound alone; a step at the length that would be tried, and one too long, end it."""
+    tried = [
+        ("V0", "orpo", 14336, "ok"), ("V0", "orpo", 16384, "ok"), ("V0", "orpo", 32768, "oom"),
+        ("S3", "orpo", 103424, "ok"), ("T", "sigmoid", 16384, "ok"),
+    ]  # fmt: skip
+    document = {"dry": False, "check": {}, "longest by peaks": {"V0": 16194, "S3": 110480, "T": 56590}, "runs": {}}
+    for variant, loss, length, status in tried:
+        run = dict(variant=variant, loss=loss, length=length, status=status, tuning="lora", trial=length > 100_000)
+        document["runs"][f"{variant} L{length}"] = run
+    lines, left = page.longest(document), page.missing(document)
+    assert "| V0 orpo | 16194 | 16384 | 32768 |" in lines and "longest prompt of V0" not in "".join(left)
+    assert "| S3 orpo | 110480 | at least 103424 | - |" in lines
+    assert "- longest prompt of S3: 112640 tokens" in left
+    assert "| T sigmoid | 56590 | at least 16384 | - |" in lines and "- longest prompt of T: 52224 tokens" in left
+    document["runs"]["S3 L112640"] = run | dict(variant="S3", loss="orpo", length=112640, status="oom")
+    assert "| S3 orpo | 110480 | 103424 | 112640 |" in page.longest(document)
+    assert "longest prompt of S3" not in "".join(page.missing(document))
+
+
 @pytest.mark.slow
 def test_steps_longest_and_page(do, out):
     """The forms of one process compute the same: what one replaces in the trainer is put back for the next."""

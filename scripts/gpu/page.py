@@ -8,6 +8,7 @@ Runs anywhere with this plugin installed. Predictions are those of `plan.py`; wh
 import argparse
 import json
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(Path(__file__).parent)]
 import benchmark_page  # noqa: E402
 import record  # noqa: E402
 from check import PARTS  # noqa: E402
-from steps import JOBS, LONGEST, reference_of, settings_of  # noqa: E402
+from steps import JOBS, LONGEST, reference_of, settings_of, to_try  # noqa: E402
 
 GB = 1e9
 MEANS = {
@@ -127,6 +128,25 @@ def steps(document: dict) -> list[str]:
     return [*lines, "", *(f"- {name}: {meaning}" for name, meaning in MEANS.items()), ""]
 
 
+def loss_of(variant: str) -> str:
+    """Return the loss with which a variant's longest prompt is looked for."""
+    return "sigmoid" if variant == "T" else "orpo"
+
+
+def by_length(document: dict, variant: str) -> dict[int, str]:
+    """Return how a variant's LoRA steps and trials of the longest prompt ended."""
+    like = {"variant": variant, "loss": loss_of(variant), "tuning": "lora"}
+    return {run["length"]: run["status"] for run in document["runs"].values() if like.items() <= run.items()}
+
+
+def untried(document: dict, variant: str) -> list[int]:
+    """Return the lengths of a longest prompt that peaks point to and that are still to be tried."""
+    seen = by_length(document, variant)
+    lengths = to_try(variant, document["longest by peaks"][variant], document.get("dry", True))
+    shorter = takewhile(lambda length: seen.get(length) != "oom", lengths)
+    return [length for length in shorter if seen.get(length) != "ok"]
+
+
 def longest(document: dict) -> list[str]:
     """Return the table of the longest prompts that fit."""
     lines = [
@@ -135,12 +155,11 @@ def longest(document: dict) -> list[str]:
         "| configuration | peaks point to | fits | does not fit |", "|---|---|---|---|",
     ]  # fmt: skip
     for variant, there in document.get("longest by peaks", {}).items():
-        loss = "sigmoid" if variant == "T" else "orpo"
-        like = {"variant": variant, "loss": loss, "tuning": "lora"}
-        tried = [run for run in document["runs"].values() if like.items() <= run.items()]
-        fits = max((r["length"] for r in tried if r["status"] == "ok"), default="-")
-        not_fit = min((r["length"] for r in tried if r["status"] == "oom"), default="-")
-        lines.append(f"| {variant} {loss} | {there} | {fits} | {not_fit} |")
+        seen = by_length(document, variant)
+        fits = max((length for length, status in seen.items() if status == "ok"), default="-")
+        not_fit = min((length for length, status in seen.items() if status == "oom"), default="-")
+        least = "at least " if untried(document, variant) else ""
+        lines.append(f"| {variant} {loss_of(variant)} | {there} | {least}{fits} | {not_fit} |")
     return [*lines, ""]
 
 
@@ -170,8 +189,11 @@ def missing(document: dict) -> list[str]:
         key = f"{benchmark_page.name_of(run)} L{lengths[length]}"
         if document["runs"].get(key, {}).get("status") not in ("ok", "oom"):
             todo.append(key + (" (failed)" if key in document["runs"] else ""))
-    done = document.get("longest by peaks", {})
-    todo += [f"longest prompt of {variant}" for variant in LONGEST if variant not in done]
+    for variant in LONGEST:
+        if variant not in document.get("longest by peaks", {}):
+            todo.append(f"longest prompt of {variant}")
+        elif lengths := untried(document, variant):
+            todo.append(f"longest prompt of {variant}: {' and '.join(map(str, lengths))} tokens")
     return ["## Not measured", "", *([f"- {name}" for name in todo] or ["Nothing: all of the command was done."]), ""]
 
 

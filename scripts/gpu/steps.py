@@ -77,6 +77,12 @@ def reference_of(variant: str, loss: str) -> str | None:
     return None if loss in ("orpo", "simpo") else "online" if variant in ("V0", "S1") else "cached"
 
 
+def to_try(variant: str, there: int, dry: bool) -> list[int]:
+    """Return the lengths at which a longest prompt is tried, up to one that does not fit; peaks point to `there`."""
+    grain = 1 if dry else 1024
+    return [int(there * share) // grain * grain for share in LONGEST[variant]]
+
+
 def run_one(settings: dict, run: dict, folder: Path) -> dict:
     """Run one configuration here with whichever library it is of."""
     if run["variant"] == "T":
@@ -184,9 +190,8 @@ class Session:
             whole = min(whole, (self.settings["memory"] or whole) * GB)
             there = y + (whole - SPARE - b) * (y - x) / (b - a)
         self.document.setdefault("longest by peaks", {})[variant] = round(there)
-        for share in LONGEST[variant]:
-            grain = 1 if self.args.dry else 1024
-            seen = self.once(variant, "lora", int(there * share) // grain * grain, 0, loss, trial=True)
+        for length in to_try(variant, round(there), self.args.dry):
+            seen = self.once(variant, "lora", length, 0, loss, trial=True)
             if not seen or seen["status"] != "ok":
                 break
 
