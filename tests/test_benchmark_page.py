@@ -76,6 +76,10 @@ def test_checks_on_a_gpu(gpu):
     assert len(sixteen) == 10
     low, high = (f"{extreme(sixteen.values()):.3f}" for extreme in (min, max))
     assert f"as in the two stages (gradients {low} to {high})." in TEXT
+    beside = [options[name] for name in ("none of them", "torch_compile", "use_unsloth_gc")]
+    ((loss, far),) = {(f"{seen['loss']:.5f}", f"{seen['gradients']:.4f}") for seen in beside}
+    exact = f"in fp32 {trainer['orpo by hand, fp32']['loss']:.5f}; gradients {far} from fp32 in all three"
+    assert f"loss {loss} with either and without, {exact}" in TEXT
     stages = {name[:4]: far for name, far in sixteen.items() if "two stages" in name}
     assert all(abs(far - stages[name[:4]]) < 0.1 * stages[name[:4]] for name, far in sixteen.items())
 
