@@ -275,6 +275,18 @@ def processed(rows: list[dict], model, attr=None, cutoff_len: int | None = None,
     return [dict(zip(COLUMNS, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
+def test_the_example_row_is_shown_as_the_model_sees_it(monkeypatch, capsys):
+    """Show blanks, too, that the tokenizer, as Llama 3's, would take out of what it decodes."""
+    from solopo_plugin.host.data import SoloDatasetProcessor
+
+    model = host("qwen")
+    monkeypatch.setattr(model.tokenizer, "clean_up_tokenization_spaces", True)
+    (row,) = processed([demo_rows(1)[0] | {"chosen": "It is n't x != y .", "history": [], "system": ""}], model)
+    data_args = SimpleNamespace(cutoff_len=10**9, solopo_overlength="error")
+    SoloDatasetProcessor(model.template, model.tokenizer, None, data_args).print_data_example(row)
+    assert """tokens): "It is n't x != y .<|im_end|>\\n\"""" in capsys.readouterr().out
+
+
 some_system = st.sampled_from(["", None]) | text
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -205,13 +206,14 @@ def cut_middle(text: str, limit: int, tokenizer, encode: Callable[[str], list[in
         return text, whole, 0
     ids = tokenizer.encode(text, add_special_tokens=False)
     keep = len(ids) - (whole - limit)
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     while tokens > limit:
         if keep < 2:
             raise DataError(f"`max_input_tokens: {limit}` leaves no room for a question beside the template; raise it.")
         half = keep // 2
         # half a character at the cut is left out, so that both parts are the message's own words
-        head = tokenizer.decode(ids[: keep - half], skip_special_tokens=True).rstrip("\ufffd")
-        tail = tokenizer.decode(ids[len(ids) - half :], skip_special_tokens=True).lstrip("\ufffd")
+        head = decode(ids[: keep - half]).rstrip("\ufffd")
+        tail = decode(ids[len(ids) - half :]).lstrip("\ufffd")
         text = head + tail
         tokens = len(encode(text))
         keep -= max(1, tokens - limit)

@@ -350,7 +350,7 @@ class SoloDatasetProcessor:
         print(f"row: {example['name']}")
         parts = [(name, example[f"{name}_ids"]) for name in ("short_prompt", "long_prompt", "chosen")]
         for name, ids in parts + [("rejected", ids) for ids in rejected_of(example)]:
-            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+            text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             text = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} [...] {text[-SHOWN // 2 :]}"
             print(f"{name} ({len(ids)} tokens): {text!r}")
 

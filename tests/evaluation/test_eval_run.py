@@ -218,6 +218,16 @@ def test_the_halves_are_equal_in_tokens(chat):
         cut_middle(text, 5, tokenizer, encode)
 
 
+def test_what_is_kept_of_a_cut_message_is_its_own_words(chat, monkeypatch):
+    """Also where the tokenizer, as Llama 3's, takes blanks out of what it decodes."""
+    tokenizer, encode = chat
+    monkeypatch.setattr(tokenizer, "clean_up_tokenization_spaces", True)
+    text = "\n".join(f"{i} . The Children 's Museum , in St . Louis , is n't open ; see 3 . 5 ." for i in range(60))
+    cut, tokens, _ = cut_middle(text, 400, tokenizer, encode)
+    head, tail = split(text, cut)
+    assert head + tail == len(cut) and 398 <= tokens <= 400
+
+
 # ---- answers
 
 

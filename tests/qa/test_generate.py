@@ -1113,6 +1113,22 @@ def test_special_tokens_that_mark_a_thought_stay(marked_model, tiny_model, answe
     assert [given.get("skip_special_tokens", "as it is") for given in params] == [False, "as it is"]
 
 
+def test_answers_are_what_the_model_wrote_whatever_the_tokenizer_tidies(tiny_model, tmp_path, monkeypatch):
+    """Keep the blanks that a tokenizer with `clean_up_tokenization_spaces`, as Llama 3's, takes out of a text."""
+    from solopo_plugin.qa.generate import decode
+
+    path = shutil.copytree(tiny_model(), tmp_path / "tidy")
+    settings = path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"clean_up_tokenization_spaces": True}))
+    recipe = local(str(path), backend="transformers")
+    text = "Where x != y , it is n't 'social' . The answer is: The Children 's Museum"
+    tokenizer = chat_of(recipe)[0]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) != text
+    monkeypatch.setattr(decode, "decode", lambda network, rows, *_: ((row, ids, True) for row in rows))
+    assert set(by_answer(generate(recipe, PROMPTS)).values()) == {text}
+
+
 def test_a_server_that_does_not_know_of_special_tokens_is_asked_as_before(caplog):
     def reply(request):
         if "skip_special_tokens" in request.body:

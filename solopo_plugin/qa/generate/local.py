@@ -63,7 +63,8 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
                     noise = Noise(sampling, device)
                     for row, ids, ended in decode(network, batch, noise, stop, tokenizer.pad_token_id or 0):
                         del left[row]
-                        if reply := _take_in(row, tokenizer.decode(ids, skip_special_tokens=skip), ended):
+                        text = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+                        if reply := _take_in(row, text, ended):
                             yield reply
                 except RuntimeError as error:
                     if not (failed := _memory_is_out(error)):
