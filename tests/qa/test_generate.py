@@ -162,6 +162,13 @@ def test_retry_after_is_honoured(answers_file):
     assert servers._retry_after(httpx.Response(429, headers={"Retry-After": "soon"})) == 0
 
 
+def test_a_server_that_is_dead_for_hours_is_left_alone_no_longer():
+    """Pause as after a few failures, where others answer through the night."""
+    server = servers._Server("url", failures=5000)
+    server.failed("refused", 0.0)
+    assert server.failures == 5001 and 0 < server.free_at - time.monotonic() <= 1.25 * servers.LONGEST_PAUSE
+
+
 DIES = [dict(die_after=10), dict(die_after=1, slow=5, last_words=True)]
 
 

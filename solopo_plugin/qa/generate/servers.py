@@ -313,7 +313,7 @@ class _Server:
         if now < self.free_at:
             self.free_at = max(self.free_at, now + retry_after)
             return
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self.failures) * random.uniform(1, 1.25)
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self.failures, 30)) * random.uniform(1, 1.25)
         self.failures += 1
         self.free_at = now + max(pause, retry_after)
         wait = self.free_at - now
