@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -154,8 +155,8 @@ def test_retry_after_is_honoured(answers_file):
         got = by_answer(generate(openai(server.url), calls(1)))
         assert len(got) == 4 and time.monotonic() - began >= 1.0
     server = servers._Server("url")
-    server.failed("busy", 0.0)
-    server.failed("busy", 60.0)  # while it rests already
+    server.failed(servers._Passing("busy"), time.monotonic())
+    server.failed(servers._Passing("busy", 60.0), 0.0)  # while it rests already
     assert server.failures == 1 and server.free_at - time.monotonic() > 59
     response = httpx.Response(429, headers={"Retry-After": "Wed, 21 Oct 2065 07:28:00 GMT"})
     assert servers._retry_after(response) > 1e8
@@ -165,8 +166,72 @@ def test_retry_after_is_honoured(answers_file):
 def test_a_server_that_is_dead_for_hours_is_left_alone_no_longer():
     """Pause as after a few failures, where others answer through the night."""
     server = servers._Server("url", failures=5000)
-    server.failed("refused", 0.0)
+    server.failed(servers._Passing("refused"), 0.0)
     assert server.failures == 5001 and 0 < server.free_at - time.monotonic() <= 1.25 * servers.LONGEST_PAUSE
+
+
+def sends_away(status: int, at_a_time: int, seconds: float = 0.05):
+    """Return how a server answers that takes so many requests at a time, as hosted models and gateways do."""
+    room = threading.Semaphore(at_a_time)
+
+    def reply(request):
+        if not room.acquire(blocking=False):
+            return status, b"too many requests"
+        time.sleep(seconds)
+        room.release()
+        return 200, said()
+
+    return reply
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_takes_a_few_requests_at_a_time_answers_all(status):
+    """Count no tries of requests that are sent away while others are answered, and send not many more than it takes."""
+    with answering(sends_away(status, 3)) as server:
+        recipe = openai(server.url, served_model="m", concurrency=32, retries=2)
+        got = by_answer(generate(recipe, calls(ks=(0,)) + calls(ks=(1,)) + calls(ks=(2,))))
+    assert len(got) == 120 and len(server.requests) < 240
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_sends_all_away_is_asked_by_one_at_a_time(status):
+    """End after as many tries as one request has, whatever the number that waits; say which key may help."""
+    with answering(lambda request: (status, b"busy")) as server:
+        recipe = openai(server.url, served_model="m", concurrency=8, retries=3)
+        with pytest.raises(
+            DataError, match=f"gave no answer in 4 tries .*HTTP {status} 'busy'.*lower `concurrency` "
+        ) as e:
+            list(generate(recipe, calls()))
+    assert str(e.value).endswith(".") and len(server.requests) == 8 + 3
+
+
+def test_a_request_that_is_always_sent_away_ends_the_run_once_the_others_are_answered():
+    def reply(request):
+        return (429, b"too large") if "person 3 " in request.body["messages"][-1]["content"] else (200, said())
+
+    got = []
+    with answering(reply) as server, pytest.raises(DataError, match="gave no answer in 3 tries .*too large"):
+        for answer in generate(openai(server.url, served_model="m", concurrency=4, retries=2), calls(ks=(0,))):
+            got.append(answer.id)
+    assert len(got) == 39
+
+
+def test_requests_of_a_dead_server_wait_for_one_another():
+    """Ask it as often as one request would, not as often for each; where it failed before it answered, none is lost."""
+    seen, failing = [], set(range(5, 12))
+
+    def reply(request):
+        seen.append(request)
+        return (500, b"no") if len(seen) - 1 in failing else (200, said())
+
+    with answering(reply) as server:
+        recipe = openai(server.url, served_model="m", concurrency=4, retries=7)
+        assert len(by_answer(generate(recipe, calls(ks=(0,))))) == 40
+        assert len(seen) == 40 + len(failing)
+        failing.update(range(50, 200))
+        with pytest.raises(DataError, match="gave no answer in 8 tries .*HTTP 500 'no'"):
+            list(generate(recipe, calls(ks=(0,))))
+    assert len(seen) <= 50 + 2 * 4 + 7  # twice those under way: one may be answered behind the first failure
 
 
 DIES = [dict(die_after=10), dict(die_after=1, slow=5, last_words=True)]

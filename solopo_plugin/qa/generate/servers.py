@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import random
 import re
 import socket
@@ -9,7 +10,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -25,6 +26,7 @@ from .calls import Call, Model, Reply, call_seed, load_chat
 log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds a server is left alone after one failure, and after many in a row
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 that another try may cure
+BUSY = (429, 503)  # those of a server, or of what stands before it, that has enough to do
 LASTING = (501, 505, 511)  # those from 500 on that none will
 REFUSED = (400, 422, 500, 501)  # HTTP statuses of a server that does not know `n` or `response_format`
 DIED = "EngineCore encountered an issue"  # vLLM's last words, with status 500, before its server ends
@@ -294,31 +296,48 @@ class _Passing(Exception):
         self.retry_after = retry_after
 
 
+class _Busy(_Passing):
+    """Tell of a request that was sent away by a server with enough to do, which says nothing about the request."""
+
+
 @dataclass
 class _Server:
     url: str
     auth: tuple[str, str] | None = None
     via: str = ""  # which proxy, for messages
     busy: int = 0  # requests under way
+    room: float = math.inf  # requests that it may have under way
     failures: int = 0  # in a row
+    failing_since: float = 0.0  # time.monotonic() of the first of them
+    failed_at: float = 0.0  # and of the last
     answered: bool = False  # at least once
     free_at: float = 0.0  # time.monotonic() before which it is left alone
 
-    def failed(self, problem: str, retry_after: float) -> None:
+    def is_free(self) -> bool:
+        """Return whether it may be asked now; after a failure only if nothing is under way, until it answers."""
+        return self.free_at <= time.monotonic() and self.busy < (1 if self.failures else self.room)
+
+    def gave_answer(self) -> None:
+        """Take the server for one that answers, and has room for one more request than it was thought to have."""
+        self.failures, self.answered, self.room = 0, True, self.room + 1
+
+    def failed(self, trouble: _Passing, sent: float) -> None:
         """Leave the server alone, the longer the more failures there were in a row, with up to a quarter of jitter.
 
-        Requests that fail together are one failure.
+        Requests that were under way together are one failure: of one `sent` before the last nothing is counted.
         """
         now = time.monotonic()
-        if now < self.free_at:
-            self.free_at = max(self.free_at, now + retry_after)
+        if sent < self.failed_at:
+            self.free_at = max(self.free_at, now + trouble.retry_after)
             return
+        self.failed_at, self.failing_since = now, self.failing_since if self.failures else now
+        self.room = 1 if isinstance(trouble, _Busy) else self.room
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self.failures, 30)) * random.uniform(1, 1.25)
         self.failures += 1
-        self.free_at = now + max(pause, retry_after)
-        wait = self.free_at - now
+        wait = max(pause, trouble.retry_after)
+        self.free_at = now + wait
         if self.failures >= 3 or wait > 10:
-            log.warning(f"{self.url}{self.via}: {problem}; next try in {wait:.0f} s.")
+            log.warning(f"{self.url}{self.via}: {trouble}; next try in {wait:.0f} s.")
 
 
 class _Servers:
@@ -327,10 +346,14 @@ class _Servers:
     def __init__(self, sampling: Sampling, client: httpx.AsyncClient, places: list[Address], key: str):
         self.client, self.retries, self.api_key_env = client, sampling.retries, sampling.api_key_env
         self.servers = [_Server(place.url, place.auth, place.via) for place in places]
+        self.changed = asyncio.Event()  # set, and replaced, where a request ends
         self.secrets = {key, *(secret for place in places for secret in place.secrets)}
 
     async def request(self, method: str, path: str, body: dict | None, read, final: tuple[int, ...] = ()):
         """Send until an answer comes that `read` can read.
+
+        Two counts end it. A try is the request's own unless the server was too busy for it. While no server answers
+        anything, a failure of each (`_Server.failed`) is a try of all that wait: they are let in one at a time.
 
         Args:
             method: Of HTTP.
@@ -342,23 +365,30 @@ class _Servers:
         Raises:
             DataError: Refused, or failed `retries` + 1 times.
         """
-        began = time.monotonic()
-        for _ in range(self.retries + 1):
+        since, own = time.monotonic(), 0
+        while True:
             server = await self._free()
-            server.busy += 1
+            server.busy, sent = server.busy + 1, time.monotonic()
             try:
                 result = await self._once(server, method, path, body, read, final)
-                server.failures, server.answered = 0, True
+                server.gave_answer()
                 return result
-            except _Passing as trouble:
-                problem = str(trouble)
-                server.failed(problem, trouble.retry_after)
+            except _Passing as passing:
+                trouble = passing
+                server.failed(trouble, sent)
+                own += not isinstance(trouble, _Busy)
             finally:
                 server.busy -= 1
+                self.changed.set()
+                self.changed = asyncio.Event()
+            if own > self.retries or min(server.failures for server in self.servers) > self.retries:
+                break
+        since = since if own > self.retries else server.failing_since
+        advice = "lower `concurrency` if it takes fewer requests at a time, " * isinstance(trouble, _Busy)
         raise DataError(
             f"{server.url}{path}{server.via} gave no answer in {self.retries + 1} tries over "
-            f"{time.monotonic() - began:.0f} s (last: {problem}); see what the server logs and start again, what is "
-            "finished is kept."
+            f"{time.monotonic() - since:.0f} s (last: {trouble}); {advice}see what the server logs and start again, "
+            "what is finished is kept."
         )
 
     async def _once(self, server: _Server, method: str, path: str, body: dict | None, read, final: tuple[int, ...]):
@@ -386,16 +416,16 @@ class _Servers:
         status, said = response.status_code, self._said(response)
         if _is_final(status) or (status in final and DIED not in said):
             raise _Refused(status, f"{place} refuses with HTTP {status}: {said}; {self._advice(status)}.")
-        raise _Passing(f"HTTP {status} {said}", _retry_after(response))
+        raise (_Busy if status in BUSY else _Passing)(f"HTTP {status} {said}", _retry_after(response))
 
     async def _free(self) -> _Server:
-        """Return the least busy server, once one may be asked; one that failed gets a single request at first."""
-        while True:
+        """Return the least busy server, once one may be asked."""
+        while not (free := [server for server in self.servers if server.is_free()]):
             now = time.monotonic()
-            free = [server for server in self.servers if server.free_at <= now]
-            if free:
-                return min(free, key=lambda server: (bool(server.failures and server.busy), server.busy))
-            await asyncio.sleep(min(server.free_at for server in self.servers) - now)
+            rests = [server.free_at - now for server in self.servers if server.free_at > now]
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), min(rests, default=None))
+        return min(free, key=lambda server: server.busy)
 
     def _advice(self, status: int) -> str:
         if status in (401, 403):
