@@ -234,6 +234,30 @@ def test_requests_of_a_dead_server_wait_for_one_another():
     assert len(seen) <= 50 + 2 * 4 + 7  # twice those under way: one may be answered behind the first failure
 
 
+@pytest.mark.parametrize("ks, several", [((0,), ""), ((0, 1), " or `answers_per_call`")])
+def test_a_request_that_is_slower_than_timeout_is_told_of_and_no_other_waits(ks, several, caplog, monkeypatch):
+    """Tell of it once, and in the end; the server is not left alone for it while it answers others."""
+    servers._warn_once.cache_clear()
+    monkeypatch.setattr(servers, "FIRST_PAUSE", 30.0)
+    monkeypatch.setattr(servers, "LONGEST_PAUSE", 30.0)
+    got, done = [], threading.Event()
+
+    def reply(request):
+        if "person 3 " in request.body["messages"][-1]["content"]:
+            done.wait(10)
+        time.sleep(0.1)
+        return 200, {"choices": [{"index": i, "message": {"content": "a"}} for i in range(request.body["n"])]}
+
+    advice = f"raise it, or lower `concurrency`{several}"
+    with answering(reply) as server:
+        recipe = openai(server.url, served_model="m", concurrency=4, retries=1, timeout=0.5)
+        with pytest.raises(DataError, match=f"over [1-5] s .last: ReadTimeout, `timeout: 0.5`.; {advice}, see"):
+            for answer in generate(recipe, calls(ks=ks)):
+                got.append(answer.id)
+        done.set()
+    assert len(got) > 3 and caplog.text.count(f"`timeout: 0.5` s, which is asked for again: {advice}.") == 1
+
+
 DIES = [dict(die_after=10), dict(die_after=1, slow=5, last_words=True)]
 
 

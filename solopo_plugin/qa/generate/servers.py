@@ -289,15 +289,19 @@ class _Refused(DataError):
 
 
 class _Passing(Exception):
-    """Tell of a request that failed and may succeed later, not before `retry_after` seconds."""
+    """Tell of a request that failed and may succeed later, not before `retry_after` seconds, and what may help."""
 
-    def __init__(self, problem: str, retry_after: float = 0.0):
+    def __init__(self, problem: str, retry_after: float = 0.0, advice: str = ""):
         super().__init__(problem)
-        self.retry_after = retry_after
+        self.retry_after, self.advice = retry_after, advice
 
 
 class _Busy(_Passing):
     """Tell of a request that was sent away by a server with enough to do, which says nothing about the request."""
+
+
+class _Slow(_Passing):
+    """Tell of a request without an answer within `timeout`, which says nothing about a server that answers others."""
 
 
 @dataclass
@@ -310,7 +314,7 @@ class _Server:
     failures: int = 0  # in a row
     failing_since: float = 0.0  # time.monotonic() of the first of them
     failed_at: float = 0.0  # and of the last
-    answered: bool = False  # at least once
+    answered_at: float = 0.0  # and of its last answer; 0: none so far
     free_at: float = 0.0  # time.monotonic() before which it is left alone
 
     def is_free(self) -> bool:
@@ -319,7 +323,7 @@ class _Server:
 
     def gave_answer(self) -> None:
         """Take the server for one that answers, and has room for one more request than it was thought to have."""
-        self.failures, self.answered, self.room = 0, True, self.room + 1
+        self.failures, self.answered_at, self.room = 0, time.monotonic(), self.room + 1
 
     def failed(self, trouble: _Passing, sent: float) -> None:
         """Leave the server alone, the longer the more failures there were in a row, with up to a quarter of jitter.
@@ -344,7 +348,8 @@ class _Servers:
     """Use several servers as one: the least busy one that did not just fail, tried again and again."""
 
     def __init__(self, sampling: Sampling, client: httpx.AsyncClient, places: list[Address], key: str):
-        self.client, self.retries, self.api_key_env = client, sampling.retries, sampling.api_key_env
+        self.client, self.retries, self.timeout = client, sampling.retries, sampling.timeout
+        self.api_key_env = sampling.api_key_env
         self.servers = [_Server(place.url, place.auth, place.via) for place in places]
         self.changed = asyncio.Event()  # set, and replaced, where a request ends
         self.secrets = {key, *(secret for place in places for secret in place.secrets)}
@@ -375,7 +380,8 @@ class _Servers:
                 return result
             except _Passing as passing:
                 trouble = passing
-                server.failed(trouble, sent)
+                if not (isinstance(trouble, _Slow) and server.answered_at > sent):
+                    server.failed(trouble, sent)
                 own += not isinstance(trouble, _Busy)
             finally:
                 server.busy -= 1
@@ -384,11 +390,10 @@ class _Servers:
             if own > self.retries or min(server.failures for server in self.servers) > self.retries:
                 break
         since = since if own > self.retries else server.failing_since
-        advice = "lower `concurrency` if it takes fewer requests at a time, " * isinstance(trouble, _Busy)
         raise DataError(
             f"{server.url}{path}{server.via} gave no answer in {self.retries + 1} tries over "
-            f"{time.monotonic() - since:.0f} s (last: {trouble}); {advice}see what the server logs and start again, "
-            "what is finished is kept."
+            f"{time.monotonic() - since:.0f} s (last: {trouble}); {trouble.advice}see what the server logs and start "
+            "again, what is finished is kept."
         )
 
     async def _once(self, server: _Server, method: str, path: str, body: dict | None, read, final: tuple[int, ...]):
@@ -398,9 +403,14 @@ class _Servers:
             response = await self.client.request(method, server.url + path, json=body, auth=server.auth)
         except httpx.HTTPError as error:
             problem = self._excerpt(f"{type(error).__name__} {error}")
-            if advice := _lasting(error, not server.answered and server.failures >= 2):
+            if advice := _lasting(error, not server.answered_at and server.failures >= 2):
                 raise _Refused(0, f"{place} cannot be asked ({problem}); {advice}.") from None
-            raise _Passing(problem) from None
+            if not isinstance(error, httpx.ReadTimeout):
+                raise _Passing(problem) from None
+            several = " or `answers_per_call`" * (body is not None and body.get("n", 1) > 1)
+            advice = f"raise it, or lower `concurrency`{several}"
+            _warn_once(f"No answer within `timeout: {self.timeout:g}` s, which is asked for again: {advice}.")
+            raise _Slow(f"{problem}, `timeout: {self.timeout:g}`", advice=f"{advice}, ") from None
         except (ValueError, TypeError, OverflowError) as error:  # it could not even be written
             problem = self._excerpt(f"{type(error).__name__} {error}")
             raise _Refused(0, f"{place} cannot be asked ({problem}); correct `extra_body` or the prompt.") from None
@@ -416,7 +426,10 @@ class _Servers:
         status, said = response.status_code, self._said(response)
         if _is_final(status) or (status in final and DIED not in said):
             raise _Refused(status, f"{place} refuses with HTTP {status}: {said}; {self._advice(status)}.")
-        raise (_Busy if status in BUSY else _Passing)(f"HTTP {status} {said}", _retry_after(response))
+        problem, retry_after = f"HTTP {status} {said}", _retry_after(response)
+        if status in BUSY:
+            raise _Busy(problem, retry_after, "lower `concurrency` if it takes fewer requests at a time, ")
+        raise _Passing(problem, retry_after)
 
     async def _free(self) -> _Server:
         """Return the least busy server, once one may be asked."""
