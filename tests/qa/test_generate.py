@@ -595,8 +595,32 @@ def test_a_server_that_cannot_give_several_answers_is_asked_one_by_one(status, c
         got = by_answer(generate(recipe, calls(3)))
     singles = one_by_one(calls(3), 0)
     assert got == {(call.id, call.ks[0]): f"Answer by {call_seed(recipe.seed, call)}." for call in singles}
-    assert sum(request.body["n"] > 1 for request in server.requests) <= 2
+    assert sum(request.body["n"] > 1 for request in server.requests) <= (4 if status == 500 else 2)  # once more each
     assert caplog.text.count("asked for one by one") == 1 and f"HTTP {status} where n = 4" in caplog.text
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["at once", "after others were answered"])
+@pytest.mark.parametrize("schema", [None, {"type": "object"}])
+def test_one_error_at_first_is_taken_for_no_refusal(schema, slow, caplog):
+    """Ask the same once more before n or the schema is given up; answers are those of a run without the error."""
+    first = threading.Lock()
+
+    def reply(request):
+        if first.acquire(blocking=False):
+            time.sleep(0.5 * slow)
+            return 500, b"Internal server error"
+        texts = [f"{i} by {request.body['seed']}" for i in range(request.body["n"])]
+        return 200, {"choices": [{"index": i, "message": {"content": text}} for i, text in enumerate(texts)]}
+
+    asked = [call._replace(schema=schema) for call in calls(20)]
+    with answering(reply) as server:
+        recipe = openai(server.url, served_model="m", concurrency=1 + slow)
+        got = by_answer(generate(recipe, asked))
+    assert {("response_format" in request.body, request.body["n"]) for request in server.requests} == {
+        (bool(schema), 4)
+    }
+    assert len(server.requests) == 21 and "HTTP 500" not in caplog.text
+    assert got == {(call.id, k): f"{k} by {call_seed(recipe.seed, call)}" for call in asked for k in call.ks}
 
 
 def test_an_error_of_a_server_that_gave_several_answers_passes():
@@ -1105,6 +1129,7 @@ def test_a_schema_is_sent_and_left_out_where_a_server_refuses_it(answers_file, t
     assert {json.dumps(shape["json_schema"]["schema"]) for shape in with_schema} == {json.dumps(SCHEMA)}
     assert ("where answers are to keep to a JSON schema: asked without." in caplog.text) == bool(status)
     least, most = {(0, 0): (6, 6), (1, 0): (1, 2), (0, 1): (18, 22), (1, 1): (1, 6)}[bool(status), refuse_n]
+    most *= 1 + (status == 500)  # which may pass: it is asked once more
     assert least <= len(with_schema) <= most  # of refusals there are those under way at a time, two
 
 

@@ -145,21 +145,31 @@ class _Asker:
         """Ask the servers what they call the model, before the first call."""
         self.common["model"], self.served = await _model_name(self.model, self.servers)
 
-    async def ask(self, call: Call) -> tuple[Call, Reply]:
-        """Return the call and its reply, with as many answers as the server gave."""
+    async def ask(self, call: Call, again: bool = False) -> tuple[Call, Reply]:
+        """Return the call and its reply, with as many answers as the server gave.
+
+        `again`: after HTTP 500. That may pass, and is taken for a refusal of `n` or a schema only the second time.
+        """
         if len(call.ks) > 1 and not self.takes_n:
             return call, Reply(call.id, (), [], None)
         own = self._own(call)
         schema = "response_format" in own
         body = self.common | self._prompt(call) | own | (self.sampling.extra_body or {})
-        final = () if (self.gave_n or len(call.ks) == 1) and (self.kept_schema or not schema) else (500,)
+        final = (500,) if self._doubtful(call, schema) else ()
         try:
             answers, prompt_tokens = await self.servers.request("POST", self.path, body, self._read, final)
         except _Refused as refusal:
-            return await self._without(call, own, refusal)
+            if refusal.status != 500 or (again and self._doubtful(call, schema)):
+                return await self._without(call, own, refusal)
+            await asyncio.sleep(FIRST_PAUSE)
+            return await self.ask(call, again=True)
         answers = answers[: len(call.ks)]
         self.gave_n, self.kept_schema = self.gave_n or len(answers) > 1, self.kept_schema or schema
         return call, Reply(call.id, call.ks[: len(answers)], answers, prompt_tokens, self.served)
+
+    def _doubtful(self, call: Call, schema: bool) -> bool:
+        """Return whether a request has what no answer has shown so far that the servers know."""
+        return (len(call.ks) > 1 and not self.gave_n) or (schema and not self.kept_schema)
 
     def _prompt(self, call: Call) -> dict[str, object]:
         """Return the prompt as messages, or as ids of the template."""
@@ -188,7 +198,7 @@ class _Asker:
                 log.warning("The server cannot be told to keep what marks a thought, which may count as an answer.")
             self.keeps_marks = False
             return await self.ask(call)
-        if "response_format" in own and refusal.status in REFUSED:
+        if "response_format" in own and refusal.status in REFUSED and not (refusal.status == 500 and self.kept_schema):
             _, reply = await self.ask(call._replace(schema=None))  # refused too, where that is not the reason
             if reply.ks and self.takes_schema:
                 log.warning(f"HTTP {refusal.status} where answers are to keep to a JSON schema: asked without.")
