@@ -1089,6 +1089,19 @@ def test_memory_that_is_out_halves_the_batch(tiny_model, monkeypatch, caplog):
         list(generate(settings, UNEQUAL))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.85])
+def test_a_model_that_computes_nan_is_refused(tiny_model, tmp_path, temperature):
+    """Do not answer with the first token of the vocabulary, up to the end."""
+    network = AutoModelForCausalLM.from_pretrained(tiny_model())
+    with torch.no_grad():
+        network.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    network.save_pretrained(tmp_path / "nan")
+    chat_of(local(tiny_model()))[0].save_pretrained(tmp_path / "nan")
+    settings = local(str(tmp_path / "nan"), backend="transformers", temperature=temperature)
+    with pytest.raises(DataError, match=f"^{tmp_path / 'nan'} computes NaN: .*take another checkpoint.$"):
+        list(generate(settings, PROMPTS))
+
+
 def test_completions_send_the_trainers_ids(tiny_model, answers_file, tmp_path, monkeypatch):
     sent = []
     original = httpx.AsyncClient.request

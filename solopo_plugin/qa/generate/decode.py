@@ -79,6 +79,9 @@ def decode(
 
     Yields:
         A row, the ids of its answer without what ended it, and whether something did; as they end.
+
+    Raises:
+        FloatingPointError: The model computes NaN.
     """
     takes = inspect.signature(getattr(network, "get_base_model", lambda: network)().forward).parameters
     jobs, device = list(dict.fromkeys(job for job, _ in rows)), noise.device
@@ -88,7 +91,10 @@ def decode(
         options = {"position_ids": positions, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in takes}
         output = network(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
-        return output.past_key_values, output.logits[:, -1].float()
+        logits = output.logits[:, -1].float()
+        if logits.isnan().any():  # of which the largest is token 0
+            raise FloatingPointError
+        return output.past_key_values, logits
 
     cache, logits = step(ids, (mask.cumsum(1) - 1).clamp(min=0))
     keep = torch.tensor([jobs.index(job) for job, _ in rows], device=device)  # from prompts to answers

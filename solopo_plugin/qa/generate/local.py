@@ -33,7 +33,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
     Memory that runs out halves the batch; what was not finished is begun again, with the same draws.
 
     Raises:
-        DataError: A single answer takes more memory than there is.
+        DataError: A single answer takes more memory than there is, or the model computes NaN.
     """
     import torch
 
@@ -66,6 +66,11 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
                         text = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
                         if reply := _take_in(row, text, ended):
                             yield reply
+                except FloatingPointError:
+                    raise DataError(
+                        f"{model.place} computes NaN: its weights are damaged, or its training has diverged; take "
+                        "another checkpoint."
+                    ) from None
                 except RuntimeError as error:
                     if not (failed := _memory_is_out(error)):
                         raise
