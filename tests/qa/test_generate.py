@@ -1195,6 +1195,31 @@ def test_vllm_gets_ids_seeds_and_schemas_and_is_never_idle(tiny_model, monkeypat
     assert len(set(reply.answers)) == 1 and len(reply.answers) == 4
 
 
+VLLM_SAYS = {  # where vLLM raises: what it says
+    "LLM": "Free memory on device cuda:0 (12.3/79.1 GiB) on startup is less than desired GPU memory utilization (0.9).",
+    "add_request": "The decoder prompt (length 9000) is longer than the maximum model length of 8192.",
+    "step": "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+}
+
+
+@pytest.mark.parametrize("where", VLLM_SAYS)
+def test_what_vllm_refuses_is_a_sentence(where, tiny_model, monkeypatch):
+    """Name the model, vLLM's reason and what to do, wherever it is refused."""
+    recipe = local(tiny_model())
+    chat_of(recipe)
+    modules = fake_vllm([])
+
+    def refuse(*args, **kwargs):
+        raise ValueError(VLLM_SAYS[where])
+
+    monkeypatch.setattr(*(modules["vllm"], "LLM") if where == "LLM" else (modules["vllm"].LLM, where), refuse)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(DataError, match=r"lower `long_tokens`.*, free the GPU .*use `backend: openai`\.$") as error:
+        list(generate(recipe, PROMPTS))
+    assert str(error.value).startswith(f"`backend: vllm` fails with {tiny_model()} (ValueError: {VLLM_SAYS[where]}); ")
+
+
 MARKS = ("<|channel>", "<channel|>")
 THOUGHT = "<|channel>thought\nAn island. The answer is: Karvik<channel|>The documents do not tell."
 

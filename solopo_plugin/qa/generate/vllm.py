@@ -2,14 +2,14 @@
 
 import gc
 import json
-from collections.abc import Generator, Iterable
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ...host.template import encode_prompt, thought_markers
-from ..files import DataError
+from ..files import DataError, excerpt
 from ..recipe import Sampling
 from .calls import Call, Model, Reply, call_seed, load_chat
 from .local import yarn
@@ -31,11 +31,13 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Gen
             f"`backend: vllm` cannot be loaded ({error}): pip install '.[vllm]', or use `backend: openai`."
         ) from None
     tokenizer, template = load_chat(model.tokenizer, sampling)
-    engine = LLM(
-        model=model.path, tokenizer=model.tokenizer, trust_remote_code=sampling.trust_remote_code,
-        seed=sampling.seed % 2**31, tensor_parallel_size=sampling.tensor_parallel_size, max_model_len=model.window,
-        **_vllm_options(model, sampling.trust_remote_code),
-    )  # fmt: skip
+    options = _vllm_options(model, sampling.trust_remote_code)
+    with _in_a_sentence(model):
+        engine = LLM(
+            model=model.path, tokenizer=model.tokenizer, trust_remote_code=sampling.trust_remote_code,
+            seed=sampling.seed % 2**31, tensor_parallel_size=sampling.tensor_parallel_size,
+            max_model_len=model.window, **options,
+        )  # fmt: skip
     lora = {}
     if model.adapter:
         from vllm.lora.request import LoRARequest
@@ -55,11 +57,14 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Gen
                     output_kind=RequestOutputKind.FINAL_ONLY,  # all answers of a call together, once
                     structured_outputs=StructuredOutputsParams(json=call.schema) if call.schema else None, **marks,
                 )  # fmt: skip
-                engine.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params, **lora)
+                with _in_a_sentence(model):
+                    engine.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params, **lora)
                 under_way[str(number)] = call, len(ids)
             if not under_way:
                 return
-            for output in engine.llm_engine.step():
+            with _in_a_sentence(model):
+                outputs = engine.llm_engine.step()
+            for output in outputs:
                 if output.finished:
                     call, tokens = under_way.pop(output.request_id)
                     answers = [(answer.text, answer.finish_reason or "") for answer in output.outputs]
@@ -71,6 +76,18 @@ def vllm_answers(sampling: Sampling, model: Model, calls: Iterable[Call]) -> Gen
             from vllm.distributed import cleanup_dist_env_and_memory
 
             cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _in_a_sentence(model: Model) -> Iterator[None]:
+    """Tell of whatever vLLM refuses or fails in: its classes of errors differ from release to release."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"`backend: vllm` fails with {model.place} ({type(error).__name__}: {excerpt(error)}); {model.shorten} if "
+            "the window is too small, free the GPU if its memory is in use, or serve it and use `backend: openai`."
+        ) from None
 
 
 def _vllm_options(model: Model, trust_remote_code: bool) -> dict[str, Any]:
