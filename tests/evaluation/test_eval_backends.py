@@ -58,6 +58,28 @@ def test_an_adapter_answers_on_top_of_its_model(tiny_model, tmp_path):
     assert answer(recipe, Model(base, adapter)) == greedy_by_hand(merged, recipe) != without
 
 
+@pytest.mark.parametrize("trained_on", [dict(hidden_size=128), dict(vocab_size=1100)], ids=["another", "more tokens"])
+def test_an_adapter_to_another_model_is_refused(tiny_model, tmp_path, trained_on):
+    base, adapter = tiny_model(), str(tmp_path / "adapter")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny_model(**trained_on))
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(network, lora).save_pretrained(adapter)
+    with pytest.raises(
+        DataError, match=rf"^{adapter} does not fit {base} \(.*size mismatch .*`model_name_or_path`"
+    ) as error:
+        answer(recipe_for(tmp_path, base), Model(base, adapter))
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_a_model_without_keys_and_values_is_refused(tiny_model, tmp_path):
+    path = tiny_model("mamba2", num_heads=8, head_dim=16, state_size=16, n_groups=1)
+    with pytest.raises(DataError, match="^Mamba2ForCausalLM keeps no keys and values.*use `backend: openai`.$"):
+        answer(recipe_for(tmp_path, path), Model(path))
+
+
 @pytest.mark.parametrize("window, said", [(40, 1), (8192, 0)])
 def test_prompts_beyond_the_window_are_told_once(tiny_model, tmp_path, caplog, window, said):
     path = tiny_model(max_position_embeddings=window)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from ..files import DataError
 from ..recipe import Sampling
 from .calls import Call, call_seed
 
@@ -82,6 +83,7 @@ def decode(
 
     Raises:
         FloatingPointError: The model computes NaN.
+        DataError: It has no cache of keys and values.
     """
     takes = inspect.signature(getattr(network, "get_base_model", lambda: network)().forward).parameters
     jobs, device = list(dict.fromkeys(job for job, _ in rows)), noise.device
@@ -94,6 +96,11 @@ def decode(
         logits = output.logits[:, -1].float()
         if logits.isnan().any():  # of which the largest is token 0
             raise FloatingPointError
+        if "past_key_values" not in output:
+            raise DataError(
+                f"{type(network).__name__} keeps no keys and values, without which `backend: transformers` does not "
+                "answer; serve it and use `backend: openai`."
+            )
         return output.past_key_values, logits
 
     cache, logits = step(ids, (mask.cumsum(1) - 1).clamp(min=0))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...host.template import encode_prompt, thought_markers
-from ..files import DataError
+from ..files import DataError, excerpt
 from ..provenance import residual_adapter
 from ..recipe import Sampling
 from ..window import window_of
@@ -159,7 +159,11 @@ def _halved(batch: "list[Row]", model: Model) -> int:
 
 
 def load_network(model: Model, trust_remote_code: bool = False):
-    """Load weights in the dtype they were saved in, with YaRN and adapter where asked for; it is not merged."""
+    """Load weights in the dtype they were saved in, with YaRN and adapter where asked for; it is not merged.
+
+    Raises:
+        DataError: The adapter is not one to these weights.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model.adapter and (sentence := residual_adapter(Path(model.adapter))):
@@ -173,7 +177,16 @@ def load_network(model: Model, trust_remote_code: bool = False):
     if model.adapter:
         from peft import PeftModel  # the host brings it along
 
-        return PeftModel.from_pretrained(network, model.adapter)
+        try:
+            return PeftModel.from_pretrained(network, model.adapter)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            reason = excerpt(str(error).partition("\n")[2] or error)
+        raise DataError(
+            f"{model.adapter} does not fit {model.path} ({reason}); give the model that it was trained on as "
+            "`model_name_or_path`, with the tokens that its training added."
+        )
     return network
 
 
