@@ -1053,6 +1053,39 @@ def test_a_cpu_reads_long_prompts_without_others(tiny_model, monkeypatch):
         assert any(prompts > 1 for prompts, _ in read)
 
 
+ROPES = {  # with the window that such a model was first made for, as its configuration names it
+    "phi3": (
+        dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8),
+        "original_max_position_embeddings",
+    ),
+    "qwen2": (dict(rope_type="dynamic", factor=4.0), "max_position_embeddings"),
+}
+
+
+@pytest.mark.parametrize("architecture", ROPES)
+def test_ropes_that_look_at_the_longest_sequence_see_no_other_call(tiny_model, tmp_path, architecture):
+    """Answer within the window and beyond it, and across its end, as each call alone, whatever is asked before it."""
+    rope, window = ROPES[architecture]
+    shape = dict(rope_parameters=rope | {"rope_theta": 1e4, window: 160}) | {window: 160}
+    network = AutoModelForCausalLM.from_pretrained(tiny_model(architecture, **shape))
+    with torch.no_grad():  # so that positions matter
+        network.get_output_embeddings().weight.mul_(8)
+        for name, weight in network.named_parameters():
+            if any(part in name for part in ("q_proj.w", "k_proj.w", "qkv_proj.w")):
+                weight.mul_(15)
+    network.save_pretrained(tmp_path / "model")
+    chat_of(local(tiny_model()))[0].save_pretrained(tmp_path / "model")
+    words = [" ".join(f"{chr(97 + j % 26)}{j * 7 % 13}x" for j in range(n)) for n in (2, 15, 22, 40, 50)]
+    asked = [Call(f"q{i}", (0, 1), text) for i, text in enumerate(words)]
+    settings = local(str(tmp_path / "model"), backend="transformers", max_new_tokens=24, concurrency=16)
+    together = {reply.id: reply for reply in generate(settings, asked)}
+    lengths = [together[call.id].prompt_tokens for call in asked]
+    assert lengths[1] + 24 < 160 and lengths[2] < 160 < lengths[2] + 24 and 160 < lengths[3], lengths
+    for call in asked:
+        assert list(generate(settings, [call])) == [together[call.id]]
+    assert {reply.id: reply for reply in generate(replace(settings, concurrency=1), reversed(asked))} == together
+
+
 def test_memory_that_is_out_halves_the_batch(tiny_model, monkeypatch, caplog):
     """Begun answers too: batches of more than three are refused once their prompts are read."""
     model = tiny_model()

@@ -13,7 +13,7 @@ from ...host.template import encode_prompt, thought_markers
 from ..files import DataError, excerpt
 from ..provenance import residual_adapter
 from ..recipe import Sampling
-from ..window import window_of
+from ..window import ropes_by_length, window_of
 from .calls import Call, Model, Reply, load_chat
 
 if TYPE_CHECKING:  # torch and transformers take seconds to load
@@ -44,7 +44,8 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(model, sampling.trust_remote_code).to(device).eval()
     _warn_of_fp32(network, device.type, model)
-    window, warned = window_of(network.config.get_text_config()), False
+    config, warned = network.config.get_text_config(), False
+    window, alike = window_of(config), min(ropes_by_length(config).values(), default=math.inf)
     room, alone = (math.inf, math.inf) if device.type == "cuda" else (CPU_TOKENS, CPU_ALONE)
     calls = iter(calls)
 
@@ -57,8 +58,9 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
             warned = warned or _beyond_window(max(job.tokens for job in pool), window, model)
             pool.sort(key=lambda job: (job.limit, len(job.ids)), reverse=True)  # the longest first: memory ends soon
             rows = deque((job, i) for job in pool for i in range(len(job.call.ks)))
-            while batch := _next_batch(rows, sampling.concurrency, room, alone):
+            while batch := _next_batch(rows, sampling.concurrency, room, alone, alike):
                 left, failed = dict.fromkeys(batch), False
+                _forget_lengths(network)
                 try:
                     noise = Noise(sampling, device)
                     for row, ids, ended in decode(network, batch, noise, stop, tokenizer.pad_token_id or 0):
@@ -118,7 +120,7 @@ def _take_in(row: "Row", text: str, ended: bool) -> Reply | None:
     return Reply(job.call.id, job.call.ks, answers, len(job.ids))
 
 
-def _next_batch(rows: "deque[Row]", most: int, room: float, alone: float) -> "list[Row]":
+def _next_batch(rows: "deque[Row]", most: int, room: float, alone: float, alike: float) -> "list[Row]":
     """Take from the front what may be answered together, at least one answer.
 
     Args:
@@ -126,6 +128,7 @@ def _next_batch(rows: "deque[Row]", most: int, room: float, alone: float) -> "li
         most: Answers at most.
         room: Tokens with padding at most.
         alone: Tokens from which a prompt has no other beside it.
+        alike: Tokens of prompt and answer beyond which the model's rotary embedding is another for all of a batch.
     """
     batch: list[Row] = []
     longest = 0
@@ -134,10 +137,18 @@ def _next_batch(rows: "deque[Row]", most: int, room: float, alone: float) -> "li
         longest = max(longest, job.tokens)
         if batch and (len(batch) + 1) * longest > room:
             break
-        if batch and job is not batch[0][0] and max(len(job.ids), len(batch[0][0].ids)) >= alone:
+        apart = max(len(job.ids), len(batch[0][0].ids)) >= alone or longest > alike if batch else False
+        if apart and job is not batch[0][0]:
             break
         batch.append(rows.popleft())
     return batch
+
+
+def _forget_lengths(network) -> None:
+    """Give `dynamic` rope scaling its first frequencies again: transformers keeps those of the last long sequence."""
+    for module in network.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
 
 
 def _memory_is_out(error: RuntimeError) -> bool:
