@@ -327,7 +327,7 @@ def test_empty_answers_are_answers(answers_file):
 
 REFUSALS = [
     (dict(api_key="secret"), {}, "HTTP 401: .*Invalid API key.*environment variable OPENAI_API_KEY"),
-    (dict(max_prompt=20), {}, "HTTP 400: .*maximum context length is 20 tokens.*correct the recipe"),
+    (dict(max_prompt=20), {}, "HTTP 400: .*maximum context length is 20 tokens.*; lower `long_tokens` or"),
     (dict(malformed=1.0, always=True), {}, r"gave no answer in 3 tries over .*last: a malformed answer \("),
     (dict(broken=1.0, always=True), {}, "last: HTTP 503 .*upstream"),
     (dict(model="one,two"), {}, r"has several models \(one, two\); name one as `served_model`"),
@@ -1331,6 +1331,28 @@ def test_a_server_that_does_not_know_of_special_tokens_is_asked_as_before(caplog
         recipe = openai(server.url, template="gemma4", served_model="m", num_samples=1, concurrency=2)
         assert set(by_answer(generate(recipe, calls(4, (0,)))).values()) == {"Here."}
     assert caplog.text.count("cannot be told to keep what marks a thought") == 1
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_server_that_wants_the_length_under_its_newer_name_gets_it(lasting):
+    """As hosted models that think; where it is refused under that, too, the refusal is told."""
+    refused = (
+        b"Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    )
+
+    def reply(request):
+        return (400, refused) if lasting or "max_tokens" in request.body else (200, said("Here."))
+
+    with answering(reply) as server:
+        recipe = openai(server.url, served_model="m", num_samples=1, concurrency=1, max_new_tokens=77)
+        if lasting:
+            with pytest.raises(DataError, match="refuses with HTTP 400.*Unsupported parameter.*; correct the recipe.$"):
+                list(generate(recipe, calls(1, (0,))))
+        else:
+            assert len(by_answer(generate(recipe, calls(4, (0,))))) == 4
+    sent = [{name: request.body.get(name) for name in SET if "tokens" in name} for request in server.requests]
+    newer = {"max_tokens": None, "max_completion_tokens": 77}
+    assert sent == [{"max_tokens": 77, "max_completion_tokens": None}] + [newer] * (1 if lasting else 4)
 
 
 def test_vllm_that_is_not_there_is_a_sentence(tiny_model, monkeypatch):

@@ -83,7 +83,7 @@ async def _connected(sampling: Sampling, model: Model) -> AsyncIterator["_Server
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     direct, by_proxy = transports(places, sampling.concurrency)
     async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=direct, mounts=by_proxy) as client:
-        yield _Servers(sampling, client, places, key)
+        yield _Servers(sampling, client, places, key, model.shorten)
 
 
 def served_name(sampling: Sampling, model: Model) -> str:
@@ -140,6 +140,7 @@ class _Asker:
             self.keeps_marks = bool(thought_markers(self.tokenizer, self.template))
         self.takes_n, self.takes_schema, self.keeps_thoughts = True, True, True
         self.gave_n, self.kept_schema = False, False
+        self.length = "max_tokens"  # what the servers call the tokens of an answer at most
 
     async def find_model(self) -> None:
         """Ask the servers what they call the model, before the first call."""
@@ -182,7 +183,7 @@ class _Asker:
     def _own(self, call: Call) -> dict[str, object]:
         """Return what belongs to one request alone, as far as the servers know it."""
         own: dict[str, object] = {"n": len(call.ks), "seed": call_seed(self.sampling.seed, call)}
-        own["max_tokens"] = call.max_new_tokens or self.sampling.max_new_tokens
+        own[self.length] = call.max_new_tokens or self.sampling.max_new_tokens
         own |= {"skip_special_tokens": False} if self.keeps_marks else {}
         if call.schema and self.takes_schema:
             shape = {"name": "answer", "strict": True, "schema": call.schema}
@@ -193,6 +194,9 @@ class _Asker:
         """Ask once more without what the server may not know of a request; raise what is refused for another reason."""
         if TOO_LONG in str(refusal):
             raise refusal
+        if "max_tokens" in own and "max_completion_tokens" in str(refusal):
+            self.length = "max_completion_tokens"
+            return await self.ask(call)
         if "skip_special_tokens" in own and "skip_special_tokens" in str(refusal):
             if self.keeps_marks:
                 log.warning("The server cannot be told to keep what marks a thought, which may count as an answer.")
@@ -357,9 +361,11 @@ class _Server:
 class _Servers:
     """Use several servers as one: the least busy one that did not just fail, tried again and again."""
 
-    def __init__(self, sampling: Sampling, client: httpx.AsyncClient, places: list[Address], key: str):
+    def __init__(
+        self, sampling: Sampling, client: httpx.AsyncClient, places: list[Address], key: str, shorten: str
+    ):  # fmt: skip
         self.client, self.retries, self.timeout = client, sampling.retries, sampling.timeout
-        self.api_key_env = sampling.api_key_env
+        self.api_key_env, self.shorten = sampling.api_key_env, shorten
         self.servers = [_Server(place.url, place.auth, place.via) for place in places]
         self.changed = asyncio.Event()  # set, and replaced, where a request ends
         self.secrets = {key, *(secret for place in places for secret in place.secrets)}
@@ -435,7 +441,7 @@ class _Servers:
                 raise _Passing(problem) from None
         status, said = response.status_code, self._said(response)
         if _is_final(status) or (status in final and DIED not in said):
-            raise _Refused(status, f"{place} refuses with HTTP {status}: {said}; {self._advice(status)}.")
+            raise _Refused(status, f"{place} refuses with HTTP {status}: {said}; {self._advice(status, said)}.")
         problem, retry_after = f"HTTP {status} {said}", _retry_after(response)
         if status in BUSY:
             raise _Busy(problem, retry_after, "lower `concurrency` if it takes fewer requests at a time, ")
@@ -450,7 +456,9 @@ class _Servers:
                 await asyncio.wait_for(self.changed.wait(), min(rests, default=None))
         return min(free, key=lambda server: server.busy)
 
-    def _advice(self, status: int) -> str:
+    def _advice(self, status: int, said: str) -> str:
+        if TOO_LONG in said:
+            return self.shorten
         if status in (401, 403):
             return f"put a valid key into the environment variable {self.api_key_env}"
         if status == 407:
