@@ -6,7 +6,8 @@ with the same weight, as in the paper's tables. A row is of the questions that s
 
 A row of the report is a model, or a run: several that differ by training seed alone (`runs` of the recipe). A run is
 treated as one model, whose score of a question is the mean over the seeds, so that its intervals and p-values are over
-questions; `sd` is the sample standard deviation (n - 1) of the seeds' own means.
+questions; `sd` is the sample standard deviation (n - 1) of the seeds' own means. `n` counts answers and `questions` the
+different questions behind them, fewer where one is asked at several lengths or depths.
 
 Scores are data frames here, a line per question and metric: `KEY`, `source`, `GROUPS`, `value` and of a run `seed 1`,
 `seed 2` and so on, its models' own.
@@ -31,7 +32,7 @@ from .intervals import compare_paired, mean_interval, mean_of_means
 from .items import EACH_OWN, GROUPS, MAIN_METRIC, main_metric
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # of results.json; 1 had the columns of `GROUPS` as one text, `length=16384,depth=50`
+FORMAT = 3  # of results.json; 2 had no `questions`, 1 the columns of `GROUPS` as one text, `length=16384,depth=50`
 PACKAGES = ("llamafactory", "transformers", "tokenizers", "torch", "vllm", "numpy")  # the harness' rows name their own
 SIGNIFICANT = 0.05  # p-value below which two models are said to differ; the field's habit
 HELD_OUT = "validation"  # the benchmark that is there to choose by; all others are there to be reported
@@ -281,6 +282,11 @@ def _questions(index: pd.MultiIndex) -> int:
     return len(index.droplevel("metric").unique())
 
 
+def _different(sources: list[np.ndarray]) -> int:
+    """Count the different questions of tasks: what intervals and p-values draw."""
+    return len(np.unique(np.concatenate(sources)))
+
+
 def summarise(model: str, scores: pd.DataFrame, samples: int, seed: int) -> Iterator[dict]:
     """Yield rows of a model or run: each benchmark, group and metric, for every task and for their mean (task "").
 
@@ -293,7 +299,8 @@ def summarise(model: str, scores: pd.DataFrame, samples: int, seed: int) -> Iter
         value, low, high = mean_interval(of["value"], samples, np.random.default_rng(seed), of["source"])
         means = [mean_of_means(of[name]) for name in seeds]
         spread = {"seeds": len(means), "sd": stdev(means)} if means else {}
-        numbers = {"n": sum(map(len, parts)), "value": value, "low": low, "high": high}
+        counts = {"n": sum(map(len, parts)), "questions": _different(of["source"])}
+        numbers = counts | {"value": value, "low": low, "high": high}
         yield {"model": model} | where | numbers | spread
 
 
@@ -311,7 +318,8 @@ def compare_models(a: str, b: str, of_a: pd.DataFrame, of_b: pd.DataFrame, sampl
         if common:
             of = {name: [column[rows] for rows in common] for name, column in columns.items()}
             found = compare_paired(of["a"], of["b"], samples, np.random.default_rng(seed), of["source"])
-            yield {"a": a, "b": b} | where | found | {"left_out": sum(map(len, parts)) - found["n"]}
+            counts = {"questions": _different(of["source"]), "left_out": sum(map(len, parts)) - found["n"]}
+            yield {"a": a, "b": b} | where | found | counts
     if total := _questions(both[both[["a", "b"]].isna().any(axis=1)].set_index(KEY).index):
         log.warning("%s against %s: %d questions that only one of them answered are left out.", b, a, total)
 

@@ -206,6 +206,11 @@ def test_p_value_of_right_or_wrong_is_mcnemars(wins, losses, size):
     assert abs(sign_flip_p_value(differences, 10_000, generator()) - exact) <= error + 1e-12
 
 
+def test_of_five_questions_no_p_value_is_below_one_in_twenty():
+    """As docs/evaluation.md says: the smallest is 2 of 32 sign patterns."""
+    assert [sign_flip_p_value(np.ones(n), 10_000, generator()) for n in (5, 6)] == [2 / 32, 2 / 64]
+
+
 def test_p_values_of_equal_models_are_uniform():
     """Under the null hypothesis P(p <= x) = x; 4 binomial deviations."""
     rng = generator(11)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from made_up import CHANCES, HARNESS, LENGTHS, LONGBENCH, TITLE, item, items, wr
 from solopo_plugin.evaluation.items import EACH_OWN, GROUPS, MAIN_METRIC
 from solopo_plugin.evaluation.published import PUBLISHED, matches
 from solopo_plugin.evaluation.report import explorer, write_report
-from solopo_plugin.evaluation.report.figures import draw_figures
+from solopo_plugin.evaluation.report.figures import COLORS, differences, draw_figures
 from solopo_plugin.evaluation.report.tables import NONE, Summary, benchmark_tables, harness_table
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
@@ -446,6 +447,28 @@ def test_a_cell_without_questions_and_names_with_dollars(tmp_path):
     write_report(tmp_path)
 
 
+def test_a_question_asked_often_counts_once_and_a_mark_is_filled_by_the_p_value(tmp_path):
+    """One question at two lengths and all depths: every answer drawn along, an interval without width, p = 1."""
+    asked = [item("niah_plus", "squad", 1, length=n, depth=float(d)) for n in LENGTHS[:2] for d in range(0, 101, 10)]
+    asked = [replace(it, id=f"q/{it.length}/{it.depth:g}") for i, it in enumerate(asked)]
+    results = write_folder(tmp_path, asked, ("made-up-a", "made-up-c"), rows=[])
+    write_report(tmp_path)
+    where = dict(benchmark="niah_plus", task="squad", metric="sub_em")
+    assert {(r["n"], r["questions"]) for r in results["summary"] if r["depth"] is None} == {(22, 1), (11, 1)}
+    pair = row_of(results["comparisons"], b="made-up-c", **where)
+    assert pair["low"] == pair["difference"] == pair["high"] > 0 and (pair["p_value"], pair["questions"]) == (1, 1)
+    lines = markdown_table(tmp_path, "NIAH-Plus", "Sub-EM")
+    assert [cell.split("n=")[1] for cell in lines[2][1:]] == ["11 of 1 question)"] * 2 + ["22 of 1 question)"]
+    _, _, line = markdown_table(tmp_path, "NIAH-Plus", "Paired comparison on the same questions")
+    assert line[-2:] == ["22 of 1 question", "0"]
+    with open(tmp_path / "report" / "tables.csv", encoding="utf-8") as file:
+        kept = [row for row in csv.DictReader(file) if row["kind"] in ("measured", "comparison")]
+    assert {row["questions"] for row in kept} == {"1"}
+    rows = [pair, pair | {"p_value": 0.04}]
+    marks = [drawn.lines[0].get_markerfacecolor() for drawn in differences(rows).axes[0].containers]
+    assert marks == ["white", COLORS[0]]
+
+
 # ---- the reader of questions
 
 
@@ -613,7 +636,7 @@ def test_what_is_missing_or_damaged_is_a_sentence(tmp_path):
     results = write_folder(tmp_path, few("plain"), ("made-up-a",))
     del results["format"]
     write_json(tmp_path / "results.json", results)
-    with pytest.raises(DataError, match=r"results.json is of format 1 and not 2, .* RECIPE --rescore` writes it again"):
+    with pytest.raises(DataError, match=r"results.json is of format 1 and not 3, .* RECIPE --rescore` writes it again"):
         write_report(tmp_path)
     write_folder(tmp_path, few("plain"), ("made-up-a",))
     (tmp_path / "answers" / "made-up-a.jsonl").unlink()

@@ -135,8 +135,8 @@ def test_counts(tmp_path, caplog):
         }}
     ]  # fmt: skip
     assert row(found["summary"], task="t", metric="em") | {"low": 0, "high": 0} == {
-        "model": "base", "benchmark": "plain", "task": "t", **ALL, "metric": "em", "n": 7, "value": 200 / 7,
-        "low": 0, "high": 0,
+        "model": "base", "benchmark": "plain", "task": "t", **ALL, "metric": "em", "n": 7, "questions": 7,
+        "value": 200 / 7, "low": 0, "high": 0,
     }  # fmt: skip
     assert "1 of 8 questions are missing; means are over the others." in caplog.text
     assert found["comparisons"] == [] and found["selection"] is None and not (tmp_path / "selection.json").exists()
@@ -150,7 +150,7 @@ def test_comparisons(tmp_path):
     assert one | {"low": 0, "high": 0} == {
         "a": "base", "b": "step-20", "benchmark": "longbench_qa", "task": "musique", **ALL, "metric": "em",
         "n": 4, "difference": 75, "low": 0, "high": 0, "p_value": 0.25, "wins": 3, "losses": 0, "ties": 1,
-        "left_out": 0,
+        "questions": 4, "left_out": 0,
     }  # fmt: skip
     mean = row(found["comparisons"], b="step-20", task="", metric="f1")
     assert mean["difference"] == pytest.approx((75 - 100 / 6) / 2) and (mean["wins"], mean["losses"]) == (3, 1)

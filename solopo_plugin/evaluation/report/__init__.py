@@ -109,7 +109,8 @@ def _selection(results: dict) -> list[str]:
 def _about(results: dict) -> list[str]:
     about = [
         "Scores run from 0 to 100, with 95 % bootstrap intervals and the number n of answers (a question counts once "
-        "for each length or depth). No value is set in bold: whether two models differ, the paired comparison says.",
+        "for each length or depth), and of questions where those are fewer. No value is set in bold: whether two "
+        "models differ, the paired comparison says.",
         "Of few answers near 0 or 100 an interval is too narrow: of 10 answers at a true mean of 90 it holds that in "
         "65 of 100 cases, and where all are right it has no width.",
     ]

@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..results import SIGNIFICANT
 from .tables import COMPARISONS, METRICS, TITLES, Summary, label_length, label_task, only
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -52,7 +53,7 @@ def _of_few(found: Summary) -> Figures:
         made["differences"] = (
             differences(rows),
             "Paired comparison on the same questions: score of the first named model less that of the second, with "
-            "95 % bootstrap intervals; an interval that holds 0 (open mark) shows no difference.",
+            "95 % bootstrap intervals; an open mark (p >= 0.05) shows no difference.",
             "",
         )
     for benchmark in found.benchmarks:
@@ -158,7 +159,7 @@ def by_length(found: Summary, benchmark: str, metric: str) -> Figure:
 
 
 def differences(rows: list[dict]) -> Figure:
-    """Draw a line per comparison, a panel per pair of models; filled where the interval leaves 0 out."""
+    """Draw a line per comparison, a panel per pair of models; filled where p < 0.05."""
     pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows))
     by_pair = [[row for row in rows if (row["a"], row["b"]) == pair] for pair in pairs]
     heights = [len(own) + 2 for own in by_pair]
@@ -166,8 +167,8 @@ def differences(rows: list[dict]) -> Figure:
     panels = figure.subplots(len(pairs), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (a, b), own in zip(panels, pairs, by_pair, strict=True):
         for y, row in enumerate(own):
-            shown = row["low"] > 0 or row["high"] < 0
             color = COLORS[0] if row["difference"] >= 0 else COLORS[1]
+            shown = row["p_value"] < SIGNIFICANT
             style = {"fmt": "o" if row["difference"] >= 0 else "s", "mfc": color if shown else "white"}
             errors = _errors(pd.DataFrame([row]), "difference")
             axes.errorbar(row["difference"], y, xerr=errors, color=color, capsize=3, **style)

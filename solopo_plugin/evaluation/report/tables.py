@@ -149,12 +149,18 @@ def label_length(tokens: float) -> str:
 
 def _value(row: dict) -> Cell:
     spread = f" ± {row['sd']:.1f}" if _is_float(row.get("sd")) else ""
-    return f"{row['value']:.1f}{spread}", f"{row['low']:.1f} to {row['high']:.1f}, n={row['n']}"
+    return f"{row['value']:.1f}{spread}", f"{row['low']:.1f} to {row['high']:.1f}, n={_counted(row)}"
 
 
 def _difference(row: dict) -> Cell:
     interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
-    return f"{row['difference']:+.1f}, p={row['p_value']:.2g}", f"{interval}, n={row['n']}"
+    return f"{row['difference']:+.1f}, p={row['p_value']:.2g}", f"{interval}, n={_counted(row)}"
+
+
+def _counted(row: dict) -> str:
+    """Return the number of answers, with that of the questions behind them where it is another."""
+    n, questions = row["n"], row["questions"]
+    return str(n) if n == questions else f"{n} of {questions} question{'s' * (questions != 1)}"
 
 
 def _is_float(value: object) -> bool:
@@ -238,15 +244,16 @@ def _comparisons(found: Summary, benchmark: str) -> list[Table]:
     for row in rows[rows["metric"].isin(metrics)].to_dict("records"):
         name = f"{label_task(row['task'])}, {METRICS.get(row['metric'], row['metric'])}"
         cells = [f"{row['difference']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}", f"{row['p_value']:.2g}"]
-        cells += [str(row[key]) for key in ("wins", "losses", "ties", "n", "left_out")]
+        cells += [str(row[key]) for key in ("wins", "losses", "ties")] + [_counted(row), str(row["left_out"])]
         blocks.setdefault(f"{row['b']} against {row['a']}", []).append((name, [(text, "") for text in cells]))
     if not blocks:
         return []
     names = ("difference", "95 % interval", "p-value", "wins", "losses", "ties", "n", "answered by one")
     note = (
         "Difference: first named less second, on the n answers that both gave (a question counts once for each length "
-        "or depth); wins are its wins. An interval that holds 0 shows no difference. p-values are not corrected for "
-        "the number of comparisons. A mean of tasks is over those that have such questions."
+        "or depth); wins are its wins. p >= 0.05 shows no difference, also where an interval of few questions leaves 0 "
+        "out. p-values are not corrected for the number of comparisons. A mean of tasks is over those that have such "
+        "questions."
     )
     together = Table("Paired comparison on the same questions", [("", n) for n in names], list(blocks.items()), [note])
     apart = [_by_task_and_length(found, benchmark, metric) for metric in metrics]
@@ -386,8 +393,8 @@ def _line(texts: list[str], escaped: bool = True) -> str:
 
 
 CSV_COLUMNS = (
-    *("kind", "model", "against", "benchmark", *PLACE, "metric", "n", "value", "low", "high", "stderr", "seeds", "sd"),
-    *("p_value", "wins", "losses", "ties", "source"),
+    *("kind", "model", "against", "benchmark", *PLACE, "metric", "n", "questions", "value", "low", "high", "stderr"),
+    *("seeds", "sd", "p_value", "wins", "losses", "ties", "source"),
 )
 
 
