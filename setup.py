@@ -112,6 +112,7 @@ setup(
             "pyarrow",
             "pydantic",
             "safetensors",
+            "scipy",
             "tqdm",
         ),
     ],

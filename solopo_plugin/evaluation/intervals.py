@@ -6,7 +6,10 @@ are drawn and flipped as wholes (clusters; Miller 2024, arXiv:2411.00640), since
 Shape suffixes: n values of a task, T tasks, S sources (questions behind the values), B resamples.
 """
 
+import math
+
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 CONFIDENCE = 95.0  # percent; the field's habit
 _BLOCK = 1 << 20  # numbers drawn at a time: 8 MiB
@@ -18,11 +21,11 @@ Arrays = list[np.ndarray]  # one per task
 def mean_interval(
     tasks: Arrays, samples: int, generator: np.random.Generator, sources: Arrays | None = None
 ) -> tuple[float, float, float]:
-    """Return the mean over the means of tasks and its 95 % bootstrap percentile interval.
+    """Return the mean over the means of tasks and its 95 % bootstrap interval, the expanded percentile interval.
 
     Sources are drawn with replacement, each with all its values, and within the tasks that they belong to: tasks are
     given, questions are a sample. A source of several tasks takes its values in all of them along. Method: Efron and
-    Tibshirani 1993, ch. 13.
+    Tibshirani 1993, ch. 13, with the percentiles of `_tail`.
 
     Args:
         tasks: Values, shape (n,) with n > 0; a single task for its own mean.
@@ -41,8 +44,33 @@ def mean_interval(
         columns, rows = np.tile(pattern_T, 2), pattern_S.ravel() == index
         totals_B2T[:, columns] += bootstrap_sums(both_S2T[rows][:, columns], samples, generator)
     means_B = (totals_B2T[:, : len(tasks)] / totals_B2T[:, len(tasks) :]).mean(1)
-    low, high = np.percentile(means_B, [50 - CONFIDENCE / 2, 50 + CONFIDENCE / 2])
+    tail = 100 * _tail(sums_ST, counts_ST, pattern_S.ravel())
+    low, high = np.percentile(means_B, [tail, 100 - tail])
     return mean_of_means(tasks), float(low), float(high)
+
+
+def _tail(sums_ST: np.ndarray, counts_ST: np.ndarray, pattern_S: np.ndarray) -> float:
+    """Return which share of the resampled means is below the interval; as many are above.
+
+    Resamples of S sources vary less than means of S sources, (S - 1) / S in variance, and that variance is an estimate
+    itself. So the percentiles stand further out: where a normal distribution has t's quantile times sqrt(S / (S - 1)).
+    Method: Hesterberg 2015, arXiv:1411.5279, expanded percentile interval. Of tasks with different sources, which are
+    drawn apart, variances add up, and degrees of freedom are Satterthwaite's.
+
+    Args:
+        sums_ST: Of `_by_source`.
+        counts_ST: Of `_by_source`.
+        pattern_S: Which sources are drawn together.
+    """
+    size_T = counts_ST.sum(0)
+    added_S = ((sums_ST - counts_ST * (sums_ST.sum(0) / size_T)) / size_T).mean(1)  # to the mean, by each source
+    drawn = fair = squares = 0.0  # variance of resamples, its estimate for means, and what is uncertain in that
+    for added_s in (added_S[pattern_S == index] for index in np.unique(pattern_S)):
+        if (free := len(added_s) - 1) and (variance := len(added_s) * float(added_s.var())):
+            drawn, fair = drawn + variance, fair + (own := variance * len(added_s) / free)
+            squares += own**2 / free
+    outside = (1 - CONFIDENCE / 100) / 2
+    return float(ndtr(stdtrit(fair**2 / squares, outside) * math.sqrt(fair / drawn))) if squares else outside
 
 
 def mean_of_means(tasks: Arrays) -> float:

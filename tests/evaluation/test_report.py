@@ -150,7 +150,8 @@ def test_comparisons_counts_selection_and_harness_stand_with_the_tables(made):
         assert "version of solopo, scoring" in page and "± 2.1, n=541" in said and "60.2" in said and TITLE in said
         assert "95 % bootstrap intervals" in said
         assert "the number n of answers (a question counts once for each length or depth)" in said
-        assert "of 10 answers at a true mean of 90 it holds that in 65 of 100 cases" in said
+        assert "true mean in 91 of 100 cases for 5 questions and in 76 for 3, and of one question it has no" in said
+        assert "of 10 questions at a true mean of 90 in 65 of 100 cases" in said
         assert "on the n answers that both gave (a question counts once for each length or depth)" in said
     for model in results["models"]:
         line = " | ".join(str(model["counts"].get(k, "-")) for k in ("asked", "missing", "cut", "no_marker", "empty"))
