@@ -14,6 +14,7 @@ Scores are data frames here, a line per question and metric: `KEY`, `source`, `G
 """
 
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -63,7 +64,7 @@ def make_results(output_dir: Path | str, models: list[dict], settings: dict, har
     """
     folder, names, select_by = Path(output_dir), [model["name"] for model in models], settings.get("select_by")
     rows, asked = report_rows(settings.get("runs"), names), _count_lines(folder / "items.jsonl")
-    pairs = pairs_of(settings.get("compare"), rows)
+    pairs, harness = pairs_of(settings.get("compare"), rows), [*map(_with_numbers, harness)]
     runs = {name: members for name, members in rows.items() if len(members) > 1}
     if select_by is not None and select_by not in MAIN_METRIC:
         raise DataError(f"`select_by` must be one of {', '.join(MAIN_METRIC)}; got {select_by!r}.")
@@ -238,6 +239,11 @@ def of_seeds(run: str, seeds: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return found.reset_index()
 
 
+def _with_numbers(row: dict) -> dict:
+    """Return a row of lm-evaluation-harness with None in place of NaN and infinity, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 def harness_of(run: str, members: list[str], harness: Sequence[dict]) -> Iterator[dict]:
     """Yield rows of lm-evaluation-harness of a run: mean over the seeds that have the number, and their deviation."""
     cells = defaultdict(list)
@@ -245,9 +251,9 @@ def harness_of(run: str, members: list[str], harness: Sequence[dict]) -> Iterato
         if row["model"] in members:
             cells[row["task"], row["metric"]].append(row)
     for (task, metric), rows in cells.items():
-        values = [row["value"] for row in rows]
+        values = [row["value"] for row in rows if row["value"] is not None]
         sd = stdev(values) if len(values) > 1 else None
-        numbers = {"value": fmean(values), "stderr": None, "n": rows[0]["n"]}
+        numbers = {"value": fmean(values) if values else None, "stderr": None, "n": rows[0]["n"]}
         cut = {"cut": n} if (n := sum(row.get("cut", 0) for row in rows)) else {}
         versions = [row.get("version", "") for row in rows]
         ran = {"version": ", ".join(sorted(set(versions)))} if all(versions) else {}

@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from solopo_plugin.evaluation.items import EACH_OWN, GROUPS, MAIN_METRIC, Item
+from solopo_plugin.evaluation.report.tables import harness_table
 from solopo_plugin.evaluation.results import harness_of, make_results
 from solopo_plugin.evaluation.score import write_scores
 from solopo_plugin.qa.files import DataError, write_jsonl
@@ -451,9 +452,31 @@ def test_a_run_of_several_seeds_names_the_harness_that_ran(versions, wanted):
     assert next(harness_of("Solo", ["0", "1"], rows)).get("version") == wanted
 
 
+HARNESS_ROW = {"model": "base", "task": "ifeval", "metric": "acc", "value": 50.0, "stderr": 1.0, "n": 10}
+
+
+def test_a_number_that_the_harness_lacks_is_null_and_not_in_a_runs_mean(tmp_path):
+    """NaN and infinity are no JSON, and a deviation of them ended the evaluation."""
+    values = {"s1": float("nan"), "s2": 1.0, "s3": 4.0}
+    harness = [{"model": m, "task": "t", "metric": "mcc", "value": v, "stderr": float("inf"), "n": 9}
+               for m, v in values.items()]  # fmt: skip
+    harness += [row | {"metric": "none", "value": float("nan")} for row in harness]
+    results = make(tmp_path, SEEDS, harness=harness, runs={"Solo": ["s1", "s2", "s3"]})
+    found = results["harness"]
+    assert [(r["value"], r["stderr"]) for r in found[:3]] == [(None, None), (1, None), (4, None)]
+    spread = pytest.approx(4.5**0.5)
+    assert [(r["value"], r["seeds"], r["sd"]) for r in found[6:]] == [(2.5, 2, spread), (None, 0, None)]
+    assert not {"NaN", "Infinity"} & set((tmp_path / "results.json").read_text().replace(",", " ").split())
+    assert harness_table(results).blocks[0][1] == [
+        ("Solo (n=3 seeds)", [("2.5", "sd 2.1 over 2 seeds, n=9"), ("no number", "")])
+    ]
+    uncounted = results | {"harness": [HARNESS_ROW | {"n": None}]}
+    assert harness_table(uncounted).blocks[0][1] == [("base", [("50", "± 1")])]
+
+
 def test_only_the_harness(tmp_path):
     """Without questions of ours nothing but its rows is there."""
-    harness = [{"model": "base", "task": "ifeval", "metric": "acc", "value": 50.0, "stderr": 1.0, "n": 10}]
+    harness = [HARNESS_ROW]
     found = make(tmp_path, harness=harness)
     assert found["harness"] == harness and found["summary"] == found["comparisons"] == []
     assert found["title"] == tmp_path.name and found["settings"] == {"seed": 42, "bootstrap_samples": 1000}

@@ -349,10 +349,13 @@ def harness_table(results: dict) -> Table | None:
     def show(row: dict | None) -> Cell:
         if row is None:
             return "-", ""
-        error = f"± {row['stderr']:.2g}, " if _is_float(row.get("stderr")) else ""
+        if row["value"] is None:
+            return "no number", ""
+        small = [f"± {row['stderr']:.2g}"] if _is_float(row.get("stderr")) else []
         if "seeds" in row:
-            error = f"sd {row['sd']:.2g} over {row['seeds']} seeds, " if _is_float(row["sd"]) else "one seed, "
-        return f"{row['value']:.4g}", f"{error}n={row.get('n')}"
+            small = [f"sd {row['sd']:.2g} over {row['seeds']} seeds" if _is_float(row["sd"]) else "one seed"]
+        small += [f"n={row['n']}"] if row.get("n") is not None else []
+        return f"{row['value']:.4g}", ", ".join(small)
 
     found, asked = Summary(results), {row["model"] for row in rows}
     models = [model for model in found.models if model in asked]
