@@ -16,7 +16,16 @@ def main(folder: str) -> None:
     out = Path(folder)
     if not (out / "trainer_state.json").is_file():
         sys.exit(f"{out} holds no finished run: trainer_state.json is missing; run `llamafactory-cli train` first.")
-    log = [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+    try:
+        log = [
+            e
+            for e in json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+            if "loss" in e
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(
+            f"{out / 'trainer_state.json'} is no state of a run ({error!r}); give a checkpoint of it, or train again."
+        )
     if not log:
         sys.exit(
             f"{out} logged no loss, so that there is nothing to show: set `logging_steps` to at most the run's steps."
@@ -24,7 +33,8 @@ def main(folder: str) -> None:
     print(f"\n{'metric':22s} {'step ' + str(log[0]['step']):>12s} {'step ' + str(log[-1]['step']):>12s}")
     for name in SHOWN:
         if name in log[0]:
-            print(f"{name:22s} {log[0][name]:12.4f} {log[-1][name]:12.4f}")
+            last = f"{log[-1][name]:12.4f}" if name in log[-1] else f"{'-':>12s}"
+            print(f"{name:22s} {log[0][name]:12.4f} {last}")
     print(f"\nmodel    {out}/")
     print(f"curves   {', '.join(str(p) for p in sorted(out.glob('training_*.png')))}")
     results = ", ".join(str(p) for p in sorted(out.glob("*_results.json")))

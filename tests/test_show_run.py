@@ -19,6 +19,20 @@ def test_first_and_last_step_are_shown(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_a_metric_that_the_last_line_lacks_is_a_dash(tmp_path, capsys):
+    log = [{"step": 5, "loss": 0.5, "rewards/accuracies": 1.0}, {"step": 9, "loss": 0.25}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    show_run.main(str(tmp_path))
+    assert "rewards/accuracies 1.0000 -" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("text", ['{"log_history": [{"st', "{}", "[]", '{"log_history": null}'])
+def test_a_damaged_state_is_a_sentence(tmp_path, text):
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"trainer_state.json is no state of a run \(.*; give a checkpoint of it"):
+        show_run.main(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "state, sentence",
     [
