@@ -15,7 +15,7 @@ import os
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,16 +41,17 @@ from step_cost import (
     step_memory,
 )  # fmt: skip
 
-from solopo_plugin.args import FIELDS, SoloArguments, check_keys, check_values, distills
+from solopo_plugin.args import FIELDS, SoloArguments, check_keys, check_values, distills, number_fault
 from solopo_plugin.host.arguments import PURE_BF16_LR
 from solopo_plugin.qa.recipe import read_values
 from solopo_plugin.qa.window import window_of
 
 ROOT = Path(__file__).parent.parent
-CUTOFF = 2048  # tokens, the host's default of `cutoff_len`
+CUTOFF, LEARNING_RATE = 2048, 5e-5  # the host's defaults of `cutoff_len` and `learning_rate`
 GPU_JSON = ROOT / "docs/benchmarks/gpu.json"
 WHOLLY = ("additional_target", "resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
 OTHER_STATES = ("use_dora", "use_galore", "use_apollo", "use_badam")  # other weights or optimizer states than planned
+WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "cutoff_len", "lora_rank")  # numbers of the host
 HOSTS_REFERENCE = ("V0", "S0", "S1")  # run it in every step
 TOGETHER = (1, 2, 4, 8)  # GPUs that are proposed to share a row, as machines have them; ours
 LINKS = {"an A100's NVLink": 300e9, "PCIe 4": 25e9}  # bytes a second each way, about
@@ -77,6 +78,12 @@ def read_recipe(path: str | Path, gpus: int, overrides: list[str] | None = None)
     tuning, optim = recipe.get("finetuning_type", "lora"), recipe.get("optim", "adamw_torch_fused")
     if tuning not in ("full", "lora") or optim not in OPTIMIZERS:
         raise ValueError(f"{path}: only full and lora, with {', '.join(OPTIMIZERS)}; got {tuning}, {optim}.")
+    whole = {key: recipe[key] for key in WHOLE if key in recipe}
+    for key, value in (whole | {"quantization_bit": recipe.get("quantization_bit") or 1}).items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path}: `{key}` must be a whole number >= 1, got {value!r}.")
+    if fault := number_fault("learning_rate", recipe.get("learning_rate", LEARNING_RATE)):
+        raise ValueError(f"{path}: {fault}")
     for key in OTHER_STATES:
         if recipe.get(key):
             raise ValueError(f"{path}: `{key}` changes what is kept in memory, which is not planned; plan without it.")
@@ -89,7 +96,13 @@ def read_recipe(path: str | Path, gpus: int, overrides: list[str] | None = None)
     deepspeed = recipe.get("deepspeed") or {}
     if isinstance(deepspeed, str):
         here = Path(deepspeed)  # below the current folder, as in training; else below this repository
-        deepspeed = json.loads((here if here.is_file() else ROOT / here).read_text(encoding="utf-8"))
+        here = here if here.is_file() else ROOT / here
+        try:
+            deepspeed = json.loads(here.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: `deepspeed: {deepspeed}` is no JSON ({error}); name a file of examples."
+            ) from None
     zero = deepspeed.get("zero_optimization", {})
     offload = [zero.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")]
     pure, half = recipe.get("pure_bf16", False), recipe.get("bf16", False) or recipe.get("fp16", False)
@@ -359,7 +372,7 @@ class Plan:
             seconds = self.setup.batch * self.flops(self.variant) / self.shared / rate if rate else None
             lines.append(sharing(self.shape, self.variant, self.lengths, self.setup, seconds))
         if self.recipe.get("pure_bf16") and not self.lora:
-            if float(self.recipe.get("learning_rate", 5e-5)) < PURE_BF16_LR:
+            if self.recipe.get("learning_rate", LEARNING_RATE) < PURE_BF16_LR:
                 lines.append(
                     "Precision: `pure_bf16` rounds most of AdamW's updates away at this rate (docs/training.md)."
                 )
@@ -496,6 +509,8 @@ def main() -> None:
         for name, value in given.items():
             if value < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+        if not 0 < args.gpu_memory < inf:
+            raise ValueError(f"`--gpu-memory` must be a number of GB above 0, got {args.gpu_memory}.")
         if args.nodes > args.gpus:
             raise ValueError(f"`--gpus` are those of all nodes: {args.gpus} GPUs cannot be in {args.nodes} nodes.")
         if not (model := args.model or recipe.get("model_name_or_path")):

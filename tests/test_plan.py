@@ -506,6 +506,24 @@ def test_precision_and_zero_of_a_recipe(tmp_path, keys, expected):
         (dict(optim="lion_32bit"), "got full, lion_32bit"),
         (dict(solopo_mlp_chunk="big"), "`solopo_mlp_chunk` must be a whole number >= 0, got 'big'."),
         (dict(solopo_overlength="cut"), "`solopo_overlength` must be one of error, drop; got 'cut'."),
+        (
+            dict(per_device_train_batch_size="abc"),
+            "`per_device_train_batch_size` must be a whole number >= 1, got 'abc'.",
+        ),
+        (
+            dict(per_device_train_batch_size=0),
+            "recipe.yaml: `per_device_train_batch_size` must be a whole number >= 1, got 0.",
+        ),
+        (dict(gradient_accumulation_steps="x"), "`gradient_accumulation_steps` must be a whole number >= 1, got 'x'."),
+        (dict(cutoff_len="abc"), "`cutoff_len` must be a whole number >= 1, got 'abc'."),
+        (dict(cutoff_len=2e3), "`cutoff_len` must be a whole number >= 1, got 2000.0."),
+        (dict(finetuning_type="lora", lora_rank="abc"), "`lora_rank` must be a whole number >= 1, got 'abc'."),
+        (dict(quantization_bit="abc"), "`quantization_bit` must be a whole number >= 1, got 'abc'."),
+        (
+            dict(learning_rate="abc"),
+            "recipe.yaml: `learning_rate` must be a number, got 'abc'; write it without quotes",
+        ),
+        (dict(deepspeed="README.md"), "`deepspeed: README.md` is no JSON .Expecting value"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(tmp_path, keys, sentence):
@@ -550,6 +568,8 @@ def test_the_command_prints_every_configuration(monkeypatch, capsys):
         (["--recipe", "examples/yaml/models/lora.yaml", "seed"], "`seed` is no `key=value`"),
         (["--model", "qwen2.5-7b", "seed=1"], "`key=value` overrides a recipe's key: give `--recipe`."),
         (["--model", "qwen2.5-7b", "--gpus", "0"], "`--gpus` must be at least 1, got 0."),
+        (["--model", "qwen2.5-7b", "--gpu-memory", "nan"], "`--gpu-memory` must be a number of GB above 0, got nan."),
+        (["--model", "qwen2.5-7b", "--gpu-memory", "-5"], "`--gpu-memory` must be a number of GB above 0, got -5.0."),
         (["--model", "qwen2.5-7b", "--nodes", "2"], "1 GPUs cannot be in 2 nodes"),
         (
             ["--model", "qwen2.5-7b", "--response", "32768", "--long", "9"],
