@@ -258,6 +258,12 @@ def look_at_side(model, tokenizer, template, row: dict, side: str) -> tuple[dict
     of_token = unit_of_tokens(prompt, places, units)
     regions = ["template" if unit is None else units[unit][1] for unit in of_token]
     found = {key: value.double().cpu() for key, value in attend(model, prompt_ids, response_ids, regions).items()}
+    if not all(found[key].isfinite().all() for key in ("logps_R", "shares_LRG")):
+        path = getattr(model, "name_or_path", "") or type(model).__name__
+        raise DataError(
+            f"{name}: {path} gives NaN or infinity as log-probs or attention; are its weights whole, and does its "
+            "dtype hold its values?"
+        )
     shares_LG, uniform_LG = found["shares_LRG"].mean(1), found["uniform_LRG"].mean(1)
     share, uniform = (dict(zip(REGIONS, x_LG.mean(0).tolist(), strict=True)) for x_LG in (shares_LG, uniform_LG))
     numbers = {

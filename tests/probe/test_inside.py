@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -466,3 +467,13 @@ def test_window_of_a_model(window, rope, tokens):
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(DataError, match="needs a fast tokenizer"):
         encode_row(object(), None, "a", "b")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_numbers_are_none_is_refused(tiny, value):
+    """As an overflow in fp16 gives them: its lines went missing, and NaN in the page's JSON left the reader empty."""
+    model, tokenizer, template = tiny()
+    model.model.norm.weight.data.fill_(value)
+    path = re.escape(model.name_or_path)
+    with pytest.raises(DataError, match=f"^row 'q0', short context: {path} gives NaN or infinity as log-probs or att"):
+        look(model, tokenizer, template, make_row(0))
