@@ -18,7 +18,7 @@ from ..qa.answers import gives_answer, holds_answer
 from ..qa.files import DataError, read_jsonl, replacing
 from ..qa.pages import png, render
 from ..qa.prompts import split_documents
-from ..qa.rows import SCHEMA, rows_of_file
+from ..qa.rows import SCHEMA, checked_rows
 from .export import ORIGINS, Contexts, make_row, read_origins
 from .histories import history_rows, is_history
 from .pairs import SETS, question_key
@@ -143,7 +143,7 @@ def open_source(path: Path) -> Source:
 
     def rows() -> Iterator[tuple[str, dict]]:
         for split, file in (("train", path), ("val", validation)):
-            for row in rows_of_file(file) if split == "train" or file.exists() else ():
+            for row in checked_rows(file) if split == "train" or file.exists() else ():
                 known = about.get(row["id"], {"origins": [], "grades": {}})
                 yield (
                     split,

@@ -391,6 +391,31 @@ def test_rows_of_the_reader(work, tmp_path):
         inspect(work, tmp_path / "out", 2, ("q99",))
 
 
+EVIDENCE = "a list of {paragraph, start, end}, whole numbers, got "
+WRONG = {  # the column's value, and what the sentence says of it
+    "long_tokens": (None, "a whole number, got None"),
+    "chosen_tokens": (7.0, "a whole number, got 7.0"),
+    "long_evidence": (None, EVIDENCE + "None"),
+    "short_evidence": ([{"paragraph": 1, "start": "0", "end": 2}], EVIDENCE + "[{'paragraph': 1, 'start': '0'"),
+    "answers": ("Town", "a list of texts, got 'Town'"),
+    "id": (5, "a text, got 5"),
+    "hops": (True, "a whole number, got True"),
+    "pass_rate_short": (float("nan"), "a finite number, got nan"),
+    "all_rejected": (["No.", None], "a list of texts, got ['No.', None]"),
+}
+
+
+@pytest.mark.parametrize("column", WRONG)
+def test_an_exported_value_of_another_type_is_told_with_file_row_and_column(work, tmp_path, column):
+    value, sentence = WRONG[column]
+    path = tmp_path / "data" / "toy_solopo.jsonl"
+    rows = list(read_jsonl(path))
+    write_jsonl(path, [*rows[:2], rows[2] | {column: value}, *rows[3:]])
+    with pytest.raises(DataError) as error:
+        inspect(path, tmp_path / "out")
+    assert str(error.value).startswith(f"{path}, row 3: column `{column}` must be {sentence}"), error.value
+
+
 @pytest.mark.slow
 def test_the_command(work, tmp_path):
     def call(*words) -> subprocess.CompletedProcess:
