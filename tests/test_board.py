@@ -254,10 +254,25 @@ def test_unsloth_is_refused_in_the_page(page):
 
 def test_a_data_set_of_another_stage_is_refused_in_the_page(page):
     assert "Dataset `demo_short_po` has no long context" in preview(page, dataset=["demo_solopo", "demo_short_po"])
-    assert "--dataset elsewhere" in preview(page, dataset=["elsewhere"])
+    assert "--dataset elsewhere" in preview(page, dataset=["elsewhere"], dataset_dir="ONLINE")
     assert "--dataset demo_solopo" in preview(page, extra_args='{"dataset": ["demo_solopo"]}')
     for key in ("dataset", "eval_dataset"):
         assert "Dataset `demo_short_po` has no" in preview(page, extra_args=f'{{"{key}": ["demo_short_po"]}}')
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({"dataset": ["elsewhere"]}, "`dataset: elsewhere` is not registered in {data}/dataset_info.json: "),
+        ({"extra_args": '{"eval_dataset": "x"}'}, "`eval_dataset: x` is not registered in {data}/dataset_info.json: "),
+        ({"dataset_dir": "/nope"}, "`dataset_dir: /nope` has no dataset_info.json: "),
+        ({"extra_args": '{"dataset": 5}'}, "`dataset` must be a name, or a list of names, got 5."),
+        ({"extra_args": '{"val_size": "x"}'}, "`val_size` must be a number, got 'x'; write it without quotes"),
+    ],
+)
+def test_data_that_is_not_there_is_refused_in_the_page(page, values, sentence):
+    """As the command line refuses it: a folder's names are not looked up on a hub."""
+    assert preview(page, **values).startswith(sentence.format(data=ROOT / "data"))
 
 
 def test_a_stream_is_previewed(page):

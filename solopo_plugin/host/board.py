@@ -9,10 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
-from ..args import FIELDS, SoloArguments, check_keys
+from ..args import FIELDS, SoloArguments, check_keys, number_fault
 from . import board_texts
 from .arguments import check_best_direction, check_kinds, check_recipe
 from .data import LONG_COLUMN, check_stage
+from .preflight import _data as faults_of_data
 from .preflight import misshapen, names_of
 from .stage import IN_LOG
 from .versions import expect_signature, wrap
@@ -317,9 +318,14 @@ def refusal(args: dict) -> str:
             if any(map(args.get, of_sft)):
                 raise ValueError(f"`{'` or `'.join(of_sft)}` cannot be set as True except SFT.")
         check_recipe(args.get, tuning)
+        for key in ("dataset", "eval_dataset"):
+            if not isinstance(value := args.get(key), str | list | None):
+                raise ValueError(f"`{key}` must be a name, or a list of names, got {value!r}.")
+        if sentence := number_fault("val_size", args.get("val_size", 0.0)) or next(faults_of_data(args), None):
+            raise ValueError(sentence)
         info = load_dataset_info(args["dataset_dir"])
         for name in (*names_of(args["dataset"]), *names_of(args.get("eval_dataset"))):
-            if name in info:  # else it is a name on a hub, or the host's to refuse
+            if name in info:  # else `dataset_dir` is a hub's
                 check_dataset(name, info[name], "solopo")
     except Exception as error:  # of the host's own rules, too
         return str(error) or repr(error)
