@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +14,12 @@ from made_up import CHANCES, HARNESS, LENGTHS, LONGBENCH, TITLE, item, items, wr
 
 from solopo_plugin.evaluation.items import EACH_OWN, GROUPS, MAIN_METRIC
 from solopo_plugin.evaluation.published import PUBLISHED, matches
-from solopo_plugin.evaluation.report import explorer, write_report
+from solopo_plugin.evaluation.report import explorer, figures, write_report
 from solopo_plugin.evaluation.report.figures import COLORS, differences, draw_figures
 from solopo_plugin.evaluation.report.tables import NONE, Summary, benchmark_tables, harness_table
 from solopo_plugin.evaluation.results import make_results
 from solopo_plugin.qa.files import DataError, read_jsonl, write_json, write_jsonl
+from solopo_plugin.qa.pages import png
 
 PICTURED = {  # bytes that must be the same, and what shows where text and axes are laid out
     "test_written_again_it_is_the_same_and_old_figures_go", "test_a_torn_last_line_of_answers_is_left_out",
@@ -468,6 +470,26 @@ def test_a_question_asked_often_counts_once_and_a_mark_is_filled_by_the_p_value(
     rows = [pair, pair | {"p_value": 0.04}]
     marks = [drawn.lines[0].get_markerfacecolor() for drawn in differences(rows).axes[0].containers]
     assert marks == ["white", COLORS[0]]
+
+
+def test_names_that_no_font_draws_are_numbers_that_the_caption_explains(tmp_path, monkeypatch):
+    """Without a box or a warning; and with those of the fonts that this machine has."""
+    monkeypatch.setattr(figures, "FALLBACKS", ("STIXGeneral", "No Such Font"))
+    assert figures._fonts()[1:] == ["STIXGeneral"]
+    monkeypatch.setattr(figures, "FALLBACKS", ())
+    models, tasks = ("模型-基线", "plain"), ("任务一", "second")
+    questions = [item("ruler_qa", task, i, length=n) for task in tasks for n in (64, 128) for i in (0, 1)]
+    results = write_folder(tmp_path, questions, models, rows=[], runs=None)
+    before = json.dumps(results)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = draw_figures(results)
+        assert all(png(figure) for figure, *_ in drawn.values())
+    figure, caption, _ = drawn["length_ruler_qa"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["model 1", "plain"]
+    assert {axes.get_title() for axes in figure.axes} == {"task 1", "second", "mean of tasks"}
+    said = "In the picture model 1 is 模型-基线; task 1 is 任务一."
+    assert all(text.endswith(said) for _, text, _ in drawn.values()) and json.dumps(results) == before
 
 
 # ---- the reader of questions

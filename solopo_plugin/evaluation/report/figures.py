@@ -1,12 +1,14 @@
 """Draw the figures of a report, in colours that colour-blind readers tell apart: Okabe and Ito's, cividis and PuOr."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager, get_font
 
 from ..results import SIGNIFICANT
 from .tables import COMPARISONS, METRICS, TITLES, Summary, label_length, label_task, only
@@ -14,12 +16,19 @@ from .tables import COMPARISONS, METRICS, TITLES, Summary, label_length, label_t
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":")
 DRAWN = 8  # models that one figure can tell apart; of more, so many evenly along the list, and the selected one
+# fonts of the usual systems for signs that matplotlib's own does not have, such as Chinese, Japanese and Korean
+FALLBACKS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR",
+    "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei",
+    "SimHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS",
+)  # fmt: skip
 Figures = dict[str, tuple[Figure, str, str]]  # file name -> figure, what it shows, its benchmark or ""
 
 
 def draw_figures(results: dict) -> Figures:
     """Draw all figures for which there are numbers."""
-    with rc_context({"text.parse_math": False}):  # a name may hold dollar signs
+    results, names = _with_names_drawn(results)
+    with rc_context({"text.parse_math": False, "font.family": _fonts()}):  # a name may hold dollar signs
         found, made = Summary(results), {}
         if found.benchmarks:
             made["overview"] = (
@@ -30,10 +39,49 @@ def draw_figures(results: dict) -> Figures:
             )
         drawn = Summary(few_models(results))
         made |= _of_few(drawn)
+    made = {k: (figure, text + names, name) for k, (figure, text, name) in made.items()}
     if len(drawn.models) == len(found.models):
         return made
     note = f" Drawn are {len(drawn.models)} of {len(found.models)} models; all numbers are in tables.csv."
     return {k: (figure, text + note * (k != "overview"), name) for k, (figure, text, name) in made.items()}
+
+
+def _fonts() -> list[str]:
+    """Return the families to draw with: matplotlib's, then those of `FALLBACKS` that this machine has."""
+    there = {font.name for font in fontManager.ttflist}
+    return [*rcParams["font.family"], *(name for name in FALLBACKS if name in there)]
+
+
+@cache
+def _signs(family: str) -> frozenset[int]:
+    return frozenset(get_font(fontManager.findfont(FontProperties(family=[family]))).get_charmap())
+
+
+def _with_names_drawn(results: dict) -> tuple[dict, str]:
+    """Return the results with numbers for those models and tasks whose names no font here draws, and who they are."""
+    fonts = _fonts()
+
+    def numbered(kind: str, names: list[str]) -> dict[str, str]:
+        own = enumerate(dict.fromkeys(names), 1)
+        return {
+            name: f"{kind} {i}" for i, name in own if not all(any(ord(c) in _signs(f) for f in fonts) for c in name)
+        }
+
+    runs = results.get("runs") or {}
+    models = numbered("model", [*(model["name"] for model in results["models"]), *runs])
+    tasks = numbered("task", [row["task"] for row in results["summary"]])
+    if not models and not tasks:
+        return results, ""
+
+    def drawn(row: dict) -> dict:
+        own = {key: models.get(row[key], row[key]) for key in ("name", "model", "a", "b", "best") if key in row}
+        return row | own | ({"task": tasks.get(row["task"], row["task"])} if "task" in row else {})
+
+    lists = {key: [*map(drawn, results[key])] for key in ("models", "summary", "comparisons")}
+    runs = {models.get(run, run): [models.get(name, name) for name in own] for run, own in runs.items()}
+    said = "; ".join(f"{number} is {name}" for name, number in (models | tasks).items())
+    best = drawn(results["selection"]) if results.get("selection") else None
+    return results | lists | {"runs": runs, "selection": best}, f" In the picture {said}."
 
 
 def few_models(results: dict) -> dict:
