@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any, get_args
 
 from ..args import FIELDS, SoloArguments, check_keys, number_fault
+from ..qa.entries import misshapen
 from . import board_texts
 from .arguments import check_best_direction, check_kinds, check_recipe
 from .data import LONG_COLUMN, check_stage
 from .preflight import _data as faults_of_data
-from .preflight import misshapen, names_of
+from .preflight import names_of
 from .stage import IN_LOG
 from .versions import expect_signature, wrap
 

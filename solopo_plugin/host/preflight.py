@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -18,6 +17,7 @@ from traceback import walk_tb
 from typing import Any
 
 from .. import args as solo
+from ..qa.entries import URLS, misshapen
 from ..qa.files import did_you_mean, is_path
 from ..qa.provenance import doubtful_weights
 from .arguments import refusals_of_keys
@@ -43,8 +43,6 @@ INSTALL_BY = {  # those not by their name
     "deepspeed": 'DS_BUILD_OPS=0 pip install --no-build-isolation ".[deepspeed]"',
     "bitsandbytes": 'pip install ".[qlora]"',
 }
-URLS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}  # win over an entry's `file_name`
-ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": dict}  # keys of an entry, their types
 
 
 class Refused(ValueError):
@@ -393,23 +391,6 @@ def _data(recipe: dict) -> Iterator[str]:
             if not (there := path.exists()) or not (any(path.iterdir()) if path.is_dir() else path.stat().st_size):
                 which = "empty" if there else "not there"
                 yield f"`{key}: {name}` is read from {path}, which is {which}: check the path."
-
-
-def misshapen(name: str, entry: Any) -> str | None:
-    """Say what of a data set's entry in dataset_info.json the host cannot read; None if it can read all."""
-    seen, head = partial(json.dumps, ensure_ascii=False), f"Dataset `{name}`"
-    if not isinstance(entry, dict) or not entry.keys() & {"file_name", *URLS}:
-        return f"{head} must be an object with a `file_name` in dataset_info.json, got {seen(entry)}."
-    unread = {"file_name"} if entry.keys() & URLS else set()
-    for key in (key for key in entry if key in ENTRY.keys() - unread):
-        value = entry[key]
-        if not isinstance(value, ENTRY[key]):
-            return f"{head}: `{key}` in dataset_info.json cannot be {seen(value)}; see docs/data.md."
-        for part, text in value.items() if isinstance(value, dict) else ():
-            if text and not isinstance(text, str):
-                what = "the name of a column" if key == "columns" else "a text"
-                return f"{head}: `{part}` under `{key}` in dataset_info.json must be {what}, got {seen(text)}."
-    return None
 
 
 def _how_to_make(name: str, registered: list[str]) -> str:

@@ -1,0 +1,28 @@
+"""Say what is wrong with a data set's entry in dataset_info.json before the host reads it.
+
+Keys, columns and tags are the host's (0.9.5) and ours.
+"""
+
+import json
+from functools import partial
+from typing import Any
+
+URLS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}  # win over an entry's `file_name`
+ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": dict}  # keys of an entry, their types
+
+
+def misshapen(name: str, entry: Any) -> str | None:
+    """Say what of a data set's entry in dataset_info.json the host cannot read; None if it can read all."""
+    seen, head = partial(json.dumps, ensure_ascii=False), f"Dataset `{name}`"
+    if not isinstance(entry, dict) or not entry.keys() & {"file_name", *URLS}:
+        return f"{head} must be an object with a `file_name` in dataset_info.json, got {seen(entry)}."
+    unread = {"file_name"} if entry.keys() & URLS else set()
+    for key in (key for key in entry if key in ENTRY.keys() - unread):
+        value = entry[key]
+        if not isinstance(value, ENTRY[key]):
+            return f"{head}: `{key}` in dataset_info.json cannot be {seen(value)}; see docs/data.md."
+        for part, text in value.items() if isinstance(value, dict) else ():
+            if text and not isinstance(text, str):
+                what = "the name of a column" if key == "columns" else "a text"
+                return f"{head}: `{part}` under `{key}` in dataset_info.json must be {what}, got {seen(text)}."
+    return None
