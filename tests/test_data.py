@@ -570,12 +570,30 @@ def openai_row(messages: list[dict], long: list[dict] | None = None, **more) -> 
 
 @pytest.mark.parametrize("tools", [None, [TOOL], json.dumps([TOOL])])
 @pytest.mark.parametrize("n_calls", [1, 2])
-@pytest.mark.parametrize("content", [None, "", "Let me look."])
+@pytest.mark.parametrize("content", [None, "", " \n"])
 def test_a_call_of_a_tool_trains_as_the_hosts(content, n_calls, tools):
-    """The converter makes the turn's text from `tool_calls`, whatever stands, or does not, in `content`."""
+    """Make the turn's text from `tool_calls`, as the converter does, where `content` holds none that it would drop."""
     row = openai_row(calling(content, [CALL] * n_calls), calling(content, [CALL] * n_calls, "Much text. And she?"))
     attr = attributes("openai", TALK_TOOLS, tags=OPENAI_TAGS)
     assert_pairs_are_the_hosts([row | {"tools": tools}], host("qwen"), attr)
+
+
+@pytest.mark.parametrize("formatting", ["sharegpt", "openai"])
+@pytest.mark.parametrize("template", ["qwen", "qwen3", "llama3"])
+def test_words_and_calls_of_one_turn_stand_in_a_message_of_function_tag(template, formatting):
+    """Read the form that the refusal of words beside `tool_calls` names; the words are put before the calls."""
+    model = host(template, MODELS.get(template))
+
+    def history(content: str) -> str:
+        said, found = {"role": "function", "content": content}, {"role": "tool", "content": "Rosvik"}
+        messages = [USER, said, found, SAID, USER]
+        attr = attributes(formatting, tags=OPENAI_TAGS)
+        (row,) = processed([openai_row(messages, [USER, *messages[1:]])], model, attr)
+        return model.tokenizer.decode(row["short_prompt_ids"])
+
+    both = history(f"I look both up.\n<tool_call>{json.dumps([CALL, CALL | {'name': 'who'}])}</tool_call>")
+    before, words, after = both.partition("I look both up.\n")
+    assert words and before + after == history(json.dumps([CALL, CALL | {"name": "who"}])) and "who" in after
 
 
 @pytest.mark.parametrize("template", ["qwen", "default"])
@@ -724,6 +742,9 @@ CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentenc
     "calls as text": ([USER, CALLING | {"tool_calls": json.dumps([CALL])}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `tool_calls` must be a list of `function` with `name` and `arguments`, got"),
     "arguments of other rows": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": {"who": "a", "city": None}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` holds null, which loading fills in for keys of other rows"),
     "an argument that is a date": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": {"days": [datetime(2024, 1, 1)]}}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` holds a date, which loading takes for a time; give the call as the JSON text of a message of `function_tag`."),
+    "words beside a call": ([USER, CALLING | {"content": "I look it up."}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has text beside `tool_calls`, which the host's openai converter drops, 'I look it up.'; give both as a message of `function_tag`: the text, <tool_call>, the calls as JSON list, </tool_call>."),
+    "parts beside a call": ([USER, CALLING | {"content": [{"type": "text", "text": "I look it up."}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has text beside `tool_calls`, which the host's openai converter drops, [{'type': 'text', "),
+    "arguments as text": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": '{"who": "a"}'}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `arguments` must be an object (the host would quote JSON text), got str '{\"who\": \"a\"}'."),
     "a call of the user's": ([USER | {"tool_calls": [{"function": CALL}]}], OPENAI_TAGS, "turn 1 (`user`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
     "a call without a tag": ([CALLING, SAID, USER], BARE_TAGS, "turn 1 (`assistant`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
 }  # fmt: skip
@@ -766,6 +787,22 @@ def test_a_system_prompt_on_one_side_is_refused(column, formatting):
         processed([row], host("qwen"), attributes(formatting, **tags))
 
 
+@pytest.mark.parametrize("formatting", ["sharegpt", "openai"])
+@pytest.mark.parametrize("column", ["messages", "long_messages"])
+def test_a_system_turn_beside_a_system_column_is_refused(column, formatting):
+    """The host would take the turn, on one side only where the other has none; an empty column changes nothing."""
+    user, assistant, system = (dict(zip(("role", "content"), x, strict=True)) for x in (
+        ("user", "Where?"), ("assistant", "Here."), ("system", "Be brief.")))  # fmt: skip
+    row = openai_row([user]) | {"chosen": assistant, column: [system, user], "system": "Be long."}
+    attr = attributes(formatting, SHAREGPT | {"system": "system"}, tags=OPENAI_TAGS)
+    with pytest.raises(RowError, match=rf"^rows\[0\]: column `{column}` begins with a system prompt, for which the host "
+                                       r"ignores column `system`, 'Be long\.'; empty one of the two\.$"):  # fmt: skip
+        processed([row], host("qwen"), attr)
+    both = openai_row([system, user])
+    without = processed([both], host("qwen"), attributes(formatting, tags=OPENAI_TAGS))
+    assert processed([both | {"system": ""}], host("qwen"), attr) == without
+
+
 def test_calls_in_sharegpt_are_not_ignored():
     said = {"from": "gpt", "value": "Let me look.", "tool_calls": [{"function": CALL}]}
     row = TALK | {"messages": [TALK["messages"][0], said, TALK["messages"][0]]}
@@ -806,8 +843,9 @@ WHOLE = {  # formatting: (a row that has everything, columns, tags)
     "sharegpt": (TALK | {"messages": [{"from": "system", "value": "Be brief."}, TALK["messages"][0],
                                       {"from": "function_call", "value": json.dumps(CALL)},
                                       {"from": "observation", "value": "Rosvik"}],
-                         "system": "Be long.", "tools": json.dumps([TOOL]), "good": None},
+                         "system": None, "tools": json.dumps([TOOL]), "good": None},
                  TALK_TOOLS | {"system": "system", "kto_tag": "good"}, {}),
+    "sharegpt with a system column": (TALK | {"system": "Be long."}, SHAREGPT | {"system": "system"}, {}),
     "openai": (openai_row([{"role": "system", "content": "Be brief."}, *calling(calls=[CALL] * 2)], tools=[TOOL], good=None),
                TALK_TOOLS | {"kto_tag": "good"}, {"tags": OPENAI_TAGS}),
     "openai without tools": (openai_row(reformatted(GOOD | {"history": [["Who?", "He."]]}, *OPENAI_NAMES)["messages"]),

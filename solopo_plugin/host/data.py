@@ -195,6 +195,12 @@ class LongConverter:
         if attr.formatting != "alpaca":
             for column in (attr.messages, self.long_column):
                 self.check_messages(name, column, example[column])
+                begins = bool(attr.system_tag) and example[column][0][attr.role_tag] == attr.system_tag
+                if begins and attr.system and example[attr.system]:
+                    raise RowError(
+                        f"{name}: column `{column}` begins with a system prompt, for which the host ignores column "
+                        f"`{attr.system}`, {example[attr.system]!r:.60}; empty one of the two."
+                    )
             for column, response in responses.items():
                 self.check_response(name, column, response)
             return
@@ -226,16 +232,16 @@ class LongConverter:
             elif openai and role == attr.observation_tag:
                 expect(isinstance(content, str), turn, "a string", content)
             if message.get("tool_calls"):
-                self.check_calls(turn, role, message["tool_calls"])
+                self.check_calls(turn, role, message)
         if openai and role == attr.observation_tag:
             raise RowError(
                 f"{turn} is the last, and the host's openai converter drops a result without an answer; register the "
                 "rows with `formatting: sharegpt`."
             )
 
-    def check_calls(self, turn: str, role: str, calls: Any) -> None:
-        """Refuse calls of tools that a converter would skip or crash on, or that loading has changed."""
-        attr = self.attr
+    def check_calls(self, turn: str, role: str, message: dict) -> None:
+        """Refuse calls of tools that a converter would skip, crash on or quote, or that loading has changed."""
+        attr, calls, content = self.attr, message["tool_calls"], message[self.attr.content_tag]
         reads = attr.formatting == "openai" and role in (attr.assistant_tag, attr.function_tag)
         if not reads or attr.function_tag == attr.observation_tag:  # which makes the call a result
             raise RowError(f"{turn} has `tool_calls`, {IGNORED}")
@@ -243,6 +249,13 @@ class LongConverter:
         functions: list[Any] = [entry.get("function") if isinstance(entry, dict) else None for entry in entries]
         good = all(isinstance(f, dict) and f.get("name") and "arguments" in f for f in functions)
         expect(good, f"{turn}: `tool_calls`", "a list of `function` with `name` and `arguments`", calls)
+        for given in (f["arguments"] for f in functions):
+            expect(isinstance(given, dict), f"{turn}: `arguments`", "an object (the host would quote JSON text)", given)
+        if content and str(content).strip():
+            raise RowError(
+                f"{turn} has text beside `tool_calls`, which the host's openai converter drops, {content!r:.60}; "
+                "give both as a message of `function_tag`: the text, <tool_call>, the calls as JSON list, </tool_call>."
+            )
         if changed := changed_by_loading([function["arguments"] for function in functions]):
             raise RowError(f"{turn} {changed}; give the call as the JSON text of a message of `function_tag`.")
 
@@ -306,17 +319,14 @@ def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_
         stream = "with `streaming: true` a local file also needs `dataloader_num_workers: 1` or more"
         given = f"`num_samples: {dataset_attr.num_samples}`, `max_samples: {data_args.max_samples}` leave none"
         raise ValueError(f"Dataset `{dataset_attr.entry}` has no rows; {stream if data_args.streaming else given}.")
-    kwargs = {}
-    if not data_args.streaming:
-        kwargs = dict(
-            num_proc=data_args.preprocessing_num_workers,
-            load_from_cache_file=(not data_args.overwrite_cache) or (training_args.local_process_index != 0),
-            desc="Converting format of dataset",
-        )
     turns = [{"role": Value("string"), "content": Value("string")}]
     # given, not guessed from the rows, so that they are those of any other data set
     features = Features({name: turns if name in TURNS else Value("string") for name in ALIGNED})
-    return dataset.map(converter, with_indices=True, remove_columns=list(first), features=features, **kwargs)
+    kwargs = dict(with_indices=True, remove_columns=list(first), features=features)
+    if not data_args.streaming:
+        kwargs |= dict(num_proc=data_args.preprocessing_num_workers, desc="Converting format of dataset")
+        kwargs["load_from_cache_file"] = not data_args.overwrite_cache or training_args.local_process_index != 0
+    return dataset.map(converter, **kwargs)
 
 
 def refuse_lists(dataset, attr) -> None:
