@@ -319,6 +319,28 @@ def test_answers_that_are_all_dates(run, recipe, tmp_path):
     reaches_the_model(run, args)
 
 
+TYPED = "; the first 10 MB of JSON lines name columns and types: save the file as parquet or one .json array."
+
+
+@pytest.mark.parametrize("early, late, reason", [
+    ({"system": None}, {"system": "Be brief."}, "Couldn't cast array of type string to null"),
+    ({}, {"system": "Be brief."}, "there are 1 new columns ({'system'})"),
+    ({"answers": ["2024-01-01"]}, {"answers": ["May"]}, "Failed to parse string: 'May' as a scalar of type timestamp[s]"),
+])  # fmt: skip
+def test_a_column_that_is_filled_behind_the_first_10_mb(run, recipe, tmp_path, early, late, reason):
+    """Refuse it with what to do; the array that the message advises trains."""
+    rows = [GOOD[n % 4] | {"note": "word " * 40_000} | (late if n == 60 else early) for n in range(61)]
+    columns = SOLO_COLUMNS | ({"system": "system"} if "system" in late else {})
+    folder = write_dataset(tmp_path / "data", rows, columns=columns)
+    args = recipe(dataset="rows", dataset_dir=folder, max_samples=None)
+    said = refused(run, args, reason)
+    assert said.startswith("Dataset `rows` cannot be read: ") and said.endswith(TYPED)
+    if "system" in early:
+        (tmp_path / "data" / "rows.json").write_text(json.dumps(rows))
+        write_dataset(tmp_path / "data", [], columns=columns, file_name="rows.json")
+        reaches_the_model(run, args)
+
+
 @pytest.mark.parametrize("name", LISTS)
 def test_bad_list(run, recipe, tmp_path, name):
     rejected, sentence = LISTS[name]

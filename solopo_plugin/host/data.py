@@ -25,6 +25,7 @@ OTHER_NAMES = "for other names set `tags` in dataset_info.json, docs/data.md"
 ALIGNED = tuple(f"_{field}" for field in Aligned._fields)  # columns, named as the host names them
 TURNS = ("_prompt", "_long_prompt", "_response")
 SHOWN = 400  # characters of a text of the example row
+TYPED = ("Couldn't cast array", "Failed to parse string", "new columns")  # what `datasets` says behind its first 10 MB
 WRITTEN = "detailed thinking off"  # by the host's openai converter
 
 
@@ -123,7 +124,10 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
             raise ValueError(f"{name} cannot be written ({reason}); set {key} to a folder that can be.") from error
         if any(isinstance(e, UnicodeDecodeError) for e in (said, said.__context__)):
             reason = "the file is no text in UTF-8; save it so, or give it the ending of its format (.parquet, ...)"
-        raise ValueError(f"Dataset `{which}` cannot be read: {reason.rstrip('.') or type(said).__name__}.") from error
+        reason = reason.rstrip(".") or type(said).__name__
+        if any(words in reason for words in TYPED):
+            reason += "; the first 10 MB of JSON lines name columns and types: save the file as parquet or one .json array"
+        raise ValueError(f"Dataset `{which}` cannot be read: {reason}.") from error
 
 
 class LongConverter:

@@ -12,12 +12,14 @@ With `num_rejected` above 1 a row has one column more, `all_rejected`, the list 
 import json
 import logging
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..qa.files import DataError, as_data_error, lock_folder, read_jsonl, replacing, write_jsonl
+from ..qa.files import DataError, as_data_error, dump, lock_folder, read_jsonl, replacing, write_jsonl
 from ..qa.provenance import file_hash
 from ..qa.rows import SCHEMA, SEVERAL, SOLO, write_parquet
 from .pairs import SETS
@@ -26,6 +28,8 @@ from .recipe import DataRecipe
 log = logging.getLogger(__name__)
 BLANKS = " \t\r\n"  # of JSON
 ORIGINS = "_origins.jsonl"  # end of the name of the file beside the rows
+TYPED_BY = 10 << 20  # bytes of a file of JSON lines from which `datasets` takes the types of all columns
+TIME = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d(:\d\d){0,2}Z?)?")  # what it then takes for one
 SHORT_PO = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 LONG_PO = {"prompt": "long_prompt", "chosen": "chosen", "rejected": "rejected"}
 SHORT_SFT = {"prompt": "prompt", "response": "chosen"}
@@ -119,12 +123,37 @@ def write_files(recipe: DataRecipe, work: Path) -> dict[str, int]:
         parts.setdefault(f"{recipe.dataset_name}_{pair['set']}{val}.{recipe.export_format}", []).append(pair)
     folder, contexts = Path(recipe.dataset_dir), Contexts(work / "contexts.jsonl")
     for file_name, pairs in parts.items():
-        rows = (make_row(pair, contexts.get(pair["id"])) for pair in pairs)
         if recipe.export_format == "parquet":
+            rows = (make_row(pair, contexts.get(pair["id"])) for pair in pairs)
             write_parquet(folder / file_name, rows, SEVERAL if recipe.num_rejected > 1 else SCHEMA)
         else:
-            write_jsonl(folder / file_name, rows)
+            write_jsonl(folder / file_name, loadable(pairs, contexts))
     return {file_name: len(pairs) for file_name, pairs in parts.items()}
+
+
+def loadable(pairs: list[dict], contexts: "Contexts") -> Iterator[dict]:
+    """Yield the rows of a file of JSON lines in an order in which `datasets` can load them, in theirs if it can.
+
+    A column without a value in the first `TYPED_BY` bytes may have none behind them: the first row with one goes there.
+    """
+    size, late = 0, False
+    typed: dict[str, int] = {}  # column -> first pair whose row shows its type
+    for n, pair in enumerate(pairs):
+        row = make_row(pair, contexts.get(pair["id"]))
+        shown = [name for name, value in row.items() if name not in typed and shows_type(value)]
+        late |= bool(shown) and size > TYPED_BY // 2  # half: the rows that come first take from it
+        typed |= dict.fromkeys(shown, n)
+        size += len(dump(row)) + 1
+    first = sorted({*typed.values()}) if late else []
+    for n in (*first, *(n for n in range(len(pairs)) if n not in first)):
+        yield make_row(pairs[n], contexts.get(pairs[n]["id"]))
+
+
+def shows_type(value: object) -> bool:
+    """Return whether a value of JSON has a type, and one that other texts have: not null, an empty list or a date."""
+    if isinstance(value, list):
+        return any(map(shows_type, value))
+    return value is not None and not (isinstance(value, str) and TIME.fullmatch(value))
 
 
 def write_origins(recipe: DataRecipe, work: Path) -> int:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_work import TOKENIZER, Template, recipe_for, verdicts, write_work
 
-from solopo_plugin.qa.files import DataError, read_jsonl
+from solopo_plugin.qa.files import DataError, read_jsonl, write_jsonl
 from solopo_plugin.synthesis import export, pairs
 from solopo_plugin.synthesis.export import ENTRIES, SCHEMA, SEVERAL, set_member
 
@@ -29,6 +29,34 @@ def run(work: Path, **keys) -> dict:
     recipe = recipe_for(work, **keys)
     pairs.run(recipe, work)
     return export.run(recipe, work)[0]
+
+
+LATE = {  # column: (what all rows but the last hold, what the last one holds)
+    "hops": (None, 2), "short_dropped": ([], [1]), "answers": (["1999-01-01"], ["May"]), "pass_rate_long": (None, 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [[*LATE], ["hops"], ["short_dropped"], ["answers"], []])
+def test_a_column_that_is_filled_late_can_be_loaded(work, tmp_path, monkeypatch, columns):
+    """Write first what first shows a type, where `datasets`, which has seen 10 MB by then, would refuse it."""
+    ids = [f"q{n}" for n in range(300)]
+    pair = dict.fromkeys(SCHEMA.names[4:]) | {"chosen": "a", "rejected": "b", "set": "solopo", "split": "train"}
+    shape = dict(prompt="w " * 20_000, tokens=1, paragraphs=1, evidence=[dict(paragraph=1, start=0, end=1)], dropped=[])
+    contexts = [
+        {"id": i, "question": "Who?", "answers": ["He"], "hops": None, "short": shape, "long": shape} for i in ids
+    ]
+    made = {i: export.make_row(pair | {"id": i}, context) for i, context in zip(ids, contexts, strict=True)}
+    for n, row in enumerate(made.values()):
+        row |= {name: LATE[name][n == 299] for name in columns}
+    monkeypatch.setattr(export, "make_row", lambda pair, context: made[pair["id"]])
+    write_jsonl(work / "contexts.jsonl", contexts)
+    write_jsonl(work / "pairs.jsonl", [pair | {"id": i} for i in ids])
+    assert export.run(recipe_for(work), work)[0] == {"toy_solopo.jsonl": 300}
+    path = work.parent / "data" / "toy_solopo.jsonl"
+    loaded = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["id"] == (["q0", "q299", *ids[1:-1]] if columns else ids)
+    for name in columns:
+        assert loaded[1][name] == LATE[name][1] and loaded[2][name] in (LATE[name][0], None, ["1999-01-01 00:00:00"])
 
 
 def test_what_another_export_writes_meanwhile_is_not_ours(work, monkeypatch):
