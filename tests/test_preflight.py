@@ -9,10 +9,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, demo_rows, write_dataset, write_recipe
+from conftest import ROOT, SOLO_COLUMNS, demo_rows, write_dataset, write_recipe
 
 from solopo_plugin.host import preflight
 from solopo_plugin.host.preflight import Refused, check
+from solopo_plugin.qa import entries
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.ready import check_ready
 
@@ -163,6 +164,12 @@ ENTRIES = {  # name: (the entry, the sentence)
     "a column is a list": ({"columns": {"rejected": ["a", "b"]}}, "Dataset `rows`: `rejected` under `columns` in dataset_info.json must be the name of a column, got [\"a\", \"b\"]."),
     "tags are null": ({"tags": None}, "Dataset `rows`: `tags` in dataset_info.json cannot be null;"),
     "samples as text": ({"num_samples": "5"}, "Dataset `rows`: `num_samples` in dataset_info.json cannot be \"5\";"),
+    "misspelt column": ({"columns": SOLO_COLUMNS | {"systems": "note"}}, "Dataset `rows`: `systems` under `columns` in dataset_info.json is nothing that is read. Did you mean `system`?"),
+    "unknown column": ({"columns": SOLO_COLUMNS | {"x": None}}, "Dataset `rows`: `x` under `columns` in dataset_info.json is nothing that is read. Known are prompt, query, response, history, messages, system, tools, chosen, rejected, kto_tag, long_prompt, long_messages, images, videos, audios."),
+    "a tag under columns": ({"columns": SOLO_COLUMNS | {"user_tag": "user"}}, "Dataset `rows`: `user_tag` under `columns` in dataset_info.json is nothing that is read."),
+    "misspelt tag": ({"tags": {"rol_tag": "role"}}, "Dataset `rows`: `rol_tag` under `tags` in dataset_info.json is nothing that is read. Did you mean `role_tag`?"),
+    "misspelt key": ({"formattings": "sharegpt"}, "Dataset `rows`: `formattings` in dataset_info.json is none of the host's keys. Did you mean `formatting`? If not, rename it."),
+    "misspelt samples": ({"num_sample": 5}, "Dataset `rows`: `num_sample` in dataset_info.json is none of the host's keys. Did you mean `num_samples`?"),
     "an empty folder": ({"file_name": "folder"}, "`dataset: rows` is read from {path}/folder, which is empty: check the path."),
     "an empty file": ({"file_name": "empty.jsonl"}, "`dataset: rows` is read from {path}/empty.jsonl, which is empty: check the path."),
 }  # fmt: skip
@@ -180,11 +187,23 @@ def test_an_entry_that_the_host_cannot_read(name, tmp_path):
     info.write_text(json.dumps({"rows": changed, "others": None}))
     (said,) = told(dataset="rows", dataset_dir=folder)
     assert said.startswith(sentence.replace("{path}", str(tmp_path)))
-    more = {"num_samples": 2, "tags": {"system_tag": None}, "made_of": {"rows": 2}, "subset": "x"}
+    more = {"num_samples": 2, "tags": {"system_tag": None}, "made_of": {"rows": 2}, "file_sha1": "0", "subset": "x"}
     entries = {"rows": good | more, "hub": {"hf_hub_url": "someone/rows", "file_name": None}}
     info.write_text(json.dumps(entries))
     assert told(dataset="hub", dataset_dir=folder) == []  # the host does not read its `file_name`
     assert told(dataset="rows", dataset_dir=folder) == []
+
+
+def test_known_names_of_an_entry_are_those_that_the_host_reads():
+    """Give the host an entry of every known name; each is in what it makes of it, and nothing else is."""
+    from llamafactory.data.parser import DatasetAttr
+
+    attr = DatasetAttr("file", "rows.jsonl")
+    parts = {part: {name: f"{part} {name}" for name in names} for part, names in entries.KNOWN.items()}
+    others = {key: f"entry {key}" for key in entries.KEYS - entries.URLS - {*parts, "file_name"}}
+    attr.join(parts | others)
+    given = {**parts["columns"], **parts["tags"], **others}
+    assert vars(attr) == given | {"load_from": "file", "dataset_name": "rows.jsonl"}
 
 
 def test_a_reason_is_one_sentence_and_a_full_disk_no_fault_of_the_data(monkeypatch):

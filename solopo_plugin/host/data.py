@@ -12,14 +12,11 @@ from pyarrow.compute import list_value_length, mean
 
 from .. import __version__
 from ..data import COLUMNS, RESPONSES, Aligned, RowError, build_row, check_text, expect, fits, refuse_equal, rejected_of
+from ..qa import entries
 from .template import encode_turn
 from .versions import wrap
 
 LONG_COLUMN = {"alpaca": "long_prompt", "sharegpt": "long_messages", "openai": "long_messages"}
-COLUMN_KEYS = (
-    "prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag",
-    "long_prompt", "long_messages",
-)  # fmt: skip
 IGNORED = "which the host's converter ignores there; give a call as the JSON text of a message of `function_tag`."
 OTHER_NAMES = "for other names set `tags` in dataset_info.json, docs/data.md"
 ALIGNED = tuple(f"_{field}" for field in Aligned._fields)  # columns, named as the host names them
@@ -126,7 +123,9 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
             reason = "the file is no text in UTF-8; save it so, or give it the ending of its format (.parquet, ...)"
         reason = reason.rstrip(".") or type(said).__name__
         if any(words in reason for words in TYPED):
-            reason += "; the first 10 MB of JSON lines name columns and types: save the file as parquet or one .json array"
+            reason += (
+                "; the first 10 MB of JSON lines name columns and types: save the file as parquet or one .json array"
+            )
         raise ValueError(f"Dataset `{which}` cannot be read: {reason}.") from error
 
 
@@ -145,7 +144,7 @@ class LongConverter:
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
         """Return a row of the file as the processor takes it; what the converters have made of it is checked too."""
         attr, name = self.attr, f"{self.attr.entry}[{index}]"
-        for column in filter(None, (getattr(attr, key) for key in COLUMN_KEYS)):
+        for column in filter(None, (getattr(attr, key) for key in entries.COLUMNS)):
             if column not in example:
                 raise ValueError(
                     f"Dataset `{attr.entry}` has no column `{column}`; it has: {', '.join(example)}. "
