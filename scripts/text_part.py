@@ -8,6 +8,7 @@ is a causal language model of its own `model_type` (gemma3_text, gemma4_text, qw
 
 import argparse
 import sys
+from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -17,23 +18,34 @@ from transformers import (
     GenerationConfig,
 )
 
+from solopo_plugin.qa.files import excerpt
+
 
 def save_text_part(source: str, target: str) -> None:
     """Write the language model and tokenizer of `source`, a folder or hub name, to the folder `target`.
 
     Raises:
-        ValueError: It has no language model within it: it is one already, or of an unknown form.
+        ValueError: It has no language model within it: it is one, or of an unknown form. Or `target` has a model.
     """
+    there = sorted(path.name for path in Path(target).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
+    if there:  # of the source too, where it is the target
+        raise ValueError(f"{target} holds a model or other files ({there[0]}); give a folder that is new.")
     config = AutoConfig.from_pretrained(source)
     if config.get_text_config() is config:
         raise ValueError(f"{source} is a text model (`{config.model_type}`) and is trained as it is.")
     whole = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
-    language = getattr(whole.model, "language_model", None)
+    language = getattr(getattr(whole, "model", None), "language_model", None)
     if language is None:
         raise ValueError(f"`{config.model_type}` keeps its language model where it is not looked for.")
     text = AutoModelForCausalLM.from_config(language.config, dtype=whole.dtype)
-    text.model.load_state_dict(language.state_dict())
-    text.get_output_embeddings().load_state_dict(whole.get_output_embeddings().state_dict())
+    try:
+        text.model.load_state_dict(language.state_dict())
+        text.get_output_embeddings().load_state_dict(whole.get_output_embeddings().state_dict())
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"`{config.model_type}` has another language model than `{text.config.model_type}`, which loads alone: "
+            f"{excerpt(error)}"
+        ) from error
     text.generation_config = whole.generation_config or GenerationConfig()
     text.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)

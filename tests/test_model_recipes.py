@@ -334,6 +334,31 @@ def test_the_text_part_says_what_the_whole_says(model_type, tiny_model, tmp_path
     assert ids[0] == ids[1]
     with pytest.raises(ValueError, match=r"is a text model \(`"):
         save_text_part(str(tmp_path / "text"), str(tmp_path / "again"))
+    for target in ("whole", "text", "elsewhere/../whole"):  # itself, and another model
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        with pytest.raises(
+            ValueError, match=r"^\S+ holds a model or other files \(\S+\); give a folder that is new\.$"
+        ):
+            save_text_part(str(tmp_path / "whole"), str(tmp_path / target))
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_whose_text_part_is_of_another_form_is_refused(tiny_model, tmp_path, monkeypatch):
+    import text_part
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model_type = next(iter(WHOLE))
+    text, rest = WHOLE[model_type]
+    config = AutoConfig.for_model(model_type, text_config=TEXTS | text, vision_config=rest)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    other = AutoModelForCausalLM.from_pretrained(tiny_model())
+    monkeypatch.setattr(text_part.AutoModelForCausalLM, "from_config", lambda *_, **__: other)
+    with pytest.raises(
+        ValueError, match=rf"^`{model_type}` has another language model than `\w+`, which loads alone: "
+    ) as caught:
+        text_part.save_text_part(str(tmp_path / "whole"), str(tmp_path / "text"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "text").exists()
 
 
 if __name__ == "__main__":
