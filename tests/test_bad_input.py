@@ -341,6 +341,14 @@ def test_a_column_that_is_filled_behind_the_first_10_mb(run, recipe, tmp_path, e
         reaches_the_model(run, args)
 
 
+def test_samples_of_a_stream(run, recipe, tmp_path):
+    """Refuse what the host ignores."""
+    folder = write_dataset(tmp_path / "data", GOOD, num_samples=2)
+    args = recipe(dataset="rows", dataset_dir=folder, max_samples=None, streaming=True, max_steps=1)
+    said = "Dataset `rows`: `num_samples: 2` has no effect with `streaming: true`; remove one of the two."
+    refused(run, args | {"dataloader_num_workers": 1}, said)
+
+
 @pytest.mark.parametrize("name", LISTS)
 def test_bad_list(run, recipe, tmp_path, name):
     rejected, sentence = LISTS[name]
