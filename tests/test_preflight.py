@@ -164,6 +164,9 @@ ENTRIES = {  # name: (the entry, the sentence)
     "a column is a list": ({"columns": {"rejected": ["a", "b"]}}, "Dataset `rows`: `rejected` under `columns` in dataset_info.json must be the name of a column, got [\"a\", \"b\"]."),
     "tags are null": ({"tags": None}, "Dataset `rows`: `tags` in dataset_info.json cannot be null;"),
     "samples as text": ({"num_samples": "5"}, "Dataset `rows`: `num_samples` in dataset_info.json cannot be \"5\";"),
+    "samples below 0": ({"num_samples": -1}, "Dataset `rows`: `num_samples` in dataset_info.json cannot be -1;"),
+    "samples as a boolean": ({"num_samples": True}, "Dataset `rows`: `num_samples` in dataset_info.json cannot be true;"),
+    "a script": ({"script_url": "s.py"}, "Dataset `rows`: `script_url` in dataset_info.json is no longer run by `datasets`; save its rows as a file."),
     "misspelt column": ({"columns": SOLO_COLUMNS | {"systems": "note"}}, "Dataset `rows`: `systems` under `columns` in dataset_info.json is nothing that is read. Did you mean `system`?"),
     "unknown column": ({"columns": SOLO_COLUMNS | {"x": None}}, "Dataset `rows`: `x` under `columns` in dataset_info.json is nothing that is read. Known are prompt, query, response, history, messages, system, tools, chosen, rejected, kto_tag, long_prompt, long_messages, images, videos, audios."),
     "a tag under columns": ({"columns": SOLO_COLUMNS | {"user_tag": "user"}}, "Dataset `rows`: `user_tag` under `columns` in dataset_info.json is nothing that is read."),
@@ -188,9 +191,9 @@ def test_an_entry_that_the_host_cannot_read(name, tmp_path):
     (said,) = told(dataset="rows", dataset_dir=folder)
     assert said.startswith(sentence.replace("{path}", str(tmp_path)))
     more = {"num_samples": 2, "tags": {"system_tag": None}, "made_of": {"rows": 2}, "file_sha1": "0", "subset": "x"}
-    entries = {"rows": good | more, "hub": {"hf_hub_url": "someone/rows", "file_name": None}}
-    info.write_text(json.dumps(entries))
-    assert told(dataset="hub", dataset_dir=folder) == []  # the host does not read its `file_name`
+    info_entries = {"rows": good | more, "hub": {"hf_hub_url": "someone/rows", "script_url": "s.py", "file_name": None}}
+    info.write_text(json.dumps(info_entries))
+    assert told(dataset="hub", dataset_dir=folder) == []  # the host does not read its `file_name`, or run its script
     assert told(dataset="rows", dataset_dir=folder) == []
 
 

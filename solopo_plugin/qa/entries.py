@@ -9,7 +9,8 @@ from typing import Any
 
 from .files import did_you_mean
 
-URLS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}  # win over an entry's `file_name`
+HUBS = {"hf_hub_url", "ms_hub_url", "om_hub_url"}
+URLS = {*HUBS, "script_url", "cloud_file_name"}  # win over an entry's `file_name`
 ENTRY = {"file_name": str, "num_samples": int | None, "columns": dict, "tags": dict}  # keys of an entry, their types
 COLUMNS = (
     "prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag",
@@ -31,10 +32,13 @@ def misshapen(name: str, entry: Any) -> str | None:
     for key in sorted(entry.keys() - KEYS):
         if near := did_you_mean(key, KEYS, cutoff=0.75):  # `file_sha1` of old entries is not
             return f"{head}: `{key}` in dataset_info.json is none of the host's keys. {near}If not, rename it."
+    if "script_url" in entry and not entry.keys() & HUBS:
+        return f"{head}: `script_url` in dataset_info.json is no longer run by `datasets`; save its rows as a file."
     unread = {"file_name"} if entry.keys() & URLS else set()
     for key in (key for key in entry if key in ENTRY.keys() - unread):
         value = entry[key]
-        if not isinstance(value, ENTRY[key]):
+        below = isinstance(value, int) and (isinstance(value, bool) or value < 0)
+        if below or not isinstance(value, ENTRY[key]):
             return f"{head}: `{key}` in dataset_info.json cannot be {seen(value)}; see docs/data.md."
         for part, text in value.items() if isinstance(value, dict) else ():
             if part not in KNOWN[key]:
