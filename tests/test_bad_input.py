@@ -279,9 +279,9 @@ def test_a_line_that_is_no_json(run, recipe, tmp_path):
     file = tmp_path / "data" / "rows.jsonl"
     file.write_text(file.read_text() + '{"prompt": "x", \n')
     write_dataset(tmp_path / "data", GOOD, "others")
-    for names, said in (("rows", "rows"), ("others,rows", "others` or `rows")):
+    for names in ("rows", "others,rows"):
         args = recipe(dataset=names, dataset_dir=folder, max_samples=None)
-        sentence = f"Dataset `{said}` cannot be read: JSON parse error: Missing a name for object member. in row 4."
+        sentence = "Dataset `rows` cannot be read: JSON parse error: Missing a name for object member. in row 4."
         refused(run, args, sentence)
     (tmp_path / "data" / "both").mkdir()
     for name in ("rows", "others"):
@@ -319,7 +319,7 @@ def test_answers_that_are_all_dates(run, recipe, tmp_path):
     reaches_the_model(run, args)
 
 
-TYPED = "; the first 10 MB of JSON lines name columns and types: save the file as parquet or one .json array."
+TYPED = "; the first 10 MB of JSON lines name columns and types: save it as parquet or one .json array."
 
 
 @pytest.mark.parametrize("early, late, reason", [
@@ -339,6 +339,35 @@ def test_a_column_that_is_filled_behind_the_first_10_mb(run, recipe, tmp_path, e
         (tmp_path / "data" / "rows.json").write_text(json.dumps(rows))
         write_dataset(tmp_path / "data", [], columns=columns, file_name="rows.json")
         reaches_the_model(run, args)
+
+
+UNLOADABLE = {  # name: (entry, files, the reason)
+    "packed": ({"file_name": "rows.jsonl.gz"}, ["rows.jsonl.gz"], "Allowed file types: arrow,csv,json,jsonl,parquet,txt."),
+    "another ending": ({"file_name": "rows.ndjson"}, ["rows.ndjson"], "Allowed file types: arrow,csv,json,jsonl,parquet,txt."),
+    "beside others": ({"file_name": "rows"}, ["rows/a.jsonl", "rows/README.md"], "File types should be identical."),
+    "no such split": ({"hf_hub_url": "DATA/rows", "split": "dev"}, ["rows/train.jsonl"], "Unknown split \"dev\". Should be one of ['train']."),
+    "no such subset": ({"hf_hub_url": "DATA/rows", "subset": "b"}, ["rows/train.jsonl"], "BuilderConfig 'b' not found. Available: ['default']."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNLOADABLE)
+def test_what_the_host_says_of_a_file_names_the_data_set(run, recipe, tmp_path, name):
+    entry, files, reason = UNLOADABLE[name]
+    data = tmp_path / "data"
+    write_dataset(data, GOOD, "good")
+    for file in files:
+        (data / file).parent.mkdir(exist_ok=True)
+        (data / file).write_text("" if file.endswith(".md") else json.dumps(GOOD[0]) + "\n")
+    entry = {key: value.replace("DATA", str(data)) for key, value in entry.items()}
+    info = json.loads((data / "dataset_info.json").read_text())
+    info["rows"] = {"ranking": True, "columns": SOLO_COLUMNS} | entry
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    args = recipe(dataset="good,rows", dataset_dir=str(data), max_samples=None)
+    said = refused(run, args, "Dataset `rows` cannot be read: ")
+    if name == "beside others":  # the host takes the files as the folder lists them, and looks at the first one first
+        assert said.removeprefix("Dataset `rows` cannot be read: ") in (reason, UNLOADABLE["packed"][2])
+    else:
+        assert said == f"Dataset `rows` cannot be read: {reason}"
 
 
 def test_samples_of_a_stream(run, recipe, tmp_path):

@@ -219,10 +219,8 @@ def test_a_reason_is_one_sentence_and_a_full_disk_no_fault_of_the_data(monkeypat
         def reads(*_):
             raise error from cause
 
-        loader = SimpleNamespace(get_dataset_list=lambda *_: [None])
-        data._merging(loader, reads, ["rows"], None, SimpleNamespace(dataset_dir="data"), None, "solopo")
+        data._loading(reads, SimpleNamespace(entry="rows"), None, None, None)
 
-    monkeypatch.setattr(data, "check_stage", lambda *_: None)
     for error, reason in ((OSError("No access."), "No access."), (OSError("gone"), "gone."), (OSError(), "OSError.")):
         with pytest.raises(ValueError) as caught:
             read_with(error)

@@ -2,9 +2,9 @@
 
 import errno
 import json
+import os
 from copy import copy
 from functools import partial
-from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def apply(module) -> None:
     wrap(
         (module, "get_dataset_list", ("dataset_names", "dataset_dir"), _naming),
         (module, "_get_merged_dataset", merged, partial(_merging, module)),
+        (module, "_load_single_dataset", ("dataset_attr", *merged[1:4]), _loading),
         (module, "align_dataset", aligned, partial(_aligning, module.logger)),
         (module, "_get_dataset_processor", chosen_by, _processing),
         (module, "_get_preprocessed_dataset", arguments, partial(_counting, module.logger)),
@@ -101,32 +102,34 @@ def _merging(loader, get_merged_dataset, dataset_names, model_args, data_args, t
         check_stage(name, attr, stage)
         if stage == "solopo" and dataset_names.count(name) > 1:  # the host keeps them by name
             raise ValueError(f"Dataset `{name}` is named twice and counts once; register it under a second name, too.")
+    # to the host our rows are ranking rows
+    asked = "rm" if stage == "solopo" else stage
+    return get_merged_dataset(dataset_names, model_args, data_args, training_args, asked, return_dict)
+
+
+def _loading(load_single_dataset, dataset_attr, model_args, data_args, training_args):
     from datasets import config, exceptions
 
-    args = (dataset_names, model_args, data_args, training_args)
-    if stage != "solopo":
-        return get_merged_dataset(*args, stage, return_dict)
     try:
-        return get_merged_dataset(*args, "rm", return_dict)  # to the host our rows are ranking rows
-    except (exceptions.DatasetsError, OSError, UnicodeDecodeError) as error:
-        said = error.__cause__ or error
+        return load_single_dataset(dataset_attr, model_args, data_args, training_args)
+    except (exceptions.DatasetsError, OSError, ValueError) as error:
+        entry, said = getattr(dataset_attr, "entry", None), error.__cause__ or error
+        if entry is None or str(error).startswith((f"{entry}[", f"Dataset `{entry}`")):
+            raise  # another stage's, or a sentence of ours
         if errno.ENOSPC in (getattr(error, "errno", None), getattr(said, "errno", None)):
             raise  # a full disk is no fault of the data set
-        which = "` or `".join(dataset_names)  # several: the host's last line before says of which
         told = str(said).partition("\n\nThe above exception")[0]
         reason = told.splitlines()[-1] if "Traceback" in told else " ".join(told.split())  # the first, of a worker
         cache, name = Path(config.HF_DATASETS_CACHE).absolute(), getattr(said, "filename", None)
         if name and ((file := Path(name).absolute()) in cache.parents or file.is_relative_to(cache)):
-            key = "HF_DATASETS_CACHE" if "HF_DATASETS_CACHE" in environ else "HF_HOME"  # the former wins
+            key = "HF_DATASETS_CACHE" if "HF_DATASETS_CACHE" in os.environ else "HF_HOME"  # the former wins
             raise ValueError(f"{name} cannot be written ({reason}); set {key} to a folder that can be.") from error
         if any(isinstance(e, UnicodeDecodeError) for e in (said, said.__context__)):
             reason = "the file is no text in UTF-8; save it so, or give it the ending of its format (.parquet, ...)"
         reason = reason.rstrip(".") or type(said).__name__
         if any(words in reason for words in TYPED):
-            reason += (
-                "; the first 10 MB of JSON lines name columns and types: save the file as parquet or one .json array"
-            )
-        raise ValueError(f"Dataset `{which}` cannot be read: {reason}.") from error
+            reason += "; the first 10 MB of JSON lines name columns and types: save it as parquet or one .json array"
+        raise ValueError(f"Dataset `{entry}` cannot be read: {reason}.") from error
 
 
 class LongConverter:
