@@ -66,7 +66,10 @@ def make_row(row: dict, name: str) -> dict:
     made |= {"all_rejected": rejected} if several else {}
     made["question"] = next((turn.text for turn in reversed(turns["short"]) if turn.role in USERS), "")
     derived = [{"source": _source(turns["short"], k), "quote": turns["short"][k].text} for k in said]
-    return made | {"origins": row.get("origins") or derived}
+    origins = row.get("origins") or derived
+    if not isinstance(origins, list) or not all(isinstance(origin, dict) for origin in origins):
+        raise DataError(f"`origins` must be a list of objects, got {shown(origins)}.")
+    return made | {"origins": origins}
 
 
 def _turns(row: dict, column: str) -> list[Turn]:

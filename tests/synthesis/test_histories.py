@@ -128,6 +128,9 @@ def test_every_planted_fault_is_found(tmp_path, check):
         ({"messages": [{"from": "human"}]}, "`messages` must hold .*, got dict {'from': 'human'}"),
         ({"messages": ["x"]}, "`messages` must hold .*, got str 'x'"),
         ({"chosen": None}, "`chosen` must hold .*, got NoneType None"),
+        ({"origins": "log.txt"}, "`origins` must be a list of objects, got str 'log.txt'"),
+        ({"origins": ["a"]}, r"`origins` must be a list of objects, got list \['a'\]"),
+        ({"origins": {"source": "x"}}, "`origins` must be a list of objects, got dict {'source': 'x'}"),
     ],
 )
 def test_a_row_that_cannot_be_shown_is_named(tmp_path, change, said):
