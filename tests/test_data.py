@@ -713,6 +713,7 @@ def test_a_malformed_call_names_row_and_turn(column, where, call):
 
 USER, SAID = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}
 BARE_TAGS = {name: tag for name, tag in OPENAI_TAGS.items() if name not in ("observation_tag", "function_tag")}
+FEW_TAGS = {name: tag for name, tag in OPENAI_TAGS.items() if name not in ("system_tag", "function_tag")}
 SEEN = {"role": "tool", "content": "Rosvik"}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]}
 CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentence)
@@ -746,7 +747,8 @@ CONVERSATIONS = {  # name: (messages of the openai formatting, tags, the sentenc
     "parts beside a call": ([USER, CALLING | {"content": [{"type": "text", "text": "I look it up."}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages` has text beside `tool_calls`, which the host's openai converter drops, [{'type': 'text', "),
     "arguments as text": ([USER, CALLING | {"tool_calls": [{"function": CALL | {"arguments": '{"who": "a"}'}}]}, SEEN, SAID, USER], OPENAI_TAGS, "turn 2 (`assistant`) of column `messages`: `arguments` must be an object (the host would quote JSON text), got str '{\"who\": \"a\"}'."),
     "a call of the user's": ([USER | {"tool_calls": [{"function": CALL}]}], OPENAI_TAGS, "turn 1 (`user`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
-    "a call without a tag": ([CALLING, SAID, USER], BARE_TAGS, "turn 1 (`assistant`) of column `messages` has `tool_calls`, which the host's converter ignores there"),
+    "a call without a tag": ([CALLING, SAID, USER], BARE_TAGS, "turn 1 (`assistant`) of column `messages` has `tool_calls`, for which `tags` in dataset_info.json need a `function_tag`."),
+    "a call without a tag, nor one of the system": ([USER, CALLING, SEEN, SAID, USER], FEW_TAGS, "turn 2 (`assistant`) of column `messages` has `tool_calls`, for which `tags` in dataset_info.json need a `function_tag`."),
 }  # fmt: skip
 
 

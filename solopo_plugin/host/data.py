@@ -248,9 +248,11 @@ class LongConverter:
     def check_calls(self, turn: str, role: str, message: dict) -> None:
         """Refuse calls of tools that a converter would skip, crash on or quote, or that loading has changed."""
         attr, calls, content = self.attr, message["tool_calls"], message[self.attr.content_tag]
-        reads = attr.formatting == "openai" and role in (attr.assistant_tag, attr.function_tag)
-        if not reads or attr.function_tag == attr.observation_tag:  # which makes the call a result
+        if attr.formatting != "openai" or role not in (attr.assistant_tag, attr.function_tag):
             raise RowError(f"{turn} has `tool_calls`, {IGNORED}")
+        # which makes the call a result, or a system prompt
+        if attr.function_tag in (attr.observation_tag, attr.system_tag):
+            raise RowError(f"{turn} has `tool_calls`, for which `tags` in dataset_info.json need a `function_tag`.")
         entries = calls if isinstance(calls, list) else [None]
         functions: list[Any] = [entry.get("function") if isinstance(entry, dict) else None for entry in entries]
         good = all(isinstance(f, dict) and f.get("name") and "arguments" in f for f in functions)
