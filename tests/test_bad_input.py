@@ -374,7 +374,7 @@ def test_samples_of_a_stream(run, recipe, tmp_path):
     """Refuse what the host ignores."""
     folder = write_dataset(tmp_path / "data", GOOD, num_samples=2)
     args = recipe(dataset="rows", dataset_dir=folder, max_samples=None, streaming=True, max_steps=1)
-    said = "Dataset `rows`: `num_samples: 2` has no effect with `streaming: true`; remove one of the two."
+    said = "Dataset `rows`: `num_samples: 2` does nothing in a stream; remove it."
     refused(run, args | {"dataloader_num_workers": 1}, said)
 
 

@@ -171,7 +171,7 @@ ENTRIES = {  # name: (the entry, the sentence)
     "unknown column": ({"columns": SOLO_COLUMNS | {"x": None}}, "Dataset `rows`: `x` under `columns` in dataset_info.json is nothing that is read. Known are prompt, query, response, history, messages, system, tools, chosen, rejected, kto_tag, long_prompt, long_messages, images, videos, audios."),
     "a tag under columns": ({"columns": SOLO_COLUMNS | {"user_tag": "user"}}, "Dataset `rows`: `user_tag` under `columns` in dataset_info.json is nothing that is read."),
     "misspelt tag": ({"tags": {"rol_tag": "role"}}, "Dataset `rows`: `rol_tag` under `tags` in dataset_info.json is nothing that is read. Did you mean `role_tag`?"),
-    "misspelt key": ({"formattings": "sharegpt"}, "Dataset `rows`: `formattings` in dataset_info.json is none of the host's keys. Did you mean `formatting`? If not, rename it."),
+    "misspelt key": ({"format": "sharegpt"}, "Dataset `rows`: `format` in dataset_info.json is none of the host's keys. Did you mean `formatting`? If not, rename it."),
     "misspelt samples": ({"num_sample": 5}, "Dataset `rows`: `num_sample` in dataset_info.json is none of the host's keys. Did you mean `num_samples`?"),
     "an empty folder": ({"file_name": "folder"}, "`dataset: rows` is read from {path}/folder, which is empty: check the path."),
     "an empty file": ({"file_name": "empty.jsonl"}, "`dataset: rows` is read from {path}/empty.jsonl, which is empty: check the path."),

@@ -328,8 +328,7 @@ def _aligning(logger, align_dataset, dataset, dataset_attr, data_args, training_
         given = f"`num_samples: {dataset_attr.num_samples}`, `max_samples: {data_args.max_samples}` leave none"
         raise ValueError(f"Dataset `{dataset_attr.entry}` has no rows; {stream if data_args.streaming else given}.")
     if data_args.streaming and (n := dataset_attr.num_samples) is not None:
-        why = "has no effect with `streaming: true`; remove one of the two."
-        raise ValueError(f"Dataset `{dataset_attr.entry}`: `num_samples: {n}` {why}")
+        raise ValueError(f"Dataset `{dataset_attr.entry}`: `num_samples: {n}` does nothing in a stream; remove it.")
     turns = [{"role": Value("string"), "content": Value("string")}]
     # given, not guessed from the rows, so that they are those of any other data set
     features = Features({name: turns if name in TURNS else Value("string") for name in ALIGNED})

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ..attention import base_of
 from ..data import RowError, check_text
@@ -175,7 +175,7 @@ def attention_rows(model: nn.Module, take: Callable[[int, Tensor, Tensor], None]
             handle.remove()
 
 
-def check_attends(base: nn.Module) -> None:
+def check_attends(base: PreTrainedModel) -> None:
     """Refuse a network with layers that keep a state and have no attention weights.
 
     Raises:
