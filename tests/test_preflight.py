@@ -13,7 +13,6 @@ from conftest import ROOT, SOLO_COLUMNS, demo_rows, write_dataset, write_recipe
 
 from solopo_plugin.host import preflight
 from solopo_plugin.host.preflight import Refused, check
-from solopo_plugin.qa import entries
 from solopo_plugin.qa.files import DataError
 from solopo_plugin.qa.ready import check_ready
 
@@ -191,22 +190,10 @@ def test_an_entry_that_the_host_cannot_read(name, tmp_path):
     (said,) = told(dataset="rows", dataset_dir=folder)
     assert said.startswith(sentence.replace("{path}", str(tmp_path)))
     more = {"num_samples": 2, "tags": {"system_tag": None}, "made_of": {"rows": 2}, "file_sha1": "0", "subset": "x"}
-    info_entries = {"rows": good | more, "hub": {"hf_hub_url": "someone/rows", "script_url": "s.py", "file_name": None}}
-    info.write_text(json.dumps(info_entries))
+    entries = {"rows": good | more, "hub": {"hf_hub_url": "someone/rows", "script_url": "s.py", "file_name": None}}
+    info.write_text(json.dumps(entries))
     assert told(dataset="hub", dataset_dir=folder) == []  # the host does not read its `file_name`, or run its script
     assert told(dataset="rows", dataset_dir=folder) == []
-
-
-def test_known_names_of_an_entry_are_those_that_the_host_reads():
-    """Give the host an entry of every known name; each is in what it makes of it, and nothing else is."""
-    from llamafactory.data.parser import DatasetAttr
-
-    attr = DatasetAttr("file", "rows.jsonl")
-    parts = {part: {name: f"{part} {name}" for name in names} for part, names in entries.KNOWN.items()}
-    others = {key: f"entry {key}" for key in entries.KEYS - entries.URLS - {*parts, "file_name"}}
-    attr.join(parts | others)
-    given = {**parts["columns"], **parts["tags"], **others}
-    assert vars(attr) == given | {"load_from": "file", "dataset_name": "rows.jsonl"}
 
 
 def test_a_reason_is_one_sentence_and_a_full_disk_no_fault_of_the_data(monkeypatch):
