@@ -1,10 +1,9 @@
 """Check what may stand in an entry of dataset_info.json; tests/test_preflight.py has the sentences of a start."""
 
-import pyarrow as pa
 import pytest
 
 from solopo_plugin.qa import entries
-from solopo_plugin.qa.entries import misdrawn, misshapen
+from solopo_plugin.qa.entries import misshapen
 
 
 def test_known_names_of_an_entry_are_those_that_the_host_reads():
@@ -22,11 +21,3 @@ def test_known_names_of_an_entry_are_those_that_the_host_reads():
 @pytest.mark.parametrize("key", ["made_of", "file_sha1", "description", "license"])
 def test_an_entry_may_have_keys_of_other_programs(key):
     assert misshapen("rows", {"file_name": "rows.jsonl", "columns": {}, "tags": {}, "num_samples": 0, key: 1}) is None
-
-
-def test_a_sample_without_effect_or_with_rows_twice():
-    twice, once = pa.chunked_array([[3, 1], [3]]), pa.chunked_array([[3, 1], [2]])
-    assert "draws some rows more than once" in str(misdrawn("rows", 3, twice, 0.5, False))
-    assert "has no effect with `streaming: true`" in str(misdrawn("rows", 0, None, 0.0, True))
-    fine = [(3, twice, 0.0, False), (3, once, 0.5, False), (None, None, 0.5, False), (None, None, 0.0, True)]
-    assert not any(misdrawn("rows", *given) for given in fine)
