@@ -17,11 +17,8 @@ def main(folder: str) -> None:
     if not (out / "trainer_state.json").is_file():
         sys.exit(f"{out} holds no finished run: trainer_state.json is missing; run `llamafactory-cli train` first.")
     try:
-        log = [
-            e
-            for e in json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-            if "loss" in e
-        ]
+        state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
+        log = [entry for entry in state["log_history"] if "loss" in entry]
     except (ValueError, KeyError, TypeError) as error:
         sys.exit(
             f"{out / 'trainer_state.json'} is no state of a run ({error!r}); give a checkpoint of it, or train again."
