@@ -193,6 +193,27 @@ def test_a_server_that_takes_a_few_requests_at_a_time_answers_all(status):
     assert len(got) == 120 and len(server.requests) < 240
 
 
+@pytest.mark.parametrize("status", [500, 429])
+def test_a_slow_request_holds_up_no_others_where_one_failed(status):
+    """Send one at a time after a failure, whatever else is under way since before it."""
+    done, failing = threading.Event(), threading.Lock()
+
+    def reply(request):
+        if "person 0 " in request.body["messages"][-1]["content"]:
+            done.wait(20)
+        elif failing.acquire(blocking=False):
+            return status, b"no"
+        return 200, said()
+
+    got = []
+    with answering(reply) as server:
+        for answer in generate(openai(server.url, served_model="m", concurrency=2), calls(ks=(0,))):
+            got.append(answer.id)
+            if len(got) == 39:
+                done.set()
+    assert got[-1] == "q0" and len(got) == 40
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_server_that_sends_all_away_is_asked_by_one_at_a_time(status):
     """End after as many tries as one request has, whatever the number that waits; say which key may help."""
@@ -202,7 +223,7 @@ def test_a_server_that_sends_all_away_is_asked_by_one_at_a_time(status):
             DataError, match=f"gave no answer in 4 tries .*HTTP {status} 'busy'.*lower `concurrency` "
         ) as e:
             list(generate(recipe, calls()))
-    assert str(e.value).endswith(".") and len(server.requests) == 8 + 3
+    assert str(e.value).endswith(".") and 4 <= len(server.requests) <= 8 + 3
 
 
 def test_a_request_that_is_always_sent_away_ends_the_run_once_the_others_are_answered():

@@ -149,6 +149,7 @@ def _forget_lengths(network) -> None:
     for module in network.modules():
         if getattr(module, "rope_type", None) == "dynamic":
             module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 def _memory_is_out(error: RuntimeError) -> bool:

@@ -324,6 +324,7 @@ class _Server:
     auth: tuple[str, str] | None = None
     via: str = ""  # which proxy, for messages
     busy: int = 0  # requests under way
+    probes: int = 0  # those of them that were sent after a failure
     room: float = math.inf  # requests that it may have under way
     failures: int = 0  # in a row
     failing_since: float = 0.0  # time.monotonic() of the first of them
@@ -332,8 +333,8 @@ class _Server:
     free_at: float = 0.0  # time.monotonic() before which it is left alone
 
     def is_free(self) -> bool:
-        """Return whether it may be asked now; after a failure only if nothing is under way, until it answers."""
-        return self.free_at <= time.monotonic() and self.busy < (1 if self.failures else self.room)
+        """Return whether it may be asked now; after a failure by one request at a time, until it answers any."""
+        return self.free_at <= time.monotonic() and (not self.probes if self.failures else self.busy < self.room)
 
     def gave_answer(self) -> None:
         """Take the server for one that answers, and has room for one more request than it was thought to have."""
@@ -389,7 +390,8 @@ class _Servers:
         since, own = time.monotonic(), 0
         while True:
             server = await self._free()
-            server.busy, sent = server.busy + 1, time.monotonic()
+            probe, sent = bool(server.failures), time.monotonic()
+            server.busy, server.probes = server.busy + 1, server.probes + probe
             try:
                 result = await self._once(server, method, path, body, read, final)
                 server.gave_answer()
@@ -400,7 +402,7 @@ class _Servers:
                     server.failed(trouble, sent)
                 own += not isinstance(trouble, _Busy)
             finally:
-                server.busy -= 1
+                server.busy, server.probes = server.busy - 1, server.probes - probe
                 self.changed.set()
                 self.changed = asyncio.Event()
             if own > self.retries or min(server.failures for server in self.servers) > self.retries:
