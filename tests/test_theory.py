@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from plan import read_config, shape_of, step_flops
 from torch import Tensor
 
 from solopo_plugin import losses
-from solopo_plugin.distill import KINDS, Form, Rows, token_kl
+from solopo_plugin.args import FIELDS
+from solopo_plugin.distill import Form, Rows, token_kl
 
 PAGE = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())
@@ -28,6 +30,7 @@ PREF_LOSSES = ("sigmoid", "ipo", "hinge", "simpo", "orpo")
 LIPSCHITZ = ("sigmoid", "simpo", "hinge", "orpo")
 BETA, GAMMA = 0.4, 0.5  # GAMMA is SimPO's
 LOG2 = math.log(2)
+KINDS = get_args(FIELDS["solopo_distill_kl"].type)  # forward, reverse, jsd
 ROUNDING = 120 * 2.0**-53
 
 
