@@ -375,7 +375,7 @@ def test_nothing_is_begun_on_half_of_it(real_sh, tmp_path, lacking):
     sentence = "No torch here that sees a GPU: nothing is run.\n"
     if lacking != "a GPU":
         (kit / lacking).rename(kit / "else")
-        sentence = f"There is no saves/real_kit/{lacking} here: carry it first, as the head of "
+        sentence = f"There is no saves/real_kit/{lacking} here: fetch or copy it first, as the head of "
     process = real_sh(NO_GPU="1")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and said.startswith(sentence)

@@ -6,7 +6,8 @@
 # Needs python3 with pip and a package index. Leaves FOLDER/*.whl, for this project, and FOLDER/trl/*.whl, for the rival:
 # one environment cannot hold both versions of TRL. The versions are those of constraints.txt.
 # The other machine is to have Python 3.12, torch 2.11, numpy, pandas, pyarrow >= 21, huggingface_hub 1.x, safetensors,
-# and for the rival transformers 5 and accelerate and peft of its own; `run.sh` lays the wheels over them.
+# for real.sh matplotlib and jinja2 (its tables: scipy), and for the rival transformers 5 and accelerate and peft of its
+# own; `run.sh` lays the wheels over them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-.whl}

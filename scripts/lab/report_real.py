@@ -20,6 +20,7 @@ import statistics
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,7 +216,7 @@ def opened(saves: Path) -> Iterator[Path]:
         try:
             with tarfile.open(saves) as archive:
                 archive.extractall(folder, filter="data")
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError, zlib.error) as error:
             sys.exit(f"{saves} is no whole archive: {error}; give --saves a folder, or scripts/gpu/real.sh's real.tgz.")
         yield Path(folder, "saves/lab")
 

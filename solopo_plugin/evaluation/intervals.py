@@ -9,7 +9,6 @@ Shape suffixes: n values of a task, T tasks, S sources (questions behind the val
 import math
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
 
 CONFIDENCE = 95.0  # percent; the field's habit
 _BLOCK = 1 << 20  # numbers drawn at a time: 8 MiB
@@ -62,6 +61,8 @@ def _tail(sums_ST: np.ndarray, counts_ST: np.ndarray, pattern_S: np.ndarray) -> 
         counts_ST: Of `_by_source`.
         pattern_S: Which sources are drawn together.
     """
+    from scipy.special import ndtr, stdtrit  # asking models, maybe on another machine, does without
+
     size_T = counts_ST.sum(0)
     added_S = ((sums_ST - counts_ST * (sums_ST.sum(0) / size_T)) / size_T).mean(1)  # to the mean, by each source
     drawn = fair = squares = 0.0  # variance of resamples, its estimate for means, and what is uncertain in that
