@@ -205,14 +205,14 @@ def part_lengths(dataset) -> dict[str, np.ndarray]:
     return {name: of_rows[rows] for name, of_rows in n.items()}
 
 
-def trained_on(train, held_out) -> int:
-    """Count the rows held out that are rows of training too, by all their tokens; of others no more than lengths."""
+def trained_on(train, held_out) -> list[str]:
+    """Name the rows held out that are rows of training too, by all their tokens; of others no more than lengths."""
     lengths = [[*zip(*part_lengths(rows).values(), strict=True)] for rows in (train, held_out)]
-    both, hashes = {*lengths[0]}.intersection(lengths[1]), []
+    both, names = {*lengths[0]}.intersection(lengths[1]), []
     for rows, of_rows in zip((train, held_out), lengths, strict=True):
-        alike = rows.select([i for i, n in enumerate(of_rows) if n in both]).remove_columns("name")
-        hashes.append([hash(str(row)) for row in alike])
-    return sum(map({*hashes[0]}.__contains__, hashes[1]))
+        alike = rows.select([i for i, n in enumerate(of_rows) if n in both])
+        names.append({hash(str(row | {"name": ""})): row["name"] for row in alike})
+    return [names[1][key] for key in names[0].keys() & names[1].keys()]
 
 
 def step_lengths(dataset, longpo: bool, long_pair: bool) -> list[int]:

@@ -207,14 +207,14 @@ class SoloTrainer(CustomDPOTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Return the Trainer's; stop at a gradient that is not finite, as a loss that is can have, before it is saved.
 
-        The scaler of fp16 leaves out such a step by itself.
+        Not where the step is left out: by a scaler of fp16, or by DeepSpeed.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+        left_out = self.args.fp16 or self.accelerator.scaler or self.accelerator.optimizer_step_was_skipped
+        if not (norm is None or left_out or math.isfinite(norm)):
             raise FloatingPointError(
-                f"The gradient is not finite in training step {self.state.global_step + 1}, though the loss is: lower "
-                "`learning_rate`, or let another kernel attend (docs/troubleshooting.md); the last checkpoint is "
-                "unharmed."
+                f"The gradient is not finite in training step {self.state.global_step + 1}, though the loss is: see "
+                "docs/troubleshooting.md, and go on from the last checkpoint, which is unharmed."
             )
         return norm
 

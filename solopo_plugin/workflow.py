@@ -37,7 +37,7 @@ from .trainer import ROWS, SoloTrainer
 
 logger = logging.get_logger(f"llamafactory.{__name__}")  # under the host's logger, which has the handlers
 # what attends in padded batches: cuDNN's gradients under a mask can be NaN since torch 2.11 (pytorch's issue 196678)
-MASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+MASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
 
 
 def run_solopo(model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
@@ -141,10 +141,10 @@ def load_data(model_args, data_args, training_args) -> tuple[dict, dict]:
         dataset_module = get_dataset(template, model_args, data_args, training_args, stage="solopo", **tokenizer_module)
     if data_args.streaming:
         configure_streaming(dataset_module, training_args)
-    elif training_args.do_train and data_args.val_size > 1e-6 and (n := trained_on(*dataset_module.values())):
+    elif training_args.do_train and data_args.val_size > 1e-6 and (twice := trained_on(*dataset_module.values())):
         raise ValueError(
-            f"`val_size: {data_args.val_size:g}` holds out {n} rows that are trained on, too: they come several times "
-            "(`mix_strategy: interleave_over` and `num_samples` may repeat rows); set `eval_dataset`, or repeat none."
+            f"`val_size: {data_args.val_size:g}` holds out {len(twice)} rows that are trained on, too, as "
+            f"{min(twice)}: `interleave_over`, `num_samples` or a file repeats them; repeat none or set `eval_dataset`."
         )
     return tokenizer_module, dataset_module
 

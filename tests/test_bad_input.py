@@ -124,7 +124,7 @@ RECIPES = {  # name: (changes to a valid recipe, the sentence)
     "trained prompts": ({"train_on_prompt": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "masked history": ({"mask_history": True}, "`train_on_prompt` or `mask_history` cannot be set as True except SFT."),
     "predictions": ({"predict_with_generate": True}, "`predict_with_generate` cannot be set as True except SFT."),
-    "wider window": ({"rope_scaling": "yarn"}, "`rope_scaling: yarn` does not work with `stage: solopo`: the host's fails with transformers 5, and the model's config.json takes it (docs/training.md, \"Rows longer than one GPU\"); remove it."),
+    "wider window": ({"rope_scaling": "yarn"}, "`rope_scaling: yarn` does not work with `stage: solopo`: it does nothing, or fails with transformers 5; config.json takes one (docs/training.md, \"Rows longer than one GPU\"); remove it."),
     "layerwise galore": ({"galore_layerwise": True}, "`galore_layerwise: True` does not work with `stage: solopo`: the layers' optimizers keep the full `learning_rate`"),
     "lambda in solopo": ({"solopo_longpo_lambda": 0.1}, "`solopo_longpo_lambda: 0.1` has no effect with `solopo_objective: solopo`; remove it, or set it to 0.01."),
 }  # fmt: skip
@@ -588,7 +588,7 @@ def test_rows_held_out_are_not_trained_on(run, recipe, tmp_path):
     mixed = dict(dataset="once,others", mix_strategy="interleave_over", interleave_probs="0.1,0.9")
     for changes in ({"dataset": "rows"}, {"dataset": "twice"}, mixed):
         sentence = (
-            r"`val_size: 0\.5` holds out \d+ rows that are trained on, too: they come several times \(`mix_strategy: "
+            r"`val_size: 0\.5` holds out \d+ rows that are trained on, too, as \w+\[\d+\]: `interleave_over`, `num_"
         )
         refused(run, recipe(**common | changes), sentence)
         reaches_the_model(run, recipe(**common | changes | {"do_train": False, "do_eval": True}))

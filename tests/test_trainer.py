@@ -274,6 +274,24 @@ def test_a_non_finite_gradient_of_a_finite_loss_stops_before_it_is_saved(run, re
     assert all(weight.isfinite().all() for weight in load_file(kept / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("left_out", [None, "fp16", "scaler", "optimizer_step_was_skipped"])
+def test_a_step_that_is_left_out_ends_no_run(left_out):
+    """Leave it to a scaler, the recipe's or of accelerate's own configuration, or to DeepSpeed: they skip the step."""
+    from solopo_plugin.trainer import SoloTrainer
+
+    trainer = object.__new__(SoloTrainer)
+    trainer.args, trainer.state = SimpleNamespace(fp16=left_out == "fp16"), SimpleNamespace(global_step=4)
+    of_accelerate = {name: left_out == name for name in ("scaler", "optimizer_step_was_skipped")}
+    trainer.accelerator = SimpleNamespace(distributed_type="NO", **of_accelerate)
+    assert trainer._get_grad_norm(None, grad_norm=torch.tensor(2.0)) == 2
+    if left_out:
+        assert math.isnan(trainer._get_grad_norm(None, grad_norm=torch.tensor(float("nan"))))
+        return
+    for bad in ("nan", "inf"):
+        with pytest.raises(FloatingPointError, match="The gradient is not finite in training step 5"):
+            trainer._get_grad_norm(None, grad_norm=torch.tensor(float(bad)))
+
+
 @pytest.mark.parametrize("forward", ["packed", "two_stage"])
 def test_cudnn_does_not_attend_in_padded_batches(run, recipe, monkeypatch, forward):
     """Keep its backward, which a mask can make NaN, from training in two stages, and from nothing else."""

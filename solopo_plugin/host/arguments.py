@@ -23,7 +23,7 @@ REFUSED = {  # keys of the host that would change or bypass the step, unless the
     "shift_attn": "short and long sequences would attend differently",
     "mixture_of_depths": "tokens of the response could skip layers",
     "export_quantization_bit": "it quantizes what is trained",
-    "rope_scaling": "the host's fails with transformers 5, and the model's config.json takes it (docs/training.md, "
+    "rope_scaling": "it does nothing, or fails with transformers 5; config.json takes one (docs/training.md, "
     '"Rows longer than one GPU")',
     "packing": "rows of pairs cannot be packed by the host",
     "neftune_noise_alpha": "its noise depends on the length of what runs as one row, so the short and the long context "
@@ -150,8 +150,9 @@ def check_kinds(recipe: dict) -> None:
     """Refuse what is no number, or a list, where a key of the host takes none: it ends in a traceback, maybe late."""
     from llamafactory.hparams.parser import _TRAIN_ARGS
 
-    kinds = {key: kind for part in _TRAIN_ARGS for key, kind in get_type_hints(part).items() if kind in NUMBERS}
-    for key in [key for key in recipe if key in kinds and key not in solo.FIELDS]:
+    # the last part is of generation, and of two keys a fraction works
+    kinds = {key: kind for part in _TRAIN_ARGS[:-1] for key, kind in get_type_hints(part).items() if kind in NUMBERS}
+    for key in [key for key in recipe if key in kinds and key not in (*solo.FIELDS, "lora_alpha", "ddp_timeout")]:
         if not isinstance(value := recipe[key], kinds[key] | int) or value != value:
             raise ValueError(solo.number_fault(key, value) or f"`{key}` must be a whole number, got {value!r}.")
     if key := next((key for key in TEXTS if isinstance(recipe.get(key), list)), None):

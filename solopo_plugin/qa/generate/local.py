@@ -45,7 +45,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
     network = load_network(model, sampling.trust_remote_code).to(device).eval()
     _warn_of_fp32(network, device.type, model)
     config, warned = network.config.get_text_config(), False
-    window, alike = window_of(config), min(ropes_by_length(config).values(), default=math.inf)
+    window, ropes = window_of(config), ropes_by_length(config)
     room, alone = (math.inf, math.inf) if device.type == "cuda" else (CPU_TOKENS, CPU_ALONE)
     calls = iter(calls)
 
@@ -58,7 +58,7 @@ def transformers_answers(sampling: Sampling, model: Model, calls: Iterable[Call]
             warned = warned or _beyond_window(max(job.tokens for job in pool), window, model)
             pool.sort(key=lambda job: (job.limit, len(job.ids)), reverse=True)  # the longest first: memory ends soon
             rows = deque((job, i) for job in pool for i in range(len(job.call.ks)))
-            while batch := _next_batch(rows, sampling.concurrency, room, alone, alike):
+            while batch := _next_batch(rows, sampling.concurrency, room, alone, ropes):
                 left, failed = dict.fromkeys(batch), False
                 _forget_lengths(network)
                 try:
@@ -120,7 +120,7 @@ def _take_in(row: "Row", text: str, ended: bool) -> Reply | None:
     return Reply(job.call.id, job.call.ks, answers, len(job.ids))
 
 
-def _next_batch(rows: "deque[Row]", most: int, room: float, alone: float, alike: float) -> "list[Row]":
+def _next_batch(rows: "deque[Row]", most: int, room: float, alone: float, ropes: dict) -> "list[Row]":
     """Take from the front what may be answered together, at least one answer.
 
     Args:
@@ -128,17 +128,18 @@ def _next_batch(rows: "deque[Row]", most: int, room: float, alone: float, alike:
         most: Answers at most.
         room: Tokens with padding at most.
         alone: Tokens from which a prompt has no other beside it.
-        alike: Tokens of prompt and answer beyond which the model's rotary embedding is another for all of a batch.
+        ropes: Of `ropes_by_length`: tokens of prompt and answer beyond which the rotary embedding of all of a batch is
+            another: that of the longest (`dynamic`), or one for all lengths.
     """
     batch: list[Row] = []
-    longest = 0
+    longest, shortest, alike = 0, math.inf, min(ropes.values(), default=math.inf)
     while rows and len(batch) < most:
         job = rows[0][0]
-        longest = max(longest, job.tokens)
+        longest, shortest = max(longest, job.tokens), min(shortest, len(job.ids))
         if batch and (len(batch) + 1) * longest > room:
             break
-        apart = max(len(job.ids), len(batch[0][0].ids)) >= alone or longest > alike if batch else False
-        if apart and job is not batch[0][0]:
+        other = longest > alike and (shortest <= alike or "dynamic" in ropes)
+        if batch and job is not batch[0][0] and (other or max(len(job.ids), len(batch[0][0].ids)) >= alone):
             break
         batch.append(rows.popleft())
     return batch

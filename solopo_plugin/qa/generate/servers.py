@@ -332,9 +332,9 @@ class _Server:
     answered_at: float = 0.0  # and of its last answer; 0: none so far
     free_at: float = 0.0  # time.monotonic() before which it is left alone
 
-    def is_free(self) -> bool:
-        """Return whether it may be asked now; after a failure by one request at a time, until it answers any."""
-        return self.free_at <= time.monotonic() and (not self.probes if self.failures else self.busy < self.room)
+    def is_free(self, now: float) -> bool:
+        """Return whether it may be asked; after a failure by one request at a time, until it answers any."""
+        return self.free_at <= now and (not self.probes if self.failures else self.busy < self.room)
 
     def gave_answer(self) -> None:
         """Take the server for one that answers, and has room for one more request than it was thought to have."""
@@ -374,8 +374,8 @@ class _Servers:
     async def request(self, method: str, path: str, body: dict | None, read, final: tuple[int, ...] = ()):
         """Send until an answer comes that `read` can read.
 
-        Two counts end it. A try is the request's own unless the server was too busy for it. While no server answers
-        anything, a failure of each (`_Server.failed`) is a try of all that wait: they are let in one at a time.
+        Two counts end it. A try is the request's own unless the server was too busy for it with others. While no server
+        answers anything, a failure of each (`_Server.failed`) is a try of all that wait: they are let in one at a time.
 
         Args:
             method: Of HTTP.
@@ -400,7 +400,7 @@ class _Servers:
                 trouble = passing
                 if not (isinstance(trouble, _Slow) and server.answered_at > sent):
                     server.failed(trouble, sent)
-                own += not isinstance(trouble, _Busy)
+                own += not isinstance(trouble, _Busy) or server.busy == 1
             finally:
                 server.busy, server.probes = server.busy - 1, server.probes - probe
                 self.changed.set()
@@ -451,12 +451,14 @@ class _Servers:
 
     async def _free(self) -> _Server:
         """Return the least busy server, once one may be asked."""
-        while not (free := [server for server in self.servers if server.is_free()]):
+        while True:
             now = time.monotonic()
+            if free := [server for server in self.servers if server.is_free(now)]:
+                return min(free, key=lambda server: server.busy)
             rests = [server.free_at - now for server in self.servers if server.free_at > now]
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), min(rests, default=None))
-        return min(free, key=lambda server: server.busy)
+            with suppress(TimeoutError):  # `wait_for` would outlive being cancelled as `changed` is set
+                async with asyncio.timeout(min(rests, default=None)):
+                    await self.changed.wait()
 
     def _advice(self, status: int, said: str) -> str:
         if TOO_LONG in said:
