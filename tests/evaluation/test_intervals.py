@@ -209,7 +209,8 @@ def test_the_interval_of_ten_questions_asked_often_holds_the_truth(questions):
 def test_intervals_of_fewer_questions_are_too_narrow():
     """The figures that docs/evaluation.md and the report give, 3 deviations of 2,000 cases and the rounding off."""
     page = " ".join((ROOT / "docs/evaluation.md").read_text(encoding="utf-8").split())
-    assert "at 44 answers each, 10 questions still have 94, but 5 have 91, 3 have 76, and one has no width at all" in page
+    told = "10 questions still have 94, but 5 have 91, 3 have 76, and one has no width at all"
+    assert f"at 44 answers each, {told}" in page
     for n, percent in ((10, 94), (5, 91), (3, 76)):
         share = percent / 100
         assert abs(held_of((n,), 2000) - share) < 3 * math.sqrt(share * (1 - share) / 2000) + 0.005
