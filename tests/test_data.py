@@ -514,10 +514,10 @@ def test_an_eos_in_a_text_is_refused(template, column):
         processed([GOOD | {column: [["Who?", dirty]] if column == "history" else dirty}], model)
 
 
-def test_an_eos_that_the_tokenizer_splits_is_text():
+def test_an_eos_that_the_tokenizer_splits_is_text(monkeypatch):
     """Write it in pieces, as the host's `split_special_tokens: true` does; the one behind the response ends the turn."""
     model = host("default")
-    model.tokenizer.split_special_tokens = True
+    monkeypatch.setattr(model.tokenizer, "split_special_tokens", True)
     (result,) = processed([GOOD | {"chosen": f"Rosvik{model.tokenizer.eos_token} and more"}], model)
     assert result["chosen_ids"].count(model.tokenizer.eos_token_id) == 1
 
