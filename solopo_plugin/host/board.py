@@ -9,13 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
-from ..args import FIELDS, SoloArguments, check_keys, number_fault
+from ..args import FIELDS, SoloArguments, check_keys
 from ..qa.entries import misshapen
 from . import board_texts
 from .arguments import check_best_direction, check_kinds, check_recipe
 from .data import LONG_COLUMN, check_stage
-from .preflight import _data as faults_of_data
-from .preflight import names_of
+from .preflight import faults_of_data, names_of
 from .stage import IN_LOG
 from .versions import expect_signature, wrap
 
@@ -322,7 +321,7 @@ def refusal(args: dict) -> str:
         for key in ("dataset", "eval_dataset"):
             if not isinstance(value := args.get(key), str | list | None):
                 raise ValueError(f"`{key}` must be a name, or a list of names, got {value!r}.")
-        if sentence := number_fault("val_size", args.get("val_size", 0.0)) or next(faults_of_data(args), None):
+        if sentence := next(faults_of_data(args), None):
             raise ValueError(sentence)
         info = load_dataset_info(args["dataset_dir"])
         for name in (*names_of(args["dataset"]), *names_of(args.get("eval_dataset"))):

@@ -364,7 +364,8 @@ def _template(recipe: dict) -> Iterator[str]:
             yield sentence
 
 
-def _data(recipe: dict) -> Iterator[str]:
+def faults_of_data(recipe: dict) -> Iterator[str]:
+    """Yield a sentence for each data set that a recipe names and that is not registered, not there or not readable."""
     folder, tokenized = recipe.get("dataset_dir", "data"), recipe.get("tokenized_path")
     saved = tokenized and Path(tokenized).is_dir()
     if saved or not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
@@ -414,4 +415,4 @@ def names_of(value: object) -> list[str]:
 
 
 # each yields a sentence for what is missing
-PARTS = (_keys, _device, _packages, _launch, _offload, _shared_rows, _models, _template, _data)
+PARTS = (_keys, _device, _packages, _launch, _offload, _shared_rows, _models, _template, faults_of_data)
